@@ -1,0 +1,77 @@
+# Every target makes its own set-up: on a fresh machine with Python 3.10 or newer, `make demo` is the only command to type.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The stamps say which set is installed; they are redone when either file that defines it changes.
+CORE := .venv/.core-installed
+DEV := .venv/.dev-installed
+DEFINED_BY := pyproject.toml constraints.txt
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+MODELS := digits-flow digits-classifier digits-judge digits-diffusion
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format mutants bench pretrain clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(CORE) ## tune the digit model toward even digits, from install to report
+	rm -rf runs/demo
+	$(BIN)/tiltflow train digits-even --output runs/demo
+	@echo "Open $(CURDIR)/runs/demo/report.html"
+
+test: $(DEV) ## run the fast tests and the doctests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+test-slow: $(DEV) ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(DEV) ## check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict src
+
+format: $(DEV) ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+mutants: $(DEV) ## change one operator of the maths at a time: does a test notice?
+	$(BIN)/python scripts/mutants.py
+
+bench: $(CORE) ## measure the speed
+	$(BIN)/python benchmarks/speed.py
+
+pretrain: $(CORE) ## train the shipped models again: make pretrain DATA=path/to/mnist.npz
+	@test -n "$(DATA)" || { echo "make pretrain needs the data: make pretrain DATA=path/to/mnist.npz" >&2; exit 2; }
+	@set -e; for model in $(MODELS); do \
+		echo "tiltflow pretrain $$model"; \
+		$(BIN)/tiltflow pretrain $$model --data "$(DATA)" --output src/tiltflow/assets/$$model; \
+	done
+
+clean: ## remove caches and build output; .venv and runs stay
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tiltflow needs Python 3.10 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv && $(PIP) --version >/dev/null || \
+		{ rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment with pip (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# The default torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU, the CPU build is taken if it can be had;
+# if not, the install below takes the default.
+$(CORE): $(DEFINED_BY) | $(BIN)/python
+	@echo "Installing tiltflow into .venv; the first time takes a few minutes"
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+		$(PIP) install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU) "torch==$(TORCH)" 2>/dev/null || true; \
+	fi
+	@$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "Installing the tools for development"
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

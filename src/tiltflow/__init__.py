@@ -1,0 +1,58 @@
+"""tiltflow: fine-tune flow-matching and diffusion models so that they sample p_base(x) exp(r(x) / beta), and see how close it came.
+
+>>> import tiltflow
+>>> sorted(tiltflow.__all__)[:3]
+['AdjointMatching', 'Flow', 'InputError']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tiltflow.errors import InputError, NonFiniteError, TiltflowError
+    from tiltflow.flow import Flow
+    from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.model import Model, load
+    from tiltflow.run import Training, tune
+    from tiltflow.sampler import Sampling
+
+# Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
+_HOME = {
+    "AdjointMatching": "methods.adjoint_matching",
+    "Flow": "flow",
+    "InputError": "errors",
+    "Model": "model",
+    "NonFiniteError": "errors",
+    "Sampling": "sampler",
+    "TiltflowError": "errors",
+    "Training": "run",
+    "load": "model",
+    "tune": "run",
+}
+
+__all__ = [
+    "AdjointMatching",
+    "Flow",
+    "InputError",
+    "Model",
+    "NonFiniteError",
+    "Sampling",
+    "TiltflowError",
+    "Training",
+    "load",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tiltflow' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tiltflow.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

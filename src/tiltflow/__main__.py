@@ -1,0 +1,5 @@
+"""`python -m tiltflow`."""
+
+from tiltflow.cli import main
+
+main()

@@ -1,0 +1,395 @@
+"""The command line: parse, build, loop, write. Each command does what one function of the library does.
+
+With --json the last line on standard output is one JSON object and all else goes to standard error. Exit code 0 is
+success, 2 wrong input, 1 failure, 130 an interrupt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tiltflow import __version__
+from tiltflow.errors import InputError, TiltflowError, did_you_mean
+
+app = typer.Typer(
+    name="tiltflow",
+    help="Fine-tune flow-matching and diffusion models so that they sample [bold]p_base(x) exp(r(x) / beta)[/bold], "
+    "and see how close it came.\n\nStart with: [cyan]tiltflow train digits-even --output runs/even[/cyan]",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, checked like the recipe itself."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed; the same one gives the same run, bit for bit.", show_default="the recipe's")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the best there is.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    output: Output,
+    overrides: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a model toward a reward, and report how far it is from its target law.
+
+    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C saves.
+
+    [dim]tiltflow train digits-even --output runs/even[/dim]
+    [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
+    """
+    from tiltflow.recipe import find_recipe, read_recipe_tree
+    from tiltflow.run import Recipe, run
+    from tiltflow.settings import validate
+
+    path = find_recipe(recipe, "train")
+    settings = validate(Recipe, read_recipe_tree(path, _with_seed(overrides, seed)), recipe)
+    chosen = _device(device, threads)
+    console = _console(as_json)
+    if not quiet:
+        console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
+    with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
+        summary = run(settings, output, device=chosen, watch=watch)
+    _show_summary(console, summary, output)
+    _finish(as_json, summary)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run.")],
+    num_samples: Annotated[int | None, typer.Option(min=2, help="Samples of each model.", show_default="the recipe's")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
+
+    [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
+    """
+    from tiltflow.run import evaluate_run
+
+    console = _console(as_json)
+    chosen = _device(device, threads)
+    with _spinner(console, quiet, "sampling the base and the tuned model"):
+        summary = evaluate_run(folder, device=chosen, num_samples=num_samples)
+    _show_summary(console, summary, folder)
+    _finish(as_json, summary)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
+        "samples.png"
+    ),
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="How many.")] = 64,
+    solver: Annotated[
+        str | None, typer.Option(help="memoryless, ddpm, ddim, euler or heun.", show_default="the model's")
+    ] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.", show_default="the model's")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Sample a tuned model, or one of those that ship with tiltflow.
+
+    [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
+    [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
+    """
+    import numpy as np
+
+    from tiltflow.model import load
+    from tiltflow.plots import image_grid
+    from tiltflow.sampler import Sampling
+    from tiltflow.settings import validate
+
+    if output.suffix not in (".png", ".npz"):
+        raise InputError(f"--output {output}: must end in .png or .npz")
+    loaded = load(model, _device(device, threads))
+    is_image = len(loaded.event_shape) == 3 and loaded.event_shape[0] in (1, 3)
+    if output.suffix == ".png" and not is_image:
+        raise InputError(f"--output {output}: samples of shape {list(loaded.event_shape)} are no pictures; use .npz")
+    changes = {"solver": solver, "num_inference_steps": num_inference_steps}
+    tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
+    sampling = validate(Sampling, tree, "--solver" if solver else "sampling")
+    console = _console(as_json)
+    with _spinner(console, quiet, f"sampling {num_samples}"):
+        x = loaded.sample(num_samples, seed=seed, sampling=sampling)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".png":
+        image_grid(x, max(1, round(num_samples**0.5))).save(output)
+    else:
+        np.savez_compressed(output, samples=x.numpy())
+    if not quiet:
+        console.print(f"{num_samples} samples in {output}")
+    _finish(as_json, {"output": str(output), "num_samples": num_samples, "seed": seed, **sampling.model_dump()})
+
+
+@app.command()
+def verify(
+    problem: Annotated[str | None, typer.Argument(help="gaussian or mixture; leave it out for the list.")] = None,
+    method: Annotated[str, typer.Option(help="The method to verify.")] = "adjoint-matching",
+    overrides: Set = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="500")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a method on a problem with a known answer, and measure its distance to that answer.
+
+    Settings are those of the problem, the method and the run, by name or dotted name.
+
+    [dim]tiltflow verify mixture[/dim]
+    [dim]tiltflow verify gaussian --set dimension=10 --set quadratic=3 --set beta=0.5[/dim]
+    [dim]tiltflow verify mixture --set problem.scale=0.3 --set method.num_inference_steps=80 --iterations 1000[/dim]
+    """
+    from tiltflow.problems import PROBLEMS
+    from tiltflow.verify import read_verification
+    from tiltflow.verify import verify as run_verification
+
+    console = _console(as_json)
+    if problem is None:
+        descriptions = {name: (part.__doc__ or "").splitlines()[0] for name, part in PROBLEMS.items()}
+        _list(console, descriptions, "problem")
+        _finish(as_json, {"problems": descriptions})
+        return
+    if problem not in PROBLEMS:
+        raise InputError(f"there is no problem {problem!r}{did_you_mean(problem, PROBLEMS)}")
+    extra = [f"{key}={value}" for key, value in (("iterations", iterations), ("seed", seed)) if value is not None]
+    settings = read_verification(problem, method, [*(overrides or []), *extra])
+    _device("cpu", threads)
+    with _progress(console, quiet, settings.iterations, settings.train_batch_size) as watch:
+        result = run_verification(settings, watch)
+    _show_verification(console, result)
+    _finish(as_json, result)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A pretraining recipe of `tiltflow recipes`, or a .yaml file.")],
+    data: Annotated[Path, typer.Option(help="An .npz file with x_train, y_train, .. or a folder of images.")],
+    output: Output,
+    overrides: Set = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small flow, diffusion model or classifier from images. This is how the shipped ones were made.
+
+    [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
+    """
+    from tiltflow.pretrain import read_pretraining, run_pretraining
+
+    settings = read_pretraining(recipe, _with_seed(overrides, seed))
+    _device("cpu", threads)
+    console = _console(as_json)
+    with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
+        scores = run_pretraining(settings, data, output, name=recipe, watch=watch)
+    if not quiet:
+        _list(
+            console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"
+        )
+        console.print(f"model in {output}")
+    _finish(as_json, {"output": str(output), **scores})
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that ship with tiltflow, or print one, to copy and change.
+
+    [dim]tiltflow recipes digits-even > mine.yaml[/dim]
+    """
+    from tiltflow.recipe import shipped_recipes
+    from tiltflow.settings import read_yaml
+
+    files = {**shipped_recipes("train"), **shipped_recipes("pretrain")}
+    if name is not None:
+        if name not in files:
+            raise InputError(f"there is no recipe {name!r}{did_you_mean(name, files)}")
+        sys.stdout.write(files[name].read_text(encoding="utf-8"))
+        return
+    console = _console(as_json)
+    entries = [
+        {"name": key, "command": path.parent.name, "description": read_yaml(path).get("description", "")}
+        for key, path in files.items()
+    ]
+    _list(console, {f"{entry['command']} {entry['name']}": entry["description"] for entry in entries}, "recipe")
+    _finish(as_json, {"recipes": entries})
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors that a user can cause are one line."""
+    try:
+        app()
+    except TiltflowError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red bold]error:[/red bold] {escape(str(error))}")
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
+    return [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+
+
+def _device(name: str, threads: int | None) -> str:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch has no such device here; cpu always works") from None
+    return name
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json, highlight=False)
+
+
+def _finish(as_json: bool, result: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+@contextmanager
+def _spinner(console: Console, quiet: bool, text: str) -> Iterator[None]:
+    if quiet:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def _progress(console: Console, quiet: bool, total: int, batch: int) -> Iterator[Callable[[Any], None]]:
+    """A progress bar that is shown training records; without a terminal, a line for each tenth of the work."""
+    if quiet:
+        yield lambda record: None
+        return
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[stage]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("train", total=total, metrics="", stage="")
+
+        def watch(record: Any) -> None:
+            shown = record.metrics if hasattr(record, "metrics") else {"loss": record.loss}
+            parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
+            text = "  ".join([*parts, f"{record.step * batch / max(record.seconds, 1e-9):.0f} samples/s"])
+            stage = "left" if record.step < total else "now evaluating"
+            bar.update(task, completed=record.step, metrics=text, stage=stage)
+            if not console.is_terminal and record.step % max(total // 10, 1) == 0:
+                console.print(f"{record.step}/{total}  {text}  {record.seconds:.0f} s")
+
+        yield watch
+
+
+def _list(console: Console, rows: dict[str, str], title: str) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(title, no_wrap=True, style="cyan")
+    table.add_column("")
+    for key, text in rows.items():
+        table.add_row(escape(key), escape(text))
+    console.print(table)
+
+
+def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """The result of a run, in the order in which a person asks."""
+
+    def pm(key: str) -> str:
+        return f"{summary[key]:.3f} ± {summary[key + '_error']:.3f}"
+
+    rows = {
+        "reward, base": pm("reward_base"),
+        "reward, tuned": pm("reward_tuned"),
+        "reward, exact target": f"{pm('reward_target')}   (importance-weighted base)",
+    }
+    judge = summary["judge"]
+    if judge and "group" in judge:
+        group = judge["group"]
+        rows[f"judge sees {group['label']}"] = (
+            f"{group['base']:.1%} before, {group['tuned']:.1%} after; the target has {group['target']:.1%} ± {group['target_error']:.1%}"
+        )
+    rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
+    rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
+    rows["effective sample size"] = f"{summary['effective_sample_size']:.0f} of {summary['num_samples']}"
+    rows["time"] = f"{summary['seconds']:.0f} s training, {summary['seconds_total']:.0f} s in all"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, text in rows.items():
+        table.add_row(f"[bold]{escape(key)}[/bold]", text)
+    console.print(table)
+    if summary["effective_sample_size"] < 30:
+        console.print(
+            "[yellow]The effective sample size is below 30: the target is not known well; raise beta or num_samples.[/yellow]"
+        )
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _show_verification(console: Console, result: dict[str, Any]) -> None:
+    ratio = result["distance"] / result["floor"]
+    rows = {
+        "sliced W2 to the exact target": f"{result['distance']:.4f}   ({ratio:.2f} x the Monte-Carlo floor)",
+        "floor": f"{result['floor']:.4f} ± {result['floor_std']:.4f}",
+        "untuned base": f"{result['distance_base']:.4f}",
+        "sampled by the ODE": f"{result['distance_ode']:.4f}",
+        "exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})",
+        "mean reward": f"{result['reward']:.4f} ± {result['reward_error']:.4f}   (exact {result['reward_exact']:.4f})",
+        "relative error of the control": f"{result['control_error']:.1%}",
+        "path KL": f"{result['path_kl']:.4f}   (exact {result['path_kl_exact']:.4f})",
+        "cost": f"{result['seconds']:.0f} s, {result['evaluations_per_trajectory']:.0f} network evaluations per trajectory and iteration",
+    }
+    _list(console, rows, f"{result['method']} on {result['problem']}")

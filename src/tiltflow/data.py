@@ -1,0 +1,103 @@
+"""Image data sets from an .npz file or a folder of images."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from tiltflow.errors import InputError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images [count, channels, height, width] in [-1, 1], labels [count] (or None) and the names of the classes."""
+
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_images(path: Path, split: Literal["train", "test"] = "train") -> ImageData:
+    """Read one split of a data set.
+
+    An .npz file holds x_train, y_train, x_test, y_test: uint8 images [count, height, width] or [.., channels] and
+    integer labels. A folder holds images of one size, or train/ and test/ with such images; subfolders are classes.
+    Raises InputError if there is nothing readable.
+    """
+    if path.is_dir():
+        folder = path / split if (path / split).is_dir() else path
+        return _from_folder(folder)
+    if not path.exists():
+        raise InputError(f"{path}: no such data set; give an .npz file or a folder of images with --data")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in (f"x_{split}",) if key not in archive]
+            if missing:
+                raise InputError(f"{path}: holds {', '.join(archive.files)}, but no {missing[0]}")
+            images = archive[f"x_{split}"]
+            labels = archive[f"y_{split}"] if f"y_{split}" in archive else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable .npz file ({error})") from None
+    count = int(labels.max()) + 1 if labels is not None else 0
+    return ImageData(
+        _to_tensor(images, path),
+        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+        tuple(str(i) for i in range(count)),
+    )
+
+
+def _from_folder(folder: Path) -> ImageData:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
+    classes = sorted({f.parent.name for f in files}) if all(f.parent != folder for f in files) else []
+    arrays = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image if image.mode == "L" else image.convert("RGB")))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"{file}: not a readable image ({error})") from None
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise InputError(f"{folder}: images of different sizes or modes: {', '.join(map(str, sorted(shapes, key=str)[:3]))}")
+    labels = torch.tensor([classes.index(f.parent.name) for f in files]) if classes else None
+    return ImageData(_to_tensor(np.stack(arrays), folder), labels, tuple(classes))
+
+
+def _to_tensor(images: np.ndarray[Any, Any], where: Path) -> Tensor:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise InputError(
+            f"{where}: images must be uint8 [count, height, width] or [.., channels], got {images.dtype} {images.shape}"
+        )
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    tensor = tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2)
+    return tensor.float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] floats as uint8, values outside clipped."""
+    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def fingerprint(path: Path) -> str:
+    """First 8 hex digits of the file's sha256 (of all file names and sizes for a folder): says which data a model saw."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    else:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]

@@ -1,0 +1,33 @@
+"""Errors that a user can cause. The command line prints their message as one line; nothing else is shown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TiltflowError(Exception):
+    """Base of every error that tiltflow raises on purpose. Its message says what is wrong, where, and what would be right."""
+
+
+class InputError(TiltflowError):
+    """The user's input is wrong: a recipe, a name, a file, a reward of the wrong shape. Exit code 2."""
+
+
+class NonFiniteError(TiltflowError):
+    """A number that must be finite is not: training stops before the weights are touched. Exit code 1."""
+
+
+def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
+    """`", did you mean 'right'?"` for the nearest allowed name, the list of names if none is near.
+
+    >>> did_you_mean("mixtur", ["gaussian", "mixture"])
+    ", did you mean 'mixture'?"
+    >>> did_you_mean("x", ["gaussian", "mixture"])
+    '; known: gaussian, mixture'
+    """
+    names = sorted(allowed)
+    near = difflib.get_close_matches(wrong, names, n=1)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,183 @@
+"""Models on disk: `config.json` says what a network is and predicts, `model.safetensors` holds its weights, README.md is its card.
+
+The digit models that ship with the package are such folders, and so is the `model/` of every training run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flow import Flow
+from tiltflow.interpolant import Interpolant, Linear, PredictionType
+from tiltflow.plugins import part_of
+from tiltflow.sampler import Sampling, noise, sample
+from tiltflow.settings import Settings, validate
+from tiltflow.streams import stream
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ASSETS = Path(str(resources.files("tiltflow"))) / "assets"
+
+NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
+
+
+class FlowConfig(Settings):
+    """A generative model: a network, what it predicts, the path it was trained on, and the shape of one sample."""
+
+    kind: Literal["flow"] = "flow"
+    network: NetworkSettings
+    prediction: PredictionType = "velocity"
+    interpolant: Annotated[Interpolant, Field(discriminator="name")] = Linear()
+    event_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    sampling: Sampling = Sampling()
+    """How to sample it where nothing else is asked for."""
+
+
+class ClassifierConfig(Settings):
+    """A classifier: logits over `class_names` for an image in [-1, 1]."""
+
+    kind: Literal["classifier"] = "classifier"
+    network: NetworkSettings
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A generative model that can be sampled, tuned and saved: a flow, the shape of one sample, and how to sample it.
+
+    Any `network(x, time) -> prediction` can be one; only models with `network_settings` can be saved as a folder.
+
+    >>> Model(Flow(lambda x, time: -x), event_shape=(2,)).sample(5).shape
+    torch.Size([5, 2])
+    """
+
+    flow: Flow
+    event_shape: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    network_settings: Settings | None = None
+
+    @property
+    def device(self) -> torch.device:
+        network = self.flow.network
+        parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def start(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Starting points [num_samples, *event] at the model's noise end."""
+        return noise(self.flow, (num_samples, *self.event_shape), generator)
+
+    def sample(self, num_samples: int, *, seed: int = 0, sampling: Sampling | None = None, batch_size: int = 256) -> Tensor:
+        """[num_samples, *event] samples on the CPU. A sample depends on the seed, its number and `batch_size` alone."""
+        parts = []
+        for i, begin in enumerate(range(0, num_samples, batch_size)):
+            generator = stream(seed, "sample", i, device=self.device)
+            x = self.start(min(batch_size, num_samples - begin), generator)
+            parts.append(sample(self.flow, x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
+        return torch.cat(parts)
+
+    def save(self, folder: str | Path, card: str = "") -> None:
+        """Write the folder that `tiltflow.load` reads. Raises InputError for a network that tiltflow cannot describe."""
+        if self.network_settings is None or not isinstance(self.flow.network, nn.Module):
+            raise InputError("this model's network is not one of tiltflow's own; save its state_dict() instead")
+        config = FlowConfig(
+            network=self.network_settings,
+            prediction=self.flow.prediction,
+            interpolant=self.flow.interpolant,
+            event_shape=self.event_shape,
+            sampling=self.sampling,
+        )
+        save_model(Path(folder), config, self.flow.network, card)
+
+
+def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """A generative model: one that ships with tiltflow, a model folder, or the tuned model of a run folder.
+
+    Raises InputError if there is none, if it is a classifier, or if its files cannot be read.
+    """
+    folder = model_folder(name_or_path)
+    config = read_config(folder)
+    if not isinstance(config, FlowConfig):
+        raise InputError(f"{name_or_path}: is a classifier, a flow is needed here")
+    flow = Flow(_load_network(folder, config, device), config.prediction, config.interpolant)
+    return Model(flow, config.event_shape, config.sampling, config.network)
+
+
+def load_classifier(name_or_path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ClassifierConfig]:
+    """A classifier by shipped name or folder, and its config. Raises InputError as `load` does."""
+    folder = model_folder(name_or_path)
+    config = read_config(folder)
+    if not isinstance(config, ClassifierConfig):
+        raise InputError(f"{name_or_path}: is a flow, a classifier is needed here")
+    return _load_network(folder, config, device), config
+
+
+def shipped_models() -> list[str]:
+    """The names of the models inside the package."""
+    return sorted(folder.name for folder in ASSETS.iterdir() if (folder / CONFIG).exists())
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder of a shipped model by name, or of a model or run on disk. Raises InputError if there is none."""
+    path = Path(name_or_path)
+    candidates = [path, path / "model"] if len(path.parts) != 1 else [ASSETS / path, path, path / "model"]
+    for folder in candidates:
+        if (folder / CONFIG).exists():
+            return folder
+    if path.exists():
+        raise InputError(f"{path}: neither a model folder nor a run, it has no {CONFIG} and no model/{CONFIG}")
+    raise InputError(
+        f"there is no model {str(name_or_path)!r}{did_you_mean(str(name_or_path), shipped_models())}; or give a folder"
+    )
+
+
+def read_config(folder: Path) -> FlowConfig | ClassifierConfig:
+    """The checked `config.json` of a model folder."""
+    path = folder / CONFIG
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    match tree.get("kind") if isinstance(tree, dict) else None:
+        case "flow":
+            return validate(FlowConfig, tree, str(path))
+        case "classifier":
+            return validate(ClassifierConfig, tree, str(path))
+        case _:
+            raise InputError(f"{path}: needs kind: 'flow' or 'classifier'")
+
+
+def save_model(folder: Path, config: FlowConfig | ClassifierConfig, network: nn.Module, card: str) -> None:
+    """Write a model folder. The weights come last, so a folder with weights is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+    save_file({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, folder / WEIGHTS)
+
+
+def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:
+    network: nn.Module = config.network.build()
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read ({error})") from None
+    expected = network.state_dict()
+    for key in sorted(expected.keys() ^ weights.keys()):
+        raise InputError(
+            f"{path}: {'lacks' if key in expected else 'has an unexpected'} tensor {key!r}; is {CONFIG} the right one?"
+        )
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise InputError(f"{path}: {key!r} is {list(value.shape)}, {CONFIG} says {list(expected[key].shape)}")
+    network.load_state_dict(weights)
+    return network.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload, no-any-return]

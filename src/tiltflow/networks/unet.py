@@ -1,0 +1,87 @@
+"""A small U-Net for images, lean on CPUs: it works on 2x2 patches, adds its skips, and has no normalisation over the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from tiltflow.settings import Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Unet(Settings):
+    """Two resolutions: `blocks[0]` residual blocks of `channels[0]` at size / patch, `blocks[1]` of `channels[1]` at half that."""
+
+    name: Literal["unet"] = "unet"
+    image_channels: Count = 1
+    patch: Count = 2
+    channels: tuple[Count, Count] = (32, 96)
+    blocks: tuple[Count, Count] = (1, 3)
+    embedding: Count = 64
+    time_scale: Annotated[float, Field(gt=0)] = 1000.0
+    """What the network time is multiplied by before its sinusoidal embedding: 1000 for t in [0, 1], 1 for timesteps."""
+
+    def build(self) -> nn.Module:
+        return UnetModule(self)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; time enters as a scale and a shift between them."""
+
+    def __init__(self, channels: int, embedding: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))  # type: ignore[no-any-return]
+
+
+class UnetModule(nn.Module):
+    """(images [batch, image_channels, height, width], time [batch]) -> the shape of the images."""
+
+    def __init__(self, settings: Unet):
+        super().__init__()
+        (c1, c2), (n1, n2), width = settings.channels, settings.blocks, settings.embedding
+        pixels = settings.image_channels * settings.patch**2
+        self.settings = settings
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.enter = nn.Conv2d(pixels, c1, 3, padding=1)
+        self.down = nn.ModuleList(ResidualBlock(c1, width) for _ in range(n1))
+        self.shrink = nn.Conv2d(c1, c2, 2, stride=2)
+        self.middle = nn.ModuleList(ResidualBlock(c2, width) for _ in range(n2))
+        self.grow = nn.ConvTranspose2d(c2, c1, 2, stride=2)
+        self.up = nn.ModuleList(ResidualBlock(c1, width) for _ in range(n1))
+        self.leave = nn.Sequential(nn.GroupNorm(8, c1), nn.SiLU(), nn.Conv2d(c1, pixels, 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        embedding = self.time(sinusoids(time * self.settings.time_scale, self.settings.embedding))
+        h = self.enter(F.pixel_unshuffle(x, self.settings.patch).contiguous(memory_format=torch.channels_last))
+        for block in self.down:
+            h = block(h, embedding)
+        deep = self.shrink(h)
+        for block in self.middle:
+            deep = block(deep, embedding)
+        h = h + self.grow(deep)
+        for block in self.up:
+            h = block(h, embedding)
+        return F.pixel_shuffle(self.leave(h), self.settings.patch)
+
+
+def sinusoids(value: Tensor, width: int) -> Tensor:
+    """[batch] -> [batch, width]: cosines and sines of `value` at frequencies from 1 to 1 / 10000."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=value.device, dtype=value.dtype) * (-math.log(10000.0) / half))
+    angle = value[:, None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=1)

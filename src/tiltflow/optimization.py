@@ -1,0 +1,60 @@
+"""What every training loop here shares: the learning rate, the moving average of weights, and the refusal of bad numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.errors import NonFiniteError
+
+
+def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
+    """The factor on the learning rate at `step` in 1 .. total: linear up over `warmup` steps, then flat or a cosine to 0.
+
+    >>> [learning_rate_factor(step, warmup=2, total=6) for step in (1, 2, 4, 6)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if step <= warmup:
+        return step / warmup
+    if scheduler == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
+
+
+class WeightAverage:
+    """The exponential moving average of parameters, with the short memory at the start that keeps it unbiased."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Write the average into the parameters themselves."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], limit: float | None, step: int) -> float:
+    """Clip the gradients to a global norm of `limit` and return the norm before. Raises NonFiniteError if it is not finite."""
+    norm = nn.utils.clip_grad_norm_(list(parameters), limit if limit is not None else math.inf)
+    return finite(norm, "the gradient norm", step)
+
+
+def finite(value: Tensor | float, what: str, step: int) -> float:
+    """`value` as a float. Raises NonFiniteError, before the weights are touched, if it is NaN or infinite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise NonFiniteError(f"step {step}: {what} is {number}; the weights are as before this step")
+    return number

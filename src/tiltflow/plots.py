@@ -1,0 +1,174 @@
+"""Pictures: grids of images, and curves and histograms as SVG text. The same input gives the same bytes.
+
+The colours of an SVG are CSS variables with a fallback, so that it follows the light or dark theme of the page around it
+and still looks right as a file of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tiltflow.data import to_pixels
+
+COLOURS = {"ink": "#26303c", "soft": "#68737f", "line": "#dfe2e7", "base": "#a3adb8", "tuned": "#2f6fd0", "target": "#d9822b"}
+"""The CSS variable of each colour, and its value where the page does not set it."""
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": COLOURS["line"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["soft"],
+    "ytick.labelcolor": COLOURS["soft"],
+    "axes.labelcolor": COLOURS["soft"],
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: it takes the font of the page and can be searched
+    "svg.hashsalt": "tiltflow",
+}
+
+
+def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = 2, background: int = 128) -> Image.Image:
+    """Images [count, 1 or 3, height, width] in [-1, 1] row by row, each pixel `scale` wide, `padding` around each image.
+
+    Cells that no image fills have the grey level `background`, as the padding has.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must be [count, 1 or 3, height, width] with count > 0, got {list(images.shape)}")
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(f"columns and scale must be positive, padding not negative, got {columns}, {scale}, {padding}")
+    pixels = to_pixels(images).permute(0, 2, 3, 1).numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, channels = pixels.shape
+    rows, high, wide = math.ceil(count / columns), height + padding, width + padding
+    canvas = np.full((rows * high + padding, columns * wide + padding, channels), background, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = padding + i // columns * high, padding + i % columns * wide
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+
+
+def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("before", "after")) -> Image.Image:
+    """Two pictures of one height beside each other on white, each below its label."""
+    if before.height != after.height:
+        raise ValueError(f"the pictures must be of one height, got {before.height} and {after.height}")
+    size = max(14, before.width // 18)
+    gap, top = size, 2 * size
+    canvas = Image.new("RGB", (before.width + gap + after.width, top + before.height), "white")
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    for picture, label, left in ((before, labels[0], 0), (after, labels[1], before.width + gap)):
+        place = (left + picture.width / 2, top / 2)
+        ImageDraw.Draw(canvas).text(place, label, fill=COLOURS["ink"], font=font, anchor="mm")
+        canvas.paste(picture.convert("RGB"), (left, top))
+    return canvas
+
+
+def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, references: Mapping[str, float] | None = None) -> str:
+    """One panel for each key of the training records `rows`: the values, their running mean and, if there is a
+    `<key>_std` too, the spread. A reference is a dashed line: the value that the curve should reach."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(4.4 * len(keys), 2.2), layout="constrained")
+        for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+            _curve(axes, rows, key, (references or {}).get(key))
+        return _svg(figure)
+
+
+def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: float | None) -> None:
+    steps, values = _series(rows, key)
+    smooth = _running_mean(values)
+    spread_steps, spread = _series(rows, f"{key}_std")
+    if len(values) and np.array_equal(steps, spread_steps):
+        wide = _running_mean(spread)
+        axes.fill_between(steps, smooth - wide, smooth + wide, color=COLOURS["tuned"], alpha=0.12, linewidth=0)
+    axes.plot(steps, values, color=COLOURS["tuned"], alpha=0.4, linewidth=0.8)
+    axes.plot(steps, smooth, color=COLOURS["tuned"], linewidth=2)
+    if reference is not None:
+        axes.axhline(reference, color=COLOURS["target"], linewidth=1.6, linestyle=(0, (4, 3)))
+    if len(values) and values.min() > 0 and values.max() > 50 * values.min():
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("iteration")
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
+    axes.tick_params(length=0)
+    axes.margins(x=0.01)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, Any]:
+    """Steps and finite values of `key`, as far as the records have it."""
+    pairs = [(i + 1 if row.get("step") is None else row["step"], row.get(key)) for i, row in enumerate(rows)]
+    kept = [(step, value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
+    return np.array([step for step, _ in kept], float), np.array([value for _, value in kept], float)
+
+
+def _running_mean(values: Any) -> Any:
+    """Mean over a window of a twentieth of the curve, cut off at its ends."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    if not len(values):
+        return values
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def class_histogram(
+    base: Sequence[float],
+    tuned: Sequence[float],
+    target: Sequence[float],
+    target_error: Sequence[float] | None,
+    names: Sequence[str],
+) -> str:
+    """Share of each class under the base, the tuned model and the target law, the last with error bars."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(max(6.6, 0.66 * len(names)), 2.9), layout="constrained")
+        axes, places = figure.subplots(), np.arange(len(names))
+        for offset, label, heights in ((-0.27, "base", base), (0.0, "tuned", tuned), (0.27, "target", target)):
+            axes.bar(places + offset, 100 * np.asarray(heights, float), 0.25, color=COLOURS[label], label=label)
+        if target_error is not None:
+            bars = 100 * np.asarray(target_error, float)
+            axes.errorbar(
+                places + 0.27, 100 * np.asarray(target, float), bars, fmt="none", ecolor=COLOURS["ink"], elinewidth=1.4
+            )
+        crowded = sum(map(len, names)) > 8 * len(names)
+        turn: dict[str, Any] = {"rotation": 35, "ha": "right"} if crowded else {}
+        axes.set_xticks(places, names, parse_math=False, **turn)
+        axes.tick_params(length=0)
+        axes.tick_params(axis="x", labelcolor=COLOURS["ink"])
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter("{x:g}%")
+        axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1, handleheight=1)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element, without a date, comments or names that would clash with another one on the page."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text, not ours
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r"<!--.*?-->\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", text)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text

@@ -1,0 +1,55 @@
+"""Parts that a recipe names: `class-log-odds` under `rewards` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`.
+
+Adding a reward, a method or a network is adding that one file. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.settings import Settings, first_problem
+
+
+def names(package: str) -> list[str]:
+    """The names of the parts in `tiltflow.<package>`, in alphabetical order."""
+    path = importlib.import_module(f"tiltflow.{package}").__path__
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path))
+
+
+def find(package: str, name: str) -> type[Settings]:
+    """The settings class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
+    if name not in names(package):
+        raise InputError(f"there is no {package.removesuffix('s')} {name!r}{did_you_mean(name, names(package))}")
+    module = importlib.import_module(f"tiltflow.{package}.{name.replace('-', '_')}")
+    part: type[Settings] = getattr(module, "".join(word.capitalize() for word in name.split("-")))
+    return part
+
+
+def part_of(package: str) -> Callable[[Any], Any]:
+    """A pydantic validator: a name, or a mapping with a `name`, becomes the settings of that part."""
+
+    def build(value: Any) -> Any:
+        if isinstance(value, Settings):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError(f"needs a name; known: {', '.join(names(package))}")
+        try:
+            part = find(package, value["name"])
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        try:
+            return part.model_validate(value)
+        except ValidationError as error:
+            # keeps the full location of the problem: settings.first_problem puts this part's own before it
+            raise PydanticCustomError("part", "{problem}", {"problem": first_problem(part, error)}) from None
+
+    return build

@@ -1,0 +1,274 @@
+"""Pretraining: the small models that tiltflow ships, and yours of the same kind, from an .npz file or a folder of images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+
+from tiltflow.data import ImageData, fingerprint, load_images
+from tiltflow.errors import InputError
+from tiltflow.evaluation import frechet_distance
+from tiltflow.flow import Flow
+from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, interior, mixture_weights
+from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier, save_model
+from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
+from tiltflow.plugins import part_of
+from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.sampler import Sampling
+from tiltflow.settings import Settings, validate
+from tiltflow.streams import new_network, stream
+
+NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
+
+
+class Optimization(Settings):
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    max_train_steps: Annotated[int, Field(ge=1)] = 6000
+    train_batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class FlowPretraining(Settings):
+    """Regress the prediction of a generative model at a uniform time of the interpolant's own clock."""
+
+    task: Literal["flow"] = "flow"
+    description: str = ""
+    network: NetworkSettings
+    prediction: PredictionType = "velocity"
+    interpolant: Annotated[Interpolant, Field(discriminator="name")] = Linear()
+    training: Optimization = Optimization()
+    sampling: Sampling = Sampling()
+    """How the model is sampled where nothing else is asked for."""
+    judge: str | None = None
+    """A classifier whose features and classes score the samples on the card."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ClassifierPretraining(Settings):
+    """Cross-entropy on shifted and rescaled images, with label smoothing and additive noise so that gradients mean something."""
+
+    task: Literal["classifier"] = "classifier"
+    description: str = ""
+    network: NetworkSettings
+    training: Optimization = Optimization()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian noise of a standard deviation uniform in [0, noise] is added to each image."""
+    max_shift: Annotated[int, Field(ge=0)] = 2
+    """Images are shifted by up to this many pixels."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+Pretraining = FlowPretraining | ClassifierPretraining
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int
+    loss: float
+    seconds: float
+
+
+def pretrain(recipe: Pretraining, data: ImageData, network: nn.Module) -> Iterator[Progress]:
+    """Train `network` in place, one record per step. When the iterator ends, its weights are their moving average.
+
+    Raises NonFiniteError, before the weights are touched, if the loss is not finite.
+    """
+    training = recipe.training
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
+    )
+    average = WeightAverage(network.parameters(), training.ema_decay)
+    order, draws = stream(recipe.seed, "order"), stream(recipe.seed, "noise")
+    torch_state = torch.random.get_rng_state()  # dropout has no generator of its own: give it a seed, then put ours back
+    torch.manual_seed(stream(recipe.seed, "dropout").initial_seed())
+    network.requires_grad_(True).train()
+    began = time.perf_counter()
+    batches = _batches(len(data), training.train_batch_size, order)
+    for step in range(1, training.max_train_steps + 1):
+        factor = learning_rate_factor(step, warmup=training.lr_warmup_steps, total=training.max_train_steps)
+        optimizer.param_groups[0]["lr"] = training.learning_rate * factor
+        index = next(batches)
+        loss = (
+            flow_loss(recipe, network, data.images[index], draws)
+            if isinstance(recipe, FlowPretraining)
+            else classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
+        )
+        finite(loss, "the loss", step)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient_norm(network.parameters(), training.max_grad_norm, step)
+        optimizer.step()
+        average.update()
+        yield Progress(step, loss.item(), time.perf_counter() - began)
+    torch.random.set_rng_state(torch_state)
+    average.store()
+    network.requires_grad_(False).eval()
+
+
+def read_pretraining(recipe: str, overrides: Sequence[str]) -> Pretraining:
+    """A checked pretraining recipe, shipped or the user's own."""
+    tree = read_recipe_tree(find_recipe(recipe, "pretrain"), overrides)
+    match tree.get("task"):
+        case "flow":
+            return validate(FlowPretraining, tree, recipe)
+        case "classifier":
+            return validate(ClassifierPretraining, tree, recipe)
+        case other:
+            raise InputError(f"{recipe}: task must be 'flow' or 'classifier' (got {other!r})")
+
+
+def run_pretraining(
+    recipe: Pretraining, path: Path, folder: Path, *, name: str, watch: Callable[[Progress], None] = lambda progress: None
+) -> dict[str, Any]:
+    """Train on the data at `path` and write a model folder, card and scores included. Returns the scores.
+
+    Raises InputError, with nothing written, if the folder is occupied or the data do not fit.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    data = load_images(path, "train")
+    if isinstance(recipe, ClassifierPretraining) and data.labels is None:
+        raise InputError(f"{path}: has no labels to train a classifier on")
+    network = new_network(recipe.network, recipe.seed)
+    last = None
+    for last in pretrain(recipe, data, network):
+        watch(last)
+    assert last is not None
+    test = load_images(path, "test")
+    event_shape = tuple(data.images.shape[1:])
+    if isinstance(recipe, FlowPretraining):
+        model = Model(Flow(network, recipe.prediction, recipe.interpolant), event_shape, recipe.sampling, recipe.network)
+        scores = flow_scores(recipe, model, test)
+        config: FlowConfig | ClassifierConfig = FlowConfig(
+            network=recipe.network,
+            prediction=recipe.prediction,
+            interpolant=recipe.interpolant,
+            event_shape=event_shape,
+            sampling=recipe.sampling,
+        )
+    else:
+        scores = classifier_scores(network, test)
+        config = ClassifierConfig(network=recipe.network, class_names=data.class_names)
+    scores = {"training_loss": last.loss, **scores}
+    save_model(folder, config, network, card(recipe, name, path, len(data), network, last.seconds, scores))
+    return scores
+
+
+@torch.no_grad()
+def classifier_scores(network: nn.Module, test: ImageData) -> dict[str, Any]:
+    """Accuracy on the test split, clean and under Gaussian noise of standard deviation 0.3."""
+    labels, noise = _labels(test), stream(0, "test noise")
+    noisy = test.images + 0.3 * torch.randn(test.images.shape, generator=noise)
+    return {
+        key: float(
+            sum((network(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True))
+            / len(labels)
+        )
+        for key, images in (("test_accuracy", test.images), ("test_accuracy_noise_0.3", noisy))
+    }
+
+
+@torch.no_grad()
+def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[str, Any]:
+    """With a judge: how sure it is of 1,000 samples, their classes, and their Frechet distance to the test images in its features."""
+    if recipe.judge is None:
+        return {}
+    judge, config = load_classifier(recipe.judge)
+    scores: dict[str, Any] = {}
+    for solver in ("memoryless", "heun"):
+        x = model.sample(1000, sampling=Sampling(solver=solver, num_inference_steps=20))
+        probabilities, real = judge(x).softmax(1), test.images[:5000]
+        scores[f"judge_confidence_{solver}"] = probabilities.amax(1).mean().item()
+        scores[f"frechet_distance_{solver}"] = frechet_distance(_features(judge, x), _features(judge, real))
+        counts = probabilities.argmax(1).bincount(minlength=len(config.class_names))
+        scores[f"class_fractions_{solver}"] = [round(fraction, 3) for fraction in (counts / 1000).tolist()]
+    scores["judge_confidence_test"] = judge(test.images[:1000]).softmax(1).amax(1).mean().item()
+    scores["frechet_distance_test"] = frechet_distance(
+        _features(judge, test.images[5000:6000]), _features(judge, test.images[:5000])
+    )
+    return scores
+
+
+def _features(judge: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([judge.features(part) for part in images.split(500)])  # type: ignore[operator]
+
+
+def card(
+    recipe: Pretraining, name: str, path: Path, count: int, network: nn.Module, seconds: float, scores: dict[str, Any]
+) -> str:
+    """The model card: what it is, from which data and command, and what it scores."""
+    parameters = sum(p.numel() for p in network.parameters())
+    lines = [
+        f"# {name}",
+        "",
+        f"{recipe.description[:1].upper()}{recipe.description[1:]}.",
+        "",
+        f"- data: `{path.name}` (sha256 {fingerprint(path)}..), {count:,} training images",
+        f"- command: `tiltflow pretrain {name} --data {path.name} --output {name}`, seed {recipe.seed}",
+        f"- training: {recipe.training.max_train_steps:,} steps of {recipe.training.train_batch_size} images, {seconds / 60:.0f} minutes"
+        f" on {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        f"- network: {recipe.network.name}, {parameters:,} parameters",
+        "",
+        "| score | value |",
+        "|---|---|",
+        *(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |" for key, value in scores.items()),
+        "",
+        "Features and confidence are those of the `digits-judge` classifier; `_test` is the same measure on real test images.",
+        "",
+    ]
+    return "\n".join(lines if isinstance(recipe, FlowPretraining) else lines[:-2])
+
+
+def flow_loss(recipe: FlowPretraining, network: nn.Module, x1: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the network's own prediction, a x_1 + b x_0, at one uniform time per sample."""
+    s = interior(torch.rand(len(x1), generator=generator))
+    x0 = torch.randn(x1.shape, generator=generator)
+    c = recipe.interpolant(s.double())
+    a, b = mixture_weights(recipe.prediction, c)
+    x = expand(c.alpha, x1) * x1 + expand(c.beta, x1) * x0
+    target = expand(a, x1) * x1 + expand(b, x1) * x0
+    predicted: Tensor = network(x, recipe.interpolant.network_time(s))
+    return F.mse_loss(predicted, target)
+
+
+def classifier_loss(
+    recipe: ClassifierPretraining, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Cross-entropy on augmented images."""
+    most = recipe.max_shift
+    if most:
+        padded = F.pad(images, (most,) * 4, mode="replicate")
+        height, width = images.shape[-2:]
+        shifts = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
+        images = torch.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, shifts, strict=True)])
+    if recipe.noise:
+        level = torch.rand(len(images), 1, 1, 1, generator=generator) * recipe.noise
+        images = images + level * torch.randn(images.shape, generator=generator)
+    return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
+
+
+def _labels(data: ImageData) -> Tensor:
+    assert data.labels is not None
+    return data.labels
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of indices; each pass over the data is a new permutation."""
+    while True:
+        for index in torch.randperm(count, generator=generator).split(min(size, count)):
+            if len(index) == min(size, count):
+                yield index

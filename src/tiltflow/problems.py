@@ -1,0 +1,218 @@
+r"""Problems with known answers: Gaussian and Gaussian-mixture bases under linear and quadratic rewards.
+
+The base is the exact velocity field of a law p = sum_i w_i N(m_i, s_i^2 I) on the linear path, so no pretraining error
+hides the error of a method. The reward is r(x) = c.x - q |x|^2 / 2, whose tilt exp(r / beta) keeps p a Gaussian mixture:
+target law, optimal control and value function are closed forms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from tiltflow.interpolant import expand
+from tiltflow.settings import Settings
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Vector = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class QuadraticReward:
+    """r(x) = linear . x - quadratic |x|^2 / 2, for x [batch, dimension]."""
+
+    linear: Tensor
+    quadratic: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.linear.to(x) - self.quadratic / 2 * x.square().sum(1)
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """sum_i w_i N(m_i, s_i^2 I): log_weights [n] (normalised), means [n, dimension], variances [n], all float64."""
+
+    log_weights: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count, dimension] exact samples, float64."""
+        component = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[component] + self.variances[component, None].sqrt() * noise
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_weights.exp() @ self.means
+
+    def expectation(self, reward: QuadraticReward) -> float:
+        """E r(x), in closed form."""
+        squares = self.means.square().sum(1) + self.variances * self.means.shape[1]
+        values = self.means @ reward.linear.double() - reward.quadratic / 2 * squares
+        return float(self.log_weights.exp() @ values)
+
+    def log_partition(self, reward: QuadraticReward, beta: float) -> float:
+        """log E exp(r / beta)."""
+        return float(torch.logsumexp(self.log_weights + self._log_tilts(self.means, self.variances, reward, beta), 0))
+
+    def tilt(self, reward: QuadraticReward, beta: float) -> GaussianMixture:
+        """The law proportional to p exp(r / beta): again a mixture, s~^2 = 1 / (1/s^2 + q/beta), m~ = s~^2 (m/s^2 + c/beta)."""
+        variances = 1 / (1 / self.variances + reward.quadratic / beta)
+        means = variances[:, None] * (self.means / self.variances[:, None] + reward.linear.double() / beta)
+        log_weights = self.log_weights + self._log_tilts(self.means, self.variances, reward, beta)
+        return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, variances)
+
+    @staticmethod
+    def _log_tilts(means: Tensor, variances: Tensor, reward: QuadraticReward, beta: float) -> Tensor:
+        """log E exp(r / beta) under N(means, variances): [.., dimension] and [..] -> [..]."""
+        c, q, dimension = reward.linear.to(means) / beta, reward.quadratic / beta, means.shape[-1]
+        spread = 1 + q * variances
+        exponent = means @ c + c.square().sum() * variances / 2 - q * means.square().sum(-1) / 2
+        return exponent / spread - dimension / 2 * spread.log()
+
+    def _components_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The law of x_t: (log responsibilities of the components for x [batch, n], the time [batch or 1, 1], the components'
+        variances [batch or 1, n], and x minus their means [batch, n, dimension])."""
+        time = expand(t, x).reshape(-1, 1)
+        total = time**2 * self.variances.to(x) + (1 - time) ** 2
+        away = x[:, None] - time[..., None] * self.means.to(x)
+        log_density = -away.square().sum(2) / (2 * total) - x.shape[1] / 2 * total.log()
+        return torch.log_softmax(self.log_weights.to(x) + log_density, 1), time, total, away
+
+    def posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which component, and where its data point is, given x_t = x [batch, dimension] on the linear path at t [] or [batch].
+
+        Returns (log responsibilities [batch, n], means of x_1 [batch, n, dimension], variances of x_1 [batch or 1, n]).
+        """
+        log_responsibility, time, total, away = self._components_at(x, t)
+        means, variances = self.means.to(x), self.variances.to(x)
+        return log_responsibility, means + (time * variances / total)[..., None] * away, variances * (1 - time) ** 2 / total
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x_1 - x_0 | x_t = x] at t [] or [batch]: [batch, dimension], finite on all of [0, 1]."""
+        log_responsibility, time, total, away = self._components_at(x, t)
+        slope = (time * self.variances.to(x) - (1 - time)) / total
+        return (log_responsibility.exp()[..., None] * (self.means.to(x) + slope[..., None] * away)).sum(1)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) of the linear path: [batch, dimension], finite on all of [0, 1]."""
+        log_responsibility, _, total, away = self._components_at(x, t)
+        return -(log_responsibility.exp()[..., None] * away / total[..., None]).sum(1)
+
+    def value(self, x: Tensor, t: Tensor, reward: QuadraticReward, beta: float) -> Tensor:
+        """V(x, t) = -log E[exp(r(x_1) / beta) | x_t = x] (2409.08861, eq. 14): [batch]. The optimal control: -sigma grad V."""
+        log_responsibility, means, variances = self.posterior(x, t)
+        return -torch.logsumexp(log_responsibility + self._log_tilts(means, variances, reward, beta), 1)
+
+
+def optimal_control(base: GaussianMixture, target: GaussianMixture, x: Tensor, t: Tensor) -> Tensor:
+    """u* = (2 / sigma) (v* - v) with the memoryless sigma (2409.08861, eq. 26), at 0 < t < 1: [batch, dimension]."""
+    sigma = expand((2 * (1 - t) / t).sqrt(), x)
+    return 2 / sigma * (target.velocity(x, t) - base.velocity(x, t))
+
+
+def lean_propagator(variance: float, t: Tensor) -> Tensor:
+    """Phi(t) = t s^2 / (t^2 s^2 + (1 - t)^2): on a base N(m, s^2 I) the lean adjoint is a(t) = Phi(t) a(1)."""
+    return t * variance / (t**2 * variance + (1 - t) ** 2)
+
+
+class ExactVelocity(nn.Module):
+    """The velocity field of a mixture as a network without parameters."""
+
+    def __init__(self, law: GaussianMixture):
+        super().__init__()
+        self.law = law
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.law.velocity(x, time)
+
+
+class CorrectedVelocity(nn.Module):
+    """An exact velocity plus a learned correction, zero at the start."""
+
+    def __init__(self, base: nn.Module, correction: nn.Module):
+        super().__init__()
+        self.base, self.correction = base, correction
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.base(x, time) + self.correction(x, time)  # type: ignore[no-any-return]
+
+
+class Problem(Settings):
+    """A base law and a reward, posed by numbers."""
+
+    dimension: Annotated[int, Field(ge=1)] = 2
+    linear: Vector = 0.0
+    """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list."""
+    quadratic: NotNegative = 0.0
+    """q of the reward."""
+
+    def reward(self) -> QuadraticReward:
+        return QuadraticReward(_vector(self.linear, self.dimension), self.quadratic)
+
+    def base(self) -> GaussianMixture:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Problem:
+        for name in ("linear", "mean"):
+            value = getattr(self, name, 0.0)
+            if isinstance(value, tuple) and len(value) != self.dimension:
+                raise ValueError(f"{name} has {len(value)} numbers, dimension is {self.dimension}")
+        return self
+
+
+class Gaussian(Problem):
+    """A Gaussian base N(mean, scale^2 I) under a linear or quadratic reward."""
+
+    name: Literal["gaussian"] = "gaussian"
+    mean: Vector = 0.7
+    scale: Positive = 0.5
+    linear: Vector = 1.7
+    quadratic: NotNegative = 0.0
+
+    def base(self) -> GaussianMixture:
+        mean = _vector(self.mean, self.dimension)
+        return GaussianMixture(
+            torch.zeros(1, dtype=torch.float64), mean[None], torch.full((1,), self.scale**2, dtype=torch.float64)
+        )
+
+
+class Mixture(Problem):
+    """A ring of equal Gaussians in the first two coordinates, under a linear or quadratic reward."""
+
+    name: Literal["mixture"] = "mixture"
+    modes: Annotated[int, Field(ge=1)] = 8
+    radius: NotNegative = 2.0
+    scale: Positive = 0.6
+    """Standard deviation of each mode."""
+    linear: Vector = (1.0, 0.5)
+
+    @model_validator(mode="after")
+    def _check_dimension(self) -> Mixture:
+        if self.dimension < 2:
+            raise ValueError("a ring needs dimension 2 or more")
+        return self
+
+    def base(self) -> GaussianMixture:
+        angle = torch.arange(self.modes, dtype=torch.float64) * (2 * math.pi / self.modes)
+        means = torch.zeros(self.modes, self.dimension, dtype=torch.float64)
+        means[:, 0], means[:, 1] = self.radius * angle.cos(), self.radius * angle.sin()
+        equal = torch.full((self.modes,), -math.log(self.modes), dtype=torch.float64)
+        return GaussianMixture(equal, means, torch.full((self.modes,), self.scale**2, dtype=torch.float64))
+
+
+PROBLEMS: dict[str, type[Problem]] = {"gaussian": Gaussian, "mixture": Mixture}
+
+
+def _vector(value: Vector, dimension: int) -> Tensor:
+    if isinstance(value, tuple):
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.full((dimension,), value, dtype=torch.float64)

@@ -1,0 +1,42 @@
+"""Finding recipes: YAML files inside the package by name, or the user's own by path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.settings import apply_overrides, read_yaml
+
+Kind = Literal["train", "pretrain"]
+RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
+
+
+def shipped_recipes(kind: Kind) -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    return {path.stem: path for path in sorted((RECIPES / kind).glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str, kind: Kind) -> Path:
+    """The file of a shipped recipe, or the path of the user's own. Raises InputError, with the nearest name, if there is none."""
+    shipped = shipped_recipes(kind)
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if path.is_dir() and (path / "recipe.yaml").exists():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise InputError(f"{path}: no such file")
+    other: Kind = "pretrain" if kind == "train" else "train"
+    if name_or_path in shipped_recipes(other):
+        raise InputError(f"{name_or_path!r} is a recipe for `tiltflow {other}`")
+    raise InputError(f"there is no recipe {name_or_path!r}{did_you_mean(name_or_path, shipped)}; or give a .yaml file")
+
+
+def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings in a recipe file with `a.b=value` overrides applied, not yet validated."""
+    return apply_overrides(read_yaml(path), overrides)

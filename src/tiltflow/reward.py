@@ -1,0 +1,51 @@
+"""Rewards: functions of a sample, higher is better.
+
+A reward takes x [batch, *event] and returns [batch]: finite, one number per sample, no sample looking at its neighbours.
+Methods that need a gradient say so, and get it from autograd. A plain function is a reward.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import InputError, NonFiniteError
+
+
+class Reward(Protocol):
+    """x [batch, *event] -> [batch]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def evaluate(reward: Reward, x: Tensor) -> Tensor:
+    """`reward(x)`, checked. Raises InputError for a wrong shape or type, NonFiniteError for NaN or infinity."""
+    value = reward(x)
+    if not isinstance(value, Tensor):
+        raise InputError(f"the reward must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape[:1]:
+        raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
+    bad = (~torch.isfinite(value)).sum().item()
+    if bad:
+        raise NonFiniteError(f"the reward is not finite for {bad} of {len(x)} samples")
+    return value
+
+
+def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(r [batch], gradient of r with respect to x [batch, *event]), both detached and in float32 or better.
+
+    Raises InputError if the reward has no gradient, NonFiniteError if it is not finite.
+    """
+    with torch.enable_grad():
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+        value = evaluate(reward, x)
+        if not value.requires_grad:
+            raise InputError("the reward has no gradient with respect to the sample; adjoint-matching needs one")
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    if not torch.isfinite(gradient).all():
+        raise NonFiniteError("the gradient of the reward is not finite")
+    return value.detach(), gradient

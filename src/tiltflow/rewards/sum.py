@@ -1,0 +1,50 @@
+"""Several rewards at once: their weighted sum."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from tiltflow.plugins import part_of
+from tiltflow.reward import Reward, evaluate
+from tiltflow.settings import Settings
+
+
+class Term(Settings):
+    """One reward and what a unit of it is worth."""
+
+    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    weight: float = 1.0
+    """Units of the sum per unit of this reward; below 0 for a penalty."""
+
+
+class Sum(Settings):
+    """weight_1 r_1(x) + weight_2 r_2(x) + ...; differentiable if all its parts are."""
+
+    unit: ClassVar[str] = "weighted units"
+
+    name: Literal["sum"] = "sum"
+    rewards: Annotated[tuple[Term, ...], Field(min_length=1)]
+    """The terms, each with `reward` (a name, or a mapping with a name) and `weight`."""
+
+    @property
+    def description(self) -> str:
+        return " + ".join(f"{term.weight:g} {term.reward.name}" for term in self.rewards) + "; higher is better"
+
+    @property
+    def differentiable(self) -> bool:
+        return all(term.reward.differentiable for term in self.rewards)
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        parts = [(term.weight, term.reward.build(device)) for term in self.rewards]
+
+        def weighted_sum(x: Tensor) -> Tensor:
+            values = [weight * evaluate(part, x) for weight, part in parts]
+            total = torch.stack(values).sum(0)
+            # with one part constant to autograd, what it calls the gradient of the sum would be that of the others
+            return total if all(value.requires_grad for value in values) else total.detach()
+
+        return weighted_sum

@@ -1,0 +1,334 @@
+"""A training run: a recipe, the loop, and the one folder in which everything that it makes lies.
+
+recipe.yaml      the resolved recipe: `tiltflow train` on it repeats the run
+metrics.jsonl    one line per optimizer step
+model/           the tuned model, as `tiltflow.load` reads it
+base/            the base model, unless it ships with tiltflow
+before.png, after.png, summary.json, report.html      written by the evaluation, from the folder alone
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from tiltflow import __version__
+from tiltflow.errors import InputError
+from tiltflow.evaluation import (
+    Estimate,
+    ImportanceWeights,
+    histogram_distance,
+    mean_estimate,
+    one_hot,
+    reward_distance,
+    total_variation_floor,
+)
+from tiltflow.flow import base_of
+from tiltflow.model import ASSETS, Model, load, load_classifier, model_folder
+from tiltflow.plots import image_grid
+from tiltflow.plugins import part_of
+from tiltflow.report import write_report
+from tiltflow.reward import Reward, evaluate
+from tiltflow.sampler import Sampling
+from tiltflow.settings import Settings, read_yaml, validate
+from tiltflow.streams import stream
+from tiltflow.trainer import Record, train, trainable_copy
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Training(Settings):
+    """The loop; the optimizer's settings belong to the method."""
+
+    max_train_steps: Count = 100
+    train_batch_size: Count = 64
+    micro_batch_size: Count | None = None
+    """How many samples a network sees at once; changes the memory needed, not the result."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Evaluation(Settings):
+    """What is measured after training, on the base and the tuned model alike."""
+
+    num_samples: Annotated[int, Field(ge=2)] = 1024
+    batch_size: Count = 256
+    judge: str | None = None
+    """A classifier that was never part of the reward: its class histogram is compared with the target's."""
+    group: tuple[int, ...] = ()
+    """Classes of the judge to report together."""
+    grid: Count = 64
+    """Samples in the before and after pictures."""
+
+
+class Recipe(Settings):
+    """A training run, complete."""
+
+    description: str = ""
+    model: str
+    """A model that ships with tiltflow, or a model folder."""
+    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    training: Training = Training()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def tune(
+    model: Model,
+    reward: Reward,
+    method: Any,
+    training: Training | None = None,
+    *,
+    seed: int = 0,
+    watch: Callable[[Record], None] = lambda record: None,
+) -> Model:
+    """Fine-tune `model` toward p_base(x) exp(r(x) / beta).
+
+    Args:
+        reward: x [batch, *event] -> [batch], higher is better.
+        method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
+        watch: is shown every training record.
+
+    Returns a tuned copy, `model` being the base; a model with a peft adapter is its own base and is tuned in place.
+    """
+    tuned, records = steps(model, reward, method, training or Training(), seed=seed)
+    for record in records:
+        watch(record)
+    return tuned
+
+
+def steps(
+    model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
+) -> tuple[Model, Generator[Record, None, None]]:
+    """The model that is going to be tuned and the loop that does it, one record per optimizer step.
+
+    Whenever the loop is closed, the weights of the model are complete: as of the last step, or their moving average.
+    """
+    adapter = hasattr(model.flow.network, "disable_adapter")
+    tuned = model if adapter else replace(model, flow=trainable_copy(model.flow))
+    records = train(
+        tuned.flow,
+        base_of(model.flow) if adapter else model.flow,
+        method,
+        reward,
+        lambda generator: model.start(training.train_batch_size, generator),
+        max_train_steps=training.max_train_steps,
+        seed=seed,
+        start=model.flow.noise_time,
+        ema_decay=training.ema_decay,
+        micro_batch_size=training.micro_batch_size,
+    )
+    return tuned, records
+
+
+def run(
+    recipe: Recipe, folder: Path, *, device: str = "cpu", watch: Callable[[Record], None] = lambda record: None
+) -> dict[str, Any]:
+    """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary.
+
+    On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
+    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    base = load(recipe.model, device)
+    reward = build_reward(recipe, device)
+    evaluate(reward, base.start(2, stream(recipe.seed, "reward check", device=device)))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / "recipe.yaml", recipe)
+    source = model_folder(recipe.model)
+    if not source.is_relative_to(ASSETS):
+        shutil.copytree(source, folder / "base")
+    began = time.perf_counter()
+    tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+    try:
+        with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines, closing(records):
+            for record in records:
+                row = {
+                    "step": record.step,
+                    "seconds": round(record.seconds, 3),
+                    "network_evaluations": record.network_evaluations,
+                }
+                lines.write(json.dumps(row | record.metrics) + "\n")
+                lines.flush()
+                watch(record)
+    finally:
+        if (folder / "metrics.jsonl").stat().st_size:
+            tuned.save(folder / "model", model_card(recipe))
+    return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    num_samples: int | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Measure a finished (or interrupted) run from its folder alone; writes summary.json, the pictures and report.html."""
+    recipe = read_recipe(folder)
+    settings, beta = recipe.evaluation, recipe.method.beta
+    count = num_samples or settings.num_samples
+    base = load(folder / "base" if (folder / "base").exists() else recipe.model, device)
+    tuned = load(folder / "model", device)
+    reward = build_reward(recipe, device)
+    began = time.perf_counter()
+
+    x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+    x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+    r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))
+    weights = ImportanceWeights.from_rewards(r_base, beta)
+    target_mean, target_error = weights.mean(r_base)
+    generator = stream(recipe.seed, "bootstrap")
+    of_reward = reward_distance(r, r_base, weights, generator)
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary: dict[str, Any] = {
+        "tiltflow": __version__,
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "name": folder.name,
+        "description": recipe.description,
+        "model": recipe.model,
+        "method": recipe.method.name,
+        "beta": beta,
+        "target_law": "p_base(x) exp(r(x) / beta)",
+        "reward": recipe.reward.name,
+        "reward_description": recipe.reward.description,
+        "iterations": rows[-1]["step"],
+        "max_train_steps": recipe.training.max_train_steps,
+        "seed": recipe.seed,
+        "num_samples": count,
+        **_named("reward_base", mean_estimate(r_base)),
+        **_named("reward_tuned", mean_estimate(r)),
+        **_named("reward_target", Estimate(target_mean.item(), target_error.item())),
+        **_named("reward_distance", of_reward),
+        **_named("target_distance", of_reward),
+        "target_distance_base": reward_distance(r_base, r_base, weights, generator).value,
+        "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the importance-weighted base's",
+        "effective_sample_size": weights.effective_sample_size,
+        "judge": None,
+        "path_kl": rows[-1].get("path_kl"),
+        "seconds": rows[-1]["seconds"],
+        "network_evaluations": rows[-1]["network_evaluations"],
+    }
+    if settings.judge is not None:
+        summary |= judged(settings, x_base, x, weights, generator, device)
+    summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
+
+    if len(base.event_shape) == 3 and base.event_shape[0] in (1, 3):
+        columns = max(1, round(settings.grid**0.5))
+        for name, images in (("before.png", x_base), ("after.png", x)):
+            image_grid(images[: settings.grid], columns).save(folder / name)
+    write_json(folder / "summary.json", summary)
+    write_report(folder)
+    return summary
+
+
+def judged(
+    settings: Evaluation, x_base: Tensor, x: Tensor, weights: ImportanceWeights, generator: torch.Generator, device: str
+) -> dict[str, Any]:
+    """What an independent classifier sees: class histograms of base, tuned and target, and their total variation."""
+    assert settings.judge is not None
+    network, config = load_classifier(settings.judge, device)
+    classes = len(config.class_names)
+    if settings.group and max(settings.group) >= classes:
+        raise InputError(f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {classes - 1}")
+    with torch.no_grad():
+        p_base, p = (in_batches(lambda part: network(part).softmax(1), y, settings.batch_size, device) for y in (x_base, x))
+    labels_base, labels = p_base.argmax(1), p.argmax(1)
+    distance, ours, target = histogram_distance(labels, labels_base, weights, classes, generator)
+    base_distance, base_histogram, _ = histogram_distance(labels_base, labels_base, weights, classes, generator)
+    _, target_error = weights.mean(one_hot(labels_base, classes))
+    judge: dict[str, Any] = {
+        "model": settings.judge,
+        "class_names": list(config.class_names),
+        "base": base_histogram.tolist(),
+        "tuned": ours.tolist(),
+        "target": target.tolist(),
+        "target_error": target_error.tolist(),
+        "confidence_base": p_base.amax(1).mean().item(),
+        "confidence_tuned": p.amax(1).mean().item(),
+    }
+    if settings.group:
+        members = torch.tensor(settings.group)
+        in_group = torch.isin(labels, members).double()
+        group_target, group_error = weights.mean(torch.isin(labels_base, members).double())
+        judge["group"] = {
+            "label": ", ".join(config.class_names[i] for i in settings.group),
+            "base": torch.isin(labels_base, members).double().mean().item(),
+            **_named("tuned", mean_estimate(in_group)),
+            **_named("target", Estimate(group_target.item(), group_error.item())),
+        }
+    return {
+        **_named("target_distance", distance),
+        "target_distance_base": base_distance.value,
+        "target_distance_floor": total_variation_floor(target, len(labels), weights.effective_sample_size, generator),
+        "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
+        "judge": judge,
+    }
+
+
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, device: str) -> Tensor:
+    """`function` over x, a batch at a time on `device`; the results on the CPU, without gradients."""
+    return torch.cat([function(part.to(device)).detach().cpu() for part in x.split(size)])
+
+
+def build_reward(recipe: Recipe, device: str) -> Reward:
+    """The reward of a recipe. Raises InputError if the method needs a gradient that the reward does not have."""
+    if getattr(recipe.method, "needs_reward_gradient", False) and not recipe.reward.differentiable:
+        raise InputError(f"reward {recipe.reward.name!r} has no gradient, and method {recipe.method.name!r} needs one")
+    reward: Reward = recipe.reward.build(device)
+    return reward
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run. Raises InputError if `folder` is not a run with a tuned model."""
+    for needed in ("recipe.yaml", "model", "metrics.jsonl"):
+        if not (folder / needed).exists():
+            raise InputError(f"{folder}: not a run folder, it has no {needed}")
+    return validate(Recipe, read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+
+
+def model_card(recipe: Recipe) -> str:
+    """README.md of a tuned model."""
+    return (
+        f"# {recipe.model} tuned by {recipe.method.name}\n\n{recipe.description}\n\n"
+        f"Base: `{recipe.model}`. Reward: {recipe.reward.description} beta = {recipe.method.beta:g}, seed {recipe.seed}, "
+        f"up to {recipe.training.max_train_steps} steps. The complete recipe is `recipe.yaml` of the run.\n"
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write at once or not at all."""
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_yaml(path: Path, settings: Settings) -> None:
+    """Write at once or not at all."""
+    _write(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_error": estimate.standard_error}

@@ -1,0 +1,151 @@
+"""Settings: the base class of everything that a recipe can describe, and the strict reading of YAML into it.
+
+A typo, a wrong type or a value out of range is one line that names the key and what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tiltflow.errors import InputError, did_you_mean
+
+
+class Settings(BaseModel):
+    """Frozen, unknown keys forbidden. Construct it in Python, or from a recipe; both are checked alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its three traps: `1e-4` is a number, `no` and `on` are words, a repeated key is an error."""
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def _no_repeated_keys(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise InputError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+        seen.add(key)
+    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _no_repeated_keys)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of strict YAML. Raises InputError, naming `where`, if it is not valid."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader underneath
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError if the file is missing, unreadable or not a mapping."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a mapping of settings, got {type(content).__name__}")
+    return content
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work."""
+    result = _copy(tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {override}: must read key=value, for example method.learning_rate=1e-4")
+        *parents, last = key.strip().split(".")
+        node = result
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise InputError(f"--set {override}: {name!r} has no settings below it")
+            node = child
+        node[last] = parse_yaml(text, f"--set {key}")
+    return result
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def validate(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
+    """`tree` as an instance of `kind`. Raises InputError with one line for the first thing that is wrong."""
+    try:
+        return kind.model_validate(dict(tree))
+    except ValidationError as error:
+        raise InputError(f"{where}: {first_problem(kind, error)}") from None
+
+
+def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
+    """One line for the problem that most likely explains the others, with the dotted name of the setting."""
+    problems = error.errors(include_url=False)
+    # an unknown key is most often the cause of the other complaints
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        allowed = allowed_keys(kind, problem["loc"][:-1])
+        return f"{dotted} is not a setting{did_you_mean(location[-1], allowed)}"
+    if problem["type"] == "part":
+        return f"{dotted}.{problem['msg']}"
+    if problem["type"] == "missing":
+        return f"{dotted} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if problem["type"] in ("value_error", "assertion_error"):
+        return f"{dotted}: {message}" if dotted else message
+    hint = ""
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        hint = did_you_mean(problem["input"], re.findall(r"'([^']*)'", message)) if "did you mean" not in message else ""
+        hint = hint if hint.startswith(", did") else ""
+    return f"{dotted} must be {message}{hint} (got {problem['input']!r})"
+
+
+def allowed_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The names of the settings below `location` in `kind`, as far as its annotations tell."""
+    model: Any = kind
+    for part in location:
+        field = model.model_fields.get(str(part)) if _is_model(model) else None
+        if field is None:
+            continue
+        model = field.annotation if _is_model(field.annotation) else _models_in(field.annotation)
+        model = model[0] if isinstance(model, list) and model else model
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    return [part for part in getattr(annotation, "__args__", ()) if _is_model(part)]

@@ -1,0 +1,129 @@
+"""The training loop. It yields one record per optimizer step; printing, saving and stopping belong to the caller."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, VelocityField
+from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
+from tiltflow.reward import Reward
+from tiltflow.streams import stream
+
+
+class Method(Protocol):
+    """What the loop needs of a method; see `tiltflow.methods`."""
+
+    learning_rate: float
+    lr_scheduler: Any
+    lr_warmup_steps: int
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    max_grad_norm: float | None
+
+    def gradients(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        x: Tensor,
+        generator: torch.Generator,
+        state: dict[str, float],
+        *,
+        start: float,
+        micro_batch_size: int | None,
+    ) -> Iterator[dict[str, float]]: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimizer step: what the method measured before it, and what it cost so far."""
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    network_evaluations: int
+    """Samples that the tuned and the base network have been evaluated on, counted together."""
+
+
+def train(
+    tuned: Flow,
+    base: Flow | AdapterOff,
+    method: Method,
+    reward: Reward,
+    draw: Callable[[torch.Generator], Tensor],
+    *,
+    max_train_steps: int,
+    seed: int = 0,
+    start: float = 0.0,
+    ema_decay: float = 0.0,
+    micro_batch_size: int | None = None,
+) -> Generator[Record, None, None]:
+    """Tune the trainable parameters of `tuned` in place.
+
+    Args:
+        draw: starting points [batch, *event] at time `start`, from a generator.
+        ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
+            that average.
+
+    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite.
+    """
+    parameters = list(tuned.parameters())
+    if not parameters:
+        raise ValueError("the tuned network has no parameter that requires a gradient")
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=method.learning_rate,
+        betas=(method.adam_beta1, method.adam_beta2),
+        weight_decay=method.adam_weight_decay,
+    )
+    average = WeightAverage(parameters, ema_decay)
+    device, state, step, began = parameters[0].device, dict[str, float](), 0, time.perf_counter()
+    networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
+    try:
+        with CountEvaluations(*networks) as count:
+            while step < max_train_steps:
+                x = draw(stream(seed, "start", step, device=device))
+                updates = method.gradients(
+                    tuned,
+                    base,
+                    reward,
+                    x,
+                    stream(seed, "rollout", step, device=device),
+                    state,
+                    start=start,
+                    micro_batch_size=micro_batch_size,
+                )
+                for measured in updates:
+                    step += 1
+                    finite(measured["loss"], "the loss", step)
+                    norm = gradient_norm(parameters, method.max_grad_norm, step)
+                    factor = learning_rate_factor(
+                        step, warmup=method.lr_warmup_steps, total=max_train_steps, scheduler=method.lr_scheduler
+                    )
+                    optimizer.param_groups[0]["lr"] = method.learning_rate * factor
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    average.update()
+                    metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
+                    yield Record(step, metrics, time.perf_counter() - began, count.total)
+                    if step == max_train_steps:
+                        break
+    finally:
+        if ema_decay:
+            average.store()
+
+
+def trainable_copy(flow: Flow) -> Flow:
+    """`flow` with a copy of its network whose parameters all require gradients: full fine-tuning."""
+    network = copy.deepcopy(flow.network)
+    if isinstance(network, nn.Module):
+        network.requires_grad_(True)
+    return replace(flow, network=network)

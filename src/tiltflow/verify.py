@@ -1,0 +1,146 @@
+"""Verification: train a method on a problem whose answer is known, and say how far from it the result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.evaluation import distance_to_law, exact_w2, mean_estimate
+from tiltflow.flow import Flow
+from tiltflow.networks.mlp import Mlp
+from tiltflow.plugins import find, part_of
+from tiltflow.problems import PROBLEMS, CorrectedVelocity, ExactVelocity, Gaussian, GaussianMixture, Mixture, optimal_control
+from tiltflow.sampler import Sampling, sample, time_grid
+from tiltflow.settings import Settings, apply_overrides, validate
+from tiltflow.streams import new_network, stream
+from tiltflow.trainer import Record, train
+
+Count = Annotated[int, Field(ge=1)]
+
+# What suits problems of a few dimensions; the methods' own defaults suit large networks.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"adjoint-matching": {"learning_rate": 5e-3}}
+
+
+class Verification(Settings):
+    """What `tiltflow verify` runs. Every number can be set from the command line."""
+
+    problem: Annotated[Gaussian | Mixture, Field(discriminator="name")]
+    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    iterations: Count = 500
+    """Optimizer steps."""
+    train_batch_size: Count = 512
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    hidden: Count = 128
+    """Width of the learned correction to the exact velocity, a perceptron of `layers` layers."""
+    layers: Count = 3
+    sampling: Sampling = Sampling()
+    """How the tuned flow is sampled for the distances."""
+    num_samples: Annotated[int, Field(ge=100)] = 20_000
+    num_samples_w2: Annotated[int, Field(ge=100)] = 2_000
+    """Points for the exact Wasserstein distance, whose cost grows with their square."""
+    draws: Annotated[int, Field(ge=2)] = 10
+    """Exact samples behind each distance and each floor."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Verification:
+    """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method and the
+    sampling, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
+
+    Raises InputError for an unknown key, a wrong value or an unknown method.
+    """
+    parts = {"problem": PROBLEMS[problem], "method": find("methods", method), "sampling": Sampling}
+    tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **METHOD_DEFAULTS.get(method, {})}}
+    dotted = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        places = [name for name, part in parts.items() if key in part.model_fields]
+        if "." in key or key in Verification.model_fields:
+            dotted.append(override)
+        elif places:
+            dotted.append(f"{places[0]}.{override}")
+        else:
+            known = {*Verification.model_fields, *(field for part in parts.values() for field in part.model_fields)}
+            raise InputError(f"--set {override}: {key!r} is not a setting{did_you_mean(key, known)}")
+    return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
+
+
+def verify(settings: Verification, watch: Callable[[Record], None] = lambda record: None) -> dict[str, Any]:
+    """Train, then measure. `watch` is shown every training record.
+
+    Distances are 2-Wasserstein, in units of x, between `num_samples` samples of the memoryless SDE (or the solver asked
+    for) and as many exact samples of the target law; `floor` is the same between two exact samples.
+    """
+    problem, method = settings.problem, settings.method
+    law, reward = problem.base(), problem.reward()
+    target = law.tilt(reward, method.beta)
+    base = Flow(ExactVelocity(law))
+    correction = new_network(Mlp(dimension=problem.dimension, hidden=settings.hidden, layers=settings.layers), settings.seed)
+    tuned = Flow(CorrectedVelocity(ExactVelocity(law), correction))
+
+    def draw(generator: torch.Generator) -> Tensor:
+        return torch.randn(settings.train_batch_size, problem.dimension, generator=generator)
+
+    record = None
+    for record in train(
+        tuned, base, method, reward, draw, max_train_steps=settings.iterations, seed=settings.seed, ema_decay=settings.ema_decay
+    ):
+        watch(record)
+    assert record is not None
+
+    generator = stream(settings.seed, "evaluation")
+    noise = torch.randn(settings.num_samples, problem.dimension, generator=generator)
+    x_base = sample(base, noise, settings.sampling, generator)
+    x = sample(tuned, noise, settings.sampling, generator)
+    x_ode = sample(tuned, noise, Sampling(solver="heun", num_inference_steps=settings.sampling.num_inference_steps), generator)
+    small = settings.num_samples_w2
+    sliced = distance_to_law(x, target.sample, generator, draws=settings.draws)
+    w2 = distance_to_law(x[:small], target.sample, generator, distance=exact_w2, draws=min(settings.draws, 3))
+    mean = mean_estimate(reward(x))
+    return {
+        "problem": problem.name,
+        "method": method.name,
+        "distance": sliced.distance,
+        "floor": sliced.floor,
+        "floor_std": sliced.floor_std,
+        "distance_base": distance_to_law(x_base, target.sample, generator, draws=settings.draws).distance,
+        "distance_ode": distance_to_law(x_ode, target.sample, generator, draws=settings.draws).distance,
+        "w2": w2.distance,
+        "w2_floor": w2.floor,
+        "reward": mean.value,
+        "reward_error": mean.standard_error,
+        "reward_exact": target.expectation(reward),
+        "reward_base": law.expectation(reward),
+        "control_error": control_error(tuned, law, target, generator),
+        "loss": record.metrics["loss"],
+        "path_kl": record.metrics["path_kl"],
+        "path_kl_exact": target.expectation(reward) / method.beta - law.log_partition(reward, method.beta),
+        "iterations": settings.iterations,
+        "network_evaluations": record.network_evaluations,
+        "evaluations_per_trajectory": record.network_evaluations / (settings.iterations * settings.train_batch_size),
+        "seconds": record.seconds,
+        "seed": settings.seed,
+    }
+
+
+@torch.no_grad()
+def control_error(tuned: Flow, law: GaussianMixture, target: GaussianMixture, generator: torch.Generator) -> float:
+    """Relative error of the learned control, sqrt(E|u - u*|^2 / E|u*|^2), over the exact tilted process at 39 times.
+
+    The tilted process is memoryless, so x_t = t x_1 + (1 - t) x_0 with x_1 from the target and x_0 fresh noise is exact.
+    Absolute, not relative, where the optimal control is zero.
+    """
+    wrong, right = 0.0, 0.0
+    for t in time_grid(40)[1:-1]:
+        x1 = target.sample(2000, generator)
+        x = (t * x1 + (1 - t) * torch.randn(x1.shape, generator=generator, dtype=torch.float64)).float()
+        best = optimal_control(law, target, x, t)
+        learned = 2 / (2 * (1 - t) / t).sqrt().item() * (tuned(x, t) - law.velocity(x, t))
+        wrong += (learned - best).square().sum().item()
+        right += best.square().sum().item()
+    return float((wrong / right) ** 0.5) if right > 0 else float((wrong / (39 * 2000)) ** 0.5)
