@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -225,17 +226,11 @@ class LikeAnAdapter(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.base(x, time) + self.adapter(x, time) if self.enabled else self.base(x, time)
 
-    def disable_adapter(self) -> Any:
-        network = self
-
-        class Switch(nullcontext):  # type: ignore[type-arg]
-            def __enter__(self) -> None:
-                network.enabled = False
-
-            def __exit__(self, *error: object) -> None:
-                network.enabled = True
-
-        return Switch()
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        self.enabled = False
+        yield
+        self.enabled = True
 
 
 def test_adapter_off_is_the_base_without_a_copy(generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""tiltflow: fine-tune flow-matching and diffusion models so that they sample p_base(x) exp(r(x) / beta), and see how close it came.
+"""Fine-tune flow-matching and diffusion models so that they sample p_base(x) exp(r(x) / beta), and see how close it came.
 
 >>> import tiltflow
 >>> sorted(tiltflow.__all__)[:3]

@@ -43,11 +43,10 @@ def load_images(path: Path, split: Literal["train", "test"] = "train") -> ImageD
         raise InputError(f"{path}: no such data set; give an .npz file or a folder of images with --data")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in (f"x_{split}",) if key not in archive]
-            if missing:
-                raise InputError(f"{path}: holds {', '.join(archive.files)}, but no {missing[0]}")
+            if f"x_{split}" not in archive:
+                raise InputError(f"{path}: holds {', '.join(archive.files)}, but no x_{split}")
             images = archive[f"x_{split}"]
-            labels = archive[f"y_{split}"] if f"y_{split}" in archive else None
+            labels = archive.get(f"y_{split}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable .npz file ({error})") from None
     count = int(labels.max()) + 1 if labels is not None else 0

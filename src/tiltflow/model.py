@@ -1,4 +1,5 @@
-"""Models on disk: `config.json` says what a network is and predicts, `model.safetensors` holds its weights, README.md is its card.
+"""Models, in memory and on disk: config.json says what a network predicts, model.safetensors holds its weights, README.md is
+its card.
 
 The digit models that ship with the package are such folders, and so is the `model/` of every training run.
 """
@@ -6,7 +7,7 @@ The digit models that ship with the package are such folders, and so is the `mod
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,7 +64,7 @@ class Model:
 
     flow: Flow
     event_shape: tuple[int, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     network_settings: Settings | None = None
 
     @property

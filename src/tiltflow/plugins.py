@@ -1,4 +1,4 @@
-"""Parts that a recipe names: `class-log-odds` under `rewards` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`.
+"""Parts that a recipe names: reward `class-log-odds` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`.
 
 Adding a reward, a method or a network is adding that one file. Nothing is imported before it is asked for.
 """

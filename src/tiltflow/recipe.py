@@ -20,7 +20,7 @@ def shipped_recipes(kind: Kind) -> dict[str, Path]:
 
 
 def find_recipe(name_or_path: str, kind: Kind) -> Path:
-    """The file of a shipped recipe, or the path of the user's own. Raises InputError, with the nearest name, if there is none."""
+    """The file of a shipped recipe by name, or the user's own by path. Raises InputError if there is none."""
     shipped = shipped_recipes(kind)
     if name_or_path in shipped:
         return shipped[name_or_path]

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page, complete in itself, that says in words and pictures how close the run came to its aim.
 
-It is written from the files of the run folder alone. What a run did not measure is left out.
+It is written from the files of the run folder alone; what a run did not measure is left out. `report.html` beside this file is
+the look of the page, this file the words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -20,50 +22,51 @@ from tiltflow import plots
 from tiltflow.errors import InputError
 
 Tree = Mapping[str, Any]
+TEMPLATE = Path(__file__).with_suffix(".html")
 
 FEW = 30
-"""Below this effective sample size the importance-weighted target is a handful of samples, and its errors are too small."""
+"""Below this effective sample size the target law is known from a handful of samples, and its standard errors are too small."""
 
 CURVES = {
     "reward": (
         "Reward",
         "Mean reward of each training batch; the shade is the spread of single samples, the dashed line the target law's mean.",
-        "Rises and levels off at the dashed line. Below it: train longer. Far above it: the reward is followed too hard.",
+        "rises and levels off at the dashed line. Below it: train longer. Far above it: the reward is followed too hard.",
     ),
     "path_kl": (
         "Distance from the base",
         "How far the sampler has moved away from the base model's, in nats per sample (path KL).",
-        "Starts at 0, rises with the reward and settles. At the target law it equals KL(p* ‖ p_base).",
+        "starts at 0, rises with the reward and settles. At the target law it is the KL divergence of p* from p_base.",
     ),
     "loss": (
         "Loss",
         "What the optimizer lowers.",
-        "Falls, then stays above zero: the rest is noise in what it is fitted to, which no model can remove.",
+        "falls, then stays above zero: the rest is noise in what it is fitted to, which no model can remove.",
     ),
     "gradient_norm": (
         "Gradient norm",
         "Length of the gradient before it is clipped.",
-        "Noisy, but bounded. Growing spikes mean that the learning rate is too high.",
+        "noisy, but bounded. Growing spikes mean that the learning rate is too high.",
     ),
     "clipped": (
         "Clipped terms",
         "Share of the terms of the loss that are too large to be used.",
-        "Small, and falling: a clipped term teaches nothing.",
+        "small, and falling: a clipped term teaches nothing.",
     ),
 }
-"""Of each curve: its title, what it is, what to expect."""
+"""Of each training record's key: title, what it is, what to expect."""
 
 MEASURES = {
     "How close": {
-        "judge.group.base": ("Share of {group}, base", "How often the judge sees these classes in samples of the untouched model."),
+        "judge.group.base": ("Share of {group}, base", "How often the judge sees them in samples of the untouched model."),
         "judge.group.tuned": ("Share of {group}, tuned", "The same for the tuned model."),
-        "judge.group.target": ("Share of {group}, target", "The same under the target law, from importance-weighted base samples."),
+        "judge.group.target": ("Share of {group}, target", "The same under the target law, from weighted base samples."),
         "reward_base": ("Mean reward, base", "Mean of r over samples of the untouched model."),
         "reward_tuned": ("Mean reward, tuned", "Mean of r over samples of the tuned model, drawn afresh after training."),
         "reward_target": ("Mean reward, target", "Mean of r under the target law: neither less nor more is asked for."),
-        "target_distance": ("Distance to the target law", "Between tuned samples and the target law: {kind}."),
+        "target_distance": ("Distance to the target law", "{kind}."),
         "target_distance_base": ("Distance of the base", "The same for the untouched model: where the run began."),
-        "target_distance_floor": ("Floor", "The same between two exact samples of this size. Nothing can be measured to be closer."),
+        "target_distance_floor": ("Floor", "The same between two exact samples of this size. No model can be measured closer."),
         "reward_distance": (
             "Distance in reward",
             "Largest gap between the cumulative curves of r, tuned against target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
@@ -71,15 +74,24 @@ MEASURES = {
         "path_kl": ("Path KL", "How far the tuned sampler has moved away from the base sampler, in nats per sample."),
     },
     "How sure": {
-        "effective_sample_size": ("Effective sample size", "Equally weighted samples that would tell as much about the target law."),
+        "effective_sample_size": (
+            "Effective sample size",
+            "Samples of equal weight that would tell as much about the target law.",
+        ),
         "num_samples": ("Samples", "Drawn from each of the two models for this evaluation."),
-        "judge.confidence_base": ("Judge's confidence, base", "Mean probability that the judge gives to the class it decides for."),
-        "judge.confidence_tuned": ("Judge's confidence, tuned", "The same. A clear fall means samples that look less like the data."),
+        "judge.confidence_base": (
+            "Judge's confidence, base",
+            "Mean probability that the judge gives to the class it decides for.",
+        ),
+        "judge.confidence_tuned": (
+            "Judge's confidence, tuned",
+            "The same. A clear fall means samples that look less like the data.",
+        ),
     },
     "What it cost": {
         "seconds": ("Training time", "Wall-clock time of the training loop."),
         "seconds_total": ("Total time", "With loading, sampling and evaluation."),
-        "network_evaluations": ("Network evaluations", "Samples that the two networks were evaluated on in training, together."),
+        "network_evaluations": ("Network evaluations", "Samples that the two networks saw in training, counted together."),
         "evaluations_per_iteration": ("Evaluations per iteration", "The same for one step of the optimizer."),
         "iterations": ("Iterations", "Steps of the optimizer."),
     },
@@ -89,14 +101,14 @@ MEASURES = {
         "reward": ("Reward", "The r of the target law."),
         "beta": ("β", "Temperature, in units of reward: small follows the reward, large stays with the base."),
         "judge.model": ("Judge", "A classifier that was never part of the reward."),
-        "seed": ("Seed", "With the same seed, software and machine, the same run."),
+        "seed": ("Seed", "The same seed, software and machine give the same run."),
         "device": ("Device", "Where it ran."),
         "threads": ("Threads", "CPU threads that torch used."),
         "torch": ("torch", "Version."),
         "tiltflow": ("tiltflow", "Version."),
     },
 }
-"""Key of the summary (dotted into mappings): title, and what it is."""
+"""Of each key of the summary (dotted into its mappings): title, what it is."""
 
 TOLD_ELSEWHERE = {"name", "description", "reward_description", "target_law", "target_distance_kind"}
 
@@ -106,63 +118,123 @@ def write_report(folder: Path) -> Path:
 
     Raises InputError if summary.json cannot be read; any other file may be missing.
     """
-    summary = _read_summary(folder / "summary.json")
+    pictures = [folder / "before.png", folder / "after.png"]
     recipe = folder / "recipe.yaml"
-    html = render(
-        summary,
+    page = render(
+        _read_summary(folder / "summary.json"),
         _read_records(folder / "metrics.jsonl"),
-        pictures=[(folder / name).read_bytes() for name in ("before.png", "after.png") if (folder / name).exists()],
+        pictures=[path.read_bytes() for path in pictures if path.exists()],
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
-        name=folder.resolve().name,
+        folder=folder.resolve().name,
     )
     path, part = folder / "report.html", folder / "report.html.part"
-    part.write_text(html, encoding="utf-8")
+    part.write_text(page, encoding="utf-8")
     os.replace(part, path)
     return path
 
 
-def render(s: Tree, rows: Sequence[Tree], *, pictures: Sequence[bytes], recipe: str, name: str) -> str:
+def _read_summary(path: Path) -> Tree:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(summary, dict):
+        raise InputError(f"{path}: must be a mapping, got {type(summary).__name__}")
+    return summary
+
+
+def _read_records(path: Path) -> list[Tree]:
+    """The training records; a last line that an interruption cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def render(s: Tree, records: Sequence[Tree], *, pictures: Sequence[bytes], recipe: str, folder: str) -> str:
     """The page: from the summary, the training records, the before and after pictures (PNG) and the recipe of a run."""
+    name = str(s.get("name") or folder)
     sections = [
         _tiles(s),
         _pictures(pictures),
         _closeness(s),
         _histogram(s),
         _law(s),
-        _curves(s, rows),
+        _curves(s, records),
         _measures(s),
-        _commands(name),
+        _commands(folder),
         _section("The recipe", f"<pre>{escape(recipe)}</pre>") if recipe else "",
     ]
-    return Template(PAGE).substitute(
-        title=escape(str(s.get("name") or name)),
-        css=CSS,
-        script=SCRIPT,
+    facts = [name, *(str(s[key]) for key in ("model", "method") if s.get(key))]
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(name),
+        kicker=escape(" · ".join(facts)),
         headline=escape(headline(s)),
-        description=f'<p class="lede">{escape(str(s["description"]))}</p>' if s.get("description") else "",
+        description=f'<p class="lede">{escape(_sentence(s["description"]))}</p>' if s.get("description") else "",
         sections="\n".join(filter(None, sections)),
+        footer=escape(f"Written by tiltflow {s.get('tiltflow') or ''}".strip() + "."),
     )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before and after tuning, and what the target law says."""
+
+    subject: str
+    base: float | None
+    tuned: float
+    target: float | None
+    target_error: float | None
+    form: Callable[..., str]
+
+
+def _changes(s: Tree) -> list[Change]:
+    """The shares of the judge's group and the mean reward, as far as they were measured."""
+    changes = []
+    for stem, subject, form in (("judge.group.", _group(s), percent), ("reward_", "the mean reward", decimal)):
+        tuned = number(s, f"{stem}tuned")
+        if tuned is not None:
+            others = (number(s, stem + key) for key in ("target", "target_error"))
+            changes.append(Change(subject, number(s, f"{stem}base"), tuned, *others, form))
+    return changes
+
+
+def _group(s: Tree) -> str:
+    label, names = str(get(s, "judge.group.label") or "the judge's group"), get(s, "judge.class_names")
+    parts = label.split(", ")
+    if not isinstance(names, list) or not set(parts) <= set(map(str, names)):
+        return label
+    return f"class {label}" if len(parts) == 1 else f"classes {', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def headline(s: Tree) -> str:
     """The run in one sentence: the judge's group if there is one, else the mean reward."""
-    for key, subject, form in (("judge.group", _group(s), _percent), ("reward", "The mean reward", _decimal)):
-        base, tuned, target = (_number(s, _join(key, which)) for which in ("base", "tuned", "target"))
-        if base is not None and tuned is not None:
-            aim = f"; the target law asks for {form(target)}" if target is not None else ""
-            return f"{subject} went from {form(base)} to {form(tuned)}{aim}."
-    return f"What the run {s.get('name') or ''} measured".replace("  ", " ")
+    changes = _changes(s)
+    if not changes:
+        return f"A run of {s.get('method') or 'tiltflow'}"
+    c = changes[0]
+    change = f"is {c.form(c.tuned)}" if c.base is None else f"went from {c.form(c.base)} to {c.form(c.tuned)}"
+    return _sentence(
+        f"{c.subject} {change}" + (f"; the target law asks for {c.form(c.target)}" if c.target is not None else "")
+    )
 
 
 def verdict(s: Tree) -> tuple[str, str]:
     """("good", "fair" or "poor", one sentence) on the distance to the target law; two empty strings if it was not measured."""
-    distance, base, floor = (_number(s, f"target_distance{part}") for part in ("", "_base", "_floor"))
+    distance, base, floor = (number(s, f"target_distance{part}") for part in ("", "_base", "_floor"))
     if distance is None:
         return "", ""
-    slack, floor = 2 * (_number(s, "target_distance_error") or 0.0), floor or 0.0
+    floor, slack = floor or 0.0, 2 * (number(s, "target_distance_error") or 0.0)
+    if base is not None and base <= floor + slack:
+        return "fair", "This distance, at this sample size, cannot tell even the base model from the target law."
     if distance <= floor + slack:
         return "good", "At this sample size, the tuned model cannot be told from the target law."
-    if base is None or base <= floor:
+    if base is None:
         return "fair", "The tuned model can be told from the target law."
     if distance >= base - slack:
         return "poor", "The tuned model is not measurably closer to the target law than the base model."
@@ -172,29 +244,28 @@ def verdict(s: Tree) -> tuple[str, str]:
 
 def _tiles(s: Tree) -> str:
     tiles = []
-    for key, title, form in (("judge.group", _group(s), _percent), ("reward", "Mean reward", _decimal)):
-        base, tuned, target = (_number(s, _join(key, which)) for which in ("base", "tuned", "target"))
-        if tuned is not None:
-            change = f"<i>{form(base)} →</i> {form(tuned)}" if base is not None else form(tuned)
-            aim = form(target, _number(s, _join(key, "target_error"))) if target is not None else ""
-            tiles.append((title, change, f"target {aim}" if aim else ""))
-    if (distance := _number(s, "target_distance")) is not None:
-        base, floor = _number(s, "target_distance_base"), _number(s, "target_distance_floor")
-        change = f"<i>{_decimal(base)} →</i> {_decimal(distance)}" if base is not None else _decimal(distance)
-        tiles.append(("Distance to the target law", change, f"floor {_decimal(floor)}" if floor is not None else ""))
+    for c in _changes(s):
+        aim = f"target {c.form(c.target, c.target_error)}" if c.target is not None else ""
+        tiles.append((c.subject, _arrow(c.base, c.tuned, c.form), aim))
+    if (distance := number(s, "target_distance")) is not None:
+        title, change = "distance to the target law", _arrow(number(s, "target_distance_base"), distance, decimal)
+        tiles.append((title, change, _with(s, "target_distance_floor", "two exact samples: {}")))
     for key, title, note in (
-        ("effective_sample_size", "Effective sample size", "of {num_samples} base samples"),
-        ("path_kl", "Path KL from the base", "nats per sample"),
-        ("seconds", "Training time", "{iterations} iterations"),
+        ("effective_sample_size", "effective sample size", _with(s, "num_samples", "of {} base samples")),
+        ("path_kl", "path KL from the base", "nats per sample"),
+        ("seconds", "training time", _with(s, "iterations", "{} iterations")),
     ):
-        if _number(s, key) is not None:
-            filled = _fill(note, s)
-            tiles.append((title, _value(s, key), filled))
+        if number(s, key) is not None:
+            tiles.append((title, show(s, key), note))
     cells = "".join(
-        f'<div class="tile"><h3>{escape(title)}</h3><p class="big">{value}</p><p>{escape(note)}</p></div>'
+        f'<div class="tile"><h3>{escape(title[:1].upper() + title[1:])}</h3><p class="big">{value}</p><p>{note}</p></div>'
         for title, value, note in tiles
     )
     return f'<section class="tiles">{cells}</section>' if tiles else ""
+
+
+def _arrow(base: float | None, tuned: float, form: Callable[..., str]) -> str:
+    return form(tuned) if base is None else f"<i>{form(base)} →</i> {form(tuned)}"
 
 
 def _pictures(pictures: Sequence[bytes]) -> str:
@@ -202,32 +273,37 @@ def _pictures(pictures: Sequence[bytes]) -> str:
         return ""
     shown = "".join(
         f'<figure class="{name}"><img src="data:image/png;base64,{base64.b64encode(data).decode()}" '
-        f'alt="A grid of samples {name} tuning"><figcaption>{name}</figcaption></figure>'
+        f'alt="Grid of samples {name} tuning"><figcaption>{name}</figcaption></figure>'
         for name, data in zip(("before", "after"), pictures, strict=True)
     )
     return _section(
         "Before and after",
         f'<div class="compare">{shown}<span class="handle"></span>'
-        '<input type="range" min="0" max="100" value="50" step="1" autocomplete="off" hidden '
+        '<input type="range" min="0" max="100" value="50" autocomplete="off" hidden '
         'aria-label="How much of the picture shows the samples before tuning"></div>',
-        "Same cell, same starting noise: what changed in a cell is what the tuning did.",
+        "The same cell has the same starting noise: what changed in it is what the tuning did.",
     )
 
 
 def _closeness(s: Tree) -> str:
-    """The verdict, the numbers behind it on a scale, and whether the mean reward agrees."""
-    tone, sentence = verdict(s)
-    distance, base, floor = (_number(s, f"target_distance{part}") for part in ("", "_base", "_floor"))
+    """The verdict and the numbers behind it, in words and on a scale; whether the mean reward agrees; how sure all that is."""
+    (tone, sentence), (distance, base, floor) = verdict(s), (number(s, f"target_distance{x}") for x in ("", "_base", "_floor"))
     parts = []
     if distance is not None:
         parts.append(f'<p class="verdict {tone}">{sentence}</p>')
-        said = [f"<b>{_decimal(distance, _number(s, 'target_distance_error'))}</b> for the tuned model"]
-        said += [f"{_decimal(base)} for the base model"] if base is not None else []
-        said += [f"two exact samples of this size differ by {_decimal(floor)}"] if floor is not None else []
-        kind = f" The distance is the {escape(str(s['target_distance_kind']))}." if s.get("target_distance_kind") else ""
-        parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal in this measure, not equal in every respect.</p>")
+        said = [f"The distance is <b>{decimal(distance, number(s, 'target_distance_error'))}</b>"]
+        said += [f"the base model began at {decimal(base)}"] if base is not None else []
+        said += [f"two exact samples of this size differ by {decimal(floor)}"] if floor is not None else []
+        kind = f" It is the {escape(str(s['target_distance_kind']))}." if s.get("target_distance_kind") else ""
+        parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal by this measure, not equal in every respect.</p>")
         parts.append(_scale(distance, base, floor) if base else "")
     parts.append(_reward_agrees(s))
+    size = number(s, "effective_sample_size")
+    if size is not None and size < FEW:
+        parts.append(
+            f'<p class="warning"><b>Only {decimal(size)} effective samples.</b> Every number of the target law is rough here, '
+            f"and its standard error too small. Below {FEW}, evaluate with more samples or choose a larger β.</p>"
+        )
     return _section("How close to the target law?", "".join(parts)) if any(parts) else ""
 
 
@@ -235,121 +311,195 @@ def _scale(tuned: float, base: float, floor: float | None) -> str:
     longest = 1.04 * max(tuned, base, floor or 0.0)
     marks = "".join(
         f'<span class="mark {name}{" left" if value > longest / 2 else ""}" style="left:{100 * value / longest:.2f}%">'
-        f"<b>{label} {_decimal(value)}</b></span>"
+        f"<b>{label} {decimal(value)}</b></span>"
         for name, label, value in (("base", "base", base), ("floor", "exact sample", floor), ("tuned", "tuned", tuned))
         if value is not None
     )
-    return f'<div class="scale" aria-hidden="true">{marks}<span class="end">0 = target law</span></div>'
+    return f'<div class="scale" aria-hidden="true">{marks}</div>'
 
 
 def _reward_agrees(s: Tree) -> str:
-    tuned, target = _number(s, "reward_tuned"), _number(s, "reward_target")
+    tuned, target = number(s, "reward_tuned"), number(s, "reward_target")
     if tuned is None or target is None:
         return ""
-    errors = [_number(s, f"reward_{which}_error") for which in ("tuned", "target")]
-    both = f"{_decimal(tuned, errors[0])} against {_decimal(target, errors[1])} under the target law"
-    if None in errors:
-        return f"<p>Mean reward: {both}.</p>"
-    if abs(tuned - target) <= 2 * math.hypot(*(e for e in errors if e is not None)):
+    errors = [number(s, f"reward_{which}_error") or 0.0 for which in ("tuned", "target")]
+    both = f"{decimal(tuned, errors[0])} against {decimal(target, errors[1])} under the target law"
+    if abs(tuned - target) <= 2 * math.hypot(*errors):
         return f"<p>The mean reward agrees, within two standard errors: {both}.</p>"
-    says = "lower: the tuning stopped short" if tuned < target else "higher: the tuning went further than asked"
+    says = "lower, the tuning stopped short" if tuned < target else "higher, the tuning went further than asked"
     return f"<p>The mean reward is measurably {says}: {both}.</p>"
 
 
 def _histogram(s: Tree) -> str:
-    judge = s.get("judge") or {}
-    lists = [judge.get(key) for key in ("base", "tuned", "target", "class_names")]
-    if not all(isinstance(part, list) and part and len(part) == len(lists[0] or ()) for part in lists):
+    base, tuned, target, names, error = (
+        get(s, f"judge.{key}") or [] for key in ("base", "tuned", "target", "class_names", "target_error")
+    )
+    if not names or not len(base) == len(tuned) == len(target) == len(names):
         return ""
-    base, tuned, target, names = (part or [] for part in lists)
-    error = judge.get("target_error")
-    svg = plots.class_histogram(base, tuned, target, error if error and len(error) == len(names) else None, list(map(str, names)))
-    note = "A second classifier, the judge, was never part of the reward. This is what it sees; bars show one standard error."
-    before, after = _number(s, "judge.confidence_base"), _number(s, "judge.confidence_tuned")
+    svg = plots.class_histogram(base, tuned, target, error if len(error) == len(names) else None, [str(name) for name in names])
+    before, after = number(s, "judge.confidence_base"), number(s, "judge.confidence_tuned")
     sure = ""
     if before is not None and after is not None:
-        fell = " A fall like this one often means samples that look less like the data." if after < before - 0.05 else ""
-        sure = f"<p>It is {_percent(after)} sure of the tuned samples and was {_percent(before)} sure of the base ones.{fell}</p>"
-    return _section("What the judge sees", f'<div class="plot" role="img" aria-label="Share of each class">{svg}</div>{sure}', note)
+        fell = " A fall like this often means samples that look less like the data." if after < before - 0.05 else ""
+        sure = f"<p>It is {percent(after)} sure of the tuned samples; of the base samples it was {percent(before)}.{fell}</p>"
+    note = "The judge is a classifier that was never part of the reward. Error bars are one standard error."
+    return _section("What the judge sees", _plot(svg, "Share of each class", "alone") + sure, note)
 
 
 def _law(s: Tree) -> str:
     if not s.get("target_law"):
         return ""
-    law = escape(str(s["target_law"]))
-    for plain, pretty in (("p_base", "p<sub>base</sub>"), ("beta", "β"), ("exp(", "exp("), ("r(x)/β", "r(x) / β")):
-        law = law.replace(plain, pretty)
+    law = escape(str(s["target_law"])).replace("p_base", "p<sub>base</sub>").replace("beta", "β")
     reward = ": ".join(escape(str(s[key])) for key in ("reward", "reward_description") if s.get(key))
-    terms = [("p<sub>base</sub>", f"the law of the base model{_named(s, 'model')}. Where it puts nothing, nothing can appear.")]
-    terms += [("r(x)", f"the reward of a sample. {reward}")] if reward else []
-    terms += [("β", "")] if False else []
-    if (beta := _number(s, "beta")) is not None:
-        terms.append((f"β = {_decimal(beta)}", f"the price: {_decimal(beta)} more reward makes a sample e ≈ 2.7 times as likely."))
-    terms.append(("p*", "keeps variety: samples of equal reward stay as likely, to each other, as they were in the base model."))
-    listed = "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in terms)
-    return _section("What the run aims at", f'<p class="formula">p*(x) &nbsp;∝&nbsp; {law}</p><dl>{listed}</dl>{_weights(s)}')
-
-
-def _weights(s: Tree) -> str:
-    size = _number(s, "effective_sample_size")
-    if size is None:
-        return ""
-    of, worth = _fill("{num_samples} ", s), _decimal(size)
-    text = (
-        f"<p>The target law cannot be sampled directly. {of}base samples stand for it, each with a weight proportional to "
-        f"exp(r / β). A few weigh much, most little: together they tell as much as <b>{worth}</b> samples of equal weight would, "
-        "the effective sample size.</p>"
-    )
-    if size >= FEW:
-        return text
-    return text + (
-        f'<p class="warning" role="note"><b>Only {worth} effective samples.</b> Every number here that says “target” is rough, and '
-        f"its standard error too small. Below {FEW}, evaluate with more samples, or choose a larger β.</p>"
-    )
-
-
-def _curves(s: Tree, rows: Sequence[Tree]) -> str:
-    cards = []
-    target = _number(s, "reward_target")
-    for key, (title, meaning, expect) in CURVES.items():
-        if not any(_number(row, key) for row in rows):  # not measured, or zero throughout
-            continue
-        svg = plots.curves(rows, [key], references={"reward": target} if target is not None else None)
-        cards.append(
-            f'<figure class="card"><h3>{title}</h3><div class="plot" role="img" aria-label="Curve: {title}">{svg}</div>'
-            f"<figcaption>{meaning}<br><b>Expect:</b> {expect}</figcaption></figure>"
+    model = f", {escape(str(s['model']))}" if s.get("model") else ""
+    terms = [("p<sub>base</sub>", f"the law of the base model{model}. What it never makes, the target never asks for.")]
+    terms += [("r(x)", f"the reward of a sample, {_sentence(reward)}")] if reward else []
+    if (beta := number(s, "beta")) is not None:
+        terms.append(
+            (f"β = {beta:g}", f"the exchange rate: {beta:g} more reward makes a sample e ≈ 2.7 times as likely as before.")
         )
-    note = "Thin: each iteration. Bold: running mean."
-    return _section("How the training went", f'<div class="cards">{"".join(cards)}</div>', note) if cards else ""
+    terms.append(("p*", "keeps the variety: samples of equal reward are as likely, to one another, as they were before."))
+    listed = "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in terms)
+    size, weights = number(s, "effective_sample_size"), ""
+    if size is not None:
+        weights = (
+            f"<p>The target law cannot be sampled directly. Base samples{_with(s, 'num_samples', ', {} of them,')} stand for it, "
+            "each with its weight exp(r(x)/β). The weights are uneven; together the samples tell as much as "
+            f"<b>{decimal(size)}</b> of equal weight would: the effective sample size.</p>"
+        )
+    return _section("What the run aims at", f'<p class="formula">p*(x) ∝ {law}</p><dl>{listed}</dl>{weights}')
+
+
+def _curves(s: Tree, records: Sequence[Tree]) -> str:
+    target = number(s, "reward_target")
+    references = {} if target is None else {"reward": target}
+    cards = "".join(
+        f'<figure class="card"><h3>{title}</h3>{_plot(plots.curves(records, [key], references=references), title)}'
+        f"<figcaption>{meaning} <b>Expect:</b> {expect}</figcaption></figure>"
+        for key, (title, meaning, expect) in CURVES.items()
+        if any(number(record, key) for record in records)  # measured, and not zero throughout
+    )
+    note = "Thin: each iteration. Bold: the running mean."
+    return _section("How the training went", f'<div class="cards">{cards}</div>', note) if cards else ""
 
 
 def _measures(s: Tree) -> str:
     known = {key for measures in MEASURES.values() for key in measures}
-    rest = {key: (key, "") for key in s if key not in known | TOLD_ELSEWHERE and key.removesuffix("_error") not in known}
-    kind = str(s.get("target_distance_kind") or "see the recipe")
+    rest = {key: (key, "") for key in s if key.removesuffix("_error") not in known and key not in TOLD_ELSEWHERE}
+    words = {"{group}": _group(s), "{kind}": str(s.get("target_distance_kind") or "between tuned samples and the target law")}
     bodies = []
     for heading, measures in {**MEASURES, "Also measured": rest}.items():
-        lines = "".join(
-            f"<tr><th>{escape(title.format(group=_group(s).lower()) if meaning else title)}</th>"
-            f"<td>{_value(s, key)}</td><td>{escape(meaning.replace('{kind}', kind))}</td></tr>"
-            for key, (title, meaning) in measures.items()
-            if _value(s, key)
+        rows = "".join(
+            f'<tr><th>{_filled(title, words)}</th><td class="value">{value}</td><td class="what">{_filled(what, words)}</td></tr>'
+            for key, (title, what) in measures.items()
+            if (value := show(s, key))
         )
-        bodies.append(f'<tbody><tr><th colspan="3" class="group">{heading}</th></tr>{lines}</tbody>' if lines else "")
-    return _section("Everything measured", f"<table>{''.join(bodies)}</table>", "After ± is one standard error.")
+        bodies.append(f'<tbody><tr><th colspan="3" class="group">{heading}</th></tr>{rows}</tbody>' if rows else "")
+    return _section("Everything measured", f"<table>{''.join(bodies)}</table>", "After ± stands one standard error.")
 
 
-def _commands(name: str) -> str:
-    run = shlex.quote(name)
-    lines = [
-        ("new samples", f"tiltflow sample {run}"),
-        ("measure it again", f"tiltflow evaluate {run}"),
-        ("train it again", f"tiltflow train {run}/recipe.yaml"),
-        ("in Python", f"model = tiltflow.load({name!r})"),
-    ]
-    listed = "".join(f"<dt>{what}</dt><dd><code>{escape(command)}</code></dd>" for what, command in lines)
-    return _section("Use it", f'<dl class="commands">{listed}</dl>', "From the folder above this run's.")
+def _commands(folder: str) -> str:
+    run = shlex.quote(folder)
+    commands = {
+        "new samples": f"tiltflow sample {run}",
+        "measure it again": f"tiltflow evaluate {run}",
+        "train it again": f"tiltflow train {shlex.quote(folder + '/recipe.yaml')}",
+        "in Python": f"model = tiltflow.load({folder!r})",
+    }
+    listed = "".join(f"<dt>{what}</dt><dd><code>{escape(command)}</code></dd>" for what, command in commands.items())
+    return _section("Use it", f'<dl class="commands">{listed}</dl>', "From the folder that holds this run's folder:")
 
 
 def _section(title: str, body: str, note: str = "") -> str:
-    return f"<section><h2>{title}</h2>{f'<p class=note>{note}</p>' if note else ''}{body}</section>"
+    noted = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{title}</h2>{noted}{body}</section>"
+
+
+def _plot(svg: str, label: str, kind: str = "") -> str:
+    return f'<div class="plot {kind}" role="img" aria-label="{escape(label)}">{svg}</div>'
+
+
+def _sentence(text: object) -> str:
+    words = str(text).strip()
+    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
+
+
+def _with(s: Tree, key: str, words: str) -> str:
+    """`words` around the value of `key`, nothing if it was not measured."""
+    return words.format(value) if (value := show(s, key)) else ""
+
+
+def _filled(text: str, words: Mapping[str, str]) -> str:
+    for place, word in words.items():
+        text = text.replace(place, word)
+    return escape(text[:1].upper() + text[1:])
+
+
+def get(s: Tree, key: str) -> Any:
+    """The value at a dotted key, None if there is none.
+
+    >>> get({"judge": {"model": "digits-judge"}}, "judge.model"), get({"judge": None}, "judge.model")
+    ('digits-judge', None)
+    """
+    value: Any = s
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def number(s: Tree, key: str) -> float | None:
+    """The finite number at a dotted key, None if there is none."""
+    value = get(s, key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def show(s: Tree, key: str) -> str:
+    """The value at a dotted key as the page shows it, escaped; empty if there is none, or if it is not one value."""
+    value, measured = get(s, key), number(s, key)
+    if measured is None:
+        return escape(value) if isinstance(value, str) else ""
+    if key.startswith(("judge.group.", "judge.confidence_")):
+        return percent(measured, number(s, f"{key}_error"))
+    if key.startswith("seconds"):
+        return duration(measured)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f") if abs(value) >= 10_000 and key != "seed" else str(value)
+    return f"{measured:g}" if key == "beta" else decimal(measured, number(s, f"{key}_error"))
+
+
+def decimal(value: float, error: float | None = None) -> str:
+    """A number in three digits, or in as many as its standard error leaves.
+
+    >>> decimal(-0.4), decimal(0.06), decimal(812.3), decimal(7.93, 0.1), decimal(3e-6)
+    ('−0.40', '0.060', '812', '7.93 ± 0.10', '3e−06')
+    """
+    if error is not None and 1e-6 < error < math.inf:
+        digits = max(0, 1 - math.floor(math.log10(error)))
+        text = f"{value:.{digits}f} ± {error:.{digits}f}"
+    elif value and not 1e-3 <= abs(value) < 1e6:
+        text = f"{value:.3g}"
+    else:
+        digits = 3 if 0 < abs(value) < 0.1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+        text = f"{value:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def percent(value: float, error: float | None = None) -> str:
+    """
+    >>> percent(0.484), percent(0.9991), percent(0.943, 0.012)
+    ('48%', '99.9%', '94.3 ± 1.2%')
+    """
+    if error:
+        return f"{decimal(100 * value, 100 * error)}%"
+    return f"{100 * value:.0f}%" if 0.01 <= value <= 0.99 or value in (0, 1) else f"{100 * value:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(5.31), duration(231), duration(7400)
+    ('5.3 s', '3 min 51 s', '2 h 3 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

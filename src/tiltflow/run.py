@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import yaml
 from pydantic import BeforeValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow import __version__
 from tiltflow.errors import InputError
@@ -36,7 +36,7 @@ from tiltflow.evaluation import (
     total_variation_floor,
 )
 from tiltflow.flow import base_of
-from tiltflow.model import ASSETS, Model, load, load_classifier, model_folder
+from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.report import write_report
@@ -146,7 +146,9 @@ def run(
         raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
     base = load(recipe.model, device)
     reward = build_reward(recipe, device)
-    evaluate(reward, base.start(2, stream(recipe.seed, "reward check", device=device)))
+    check_fit("reward", reward, base, device)
+    if recipe.evaluation.judge is not None:
+        check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
 
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "recipe.yaml", recipe)
@@ -244,11 +246,8 @@ def judged(
     settings: Evaluation, x_base: Tensor, x: Tensor, weights: ImportanceWeights, generator: torch.Generator, device: str
 ) -> dict[str, Any]:
     """What an independent classifier sees: class histograms of base, tuned and target, and their total variation."""
-    assert settings.judge is not None
-    network, config = load_classifier(settings.judge, device)
+    network, config = build_judge(settings, device)
     classes = len(config.class_names)
-    if settings.group and max(settings.group) >= classes:
-        raise InputError(f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {classes - 1}")
     with torch.no_grad():
         p_base, p = (in_batches(lambda part: network(part).softmax(1), y, settings.batch_size, device) for y in (x_base, x))
     labels_base, labels = p_base.argmax(1), p.argmax(1)
@@ -297,6 +296,27 @@ def build_reward(recipe: Recipe, device: str) -> Reward:
     return reward
 
 
+def build_judge(settings: Evaluation, device: str) -> tuple[nn.Module, ClassifierConfig]:
+    """The judge of a recipe that has one. Raises InputError if it does not know a class of the group."""
+    assert settings.judge is not None
+    network, config = load_classifier(settings.judge, device)
+    if settings.group and max(settings.group) >= len(config.class_names):
+        raise InputError(f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {len(config.class_names) - 1}")
+    return network, config
+
+
+def check_fit(what: str, function: Callable[[Tensor], Tensor], model: Model, device: str) -> None:
+    """Raises InputError if a reward or judge cannot take what the model makes; a reward must also be finite, one per sample."""
+    x = model.start(2, stream(0, "check", device=device))
+    try:
+        if what == "reward":
+            evaluate(function, x)
+        else:
+            function(x)
+    except RuntimeError as error:  # torch's word for a wrong shape
+        raise InputError(f"{what} does not take samples of shape {list(model.event_shape)}: {str(error).splitlines()[0]}") from None
+
+
 def read_recipe(folder: Path) -> Recipe:
     """The recipe of a run. Raises InputError if `folder` is not a run with a tuned model."""
     for needed in ("recipe.yaml", "model", "metrics.jsonl"):
@@ -309,7 +329,7 @@ def model_card(recipe: Recipe) -> str:
     """README.md of a tuned model."""
     return (
         f"# {recipe.model} tuned by {recipe.method.name}\n\n{recipe.description}\n\n"
-        f"Base: `{recipe.model}`. Reward: {recipe.reward.description} beta = {recipe.method.beta:g}, seed {recipe.seed}, "
+        f"Base: `{recipe.model}`. Reward: {recipe.reward.description}. beta = {recipe.method.beta:g}, seed {recipe.seed}, "
         f"up to {recipe.training.max_train_steps} steps. The complete recipe is `recipe.yaml` of the run.\n"
     )
 

@@ -5,6 +5,7 @@ A typo, a wrong type or a value out of range is one line that names the key and 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,11 +45,11 @@ _StrictLoader.add_implicit_resolver(
 def _no_repeated_keys(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise InputError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
         seen.add(key)
-    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+    return dict(loader.construct_pairs(node, deep=True))
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _no_repeated_keys)
@@ -79,7 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work."""
-    result = _copy(tree)
+    result = copy.deepcopy(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -95,10 +96,6 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return result
 
 
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
 def validate(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
     """`tree` as an instance of `kind`. Raises InputError with one line for the first thing that is wrong."""
     try:
@@ -112,40 +109,42 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # an unknown key is most often the cause of the other complaints
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        allowed = allowed_keys(kind, problem["loc"][:-1])
-        return f"{dotted} is not a setting{did_you_mean(location[-1], allowed)}"
-    if problem["type"] == "part":
-        return f"{dotted}.{problem['msg']}"
-    if problem["type"] == "missing":
-        return f"{dotted} is missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if problem["type"] in ("value_error", "assertion_error"):
-        return f"{dotted}: {message}" if dotted else message
-    hint = ""
-    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        hint = did_you_mean(problem["input"], re.findall(r"'([^']*)'", message)) if "did you mean" not in message else ""
-        hint = hint if hint.startswith(", did") else ""
-    return f"{dotted} must be {message}{hint} (got {problem['input']!r})"
+    path, models = _walk(kind, problem["loc"])
+    dotted, message = ".".join(path), problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    match problem["type"]:
+        case "part":
+            return f"{dotted}.{message}"
+        case "extra_forbidden":
+            return f"{dotted} is not a setting{did_you_mean(path[-1], [name for model in models for name in model.model_fields])}"
+        case "missing":
+            return f"{dotted} is missing"
+        case "value_error":
+            return f"{dotted}: {message}" if dotted else message
+        case "literal_error" | "union_tag_invalid":
+            near = did_you_mean(str(problem["input"]), re.findall(r"'([^']*)'", message))
+            return f"{dotted} must be {message}{near if near.startswith(', did') else ''} (got {problem['input']!r})"
+        case _:
+            return f"{dotted} must be {message} (got {problem['input']!r})"
 
 
-def allowed_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The names of the settings below `location` in `kind`, as far as its annotations tell."""
-    model: Any = kind
+def _walk(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The names of the settings along a location, without the tags that pydantic adds for unions, and the models that hold the last."""
+    path: list[str] = []
+    models, holders = [kind], [kind]
     for part in location:
-        field = model.model_fields.get(str(part)) if _is_model(model) else None
-        if field is None:
+        fields = [model.model_fields[str(part)].annotation for model in models if str(part) in model.model_fields]
+        named = [model for model in models if model.model_fields.get("name") and model.model_fields["name"].default == part]
+        if named and not fields:
+            models = holders = named
             continue
-        model = field.annotation if _is_model(field.annotation) else _models_in(field.annotation)
-        model = model[0] if isinstance(model, list) and model else model
-    return list(model.model_fields) if _is_model(model) else []
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)
+        path.append(str(part))
+        holders = models
+        models = [model for annotation in fields for model in _models_in(annotation)] if fields else models
+    return path, holders
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    return [part for part in getattr(annotation, "__args__", ()) if _is_model(part)]
+    """Every settings class inside an annotation such as `tuple[A, ...] | B`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -54,7 +54,7 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
 
     Raises InputError for an unknown key, a wrong value or an unknown method.
     """
-    parts = {"problem": PROBLEMS[problem], "method": find("methods", method), "sampling": Sampling}
+    parts: dict[str, type[Settings]] = {"problem": PROBLEMS[problem], "method": find("methods", method), "sampling": Sampling}
     tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **METHOD_DEFAULTS.get(method, {})}}
     dotted = []
     for override in overrides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -30,7 +31,7 @@ class MlpModule(nn.Module):
         super().__init__()
         widths = [settings.dimension + 7] + settings.layers * [settings.hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(settings.hidden, settings.dimension)

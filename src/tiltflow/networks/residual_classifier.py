@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class ResidualClassifierModule(nn.Module):
     def __init__(self, settings: ResidualClassifier):
         super().__init__()
         widths = (settings.image_channels, *settings.channels)
-        self.stages = nn.ModuleList(Stage(before, after) for before, after in zip(widths[:-1], widths[1:], strict=True))
+        self.stages = nn.ModuleList(Stage(before, after) for before, after in pairwise(widths))
         self.head = nn.Linear(widths[-1], settings.classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Unet(Settings):
-    """Two resolutions: `blocks[0]` residual blocks of `channels[0]` at size / patch, `blocks[1]` of `channels[1]` at half that."""
+    """Two resolutions: `blocks[0]` residual blocks of `channels[0]` on each side of `blocks[1]` of `channels[1]` at half the size."""
 
     name: Literal["unet"] = "unet"
     image_channels: Count = 1
@@ -62,8 +62,9 @@ class UnetModule(nn.Module):
         self.middle = nn.ModuleList(ResidualBlock(c2, width) for _ in range(n2))
         self.grow = nn.ConvTranspose2d(c2, c1, 2, stride=2)
         self.up = nn.ModuleList(ResidualBlock(c1, width) for _ in range(n1))
-        self.leave = nn.Sequential(nn.GroupNorm(8, c1), nn.SiLU(), nn.Conv2d(c1, pixels, 3, padding=1))
-        nn.init.zeros_(self.leave[-1].weight)
+        last = nn.Conv2d(c1, pixels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.leave = nn.Sequential(nn.GroupNorm(8, c1), nn.SiLU(), last)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         embedding = self.time(sinusoids(time * self.settings.time_scale, self.settings.embedding))

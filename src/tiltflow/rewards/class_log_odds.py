@@ -55,28 +55,28 @@ class ClassLogOdds(Settings):
             )
         if len(self.classes) == count:
             raise InputError(f"class-log-odds: these are all {count} classes of {self.classifier}; leave out at least one")
-        wanted = torch.zeros(count, dtype=torch.bool, device=device)
-        wanted[list(self.classes)] = True
+        wanted = torch.tensor(self.classes, device=device)
+        others = torch.tensor([label for label in range(count) if label not in self.classes], device=device)
         dtype = next(network.parameters()).dtype
 
         def log_odds(x: Tensor) -> Tensor:
-            return bounded(class_log_odds(network(x.to(dtype)), wanted), self.bound)
+            return bounded(class_log_odds(network(x.to(dtype)), wanted, others), self.bound)
 
         return log_odds
 
 
-def class_log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Logits [batch, classes], wanted [classes] (bool) -> log P(wanted) - log P(not wanted) [batch] in nats.
+def class_log_odds(logits: Tensor, wanted: Tensor, others: Tensor) -> Tensor:
+    """Logits [batch, classes] and the indices of two sets of classes -> log P(wanted) - log P(others) [batch] in nats.
 
     The normaliser of the softmax cancels, so neither probability is ever formed and none can round to 0 or 1.
     """
-    return logits[:, wanted].logsumexp(1) - logits[:, ~wanted].logsumexp(1)
+    return logits[:, wanted].logsumexp(1) - logits[:, others].logsumexp(1)
 
 
 def bounded(value: Tensor, bound: float | None) -> Tensor:
     """value / sqrt(1 + (value / bound)^2): odd, strictly increasing, within ± bound; `value` itself if there is no bound.
 
-    Within bound / 4 it differs from `value` by less than 4 %. Its slope (1 + (value / bound)^2)^(-3/2) falls like the cube of
+    Within bound / 4 it differs from `value` by 3 % at most. Its slope (1 + (value / bound)^2)^(-3/2) falls like the cube of
     bound / value, so samples far on the wrong side still feel a pull; that of bound * tanh(value / bound) falls like
     exp(-2 value / bound) and soon leaves none.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, field_validator
 from torch import Tensor
 
 from tiltflow.plugins import part_of
@@ -27,12 +27,19 @@ class Sum(Settings):
     unit: ClassVar[str] = "weighted units"
 
     name: Literal["sum"] = "sum"
-    rewards: Annotated[tuple[Term, ...], Field(min_length=1)]
-    """The terms, each with `reward` (a name, or a mapping with a name) and `weight`."""
+    rewards: tuple[Term, ...]
+    """The terms, each with `reward` (a name, or a mapping with a name) and `weight`: at least one."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _some(cls, rewards: tuple[Term, ...]) -> tuple[Term, ...]:
+        if not rewards:
+            raise ValueError("needs at least one term, for example [{reward: ink, weight: 2}]")
+        return rewards
 
     @property
     def description(self) -> str:
-        return " + ".join(f"{term.weight:g} {term.reward.name}" for term in self.rewards) + "; higher is better"
+        return " + ".join(f"{term.weight:g} × ({term.reward.description})" for term in self.rewards)
 
     @property
     def differentiable(self) -> bool:

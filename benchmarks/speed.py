@@ -1,0 +1,181 @@
+"""Speed and memory, as ratios measured side by side in one run: `make bench`.
+
+    overhead  CPU seconds of one Adjoint Matching iteration over those of the bare network calls that it makes (forwards of
+              the tuned network, vector-Jacobian products of the base, the trained steps forward and backward), at the
+              same batch. The calls are counted by hooks while the iteration runs, and timed in turn with it.
+    memory    peak resident memory of an iteration over that of what it cannot do without: one frozen and one trained
+              copy of the network with its gradients and optimizer state, and one step's activations.
+    import    seconds of `import tiltflow` over those of `import torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.flow import Flow
+from tiltflow.methods.adjoint_matching import AdjointMatching, Stratum
+from tiltflow.networks.unet import Unet
+from tiltflow.streams import new_network, stream
+from tiltflow.trainer import train
+
+NETWORKS = {"digit flow": Unet(), "wider": Unet(channels=(64, 192), blocks=(1, 3))}
+BATCH, SHAPE, STEPS, TRAINED = 64, (1, 28, 28), 20, 6
+LIMIT_OVERHEAD, LIMIT_IMPORT = 1.05, 0.3
+
+
+def ink(x: Tensor) -> Tensor:
+    """A reward that costs nothing beside the network."""
+    return x.flatten(1).mean(1)
+
+
+class Iterations:
+    """Adjoint Matching on a network, one iteration at a call."""
+
+    def __init__(self, settings: Unet):
+        self.base = Flow(new_network(settings, 0).requires_grad_(False))
+        self.tuned = Flow(new_network(settings, 0))
+        method = AdjointMatching(num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),), learning_rate=1e-4)
+        self.records = train(
+            self.tuned, self.base, method, ink, lambda g: torch.randn(BATCH, *SHAPE, generator=g), max_train_steps=10**6
+        )
+
+    def __call__(self) -> None:
+        next(self.records)
+
+    def count(self) -> dict[str, int]:
+        """The network calls of one iteration by kind, each of BATCH samples."""
+        calls = {"forward": 0, "vjp": 0, "trained": 0}
+
+        def hook(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert len(arguments[0]) == BATCH
+            if not torch.is_grad_enabled():
+                calls["forward"] += 1
+            else:
+                calls["vjp" if network is self.base.network else "trained"] += 1
+
+        handles = [network.register_forward_pre_hook(hook) for network in (self.base.network, self.tuned.network)]
+        self()
+        for handle in handles:
+            handle.remove()
+        return calls
+
+
+def bare(base: nn.Module, tuned: nn.Module, calls: dict[str, int]) -> Callable[[], None]:
+    """The same network calls and nothing else."""
+    x, t = torch.randn(BATCH, *SHAPE, generator=stream(0, "bench")), torch.full((BATCH,), 0.5)
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(calls["forward"]):
+                tuned(x, t)
+        for _ in range(calls["vjp"]):
+            y = x.detach().requires_grad_()
+            torch.autograd.grad(base(y, t), y, x)
+        for _ in range(calls["trained"]):
+            tuned(x, t).backward(x)
+        tuned.zero_grad()
+
+    return run
+
+
+def cpu_seconds(function: Callable[[], None]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def overhead(settings: Unet, repeats: int) -> dict[str, Any]:
+    iterate = Iterations(settings)
+    iterate()
+    calls = iterate.count()
+    reference = bare(iterate.base.network, iterate.tuned.network, calls)  # type: ignore[arg-type]
+    reference()
+    pairs = [(cpu_seconds(iterate), cpu_seconds(reference)) for _ in range(repeats)]
+    ratios = sorted(ours / theirs for ours, theirs in pairs)
+    return {
+        "calls": calls,
+        "cpu_seconds": statistics.median(ours for ours, _ in pairs),
+        "ratio": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+    }
+
+
+def peak_memory(settings: Unet, what: str) -> None:
+    """Print the peak of resident memory in MB, above what the imports take, of an iteration or of its necessary part (Linux)."""
+    torch.set_num_threads(1)
+    before = _resident("VmRSS")
+    if what == "iteration":
+        iterate = Iterations(settings)
+        for _ in range(2):
+            iterate()
+    else:
+        frozen, trained = new_network(settings, 0).requires_grad_(False), new_network(settings, 0)
+        optimizer = torch.optim.AdamW(trained.parameters())
+        for _ in range(2):
+            bare(frozen, trained, {"forward": 1, "vjp": 1, "trained": 1})()
+            for parameter in trained.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    print(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> float:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def child(*arguments: str) -> str:
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def import_seconds(repeats: int) -> float:
+    """Median seconds that `import tiltflow` and its main names take on top of `import torch`."""
+    code = "import time, torch; began = time.perf_counter(); import tiltflow; print(time.perf_counter() - began)"
+    return statistics.median(float(child("-c", code)) for _ in range(repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--peak-memory", nargs=2, metavar=("NETWORK", "WHAT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_memory:
+        peak_memory(NETWORKS[options.peak_memory[0]], options.peak_memory[1])
+        return
+
+    results: dict[str, Any] = {"import_seconds": import_seconds(5)}
+    print(f"import tiltflow: {results['import_seconds']:.3f} s after torch (at most {LIMIT_IMPORT})")
+    print(f"\n{'method':18}{'network':12}{'calls (forward + vjp + trained)':34}{'CPU s':>7}{'overhead':>10}{'range':>14}{'memory':>18}")
+    for name, settings in NETWORKS.items():
+        row = overhead(settings, options.repeats)
+        if os.path.exists("/proc/self/status"):
+            peaks = [float(child(__file__, "--peak-memory", name, what)) for what in ("iteration", "necessary")]
+            row |= {"memory_mb": peaks[0], "memory_necessary_mb": peaks[1]}
+        memory = f"{row['memory_mb']:.0f} / {row['memory_necessary_mb']:.0f} MB" if "memory_mb" in row else "-"
+        calls = " + ".join(str(count) for count in row["calls"].values())
+        print(
+            f"{'adjoint-matching':18}{name:12}{calls:34}{row['cpu_seconds']:7.2f}{row['ratio']:10.3f}"
+            f"{row['lowest']:7.3f}-{row['highest']:.3f}{memory:>18}"
+        )
+        results[name] = row
+    print(f"\noverhead at most {LIMIT_OVERHEAD}: batch {BATCH}, {STEPS} steps, {TRAINED} trained, {torch.get_num_threads()} threads")
+    if options.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The standard problem of these tests, worked out by hand: data N(0.7, 0.25) in one dimension under r(x) = 1.7 x - 3 x^2 / 2.
+
+There the velocity is affine in x, so every chain is X_{k+1} = gain_k X_k + offset_k + std_k eps_k: laws, correlations and
+optimal controls are recursions of two numbers. Of the library this uses nothing but the three numbers a step of a chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltflow.sampler import Chain
+
+MEAN, VARIANCE = 0.7, 0.25
+LINEAR, QUADRATIC = 1.7, 3.0
+TILTED_VARIANCE = 1 / (1 / VARIANCE + QUADRATIC)
+TILTED_MEAN = TILTED_VARIANCE * (MEAN / VARIANCE + LINEAR)
+
+
+def slope(t: Tensor, variance: float = VARIANCE) -> Tensor:
+    """A(t) of v = m + A (x - t m), the velocity of N(m, variance) on the linear path."""
+    return (t * variance - (1 - t)) / (t**2 * variance + (1 - t) ** 2)
+
+
+def velocity(x: Tensor, t: Tensor, mean: float = MEAN, variance: float = VARIANCE) -> Tensor:
+    return mean + slope(t, variance) * (x - t * mean)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """X_{k+1} = gain X_k + offset + std eps, [K] each."""
+
+    gain: Tensor
+    offset: Tensor
+    std: Tensor
+
+    def law(self, mean: float | Tensor = 0.0, variance: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Mean and variance of X_K for X_0 of the given mean and variance."""
+        mean, variance = torch.as_tensor(mean), torch.as_tensor(variance)
+        for gain, offset, std in zip(self.gain, self.offset, self.std, strict=True):
+            mean, variance = gain * mean + offset, gain**2 * variance + std**2
+        return mean, variance
+
+    def controlled(self, slope: Tensor, shift: Tensor) -> Affine:
+        """The chain under the controls w_k(x) = slope_k x + shift_k, in units of the noise."""
+        return Affine(self.gain + self.std * slope, self.offset + self.std * shift, self.std)
+
+    def path_kl(self, slope: Tensor, shift: Tensor) -> Tensor:
+        """sum_k E |w_k|^2 / 2 along the controlled chain, from X_0 ~ N(0, 1)."""
+        tuned, total = self.controlled(slope, shift), torch.zeros(())
+        mean, variance = torch.zeros(()), torch.ones(())
+        for k in range(len(slope)):
+            total = total + ((slope[k] * mean + shift[k]) ** 2 + slope[k] ** 2 * variance) / 2
+            mean = tuned.gain[k] * mean + tuned.offset[k]
+            variance = tuned.gain[k] ** 2 * variance + tuned.std[k] ** 2
+        return total
+
+
+def on_gaussian(chain: Chain, mean: float = MEAN, variance: float = VARIANCE) -> Affine:
+    """The chain with the exact velocity of N(mean, variance)."""
+    t = chain.times[:-1]
+    return Affine(
+        chain.x_scale + chain.v_scale * slope(t, variance), chain.v_scale * mean * (1 - slope(t, variance) * t), chain.std
+    )
+
+
+def riccati(chain: Affine, linear: float = LINEAR, quadratic: float = QUADRATIC) -> tuple[Tensor, Tensor]:
+    """The optimal controls w_k(x) = slope_k x + shift_k, [K] each, for the terminal cost quadratic x^2 / 2 - linear x.
+
+    The value function after step k is P x^2 / 2 + p x + const; minimise w^2 / 2 + E of it over w.
+    """
+    P, p = torch.tensor(quadratic), torch.tensor(-linear)
+    slopes, shifts = [], []
+    for gain, offset, std in zip(chain.gain.flip(0), chain.offset.flip(0), chain.std.flip(0), strict=True):
+        d = 1 + P * std**2
+        slopes.append(-std * P * gain / d)
+        shifts.append(-std * (P * offset + p) / d)
+        P, p = gain**2 * P / d, gain * (P * offset + p) / d
+    return torch.stack(slopes).flip(0), torch.stack(shifts).flip(0)

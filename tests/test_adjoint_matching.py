@@ -1,0 +1,578 @@
+"""Adjoint Matching: its fixed points against Riccati's and known digits, its gradient against one derived by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import affine
+import pytest
+import torch
+from affine import Affine, on_gaussian, riccati
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tiltflow.adjoint import lean_adjoint
+from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.methods.adjoint_matching import AdjointMatching, Stratum
+from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward
+from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, time_grid
+from tiltflow.streams import stream
+
+pytestmark = pytest.mark.usefixtures("double")
+
+SOLVERS = ("memoryless", "memoryless-offset", "ddpm")
+MIXTURE = Mixture(modes=3, radius=1.5, scale=0.5).base()
+
+
+def noisy_to_the_end(times: Tensor) -> Chain:
+    return memoryless(times, denoise=False)
+
+
+def ddpm(times: Tensor) -> Chain:
+    return ddim(times, eta=1.0)
+
+
+def linear_reward() -> QuadraticReward:
+    return QuadraticReward(torch.tensor([affine.LINEAR]))
+
+
+def quadratic_reward(quadratic: float = affine.QUADRATIC) -> QuadraticReward:
+    return QuadraticReward(torch.tensor([affine.LINEAR]), quadratic)
+
+
+class Controlled(nn.Module):
+    """The velocity of N(0.7, 0.25) under the controls w_k(x) = slope_k x + shift_k of a chain: every affine control there is."""
+
+    def __init__(self, chain: Chain, slope: Tensor | None = None, shift: Tensor | None = None):
+        super().__init__()
+        self.chain, zero = chain, torch.zeros(len(chain))
+        self.slope = nn.Parameter(zero.clone() if slope is None else slope)
+        self.shift = nn.Parameter(zero.clone() if shift is None else shift)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        k = (t.reshape(-1, 1) - self.chain.times).abs().argmin(1)
+        scale = torch.where(self.chain.control_scale > 0, self.chain.control_scale, 1.0)
+        control = (self.slope[k, None] * x + self.shift[k, None]) / scale[k, None]
+        return affine.velocity(x, t.reshape(-1, 1)) + control
+
+
+def one_iteration(method: AdjointMatching, tuned: Any, reward: Any, *, batch: int = 8, seed: int = 0, **options: Any) -> Any:
+    """What the method measures, on a Gaussian base; the gradients of its passes add up in `tuned`."""
+    x = torch.randn(batch, 1, generator=stream(seed, "start"))
+    state = options.pop("state", {})
+    return list(method.gradients(tuned, affine.velocity, reward, x, stream(seed, "noise"), state, **options))
+
+
+# ---- fixed points ----
+
+
+def regress(chain: Chain, controls: tuple[Tensor, Tensor], reward: QuadraticReward, **options: Any) -> tuple[Tensor, Tensor]:
+    """One exact regression: w_k(x) = -s_k E[target_k | X_k = x] on trajectories of the chain under `controls`.
+
+    On a Gaussian the target is affine in x and in the noise to come, so a trajectory without noise from X_k = x has the
+    conditional expectation exactly, and two values of x have the whole function. Sample 2k + x starts at X_k = x.
+    """
+    steps, tuned = len(chain), on_gaussian(chain).controlled(*controls)
+    x, states = torch.zeros(2 * steps, 1), []
+    for k in range(steps):
+        x = x.clone()
+        x[2 * k], x[2 * k + 1] = 0, 1
+        states.append(x)
+        x = tuned.gain[k] * x + tuned.offset[k]
+    targets = lean_adjoint(chain, affine.velocity, [*states, x], reward, 1.0, **options).targets
+    at_0 = torch.stack([target[2 * k, 0] for k, target in enumerate(targets)])
+    at_1 = torch.stack([target[2 * k + 1, 0] for k, target in enumerate(targets)])
+    return -chain.std * (at_1 - at_0), -chain.std * at_0
+
+
+def fixed_point(chain: Chain, **options: Any) -> tuple[Tensor, Tensor]:
+    controls = torch.zeros(len(chain)), torch.zeros(len(chain))
+    for _ in range(30):  # at q s^2 = 0.75 the error falls faster than geometrically
+        before, controls = controls, regress(chain, controls, quadratic_reward(), **options)
+        if max((new - old).abs().max() for new, old in zip(controls, before, strict=True)) < 1e-14:
+            return controls
+    raise AssertionError("the rounds do not converge")
+
+
+def objective(chain: Affine, controls: tuple[Tensor, Tensor]) -> Tensor:
+    """E[sum_k |w_k|^2 / 2 - r(X_K)]."""
+    mean, variance = chain.controlled(*controls).law()
+    return chain.path_kl(*controls) + affine.QUADRATIC / 2 * (mean**2 + variance) - affine.LINEAR * mean
+
+
+def objective_gradient(chain: Affine, controls: tuple[Tensor, Tensor]) -> float:
+    free = tuple(c.clone().requires_grad_() for c in controls)
+    return max(g.abs().max().item() for g in torch.autograd.grad(objective(chain, free), free))
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "mean", "variance"),
+    [
+        (memoryless_offset, 10, 0.65594, 0.19047),
+        (memoryless_offset, 40, 0.64710, 0.15426),
+        (ddpm, 10, 0.65874, 0.11023),
+        (ddpm, 40, 0.64787, 0.13326),
+        (noisy_to_the_end, 10, 0.64229, 0.16152),
+        (noisy_to_the_end, 20, 0.64273, 0.15090),
+        (noisy_to_the_end, 40, 0.64283, 0.14663),
+        (memoryless, 10, 0.64196, 0.16683),
+        (memoryless, 20, 0.64269, 0.15146),
+        (memoryless, 40, 0.64282, 0.14669),
+        (memoryless, 100, 0.64285, 0.14432),
+    ],
+)
+def test_fixed_point_is_the_optimal_control(make: Callable[[Tensor], Chain], steps: int, mean: float, variance: float) -> None:
+    chain = make(time_grid(steps))
+    base, controls = on_gaussian(chain), fixed_point(chain)
+    assert_close(controls, riccati(base), rtol=0, atol=1e-10)
+    assert objective_gradient(base, controls) < 1e-8
+    law = base.controlled(*controls).law()
+    assert (law[0].item(), law[1].item()) == pytest.approx((mean, variance), abs=5.1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "mean", "variance"),
+    [
+        (memoryless_offset, 10, 0.66857, 0.19959),
+        (memoryless_offset, 40, 0.64969, 0.15663),
+        (ddpm, 10, 0.66826, 0.11669),
+        (ddpm, 40, 0.65036, 0.13560),
+        (noisy_to_the_end, 10, 0.65294, 0.17066),
+        (noisy_to_the_end, 40, 0.64529, 0.14903),
+    ],
+)
+def test_pairing_before_is_biased_as_known(make: Callable[[Tensor], Chain], steps: int, mean: float, variance: float) -> None:
+    chain = make(time_grid(steps))
+    base, controls = on_gaussian(chain), fixed_point(chain, pairing="before")
+    law = base.controlled(*controls).law()
+    assert (law[0].item(), law[1].item()) == pytest.approx((mean, variance), abs=5.1e-6)
+    assert objective_gradient(base, controls) > 1e-3
+
+
+@pytest.mark.parametrize(("steps", "mean", "variance"), [(10, 0.65134, 0.18276), (40, 0.64618, 0.15259)])
+def test_pairing_right_is_biased_as_known(steps: int, mean: float, variance: float) -> None:
+    chain, right = memoryless_offset(time_grid(steps)), memoryless_offset(time_grid(steps) + 1 / steps)
+    base, controls = on_gaussian(chain), fixed_point(chain, pairing="right", right=right)
+    law = base.controlled(*controls).law()
+    assert (law[0].item(), law[1].item()) == pytest.approx((mean, variance), abs=5.1e-6)
+    assert objective_gradient(base, controls) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "value", "path_kl", "mean", "variance"),
+    [
+        (10, -0.166687, 0.064119, 0.64853, 0.12150),
+        (20, -0.178465, 0.068170, 0.64573, 0.13174),
+        (40, -0.182910, 0.070118, 0.64431, 0.13720),
+        (100, -0.185215, 0.071279, 0.64344, 0.14057),
+        (200, -0.185930, 0.071666, 0.64315, 0.14171),
+    ],
+)
+def test_optimum_has_its_known_value_and_serves_the_ode(
+    steps: int, value: float, path_kl: float, mean: float, variance: float
+) -> None:
+    """The value tends to V(x, 0) = -0.186621, the path KL to KL(p*, p) = 0.072053, the law of the ODE to the tilt."""
+    chain, ode = noisy_to_the_end(time_grid(steps)), on_gaussian(euler(time_grid(steps)))
+    base = on_gaussian(chain)
+    controls = riccati(base)
+    assert objective(base, controls).item() == pytest.approx(value, abs=5.1e-7)
+    assert base.path_kl(*controls).item() == pytest.approx(path_kl, abs=5.1e-7)
+    slope, shift = (c / chain.control_scale / steps for c in controls)
+    law = Affine(ode.gain + slope, ode.offset + shift, ode.std).law()
+    assert (law[0].item(), law[1].item()) == pytest.approx((mean, variance), abs=5.1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quadratic", "errors"),
+    [(2.0, {1: 3.6e-2, 5: 3.7e-6}), (8.0, {1: 0.36, 5: 1.9e-3}), (20.0, {1: 1.4, 5: 4.6e-2, 20: 1.8e-11})],
+)
+def test_rounds_of_exact_regression_converge_as_known(quadratic: float, errors: dict[int, float]) -> None:
+    chain = noisy_to_the_end(time_grid(40))
+    optimum, _ = riccati(on_gaussian(chain), 0.0, quadratic)
+    controls = torch.zeros(40), torch.zeros(40)
+    for number in range(1, max(errors) + 1):
+        controls = regress(chain, controls, QuadraticReward(torch.zeros(1), quadratic))
+        if number in errors:
+            assert (controls[0] - optimum).abs().max().item() == pytest.approx(errors[number], rel=0.05)
+
+
+def test_large_beta_leaves_the_base() -> None:
+    method = AdjointMatching(beta=1e9, num_inference_steps=8)
+    tuned = Controlled(method.chain())
+    (measured,) = one_iteration(method, tuned, quadratic_reward())
+    # a = -grad r / beta with |grad r| < 20, gains and noise of order 1
+    assert measured["loss"] < (20 / 1e9) ** 2 * 8
+    assert tuned.shift.grad.abs().max() < 2 * 20 / 1e9
+
+
+# ---- a linear reward: targets are deterministic, everything is exact ----
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start", [0.0, 0.1])
+def test_loss_is_zero_at_the_optimum_of_a_linear_reward(solver: str, start: float) -> None:
+    method = AdjointMatching(solver=solver, num_inference_steps=9, beta=0.5)
+    chain = method.chain(start)
+    slope, shift = riccati(on_gaussian(chain), affine.LINEAR / 0.5, 0.0)
+    tuned = Controlled(chain, slope, shift)
+    (measured,) = one_iteration(method, tuned, linear_reward(), start=start)
+    assert measured["loss"] < 1e-24
+    assert measured["path_kl"] == pytest.approx(shift.square().sum().item() / 2)
+    # rounding of 1e-15 in a term times its slope, which is below 10
+    assert tuned.shift.grad.abs().max() < 1e-13
+    assert tuned.slope.grad.abs().max() < 1e-13
+
+
+def adjoints(chain: Chain, pairing: str) -> Tensor:
+    """What each step regresses on under r = c x and beta = 1, from products of gains; 0 for a last step without noise."""
+    if pairing == "right":  # h later, where the drift is that of the next step
+        h = chain.times[1] - chain.times[0]
+        t = chain.times[1:]
+        gain = 1 + h * (2 * affine.slope(t) - 1 / (t + h))
+    else:
+        gain = on_gaussian(chain).gain
+    shift = 1 if pairing == "after" else 0
+    a = torch.stack([-affine.LINEAR * gain[k + shift :].prod() for k in range(len(chain))])
+    return torch.where(chain.std > 0, a, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "pairing"),
+    [(solver, pairing) for solver in SOLVERS for pairing in ("after", "before")] + [("memoryless-offset", "right")],
+)
+@pytest.mark.parametrize("start", [0.0, 0.1])
+def test_loss_and_gradient_without_control(solver: str, pairing: str, start: float) -> None:
+    """Without control a step has the term (s a)^2, and its shift the gradient 2 s a."""
+    method = AdjointMatching(solver=solver, pairing=pairing, num_inference_steps=9)
+    chain = method.chain(start)
+    tuned = Controlled(chain)
+    (measured,) = one_iteration(method, tuned, linear_reward(), start=start)
+    target = chain.std * adjoints(chain, pairing)
+    assert measured["loss"] == pytest.approx(target.square().sum().item())
+    assert measured["path_kl"] < 1e-28
+    assert measured["clipped"] == 0
+    assert_close(tuned.shift.grad, 2 * target, rtol=1e-12, atol=1e-14)
+
+
+# ---- a bent problem ----
+
+
+def bent(x: Tensor) -> Tensor:
+    return torch.sin(2 * x[:, 0]) - x[:, 1] ** 4 / 4 + x[:, 0] * x[:, 1]
+
+
+class Corrected(nn.Module):
+    """The velocity of the mixture, a little bent by parameters. Notes on which batches it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.3, -0.2], [0.1, 0.4]]))
+        self.bias = nn.Parameter(torch.tensor([0.2, -0.1]))
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.asked.append((x, t))
+        return MIXTURE.velocity(x, t) + torch.tanh(x @ self.weight + t.reshape(-1, 1)) + self.bias
+
+
+def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **options: Any) -> list[dict[str, float]]:
+    x = torch.randn(batch, 2, generator=stream(3))
+    state = options.pop("state", {})
+    return list(method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), state, **options))
+
+
+def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(|w_k + s_k a_{k+1}|^2 [steps, batch] with its graph, |w_k|^2 [steps, batch], rewards), a by autograd through the chain."""
+    x = torch.randn(6, 2, generator=stream(3))
+    with torch.no_grad():
+        states = rollout(chain, tuned, x, stream(4)).states
+    if chain.std[-1] == 0:
+        states.append(chain.mean(len(chain) - 1, states[-1], MIXTURE.velocity(states[-1], chain.times[-2])))
+    terms, energies = [], []
+    for k in range(len(chain)):
+        if chain.std[k] == 0:
+            continue
+        y = start = states[k + 1].clone().requires_grad_()
+        for j in range(k + 1, len(chain)):
+            y = chain.mean(j, y, MIXTURE.velocity(y, chain.times[j]))
+            y = y + (states[j + 1] - y).detach()  # the noise that was drawn
+        (a,) = torch.autograd.grad(-bent(y).sum() / beta, start)
+        mean = chain.mean(k, states[k], tuned(states[k], chain.times[k]))
+        base_mean = chain.mean(k, states[k], MIXTURE.velocity(states[k], chain.times[k]))
+        control = (mean - base_mean) / chain.std[k]
+        terms.append((control + chain.std[k] * a).square().sum(1))
+        energies.append(control.detach().square().sum(1))
+    return torch.stack(terms), torch.stack(energies), bent(states[-1])
+
+
+def gradients_of(loss: Tensor, tuned: Corrected) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, (tuned.weight, tuned.bias), retain_graph=True)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradient_is_the_one_derived_by_hand(solver: str) -> None:
+    method, tuned = AdjointMatching(solver=solver, num_inference_steps=5, shift=2.0, beta=0.7), Corrected()
+    (measured,) = bent_iteration(method, tuned, start=0.05)
+    terms, energies, rewards = terms_by_hand(method.chain(0.05), tuned, 0.7)
+    assert_close((tuned.weight.grad, tuned.bias.grad), gradients_of(terms.sum(0).mean(), tuned))
+    assert measured["loss"] == pytest.approx(terms.sum(0).mean().item())
+    assert measured["path_kl"] == pytest.approx(energies.sum(0).mean().item() / 2)
+    assert measured["reward"] == pytest.approx(rewards.mean().item())
+    assert measured["reward_std"] == pytest.approx(rewards.std(correction=0).item())
+    assert measured["clipped"] == 0
+
+
+def test_clipped_terms_have_no_gradient() -> None:
+    """The limit is loss_clip / beta^2 on terms over h: the grid is uneven, so that h matters."""
+    method = AdjointMatching(num_inference_steps=5, shift=2.0, beta=0.7, loss_clip=1.0)
+    chain, tuned = method.chain(), Corrected()
+    terms, _, _ = terms_by_hand(chain, tuned, 0.7)
+    h = chain.times.diff()[:4, None]
+    level = torch.quantile((terms / h).detach(), 0.6).item()  # some are clipped, some are not
+    method = method.model_copy(update={"loss_clip": level * 0.7**2})
+    tuned.zero_grad()
+    (measured,) = bent_iteration(method, tuned)
+    small = (terms / h).detach() < level
+    assert_close((tuned.weight.grad, tuned.bias.grad), gradients_of((terms * small).sum(0).mean(), tuned))
+    assert measured["clipped"] == pytest.approx(1 - small.double().mean().item())
+    assert measured["loss"] == pytest.approx(terms.sum(0).mean().item())  # the loss itself is shown whole
+
+
+def test_terms_above_the_running_quantile_are_dropped() -> None:
+    """Threshold: a plain mean of the first two quantiles, then 0.9 of the old one."""
+    method = AdjointMatching(num_inference_steps=9, drop_quantile=0.9)
+    chain = method.chain()
+    tuned, state = Controlled(chain), dict[str, float]()
+    size = (chain.std * adjoints(chain, "after")).abs()[:8]  # the roots of the terms, the same for every sample
+    quantile = torch.quantile(size.repeat_interleave(8), 0.9)
+    for factor, threshold in ((1, 1.0), (2, 1.5), (4, 0.9 * 1.5 + 0.1 * 4), (4, 0.9 * (0.9 * 1.5 + 0.1 * 4) + 0.1 * 4)):
+        tuned.zero_grad()
+        reward = QuadraticReward(torch.tensor([affine.LINEAR * factor]))
+        (measured,) = one_iteration(method, tuned, reward, state=state)
+        assert state["threshold"] == pytest.approx(threshold * quantile.item())
+        kept = factor * size <= threshold * quantile
+        assert measured["clipped"] == 1 - kept.double().mean().item()
+        assert torch.equal(tuned.shift.grad[:8] != 0, kept)
+
+
+def test_clip_and_quantile_together_keep_what_both_keep() -> None:
+    tuned = Corrected()
+    counts = []
+    for options in ({"loss_clip": 3.0}, {"drop_quantile": 0.6}, {"loss_clip": 3.0, "drop_quantile": 0.6}):
+        (measured,) = bent_iteration(AdjointMatching(num_inference_steps=5, **options), tuned)
+        counts.append(measured["clipped"])
+    assert max(counts[:2]) <= counts[2] <= sum(counts[:2])
+    assert 0 < counts[0] < 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 100])
+@pytest.mark.parametrize("pairing", ["after", "right"])
+def test_micro_batches_change_the_memory_only(size: int, pairing: str) -> None:
+    options: dict[str, Any] = {"pairing": pairing, "loss_clip": 3.0, "drop_quantile": 0.6}
+    method = AdjointMatching(solver="memoryless-offset", num_inference_steps=5, num_passes=2, **options)
+    whole, parts = Corrected(), Corrected()
+    ours, theirs = bent_iteration(method, parts, micro_batch_size=size), bent_iteration(method, whole)
+    assert ours[0] == pytest.approx(theirs[0])
+    assert_close((parts.weight.grad, parts.bias.grad), (whole.weight.grad, whole.bias.grad), rtol=1e-12, atol=1e-12)
+    assert max(len(x) for x, _ in parts.asked) <= size
+    assert max(len(x) for x, _ in whole.asked) == 6
+
+
+def test_every_pass_has_its_gradient() -> None:
+    method, tuned = AdjointMatching(num_inference_steps=5, num_passes=3), Corrected()
+    x = torch.randn(6, 2, generator=stream(3))
+    terms, _, _ = terms_by_hand(method.chain(), tuned, 1.0)
+    expected = gradients_of(terms.sum(0).mean(), tuned)
+    passes = 0
+    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), {}):
+        assert_close((tuned.weight.grad, tuned.bias.grad), expected)
+        tuned.zero_grad()
+        passes += 1
+    assert passes == 3
+
+
+def test_reward_may_be_taken_at_the_denoised_state() -> None:
+    method = AdjointMatching(solver="memoryless-offset", num_inference_steps=5, reward_at="denoised")
+    (measured,) = bent_iteration(method, Corrected())
+    path = rollout(method.chain(), Corrected(), torch.randn(6, 2, generator=stream(3)), stream(4))
+    end = path.states[4] + 0.2 * MIXTURE.velocity(path.states[4], torch.tensor(0.8))
+    assert measured["reward"] == pytest.approx(bent(end).mean().item())
+
+
+# ---- which steps are regressed ----
+
+
+def regressed(method: AdjointMatching, batch: int = 6) -> list[Tensor]:
+    """For each pass, how often (step, sample) was regressed on, [steps, batch]: found by the states that the network saw."""
+    tuned = Corrected()
+    chain, passes = method.chain(), []
+    x = torch.randn(batch, 2, generator=stream(3))
+    path = rollout(chain, tuned, x, stream(4))
+    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), {}):
+        count = torch.zeros(len(chain), batch)
+        for seen, time in tuned.asked:
+            if time.ndim:
+                for state, t in zip(seen, time, strict=True):
+                    k = int((t == chain.times).nonzero())
+                    count[k, int((path.states[k] == state).all(1).nonzero())] += 1
+        passes.append(count)
+        tuned.asked.clear()
+    return passes
+
+
+def test_all_controlled_steps_are_regressed_once_by_default() -> None:
+    (count,) = regressed(AdjointMatching(num_inference_steps=5))
+    assert torch.equal(count, torch.tensor([1.0, 1, 1, 1, 0])[:, None].expand(5, 6))
+    (count,) = regressed(AdjointMatching(num_inference_steps=5, solver="memoryless-offset"))
+    assert torch.equal(count, torch.ones(5, 6))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_strata_choose_their_number_of_different_steps(share: bool) -> None:
+    """Anew in each pass, for each sample unless shared, every step of a stratum equally often."""
+    strata = (Stratum(start=0.1, end=0.6, count=2), Stratum(start=0.6, count=3))
+    passes = regressed(AdjointMatching(num_inference_steps=10, train_timesteps=strata, share_timesteps=share, num_passes=60))
+    for count in passes:
+        assert count.max() == 1
+        assert count[0].sum() == 0
+        assert (count[1:6].sum(0) == 2).all()
+        assert (count[6:9].sum(0) == 3).all()  # step 9 has no noise
+        assert bool((count == count[:, :1]).all()) == share
+    draws = 60 * (1 if share else 6)
+    often = torch.stack(passes).sum(0)[1:6]
+    often = often[:, 0] if share else often.sum(1)
+    z = (often - draws * 2 / 5) / (draws * 2 / 5 * 3 / 5) ** 0.5
+    assert z.abs().max() < 4
+
+
+def test_steps_outside_the_strata_cost_nothing_and_change_nothing() -> None:
+    """The adjoint stops at the first step that is regressed on; the gradient of the steps that stay is the same."""
+    some = AdjointMatching(num_inference_steps=9, train_timesteps=(Stratum(start=0.5, count=9),))
+    everything = AdjointMatching(num_inference_steps=9)
+    asked: list[Tensor] = []
+
+    def base(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return affine.velocity(x, t)
+
+    gradients = []
+    for method in (some, everything):
+        tuned = Controlled(method.chain(), torch.full((9,), 0.1), torch.full((9,), -0.2))
+        x = torch.randn(8, 1, generator=stream(1))
+        for _ in method.gradients(tuned, base, quadratic_reward(), x, stream(2), {}):
+            gradients.append(tuned.slope.grad)
+    assert_close(gradients[0][4:], gradients[1][4:])
+    assert not gradients[0][:4].any()
+    assert len(asked) == 5 + 9
+
+
+# ---- unbiasedness ----
+
+
+def gradient_z(pairing: str) -> Tensor:
+    """z-scores of the gradient at the optimal control of the quadratic reward, from independent batches."""
+    method = AdjointMatching(num_inference_steps=6, pairing=pairing)
+    chain = method.chain()
+    tuned, gradients = Controlled(chain, *riccati(on_gaussian(chain))), []
+    for seed in range(25):
+        tuned.zero_grad()
+        one_iteration(method, tuned, quadratic_reward(), batch=400, seed=seed)
+        gradients.append(torch.cat([tuned.slope.grad[:5], tuned.shift.grad[:5]]))
+    sample = torch.stack(gradients)
+    return sample.mean(0) / (sample.std(0) / 5)
+
+
+def test_gradient_at_the_optimum_is_zero_on_average() -> None:
+    assert gradient_z("after").abs().max() < 4
+    assert gradient_z("before").abs().max() > 20
+
+
+def test_target_is_unbiased_on_a_mixture(generator: torch.Generator) -> None:
+    """E[(w + s a) phi(X_k)] = 0 under the tilted process, w the control of the exact tilted velocity.
+
+    Up to t = 0.7, where what the continuous optimum is off the discrete one, of order h, drowns in the noise of a.
+    """
+    base = GaussianMixture(torch.tensor([0.6, 0.4]).log(), torch.tensor([[-1.5, 0.0], [1.5, 0.5]]), torch.tensor([0.15, 0.3]))
+    reward = QuadraticReward(torch.tensor([0.8, -0.5]), 0.7)
+    target, chain, n = base.tilt(reward, 1.0), memoryless(time_grid(60)), 3000
+    path = rollout(chain, target.velocity, torch.randn(n, 2, generator=generator), generator)
+    adjoint = lean_adjoint(chain, base.velocity, path.states, reward, 1.0)
+    for k in (3, 12, 24, 42):
+        x = path.states[k]
+        control = chain.control_scale[k] * (path.velocities[k] - adjoint.base_velocities[k])
+        residual = control + chain.std[k] * adjoint.targets[k]
+        features = torch.stack([torch.ones(n), x[:, 0], x[:, 1], torch.tanh(2 * x[:, 0])], 1)
+        products = residual[:, :, None] * features[:, None, :]
+        z = products.mean(0) / (products.std(0) / n**0.5)
+        assert z.abs().max() < 4
+
+
+# ---- settings ----
+
+
+def test_paper_preset_has_the_published_numbers() -> None:
+    """Appendix G of arXiv 2409.08861."""
+    method = AdjointMatching(preset="paper")
+    assert (method.solver, method.num_inference_steps, method.pairing, method.reward_at) == (
+        "memoryless-offset",
+        40,
+        "right",
+        "denoised",
+    )
+    assert method.train_timesteps == (Stratum(start=0, end=0.75, count=10), Stratum(start=0.75, end=1, count=10))
+    assert (method.loss_clip, method.drop_quantile) == (1.6, None)
+    assert (method.learning_rate, method.adam_beta1, method.adam_beta2) == (2e-5, 0.95, 0.999)
+    assert (method.adam_weight_decay, method.max_grad_norm) == (1e-2, 1.0)
+
+
+def test_official_code_preset_has_the_published_numbers() -> None:
+    """microsoft/soc-fine-tuning-sd."""
+    method = AdjointMatching(preset="official-code")
+    assert (method.solver, method.num_inference_steps, method.pairing, method.reward_at) == ("ddpm", 50, "before", "end")
+    assert method.train_timesteps == (Stratum(start=0, end=0.6, count=2), Stratum(start=0.6, end=1, count=2))
+    assert method.share_timesteps
+    assert (method.loss_clip, method.drop_quantile) == (None, 0.9)
+    assert (method.learning_rate, method.adam_beta1, method.adam_beta2) == (3e-6, 0.9, 0.95)
+    assert (method.adam_weight_decay, method.max_grad_norm, method.lr_warmup_steps) == (0, None, 20)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-code"])
+@pytest.mark.parametrize("start", [0.0, 0.06])
+def test_presets_run(preset: str, start: float) -> None:
+    method, tuned = AdjointMatching(preset=preset, num_inference_steps=20), Corrected()
+    (measured,) = bent_iteration(method, tuned, start=start)
+    assert all(torch.tensor(value).isfinite() for value in measured.values())
+    assert tuned.weight.grad.isfinite().all()
+
+
+def test_keys_beside_a_preset_win() -> None:
+    method = AdjointMatching(preset="paper", learning_rate=1e-3, loss_clip=None)
+    assert (method.learning_rate, method.loss_clip, method.solver) == (1e-3, None, "memoryless-offset")
+    assert AdjointMatching() == AdjointMatching(preset=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"pairing": "right"}, "needs solver 'memoryless-offset'"),
+        ({"preset": "paper", "solver": "memoryless"}, "needs solver 'memoryless-offset'"),
+        ({"preset": "paper", "shift": 3.0}, "shift 1"),
+        ({"preset": "papper"}, "'paper' or 'official-code'"),
+        ({"solver": "euler"}, "'memoryless', 'memoryless-offset' or 'ddpm'"),
+        ({"beta": 0.0}, "greater than 0"),
+        ({"num_inference_steps": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        AdjointMatching(**settings)
+
+
+def test_rewards_that_make_no_sense_are_refused() -> None:
+    method = AdjointMatching(num_inference_steps=3)
+    with pytest.raises(InputError, match="no gradient"):
+        one_iteration(method, Controlled(method.chain()), lambda x: (x[:, 0] > 0).double())
+    with pytest.raises(NonFiniteError, match="not finite for 8 of 8"):
+        one_iteration(method, Controlled(method.chain()), lambda x: x[:, 0] * torch.nan)

@@ -1,0 +1,104 @@
+"""Model folders: what is written is what is read, and a damaged folder is one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import UNET, tiny_classifier, tiny_flow
+from torch import nn
+
+from tiltflow.errors import InputError
+from tiltflow.flow import Flow
+from tiltflow.interpolant import DiscreteVariancePreserving
+from tiltflow.model import Model, load, load_classifier, shipped_models
+from tiltflow.sampler import Sampling
+from tiltflow.streams import new_network
+
+
+def test_a_saved_model_samples_bit_for_bit_the_same(tmp_path: Path) -> None:
+    flow = Flow(new_network(UNET, 3), "epsilon", DiscreteVariancePreserving(num_train_timesteps=10))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05)
+    model = Model(flow, (1, 8, 8), Sampling(solver="heun", num_inference_steps=3), UNET)
+    model.save(tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert loaded.sampling == model.sampling
+    assert loaded.flow.interpolant == flow.interpolant
+    assert torch.equal(loaded.sample(5, seed=1), model.sample(5, seed=1))
+    assert not any(parameter.requires_grad for parameter in loaded.flow.network.parameters())  # type: ignore[attr-defined]
+
+
+def test_samples_depend_on_the_seed_and_their_number_alone(tmp_path: Path) -> None:
+    model = load(tiny_flow(tmp_path / "m"))
+    assert torch.equal(model.sample(6, seed=1, batch_size=4)[:4], model.sample(4, seed=1, batch_size=4))
+    assert not torch.equal(model.sample(4, seed=1), model.sample(4, seed=2))
+
+
+def test_networks_of_others_can_be_sampled_but_not_saved(tmp_path: Path) -> None:
+    model = Model(Flow(nn.Identity()), (2,))
+    with pytest.raises(InputError, match=r"save its state_dict\(\) instead"):
+        model.save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    folder = tiny_flow(tmp_path / "m")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    original, tree = weights.read_bytes(), json.loads(config.read_text())
+
+    weights.write_bytes(original[:100])
+    with pytest.raises(InputError, match=r"model\.safetensors: the weights cannot be read"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: the weights cannot be read"):
+        load(folder)
+    weights.write_bytes(original)
+    config.write_text(json.dumps(tree | {"network": tree["network"] | {"embedding": 16}}))
+    with pytest.raises(InputError, match="'enter.*|.*config.json says"):
+        load(folder)
+    config.write_text(json.dumps(tree | {"network": tree["network"] | {"blocks": [1, 2]}}))
+    with pytest.raises(InputError, match=r"lacks tensor 'middle\.1"):
+        load(folder)
+    config.write_text(json.dumps(tree | {"predicton": "v"}))
+    with pytest.raises(InputError, match="predicton is not a setting, did you mean 'prediction'"):
+        load(folder)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+        load(folder)
+
+
+def test_wrong_names_and_kinds(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no model 'digits-flwo', did you mean 'digits-flow'"):
+        load("digits-flwo")
+    with pytest.raises(InputError, match="neither a model folder nor a run"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="is a classifier, a flow is needed here"):
+        load(tiny_classifier(tmp_path / "c"))
+    with pytest.raises(InputError, match="is a flow, a classifier is needed here"):
+        load_classifier(tiny_flow(tmp_path / "f"))
+
+
+def test_the_shipped_models_load_and_have_cards() -> None:
+    assert shipped_models() == ["digits-classifier", "digits-diffusion", "digits-flow", "digits-judge"]
+    for name in ("digits-flow", "digits-diffusion"):
+        model = load(name)
+        assert model.event_shape == (1, 28, 28)
+        x = model.sample(2, sampling=Sampling(num_inference_steps=4))
+        assert x.shape == (2, 1, 28, 28)
+        assert torch.isfinite(x).all()
+    for name in ("digits-classifier", "digits-judge"):
+        network, config = load_classifier(name)
+        assert network(torch.zeros(2, 1, 28, 28)).shape == (2, len(config.class_names))
+    from tiltflow.model import ASSETS
+
+    for name in shipped_models():
+        assert f"tiltflow pretrain {name}" in (ASSETS / name / "README.md").read_text()
+
+
+def test_the_judge_shares_nothing_with_the_classifier_of_the_reward() -> None:
+    (_, reward), (_, judge) = load_classifier("digits-classifier"), load_classifier("digits-judge")
+    assert type(reward.network) is not type(judge.network)

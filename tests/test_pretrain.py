@@ -1,0 +1,125 @@
+"""Data sets and pretraining on a few synthetic images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiltflow.data import load_images, to_pixels
+from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.interpolant import Cosine
+from tiltflow.model import load, load_classifier
+from tiltflow.networks.mlp import Mlp
+from tiltflow.pretrain import FlowPretraining, flow_loss, pretrain, read_pretraining, run_pretraining
+from tiltflow.streams import new_network, stream
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """Two classes of 8x8 images, dark and bright."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 64)
+    images = (labels[:, None, None] * 150 + rng.integers(0, 100, (64, 8, 8))).astype(np.uint8)
+    path = tmp_path / "data.npz"
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:32], y_test=labels[:32])
+    return path
+
+
+def test_npz_and_folder_hold_the_same_images(npz: Path, tmp_path: Path) -> None:
+    data = load_images(npz)
+    assert data.labels is not None
+    assert data.images.min() >= -1
+    assert data.images.max() <= 1
+    for i, (pixels, label) in enumerate(zip(to_pixels(data.images), data.labels.tolist(), strict=True)):
+        folder = tmp_path / "folder" / "train" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(folder / f"{i:03}.png")
+    again = load_images(tmp_path / "folder")
+    assert again.class_names == ("class0", "class1")
+    assert again.labels is not None
+    order = torch.argsort(data.labels, stable=True)
+    torch.testing.assert_close(again.images, data.images[order], rtol=0, atol=0)
+    assert torch.equal(again.labels, data.labels[order])
+
+
+def test_unreadable_data_is_one_line(npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such data set"):
+        load_images(tmp_path / "none.npz")
+    (tmp_path / "bad.npz").write_bytes(b"not a zip")
+    with pytest.raises(InputError, match=r"bad\.npz: not a readable \.npz file"):
+        load_images(tmp_path / "bad.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    with pytest.raises(InputError, match="holds images, but no x_train"):
+        load_images(tmp_path / "other.npz")
+    np.savez(tmp_path / "float.npz", x_train=np.zeros((2, 8, 8)))
+    with pytest.raises(InputError, match="images must be uint8"):
+        load_images(tmp_path / "float.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        load_images(tmp_path / "empty")
+
+
+def test_regressing_a_known_velocity_reaches_its_conditional_mean() -> None:
+    """Data N(0, 1) on the cosine path: x_t is standard normal at every time and independent of its velocity, whose mean
+    is therefore zero, and whose variance, (pi / 2)^2, is the least mean squared error."""
+    recipe = FlowPretraining(network=Mlp(dimension=1), interpolant=Cosine())
+    network = new_network(recipe.network, 0)  # zero at the start
+    loss = flow_loss(recipe, network, torch.randn(100_000, 1, generator=stream(0, "x")), stream(0, "t"))
+    exact = (torch.pi / 2) ** 2
+    # the variance of a squared N(0, exact) variable is 2 exact^2
+    assert abs(loss.item() - exact) < 4 * exact * (2 / 100_000) ** 0.5
+
+
+def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path) -> None:
+    small = ["training.max_train_steps=40", "training.train_batch_size=16", "max_shift=0", "noise=0"]
+    judge = read_pretraining("digits-judge", [*small, "network.image_size=8", "network.classes=2"])
+    scores = run_pretraining(judge, npz, tmp_path / "judge", name="tiny-judge")
+    assert scores["test_accuracy"] > 0.95  # the classes do not overlap
+    assert load_classifier(tmp_path / "judge")[1].class_names == ("0", "1")
+    flow = read_pretraining(
+        "digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]", f"judge={tmp_path / 'judge'}"]
+    )
+    scores = run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
+    assert scores["frechet_distance_heun"] > 0
+    assert load(tmp_path / "flow").event_shape == (1, 8, 8)
+    assert "seed 0" in (tmp_path / "flow" / "README.md").read_text()
+    with pytest.raises(InputError, match="already holds something"):
+        run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
+
+
+def test_the_same_seed_is_the_same_network_bit_for_bit(npz: Path) -> None:
+    recipe = read_pretraining("digits-judge", ["training.max_train_steps=3", "network.image_size=8", "network.classes=2"])
+    networks = []
+    for _ in range(2):
+        torch.rand(7)  # the global generator plays no part
+        networks.append(new_network(recipe.network, recipe.seed))
+        for _ in pretrain(recipe, load_images(npz), networks[-1]):
+            pass
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(npz: Path) -> None:
+    recipe = read_pretraining("digits-flow", ["network.channels=[8, 8]"])
+    data = load_images(npz)
+    data.images[:] = float("nan")
+    network = new_network(recipe.network, 0)
+    before = [parameter.clone() for parameter in network.parameters()]
+    with pytest.raises(NonFiniteError, match="step 1: the loss is nan"):
+        list(pretrain(recipe, data, network))
+    for old, new in zip(before, network.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_wrong_recipes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no recipe 'digits-flo', did you mean 'digits-flow'"):
+        read_pretraining("digits-flo", [])
+    with pytest.raises(InputError, match="is a recipe for `tiltflow train`"):
+        read_pretraining("digits-even", [])
+    (tmp_path / "r.yaml").write_text("task: clasifier\n")
+    with pytest.raises(InputError, match="task must be 'flow' or 'classifier'"):
+        read_pretraining(str(tmp_path / "r.yaml"), [])

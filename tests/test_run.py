@@ -1,0 +1,150 @@
+"""A training run from recipe to report, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_flow, tiny_recipe
+
+import tiltflow
+from tiltflow.errors import InputError
+from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance, total_variation_floor
+from tiltflow.model import load
+from tiltflow.recipe import shipped_recipes
+from tiltflow.run import Recipe, evaluate_run, read_recipe, run
+from tiltflow.settings import apply_overrides, read_yaml, validate
+from tiltflow.streams import stream
+from tiltflow.trainer import Record
+
+
+def recipe_of(path: Path, *overrides: str) -> Recipe:
+    return validate(Recipe, apply_overrides(read_yaml(path), overrides), "recipe")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    return tmp_path / "run", run(recipe_of(tiny_recipe(tmp_path)), tmp_path / "run")
+
+
+def test_everything_a_run_makes_lies_in_its_folder(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "recipe.yaml", "metrics.jsonl", "model", "base", "before.png", "after.png", "summary.json", "report.html",
+    }  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # the tuned chain: 3 controlled steps rolled out, 3 regressed; the base: 3 products and 1 forward; 4 samples, 4 times
+    assert summary["network_evaluations"] == rows[-1]["network_evaluations"] == (3 + 3 + 3 + 1) * 4 * 4
+    for key in ("reward_base", "reward_tuned", "target_distance", "effective_sample_size", "seconds"):
+        assert isinstance(summary[key], float)
+    for key in ("base", "tuned", "target"):
+        assert sum(summary["judge"][key]) == pytest.approx(1)
+
+
+def test_the_folder_alone_is_enough(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, summary = finished
+    moved = folder.rename(tmp_path / "moved")
+    for path in (tmp_path / "flow").iterdir():  # the base that the recipe names is gone
+        path.unlink()
+    again = evaluate_run(moved)
+    assert {k: again[k] for k in ("reward_tuned", "target_distance")} == {k: summary[k] for k in ("reward_tuned", "target_distance")}
+    assert tiltflow.load(moved).sample(3).shape == (3, 1, 8, 8)
+    assert read_recipe(moved).training.max_train_steps == 4
+
+
+def test_the_same_recipe_is_the_same_run_bit_for_bit(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, summary = finished
+    again = run(recipe_of(folder / "recipe.yaml"), tmp_path / "again")
+    first, second = (load_file(path / "model" / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again["target_distance"] == summary["target_distance"]
+    other = run(recipe_of(folder / "recipe.yaml", "seed=1"), tmp_path / "other")
+    assert other["reward_tuned"] != summary["reward_tuned"]
+
+
+def test_training_raises_the_reward_and_the_base_is_untouched(tmp_path: Path) -> None:
+    before = (tiny_flow(tmp_path / "flow") / "model.safetensors").read_bytes()
+    summary = run(recipe_of(tiny_recipe(tmp_path), "training.max_train_steps=40", "reward={name: ink}", "method.beta=0.01"), tmp_path / "r")
+    assert summary["reward_tuned"] > summary["reward_base"] + 10 * summary["reward_base_error"]
+    assert (tmp_path / "flow" / "model.safetensors").read_bytes() == before
+
+
+def test_an_interrupt_saves_and_evaluation_goes_on_from_there(tmp_path: Path) -> None:
+    def stop(record: Record) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_of(tiny_recipe(tmp_path)), folder, watch=stop)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert evaluate_run(folder)["iterations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward={name: png-size}", "reward 'png-size' has no gradient, and method 'adjoint-matching' needs one"),
+        ("model=digits-fow", "there is no model 'digits-fow', did you mean 'digits-flow'"),
+        ("evaluation.judge=nobody", "there is no model 'nobody'"),
+        ("evaluation.group=[0, 9]", "evaluation.group names class 9, the judge knows 0 to 2"),
+        ("reward.classes=[0, 7]", "7"),
+    ],
+)
+def test_a_part_that_cannot_be_had_stops_before_anything_is_written(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        run(recipe_of(tiny_recipe(tmp_path), override), tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="already holds something"):
+        run(recipe_of(tiny_recipe(tmp_path)), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    for path in shipped_recipes("train").values():
+        assert recipe_of(path).description
+
+
+def test_tune_in_five_lines() -> None:
+    base = tiltflow.Model(tiltflow.Flow(torch.nn.Linear(2, 2)), (2,))
+    base.flow.network.forward = lambda x, time: -x  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError):  # a network whose output ignores its parameters cannot be tuned
+        tiltflow.tune(base, lambda x: x.sum(1), tiltflow.AdjointMatching(), tiltflow.Training(max_train_steps=1))
+
+
+def test_reward_distance_of_a_shifted_normal_is_its_closed_form() -> None:
+    """Base reward N(0, 1), tilt by exp(r): the target is N(1, 1). Samples from the base are 2 Phi(1/2) - 1 = 0.3829 away."""
+    base = torch.randn(200_000, generator=stream(0, "base"), dtype=torch.float64)
+    weights = ImportanceWeights.from_rewards(base, 1.0)
+    generator = stream(0, "bootstrap")
+    exact = torch.randn(50_000, generator=stream(0, "exact"), dtype=torch.float64) + 1
+    assert reward_distance(base[:50_000], base, weights, generator, resamples=2).value == pytest.approx(0.3829, abs=0.01)
+    # Kolmogorov's distribution: above 1.63 / sqrt(n) once in a hundred; the weights are worth e^-1 of their number
+    assert reward_distance(exact, base, weights, generator, resamples=2).value < 1.63 * (1 / 50_000 + 2.72 / 200_000) ** 0.5
+
+
+def test_kolmogorov_smirnov_with_ties() -> None:
+    x, y = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0])
+    assert kolmogorov_smirnov(x, y, torch.full((3,), 1 / 3)) == pytest.approx(1 / 3)
+    assert kolmogorov_smirnov(x, x, torch.full((3,), 1 / 3)) == pytest.approx(0)
+    assert kolmogorov_smirnov(torch.tensor([0.0]), torch.tensor([1.0]), torch.ones(1)) == 1
+
+
+def test_the_floor_of_the_total_variation_is_the_mean_absolute_normal_difference() -> None:
+    target = torch.tensor([0.5, 0.5])
+    # two classes: |p - q| with variance p (1 - p) (1/n + 1/m), whose mean is sqrt(2 variance / pi)
+    exact = (2 * 0.25 * (1 / 1000 + 1 / 500) / torch.pi) ** 0.5
+    assert total_variation_floor(target, 1000, 500, stream(0, "floor"), draws=2000) == pytest.approx(exact, rel=0.08)

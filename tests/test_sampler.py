@@ -1,0 +1,388 @@
+"""Samplers: exact laws by affine recursion against known digits, orders of convergence, memorylessness, and the draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import affine
+import pytest
+import torch
+from affine import on_gaussian
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiltflow.flow import Flow
+from tiltflow.interpolant import DiscreteVariancePreserving, Linear
+from tiltflow.sampler import (
+    Chain,
+    Sampling,
+    ddim,
+    euler,
+    heun,
+    memoryless,
+    memoryless_offset,
+    memoryless_sigma,
+    noise,
+    rollout,
+    sample,
+    sde,
+    step,
+    time_grid,
+)
+from tiltflow.streams import stream
+
+pytestmark = pytest.mark.usefixtures("double")
+
+STABLE_DIFFUSION = DiscreteVariancePreserving(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+STEPS = (10, 20, 40, 100, 200)
+
+
+def offset_sde(times: Tensor) -> Chain:
+    """The noise of 2409.08861, appendix G, with the drift that fits it."""
+    h = times[1] - times[0]
+    return sde(times, lambda t: torch.sqrt(2 * (1 - t + h) / (t + h)))
+
+
+def noisy_to_the_end(times: Tensor) -> Chain:
+    return memoryless(times, denoise=False)
+
+
+def ddpm(times: Tensor) -> Chain:
+    return ddim(times, eta=1.0)
+
+
+def same(ours: Chain, theirs: Chain) -> bool:
+    return all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("times", "x_scale", "v_scale", "std"))
+
+
+def order(steps: list[int], errors: list[float]) -> float:
+    """The slope of log error over log step size."""
+    x, y = torch.tensor(steps).double().log(), torch.tensor(errors).log()
+    return -((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
+
+
+# ---- laws: variance at t = 1 over that of the data, for 10, 20, 40, 100, 200 steps ----
+
+
+@pytest.mark.parametrize(
+    ("make", "means", "ratios"),
+    [
+        (euler, [0.7] * 5, [0.742, 0.862, 0.929, 0.971, 0.985]),
+        (memoryless_offset, [0.7448, 0.7248, 0.7131, 0.7054, 0.7027], [1.326, 1.178, 1.093, 1.038, 1.019]),
+        (ddpm, [0.7] * 5, [0.597, 0.750, 0.856, 0.936, 0.967]),
+    ],
+)
+def test_law_on_wide_data(make: Callable[[Tensor], Chain], means: list[float], ratios: list[float]) -> None:
+    for steps, mean, ratio in zip(STEPS, means, ratios, strict=True):
+        law = on_gaussian(make(time_grid(steps))).law()
+        assert law[0].item() == pytest.approx(mean, abs=5.1e-5)
+        assert law[1].item() / 0.25 == pytest.approx(ratio, abs=5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "ratios"),
+    [
+        (offset_sde, [1.016, 1.003, 1.0004, 1.0, 1.0]),
+        (noisy_to_the_end, [1.018, 1.0040, 1.0009, 1.0001, 1.0]),
+        (memoryless, [1.028, 1.0051, 1.0011, 1.0002, 1.0]),
+    ],
+)
+def test_law_of_the_unbiased_samplers(make: Callable[[Tensor], Chain], ratios: list[float]) -> None:
+    for steps, ratio in zip(STEPS, ratios, strict=True):
+        mean, variance = on_gaussian(make(time_grid(steps))).law()
+        assert mean.item() == pytest.approx(0.7, abs=1e-12)
+        assert variance.item() / 0.25 == pytest.approx(ratio, abs=5.1e-4 if steps < 40 else 5.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "ratios", "digit"),
+    [
+        (euler, [0.38, 0.63, 0.80, 0.91, 0.96], 0.01),
+        (ddpm, [0.33, 0.51, 0.66, 0.82, 0.90], 0.01),
+        (noisy_to_the_end, [2.29, 1.107, 1.023, 1.003, 1.001], 0.001),
+        (memoryless, [1.24, 1.110, 1.025, 1.004, 1.001], 0.001),
+        (offset_sde, [6.53], 0.01),
+        (memoryless_offset, [4.07], 0.01),
+    ],
+)
+def test_law_on_narrow_data(make: Callable[[Tensor], Chain], ratios: list[float], digit: float) -> None:
+    for steps, ratio in zip(STEPS, ratios, strict=False):
+        _, variance = on_gaussian(make(time_grid(steps)), variance=0.01).law()
+        # ratios of 10 steps are printed with two decimals
+        assert variance.item() / 0.01 == pytest.approx(ratio, abs=0.51 * (0.01 if steps == 10 else digit))
+
+
+@pytest.mark.parametrize(
+    ("steps", "wide", "narrow"),
+    [
+        (10, [0.834, 0.709, 1.018], [0.849, 0.722, 1.147]),
+        (20, [0.903, 0.812, 0.991], [0.892, 0.777, 1.032]),
+        (50, [0.955, 0.905, 0.990], [0.942, 0.859, 0.994]),
+        (100, [0.976, 0.945, 0.993], [0.966, 0.909, 0.990]),
+    ],
+)
+def test_law_on_the_timesteps_of_stable_diffusion(steps: int, wide: list[float], narrow: list[float]) -> None:
+    """An uneven grid, from noise that holds some signal to data that holds some noise."""
+    timestep = torch.arange(1000, 0, -1000 // steps) - 1
+    square = STABLE_DIFFUSION(1 - (timestep + 1) / 1000).alpha ** 2
+    square = torch.cat([square, (1 + square[-1:]) / 2])
+    alpha, beta = square.sqrt(), (1 - square).sqrt()
+    times = alpha / (alpha + beta)
+    for data, ratios in ((1.0, wide), (0.25, narrow)):
+        exact = times[-1] ** 2 * data + (1 - times[-1]) ** 2
+        for make, ratio in zip((euler, ddpm, noisy_to_the_end), ratios, strict=True):
+            _, variance = on_gaussian(make(times), variance=data).law(0.0, 1 / (alpha[0] + beta[0]) ** 2)
+            assert (variance / exact).item() == pytest.approx(ratio, abs=5.1e-4)
+
+
+# ---- steps ----
+
+
+def test_ddpm_is_the_posterior_step_in_diffusion_coordinates(generator: torch.Generator) -> None:
+    """DDIM(eta = 1) against 2409.08861, eq. 219, written in x and epsilon with abar."""
+    square = torch.linspace(0.05, 0.95, 7)
+    alpha, beta = square.sqrt(), (1 - square).sqrt()
+    scale = alpha + beta
+    chain = ddpm(alpha / scale)
+    for k in range(6):
+        x, epsilon = torch.randn(2, 5, generator=generator)
+        now, then = square[k], square[k + 1]
+        mean = torch.sqrt(then / now) * (x - (1 - now / then) / torch.sqrt(1 - now) * epsilon)
+        std = torch.sqrt((1 - then) / (1 - now) * (1 - now / then))
+        v = (x - beta[k] * epsilon) / alpha[k] - epsilon
+        assert_close(chain.mean(k, x / scale[k], v) * scale[k + 1], mean)
+        assert_close(chain.std[k] * scale[k + 1], std)
+
+
+@pytest.mark.parametrize("times", [time_grid(7), time_grid(7, start=0.06, shift=3.0)])
+def test_ddim_without_noise_is_euler(times: Tensor) -> None:
+    ours, theirs = ddim(times, eta=0.0), euler(times)
+    for name in ("x_scale", "v_scale", "std"):
+        assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-15)
+
+
+def test_ddim_scales_the_noise_by_eta_and_keeps_the_noise_level() -> None:
+    """Given x_1 and x_0, the next state has mean s x_1 + sqrt((1 - s)^2 - std^2) x_0: with fresh noise, level 1 - s."""
+    times = time_grid(9)
+    full, half = ddim(times, eta=1.0), ddim(times, eta=0.5)
+    assert_close(half.std, full.std / 2)
+    t, s = times[:-1], times[1:]
+    on_x0 = half.x_scale * (1 - t) - half.v_scale  # x = t x_1 + (1 - t) x_0, v = x_1 - x_0
+    on_x1 = half.x_scale * t + half.v_scale
+    assert_close(on_x1, s)
+    assert_close(on_x0**2 + half.std**2, (1 - s) ** 2)
+
+
+def test_sde_is_euler_maruyama_of_the_score_drift(generator: torch.Generator) -> None:
+    """kappa x + (sigma^2 / 2 + eta) score (2409.08861, eq. 10) for any sigma, on an uneven grid."""
+    times = time_grid(8, start=0.1, shift=2.0)
+    t, h = times[:-1], times.diff()
+    sigma = 0.3 + t
+    chain = sde(times, lambda t: 0.3 + t)
+    x = torch.randn(8, generator=generator)
+    score = -(x - t * affine.MEAN) / (t**2 * affine.VARIANCE + (1 - t) ** 2)
+    drift = x / t + (sigma**2 / 2 + (1 - t) / t) * score
+    assert_close(chain.x_scale * x + chain.v_scale * affine.velocity(x, t), x + h * drift)
+    assert_close(chain.std, sigma * h.sqrt())
+
+
+def test_sde_without_noise_is_euler() -> None:
+    assert same(sde(time_grid(7), torch.zeros_like), euler(time_grid(7)))
+
+
+def test_memoryless_starts_with_a_jump_and_ends_without_noise(generator: torch.Generator) -> None:
+    times = time_grid(6, start=0.1)
+    chain, noisy = memoryless(times), noisy_to_the_end(times)
+    x1, x0 = torch.randn(2, 5, generator=generator)
+    t, s = times[0].item(), times[1].item()
+    assert_close(chain.mean(0, t * x1 + (1 - t) * x0, x1 - x0), s * x1)
+    assert chain.std[0] == 1 - s
+    inside, last = sde(times, memoryless_sigma), euler(times)
+    for name in ("x_scale", "v_scale", "std"):
+        assert torch.equal(getattr(chain, name)[:-1], getattr(noisy, name)[:-1])
+        assert torch.equal(getattr(noisy, name)[1:], getattr(inside, name)[1:])
+        assert torch.equal(getattr(chain, name)[-1], getattr(last, name)[-1])
+
+
+def test_memoryless_noise_is_that_of_the_interpolant() -> None:
+    t = torch.linspace(0.05, 0.95, 9)
+    assert_close(memoryless_sigma(t), Linear()(t).memoryless_sigma)
+
+
+def test_memoryless_offset_is_as_printed() -> None:
+    """2409.08861, eq. 40 and 236 with kappa = 1 / (t + h): for 4 steps, by hand."""
+    chain = memoryless_offset(time_grid(4))
+    assert chain.x_scale.tolist() == pytest.approx([1 - 0.25 / 0.25, 1 - 0.25 / 0.5, 1 - 0.25 / 0.75, 1 - 0.25])
+    assert chain.v_scale.tolist() == pytest.approx([0.5] * 4)
+    sigma_squared = [2 * 1.25 / 0.25, 2 * 1.0 / 0.5, 2 * 0.75 / 0.75, 2 * 0.5 / 1.0]
+    assert chain.std.tolist() == pytest.approx([math.sqrt(0.25 * s) for s in sigma_squared])
+
+
+def test_control_is_the_change_of_velocity_in_units_of_noise() -> None:
+    """w = sqrt(h) u with sigma u = (1 + sigma^2 / (2 eta)) dv; in the jump h dv / (1 - h); 0 without noise."""
+    times = time_grid(8, start=0.1)
+    t, h = times[:-1], times.diff()
+    sigma, eta = 0.3 + t, (1 - t) / t
+    assert_close(sde(times, lambda t: 0.3 + t).control_scale, h.sqrt() * (1 + sigma**2 / (2 * eta)) / sigma)
+    scale = memoryless(time_grid(10)).control_scale
+    assert scale[0].item() == pytest.approx(0.1 / 0.9)
+    assert scale[5].item() == pytest.approx(math.sqrt(0.1) * 2 / math.sqrt(2))
+    assert scale[9].item() == 0
+    assert euler(times).control_scale.tolist() == [0] * 8
+
+
+# ---- convergence ----
+
+
+@pytest.mark.parametrize("sigma", [torch.ones_like, lambda t: 2 * (1 - t), lambda t: (1 + t).sqrt(), torch.zeros_like])
+def test_marginals_do_not_depend_on_the_noise_level(sigma: Callable[[Tensor], Tensor]) -> None:
+    steps = [80, 160, 320, 640]
+    errors = [abs(on_gaussian(sde(time_grid(n), sigma)).law()[1].item() - affine.VARIANCE) for n in steps]
+    assert errors[-1] < 2 / 640
+    assert order(steps, errors) == pytest.approx(1, abs=0.1)
+
+
+def gaussian_flow(x: Tensor, t: Tensor) -> Tensor:
+    return affine.velocity(x, t)
+
+
+def test_euler_has_order_1_and_heun_order_2(generator: torch.Generator) -> None:
+    """The ODE takes x_0 to m + s x_0."""
+    x = torch.tensor([-1.5, 0.2, 1.0])
+    exact, steps = 0.7 + 0.5 * x, [40, 80, 160, 320]
+    for solver, expected in (("euler", 1), ("heun", 2)):
+        samplings = [Sampling(solver=solver, num_inference_steps=n) for n in steps]
+        errors = [(sample(gaussian_flow, x, s, generator) - exact).abs().max().item() for s in samplings]
+        assert order(steps, errors) == pytest.approx(expected, abs=0.1)
+
+
+def test_heun_never_evaluates_the_network_at_the_data_end() -> None:
+    asked = []
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t.item())
+        return gaussian_flow(x, t)
+
+    heun(time_grid(4), flow, torch.zeros(1))
+    assert asked == [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("make", [memoryless, noisy_to_the_end, ddpm])
+@pytest.mark.parametrize("variance", [0.01, 0.25, 1.0])
+def test_memoryless_chains_forget_their_start_exactly(make: Callable[[Tensor], Chain], variance: float) -> None:
+    assert on_gaussian(make(time_grid(40)), variance=variance).gain.prod() == 0
+
+
+@pytest.mark.parametrize(("variance", "correlation"), [(0.25, -4.6e-4), (0.01, -5e-5), (1.0, -1.0e-3)])
+def test_offset_chain_remembers_a_little(variance: float, correlation: float) -> None:
+    chain = on_gaussian(memoryless_offset(time_grid(40)), variance=variance)
+    result = chain.gain.prod() / chain.law()[1].sqrt()
+    assert result.item() == pytest.approx(correlation, rel=0.05)  # two printed digits
+
+
+@pytest.mark.parametrize(("c", "correlation"), [(1.0, 0.013), (0.245, 0.344)])
+def test_scaled_noise_forgets_slowly(c: float, correlation: float) -> None:
+    """sigma^2 = 2 c eta from t_0 on leaves the correlation rho^c, rho that of X_{t_0} and X_1 under the interpolant."""
+    start, s2 = 0.025, affine.VARIANCE
+    variance = start**2 * s2 + (1 - start) ** 2
+    rho = start * math.sqrt(s2 / variance)
+
+    def left(steps: int) -> float:
+        chain = sde(time_grid(steps, start=start), lambda t: memoryless_sigma(t) * math.sqrt(c))
+        return on_gaussian(chain).gain.prod().item() * math.sqrt(variance / s2)
+
+    assert 2 * left(8000) - left(4000) == pytest.approx(rho**c, rel=1e-4)  # Richardson: the error left is of order h^2
+    assert rho**c == pytest.approx(correlation, abs=5e-4)
+
+
+# ---- grids ----
+
+
+def test_time_grid_is_uniform_from_start_to_1() -> None:
+    assert time_grid(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert time_grid(4, start=0.2).tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_shift_multiplies_the_odds_of_noise() -> None:
+    plain, shifted = time_grid(8)[1:], time_grid(8, shift=3.0)[1:]
+    assert_close((1 - shifted) / shifted, 3 * (1 - plain) / plain)
+    assert time_grid(8, shift=3.0)[0] == 0
+    assert_close(time_grid(8, start=0.1, shift=3.0)[1:], 0.1 + 0.9 * shifted)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "chain"),
+    [
+        (Sampling(), memoryless(time_grid(40))),
+        (Sampling(solver="memoryless-offset", num_inference_steps=7), memoryless_offset(time_grid(7))),
+        (Sampling(solver="ddpm", num_inference_steps=7, eta=0.3), ddim(time_grid(7), eta=1.0)),
+        (Sampling(solver="ddim", num_inference_steps=7, eta=0.3), ddim(time_grid(7), eta=0.3)),
+        (Sampling(solver="euler", num_inference_steps=7, shift=3.0), euler(time_grid(7, shift=3.0))),
+    ],
+)
+def test_solver_names(sampling: Sampling, chain: Chain) -> None:
+    assert same(sampling.chain(), chain)
+
+
+def test_chain_starts_where_the_noise_is() -> None:
+    assert same(Sampling(shift=2.0).chain(0.06), memoryless(time_grid(40, start=0.06, shift=2.0)))
+    with pytest.raises(ValueError, match="heun"):
+        Sampling(solver="heun").chain()
+
+
+# ---- draws ----
+
+
+def test_each_step_draws_from_its_normal_law(generator: torch.Generator) -> None:
+    chain, n = memoryless(time_grid(5)), 10_000
+    path = rollout(chain, gaussian_flow, torch.randn(n, 1, generator=generator), generator)
+    assert path.chain is chain
+    draws = []
+    for k, v in enumerate(path.velocities):
+        x = path.states[k]
+        assert torch.equal(v, gaussian_flow(x, chain.times[k]))
+        mean = chain.x_scale[k] * x + chain.v_scale[k] * v
+        draws.append((path.states[k + 1] - mean) / chain.std[k])
+    draw = torch.cat(draws, 1)
+    z = [draw.mean(0) * n**0.5, (draw.var(0) - 1) * (n / 2) ** 0.5, torch.stack([draw[:, 0] @ d for d in draws[1:]]) / n**0.5]
+    assert torch.cat([value.flatten() for value in z]).abs().max() < 4
+
+
+def test_rollout_leaves_out_the_last_step_only_if_it_has_no_noise(generator: torch.Generator) -> None:
+    x = torch.zeros(2, 1)
+    for chain, taken in ((memoryless(time_grid(5)), 4), (noisy_to_the_end(time_grid(5)), 5), (ddpm(time_grid(5)), 4)):
+        path = rollout(chain, gaussian_flow, x, generator)
+        assert (len(path.states), len(path.velocities)) == (taken + 1, taken)
+        assert torch.equal(path.states[0], x)
+
+
+def test_sample_is_the_rollout_and_the_last_step() -> None:
+    x = torch.linspace(-1, 1, 4)[:, None]
+    chain = memoryless(time_grid(5, start=0.06))
+    path = rollout(chain, gaussian_flow, x, stream(1))
+    last = path.states[-1] + (1 - chain.times[4].item()) * gaussian_flow(path.states[-1], chain.times[4])
+    result = sample(gaussian_flow, x, Sampling(num_inference_steps=5), stream(1), start=0.06)
+    assert_close(result, last)
+    assert torch.equal(result, sample(gaussian_flow, x, Sampling(num_inference_steps=5), stream(1), start=0.06))
+    assert not torch.equal(result, sample(gaussian_flow, x, Sampling(num_inference_steps=5), stream(2), start=0.06))
+
+
+def test_step_without_noise_draws_nothing() -> None:
+    chain, g = euler(time_grid(4)), stream(0)
+    before = g.get_state()
+    x, v = torch.ones(2, 1), torch.full((2, 1), 3.0)
+    assert step(chain, 0, x, v, g).tolist() == [[1.75], [1.75]]
+    assert torch.equal(g.get_state(), before)
+
+
+def test_noise_is_standard_normal_in_the_networks_coordinates() -> None:
+    flow = Flow(lambda x, t: x, "epsilon", STABLE_DIFFUSION)
+    alpha = 0.0682652  # sqrt(abar_999), printed as .0683
+    scale = alpha + math.sqrt(1 - alpha**2)
+    result = noise(flow, (3, 2), stream(5), torch.float64)
+    assert_close(result * scale, torch.randn(3, 2, generator=stream(5)), rtol=0, atol=1e-6)
+    assert noise(Flow(lambda x, t: x), (3, 2), stream(5)).dtype == torch.float32
