@@ -1,11 +1,11 @@
 """Speed and memory, as ratios measured side by side in one run: `make bench`.
 
-    overhead  CPU seconds of one Adjoint Matching iteration over those of the bare network calls that it makes (forwards of
-              the tuned network, vector-Jacobian products of the base, the trained steps forward and backward), at the
-              same batch. The calls are counted by hooks while the iteration runs, and timed in turn with it.
-    memory    peak resident memory of an iteration over that of what it cannot do without: one frozen and one trained
-              copy of the network with its gradients and optimizer state, and one step's activations.
-    import    seconds of `import tiltflow` over those of `import torch`.
+overhead  CPU seconds of one Adjoint Matching iteration over those of the bare network calls that it makes (forwards of
+          the tuned network, vector-Jacobian products of the base, the trained steps forward and backward), at the
+          same batch. The calls are counted by hooks while the iteration runs, and timed in turn with it.
+memory    peak resident memory of an iteration over that of what it cannot do without: one frozen and one trained
+          copy of the network with its gradients and optimizer state, and one step's activations.
+import    seconds of `import tiltflow` over those of `import torch`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def overhead(settings: Unet, repeats: int) -> dict[str, Any]:
 
 
 def peak_memory(settings: Unet, what: str) -> None:
-    """Print the peak of resident memory in MB, above what the imports take, of an iteration or of its necessary part (Linux)."""
+    """Print the peak of resident memory in MB, above what the imports take, of an iteration or its necessary part (Linux)."""
     torch.set_num_threads(1)
     before = _resident("VmRSS")
     if what == "iteration":
@@ -159,7 +159,10 @@ def main() -> None:
 
     results: dict[str, Any] = {"import_seconds": import_seconds(5)}
     print(f"import tiltflow: {results['import_seconds']:.3f} s after torch (at most {LIMIT_IMPORT})")
-    print(f"\n{'method':18}{'network':12}{'calls (forward + vjp + trained)':34}{'CPU s':>7}{'overhead':>10}{'range':>14}{'memory':>18}")
+    print(
+        f"\n{'method':18}{'network':12}{'calls (forward + vjp + trained)':34}"
+        f"{'CPU s':>7}{'overhead':>10}{'range':>14}{'memory':>18}"
+    )
     for name, settings in NETWORKS.items():
         row = overhead(settings, options.repeats)
         if os.path.exists("/proc/self/status"):
@@ -172,7 +175,10 @@ def main() -> None:
             f"{row['lowest']:7.3f}-{row['highest']:.3f}{memory:>18}"
         )
         results[name] = row
-    print(f"\noverhead at most {LIMIT_OVERHEAD}: batch {BATCH}, {STEPS} steps, {TRAINED} trained, {torch.get_num_threads()} threads")
+    print(
+        f"\noverhead at most {LIMIT_OVERHEAD}: batch {BATCH}, {STEPS} steps, {TRAINED} trained, "
+        f"{torch.get_num_threads()} threads"
+    )
     if options.json:
         print(json.dumps(results))
 

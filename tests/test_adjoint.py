@@ -130,9 +130,15 @@ def test_adjoint_is_autograd_through_the_base_chain(make: Callable[[Tensor], Cha
 def test_base_velocities_are_those_along_the_path(
     make: Callable[[Tensor], Chain], pairing: str, first: int, generator: torch.Generator
 ) -> None:
-    chain = make(time_grid(7))
+    chain, asked = make(time_grid(7)), []
+
+    def base(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t.item())
+        return MIXTURE.velocity(x, t)
+
     states = path_on_mixture(chain, generator)
-    result = lean_adjoint(chain, MIXTURE.velocity, states, bent, 1.0, pairing=pairing, first=first)
+    result = lean_adjoint(chain, base, states, bent, 1.0, pairing=pairing, first=first)
+    assert sorted(asked) == chain.times[first:-1].tolist()  # each step once
     for k in range(7):
         v = result.base_velocities[k]
         if k < first and k < 6:
@@ -215,7 +221,9 @@ def test_noiseless_last_step_is_taken_by_the_base(generator: torch.Generator) ->
 
 
 @over_chains
-def test_a_small_move_against_the_adjoint_raises_the_reward(make: Callable[[Tensor], Chain], generator: torch.Generator) -> None:
+def test_a_small_move_against_the_adjoint_raises_the_reward(
+    make: Callable[[Tensor], Chain], generator: torch.Generator
+) -> None:
     """By |a|^2 beta for each unit moved, to first order, at every step."""
     chain, beta, size = make(time_grid(6)), 0.5, 1e-5
     x = torch.randn(4, 2, generator=generator)

@@ -17,7 +17,7 @@ from tiltflow.adjoint import lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.methods.adjoint_matching import AdjointMatching, Stratum
 from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward
-from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, time_grid
+from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -43,7 +43,7 @@ def quadratic_reward(quadratic: float = affine.QUADRATIC) -> QuadraticReward:
 
 
 class Controlled(nn.Module):
-    """The velocity of N(0.7, 0.25) under the controls w_k(x) = slope_k x + shift_k of a chain: every affine control there is."""
+    """The velocity of N(0.7, 0.25) under the controls w_k(x) = slope_k x + shift_k of a chain: any affine control."""
 
     def __init__(self, chain: Chain, slope: Tensor | None = None, shift: Tensor | None = None):
         super().__init__()
@@ -158,6 +158,26 @@ def test_pairing_right_is_biased_as_known(steps: int, mean: float, variance: flo
     law = base.controlled(*controls).law()
     assert (law[0].item(), law[1].item()) == pytest.approx((mean, variance), abs=5.1e-6)
     assert objective_gradient(base, controls) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sigma", "mean", "variance"), [(0.2, 0.6892, 0.2132), (0.5, 0.6614, 0.1541), (1.0, 0.6443, 0.1429), (None, 0.6429, 0.1429)]
+)
+def test_noise_that_remembers_is_biased_as_known(sigma: float | None, mean: float, variance: float) -> None:
+    """Tuned under constant noise, the mean is off the tilt by what X_0 and X_1 share (None: memoryless, not off)."""
+
+    def chain(steps: int) -> Chain:
+        times = time_grid(steps)
+        return memoryless(times) if sigma is None else sde(times, lambda t: torch.full_like(t, sigma))
+
+    assert_close(fixed_point(chain(20)), riccati(on_gaussian(chain(20))), rtol=0, atol=1e-10)
+
+    def law(steps: int) -> Tensor:
+        base = on_gaussian(chain(steps))
+        return torch.stack(base.controlled(*riccati(base)).law())
+
+    limit = 2 * law(800) - law(400)  # Richardson: the error left is of order h^2
+    assert limit.tolist() == pytest.approx([mean, variance], abs=5.1e-5)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +304,7 @@ def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **
 
 
 def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(|w_k + s_k a_{k+1}|^2 [steps, batch] with its graph, |w_k|^2 [steps, batch], rewards), a by autograd through the chain."""
+    """(|w_k + s_k a_{k+1}|^2 [steps, batch] with its graph, |w_k|^2, rewards), a by autograd through the chain."""
     x = torch.randn(6, 2, generator=stream(3))
     with torch.no_grad():
         states = rollout(chain, tuned, x, stream(4)).states
@@ -355,6 +375,21 @@ def test_terms_above_the_running_quantile_are_dropped() -> None:
         kept = factor * size <= threshold * quantile
         assert measured["clipped"] == 1 - kept.double().mean().item()
         assert torch.equal(tuned.shift.grad[:8] != 0, kept)
+
+
+def test_a_term_at_the_limit_is_kept() -> None:
+    """Only terms above it are clipped. In two steps without drift the one term is (s a)^2 = (1 / 2)^2, in exact binary."""
+
+    def still(x: Tensor, t: Tensor) -> Tensor:
+        return 0 * x
+
+    for limit, clipped in ((0.25, 0.0), (0.25 - 1e-9, 1.0)):
+        method = AdjointMatching(num_inference_steps=2, loss_clip=2 * limit)  # h = 1 / 2
+        shift = nn.Parameter(torch.zeros(1))
+        x, reward = torch.zeros(4, 1), QuadraticReward(torch.ones(1))
+        (measured,) = method.gradients(lambda x, t, s=shift: s.expand_as(x), still, reward, x, stream(0), {})
+        assert (measured["loss"], measured["clipped"]) == (0.25, clipped)
+        assert (shift.grad.item() == 0) == bool(clipped)
 
 
 def test_clip_and_quantile_together_keep_what_both_keep() -> None:

@@ -100,7 +100,10 @@ def test_frechet_distance_of_a_scaled_and_moved_sample(generator: torch.Generato
 
 def test_frechet_distance_of_unlike_covariances(generator: torch.Generator) -> None:
     """tr (A B)^(1/2) is the trace of the root of the symmetric A^(1/2) B A^(1/2)."""
-    x, y = torch.randn(30, 3, generator=generator), torch.randn(20, 3, generator=generator) @ torch.randn(3, 3, generator=generator)
+    x, y = (
+        torch.randn(30, 3, generator=generator),
+        torch.randn(20, 3, generator=generator) @ torch.randn(3, 3, generator=generator),
+    )
 
     def root(matrix: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
@@ -236,9 +239,9 @@ def test_one_hot() -> None:
 
 
 def test_mean_estimate_is_the_mean_and_its_standard_error() -> None:
-    estimate = mean_estimate(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert estimate.value == 3
-    assert estimate.standard_error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+    estimate = mean_estimate(torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0]))
+    assert estimate.value == 4
+    assert estimate.standard_error == pytest.approx(math.sqrt((9 + 4 + 1 + 0 + 36) / 4 / 5))
 
 
 def test_estimate_reads_well() -> None:

@@ -236,7 +236,7 @@ def test_conversions_hold_at_the_ends(path: Interpolant, end: float, generator: 
 
 @over_paths
 def test_every_path_is_the_linear_one_in_other_coordinates(path: Interpolant) -> None:
-    """z = x / (alpha + beta) at t = alpha / (alpha + beta): the same pair, velocity dz/dt = x_1 - x_0, scaled score and noise."""
+    """z = x / (alpha + beta) at t = alpha / (alpha + beta): velocity dz/dt = x_1 - x_0, score and noise level scaled."""
     x1, x0, s = 0.8, -1.3, times().requires_grad_()
     c = path(s)
     scale, t = c.alpha + c.beta, linear_time(path, s)

@@ -58,7 +58,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
         load(folder)
     weights.write_bytes(original)
     config.write_text(json.dumps(tree | {"network": tree["network"] | {"embedding": 16}}))
-    with pytest.raises(InputError, match="'enter.*|.*config.json says"):
+    with pytest.raises(InputError, match=r"config\.json says"):
         load(folder)
     config.write_text(json.dumps(tree | {"network": tree["network"] | {"blocks": [1, 2]}}))
     with pytest.raises(InputError, match=r"lacks tensor 'middle\.1"):

@@ -293,12 +293,12 @@ def test_networks_are_the_exact_velocity_and_the_sum() -> None:
 
 
 def test_gaussian_by_number() -> None:
-    base, reward = Gaussian(dimension=3, mean=(1.0, 2.0, 3.0), scale=0.5, linear=0.5, quadratic=2.0).base(), Gaussian().reward()
+    problem = Gaussian(dimension=3, mean=(1.0, 2.0, 3.0), scale=0.5, linear=0.5, quadratic=2.0)
+    base, reward = problem.base(), problem.reward()
     assert base.means.tolist() == [[1, 2, 3]]
     assert base.variances.tolist() == [0.25]
     assert base.log_weights.tolist() == [0]
-    assert reward.linear.tolist() == [1.7, 1.7]
-    assert Gaussian(dimension=2, linear=(1.0, 2.0), quadratic=3.0).reward().quadratic == 3
+    assert (reward.linear.tolist(), reward.quadratic) == ([0.5] * 3, 2)
 
 
 def test_ring_by_number() -> None:
@@ -309,13 +309,33 @@ def test_ring_by_number() -> None:
     assert_close(base.log_weights.exp(), torch.full((4,), 0.25))
 
 
+def test_mixture_by_number() -> None:
+    """The fixture, with weights of any sum; missing numbers are 0."""
+    problem = Mixture(
+        means=((-1.5,), (1.5, 0.5)),
+        weights=(3.0, 2.0),
+        scale=(math.sqrt(0.15), math.sqrt(0.3)),
+        linear=(0.8, -0.5),
+        quadratic=0.7,
+    )
+    (base, reward), result = fixture_2d(), problem.base()
+    for name in ("log_weights", "means", "variances"):
+        assert_close(getattr(result, name), getattr(base, name))
+    assert torch.equal(problem.reward().linear, reward.linear)
+    assert Mixture(dimension=3).reward().linear.tolist() == [1, 0.5, 0]
+
+
 @pytest.mark.parametrize(
     ("problem", "settings", "message"),
     [
-        (Gaussian, {"dimension": 3, "mean": (1.0, 2.0)}, "mean has 2 numbers, dimension is 3"),
-        (Gaussian, {"linear": (1.0,)}, "linear has 1 numbers, dimension is 2"),
-        (Mixture, {"dimension": 1, "linear": 1.0}, "a ring needs dimension 2 or more"),
+        (Gaussian, {"dimension": 1, "mean": (1.0, 2.0)}, "mean has 2 numbers, dimension is 1"),
+        (Gaussian, {"linear": (1.0, 2.0, 3.0)}, "linear has 3 numbers, dimension is 2"),
         (Gaussian, {"scale": 0.0}, "greater than 0"),
+        (Mixture, {"dimension": 1, "linear": 1.0}, "a ring needs dimension 2 or more"),
+        (Mixture, {"means": ((1.0, 2.0, 3.0),)}, "a mean has more numbers than dimension 2"),
+        (Mixture, {"means": ()}, "at least 1 item"),
+        (Mixture, {"weights": (1.0, 2.0)}, "weights has 2 numbers for 8 modes"),
+        (Mixture, {"means": ((1.0,), (2.0,)), "scale": (1.0,)}, "scale has 1 numbers for 2 modes"),
     ],
 )
 def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[str, object], message: str) -> None:
@@ -325,5 +345,3 @@ def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[
 
 def test_problems_are_listed_by_name() -> None:
     assert {name: kind().name for name, kind in PROBLEMS.items()} == {"gaussian": "gaussian", "mixture": "mixture"}
-    with pytest.raises(NotImplementedError):
-        Problem().base()

@@ -14,7 +14,6 @@ from tiny import tiny_flow, tiny_recipe
 import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance, total_variation_floor
-from tiltflow.model import load
 from tiltflow.recipe import shipped_recipes
 from tiltflow.run import Recipe, evaluate_run, read_recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
@@ -54,7 +53,9 @@ def test_the_folder_alone_is_enough(finished: tuple[Path, dict[str, Any]], tmp_p
     for path in (tmp_path / "flow").iterdir():  # the base that the recipe names is gone
         path.unlink()
     again = evaluate_run(moved)
-    assert {k: again[k] for k in ("reward_tuned", "target_distance")} == {k: summary[k] for k in ("reward_tuned", "target_distance")}
+    assert {k: again[k] for k in ("reward_tuned", "target_distance")} == {
+        k: summary[k] for k in ("reward_tuned", "target_distance")
+    }
     assert tiltflow.load(moved).sample(3).shape == (3, 1, 8, 8)
     assert read_recipe(moved).training.max_train_steps == 4
 
@@ -71,7 +72,10 @@ def test_the_same_recipe_is_the_same_run_bit_for_bit(finished: tuple[Path, dict[
 
 def test_training_raises_the_reward_and_the_base_is_untouched(tmp_path: Path) -> None:
     before = (tiny_flow(tmp_path / "flow") / "model.safetensors").read_bytes()
-    summary = run(recipe_of(tiny_recipe(tmp_path), "training.max_train_steps=40", "reward={name: ink}", "method.beta=0.01"), tmp_path / "r")
+    summary = run(
+        recipe_of(tiny_recipe(tmp_path), "training.max_train_steps=40", "reward={name: ink}", "method.beta=0.01"),
+        tmp_path / "r",
+    )
     assert summary["reward_tuned"] > summary["reward_base"] + 10 * summary["reward_base_error"]
     assert (tmp_path / "flow" / "model.safetensors").read_bytes() == before
 

@@ -39,8 +39,14 @@ class Outer(Settings):
         ({"count": 0}, "here: count must be greater than or equal to 1 (got 0)"),
         ({"cuont": 3}, "here: cuont is not a setting, did you mean 'count'?"),
         ({"path": {"name": "linear", "beta_min": 1}}, "here: path.beta_min is not a setting; known: name"),
-        ({"path": {"name": "variance-preserving", "beta_mn": 1}}, "here: path.beta_mn is not a setting, did you mean 'beta_min'?"),
-        ({"method": {"name": "adjoint-matchng"}}, "here: method: there is no method 'adjoint-matchng', did you mean 'adjoint-matching'?"),
+        (
+            {"path": {"name": "variance-preserving", "beta_mn": 1}},
+            "here: path.beta_mn is not a setting, did you mean 'beta_min'?",
+        ),
+        (
+            {"method": {"name": "adjoint-matchng"}},
+            "here: method: there is no method 'adjoint-matchng', did you mean 'adjoint-matching'?",
+        ),
         ({"method": {"name": "adjoint-matching", "bta": 1}}, "here: method.bta is not a setting, did you mean 'beta'?"),
         ({"method": {"beta": 1}}, "here: method: needs a name; known: adjoint-matching"),
         ({}, "here: needed is missing"),

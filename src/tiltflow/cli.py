@@ -362,7 +362,8 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     if judge and "group" in judge:
         group = judge["group"]
         rows[f"judge sees {group['label']}"] = (
-            f"{group['base']:.1%} before, {group['tuned']:.1%} after; the target has {group['target']:.1%} ± {group['target_error']:.1%}"
+            f"{group['base']:.1%} before, {group['tuned']:.1%} after; "
+            f"the target has {group['target']:.1%} ± {group['target_error']:.1%}"
         )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
     rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
@@ -390,6 +391,6 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         "mean reward": f"{result['reward']:.4f} ± {result['reward_error']:.4f}   (exact {result['reward_exact']:.4f})",
         "relative error of the control": f"{result['control_error']:.1%}",
         "path KL": f"{result['path_kl']:.4f}   (exact {result['path_kl_exact']:.4f})",
-        "cost": f"{result['seconds']:.0f} s, {result['evaluations_per_trajectory']:.0f} network evaluations per trajectory and iteration",
+        "cost": f"{result['seconds']:.0f} s, {result['evaluations_per_trajectory']:.0f} evaluations per trajectory per step",
     }
     _list(console, rows, f"{result['method']} on {result['problem']}")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 
-def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 100, seed: int = 0) -> float:
+def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 50, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance of two samples [n, d] and [m, d]: root mean square over random directions."""
-    return float(ot.sliced_wasserstein_distance(x.double().cpu(), y.double().cpu(), n_projections=projections, seed=seed, p=2))
+    a, b = x.double().cpu().numpy(), y.double().cpu().numpy()
+    return float(ot.sliced_wasserstein_distance(a, b, n_projections=projections, seed=seed, p=2))
 
 
 def exact_w2(x: Tensor, y: Tensor) -> float:
@@ -166,7 +167,7 @@ def kolmogorov_smirnov(x: Tensor, y: Tensor, y_weights: Tensor) -> float:
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) between Gaussian fits to features [n, d] and [m, d]."""
+    """Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of Gaussian fits to features [n, d] and [m, d]."""
     means, covariances = (x.double().mean(0), y.double().mean(0)), (torch.cov(x.double().T), torch.cov(y.double().T))
     # the eigenvalues of C_x C_y are real and not negative: it is similar to a positive semi-definite matrix
     cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()

@@ -159,7 +159,7 @@ class DiscreteVariancePreserving(Settings):
         return ((left + inside) / self.num_train_timesteps).clamp(0, 1)
 
     def network_time(self, s: Tensor) -> Tensor:
-        return (self.num_train_timesteps * (1 - s) - 1).clamp(0, self.num_train_timesteps - 1)
+        return (self.num_train_timesteps * (1 - s) - 1).clamp(min=0)
 
 
 Interpolant = Linear | Cosine | VariancePreserving | DiscreteVariancePreserving

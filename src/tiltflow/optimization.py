@@ -54,7 +54,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], limit: float | None, step:
 
 def finite(value: Tensor | float, what: str, step: int) -> float:
     """`value` as a float. Raises NonFiniteError, before the weights are touched, if it is NaN or infinite."""
-    number = float(value)
+    number = value.item() if isinstance(value, Tensor) else value
     if not math.isfinite(number):
         raise NonFiniteError(f"step {step}: {what} is {number}; the weights are as before this step")
     return number

@@ -58,7 +58,7 @@ class FlowPretraining(Settings):
 
 
 class ClassifierPretraining(Settings):
-    """Cross-entropy on shifted and rescaled images, with label smoothing and additive noise so that gradients mean something."""
+    """Cross-entropy on shifted images, with label smoothing and additive noise so that gradients mean something."""
 
     task: Literal["classifier"] = "classifier"
     description: str = ""
@@ -189,7 +189,7 @@ def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[str, Any]:
-    """With a judge: how sure it is of 1,000 samples, their classes, and their Frechet distance to the test images in its features."""
+    """With a judge: how sure it is of 1,000 samples, their classes, their Frechet distance to test images in its features."""
     if recipe.judge is None:
         return {}
     judge, config = load_classifier(recipe.judge)
@@ -224,8 +224,8 @@ def card(
         "",
         f"- data: `{path.name}` (sha256 {fingerprint(path)}..), {count:,} training images",
         f"- command: `tiltflow pretrain {name} --data {path.name} --output {name}`, seed {recipe.seed}",
-        f"- training: {recipe.training.max_train_steps:,} steps of {recipe.training.train_batch_size} images, {seconds / 60:.0f} minutes"
-        f" on {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        f"- training: {recipe.training.max_train_steps:,} steps of {recipe.training.train_batch_size} images, "
+        f"{seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
         f"- network: {recipe.network.name}, {parameters:,} parameters",
         "",
         "| score | value |",

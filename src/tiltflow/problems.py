@@ -146,25 +146,22 @@ class CorrectedVelocity(nn.Module):
 
 
 class Problem(Settings):
-    """A base law and a reward, posed by numbers."""
+    """A reward on a base law of some dimension; the laws are below."""
 
     dimension: Annotated[int, Field(ge=1)] = 2
     linear: Vector = 0.0
-    """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list."""
+    """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list whose missing numbers are 0."""
     quadratic: NotNegative = 0.0
     """q of the reward."""
 
     def reward(self) -> QuadraticReward:
         return QuadraticReward(_vector(self.linear, self.dimension), self.quadratic)
 
-    def base(self) -> GaussianMixture:
-        raise NotImplementedError
-
     @model_validator(mode="after")
     def _check_lengths(self) -> Problem:
         for name in ("linear", "mean"):
             value = getattr(self, name, 0.0)
-            if isinstance(value, tuple) and len(value) != self.dimension:
+            if isinstance(value, tuple) and len(value) > self.dimension:
                 raise ValueError(f"{name} has {len(value)} numbers, dimension is {self.dimension}")
         return self
 
@@ -176,43 +173,58 @@ class Gaussian(Problem):
     mean: Vector = 0.7
     scale: Positive = 0.5
     linear: Vector = 1.7
-    quadratic: NotNegative = 0.0
 
     def base(self) -> GaussianMixture:
-        mean = _vector(self.mean, self.dimension)
-        return GaussianMixture(
-            torch.zeros(1, dtype=torch.float64), mean[None], torch.full((1,), self.scale**2, dtype=torch.float64)
-        )
+        return _mixture(_vector(self.mean, self.dimension)[None], (1.0,), self.scale)
 
 
 class Mixture(Problem):
-    """A ring of equal Gaussians in the first two coordinates, under a linear or quadratic reward."""
+    """A mixture of Gaussians under a linear or quadratic reward: a ring of equal ones, unless `means` are given."""
 
     name: Literal["mixture"] = "mixture"
     modes: Annotated[int, Field(ge=1)] = 8
     radius: NotNegative = 2.0
-    scale: Positive = 0.6
-    """Standard deviation of each mode."""
+    """Of the ring, in the first two coordinates."""
+    means: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)] | None = None
+    """One list for each mode, instead of the ring; missing numbers are 0."""
+    weights: tuple[Positive, ...] | None = None
+    """One number for each mode, of any sum; equal by default."""
+    scale: Positive | tuple[Positive, ...] = 0.6
+    """Standard deviation of the modes: one for all, or one for each."""
     linear: Vector = (1.0, 0.5)
 
     @model_validator(mode="after")
-    def _check_dimension(self) -> Mixture:
-        if self.dimension < 2:
-            raise ValueError("a ring needs dimension 2 or more")
+    def _check_modes(self) -> Mixture:
+        if self.means is None and self.dimension < 2:
+            raise ValueError("a ring needs dimension 2 or more; give means=[[..], ..] instead")
+        if self.means is not None and max((len(mean) for mean in self.means), default=0) > self.dimension:
+            raise ValueError(f"a mean has more numbers than dimension {self.dimension}")
+        modes = self.modes if self.means is None else len(self.means)
+        for name, value in (("weights", self.weights), ("scale", self.scale)):
+            if isinstance(value, tuple) and len(value) != modes:
+                raise ValueError(f"{name} has {len(value)} numbers for {modes} modes")
         return self
 
     def base(self) -> GaussianMixture:
-        angle = torch.arange(self.modes, dtype=torch.float64) * (2 * math.pi / self.modes)
-        means = torch.zeros(self.modes, self.dimension, dtype=torch.float64)
-        means[:, 0], means[:, 1] = self.radius * angle.cos(), self.radius * angle.sin()
-        equal = torch.full((self.modes,), -math.log(self.modes), dtype=torch.float64)
-        return GaussianMixture(equal, means, torch.full((self.modes,), self.scale**2, dtype=torch.float64))
+        if self.means is not None:
+            means = torch.stack([_vector(mean, self.dimension) for mean in self.means])
+        else:
+            angle = torch.arange(self.modes, dtype=torch.float64) * (2 * math.pi / self.modes)
+            means = torch.zeros(self.modes, self.dimension, dtype=torch.float64)
+            means[:, 0], means[:, 1] = self.radius * angle.cos(), self.radius * angle.sin()
+        return _mixture(means, self.weights or (1.0,) * len(means), self.scale)
 
 
-PROBLEMS: dict[str, type[Problem]] = {"gaussian": Gaussian, "mixture": Mixture}
+PROBLEMS: dict[str, type[Gaussian | Mixture]] = {"gaussian": Gaussian, "mixture": Mixture}
 
 
-def _vector(value: Vector, dimension: int) -> Tensor:
-    if isinstance(value, tuple):
-        return torch.tensor(value, dtype=torch.float64)
-    return torch.full((dimension,), value, dtype=torch.float64)
+def _mixture(means: Tensor, weights: tuple[float, ...], scale: float | tuple[float, ...]) -> GaussianMixture:
+    log_weights = torch.tensor(weights, dtype=torch.float64).log()
+    return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, _vector(scale, len(means)) ** 2)
+
+
+def _vector(value: Vector, size: int) -> Tensor:
+    """One number for all entries, or a list whose missing entries are 0: [size], float64."""
+    if not isinstance(value, tuple):
+        return torch.full((size,), value, dtype=torch.float64)
+    return torch.tensor([*value, *(0.0 for _ in range(size - len(value)))], dtype=torch.float64)

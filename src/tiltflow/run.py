@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from tiltflow import __version__
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
@@ -301,7 +301,9 @@ def build_judge(settings: Evaluation, device: str) -> tuple[nn.Module, Classifie
     assert settings.judge is not None
     network, config = load_classifier(settings.judge, device)
     if settings.group and max(settings.group) >= len(config.class_names):
-        raise InputError(f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {len(config.class_names) - 1}")
+        raise InputError(
+            f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {len(config.class_names) - 1}"
+        )
     return network, config
 
 
@@ -313,8 +315,12 @@ def check_fit(what: str, function: Callable[[Tensor], Tensor], model: Model, dev
             evaluate(function, x)
         else:
             function(x)
+    except NonFiniteError as error:
+        raise InputError(str(error)) from None
     except RuntimeError as error:  # torch's word for a wrong shape
-        raise InputError(f"{what} does not take samples of shape {list(model.event_shape)}: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{what} does not take samples of shape {list(model.event_shape)}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -115,7 +115,9 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         case "part":
             return f"{dotted}.{message}"
         case "extra_forbidden":
-            return f"{dotted} is not a setting{did_you_mean(path[-1], [name for model in models for name in model.model_fields])}"
+            return (
+                f"{dotted} is not a setting{did_you_mean(path[-1], [name for model in models for name in model.model_fields])}"
+            )
         case "missing":
             return f"{dotted} is missing"
         case "value_error":
@@ -128,7 +130,7 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def _walk(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The names of the settings along a location, without the tags that pydantic adds for unions, and the models that hold the last."""
+    """The settings along a location, without the tags that pydantic adds for unions, and the models that hold the last."""
     path: list[str] = []
     models, holders = [kind], [kind]
     for part in location:

@@ -16,7 +16,7 @@ is p_base(x) exp(r(x) / beta) up to the O(h) that a chain of Gaussian steps leav
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -78,6 +78,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
     },
 }
+
+
+class Regression(NamedTuple):
+    """The regression of the steps from `first` on: [steps, batch, *event], and the limits of their terms [steps, 1]."""
+
+    states: Tensor
+    base_velocities: Tensor
+    targets: Tensor
+    limit: Tensor
+    first: int
 
 
 class AdjointMatching(Settings):
@@ -162,23 +172,24 @@ class AdjointMatching(Settings):
         first = int(torch.stack(chosen).min())
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
-        # residuals of the steps, [steps, batch, *event], from what the two passes have already computed
+        # residuals of the steps from `first` on, [steps, batch, *event], from what the two passes have already computed
         targets, base_velocities, rewards = self._adjoints(chain, base, path, reward, first, right, micro_batch_size)
         steps = slice(first, len(path.velocities))
         gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
         control = gain * (torch.stack(path.velocities[steps]) - base_velocities)
         terms = (control + std * targets).flatten(2).square().sum(2)
-        limit = self._limit(chain, steps, terms, state)
-
+        regression = Regression(
+            torch.stack(path.states[steps]), base_velocities, targets, self._limit(chain, steps, terms, state), first
+        )
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "loss": terms.sum(0).mean().item(),
             "path_kl": control.flatten(2).square().sum(2).sum(0).mean().item() / 2,
-            "clipped": (terms > limit).double().mean().item(),
+            "clipped": (terms > regression.limit).double().mean().item(),
         }
         for pairs in chosen:
-            self._regress(tuned, chain, path, first, base_velocities, targets, limit, pairs, micro_batch_size)
+            self._regress(tuned, chain, regression, pairs, micro_batch_size)
             yield measured
 
     def _adjoints(
@@ -239,29 +250,21 @@ class AdjointMatching(Settings):
         return limit
 
     def _regress(
-        self,
-        tuned: VelocityField,
-        chain: Chain,
-        path: Trajectory,
-        first: int,
-        base_velocities: Tensor,
-        targets: Tensor,
-        limit: Tensor,
-        pairs: Tensor,
-        micro_batch_size: int | None,
+        self, tuned: VelocityField, chain: Chain, regression: Regression, pairs: Tensor, micro_batch_size: int | None
     ) -> None:
         """Accumulate the gradient of the mean over the batch of sum_k |w_k + s_k a|^2 over the chosen (step, sample) pairs."""
-        states = torch.stack(path.states[first : len(path.velocities)])
-        batch = states.shape[1]
-        k, i = pairs.flatten(), torch.arange(batch, device=states.device).expand_as(pairs).flatten()
-        for part in torch.arange(len(k), device=states.device).split(micro_batch_size or batch):
-            kk, row, ii = k[part], k[part] - first, i[part]
-            x = states[row, ii]
+        batch = regression.states.shape[1]
+        k = pairs.flatten()
+        i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
+        for part in torch.arange(len(k), device=k.device).split(micro_batch_size or batch):
+            kk, row, ii = k[part], k[part] - regression.first, i[part]
+            x = regression.states[row, ii]
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
             v = tuned(x, chain.times.to(x.device)[kk])
-            terms = (gain * (v - base_velocities[row, ii]) + std * targets[row, ii]).flatten(1).square().sum(1)
-            kept = terms.detach() <= limit[row, 0]
-            ((terms * kept).sum() / batch).backward()
+            residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
+            terms = residual.flatten(1).square().sum(1)
+            kept = terms.detach() <= regression.limit[row, 0]
+            ((kept * terms).sum() / batch).backward()
 
 
 def _columns(values: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plain convolutional classifier, with 5x5 kernels, max pooling and dropout: unlike `residual_classifier`, so that it can judge."""
+"""A plain convolutional classifier with 5x5 kernels and max pooling: unlike `residual_classifier`, so that it can judge."""
 
 from __future__ import annotations
 

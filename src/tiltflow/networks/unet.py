@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Unet(Settings):
-    """Two resolutions: `blocks[0]` residual blocks of `channels[0]` on each side of `blocks[1]` of `channels[1]` at half the size."""
+    """`blocks[0]` residual blocks of `channels[0]` on each side of `blocks[1]` of `channels[1]` at half the resolution."""
 
     name: Literal["unet"] = "unet"
     image_channels: Count = 1

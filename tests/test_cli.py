@@ -1,0 +1,173 @@
+"""The command line as a script and as a stranger meet it: output, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import tiny_flow, tiny_recipe
+from typer.testing import CliRunner
+
+import tiltflow.cli
+from tiltflow.errors import TiltflowError
+
+
+def tiltflow_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tiltflow", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "300"},
+    )
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The command in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["tiltflow", *arguments])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        tiltflow.cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
+    recipe, folder = tiny_recipe(tmp_path), tmp_path / "run"
+    trained = tiltflow_command("train", str(recipe), "--output", str(folder), "--json", "--threads", "1")
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout.splitlines()[-1])
+    assert len(trained.stdout.splitlines()) == 1
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert {
+        "reward_base",
+        "reward_tuned",
+        "target_distance",
+        "effective_sample_size",
+        "judge",
+        "seconds",
+        "network_evaluations",
+    } <= set(summary)
+    assert "report.html" in trained.stderr
+    assert "reward" in trained.stderr
+
+    again = tiltflow_command("evaluate", str(folder), "--json", "--threads", "1", "--quiet", "--num-samples", "16")
+    assert json.loads(again.stdout.splitlines()[-1])["num_samples"] == 16
+
+    grid, arrays = tmp_path / "grid.png", tmp_path / "x.npz"
+    assert tiltflow_command("sample", str(folder), "-o", str(grid), "-n", "4").returncode == 0
+    Image.open(grid).verify()
+    assert tiltflow_command("sample", str(folder), "-o", str(arrays), "-n", "4", "--solver", "heun").returncode == 0
+    with np.load(arrays) as archive:
+        assert archive["samples"].shape == (4, 1, 8, 8)
+
+
+def test_verify_prints_one_json_object_with_the_promised_keys() -> None:
+    arguments = ["verify", "gaussian", "--json", "--iterations", "3", "--set", "dimension=1", "--set", "scale=0.3"]
+    small = ["--set", "num_samples=200", "--set", "num_samples_w2=100", "--set", "method.num_inference_steps=5"]
+    done = CliRunner().invoke(tiltflow.cli.app, [*arguments, *small])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) >= {
+        "problem", "method", "distance", "floor", "floor_std", "distance_base", "reward", "reward_exact", "control_error",
+        "iterations", "network_evaluations", "seconds",
+    }  # fmt: skip
+    assert result["iterations"] == 3
+    assert result["reward_exact"] == pytest.approx(1.7 * (0.7 + 0.3**2 * 1.7))  # N(m + c s^2, s^2)
+
+
+def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    recipe = str(tiny_recipe(tmp_path))
+    new = ["--output", str(tmp_path / "new")]
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "summary.json").write_text("{}")
+    broken = tiny_flow(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"xx")
+    (tmp_path / "typo.yaml").write_text("modle: digits-flow\n")
+    (tmp_path / "odd.py").write_text(
+        "def nan(x): return x.flatten(1).sum(1) * float('nan')\ndef wrong(x): return x.sum()\ndef rgb(x): return (x * x.new_ones(3, 5, 5)).sum((1, 2, 3))\n"
+    )
+    return {
+        "wrong key": (["train", recipe, *new, "--set", "training.max_train_step=3"], "max_train_step is not a setting, did you mean 'max_train_steps'"),
+        "wrong type": (["train", recipe, *new, "--set", "method.learning_rate=fast"], "method.learning_rate must be a valid number"),
+        "wrong range": (["train", recipe, *new, "--set", "method.learning_rate=-1"], "method.learning_rate must be greater than 0 (got -1)"),
+        "key in a file": (["train", str(tmp_path / "typo.yaml"), *new], "modle is not a setting, did you mean 'model'"),
+        "missing file": (["train", str(tmp_path / "none.yaml"), *new], "none.yaml: no such file"),
+        "unreadable weights": (["train", recipe, *new, "--set", f"model={broken}"], "the weights cannot be read"),
+        "unknown recipe": (["train", "digits-evn", *new], "there is no recipe 'digits-evn', did you mean 'digits-even'"),
+        "unknown method": (["train", recipe, *new, "--set", "method={name: adjoint}"], "there is no method 'adjoint', did you mean 'adjoint-matching'"),
+        "unknown reward": (["train", recipe, *new, "--set", "reward=inc"], "there is no reward 'inc', did you mean 'ink'"),
+        "unknown problem": (["verify", "mixtre"], "there is no problem 'mixtre', did you mean 'mixture'"),
+        "unknown verify key": (["verify", "mixture", "--set", "radios=3"], "'radios' is not a setting, did you mean 'radius'"),
+        "reward of the wrong shape": (["train", recipe, *new, "--set", "reward={name: function, path: 'odd:wrong'}"], "one number per sample"),
+        "reward of NaN": (["train", recipe, *new, "--set", "reward={name: function, path: 'odd:nan'}"], "the reward is not finite for 2 of 2"),
+        "reward for other shapes": (["train", recipe, *new, "--set", "reward={name: function, path: 'odd:rgb'}"], "does not take samples of shape [1, 8, 8]"),
+        "occupied folder": (["train", recipe, "--output", str(tmp_path / "occupied")], "already holds something"),
+        "no such run": (["evaluate", str(tmp_path / "none")], "not a run folder"),
+        "no such device": (["train", recipe, *new, "--device", "warp"], "torch has no such device"),
+        "no picture": (["sample", str(tmp_path / "flow"), "--output", "x.gif"], "must end in .png or .npz"),
+        "no data": (["pretrain", "digits-flow", "--data", str(tmp_path / "no.npz"), *new], "no such data set"),
+        "no such option": (["train", recipe, "--ouput", "x"], "No such option: --ouput"),
+    }  # fmt: skip
+
+
+def test_each_mistake_is_one_line_exit_code_2_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, (arguments, message) in mistakes(tmp_path).items():
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 2, name
+        assert message in err, name
+        assert out == "", name
+        assert "Traceback" not in err, name
+        if not message.startswith("No such option"):
+            assert len(err.strip().splitlines()) == 1, (name, err)
+        assert not (tmp_path / "new").exists(), name
+        assert (tmp_path / "occupied" / "summary.json").read_text() == "{}"
+
+
+def test_ctrl_c_saves_and_says_130(tmp_path: Path) -> None:
+    recipe, folder = tiny_recipe(tmp_path, training={"max_train_steps": 100_000, "train_batch_size": 4}), tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet"])
+    metrics = folder / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert (folder / "model" / "model.safetensors").exists()
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_help_teaches_by_example_and_lists_are_complete() -> None:
+    runner = CliRunner()
+    for command in ("train", "sample", "evaluate", "verify", "pretrain", "recipes"):
+        result = runner.invoke(tiltflow.cli.app, [command, "--help"])
+        assert result.exit_code == 0
+        assert f"tiltflow {command}" in result.output
+    listed: dict[str, Any] = json.loads(runner.invoke(tiltflow.cli.app, ["recipes", "--json"]).stdout.splitlines()[-1])
+    assert {entry["name"] for entry in listed["recipes"]} >= {"digits-even", "digits-flow", "digits-judge"}
+    assert all(entry["description"] for entry in listed["recipes"])
+    assert yaml.safe_load(runner.invoke(tiltflow.cli.app, ["recipes", "digits-even"]).output)["model"] == "digits-flow"
+
+
+def test_errors_of_ours_are_the_only_ones_caught() -> None:
+    assert issubclass(tiltflow.InputError, TiltflowError)
+    assert not issubclass(ValueError, TiltflowError)
+
+
+def test_importing_tiltflow_imports_nothing_heavy() -> None:
+    code = "import sys, tiltflow; print([m for m in ('torch', 'pydantic', 'matplotlib', 'typer', 'ot') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,303 @@
+"""The training loop: where it ends, what it counts, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import affine
+import pytest
+import torch
+from affine import on_gaussian
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tiltflow.errors import NonFiniteError
+from tiltflow.flow import AdapterOff, Flow
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.networks.mlp import Mlp
+from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
+from tiltflow.problems import CorrectedVelocity, ExactVelocity, Gaussian
+from tiltflow.sampler import rollout
+from tiltflow.streams import stream
+from tiltflow.trainer import Record, train, trainable_copy
+
+pytestmark = pytest.mark.usefixtures("double")
+
+PROBLEM = Gaussian(dimension=1, mean=affine.MEAN, scale=affine.VARIANCE**0.5, linear=affine.LINEAR)
+
+
+def draw(generator: torch.Generator) -> Tensor:
+    return torch.randn(64, 1, generator=generator)
+
+
+def flows(seed: int = 0) -> tuple[Flow, Flow]:
+    """An MLP on top of the exact velocity, and the exact velocity."""
+    torch.manual_seed(seed)  # networks draw their first weights from the global generator
+    law = PROBLEM.base()
+    return Flow(CorrectedVelocity(ExactVelocity(law), Mlp(dimension=1, hidden=16, layers=2).build())), Flow(ExactVelocity(law))
+
+
+def run(
+    steps: int, seed: int = 0, reward: Callable[[Tensor], Tensor] | None = None, **options: Any
+) -> tuple[Flow, list[Record]]:
+    tuned, base = flows()
+    method = AdjointMatching(num_inference_steps=5, learning_rate=1e-2, lr_warmup_steps=2)
+    records = train(tuned, base, method, reward or PROBLEM.reward(), draw, max_train_steps=steps, seed=seed, **options)
+    return tuned, list(records)
+
+
+def weights(flow: Flow) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in flow.parameters()]
+
+
+# ---- where it ends ----
+
+
+def test_training_reaches_the_tilted_gaussian() -> None:
+    """For a linear reward the adjoint is deterministic, so the loss is sum |w - w*|^2: twice the KL divergence to the optimum.
+
+    By Talagrand's inequality the terminal law is then within sqrt(variance * loss) of the optimum in W2.
+    """
+    tuned, base = flows()
+    method = AdjointMatching(num_inference_steps=8, learning_rate=5e-3, lr_warmup_steps=0)
+    records = list(train(tuned, base, method, PROBLEM.reward(), draw, max_train_steps=120))
+    chain = method.chain()
+    exact = on_gaussian(chain)
+    mean, variance = (value.item() for value in exact.law())
+    shift = affine.LINEAR * exact.law(0.0, 0.0)[1].item()  # c Var(X_K | X_0), the mean of the optimum
+    target = torch.stack([-affine.LINEAR * exact.gain[k + 1 :].prod() for k in range(8)])
+    assert records[0].metrics["loss"] == pytest.approx((chain.std * target).square().sum().item())
+    assert records[-1].metrics["loss"] < records[0].metrics["loss"] / 1000
+
+    n, generator = 4000, stream(7)
+    with torch.no_grad():
+        path = rollout(chain, tuned, torch.randn(n, 1, generator=generator), generator)
+        x = path.states[-1] + base(path.states[-1], chain.times[-2]) / 8
+    slack = math.sqrt(variance * records[-1].metrics["loss"])
+    assert abs(x.mean() - mean - shift) < slack + 4 * math.sqrt(variance / n)
+    assert abs(x.std() - math.sqrt(variance)) < slack + 4 * math.sqrt(variance / (2 * n))
+
+
+def test_two_runs_are_the_same_bit_for_bit() -> None:
+    first, second, other = run(6, micro_batch_size=20), run(6, micro_batch_size=20), run(6, seed=1)
+    assert [r.metrics for r in first[1]] == [r.metrics for r in second[1]]
+    assert all(torch.equal(a, b) for a, b in zip(weights(first[0]), weights(second[0]), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(first[0]), weights(other[0]), strict=True))
+    assert first[1][1].metrics["reward"] != first[1][0].metrics["reward"]  # every step draws anew
+
+
+def test_global_generator_is_left_alone() -> None:
+    tuned, base = flows()
+    before = torch.get_rng_state()
+    list(train(tuned, base, AdjointMatching(num_inference_steps=4), PROBLEM.reward(), draw, max_train_steps=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- one weight, a known gradient ----
+
+
+class OneWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@dataclass
+class GivenGradients:
+    """A method whose gradients are given: `batches` of them, one list for each batch of trajectories."""
+
+    batches: list[list[float]]
+    learning_rate: float = 0.1
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.9
+    adam_weight_decay: float = 0.5
+    max_grad_norm: float | None = None
+    loss: float = 1.0
+
+    def gradients(
+        self, tuned: Flow, base: Flow, reward: Any, x: Tensor, *rest: Any, **options: Any
+    ) -> Iterator[dict[str, float]]:
+        (weight,) = tuned.parameters()
+        for value in self.batches.pop(0):
+            tuned(x, torch.tensor(0.5))
+            assert weight.grad is None or not weight.grad.any()
+            weight.grad = torch.tensor([value])
+            yield {"loss": self.loss}
+
+
+def run_given(method: GivenGradients, steps: int, **options: Any) -> tuple[Flow, list[Record], list[float]]:
+    tuned = Flow(OneWeight())
+    records, path = [], []
+    for record in train(tuned, Flow(OneWeight()), method, PROBLEM.reward(), draw, max_train_steps=steps, **options):
+        records.append(record)
+        path.append(tuned.network.weight.item())
+    return tuned, records, path
+
+
+def adamw(
+    gradients: list[float], rates: list[float], beta1: float = 0.8, beta2: float = 0.9, decay: float = 0.5
+) -> list[float]:
+    """1711.05101, algorithm 2, by hand."""
+    weight, m, v, path = 1.0, 0.0, 0.0, []
+    for step, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        weight -= rate * (decay * weight + (m / (1 - beta1**step)) / (math.sqrt(v / (1 - beta2**step)) + 1e-8))
+        path.append(weight)
+    return path
+
+
+def test_weights_follow_adamw_under_the_schedule() -> None:
+    method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]], lr_warmup_steps=2)
+    _, records, path = run_given(method, 4)
+    assert path == pytest.approx(adamw([0.3, -0.5, 2.0, 0.1], [0.05, 0.1, 0.1, 0.1]))
+    assert [r.metrics["learning_rate"] for r in records] == pytest.approx([0.05, 0.1, 0.1, 0.1])
+    assert [r.metrics["gradient_norm"] for r in records] == pytest.approx([0.3, 0.5, 2.0, 0.1])
+    assert [r.step for r in records] == [1, 2, 3, 4]
+
+
+def test_long_gradients_are_cut_and_their_length_is_shown() -> None:
+    _, records, path = run_given(GivenGradients([[0.3], [-5.0]], max_grad_norm=0.5), 2)
+    assert path == pytest.approx(adamw([0.3, -0.5], [0.1, 0.1]), abs=1e-5)  # torch adds 1e-6 to the norm it divides by
+    assert records[1].metrics["gradient_norm"] == 5
+
+
+def test_loop_stops_in_the_middle_of_a_batch() -> None:
+    method = GivenGradients([[0.3, -0.5], [2.0, 0.1]])
+    _, records, path = run_given(method, 3)
+    assert path == pytest.approx(adamw([0.3, -0.5, 2.0], [0.1] * 3))
+    assert [r.network_evaluations for r in records] == [64, 128, 192]
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    factors = [learning_rate_factor(step, warmup=4, total=10) for step in range(1, 11)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1]
+    assert factors[4:] == pytest.approx([(1 + math.cos(math.pi * k / 6)) / 2 for k in range(1, 7)])
+    assert [learning_rate_factor(step, warmup=1, total=3, scheduler="constant") for step in (1, 2, 3)] == [1, 1, 1]
+    assert learning_rate_factor(5, warmup=5, total=5) == 1
+
+
+# ---- the moving average ----
+
+
+def test_parameters_become_their_moving_average_at_the_end() -> None:
+    method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]])
+    tuned, _, path = run_given(method, 4, ema_decay=0.15)
+    average = 1.0
+    for step, weight in enumerate(path, 1):
+        decay = min(0.15, step / (step + 10))
+        average = decay * average + (1 - decay) * weight
+    assert tuned.network.weight.item() == pytest.approx(average)
+
+
+def test_a_closed_loop_leaves_the_average_too() -> None:
+    tuned = Flow(OneWeight())
+    loop = train(
+        tuned, Flow(OneWeight()), GivenGradients([[0.3]] * 9), PROBLEM.reward(), draw, max_train_steps=9, ema_decay=0.99
+    )
+    next(loop)
+    (weight,) = adamw([0.3], [0.1])
+    assert tuned.network.weight.item() == pytest.approx(weight)
+    loop.close()
+    assert tuned.network.weight.item() == pytest.approx(1 / 11 + weight * 10 / 11)
+
+
+def test_without_average_the_last_weights_stay() -> None:
+    tuned, _, path = run_given(GivenGradients([[0.3], [-0.5]]), 2)
+    assert tuned.network.weight.item() == path[-1]
+
+
+def test_average_of_a_constant_is_the_constant() -> None:
+    parameter = nn.Parameter(torch.tensor([2.0, -1.0]))
+    average = WeightAverage([parameter], 0.9)
+    for _ in range(50):
+        average.update()
+    average.store()
+    assert_close(parameter.detach(), torch.tensor([2.0, -1.0]))
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (GivenGradients([[0.3]], loss=math.nan), "step 1: the loss is nan"),
+        (GivenGradients([[math.inf]]), "step 1: the gradient norm is inf"),
+        (GivenGradients([[math.nan]], max_grad_norm=1.0), "step 1: the gradient norm is nan"),
+    ],
+)
+def test_bad_numbers_stop_before_the_weights_change(method: GivenGradients, message: str) -> None:
+    tuned = Flow(OneWeight())
+    with pytest.raises(NonFiniteError, match=message):
+        list(train(tuned, Flow(OneWeight()), method, PROBLEM.reward(), draw, max_train_steps=3))
+    assert tuned.network.weight.item() == 1
+
+
+def test_a_reward_that_breaks_later_leaves_the_weights_before_it() -> None:
+    calls = 0
+
+    def reward(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x[:, 0] * (torch.nan if calls == 3 else 1)
+
+    tuned, base = flows()
+    method, history = AdjointMatching(num_inference_steps=4, lr_warmup_steps=0), []
+    loop = train(tuned, base, method, reward, draw, max_train_steps=5)
+    for _ in range(2):
+        next(loop)
+        history.append(weights(tuned))
+    with pytest.raises(NonFiniteError, match="not finite for 64 of 64"):
+        next(loop)
+    assert all(torch.equal(a, b) for a, b in zip(weights(tuned), history[-1], strict=True))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    _, base = flows()
+    with pytest.raises(ValueError, match="no parameter"):
+        next(train(base, base, AdjointMatching(), PROBLEM.reward(), draw, max_train_steps=1))
+
+
+def test_gradient_norm_is_that_of_all_parameters_together() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([2.0, 3.0]), torch.tensor([6.0])
+    assert gradient_norm(parameters, None, 1) == 7
+    assert gradient_norm(parameters, 3.5, 1) == 7
+    assert_close(parameters[1].grad, torch.tensor([3.0]), rtol=0, atol=1e-6)  # torch adds 1e-6 to the norm it divides by
+
+
+# ---- counting and copies ----
+
+
+def test_network_evaluations_are_counted() -> None:
+    """5 steps, the last without noise: 4 tuned in the rollout, 5 base in the adjoint, 4 tuned in the regression."""
+    _, records = run(2)
+    assert [r.network_evaluations for r in records] == [64 * 13, 64 * 26]
+    assert 0 < records[0].seconds < records[1].seconds
+
+
+def test_an_adapter_is_counted_once() -> None:
+    network = OneWeight()
+    flow = Flow(network)
+    method = GivenGradients([[0.3]])
+    (record,) = train(flow, AdapterOff(flow), method, PROBLEM.reward(), draw, max_train_steps=1)
+    assert record.network_evaluations == 64
+
+
+def test_trainable_copy_is_a_copy_that_can_be_trained() -> None:
+    original = Flow(OneWeight().requires_grad_(False), "v", condition=None)
+    copy = trainable_copy(original)
+    assert copy.prediction == "v"
+    assert [p.requires_grad for p in copy.network.parameters()] == [True]
+    with torch.no_grad():
+        copy.network.weight.fill_(5)
+    assert original.network.weight.item() == 1
+    assert not original.network.weight.requires_grad

@@ -1,0 +1,72 @@
+"""`tiltflow verify` reaches known answers, and says when it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tiltflow.errors import InputError
+from tiltflow.verify import read_verification, verify
+
+SMALL = [
+    "num_samples=4000",
+    "num_samples_w2=500",
+    "method.num_inference_steps=20",
+    "num_inference_steps=20",
+    "hidden=64",
+    "layers=2",
+]
+
+
+def test_a_key_without_a_dot_finds_its_place() -> None:
+    settings = read_verification(
+        "mixture", "adjoint-matching", ["scale=0.3", "beta=2", "seed=4", "solver=ddpm", "sampling.solver=euler", "modes=5"]
+    )
+    assert (settings.problem.scale, settings.method.beta, settings.seed, settings.problem.modes) == (0.3, 2, 4, 5)  # type: ignore[union-attr]
+    assert (settings.method.solver, settings.sampling.solver) == ("ddpm", "euler")
+    with pytest.raises(InputError, match="'bta' is not a setting, did you mean 'beta'"):
+        read_verification("mixture", "adjoint-matching", ["bta=2"])
+    with pytest.raises(InputError, match="linear has 3 numbers, dimension is 2"):
+        read_verification("gaussian", "adjoint-matching", ["linear=[1, 2, 3]"])
+
+
+def test_a_linear_reward_on_a_gaussian_is_reached() -> None:
+    settings = read_verification(
+        "gaussian", "adjoint-matching", [*SMALL, "dimension=1", "iterations=150", "train_batch_size=128"]
+    )
+    result = verify(settings)
+    # the chain of 20 steps leaves 0.5 % in the variance (2.5e-3 in W2); the rest is the Monte-Carlo floor
+    assert result["distance"] < result["floor"] + 3 * result["floor_std"] + 0.02
+    assert result["distance"] < 0.1 * result["distance_base"]
+    assert result["control_error"] < 0.1
+    assert result["path_kl_exact"] == pytest.approx(1.7**2 * 0.25 / 2)  # (c s)^2 / 2
+    assert result["path_kl"] == pytest.approx(result["path_kl_exact"], rel=0.1)
+
+
+def test_without_training_the_report_shows_the_base() -> None:
+    settings = read_verification("mixture", "adjoint-matching", [*SMALL, "iterations=1", "learning_rate=1e-9"])
+    result = verify(settings)
+    assert result["distance"] == pytest.approx(result["distance_base"], rel=0.05)
+    assert result["control_error"] == pytest.approx(1, abs=0.01)
+    # the tilt moves the mean by more than one standard deviation of a mode
+    assert result["distance"] > 20 * result["floor"]
+
+
+@pytest.mark.slow
+def test_the_ring_of_eight_gaussians_is_within_twice_the_floor() -> None:
+    result = verify(read_verification("mixture", "adjoint-matching", ["iterations=1000"]))
+    assert result["distance"] <= 2 * result["floor"]
+    assert result["reward_exact"] == pytest.approx(2.0887, abs=1e-4)
+
+
+def test_any_mixture_can_be_posed() -> None:
+    settings = read_verification(
+        "mixture", "adjoint-matching", ["means=[[-1.5], [1.5, 0.5]]", "weights=[3, 2]", "scale=[0.5, 0.25]", "dimension=3"]
+    )
+    law = settings.problem.base()
+    assert law.means.tolist() == [[-1.5, 0, 0], [1.5, 0.5, 0]]
+    assert law.log_weights.exp().tolist() == pytest.approx([0.6, 0.4])
+    assert law.variances.tolist() == [0.25, 0.0625]
+    assert settings.problem.reward().linear.tolist() == [1, 0.5, 0]
+    for wrong, message in (("weights=[1]", "weights has 1 numbers for 8 modes"), ("dimension=1", "dimension is 1")):
+        with pytest.raises(InputError, match=message):
+            read_verification("mixture", "adjoint-matching", [wrong])
