@@ -62,7 +62,7 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(tree: dict[str, Any
 def test_settings_are_frozen_and_reject_nan() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Inner().rate = 2.0  # type: ignore[misc]
-    with pytest.raises(InputError, match="inner.rate must be a finite number"):
+    with pytest.raises(InputError, match=r"inner\.rate must be a finite number"):
         validate(Outer, {"needed": "x", "inner": {"rate": float("nan")}}, "here")
 
 

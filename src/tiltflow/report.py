@@ -145,7 +145,7 @@ def _read_summary(path: Path) -> Tree:
 
 def _read_records(path: Path) -> list[Tree]:
     """The training records; a last line that an interruption cut off is left out."""
-    records = []
+    records: list[Tree] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
@@ -199,8 +199,8 @@ def _changes(s: Tree) -> list[Change]:
     for stem, subject, form in (("judge.group.", _group(s), percent), ("reward_", "the mean reward", decimal)):
         tuned = number(s, f"{stem}tuned")
         if tuned is not None:
-            others = (number(s, stem + key) for key in ("target", "target_error"))
-            changes.append(Change(subject, number(s, f"{stem}base"), tuned, *others, form))
+            target, error = (number(s, stem + key) for key in ("target", "target_error"))
+            changes.append(Change(subject, number(s, f"{stem}base"), tuned, target, error, form))
     return changes
 
 
@@ -363,7 +363,8 @@ def _law(s: Tree) -> str:
     size, weights = number(s, "effective_sample_size"), ""
     if size is not None:
         weights = (
-            f"<p>The target law cannot be sampled directly. Base samples{_with(s, 'num_samples', ', {} of them,')} stand for it, "
+            "<p>The target law cannot be sampled directly. "
+            f"Base samples{_with(s, 'num_samples', ', {} of them,')} stand for it, "
             "each with its weight exp(r(x)/β). The weights are uneven; together the samples tell as much as "
             f"<b>{decimal(size)}</b> of equal weight would: the effective sample size.</p>"
         )
@@ -390,7 +391,8 @@ def _measures(s: Tree) -> str:
     bodies = []
     for heading, measures in {**MEASURES, "Also measured": rest}.items():
         rows = "".join(
-            f'<tr><th>{_filled(title, words)}</th><td class="value">{value}</td><td class="what">{_filled(what, words)}</td></tr>'
+            f'<tr><th>{_filled(title, words)}</th><td class="value">{value}</td>'
+            f'<td class="what">{_filled(what, words)}</td></tr>'
             for key, (title, what) in measures.items()
             if (value := show(s, key))
         )
