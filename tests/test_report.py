@@ -81,7 +81,9 @@ def test_the_same_run_is_the_same_page(tmp_path: Path) -> None:
     assert write(tmp_path / "run", SUMMARY) == write(tmp_path / "run", SUMMARY)
 
 
-@pytest.mark.parametrize("missing", [["judge"], ["target_distance_floor", "path_kl"], ["reward_target", "effective_sample_size"]])
+@pytest.mark.parametrize(
+    "missing", [["judge"], ["target_distance_floor", "path_kl"], ["reward_target", "effective_sample_size"]]
+)
 def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: list[str]) -> None:
     assert "<html" in write(tmp_path / "run", {key: value for key, value in SUMMARY.items() if key not in missing})
     assert "<html" in write(tmp_path / "bare", SUMMARY | {"judge": None}, rows=False)
