@@ -142,8 +142,8 @@ def test_reward_distance_of_a_shifted_normal_is_its_closed_form() -> None:
 
 def test_kolmogorov_smirnov_with_ties() -> None:
     x, y = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0])
-    assert kolmogorov_smirnov(x, y, torch.full((3,), 1 / 3)) == pytest.approx(1 / 3)
-    assert kolmogorov_smirnov(x, x, torch.full((3,), 1 / 3)) == pytest.approx(0)
+    assert kolmogorov_smirnov(x, y, torch.full((3,), 1 / 3, dtype=torch.float64)) == pytest.approx(1 / 3)
+    assert kolmogorov_smirnov(x, x, torch.full((3,), 1 / 3, dtype=torch.float64)) == pytest.approx(0)
     assert kolmogorov_smirnov(torch.tensor([0.0]), torch.tensor([1.0]), torch.ones(1)) == 1
 
 

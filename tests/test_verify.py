@@ -37,7 +37,9 @@ def test_a_linear_reward_on_a_gaussian_is_reached() -> None:
     # the chain of 20 steps leaves 0.5 % in the variance (2.5e-3 in W2); the rest is the Monte-Carlo floor
     assert result["distance"] < result["floor"] + 3 * result["floor_std"] + 0.02
     assert result["distance"] < 0.1 * result["distance_base"]
-    assert result["control_error"] < 0.1
+    # the mean of this chain's optimum is 1.12668, not 1.125; the rest is 4 standard errors of 4,000 samples
+    assert abs(result["reward"] - result["reward_exact"]) < 4 * result["reward_error"] + 1.7 * 0.00168
+    assert result["control_error"] < 0.5  # it is 1 before training
     assert result["path_kl_exact"] == pytest.approx(1.7**2 * 0.25 / 2)  # (c s)^2 / 2
     assert result["path_kl"] == pytest.approx(result["path_kl_exact"], rel=0.1)
 

@@ -202,9 +202,7 @@ def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[
         counts = probabilities.argmax(1).bincount(minlength=len(config.class_names))
         scores[f"class_fractions_{solver}"] = [round(fraction, 3) for fraction in (counts / 1000).tolist()]
     scores["judge_confidence_test"] = judge(test.images[:1000]).softmax(1).amax(1).mean().item()
-    scores["frechet_distance_test"] = frechet_distance(
-        _features(judge, test.images[5000:6000]), _features(judge, test.images[:5000])
-    )
+    scores["frechet_distance_test"] = frechet_distance(*(_features(judge, half) for half in test.images.chunk(2)))
     return scores
 
 
