@@ -149,7 +149,7 @@ def import_seconds(repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--peak-memory", nargs=2, metavar=("NETWORK", "WHAT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
