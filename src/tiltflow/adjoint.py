@@ -5,6 +5,14 @@ With m_k(x) = x_scale_k x + v_scale_k v_base(x, t_k) the mean of the base chain 
     a_K = grad g(x_K),      a_k = J_{m_k}(x_k)^T a_{k+1}.
 
 It needs vector-Jacobian products of the base network alone, one step in memory at a time.
+
+Near the noise the adjoint is mostly noise: a product of random Jacobians. As the optimal control of step k is
+w_k = -std_k E[a_{k+1} | x_k], the learned control can stand in for part of it, as in TD(lambda):
+
+    a_k = J_{m_k}(x_k)^T (lambda_k a_{k+1} - (1 - lambda_k) w_k / std_k),      lambda_k = exp(-bootstrap std_k^2).
+
+The fixed point of the regression is the same for every lambda_k: both terms have the same expectation given x_k. Less is
+carried on where a step adds much noise, and what is left after a stretch of time does not depend on the step size.
 """
 
 from __future__ import annotations
@@ -47,6 +55,8 @@ def lean_adjoint(
     reward_at: Literal["end", "denoised"] = "end",
     first: int = 0,
     right: Chain | None = None,
+    tuned_velocities: list[Tensor] | None = None,
+    bootstrap: float = 0.0,
 ) -> LeanAdjoint:
     """Run the adjoint backwards along a batch of trajectories, down to what step `first` regresses on.
 
@@ -60,6 +70,8 @@ def lean_adjoint(
             of the same sampler one step later in time.
         reward_at: where the gradient of the reward is taken if the last step is noisy: at x_K, or at the base's denoised
             estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
+        tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
+        bootstrap: how fast the adjoint is replaced by what the learned control says it is, per unit of variance added.
     """
     last = len(chain) - 1
     targets: list[Tensor | None] = [None] * len(chain)
@@ -91,7 +103,13 @@ def lean_adjoint(
                 if k == first:
                     break
             if k < last:
-                base_velocities[k], pullback = linearize(base, states[k], chain.times[k])
+                v, pullback = linearize(base, states[k], chain.times[k])
+                base_velocities[k] = v
+            if bootstrap > 0 and chain.std[k] > 0:
+                assert tuned_velocities is not None, "bootstrapping needs the velocities of the tuned flow"
+                variance = chain.std[k] ** 2
+                learned = (chain.v_scale[k] / variance).item() * (v - tuned_velocities[k])
+                a = learned + torch.exp(-bootstrap * variance).item() * (a - learned)
             a = chain.x_scale[k].item() * a + pullback(chain.v_scale[k].item() * a)
             if pairing == "before":
                 targets[k] = a

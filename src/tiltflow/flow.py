@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, interior, linear_time, mixture_weights
+from tiltflow.precision import autocast
 
 
 class VelocityField(Protocol):
@@ -37,12 +38,15 @@ class Flow:
         interpolant: the path of the training.
         condition: anything the network takes as a third argument (labels, prompt embeddings); the library only
             passes it on. Bind a new one for each batch with `bind`.
+        autocast: the dtype in which the network is evaluated, torch.bfloat16 for mixed precision; None is its own. What it
+            predicts comes back in the dtype of x.
     """
 
     network: Callable[..., Tensor]
     prediction: PredictionType = "velocity"
     interpolant: Interpolant = field(default_factory=Linear)
     condition: Any = None
+    autocast: torch.dtype | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity x1hat - x0hat at x on the linear path: with p = a x_1 + b x_0 the prediction and X = (alpha + beta) x
@@ -52,13 +56,17 @@ class Flow:
         time = self.interpolant.network_time(s).to(x).expand(len(x))
         arguments = (time,) if self.condition is None else (time, self.condition)
         if isinstance(self.interpolant, Linear) and self.prediction == "velocity":
-            return self.network(x, *arguments)
+            return self._predict(x, *arguments)
         c = self.interpolant(interior(s))
         a, b = mixture_weights(self.prediction, c)
         scale = c.alpha + c.beta
-        predicted = self.network(x * expand(scale, x), *arguments)
+        predicted = self._predict(x * expand(scale, x), *arguments)
         gain = scale / (c.alpha * b - c.beta * a)
         return x * expand(gain * (a + b), x) - predicted * expand(gain, x)
+
+    def _predict(self, x: Tensor, *arguments: Any) -> Tensor:
+        with autocast(self.autocast, x.device):
+            return self.network(x, *arguments).to(x.dtype)
 
     def bind(self, condition: Any) -> Flow:
         """The same flow given `condition`."""

@@ -21,6 +21,7 @@ from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, in
 from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier, save_model
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.plugins import part_of
+from tiltflow.precision import MixedPrecision, autocast, autocast_dtype
 from tiltflow.recipe import find_recipe, read_recipe_tree
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, validate
@@ -39,6 +40,7 @@ class Optimization(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    mixed_precision: MixedPrecision = "no"
 
 
 class FlowPretraining(Settings):
@@ -98,15 +100,17 @@ def pretrain(recipe: Pretraining, data: ImageData, network: nn.Module) -> Iterat
     network.requires_grad_(True).train()
     began = time.perf_counter()
     batches = _batches(len(data), training.train_batch_size, order)
+    dtype = autocast_dtype(training.mixed_precision, data.images.device)
     for step in range(1, training.max_train_steps + 1):
         factor = learning_rate_factor(step, warmup=training.lr_warmup_steps, total=training.max_train_steps)
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor
         index = next(batches)
-        loss = (
-            flow_loss(recipe, network, data.images[index], draws)
-            if isinstance(recipe, FlowPretraining)
-            else classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
-        )
+        with autocast(dtype, data.images.device):
+            loss = (
+                flow_loss(recipe, network, data.images[index], draws)
+                if isinstance(recipe, FlowPretraining)
+                else classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
+            )
         finite(loss, "the loss", step)
         optimizer.zero_grad()
         loss.backward()
@@ -194,8 +198,8 @@ def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[
         return {}
     judge, config = load_classifier(recipe.judge)
     scores: dict[str, Any] = {}
-    for solver in ("memoryless", "heun"):
-        x = model.sample(1000, sampling=Sampling(solver=solver, num_inference_steps=20))
+    for solver, sampling in (("memoryless", recipe.sampling), ("heun", Sampling(solver="heun", num_inference_steps=20))):
+        x = model.sample(1000, sampling=sampling)
         probabilities, real = judge(x).softmax(1), test.images[:5000]
         scores[f"judge_confidence_{solver}"] = probabilities.amax(1).mean().item()
         scores[f"frechet_distance_{solver}"] = frechet_distance(_features(judge, x), _features(judge, real))
@@ -223,7 +227,8 @@ def card(
         f"- data: `{path.name}` (sha256 {fingerprint(path)}..), {count:,} training images",
         f"- command: `tiltflow pretrain {name} --data {path.name} --output {name}`, seed {recipe.seed}",
         f"- training: {recipe.training.max_train_steps:,} steps of {recipe.training.train_batch_size} images, "
-        f"{seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        f"{seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads, mixed precision "
+        f"'{recipe.training.mixed_precision}', torch {torch.__version__}",
         f"- network: {recipe.network.name}, {parameters:,} parameters",
         "",
         "| score | value |",

@@ -39,6 +39,7 @@ from tiltflow.flow import base_of
 from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
+from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
 from tiltflow.reward import Reward, evaluate
 from tiltflow.sampler import Sampling
@@ -57,6 +58,8 @@ class Training(Settings):
     micro_batch_size: Count | None = None
     """How many samples a network sees at once; changes the memory needed, not the result."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixed_precision: MixedPrecision = "no"
+    """How networks are evaluated in training: "bf16", "no", or "auto", which is bf16 where the hardware multiplies it."""
 
 
 class Evaluation(Settings):
@@ -119,9 +122,10 @@ def steps(
     """
     adapter = hasattr(model.flow.network, "disable_adapter")
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow))
+    dtype = autocast_dtype(training.mixed_precision, model.device)
     records = train(
-        tuned.flow,
-        base_of(model.flow) if adapter else model.flow,
+        replace(tuned.flow, autocast=dtype),
+        base_of(replace(model.flow, autocast=dtype)) if adapter else replace(model.flow, autocast=dtype),
         method,
         reward,
         lambda generator: model.start(training.train_batch_size, generator),
@@ -190,6 +194,8 @@ def evaluate_run(
     reward = build_reward(recipe, device)
     began = time.perf_counter()
 
+    dtype = autocast_dtype(recipe.training.mixed_precision, device)
+    base, tuned = (replace(model, flow=replace(model.flow, autocast=dtype)) for model in (base, tuned))
     x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))

@@ -105,6 +105,9 @@ class AdjointMatching(Settings):
     pairing: Pairing = "after"
     """Which adjoint step k regresses on: a_{k+1} (exact), a_k of the same chain, or a_k as printed in the paper."""
     reward_at: Literal["end", "denoised"] = "end"
+    bootstrap: Annotated[float, Field(ge=0)] = 0.0
+    """Above 0, the learned control stands in for part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k: the same
+    fixed point with far less noise near t = 0, where most of the noise is. 0 is the paper."""
     train_timesteps: tuple[Stratum, ...] | None = None
     """Which steps enter the loss: all, or so many from each part of the grid."""
     share_timesteps: bool = False
@@ -136,6 +139,8 @@ class AdjointMatching(Settings):
     def _check(self) -> AdjointMatching:
         if self.pairing == "right" and (self.solver != "memoryless-offset" or self.shift != 1):
             raise ValueError("pairing 'right' is the paper's recursion: it needs solver 'memoryless-offset' and shift 1")
+        if self.bootstrap > 0 and self.pairing != "after":
+            raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
         return self
 
     def chain(self, start: float = 0.0) -> Chain:
@@ -215,6 +220,8 @@ class AdjointMatching(Settings):
                 reward_at=self.reward_at,
                 first=first,
                 right=right,
+                tuned_velocities=[v[i : i + (micro_batch_size or size)] for v in path.velocities],
+                bootstrap=self.bootstrap,
             )
             for i in range(0, size, micro_batch_size or size)
         ]

@@ -1,0 +1,30 @@
+"""Mixed precision: networks evaluated in bfloat16 where that is faster, everything around them in the dtype of the samples."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+MixedPrecision = Literal["no", "bf16", "auto"]
+
+
+def autocast_dtype(mixed_precision: MixedPrecision, device: torch.device | str) -> torch.dtype | None:
+    """What `mixed_precision` means on `device`: "auto" is bf16 where the hardware multiplies it, and "no" where it would be
+    emulated. None stands for no autocast."""
+    if mixed_precision == "no" or (mixed_precision == "auto" and not _multiplies_bf16(torch.device(device))):
+        return None
+    return torch.bfloat16
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a network is evaluated. Weights stay in their own dtype, so no loss scale is needed."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
