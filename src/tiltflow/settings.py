@@ -58,7 +58,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _no_repeated_keys)
 def parse_yaml(text: str, where: str) -> Any:
     """The content of strict YAML. Raises InputError, naming `where`, if it is not valid."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader underneath
+        return _StrictLoader(text).get_single_data()
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
