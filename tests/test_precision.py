@@ -38,6 +38,11 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(
     assert autocast_dtype("no", "cpu") is None
 
 
+def test_auto_is_full_precision_on_a_torch_that_cannot_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert autocast_dtype("auto", "cpu") is None
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "epsilon"])
 def test_a_flow_in_bf16_is_the_flow_to_rounding(prediction: str) -> None:
     flow = replace(image_flow(), prediction=prediction, interpolant=VariancePreserving())

@@ -25,6 +25,7 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        # newer than the oldest torch that we support, which then computes in full precision
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -41,6 +41,7 @@ class Optimization(Settings):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     mixed_precision: MixedPrecision = "no"
+    """How the network is evaluated: "bf16", "no", or "auto", which is bf16 where the hardware multiplies it."""
 
 
 class FlowPretraining(Settings):

@@ -59,7 +59,8 @@ class Training(Settings):
     """How many samples a network sees at once; changes the memory needed, not the result."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixed_precision: MixedPrecision = "no"
-    """How networks are evaluated in training: "bf16", "no", or "auto", which is bf16 where the hardware multiplies it."""
+    """How the flow is evaluated, in training and for the samples of the evaluation: "bf16", "no", or "auto": bf16 where the
+    hardware multiplies it."""
 
 
 class Evaluation(Settings):
@@ -123,9 +124,10 @@ def steps(
     adapter = hasattr(model.flow.network, "disable_adapter")
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow))
     dtype = autocast_dtype(training.mixed_precision, model.device)
+    base = replace(model.flow, autocast=dtype)
     records = train(
         replace(tuned.flow, autocast=dtype),
-        base_of(replace(model.flow, autocast=dtype)) if adapter else replace(model.flow, autocast=dtype),
+        base_of(base) if adapter else base,
         method,
         reward,
         lambda generator: model.start(training.train_batch_size, generator),
