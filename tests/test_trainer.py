@@ -14,7 +14,8 @@ from affine import on_gaussian
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.errors import NonFiniteError
+from tiltflow.calibration import Calibration
+from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flow import AdapterOff, Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.mlp import Mlp
@@ -223,6 +224,49 @@ def test_average_of_a_constant_is_the_constant() -> None:
     assert_close(parameter.detach(), torch.tensor([2.0, -1.0]))
 
 
+def test_average_is_applied_for_a_while() -> None:
+    parameter = nn.Parameter(torch.tensor([2.0]))
+    average = WeightAverage([parameter], 0.9)
+    with torch.no_grad():
+        parameter.fill_(5.0)
+    with average.applied():
+        assert parameter.item() == 2
+    assert parameter.item() == 5
+    average.update()  # 1 / 11 of the first weight, as above
+    average.store()
+    assert parameter.item() == pytest.approx(2 / 11 + 5 * 10 / 11)
+
+
+def test_trajectories_are_drawn_from_the_average() -> None:
+    """What the policy of each batch is, against AdamW and the average by hand: its second update has decay 2 / 12."""
+    seen: list[float] = []
+
+    class Watching(GivenGradients):
+        def gradients(self, tuned: Flow, *rest: Any, policy: Any, **options: Any) -> Iterator[dict[str, float]]:
+            seen.append(policy(torch.ones(1, 1), torch.tensor(0.5)).item())
+            assert policy(torch.ones(1, 1), torch.tensor(0.5)).item() == seen[-1]
+            yield from super().gradients(tuned, *rest, **options)
+
+    run_given(Watching([[0.3], [-0.5], [0.1]]), 3, ema_decay=0.9)
+    first, second, _ = adamw([0.3, -0.5, 0.1], [0.1, 0.1, 0.1])
+    after_one = 1 / 11 + first * 10 / 11
+    assert seen == pytest.approx([1.0, after_one, after_one * 2 / 12 + second * 10 / 12])
+
+
+# ---- calibration ----
+
+
+def test_the_method_works_at_the_calibrated_temperature() -> None:
+    """The adjoint of a linear reward is its gradient over beta: the gradient norm of the first step after a change tells it."""
+    calibration = Calibration(target_reward=100.0, beta=1.0)
+    _, records = run(3, calibration=calibration)
+    assert [record.metrics["beta"] for record in records] == [1.0, pytest.approx(1 / 2), pytest.approx(1 / 2)]
+    plain = run(3)[1]
+    assert records[0].metrics["loss"] == plain[0].metrics["loss"]
+    # two steps in, the control is still small: the loss is close to the square of the adjoint
+    assert records[1].metrics["loss"] / plain[1].metrics["loss"] == pytest.approx(4, rel=0.1)
+
+
 # ---- refusals ----
 
 
@@ -301,3 +345,12 @@ def test_trainable_copy_is_a_copy_that_can_be_trained() -> None:
         copy.network.weight.fill_(5)
     assert original.network.weight.item() == 1
     assert not original.network.weight.requires_grad
+
+
+def test_trainable_copy_of_some_parameters() -> None:
+    original = Flow(Mlp(dimension=1, hidden=4, layers=2).build())
+    names = [name for name, _ in original.network.named_parameters()]
+    copy = trainable_copy(original, r"\.weight$")
+    assert [p.requires_grad for p in copy.network.parameters()] == [name.endswith(".weight") for name in names]
+    with pytest.raises(InputError, match=r"training.trainable: 'middle' is in the name of no parameter"):
+        trainable_copy(original, "middle")

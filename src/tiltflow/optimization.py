@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -38,6 +39,19 @@ class WeightAverage:
         decay = min(self.decay, self.updates / (self.updates + 10))
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters are their average in this context, and what they were after it. Nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data, self.values[i] = self.values[i], parameter.data
 
     @torch.no_grad()
     def store(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Generator
@@ -25,6 +26,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from tiltflow import __version__
+from tiltflow.calibration import Calibration, target_reward
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
@@ -58,6 +60,12 @@ class Training(Settings):
     micro_batch_size: Count | None = None
     """How many samples a network sees at once; changes the memory needed, not the result."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the moving average of the weights, which draws the trajectories and is what is saved; 0 for none."""
+    trainable: re.Pattern[str] = re.compile("")
+    """Train only the parameters in whose name this regular expression is found, "^middle" for example."""
+    calibration_samples: Annotated[int, Field(ge=0)] = 0
+    """From how many base samples the mean reward of the target law is estimated, to which the working temperature is then
+    adapted (see `tiltflow.calibration`); 0 to run at the method's beta throughout."""
     mixed_precision: MixedPrecision = "no"
     """How the flow is evaluated, in training and for the samples of the evaluation: "bf16", "no", or "auto": bf16 where the
     hardware multiplies it."""
@@ -122,20 +130,36 @@ def steps(
     Whenever the loop is closed, the weights of the model are complete: as of the last step, or their moving average.
     """
     adapter = hasattr(model.flow.network, "disable_adapter")
-    tuned = model if adapter else replace(model, flow=trainable_copy(model.flow))
+    if adapter and training.trainable.pattern:
+        raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
+    tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
     dtype = autocast_dtype(training.mixed_precision, model.device)
-    base = replace(model.flow, autocast=dtype)
+    frozen = replace(model.flow, autocast=dtype)
+    base = base_of(frozen) if adapter else frozen
+    start = model.flow.noise_time
+
+    def draw(generator: torch.Generator) -> Tensor:
+        return model.start(training.train_batch_size, generator)
+
+    calibration = None
+    if training.calibration_samples:
+        count = training.calibration_samples
+        expected = target_reward(
+            base, reward, method.beta, draw, method.sampling, count, seed=seed, start=start, device=model.device
+        )
+        calibration = Calibration(expected.value, method.beta)
     records = train(
         replace(tuned.flow, autocast=dtype),
-        base_of(base) if adapter else base,
+        base,
         method,
         reward,
-        lambda generator: model.start(training.train_batch_size, generator),
+        draw,
         max_train_steps=training.max_train_steps,
         seed=seed,
-        start=model.flow.noise_time,
+        start=start,
         ema_decay=training.ema_decay,
         micro_batch_size=training.micro_batch_size,
+        calibration=calibration,
     )
     return tuned, records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tiltflow.calibration import Calibration
+from tiltflow.errors import InputError
 from tiltflow.flow import AdapterOff, CountEvaluations, Flow, VelocityField
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.reward import Reward
@@ -20,6 +23,7 @@ from tiltflow.streams import stream
 class Method(Protocol):
     """What the loop needs of a method; see `tiltflow.methods`."""
 
+    beta: float
     learning_rate: float
     lr_scheduler: Any
     lr_warmup_steps: int
@@ -39,7 +43,10 @@ class Method(Protocol):
         *,
         start: float,
         micro_batch_size: int | None,
+        policy: VelocityField | None,
     ) -> Iterator[dict[str, float]]: ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,15 @@ def train(
     start: float = 0.0,
     ema_decay: float = 0.0,
     micro_batch_size: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Generator[Record, None, None]:
     """Tune the trainable parameters of `tuned` in place.
 
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
-            that average.
+            that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
+        calibration: adapts the temperature that the method works at; `beta` in the metrics.
 
     Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite.
     """
@@ -85,13 +94,21 @@ def train(
         weight_decay=method.adam_weight_decay,
     )
     average = WeightAverage(parameters, ema_decay)
+
+    def averaged(x: Tensor, t: Tensor) -> Tensor:
+        with average.applied():
+            return tuned(x, t)
+
+    working = method
     device, state, step, began = parameters[0].device, dict[str, float](), 0, time.perf_counter()
     networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
     try:
         with CountEvaluations(*networks) as count:
             while step < max_train_steps:
                 x = draw(stream(seed, "start", step, device=device))
-                updates = method.gradients(
+                if calibration is not None:
+                    working = method.model_copy(update={"beta": calibration.working_beta})
+                updates = working.gradients(
                     tuned,
                     base,
                     reward,
@@ -100,6 +117,7 @@ def train(
                     state,
                     start=start,
                     micro_batch_size=micro_batch_size,
+                    policy=averaged if ema_decay else None,
                 )
                 for measured in updates:
                     step += 1
@@ -112,18 +130,28 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                     average.update()
+                    if calibration is not None:
+                        measured = {**measured, "beta": calibration.working_beta}
                     metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
                     yield Record(step, metrics, time.perf_counter() - began, count.total)
                     if step == max_train_steps:
                         break
+                if calibration is not None:
+                    calibration.update(measured["reward"])
     finally:
         if ema_decay:
             average.store()
 
 
-def trainable_copy(flow: Flow) -> Flow:
-    """`flow` with a copy of its network whose parameters all require gradients: full fine-tuning."""
+def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
+    """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
+    expression `trainable` is found. Raises InputError if it is found in none."""
     network = copy.deepcopy(flow.network)
     if isinstance(network, nn.Module):
-        network.requires_grad_(True)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(re.search(trainable, name) is not None)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            parts = ", ".join(name for name, _ in network.named_children())
+            pattern = re.compile(trainable).pattern
+            raise InputError(f"training.trainable: {pattern!r} is in the name of no parameter; the network's parts are {parts}")
     return replace(flow, network=network)

@@ -145,10 +145,11 @@ class AdjointMatching(Settings):
 
     def chain(self, start: float = 0.0) -> Chain:
         """The chain that is tuned, from time `start`."""
-        return self._sampling.chain(start)
+        return self.sampling.chain(start)
 
     @property
-    def _sampling(self) -> Sampling:
+    def sampling(self) -> Sampling:
+        """How the chain that is tuned is sampled."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
     def gradients(
@@ -162,6 +163,7 @@ class AdjointMatching(Settings):
         *,
         start: float = 0.0,
         micro_batch_size: int | None = None,
+        policy: VelocityField | None = None,
     ) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -169,10 +171,12 @@ class AdjointMatching(Settings):
             x: starting points [batch, *event] at time `start`.
             state: what is kept between iterations (the running threshold of `drop_quantile`); changed in place.
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
+            policy: the flow that the trajectories are drawn from, and that stands in for the adjoint, if it is not `tuned`:
+                an average of its weights, which settles at the same fixed point.
         """
         chain = self.chain(start)
         with torch.no_grad():
-            path = rollout(chain, in_chunks(tuned, micro_batch_size), x, generator)
+            path = rollout(chain, in_chunks(policy or tuned, micro_batch_size), x, generator)
         chosen = [self._choose_timesteps(len(path.velocities), len(x), generator).to(x.device) for _ in range(self.num_passes)]
         first = int(torch.stack(chosen).min())
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None

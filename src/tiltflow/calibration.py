@@ -1,0 +1,84 @@
+r"""The working temperature of a run, calibrated on the mean reward.
+
+With few steps, few samples or a small network, a tuned flow ends short of its target: the control is the projection of the
+optimal one on what the network can tell apart, and its samples have a lower reward than p*(x) ~ p_base(x) exp(r(x) / beta)
+asks for. How much lower is known, as the mean reward of the target follows from importance weights of base samples. So run
+at beta / gain and raise the gain while the mean reward is too low, lower it while it is too high:
+
+    log gain <- log gain + rate (E_target[r] - mean reward of this batch) / beta,      1 / limit <= gain <= limit.
+
+A flow that samples the target exactly has its mean reward, so the fixed point is then gain = 1: nothing changes for a method
+that converges, and one that falls short is moved to the tilt whose mean reward is right. It cannot repair more than the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import InputError
+from tiltflow.evaluation import Estimate, ImportanceWeights
+from tiltflow.flow import VelocityField
+from tiltflow.reward import Reward, evaluate
+from tiltflow.sampler import Sampling, sample
+from tiltflow.streams import stream
+
+FEWEST = 30  # effective samples; below it a weighted mean and its standard error say little
+
+
+class Calibration:
+    """The gain, and its integral control."""
+
+    def __init__(self, target_reward: float, beta: float, *, rate: float = 0.1, limit: float = 2.0):
+        self.target_reward, self.beta, self.rate, self.limit = target_reward, beta, rate, limit
+        self.log_gain = 0.0
+
+    @property
+    def working_beta(self) -> float:
+        """The temperature to run at, in units of reward."""
+        return self.beta / math.exp(self.log_gain)
+
+    def update(self, reward: float) -> None:
+        """Take in the mean reward of a batch that was drawn at the working temperature."""
+        most = math.log(self.limit)
+        self.log_gain += self.rate * (self.target_reward - reward) / self.beta
+        self.log_gain = min(max(self.log_gain, -most), most)
+
+
+@torch.no_grad()
+def target_reward(
+    base: VelocityField,
+    reward: Reward,
+    beta: float,
+    draw: Callable[[torch.Generator], Tensor],
+    sampling: Sampling,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    start: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> Estimate:
+    """E[r] under p_base(x) exp(r(x) / beta) and its standard error, from base samples.
+
+    Args:
+        draw: starting points [batch, *event] at time `start`, from a generator.
+        num_samples: at least so many; a whole number of batches is drawn.
+
+    Raises InputError if the weights leave fewer than 30 effective samples.
+    """
+    rewards: list[Tensor] = []
+    while sum(map(len, rewards)) < num_samples:
+        generator = stream(seed, "calibration", len(rewards), device=device)
+        rewards.append(evaluate(reward, sample(base, draw(generator), sampling, generator, start=start)).cpu())
+    r = torch.cat(rewards)
+    weights = ImportanceWeights.from_rewards(r, beta)
+    if weights.effective_sample_size < FEWEST:
+        raise InputError(
+            f"calibration: {len(r)} base samples weigh as much as {weights.effective_sample_size:.1f} of the target law, too"
+            " few to know its mean reward; raise method.beta or training.calibration_samples, or set the latter to 0"
+        )
+    mean, error = weights.mean(r)
+    return Estimate(mean.item(), error.item())
