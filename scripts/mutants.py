@@ -42,6 +42,7 @@ TESTS = {
     "methods/adjoint_matching.py": ["test_adjoint_matching.py"],
     "problems.py": ["test_problems.py"],
     "evaluation.py": ["test_evaluation.py"],
+    "calibration.py": ["test_calibration.py"],
 }
 ENOUGH = 0.9
 UNUSED = 99  # exit code of a child whose tests passed without importing the module

@@ -42,7 +42,7 @@ def test_a_method_that_falls_short_is_moved_to_the_right_mean(share: float) -> N
     assert calibration.working_beta == pytest.approx(share * BETA)
 
 
-@pytest.mark.parametrize(("share", "gain"), [(0.1, 2.0), (20.0, 1 / 2)])
+@pytest.mark.parametrize(("share", "gain"), [(0.1, 3.0), (20.0, 1 / 3)])
 def test_the_gain_is_limited_and_does_not_wind_up(share: float, gain: float) -> None:
     calibration = settle(lambda beta: share * exact(beta), exact(BETA))
     assert calibration.working_beta == pytest.approx(BETA / gain)

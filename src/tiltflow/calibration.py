@@ -32,7 +32,7 @@ FEWEST = 30  # effective samples; below it a weighted mean and its standard erro
 class Calibration:
     """The gain, and its integral control."""
 
-    def __init__(self, target_reward: float, beta: float, *, rate: float = 0.1, limit: float = 2.0):
+    def __init__(self, target_reward: float, beta: float, *, rate: float = 0.1, limit: float = 3.0):
         self.target_reward, self.beta, self.rate, self.limit = target_reward, beta, rate, limit
         self.log_gain = 0.0
 
