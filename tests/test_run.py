@@ -152,3 +152,35 @@ def test_the_floor_of_the_total_variation_is_the_mean_absolute_normal_difference
     # two classes: |p - q| with variance p (1 - p) (1/n + 1/m), whose mean is sqrt(2 variance / pi)
     exact = (2 * 0.25 * (1 / 1000 + 1 / 500) / torch.pi) ** 0.5
     assert total_variation_floor(target, 1000, 500, stream(0, "floor"), draws=2000) == pytest.approx(exact, rel=0.08)
+
+
+def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:
+    path = tiny_recipe(tmp_path)
+    overrides = ["training.calibration_samples=64", "method.beta=0.5", "training.trainable=^leave"]
+    summary = run(recipe_of(path, *overrides), tmp_path / "run")
+    assert summary["beta"] == 0.5
+    assert 0.5 / 3 <= summary["working_beta"] <= 0.5 * 3
+    assert summary["working_beta"] != 0.5
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "flow", tmp_path / "run" / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("leave")}
+    assert "trainable: ^leave" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.trainable=inner",
+            "training.trainable: 'inner' is in the name of no parameter; the network's parts are time, ",
+        ),
+        ("training.trainable=(", "training.trainable"),
+        ("training.calibration_samples=8", "calibration: 8 base samples weigh as much as"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing_behind(tmp_path: Path, override: str, message: str) -> None:
+    path = tiny_recipe(tmp_path)
+    with pytest.raises(InputError) as error:
+        run(recipe_of(path, override), tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()

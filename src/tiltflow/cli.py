@@ -367,6 +367,10 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
     rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
+    if summary["working_beta"] is not None:
+        rows["temperature"] = (
+            f"{summary['beta']:g}; calibrated on the mean reward, the run worked at {summary['working_beta']:.3g}"
+        )
     rows["effective sample size"] = f"{summary['effective_sample_size']:.0f} of {summary['num_samples']}"
     rows["time"] = f"{summary['seconds']:.0f} s training, {summary['seconds_total']:.0f} s in all"
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -100,6 +100,10 @@ MEASURES = {
         "method": ("Method", "The algorithm that tuned it."),
         "reward": ("Reward", "The r of the target law."),
         "beta": ("β", "Temperature, in units of reward: small follows the reward, large stays with the base."),
+        "working_beta": (
+            "Working β",
+            "Where the calibrated temperature ended; the target's own β where the tuned flow is exact.",
+        ),
         "judge.model": ("Judge", "A classifier that was never part of the reward."),
         "seed": ("Seed", "The same seed, software and machine give the same run."),
         "device": ("Device", "Where it ran."),

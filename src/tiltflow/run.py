@@ -180,13 +180,13 @@ def run(
     if recipe.evaluation.judge is not None:
         check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
 
+    began = time.perf_counter()
+    tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "recipe.yaml", recipe)
     source = model_folder(recipe.model)
     if not source.is_relative_to(ASSETS):
         shutil.copytree(source, folder / "base")
-    began = time.perf_counter()
-    tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
     try:
         with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines, closing(records):
             for record in records:
@@ -241,6 +241,7 @@ def evaluate_run(
         "model": recipe.model,
         "method": recipe.method.name,
         "beta": beta,
+        "working_beta": rows[-1].get("beta"),
         "target_law": "p_base(x) exp(r(x) / beta)",
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
