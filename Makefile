@@ -44,11 +44,11 @@ mutants: $(DEV) ## change one operator of the maths at a time: does a test notic
 bench: $(CORE) ## measure the speed
 	$(BIN)/python benchmarks/speed.py
 
-pretrain: $(CORE) ## train the shipped models again: make pretrain DATA=path/to/mnist.npz
+pretrain: $(CORE) ## train the shipped models again into runs/pretrain: make pretrain DATA=path/to/mnist.npz
 	@test -n "$(DATA)" || { echo "make pretrain needs the data: make pretrain DATA=path/to/mnist.npz" >&2; exit 2; }
 	@set -e; for model in $(MODELS); do \
 		echo "tiltflow pretrain $$model"; \
-		$(BIN)/tiltflow pretrain $$model --data "$(DATA)" --output src/tiltflow/assets/$$model; \
+		$(BIN)/tiltflow pretrain $$model --data "$(DATA)" --output runs/pretrain/$$model; \
 	done
 
 clean: ## remove caches and build output; .venv and runs stay

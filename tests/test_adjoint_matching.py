@@ -154,10 +154,8 @@ def test_bootstrapping_lowers_the_noise_as_derived(bootstrap: float) -> None:
     chain = method.chain()
     base = on_gaussian(chain)
     slope, shift = riccati(base)
-    variance, expected = (
-        (affine.QUADRATIC * base.gain[-1] ** 2 * chain.std[-2]) ** 2,
-        torch.zeros(()),
-    )  # no noise in the last step
+    variance = (affine.QUADRATIC * base.gain[-1] ** 2 * chain.std[-2]) ** 2  # no noise in the last step
+    expected = torch.zeros(())
     for k in range(len(chain) - 2, -1, -1):
         expected = expected + chain.std[k] ** 2 * variance
         if k > 0:

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tiltflow.data import load_images, to_pixels
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.interpolant import Cosine
 from tiltflow.model import load, load_classifier
 from tiltflow.networks.mlp import Mlp
-from tiltflow.pretrain import FlowPretraining, flow_loss, pretrain, read_pretraining, run_pretraining
+from tiltflow.networks.plain_classifier import PlainClassifier
+from tiltflow.pretrain import (
+    ClassifierPretraining,
+    FlowPretraining,
+    classifier_loss,
+    flow_loss,
+    pretrain,
+    read_pretraining,
+    run_pretraining,
+)
 from tiltflow.streams import new_network, stream
 
 
@@ -74,8 +84,26 @@ def test_regressing_a_known_velocity_reaches_its_conditional_mean() -> None:
     assert abs(loss.item() - exact) < 4 * exact * (2 / 100_000) ** 0.5
 
 
+@pytest.mark.parametrize("noise", [(0.0, 0.0), (0.5, 1.0), (2.0, 2.0)])
+def test_a_classifier_sees_noise_of_the_level_asked_for(noise: tuple[float, float]) -> None:
+    recipe = ClassifierPretraining(network=PlainClassifier(), noise=noise, max_shift=0)
+    seen = []
+
+    def network(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.zeros(len(images), 10)
+
+    classifier_loss(recipe, network, torch.zeros(400, 1, 28, 28), torch.zeros(400, dtype=torch.long), stream(0, "noise"))
+    levels = seen[0].flatten(1).std(1)
+    low, high = noise
+    # the deviation of 784 draws is off by a factor 1 + N(0, 1 / 1568)
+    assert low * 0.9 <= levels.min() <= levels.max() <= high * 1.1
+    error = ((high - low) ** 2 / 12 + high**2 / 1568) ** 0.5 / 400**0.5
+    assert abs(levels.mean() - (low + high) / 2) <= 4 * error
+
+
 def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path) -> None:
-    small = ["training.max_train_steps=40", "training.train_batch_size=16", "max_shift=0", "noise=0"]
+    small = ["training.max_train_steps=40", "training.train_batch_size=16", "max_shift=0", "noise=[0, 0]"]
     judge = read_pretraining("digits-judge", [*small, "network.image_size=8", "network.classes=2"])
     scores = run_pretraining(judge, npz, tmp_path / "judge", name="tiny-judge")
     assert scores["test_accuracy"] > 0.95  # the classes do not overlap

@@ -28,6 +28,7 @@ from tiltflow.settings import Settings, validate
 from tiltflow.streams import new_network, stream
 
 NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
+Deviation = Annotated[float, Field(ge=0)]
 
 
 class Optimization(Settings):
@@ -61,15 +62,17 @@ class FlowPretraining(Settings):
 
 
 class ClassifierPretraining(Settings):
-    """Cross-entropy on shifted images, with label smoothing and additive noise so that gradients mean something."""
+    """Cross-entropy on shifted and noisy images, with label smoothing."""
 
     task: Literal["classifier"] = "classifier"
     description: str = ""
     network: NetworkSettings
     training: Optimization = Optimization()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    noise: Annotated[float, Field(ge=0)] = 0.0
-    """Gaussian noise of a standard deviation uniform in [0, noise] is added to each image."""
+    noise: tuple[Deviation, Deviation] = (0.0, 0.0)
+    """Gaussian noise of a standard deviation uniform between these two is added to each image. From 0 up makes a classifier
+    robust. Two equal values that are large make one that does not know clean images from noisy ones: the log-odds of a blurred
+    law, which change slowly from one class to the next, as a reward should."""
     max_shift: Annotated[int, Field(ge=0)] = 2
     """Images are shifted by up to this many pixels."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -179,10 +182,7 @@ def classifier_scores(network: nn.Module, test: ImageData) -> dict[str, Any]:
     labels, noise = _labels(test), stream(0, "test noise")
     noisy = test.images + 0.3 * torch.randn(test.images.shape, generator=noise)
     return {
-        key: float(
-            sum((network(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True))
-            / len(labels)
-        )
+        key: _accuracy(network, images, labels)
         for key, images in (("test_accuracy", test.images), ("test_accuracy_noise_0.3", noisy))
     }
 
@@ -264,8 +264,9 @@ def classifier_loss(
         height, width = images.shape[-2:]
         shifts = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
         images = torch.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, shifts, strict=True)])
-    if recipe.noise:
-        level = torch.rand(len(images), 1, 1, 1, generator=generator) * recipe.noise
+    low, high = recipe.noise
+    if low or high:
+        level = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
         images = images + level * torch.randn(images.shape, generator=generator)
     return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
 
