@@ -139,7 +139,9 @@ def test_each_mistake_is_one_line_exit_code_2_and_nothing_written(
 
 def test_ctrl_c_saves_and_says_130(tmp_path: Path) -> None:
     recipe, folder = tiny_recipe(tmp_path, training={"max_train_steps": 100_000, "train_batch_size": 4}), tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet"])
+    command = [sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet"]
+    # tests that run in the background of a shell inherit a SIGINT that is ignored
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     metrics = folder / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") > 3:
