@@ -143,12 +143,15 @@ def test_ctrl_c_saves_and_says_130(tmp_path: Path) -> None:
     # tests that run in the background of a shell inherit a SIGINT that is ignored
     process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     metrics = folder / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    try:
+        for _ in range(600):
+            if metrics.exists() and metrics.read_text().count("\n") > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
     assert (folder / "model" / "model.safetensors").exists()
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
