@@ -38,7 +38,7 @@ TESTS = {
     "interpolant.py": ["test_interpolant.py", "test_flow.py"],
     "flow.py": ["test_flow.py"],
     "sampler.py": ["test_sampler.py"],
-    "adjoint.py": ["test_adjoint.py"],
+    "adjoint.py": ["test_adjoint.py", "test_adjoint_matching.py"],
     "methods/adjoint_matching.py": ["test_adjoint_matching.py"],
     "problems.py": ["test_problems.py"],
     "evaluation.py": ["test_evaluation.py"],
