@@ -156,8 +156,10 @@ def test_the_floor_of_the_total_variation_is_the_mean_absolute_normal_difference
 
 def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:
     path = tiny_recipe(tmp_path)
-    overrides = ["training.calibration_samples=64", "method.beta=0.5", "training.trainable=^leave"]
-    summary = run(recipe_of(path, *overrides), tmp_path / "run")
+    overrides = ["method.beta=0.5", "training.trainable=^leave"]
+    summary = run(recipe_of(path, *overrides, "training.calibration_samples=64"), tmp_path / "run")
+    plain = run(recipe_of(path, *overrides), tmp_path / "plain")
+    assert summary["network_evaluations"] - plain["network_evaluations"] == 64 * 4  # the chain has four steps
     assert summary["beta"] == 0.5
     assert 0.5 / 3 <= summary["working_beta"] <= 0.5 * 3
     assert summary["working_beta"] != 0.5

@@ -5,7 +5,7 @@ optimal one on what the network can tell apart, and its samples have a lower rew
 asks for. How much lower is known, as the mean reward of the target follows from importance weights of base samples. So run
 at beta / gain and raise the gain while the mean reward is too low, lower it while it is too high:
 
-    log gain <- log gain + rate (E_target[r] - mean reward of this batch) / beta,      1 / limit <= gain <= limit.
+    log gain <- log gain + RATE (E_target[r] - mean reward of this batch) / beta,      1 / LIMIT <= gain <= LIMIT.
 
 A flow that samples the target exactly has its mean reward, so the fixed point is then gain = 1: nothing changes for a method
 that converges, and one that falls short is moved to the tilt whose mean reward is right. It cannot repair more than the mean.
@@ -26,15 +26,15 @@ from tiltflow.reward import Reward, evaluate
 from tiltflow.sampler import Sampling, sample
 from tiltflow.streams import stream
 
+RATE, LIMIT = 0.1, 3.0
 FEWEST = 30  # effective samples; below it a weighted mean and its standard error say little
 
 
 class Calibration:
     """The gain, and its integral control."""
 
-    def __init__(self, target_reward: float, beta: float, *, rate: float = 0.1, limit: float = 3.0):
-        self.target_reward, self.beta, self.rate, self.limit = target_reward, beta, rate, limit
-        self.log_gain = 0.0
+    def __init__(self, target_reward: float, beta: float):
+        self.target_reward, self.beta, self.log_gain = target_reward, beta, 0.0
 
     @property
     def working_beta(self) -> float:
@@ -43,8 +43,8 @@ class Calibration:
 
     def update(self, reward: float) -> None:
         """Take in the mean reward of a batch that was drawn at the working temperature."""
-        most = math.log(self.limit)
-        self.log_gain += self.rate * (self.target_reward - reward) / self.beta
+        most = math.log(LIMIT)
+        self.log_gain += RATE * (self.target_reward - reward) / self.beta
         self.log_gain = min(max(self.log_gain, -most), most)
 
 

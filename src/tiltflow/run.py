@@ -37,7 +37,7 @@ from tiltflow.evaluation import (
     reward_distance,
     total_variation_floor,
 )
-from tiltflow.flow import base_of
+from tiltflow.flow import CountEvaluations, base_of
 from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
@@ -141,13 +141,13 @@ def steps(
     def draw(generator: torch.Generator) -> Tensor:
         return model.start(training.train_batch_size, generator)
 
-    calibration = None
-    if training.calibration_samples:
-        count = training.calibration_samples
-        expected = target_reward(
-            base, reward, method.beta, draw, method.sampling, count, seed=seed, start=start, device=model.device
-        )
-        calibration = Calibration(expected.value, method.beta)
+    calibration, spent = None, 0
+    if count := training.calibration_samples:
+        with CountEvaluations(model.flow.network) as evaluations:
+            expected = target_reward(
+                base, reward, method.beta, draw, method.sampling, count, seed=seed, start=start, device=model.device
+            )
+        calibration, spent = Calibration(expected.value, method.beta), evaluations.total
     records = train(
         replace(tuned.flow, autocast=dtype),
         base,
@@ -160,6 +160,7 @@ def steps(
         ema_decay=training.ema_decay,
         micro_batch_size=training.micro_batch_size,
         calibration=calibration,
+        network_evaluations=spent,
     )
     return tuned, records
 

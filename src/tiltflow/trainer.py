@@ -73,6 +73,7 @@ def train(
     ema_decay: float = 0.0,
     micro_batch_size: int | None = None,
     calibration: Calibration | None = None,
+    network_evaluations: int = 0,
 ) -> Generator[Record, None, None]:
     """Tune the trainable parameters of `tuned` in place.
 
@@ -81,6 +82,7 @@ def train(
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
+        network_evaluations: how many were spent before, on the calibration; the records count on from there.
 
     Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite.
     """
@@ -133,7 +135,7 @@ def train(
                     if calibration is not None:
                         measured = {**measured, "beta": calibration.working_beta}
                     metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
-                    yield Record(step, metrics, time.perf_counter() - began, count.total)
+                    yield Record(step, metrics, time.perf_counter() - began, network_evaluations + count.total)
                     if step == max_train_steps:
                         break
                 if calibration is not None:
