@@ -264,7 +264,7 @@ def test_heun_never_evaluates_the_network_at_the_data_end() -> None:
         asked.append(t.item())
         return gaussian_flow(x, t)
 
-    heun(time_grid(4), flow, torch.zeros(1))
+    heun(flow, torch.zeros(1), time_grid(4))
     assert asked == [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
