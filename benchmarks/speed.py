@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.flow import Flow
-from tiltflow.methods.adjoint_matching import AdjointMatching, Stratum
+from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.unet import Unet
 from tiltflow.streams import new_network, stream
+from tiltflow.timesteps import Stratum
 from tiltflow.trainer import train
 
 NETWORKS = {"digit flow": Unet(), "wider": Unet(channels=(64, 192), blocks=(1, 3))}

@@ -16,10 +16,11 @@ from torch.testing import assert_close
 
 from tiltflow.adjoint import lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.methods.adjoint_matching import AdjointMatching, Stratum
+from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward
 from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
 from tiltflow.streams import stream
+from tiltflow.timesteps import Stratum
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -633,7 +634,7 @@ def test_keys_beside_a_preset_win() -> None:
         ({"preset": "paper", "solver": "memoryless"}, "needs solver 'memoryless-offset'"),
         ({"preset": "paper", "shift": 3.0}, "shift 1"),
         ({"preset": "papper"}, "'paper' or 'official-code'"),
-        ({"solver": "euler"}, "'memoryless', 'memoryless-offset' or 'ddpm'"),
+        ({"solver": "euler"}, "'memoryless', 'memoryless-offset', 'ddpm' or 'euler-maruyama'"),
         ({"beta": 0.0}, "greater than 0"),
         ({"num_inference_steps": 1}, "greater than or equal to 2"),
     ],

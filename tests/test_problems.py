@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.problems import (
-    PROBLEMS,
     CorrectedVelocity,
     ExactVelocity,
     Gaussian,
@@ -341,7 +340,3 @@ def test_mixture_by_number() -> None:
 def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         problem(**settings)
-
-
-def test_problems_are_listed_by_name() -> None:
-    assert {name: kind().name for name, kind in PROBLEMS.items()} == {"gaussian": "gaussian", "mixture": "mixture"}

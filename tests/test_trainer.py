@@ -123,6 +123,9 @@ class GivenGradients:
     max_grad_norm: float | None = None
     loss: float = 1.0
 
+    def new_state(self, *about: Any) -> None:
+        return None
+
     def gradients(
         self, tuned: Flow, base: Flow, reward: Any, x: Tensor, *rest: Any, **options: Any
     ) -> Iterator[dict[str, float]]:

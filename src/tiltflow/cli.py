@@ -174,9 +174,7 @@ def verify(
     [dim]tiltflow verify gaussian --set dimension=10 --set quadratic=3 --set beta=0.5[/dim]
     [dim]tiltflow verify mixture --set problem.scale=0.3 --set method.num_inference_steps=80 --iterations 1000[/dim]
     """
-    from tiltflow.problems import PROBLEMS
-    from tiltflow.verify import read_verification
-    from tiltflow.verify import verify as run_verification
+    from tiltflow.verify import PROBLEMS, read_verification, run_verification
 
     console = _console(as_json)
     if problem is None:

@@ -1,16 +1,34 @@
-"""What every training loop here shares: the learning rate, the moving average of weights, and the refusal of bad numbers."""
+"""What every training loop here shares: the optimizer's settings, the learning rate, the moving average of weights, and the
+refusal of bad numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tiltflow.errors import NonFiniteError
+from tiltflow.settings import Settings
+
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimization(Settings):
+    """AdamW and its schedule: part of the settings of every method."""
+
+    learning_rate: Positive = 1e-4
+    lr_scheduler: Literal["constant", "cosine"] = "cosine"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.99
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive | None = 1.0
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:

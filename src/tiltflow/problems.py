@@ -215,9 +215,6 @@ class Mixture(Problem):
         return _mixture(means, self.weights or (1.0,) * len(means), self.scale)
 
 
-PROBLEMS: dict[str, type[Gaussian | Mixture]] = {"gaussian": Gaussian, "mixture": Mixture}
-
-
 def _mixture(means: Tensor, weights: tuple[float, ...], scale: float | tuple[float, ...]) -> GaussianMixture:
     log_weights = torch.tensor(weights, dtype=torch.float64).log()
     return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, _vector(scale, len(means)) ** 2)

@@ -213,6 +213,14 @@ OdeSolver = Callable[[VelocityField, Tensor, Tensor], list[Tensor]]
 or a function of your own, which may evaluate the velocity wherever and as often as it likes."""
 
 
+def euler_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
+    """The chain `euler`, as a solver."""
+    states = [x]
+    for k in range(len(times) - 1):
+        states.append(states[k] + (times[k + 1] - times[k]).item() * velocity(states[k], times[k]))
+    return states
+
+
 def heun(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
     """The probability-flow ODE by Heun's method, order 2, two evaluations a step but one in the last, whose end is singular
     for some predictions."""

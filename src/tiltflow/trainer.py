@@ -32,6 +32,8 @@ class Method(Protocol):
     adam_weight_decay: float
     max_grad_norm: float | None
 
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Any: ...
+
     def gradients(
         self,
         tuned: VelocityField,
@@ -39,7 +41,7 @@ class Method(Protocol):
         reward: Reward,
         x: Tensor,
         generator: torch.Generator,
-        state: dict[str, float],
+        state: Any,
         *,
         start: float,
         micro_batch_size: int | None,
@@ -102,12 +104,14 @@ def train(
             return tuned(x, t)
 
     working = method
-    device, state, step, began = parameters[0].device, dict[str, float](), 0, time.perf_counter()
+    device, state, step, began = parameters[0].device, None, 0, time.perf_counter()
     networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
     try:
         with CountEvaluations(*networks) as count:
             while step < max_train_steps:
                 x = draw(stream(seed, "start", step, device=device))
+                if state is None:
+                    state = method.new_state(tuple(x.shape[1:]), seed, device)
                 if calibration is not None:
                     working = method.model_copy(update={"beta": calibration.working_beta})
                 updates = working.gradients(

@@ -12,18 +12,37 @@ from torch import Tensor
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.evaluation import distance_to_law, exact_w2, mean_estimate, sliced_w2
 from tiltflow.flow import Flow
+from tiltflow.lqg import Lqg
 from tiltflow.networks.mlp import Mlp
 from tiltflow.plugins import find, part_of
-from tiltflow.problems import PROBLEMS, CorrectedVelocity, ExactVelocity, Gaussian, GaussianMixture, Mixture, optimal_control
+from tiltflow.problems import CorrectedVelocity, ExactVelocity, Gaussian, GaussianMixture, Mixture, optimal_control
 from tiltflow.sampler import Sampling, sample, time_grid
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.streams import new_network, stream
 from tiltflow.trainer import Record, train
+from tiltflow.verify_lqg import LqgVerification, verify_lqg
 
 Count = Annotated[int, Field(ge=1)]
 
+PROBLEMS: dict[str, type[Settings]] = {"gaussian": Gaussian, "lqg": Lqg, "mixture": Mixture}
+
 # What suits problems of a few dimensions; the methods' own defaults suit large networks.
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"adjoint-matching": {"learning_rate": 5e-3}}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adjoint-matching": {"learning_rate": 5e-3},
+    "score-as-action": {"learning_rate": 5e-3, "critic": {"train_batch_size": 128}},
+}
+LQG_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adjoint-matching": {"beta": 0.5, "solver": "euler-maruyama", "learning_rate": 2e-2},
+    "score-as-action": {
+        "beta": 0.5,
+        "solver": "euler-maruyama",
+        "learning_rate": 2e-2,
+        "estimator": "temporal-difference",  # its optimum is that of the chain; the closed form's is off by O(1 / N)
+        "critic": {"network": {"name": "quadratic"}, "learning_rate": 2e-2},
+    },
+}
+# the letters in which the problem is written
+LQG_LETTERS = {"lambda": "method.beta", "N": "method.num_inference_steps"}
 
 
 class Verification(Settings):
@@ -48,26 +67,42 @@ class Verification(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Verification:
+def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Verification | LqgVerification:
     """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method and the
     sampling, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
 
     Raises InputError for an unknown key, a wrong value or an unknown method.
     """
-    parts: dict[str, type[Settings]] = {"problem": PROBLEMS[problem], "method": find("methods", method), "sampling": Sampling}
+    parts: dict[str, type[Settings]] = {"problem": PROBLEMS[problem], "method": find("methods", method)}
     tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **METHOD_DEFAULTS.get(method, {})}}
+    kind: type[Verification | LqgVerification] = Verification
+    letters: dict[str, str] = {}
+    if problem == "lqg":
+        kind, letters = LqgVerification, LQG_LETTERS
+        tree["method"] |= LQG_DEFAULTS.get(method, {})
+    else:
+        parts["sampling"] = Sampling
     dotted = []
     for override in overrides:
-        key = override.partition("=")[0].strip()
-        places = [name for name, part in parts.items() if key in part.model_fields]
-        if "." in key or key in Verification.model_fields:
-            dotted.append(override)
+        key, equals, value = override.partition("=")
+        key = letters.get(key.strip(), key.strip())
+        first = key.partition(".")[0]
+        places = [name for name, part in parts.items() if first in part.model_fields]
+        if first in kind.model_fields:
+            dotted.append(f"{key}{equals}{value}")
         elif places:
-            dotted.append(f"{places[0]}.{override}")
+            dotted.append(f"{places[0]}.{key}{equals}{value}")
         else:
-            known = {*Verification.model_fields, *(field for part in parts.values() for field in part.model_fields)}
-            raise InputError(f"--set {override}: {key!r} is not a setting{did_you_mean(key, known)}")
-    return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
+            known = {*kind.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
+            raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
+    return validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
+
+
+def run_verification(
+    settings: Verification | LqgVerification, watch: Callable[[Record], None] = lambda record: None
+) -> dict[str, Any]:
+    """Train and measure, on whichever problem."""
+    return verify_lqg(settings, watch) if isinstance(settings, LqgVerification) else verify(settings, watch)
 
 
 def verify(settings: Verification, watch: Callable[[Record], None] = lambda record: None) -> dict[str, Any]:

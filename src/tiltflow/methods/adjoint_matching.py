@@ -25,21 +25,13 @@ from torch import Tensor
 from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import VelocityField, in_chunks
 from tiltflow.interpolant import expand
+from tiltflow.optimization import Optimization
 from tiltflow.reward import Reward
 from tiltflow.sampler import Chain, Sampling, Trajectory, memoryless_offset, rollout
-from tiltflow.settings import Settings
+from tiltflow.timesteps import Stratum, choose_timesteps
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Stratum(Settings):
-    """`count` different steps, drawn anew at each iteration from the part [start, end) of the grid."""
-
-    start: Fraction = 0.0
-    end: Fraction = 1.0
-    count: Count
 
 
 # What the authors published. `paper` is appendix G of arXiv 2409.08861 (its own 512-pixel flow model, lambda = 1 / beta in
@@ -90,7 +82,7 @@ class Regression(NamedTuple):
     first: int
 
 
-class AdjointMatching(Settings):
+class AdjointMatching(Optimization):
     """Adjoint Matching. Needs a differentiable reward; aims at p_base(x) exp(r(x) / beta)."""
 
     name: Literal["adjoint-matching"] = "adjoint-matching"
@@ -99,7 +91,7 @@ class AdjointMatching(Settings):
     beta: Positive = 1.0
     """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base."""
 
-    solver: Literal["memoryless", "memoryless-offset", "ddpm"] = "memoryless"
+    solver: Literal["memoryless", "memoryless-offset", "ddpm", "euler-maruyama"] = "memoryless"
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
     shift: Positive = 1.0
     pairing: Pairing = "after"
@@ -118,14 +110,6 @@ class AdjointMatching(Settings):
     """Drop the terms whose root is above a running mean (decay 0.9) of this quantile over the batch."""
     num_passes: Count = 1
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
-
-    learning_rate: Positive = 1e-4
-    lr_scheduler: Literal["constant", "cosine"] = "cosine"
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Positive | None = 1.0
 
     needs_reward_gradient: Literal[True] = True
 
@@ -152,6 +136,10 @@ class AdjointMatching(Settings):
         """How the chain that is tuned is sampled."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> dict[str, Any]:
+        """What is kept between iterations: the running threshold of `drop_quantile`."""
+        return {}
+
     def gradients(
         self,
         tuned: VelocityField,
@@ -159,7 +147,7 @@ class AdjointMatching(Settings):
         reward: Reward,
         x: Tensor,
         generator: torch.Generator,
-        state: dict[str, float],
+        state: dict[str, Any],
         *,
         start: float = 0.0,
         micro_batch_size: int | None = None,
@@ -169,7 +157,7 @@ class AdjointMatching(Settings):
 
         Args:
             x: starting points [batch, *event] at time `start`.
-            state: what is kept between iterations (the running threshold of `drop_quantile`); changed in place.
+            state: what is kept between iterations; changed in place.
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: the flow that the trajectories are drawn from, and that stands in for the adjoint, if it is not `tuned`:
                 an average of its weights, which settles at the same fixed point.
@@ -177,7 +165,17 @@ class AdjointMatching(Settings):
         chain = self.chain(start)
         with torch.no_grad():
             path = rollout(chain, in_chunks(policy or tuned, micro_batch_size), x, generator)
-        chosen = [self._choose_timesteps(len(path.velocities), len(x), generator).to(x.device) for _ in range(self.num_passes)]
+        chosen = [
+            choose_timesteps(
+                self.train_timesteps,
+                len(path.velocities),
+                self.num_inference_steps,
+                len(x),
+                generator,
+                share=self.share_timesteps,
+            ).to(x.device)
+            for _ in range(self.num_passes)
+        ]
         first = int(torch.stack(chosen).min())
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
@@ -233,18 +231,7 @@ class AdjointMatching(Settings):
         velocities = torch.cat([torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts], dim=1)
         return targets, velocities, torch.cat([part.rewards for part in parts])
 
-    def _choose_timesteps(self, steps: int, batch: int, generator: torch.Generator) -> Tensor:
-        """[count, batch]: the steps that enter the loss, different ones for each sample unless they are shared."""
-        strata = self.train_timesteps or (Stratum(count=steps),)
-        rows = []
-        for stratum in strata:
-            low, high = round(stratum.start * self.num_inference_steps), round(stratum.end * self.num_inference_steps)
-            inside = max(min(high, steps) - low, 0)
-            keys = torch.rand(inside, 1 if self.share_timesteps else batch, generator=generator, device=generator.device)
-            rows.append(low + keys.argsort(dim=0)[: min(stratum.count, inside)].expand(-1, batch))
-        return torch.cat(rows)
-
-    def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: dict[str, float]) -> Tensor:
+    def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: dict[str, Any]) -> Tensor:
         """[steps, 1]: the size above which a term of each step is clipped (or dropped), infinite where neither is asked for."""
         limit = terms.new_full((len(terms), 1), float("inf"))
         if self.loss_clip is not None:

@@ -17,6 +17,8 @@ Count = Annotated[int, Field(ge=1)]
 class Mlp(Settings):
     name: Literal["mlp"] = "mlp"
     dimension: Count = 2
+    outputs: Count | None = None
+    """As many as `dimension` unless given; 1 for a value function."""
     hidden: Count = 128
     layers: Count = 3
 
@@ -25,7 +27,7 @@ class Mlp(Settings):
 
 
 class MlpModule(nn.Module):
-    """(x [batch, dimension], time [batch]) -> [batch, dimension]."""
+    """(x [batch, dimension], time [batch]) -> [batch, outputs]."""
 
     def __init__(self, settings: Mlp):
         super().__init__()
@@ -34,7 +36,7 @@ class MlpModule(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(settings.hidden, settings.dimension)
+        self.head = nn.Linear(settings.hidden, settings.outputs or settings.dimension)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -1,0 +1,380 @@
+r"""Score as Action: continuous-time policy optimisation for any reward and any solver (Zhao et al., arXiv 2502.01819).
+
+Sampling is a control problem: the state is (t, x), the action is the score, and the running reward is minus beta times the
+path KL to the base, which Girsanov's theorem gives in closed form. Written for velocities (at given x and t the score is an
+affine function of the velocity, so an action may be either), with the gain b_k, the noise s_k and the energy e_k of step k,
+
+    J = E[ r(x_1) - sum_k cost_k ],      cost_k = beta / 2 e_k |v - v_base|^2 (x_k, t_k).
+
+Its policy gradient is the gradient of E sum_k ( b_k v . vec_k - cost_k ) in v, with vec_k held fixed and one of
+
+    return               eps_k (R - sum_j cost_j) / s_k                        REINFORCE on the terminal reward
+    return-minus-value   eps_k (R - sum_{j>=k} cost_j - V(t_k, x_k)) / s_k
+    temporal-difference  eps_k (V(t_{k+1}, x_{k+1}) - V(t_k, x_k) - cost_k) / s_k
+    closed-form          grad_x V(t_k, x_k)
+
+eps_k being the noise of the step. The first two are exactly unbiased for the chain that is run, whatever V is; the third is
+with the chain's exact V; the closed form is off by O(1 / N), has the least variance, and needs no transition densities and no
+noise, so it alone serves ODE solvers. return-minus-value is the default wherever there is noise: a learned V is never exact,
+and its errors add to the variance of this one and to the bias of the last two (docs/score-as-action.md has both measured).
+
+One iteration is
+
+    1.  roll the policy out, without gradients, by the solver
+    2.  returns, and vec_k from the critic
+    3.  improve the critic on these trajectories (after 2, so that V stays a baseline that has not seen them)
+    4.  improve the policy, within a trust region.
+
+With an ODE solver there is no path KL: the energy is then that of the memoryless SDE, a transport cost, and the optimum is not
+p_base exp(r / beta). And a process that remembers its start (an SDE that is not memoryless, a diffusion whose noise end
+still holds signal) reaches it only up to the initial-value bias: paths can be tilted, but not the points that they start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tiltflow.errors import InputError
+from tiltflow.flow import VelocityField, in_chunks
+from tiltflow.interpolant import expand
+from tiltflow.optimization import Optimization
+from tiltflow.reward import Reward, evaluate
+from tiltflow.sampler import CHAINS, Chain, Sampling, Trajectory, euler_solver, rollout, rollout_ode
+from tiltflow.timesteps import Stratum, choose_timesteps
+from tiltflow.value import Batch, Critic, Value, improve, returns
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Estimator = Literal["return", "return-minus-value", "temporal-difference", "closed-form"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # kvablack/ddpo-pytorch (MIT), arXiv 2305.13301: REINFORCE with standardised rewards and PPO's clip, no KL, no critic
+    "ddpo": {
+        "estimator": "return",
+        "standardize": True,
+        "running_reward": False,
+        "update": "clip",
+        "clip_range": 1e-4,
+        "clip_scaling": "none",
+        "solver": "ddpm",
+        "num_inference_steps": 50,
+        "learning_rate": 3e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+    },
+}
+MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
+RATIO_TOLERANCE = 1e-2  # nats: rounding of sums over many dimensions stays below
+
+
+@dataclass
+class State:
+    """What is kept between iterations: the critic and its optimizer, and the penalty of the trust region, in units of beta."""
+
+    value: Value
+    optimizer: torch.optim.Optimizer
+    penalty: float = 1.0
+    step_kl: float = 0.0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The controlled steps of a batch of trajectories: [steps, batch, *event], `advantages` [steps, batch] or None."""
+
+    states: Tensor
+    velocities: Tensor
+    base_velocities: Tensor
+    vectors: Tensor
+    noise: Tensor | None
+    advantages: Tensor | None
+
+
+class ScoreAsAction(Optimization):
+    """Score as Action. Any reward; aims at p_base(x) exp(r(x) / beta) where the solver is memoryless."""
+
+    name: Literal["score-as-action"] = "score-as-action"
+    preset: Literal["ddpo"] | None = None
+    """Start from the settings of a published method; keys given beside it win."""
+    beta: Positive = 1.0
+    """Temperature of the tilt, in units of reward: the price of a nat of path KL."""
+
+    solver: str = "memoryless"
+    """Any solver of `Sampling`; `package.module:function` for one of your own."""
+    num_inference_steps: Annotated[int, Field(ge=2)] = 40
+    shift: Positive = 1.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    estimator: Estimator = "return-minus-value"
+    """Which form of the policy gradient; see the top of this file. Solvers without noise have closed-form by default."""
+    running_reward: bool = True
+    """Whether the path KL is part of the objective; without it nothing holds the policy but the trust region."""
+    standardize: bool = False
+    """Of `return`: divide the centred rewards by their standard deviation over the batch."""
+    update: Literal["trust-region", "clip"] = "trust-region"
+    """trust-region: a penalty on the path KL to the policy that made the trajectories. clip: PPO's clipped ratio."""
+    target_kl: Positive = 0.05
+    """Of trust-region: path KL of one iteration, in nats; the penalty is halved or doubled until it fits."""
+    clip_range: Positive = 0.3
+    """Of clip: how far the ratio of a step may be from 1, for a step as long as the whole way from noise to data."""
+    clip_scaling: Literal["sqrt-step", "none"] = "sqrt-step"
+    """sqrt-step multiplies clip_range by the square root of the length of the step, as the ratio's spread is, so that it means
+    the same on every grid."""
+    critic: Critic = Critic()
+
+    train_timesteps: tuple[Stratum, ...] | None = None
+    """Which steps enter the loss of the policy: all, or so many from each part of the grid."""
+    num_passes: Count = 2
+    """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
+
+    needs_reward_gradient: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {**PRESETS.get(values.get("preset") or "", {}), **values}
+        if "estimator" not in values and not has_noise(values.get("solver", "memoryless"), values.get("eta", 1.0)):
+            values["estimator"] = "closed-form"
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreAsAction:
+        noisy = has_noise(self.sampling.solver, self.eta)  # an unknown solver is refused here
+        if self.estimator != "closed-form" and not noisy:
+            raise ValueError(f"estimator {self.estimator!r} needs a solver with noise, {self.solver} has none; use closed-form")
+        if self.update == "clip" and self.estimator == "closed-form":
+            raise ValueError("update 'clip' needs an advantage, which closed-form has not; use temporal-difference")
+        if self.standardize and self.estimator != "return":
+            raise ValueError("standardize is for the estimator 'return' alone: the others' advantages are in units of reward")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the policy is rolled out."""
+        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
+
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
+        """What is kept between iterations."""
+        value = self.critic.build(event_shape, seed, device)
+        return State(value, torch.optim.Adam(value.network.parameters(), lr=self.critic.learning_rate))
+
+    def gradients(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        x: Tensor,
+        generator: torch.Generator,
+        state: State,
+        *,
+        start: float = 0.0,
+        micro_batch_size: int | None = None,
+        policy: VelocityField | None = None,
+    ) -> Iterator[dict[str, float]]:
+        """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
+
+        Args:
+            x: starting points [batch, *event] at time `start`.
+            state: what is kept between iterations; changed in place.
+            micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
+            policy: not used. The trajectories must come from `tuned` itself, whose gradient this is.
+
+        Raises InputError if V(1, x) is not r(x), if a solver returns wrong states, or if the ratio is not 1 before the first
+        update (a network that samples and trains differently).
+        """
+        with torch.no_grad():
+            path, end = self.rollout(in_chunks(tuned, micro_batch_size), in_chunks(base, micro_batch_size), x, generator, start)
+            chain, count = path.chain, len(path.velocities)
+            rewards = evaluate(reward, end).detach()
+            states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
+            base_velocities = torch.stack(
+                [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
+            )
+            energy = chain.energy[:count, None].to(x)
+            path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
+            costs = path_costs if self.running_reward else torch.zeros_like(path_costs)
+            state.value.fit_scale(rewards)
+            if state.iterations == 0:
+                state.value.check_boundary(end, rewards, reward)
+            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
+            noise = self._noise(path) if self.estimator != "closed-form" else None
+            advantages = self._advantages(state.value, batch) if self.estimator != "closed-form" else None
+        if noise is None or advantages is None:
+            vectors = torch.stack(
+                [
+                    self._value_gradient(state.value, y, t, tuned, reward, micro_batch_size)
+                    for y, t in zip(states, chain.times, strict=False)
+                ]
+            )
+        else:
+            std = chain.std[:count].to(x)
+            vectors = noise * _per_sample(advantages / std[:, None], noise)
+        state.iterations += 1
+        measured = {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "path_kl": path_costs.sum(0).mean().item() / self.beta,
+            "objective": (rewards - path_costs.sum(0)).mean().item(),
+        }
+        if self.estimator != "return":
+            measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
+        steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
+        for i in range(self.num_passes):
+            pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(x), generator).to(x.device)
+            loss, step_kl = self._improve_policy(tuned, chain, steps, pairs, state, micro_batch_size, first=i == 0)
+            if i == self.num_passes - 1 > 0:
+                self._adapt(state, step_kl)
+            yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
+
+    def rollout(
+        self, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator, start: float = 0.0
+    ) -> tuple[Trajectory, Tensor]:
+        """Trajectories of the tuned flow and the samples [batch, *event] that they end in. If only the last step of a sampler
+        has no noise, it is not an action: the base takes it."""
+        sampling = self.sampling
+        if not has_noise(self.solver, self.eta):
+            solver = euler_solver if sampling.is_chain else sampling.ode_solver()
+            path = rollout_ode(solver, sampling.times(start), tuned, x)
+            return path, path.states[-1]
+        chain = sampling.chain(start)
+        path = rollout(chain, tuned, x, generator)
+        last = len(path.velocities)
+        if last == len(chain):
+            return path, path.states[-1]
+        y = path.states[-1]
+        return path, chain.mean(last, y, base(y, chain.times[last]))
+
+    def _for_critic(
+        self,
+        value: Value,
+        states: Tensor,
+        velocities: Tensor,
+        chain: Chain,
+        costs: Tensor,
+        rewards: Tensor,
+        reward: Reward,
+    ) -> Batch:
+        count = len(states)
+        times = torch.cat([chain.times[:count], chain.times[-1:]])
+        known = torch.stack(
+            [value.known(y + (1 - t.item()) * v, t, reward) for y, v, t in zip(states, velocities, times, strict=False)]
+        )
+        return Batch(states, times, known.to(costs), costs, rewards.to(costs))
+
+    def _noise(self, path: Trajectory) -> Tensor:
+        """eps_k of each step, [steps, batch, *event]."""
+        return torch.stack(
+            [
+                (after - path.chain.mean(k, before, v)) / path.chain.std[k].item()
+                for k, (before, after, v) in enumerate(zip(path.states, path.states[1:], path.velocities, strict=False))
+            ]
+        )
+
+    def _advantages(self, value: Value, batch: Batch) -> Tensor:
+        """[steps, batch], in units of reward unless standardised."""
+        if self.estimator == "return":
+            total = batch.rewards - batch.costs.sum(0)
+            # the mean of the others: a baseline that does not see the sample leaves the gradient unbiased
+            size = len(total)
+            centred = (total - total.mean()) * (size / max(size - 1, 1))
+            if self.standardize:
+                centred = (centred / (total.std(correction=0) + 1e-8)).clamp(-MOST_STANDARDIZED, MOST_STANDARDIZED)
+            return centred.expand(len(batch.costs), -1)
+        values = batch.values(value)
+        if self.estimator == "return-minus-value":
+            return returns(values, batch.costs, torch.ones(len(batch.costs))) - values[:-1]
+        return values.diff(dim=0) - batch.costs
+
+    def _value_gradient(
+        self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
+    ) -> Tensor:
+        return torch.cat([value.gradient(part, t, tuned, reward) for part in x.split(micro_batch_size or len(x))])
+
+    def _improve_policy(
+        self,
+        tuned: VelocityField,
+        chain: Chain,
+        steps: Steps,
+        pairs: Tensor,
+        state: State,
+        micro_batch_size: int | None,
+        *,
+        first: bool,
+    ) -> tuple[float, float]:
+        """Accumulate the gradient over the chosen (step, sample) pairs, of -J / beta, with its trust region. Returns the loss
+        and the path KL from the policy that made the trajectories, scaled up to all steps."""
+        batch = steps.states.shape[1]
+        k = pairs.flatten()
+        i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
+        loss, moved = 0.0, 0.0
+        for part in torch.arange(len(k), device=k.device).split(micro_batch_size or batch):
+            kk, ii = k[part], i[part]
+            x = steps.states[kk, ii]
+            gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, chain.energy, chain.control_scale))
+            v, old, origin = tuned(x, chain.times.to(x.device)[kk]), steps.velocities[kk, ii], steps.base_velocities[kk, ii]
+            step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
+            terms = energy / 2 * (v - origin).flatten(1).square().sum(1) if self.running_reward else torch.zeros_like(step_kl)
+            if self.update == "clip":
+                assert steps.noise is not None
+                assert steps.advantages is not None
+                change = expand(scale, x) * (v - old)
+                # sums over dimensions: a mean would make the clip depend on the size of the sample
+                log_ratio = (change * steps.noise[kk, ii]).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
+                if first:
+                    _check_ratio(log_ratio.detach())
+                terms = terms - self._clipped(log_ratio, steps.advantages[kk, ii], chain, kk) / self.beta
+            else:
+                direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
+                terms = terms - gain * direction / self.beta + state.penalty * step_kl
+            total = terms.sum() / batch
+            total.backward()
+            loss += total.item()
+            moved += step_kl.detach().sum().item() / batch
+        return loss, moved * len(steps.states) / max(len(pairs), 1)
+
+    def _clipped(self, log_ratio: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
+        """PPO's objective, min(ratio A, clip(ratio) A) [pairs]."""
+        limit = torch.full_like(log_ratio, self.clip_range)
+        if self.clip_scaling == "sqrt-step":
+            limit = limit * chain.times.diff().sqrt().to(limit)[k]
+        ratio = log_ratio.exp()
+        return torch.minimum(ratio * advantages, ratio.clamp(1 - limit, 1 + limit) * advantages)
+
+    def _adapt(self, state: State, step_kl: float) -> None:
+        """Double or halve the penalty where the path KL of the iteration is far from its target."""
+        state.step_kl = step_kl
+        if step_kl > 1.5 * self.target_kl:
+            state.penalty = min(state.penalty * 2, 1e4)
+        elif step_kl < self.target_kl / 1.5:
+            state.penalty = max(state.penalty / 2, 1e-3)
+
+
+def has_noise(solver: str, eta: float) -> bool:
+    """Whether a solver's steps are random."""
+    return solver in CHAINS and solver != "euler" and (eta != 0 or solver not in ("ddim", "euler-maruyama"))
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """[steps, batch] shaped to multiply [steps, batch, *event]."""
+    return values.to(x).reshape(*values.shape, *(1 for _ in x.shape[2:]))
+
+
+def _check_ratio(log_ratio: Tensor) -> None:
+    """Raises InputError if the ratio to the policy that made the trajectories is not 1, up to rounding."""
+    worst = log_ratio.abs().max().item()
+    if not worst <= RATIO_TOLERANCE:
+        raise InputError(
+            f"before the first update the policy's ratio must be 1, its logarithm is up to {worst:.3g}: the network gives other"
+            " velocities in training than in sampling (dropout, batch statistics, another precision?)"
+        )

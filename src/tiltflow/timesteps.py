@@ -1,0 +1,40 @@
+"""Which steps of a trajectory enter a loss: fewer of them are a cheaper estimate of the same sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tiltflow.settings import Settings
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Stratum(Settings):
+    """`count` different steps, drawn anew at each iteration from the part [start, end) of the grid."""
+
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    count: Annotated[int, Field(ge=1)]
+
+
+def choose_timesteps(
+    strata: Sequence[Stratum] | None, steps: int, total: int, batch: int, generator: torch.Generator, *, share: bool = False
+) -> Tensor:
+    """[count, batch]: the steps that enter the loss, different ones for each sample unless they are shared.
+
+    Args:
+        strata: so many steps from each part of the grid of `total` steps; None for all.
+        steps: of the grid, only the first so many can be chosen.
+    """
+    rows = []
+    for stratum in strata or (Stratum(count=steps),):
+        low, high = round(stratum.start * total), round(stratum.end * total)
+        inside = max(min(high, steps) - low, 0)
+        keys = torch.rand(inside, 1 if share else batch, generator=generator, device=generator.device)
+        rows.append(low + keys.argsort(dim=0)[: min(stratum.count, inside)].expand(-1, batch))
+    return torch.cat(rows)

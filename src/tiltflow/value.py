@@ -1,0 +1,261 @@
+r"""Value functions: V(t, x) = E[ r(x_1) - running cost from t on | x_t = x ], learned, with V(1, x) = r(x) by construction.
+
+    V(t, x) = skip(t) r(x1hat(t, x)) + out(t) F(t, x)                                    (2502.01819, eq. 20)
+
+x1hat is the denoised sample of the current flow, F a network. What makes V right is that V(t, x_t) - (cost until t) is a
+martingale along the trajectories of the policy. Every loss below asks for that in another way. All are sums over the steps
+weighted by their length, so that none depends on how many there are:
+
+    martingale      (G_t - V(t, x_t))^2, with G_t the return from t on: continuous Monte Carlo. Unbiased, noisy.
+    td              the same with G_t replaced by V a step later minus the cost of the step, held fixed (semi-gradient TD(0)).
+    td-lambda       the same with the mixture of all such targets, the one s ahead weighing exp(-s / trace): the trace decays
+                    in time, not in steps, so it means the same on every grid. trace -> 0 is td, infinity is martingale.
+    orthogonality   |E sum_k dV/dtheta(t_k, x_k) (V_{k+1} - V_k - cost_k)|^2: increments orthogonal to all that V can vary.
+
+There is no mean square of the TD error V_{k+1} - V_k - cost_k here. As the steps shrink, its minimum is not the value
+function but the V with the least quadratic variation: the noise of a step is of order sqrt(h), what is learned of order h.
+(Losses and this remark: Jia & Zhou, Policy evaluation and temporal-difference learning in continuous time, JMLR 2022.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flow import VelocityField, linearize
+from tiltflow.interpolant import expand
+from tiltflow.optimization import finite
+from tiltflow.plugins import find, import_function, part_of
+from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import value_and_gradient as reward_and_gradient
+from tiltflow.settings import Settings
+from tiltflow.streams import Buildable, new_network, stream
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Form = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Times t -> (skip, out), of the shape of t; (1, 0) at t = 1."""
+
+FORMS: dict[str, Form] = {
+    # the reward never enters but at the end: for rewards that are slow or have no gradient
+    "reward-free": lambda t: ((t >= 1).to(t), (t < 1).to(t)),
+    # V is r(x1hat) minus a Jensen gap that hardly depends on x where the posterior's width does not
+    "constant-skip": lambda t: (torch.ones_like(t), torch.cos(math.pi / 2 * t)),
+    "cos-sin": lambda t: (torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)),
+    "linear": lambda t: (t, 1 - t),
+}
+
+
+class Critic(Settings):
+    """A value function and how it is learned."""
+
+    form: str = "reward-free"
+    """reward-free, constant-skip, cos-sin (the paper's), linear, or `package.module:function`, a function of your own from
+    times to (skip, out)."""
+    network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
+    """F: (x [batch, *event], time [batch]) -> [batch, 1]. By default a perceptron for vectors, convolutions for images."""
+    loss: Literal["martingale", "td", "td-lambda", "orthogonality"] = "martingale"
+    trace: Positive = 0.2
+    """Of td-lambda: the time, of the 1 between noise and data, over which a target forgets the return."""
+    learning_rate: Positive = 1e-3
+    num_steps: Annotated[int, Field(ge=0)] = 4
+    """Optimizer steps on each batch of trajectories; 0 leaves the value function as it is."""
+    train_batch_size: Count | None = None
+    """Trajectories in each of them; all by default."""
+
+    @field_validator("form")
+    @classmethod
+    def _known(cls, form: str) -> str:
+        if form not in FORMS and ":" not in form:
+            raise ValueError(f"there is no form {form!r}{did_you_mean(form, FORMS)}")
+        return form
+
+    def build(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Value:
+        """An untrained value function. Raises InputError if the form cannot be imported, or no network fits the samples."""
+        form = FORMS.get(self.form) or cast(Form, import_function(self.form, "critic.form"))
+        network = new_network(cast(Buildable, self.network or default_network(event_shape)), stream_seed(seed)).to(device)
+        return Value(network, form)
+
+
+def stream_seed(seed: int) -> int:
+    """Another seed than the tuned network's."""
+    return stream(seed, "critic").initial_seed()
+
+
+def default_network(event_shape: tuple[int, ...]) -> Settings:
+    """A network F for samples of this shape. Raises InputError if there is none."""
+    if len(event_shape) == 1:
+        return find("networks", "mlp")(dimension=event_shape[0], outputs=1)  # type: ignore[call-arg]
+    if len(event_shape) == 3:
+        return find("networks", "image-critic")(image_channels=event_shape[0], image_size=event_shape[1:])  # type: ignore[call-arg]
+    raise InputError(f"critic.network: there is no default for samples of shape {list(event_shape)}; give one")
+
+
+class Value:
+    """V(t, x) = skip(t) r(x1hat) + out(t) (shift + scale F(x, t)). `shift` and `scale` are set once, by the first rewards."""
+
+    def __init__(self, network: nn.Module, form: Form):
+        self.network, self.form = network, form
+        self.shift, self.scale, self.fitted = 0.0, 1.0, False
+
+    def fit_scale(self, rewards: Tensor) -> None:
+        """Put F's outputs in units of the rewards [batch], unless that was done before."""
+        if not self.fitted:
+            free = float(self.form(torch.zeros((), dtype=torch.float64))[0]) == 0
+            self.shift = rewards.mean().item() if free else 0.0
+            self.scale, self.fitted = rewards.std(correction=0).item() or 1.0, True
+
+    def known(self, denoised: Tensor, t: Tensor, reward: Reward) -> Tensor:
+        """skip(t) r(x1hat) [batch], for x1hat [batch, *event]; the reward is not asked where skip is 0."""
+        skip = self.form(t)[0]
+        if not skip.any():
+            return denoised.new_zeros(len(denoised))
+        return skip * evaluate(reward, denoised)
+
+    def learned(self, x: Tensor, t: Tensor) -> Tensor:
+        """out(t) (shift + scale F(x, t)): [batch], for t [] or [batch]."""
+        out = self.form(t)[1].to(x)
+        free: Tensor = self.network(x, t.to(x).expand(len(x))).reshape(len(x))
+        return out * (self.shift + self.scale * free)
+
+    def gradient(self, x: Tensor, t: Tensor, flow: VelocityField, reward: Reward) -> Tensor:
+        """grad_x V(t, x): [batch, *event]. The reward's part goes through x1hat, hence through the flow's network.
+
+        Raises InputError if that part is there and the reward has no gradient.
+        """
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (total,) = torch.autograd.grad(self.learned(y, t).sum(), y)
+        skip = self.form(t)[0]
+        if skip.any():
+            v, pullback = linearize(flow, x, t)
+            left = expand(1 - t, x)
+            _, gradient = reward_and_gradient(reward, x + left * v)
+            total = total + expand(skip, x) * (gradient + pullback(left * gradient.to(x)))
+        return total
+
+    def check_boundary(self, x: Tensor, rewards: Tensor, reward: Reward) -> None:
+        """Raises InputError if V(1, x) is not r(x) at the ends x [batch, *event] of trajectories with these rewards [batch]."""
+        t = torch.ones((), dtype=torch.float64, device=x.device)
+        with torch.no_grad():
+            error = (self.known(x, t, reward) + self.learned(x, t) - rewards).abs().max().item()
+        if not error <= 1e-3 * (rewards.abs().max().item() + self.scale):
+            skip, out = (float(part) for part in self.form(t))
+            raise InputError(
+                f"critic: V(1, x) must be r(x), and is off by up to {error:.3g}; its form has skip(1) = {skip:.3g} and"
+                f" out(1) = {out:.3g}, right are 1 and 0"
+            )
+
+
+class Batch:
+    """Trajectories as the critic sees them.
+
+    Args:
+        states: x_k [steps, batch, *event] at the `times` [steps + 1], the last being the end.
+        known: skip(t_k) r(x1hat_k), [steps, batch].
+        costs: running costs of the steps, [steps, batch].
+        rewards: [batch].
+    """
+
+    def __init__(self, states: Tensor, times: Tensor, known: Tensor, costs: Tensor, rewards: Tensor):
+        self.states, self.times, self.known, self.costs, self.rewards = states, times, known, costs, rewards
+
+    def part(self, which: Tensor) -> Batch:
+        return Batch(self.states[:, which], self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
+
+    def values(self, value: Value) -> Tensor:
+        """V at all states, and the rewards at the end: [steps + 1, batch]."""
+        steps, batch = self.known.shape
+        t = self.times[:-1].to(self.states.device).repeat_interleave(batch)
+        learned = value.learned(self.states.flatten(0, 1), t).reshape(steps, batch)
+        return torch.cat([self.known + learned, self.rewards[None].to(learned)])
+
+
+def returns(values: Tensor, costs: Tensor, keep: Tensor) -> Tensor:
+    """Targets G_k = keep_k G_{k+1} + (1 - keep_k) V_{k+1} - cost_k with G at the end the reward: [steps, batch].
+
+    Args:
+        values: V at all states, the reward last, [steps + 1, batch].
+        keep: [steps]. All ones give the returns, all zeros the targets of TD(0).
+    """
+    G, targets = values[-1], []
+    for k in range(len(costs) - 1, -1, -1):
+        G = torch.lerp(values[k + 1], G, keep[k].item()) - costs[k]
+        targets.append(G)
+    return torch.stack(targets[::-1])
+
+
+def critic_loss(value: Value, batch: Batch, critic: Critic) -> Tensor:
+    """The loss of `critic` on a batch of trajectories, a scalar; see the top of this file."""
+    lengths = batch.times.diff()
+    if critic.loss == "orthogonality":
+        return _orthogonality(value, batch)
+    values = batch.values(value)
+    keep = {
+        "martingale": torch.ones_like(lengths),
+        "td": torch.zeros_like(lengths),
+        "td-lambda": torch.exp(-lengths / critic.trace),
+    }[critic.loss]
+    targets = returns(values.detach(), batch.costs, keep)
+    weights = (lengths / lengths.sum()).to(values)
+    return (weights[:, None] * ((targets - values[:-1]) / value.scale).square()).sum(0).mean() / 2
+
+
+def _orthogonality(value: Value, batch: Batch) -> Tensor:
+    """A scalar whose gradient is that of |m|^2 / 2 for the moment m = E sum_k dV/dtheta (V_{k+1} - V_k - cost_k), with the test
+    functions dV/dtheta held fixed. The two factors of the square come from two halves of the batch, so it is unbiased."""
+    half = len(batch.rewards) // 2
+    if half == 0:
+        raise InputError("critic.loss orthogonality needs at least two trajectories in a batch")
+    order = torch.arange(2 * half, device=batch.rewards.device)
+    one, other = batch.part(order[:half]), batch.part(order[half:])
+    weights = {name: p for name, p in value.network.named_parameters() if p.requires_grad}
+
+    values = one.values(value)
+    increments = (values.diff(dim=0) - one.costs).detach() / value.scale
+    moment = torch.autograd.grad((values[:-1] * increments).sum() / (half * value.scale), list(weights.values()))
+
+    def other_values(parameters: dict[str, Tensor]) -> Tensor:
+        network = value.network
+        moved = Value(cast(nn.Module, lambda x, t: functional_call(network, parameters, (x, t))), value.form)
+        moved.shift, moved.scale = value.shift, value.scale
+        return other.values(moved)[:-1] / value.scale
+
+    detached = {name: p.detach() for name, p in weights.items()}
+    along = jvp(other_values, (detached,), (dict(zip(weights, moment, strict=True)),))[1]  # dV/dtheta . m
+    values = other.values(value)
+    product: Tensor = along.detach() * (values.diff(dim=0) - other.costs)
+    return product.sum() / (half * value.scale)
+
+
+def improve(
+    value: Value,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    critic: Critic,
+    generator: torch.Generator,
+    step: int,
+) -> float:
+    """`critic.num_steps` optimizer steps on a batch; returns the loss before them, 0 without steps.
+
+    Raises NonFiniteError if the loss is not finite; the tuned weights are then as before.
+    """
+    size, losses = len(batch.rewards), []
+    for _ in range(critic.num_steps):
+        part = batch
+        if critic.train_batch_size is not None and critic.train_batch_size < size:
+            which = torch.randperm(size, generator=generator, device=generator.device)[: critic.train_batch_size]
+            part = batch.part(which.to(batch.rewards.device))
+        loss = critic_loss(value, part, critic)
+        losses.append(finite(loss, "the critic's loss", step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[0] if losses else 0.0
