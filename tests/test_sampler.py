@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import affine
 import pytest
 import torch
 from affine import on_gaussian
+from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
+from tiltflow.errors import InputError
 from tiltflow.flow import Flow
 from tiltflow.interpolant import DiscreteVariancePreserving, Linear
 from tiltflow.sampler import (
     Chain,
     Sampling,
     ddim,
+    dpm_solver,
     euler,
+    euler_maruyama,
     heun,
     memoryless,
     memoryless_offset,
     memoryless_sigma,
     noise,
     rollout,
+    rollout_ode,
     sample,
     sde,
     step,
@@ -257,6 +263,54 @@ def test_euler_has_order_1_and_heun_order_2(generator: torch.Generator) -> None:
         assert order(steps, errors) == pytest.approx(expected, abs=0.1)
 
 
+def test_dpm_solver_has_order_2() -> None:
+    """Away from t = 1, where its last step is of order 1; the ODE keeps (x - t m) / sqrt(t^2 s^2 + (1 - t)^2)."""
+    errors, steps = [], [40, 80, 160, 320]
+    for n in steps:
+        times = torch.linspace(0.1, 0.9, n + 1)
+        spread = torch.hypot(0.5 * times, 1 - times)
+        x = torch.tensor([-1.5, 0.2, 1.0])
+        exact = 0.7 * 0.9 + spread[-1] / spread[0] * (x - 0.7 * 0.1)
+        errors.append((dpm_solver(gaussian_flow, x, times)[-1] - exact).abs().max().item())
+    assert order(steps, errors) == pytest.approx(2, abs=0.1)
+
+
+def test_dpm_solver_extrapolates_the_denoised_sample_in_log_snr() -> None:
+    """Its assumption, from the second step on: x1hat = a + b log(t / (1 - t)) gives dx/dt = (x1hat - x) / (1 - t)."""
+    a, b, times = 0.3, 0.2, torch.linspace(0.2, 0.8, 4)
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        return (a + b * torch.logit(t) - x) / (1 - t)
+
+    fine = torch.linspace(0.2, 0.8, 200_001)
+    exact = heun(flow, torch.ones(1), fine)
+    ours = dpm_solver(flow, exact[66_667], times[1:])  # starts with a step of order 1
+    start = dpm_solver(flow, torch.ones(1), times)
+    first = dpm_solver(flow, torch.ones(1), times[:2])[-1]
+    # from the same point, with the history of the true path: the multistep formula by hand
+    t, s, r = (
+        times[1],
+        times[2],
+        (torch.logit(times[2]) - torch.logit(times[1])) / (torch.logit(times[1]) - torch.logit(times[0])),
+    )
+    before, here = (a + b * torch.logit(times[i]) for i in (0, 1))
+    ahead = here + r / 2 * (here - before)
+    by_hand = (1 - s) / (1 - t) * first + (s - t * (1 - s) / (1 - t)) * ahead
+    assert_close(start[2], by_hand)
+    assert (ours[0] - exact[66_667]).abs() < 1e-12
+
+
+def test_dpm_solver_evaluates_once_a_step() -> None:
+    asked = []
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t.item())
+        return gaussian_flow(x, t)
+
+    assert len(dpm_solver(flow, torch.zeros(1), time_grid(4))) == 5
+    assert asked == [0, 0.25, 0.5, 0.75]
+
+
 def test_heun_never_evaluates_the_network_at_the_data_end() -> None:
     asked = []
 
@@ -386,3 +440,150 @@ def test_noise_is_standard_normal_in_the_networks_coordinates() -> None:
     result = noise(flow, (3, 2), stream(5), torch.float64)
     assert_close(result * scale, torch.randn(3, 2, generator=stream(5)), rtol=0, atol=1e-6)
     assert noise(Flow(lambda x, t: x), (3, 2), stream(5)).dtype == torch.float32
+
+
+# ---- the energy: what a change of velocity costs ----
+
+
+@pytest.mark.parametrize(
+    ("steps", "eta", "transitions", "continuous"),
+    [
+        (10, 1.0, 40.06, 3.59),
+        (25, 1.0, 16.92, 4.48),
+        (50, 1.0, 11.00, 4.97),
+        (100, 1.0, 8.43, 5.35),
+        (250, 1.0, 7.08, 5.72),
+        (50, 0.5, 23.61, 7.77),
+        (50, 0.2, 124.86, 33.61),
+    ],
+)
+def test_path_kl_of_ddim_on_stable_diffusion(steps: int, eta: float, transitions: float, continuous: float) -> None:
+    """Of a change of epsilon by 1 at all its timesteps, leading spacing with an offset of 1: known digits."""
+    timestep = torch.arange(steps).flip(0) * (1000 // steps) + 1
+    visited = torch.cat([timestep, (timestep[-1:] - 1000 // steps).clamp(min=0)])
+    c = STABLE_DIFFUSION(1 - (visited + 1) / 1000)
+    chain = ddim(c.alpha / (c.alpha + c.beta), eta)
+    per_epsilon = chain.times[:-1] ** -2  # epsilon = x - t v
+    assert (chain.control_scale**2 * per_epsilon).sum().item() / 2 == pytest.approx(transitions, abs=0.0051)
+    assert (chain.energy * per_epsilon).sum().item() / 2 == pytest.approx(continuous, abs=0.0051)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_energy_of_ddim_is_the_path_kl_of_small_steps(eta: float) -> None:
+    errors = []
+    for steps in (400, 800):
+        chain = ddim(torch.linspace(0.1, 0.9, steps + 1), eta)
+        errors.append((chain.control_scale**2 / chain.energy - 1).abs().max().item())
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] < 0.03
+
+
+@pytest.mark.parametrize("make", [memoryless, ddpm, euler, euler_maruyama])
+def test_energies_are_one_integral(make: Callable[[Tensor], Chain]) -> None:
+    """Of 2 t / (1 - t), the energy of the memoryless process, whatever the sampler."""
+    errors = []
+    for steps in (200, 400):
+        times = torch.linspace(0.1, 0.9, steps + 1)
+        energy = make(times).energy[:-1].sum().item()
+        exact = 2 * (math.log(0.9 / (1 - times[-2].item())) - (times[-2].item() - 0.1))
+        errors.append(abs(energy / exact - 1))
+    assert errors[0] < 0.03
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_energy_of_the_memoryless_chain_is_its_path_kl() -> None:
+    chain = memoryless(time_grid(7))
+    assert_close(chain.energy[:-1], chain.v_scale[:-1] ** 2 / chain.std[:-1] ** 2)
+    assert torch.isfinite(ddpm(time_grid(7)).energy).all()
+    assert_close(ddpm(time_grid(7)).energy[0], ddpm(time_grid(7)).control_scale[0] ** 2)
+
+
+# ---- the variance-preserving diffusion in its own time ----
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.4])
+def test_euler_maruyama_is_that_of_the_diffusion(eta: float, generator: torch.Generator) -> None:
+    """x' = x + D (x / 2 + (1 + eta^2) / 2 score) + eta sqrt(D) eps in the diffusion's own coordinates."""
+    sampling = Sampling(solver="euler-maruyama", num_inference_steps=5, eta=eta)
+    horizon = 2.0
+    start = math.exp(-horizon / 2) / (math.exp(-horizon / 2) + math.sqrt(1 - math.exp(-horizon)))
+    chain, D = sampling.chain(start), horizon / 5
+    alpha = torch.exp(-(horizon - D * torch.arange(6)) / 2)
+    beta = (1 - alpha**2).sqrt()
+    assert_close(chain.times, alpha / (alpha + beta))
+    X, v = torch.randn(2, 3, generator=generator)
+    for k in range(5):
+        z, t = X / (alpha + beta)[k], chain.times[k]
+        score = -(z - t * v) / beta[k]
+        expected = X + D * (X / 2 + (1 + eta**2) / 2 * score)
+        assert_close(chain.mean(k, z, v) * (alpha + beta)[k + 1], expected)
+        assert_close(chain.std[k] * (alpha + beta)[k + 1], torch.tensor(eta * D**0.5))
+
+
+def test_euler_maruyama_needs_a_start_above_pure_noise() -> None:
+    with pytest.raises(InputError, match="needs a diffusion model"):
+        Sampling(solver="euler-maruyama").chain()
+
+
+# ---- solvers of one's own ----
+
+
+def midpoint(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> list[Tensor]:
+    states = [x]
+    for t, s in pairwise(times):
+        half = x + (s - t) / 2 * velocity(x, t)
+        x = x + (s - t) * velocity(half, (t + s) / 2)
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize("solver", [heun, dpm_solver, midpoint])
+def test_rollouts_keep_states_and_velocities(solver: Callable[..., list[Tensor]], generator: torch.Generator) -> None:
+    asked = []
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t.item())
+        return gaussian_flow(x, t)
+
+    x, times = torch.randn(4, 1, generator=generator), time_grid(6)
+    path = rollout_ode(solver, times, flow, x)
+    alone = len(asked)
+    assert [state.shape for state in path.states] == 7 * [x.shape]
+    assert torch.equal(path.states[-1], solver(gaussian_flow, x, times)[-1])
+    for state, t, v in zip(path.states, times, path.velocities, strict=False):
+        assert_close(v, gaussian_flow(state, t))
+    assert alone == {heun: 11, dpm_solver: 6, midpoint: 12}[solver]  # nothing is evaluated twice
+
+
+def test_velocities_that_a_solver_did_not_ask_for_are_computed() -> None:
+    """One that evaluates elsewhere, or copies its states."""
+
+    def copies(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> list[Tensor]:
+        return [state.clone() for state in midpoint(velocity, x, times)]
+
+    path = rollout_ode(copies, time_grid(3), gaussian_flow, torch.ones(2, 1))
+    for state, t, v in zip(path.states, time_grid(3), path.velocities, strict=False):
+        assert_close(v, gaussian_flow(state, t))
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (lambda v, x, times: [x], r"a list of 4 states, one for each time, got 1 states"),
+        (lambda v, x, times: x, r"a list of 4 states, one for each time, got Tensor"),
+        (lambda v, x, times: 4 * [x[:1]], r"state at t = 0 must be a tensor of shape \[2, 1\], got shape \[1, 1\]"),
+        (lambda v, x, times: [x, x, 0.5, x], r"state at t = 0.6667 must be a tensor of shape \[2, 1\], got float"),
+    ],
+)
+def test_solvers_that_return_something_else_are_refused(solver: Callable[..., list[Tensor]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rollout_ode(solver, time_grid(3), gaussian_flow, torch.ones(2, 1))
+
+
+def test_solvers_by_name_of_a_function(generator: torch.Generator) -> None:
+    sampling, x = Sampling(solver="test_sampler:midpoint", num_inference_steps=80), torch.tensor([[0.3], [-1.0]])
+    assert_close(sample(gaussian_flow, x, sampling, generator), 0.7 + 0.5 * x, atol=1e-3, rtol=0)
+    with pytest.raises(InputError, match=r"test_sampler has no 'midpont', did you mean 'midpoint'"):
+        Sampling(solver="test_sampler:midpont").ode_solver()
+    with pytest.raises(ValidationError, match="there is no solver 'huen', did you mean 'heun'"):
+        Sampling(solver="huen")

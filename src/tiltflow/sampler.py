@@ -141,7 +141,7 @@ def ddim(times: Tensor, eta: float = 0.0) -> Chain:
 
     Its energy is the continuous path KL of one step, ((1 + eta^2) / 2 eta)^2 log(alpha'^2 / alpha^2) |change of score|^2, and
     not the KL of its Gaussian transitions: of that, one late step makes up half or more, and the sum changes with the number
-    of steps (at eta = 1 on Stable Diffusion's schedule by 2.2 times from 50 steps to 10, the continuous one by 1.4). From
+    of steps (at eta = 1 on Stable Diffusion's schedule by 3.6 times between 50 steps and 10, the continuous one by 1.4). From
     pure noise, where that logarithm is infinite, the first step has the KL of its transition.
     """
     t, s = times[:-1], times[1:]
