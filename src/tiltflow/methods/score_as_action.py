@@ -165,7 +165,7 @@ class ScoreAsAction(Optimization):
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
-        """What is kept between iterations."""
+        """What is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
         value = self.critic.build(event_shape, seed, device)
         return State(value, torch.optim.Adam(value.network.parameters(), lr=self.critic.learning_rate))
 
@@ -190,8 +190,8 @@ class ScoreAsAction(Optimization):
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: not used. The trajectories must come from `tuned` itself, whose gradient this is.
 
-        Raises InputError if V(1, x) is not r(x), if a solver returns wrong states, or if the ratio is not 1 before the first
-        update (a network that samples and trains differently).
+        Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
+        samples and trains differently).
         """
         with torch.no_grad():
             path, end = self.rollout(in_chunks(tuned, micro_batch_size), in_chunks(base, micro_batch_size), x, generator, start)
@@ -205,8 +205,6 @@ class ScoreAsAction(Optimization):
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
             costs = path_costs if self.running_reward else torch.zeros_like(path_costs)
             state.value.fit_scale(rewards)
-            if state.iterations == 0:
-                state.value.check_boundary(end, rewards, reward)
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
             noise = self._noise(path) if self.estimator != "closed-form" else None
             advantages = self._advantages(state.value, batch) if self.estimator != "closed-form" else None
