@@ -256,6 +256,14 @@ def test_costs_add_over_dimensions() -> None:
     assert costs[1] / costs[0] == pytest.approx(3, rel=0.03)
 
 
+def test_the_kl_of_transitions_is_another_price() -> None:
+    chain = ScoreAsAction(solver="ddpm", num_inference_steps=6).sampling.chain(0.1)
+    for kind, energy in (("path-kl", chain.energy), ("none", chain.energy), ("transition-kl", chain.control_scale**2)):
+        method = ScoreAsAction.model_validate({"solver": "ddpm", "num_inference_steps": 6, "running_reward": kind})
+        assert torch.equal(method._energy(chain), energy)
+    assert not torch.equal(chain.energy, chain.control_scale**2)
+
+
 @pytest.mark.parametrize(("h", "change"), [(0.4, 0.73759), (0.2, 0.52830), (0.1, 0.31987), (0.05, 0.17656)])
 def test_the_surrogate_is_within_the_kl_of_the_objective(h: float, change: float) -> None:
     """J(mu') - J(mu) from (K, k) = (.2, -.1) to (.2 - h, -.1 + h): known digits; 2.1 to 2.6 KL below its surrogate."""
@@ -350,7 +358,7 @@ def test_step_kl_is_the_path_kl_between_the_policies() -> None:
 
 def test_standardised_rewards_are_those_of_ddpo() -> None:
     method = ScoreAsAction(preset="ddpo", num_inference_steps=4)
-    assert (method.estimator, method.update, method.clip_range, method.running_reward) == ("return", "clip", 1e-4, False)
+    assert (method.estimator, method.update, method.clip_range, method.running_reward) == ("return", "clip", 1e-4, "none")
     from tiltflow.value import Batch
 
     rewards, costs = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.zeros(3, 4)

@@ -157,10 +157,13 @@ def sample(
 
 @app.command()
 def verify(
-    problem: Annotated[str | None, typer.Argument(help="gaussian or mixture; leave it out for the list.")] = None,
-    method: Annotated[str, typer.Option(help="The method to verify.")] = "adjoint-matching",
+    problem: Annotated[str | None, typer.Argument(help="gaussian, mixture or lqg; leave it out for the list.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="The method to verify.", show_default="adjoint-matching; score-as-action for lqg"),
+    ] = None,
     overrides: Set = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="500")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the problem's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -173,6 +176,8 @@ def verify(
     [dim]tiltflow verify mixture[/dim]
     [dim]tiltflow verify gaussian --set dimension=10 --set quadratic=3 --set beta=0.5[/dim]
     [dim]tiltflow verify mixture --set problem.scale=0.3 --set method.num_inference_steps=80 --iterations 1000[/dim]
+    [dim]tiltflow verify mixture --method score-as-action --set sampling.solver=heun[/dim]
+    [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
     from tiltflow.verify import PROBLEMS, read_verification, run_verification
 
@@ -185,10 +190,13 @@ def verify(
     if problem not in PROBLEMS:
         raise InputError(f"there is no problem {problem!r}{did_you_mean(problem, PROBLEMS)}")
     extra = [f"{key}={value}" for key, value in (("iterations", iterations), ("seed", seed)) if value is not None]
+    method = method or ("score-as-action" if problem == "lqg" else "adjoint-matching")
     settings = read_verification(problem, method, [*(overrides or []), *extra])
     _device("cpu", threads)
     with _progress(console, quiet, settings.iterations, settings.train_batch_size) as watch:
         result = run_verification(settings, watch)
+    if problem == "lqg":
+        _show_lqg(console, result)
     _show_verification(console, result)
     _finish(as_json, result)
 
@@ -382,14 +390,69 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     console.print(f"report: {folder / 'report.html'}")
 
 
+def _show_lqg(console: Console, result: dict[str, Any]) -> None:
+    """What is known exactly, the estimates of the gradient against it, and what training reached."""
+    policy, best, steps = result["policy"], result["optimum"], result["policy"]["num_inference_steps"]
+
+    def numbers(values: Any) -> str:
+        return ", ".join(f"{value:.6f}" for value in values)
+
+    _list(
+        console,
+        {
+            "J, continuous": f"{policy['objective']:.10f}",
+            "dJ/dK, dJ/dk": numbers(policy["gradient"]),
+            "P, p, c at the start": numbers(policy["value"].values()),
+            "terminal mean, variance": numbers([policy["terminal_mean"], policy["terminal_variance"]]),
+            f"J, chain of {steps} steps": f"{policy['objective_of_chain']:.10f}",
+            "dJ/dK, dJ/dk of the chain": numbers(policy["gradient_of_chain"]),
+        },
+        f"exact, u = {policy['K']:g} x {policy['k']:+g}",
+    )
+    _list(
+        console,
+        {
+            "J, continuous": f"{result['objective_continuous']:.10f}",
+            "J, chain": f"{result['objective_exact']:.10f}",
+            "K, k at the start": numbers([best["K"], best["k"]]),
+            "P, p, c at the start": numbers(best["value"].values()),
+            "terminal mean, variance": numbers([best["terminal_mean"], best["terminal_variance"]]),
+            "of the tilted law": numbers([best["tilted_mean"], best["tilted_variance"]])
+            + f"   (initial-value bias {result['initial_value_bias']:.4f} in W2)",
+            "path KL": f"{best['path_kl']:.6f}",
+        },
+        "exact, the optimum",
+    )
+    if result["gradients"]:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("estimator", "dJ/dK", "z", "dJ/dk", "z", "variance"):
+            table.add_column(column, style="cyan" if column == "estimator" else None, no_wrap=True)
+        reference = result["gradients"]["return"]["variance"]
+        for name, row in result["gradients"].items():
+            (a, b), (a_error, b_error), (za, zb) = row["gradient"], row["error"], row["z"]
+            ratios = ", ".join(f"1 / {r / v:.1f}" for r, v in zip(reference, row["variance"], strict=True))
+            table.add_row(name, f"{a:.3f} ± {a_error:.3f}", f"{za:+.1f}", f"{b:.3f} ± {b_error:.3f}", f"{zb:+.1f}", ratios)
+        console.print(table)
+    rows = {
+        f"{n} steps": f"{at['objective']:.5f}   (optimum {at['optimum']:.5f}; short by {_lost(at):.2%})"
+        for n, at in result["at_other_steps"].items()
+    }
+    _list(console, rows, f"J of the policy trained at {steps} steps, evaluated at")
+
+
+def _lost(at: dict[str, float]) -> float:
+    """How far an objective is below its optimum, relative to the optimum."""
+    return (at["optimum"] - at["objective"]) / abs(at["optimum"])
+
+
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
     ratio = result["distance"] / result["floor"]
     rows = {
         "sliced W2 to the exact target": f"{result['distance']:.4f}   ({ratio:.2f} x the Monte-Carlo floor)",
         "floor": f"{result['floor']:.4f} ± {result['floor_std']:.4f}",
         "untuned base": f"{result['distance_base']:.4f}",
-        "sampled by the ODE": f"{result['distance_ode']:.4f}",
-        "exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})",
+        **({"sampled by the ODE": f"{result['distance_ode']:.4f}"} if "distance_ode" in result else {}),
+        **({"exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})"} if "w2" in result else {}),
         "mean reward": f"{result['reward']:.4f} ± {result['reward_error']:.4f}   (exact {result['reward_exact']:.4f})",
         "relative error of the control": f"{result['control_error']:.1%}",
         "path KL": f"{result['path_kl']:.4f}   (exact {result['path_kl_exact']:.4f})",

@@ -170,7 +170,7 @@ def check_gradients(settings: LqgVerification) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for estimator in ESTIMATORS:
         changed = method.model_copy(
-            update={"estimator": estimator, "update": "trust-region", "standardize": False, "running_reward": True}
+            update={"estimator": estimator, "update": "trust-region", "standardize": False, "running_reward": "path-kl"}
         )
         samples = gradient_samples(problem, changed, settings.trajectories, settings.seed)
         estimates = [mean_estimate(part) for part in samples]

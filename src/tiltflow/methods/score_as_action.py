@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ddpo": {
         "estimator": "return",
         "standardize": True,
-        "running_reward": False,
+        "running_reward": "none",
         "update": "clip",
         "clip_range": 1e-4,
         "clip_scaling": "none",
@@ -116,8 +116,9 @@ class ScoreAsAction(Optimization):
 
     estimator: Estimator = "return-minus-value"
     """Which form of the policy gradient; see the top of this file. Solvers without noise have closed-form by default."""
-    running_reward: bool = True
-    """Whether the path KL is part of the objective; without it nothing holds the policy but the trust region."""
+    running_reward: Literal["path-kl", "transition-kl", "none"] = "path-kl"
+    """What is subtracted from the reward, times beta: the path KL in the closed form of continuous time, which means the same
+    on every grid; the KL of the solver's Gaussian transitions, as others do; or nothing."""
     standardize: bool = False
     """Of `return`: divide the centred rewards by their standard deviation over the batch."""
     update: Literal["trust-region", "clip"] = "trust-region"
@@ -201,9 +202,9 @@ class ScoreAsAction(Optimization):
             base_velocities = torch.stack(
                 [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
             )
-            energy = chain.energy[:count, None].to(x)
+            energy = self._energy(chain)[:count, None].to(x)
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
-            costs = path_costs if self.running_reward else torch.zeros_like(path_costs)
+            costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
             state.value.fit_scale(rewards)
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
             noise = self._noise(path) if self.estimator != "closed-form" else None
@@ -252,6 +253,9 @@ class ScoreAsAction(Optimization):
             return path, path.states[-1]
         y = path.states[-1]
         return path, chain.mean(last, y, base(y, chain.times[last]))
+
+    def _energy(self, chain: Chain) -> Tensor:
+        return chain.control_scale**2 if self.running_reward == "transition-kl" else chain.energy
 
     def _for_critic(
         self,
@@ -319,10 +323,12 @@ class ScoreAsAction(Optimization):
         for part in torch.arange(len(k), device=k.device).split(micro_batch_size or batch):
             kk, ii = k[part], i[part]
             x = steps.states[kk, ii]
-            gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, chain.energy, chain.control_scale))
+            gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
             v, old, origin = tuned(x, chain.times.to(x.device)[kk]), steps.velocities[kk, ii], steps.base_velocities[kk, ii]
             step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
-            terms = energy / 2 * (v - origin).flatten(1).square().sum(1) if self.running_reward else torch.zeros_like(step_kl)
+            terms = torch.zeros_like(step_kl)
+            if self.running_reward != "none":
+                terms = energy / 2 * (v - origin).flatten(1).square().sum(1)
             if self.update == "clip":
                 assert steps.noise is not None
                 assert steps.advantages is not None

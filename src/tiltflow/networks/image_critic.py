@@ -36,11 +36,10 @@ class ImageCriticModule(nn.Module):
         self.width = settings.embedding
         self.time = nn.Sequential(nn.Linear(self.width, self.width), nn.SiLU())
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 4 if i else 3, stride=2 if i else 1, padding=1)
-            for i, (before, after) in enumerate(pairwise(widths))
+            nn.Conv2d(before, after, 4, stride=2, padding=1) for before, after in pairwise(widths)
         )
         self.modulations = nn.ModuleList(nn.Linear(self.width, 2 * after) for after in settings.channels)
-        height, width = (max(size // 2 ** (len(settings.channels) - 1), 1) for size in settings.image_size)
+        height, width = (size // 2 ** len(settings.channels) for size in settings.image_size)
         self.hidden = nn.Linear(settings.channels[-1] * height * width, settings.hidden)
         self.head = nn.Linear(settings.hidden, 1)
         nn.init.zeros_(self.head.weight)
