@@ -1,8 +1,8 @@
 """Speed and memory, as ratios measured side by side in one run: `make bench`.
 
-overhead  CPU seconds of one Adjoint Matching iteration over those of the bare network calls that it makes (forwards of
-          the tuned network, vector-Jacobian products of the base, the trained steps forward and backward), at the
-          same batch. The calls are counted by hooks while the iteration runs, and timed in turn with it.
+overhead  for every method, CPU seconds of one iteration over those of the bare network calls that it makes (forwards,
+          vector-Jacobian products, trained steps forward and backward; of a critic too), on batches of the same size. The
+          calls are counted by hooks while the iteration runs, and timed in turn with it.
 memory    peak resident memory of an iteration over that of what it cannot do without: one frozen and one trained
           copy of the network with its gradients and optimizer state, and one step's activations.
 import    seconds of `import tiltflow` over those of `import torch`.
@@ -17,7 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,11 +27,16 @@ from torch import Tensor, nn
 
 from tiltflow.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.networks.unet import Unet
+from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.networks.image_critic import ImageCriticModule
+from tiltflow.networks.unet import Unet, UnetModule
 from tiltflow.streams import new_network, stream
 from tiltflow.timesteps import Stratum
 from tiltflow.trainer import train
+from tiltflow.value import Critic
 
+Calls = Counter[tuple[str, nn.Module, int]]
+"""How often: (forward, vjp or trained; the network; the batch size)."""
 NETWORKS = {"digit flow": Unet(), "wider": Unet(channels=(64, 192), blocks=(1, 3))}
 BATCH, SHAPE, STEPS, TRAINED = 64, (1, 28, 28), 20, 6
 LIMIT_OVERHEAD, LIMIT_IMPORT = 1.05, 0.3
@@ -40,13 +47,20 @@ def ink(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-class Iterations:
-    """Adjoint Matching on a network, one iteration at a call."""
+METHODS: dict[str, Any] = {
+    "adjoint-matching": AdjointMatching(num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),)),
+    "score-as-action": ScoreAsAction(
+        num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),), num_passes=1, critic=Critic(train_batch_size=16)
+    ),
+}
 
-    def __init__(self, settings: Unet):
+
+class Iterations:
+    """A method on a network, one iteration at a call."""
+
+    def __init__(self, settings: Unet, method: Any):
         self.base = Flow(new_network(settings, 0).requires_grad_(False))
         self.tuned = Flow(new_network(settings, 0))
-        method = AdjointMatching(num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),), learning_rate=1e-4)
         self.records = train(
             self.tuned, self.base, method, ink, lambda g: torch.randn(BATCH, *SHAPE, generator=g), max_train_steps=10**6
         )
@@ -54,38 +68,41 @@ class Iterations:
     def __call__(self) -> None:
         next(self.records)
 
-    def count(self) -> dict[str, int]:
-        """The network calls of one iteration by kind, each of BATCH samples."""
-        calls = {"forward": 0, "vjp": 0, "trained": 0}
+    def count(self) -> Calls:
+        """The network calls of one iteration."""
+        calls: Calls = Counter()
 
-        def hook(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            assert len(arguments[0]) == BATCH
-            if not torch.is_grad_enabled():
-                calls["forward"] += 1
-            else:
-                calls["vjp" if network is self.base.network else "trained"] += 1
+        def hook(network: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if isinstance(network, UnetModule | ImageCriticModule):
+                x = arguments[0]
+                kind = "forward" if not torch.is_grad_enabled() else "vjp" if x.requires_grad else "trained"
+                calls[kind, network, len(x)] += 1
 
-        handles = [network.register_forward_pre_hook(hook) for network in (self.base.network, self.tuned.network)]
+        handle = nn.modules.module.register_module_forward_pre_hook(hook)
         self()
-        for handle in handles:
-            handle.remove()
+        handle.remove()
         return calls
 
 
-def bare(base: nn.Module, tuned: nn.Module, calls: dict[str, int]) -> Callable[[], None]:
+def bare(calls: Calls) -> Callable[[], None]:
     """The same network calls and nothing else."""
-    x, t = torch.randn(BATCH, *SHAPE, generator=stream(0, "bench")), torch.full((BATCH,), 0.5)
+    generator = stream(0, "bench")
+    inputs = {size: (torch.randn(size, *SHAPE, generator=generator), torch.full((size,), 0.5)) for _, _, size in calls}
 
     def run() -> None:
-        with torch.no_grad():
-            for _ in range(calls["forward"]):
-                tuned(x, t)
-        for _ in range(calls["vjp"]):
-            y = x.detach().requires_grad_()
-            torch.autograd.grad(base(y, t), y, x)
-        for _ in range(calls["trained"]):
-            tuned(x, t).backward(x)
-        tuned.zero_grad()
+        for (kind, network, size), times in calls.items():
+            x, t = inputs[size]
+            for _ in range(times):
+                if kind == "forward":
+                    with torch.no_grad():
+                        network(x, t)
+                elif kind == "vjp":
+                    y = x.detach().requires_grad_()
+                    torch.autograd.grad(network(y, t).sum(), y)
+                else:
+                    network(x, t).sum().backward()
+        for _, network, _ in calls:
+            network.zero_grad()
 
     return run
 
@@ -96,16 +113,20 @@ def cpu_seconds(function: Callable[[], None]) -> float:
     return time.process_time() - began
 
 
-def overhead(settings: Unet, repeats: int) -> dict[str, Any]:
-    iterate = Iterations(settings)
+def overhead(settings: Unet, method: Any, repeats: int) -> dict[str, Any]:
+    iterate = Iterations(settings, method)
     iterate()
     calls = iterate.count()
-    reference = bare(iterate.base.network, iterate.tuned.network, calls)  # type: ignore[arg-type]
+    reference = bare(calls)
     reference()
     pairs = [(cpu_seconds(iterate), cpu_seconds(reference)) for _ in range(repeats)]
     ratios = sorted(ours / theirs for ours, theirs in pairs)
     return {
-        "calls": calls,
+        "calls": {
+            f"{name} {kind}": sum(n for (k, network, _), n in calls.items() if k == kind and isinstance(network, which))
+            for name, which in (("flow", UnetModule), ("critic", ImageCriticModule))
+            for kind in ("forward", "vjp", "trained")
+        },
         "cpu_seconds": statistics.median(ours for ours, _ in pairs),
         "ratio": statistics.median(ratios),
         "lowest": ratios[0],
@@ -118,14 +139,14 @@ def peak_memory(settings: Unet, what: str) -> None:
     torch.set_num_threads(1)
     before = _resident("VmRSS")
     if what == "iteration":
-        iterate = Iterations(settings)
+        iterate = Iterations(settings, METHODS["adjoint-matching"])
         for _ in range(2):
             iterate()
     else:
         frozen, trained = new_network(settings, 0).requires_grad_(False), new_network(settings, 0)
         optimizer = torch.optim.AdamW(trained.parameters())
         for _ in range(2):
-            bare(frozen, trained, {"forward": 1, "vjp": 1, "trained": 1})()
+            bare(Counter({("forward", trained, BATCH): 1, ("vjp", frozen, BATCH): 1, ("trained", trained, BATCH): 1}))()
             for parameter in trained.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
@@ -161,21 +182,23 @@ def main() -> None:
     results: dict[str, Any] = {"import_seconds": import_seconds(5)}
     print(f"import tiltflow: {results['import_seconds']:.3f} s after torch (at most {LIMIT_IMPORT})")
     print(
-        f"\n{'method':18}{'network':12}{'calls (forward + vjp + trained)':34}"
+        f"\n{'method':18}{'network':12}{'calls: forward + vjp + trained (critic)':42}"
         f"{'CPU s':>7}{'overhead':>10}{'range':>14}{'memory':>18}"
     )
-    for name, settings in NETWORKS.items():
-        row = overhead(settings, options.repeats)
-        if os.path.exists("/proc/self/status"):
+    for method, (name, settings) in product(METHODS, NETWORKS.items()):
+        row = overhead(settings, METHODS[method], options.repeats)
+        if method == "adjoint-matching" and os.path.exists("/proc/self/status"):
             peaks = [float(child(__file__, "--peak-memory", name, what)) for what in ("iteration", "necessary")]
             row |= {"memory_mb": peaks[0], "memory_necessary_mb": peaks[1]}
         memory = f"{row['memory_mb']:.0f} / {row['memory_necessary_mb']:.0f} MB" if "memory_mb" in row else "-"
-        calls = " + ".join(str(count) for count in row["calls"].values())
+        counts = [str(count) for count in row["calls"].values()]
+        calls = " + ".join(counts[:3]) + (f" ({' + '.join(counts[3:])})" if any(int(n) for n in counts[3:]) else "")
         print(
-            f"{'adjoint-matching':18}{name:12}{calls:34}{row['cpu_seconds']:7.2f}{row['ratio']:10.3f}"
-            f"{row['lowest']:7.3f}-{row['highest']:.3f}{memory:>18}"
+            f"{method:18}{name:12}{calls:42}{row['cpu_seconds']:7.2f}{row['ratio']:10.3f}"
+            f"{row['lowest']:7.3f}-{row['highest']:.3f}{memory:>18}",
+            flush=True,
         )
-        results[name] = row
+        results[f"{method}, {name}"] = row
     print(
         f"\noverhead at most {LIMIT_OVERHEAD}: batch {BATCH}, {STEPS} steps, {TRAINED} trained, "
         f"{torch.get_num_threads()} threads"

@@ -371,6 +371,10 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
             f"{group['base']:.1%} before, {group['tuned']:.1%} after; "
             f"the target has {group['target']:.1%} ± {group['target_error']:.1%}"
         )
+    if judge:
+        rows["judge is sure of"] = (
+            f"{judge['sure_base']:.1%} before, {judge['sure_tuned']:.1%} after (probability above {judge['sure_above']:g})"
+        )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
     rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
     if summary["working_beta"] is not None:
@@ -383,6 +387,8 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     for key, text in rows.items():
         table.add_row(f"[bold]{escape(key)}[/bold]", text)
     console.print(table)
+    for limit in summary["limits"]:
+        console.print(f"[yellow]{escape(limit)}[/yellow]")
     if summary["effective_sample_size"] < 30:
         console.print(
             "[yellow]The effective sample size is below 30: the target is not known well; raise beta or num_samples.[/yellow]"

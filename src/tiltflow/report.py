@@ -43,6 +43,21 @@ CURVES = {
         "What the optimizer lowers.",
         "falls, then stays above zero: the rest is noise in what it is fitted to, which no model can remove.",
     ),
+    "objective": (
+        "Objective",
+        "Mean reward minus β times the path KL: what the policy is trained to raise.",
+        "rises and levels off. While it falls, the steps are too large, or the critic is wrong.",
+    ),
+    "step_kl": (
+        "Size of an update",
+        "Path KL between the policies before and after the updates on one batch, in nats.",
+        "stays near or below its target, `target_kl`.",
+    ),
+    "critic_loss": (
+        "Critic's loss",
+        "Squared error of the value function, in units of the first batch's spread of rewards.",
+        "falls from one half to the part of the reward that is still undecided along a trajectory.",
+    ),
     "gradient_norm": (
         "Gradient norm",
         "Length of the gradient before it is clipped.",
@@ -79,6 +94,8 @@ MEASURES = {
             "Samples of equal weight that would tell as much about the target law.",
         ),
         "num_samples": ("Samples", "Drawn from each of the two models for this evaluation."),
+        "judge.sure_base": ("Judge is sure, base", "Share of samples whose likeliest class has a probability above {sure}."),
+        "judge.sure_tuned": ("Judge is sure, tuned", "The same for the tuned model."),
         "judge.confidence_base": (
             "Judge's confidence, base",
             "Mean probability that the judge gives to the class it decides for.",
@@ -114,7 +131,7 @@ MEASURES = {
 }
 """Of each key of the summary (dotted into its mappings): title, what it is."""
 
-TOLD_ELSEWHERE = {"name", "description", "reward_description", "target_law", "target_distance_kind"}
+TOLD_ELSEWHERE = {"name", "description", "reward_description", "target_law", "target_distance_kind", "limits"}
 
 
 def write_report(folder: Path) -> Path:
@@ -302,6 +319,11 @@ def _closeness(s: Tree) -> str:
         parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal by this measure, not equal in every respect.</p>")
         parts.append(_scale(distance, base, floor) if base else "")
     parts.append(_reward_agrees(s))
+    limits = s.get("limits")
+    if isinstance(limits, list) and limits:
+        parts.append(
+            f'<p class="warning"><b>Not exact by construction.</b> {" ".join(escape(str(limit)) for limit in limits)}</p>'
+        )
     size = number(s, "effective_sample_size")
     if size is not None and size < FEW:
         parts.append(
@@ -391,7 +413,11 @@ def _curves(s: Tree, records: Sequence[Tree]) -> str:
 def _measures(s: Tree) -> str:
     known = {key for measures in MEASURES.values() for key in measures}
     rest = {key: (key, "") for key in s if key.removesuffix("_error") not in known and key not in TOLD_ELSEWHERE}
-    words = {"{group}": _group(s), "{kind}": str(s.get("target_distance_kind") or "between tuned samples and the target law")}
+    words = {
+        "{group}": _group(s),
+        "{sure}": str(get(s, "judge.sure_above")),
+        "{kind}": str(s.get("target_distance_kind") or "between tuned samples and the target law"),
+    }
     bodies = []
     for heading, measures in {**MEASURES, "Also measured": rest}.items():
         rows = "".join(

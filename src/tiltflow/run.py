@@ -80,6 +80,8 @@ class Evaluation(Settings):
     """A classifier that was never part of the reward: its class histogram is compared with the target's."""
     group: tuple[int, ...] = ()
     """Classes of the judge to report together."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """A sample is one that the judge is sure of if its likeliest class has more than this probability."""
     grid: Count = 64
     """Samples in the before and after pictures."""
 
@@ -244,6 +246,7 @@ def evaluate_run(
         "beta": beta,
         "working_beta": rows[-1].get("beta"),
         "target_law": "p_base(x) exp(r(x) / beta)",
+        "limits": recipe.method.limits(base.flow.noise_time),
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
         "iterations": rows[-1]["step"],
@@ -295,6 +298,9 @@ def judged(
         "tuned": ours.tolist(),
         "target": target.tolist(),
         "target_error": target_error.tolist(),
+        "sure_above": settings.confidence,
+        **_named("sure_base", mean_estimate((p_base.amax(1) > settings.confidence).double())),
+        **_named("sure_tuned", mean_estimate((p.amax(1) > settings.confidence).double())),
         "confidence_base": p_base.amax(1).mean().item(),
         "confidence_tuned": p.amax(1).mean().item(),
     }

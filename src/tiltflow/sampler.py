@@ -312,6 +312,36 @@ class Sampling(Settings):
         """Whether the solver is a chain of Gaussian steps, with or without noise."""
         return self.solver in CHAINS
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether its steps are random."""
+        return self.is_chain and self.solver != "euler" and (self.eta > 0 or self.solver not in ("ddim", "euler-maruyama"))
+
+    def limits(self, start: float = 0.0) -> list[str]:
+        """Why a method that controls this sampler, begun at time `start`, does not aim at p_base exp(r / beta) exactly: one
+        sentence for each reason; none for the memoryless samplers from pure noise."""
+        if not self.has_noise:
+            return [
+                f"The solver {self.solver} has no noise, so there is no path KL: what is paid for is the transport of the"
+                " samples, and the optimum of that is not the tilted law."
+            ]
+        reasons, signal = [], _variance_preserving(torch.tensor(start, dtype=torch.float64))[0].item() ** 2
+        if self.solver in ("ddim", "euler-maruyama") and self.eta < 1:
+            reasons.append(
+                f"The solver {self.solver} with eta = {self.eta:g} is not memoryless: a sample depends on the noise that it"
+                " started from, which training cannot tilt (initial-value bias)."
+            )
+        if self.solver == "memoryless-offset":
+            reasons.append(
+                "The solver memoryless-offset is biased at the order of its step, and remembers a little of its start."
+            )
+        if signal > 1e-3:
+            reasons.append(
+                f"The model's noise end still holds {signal:.1%} of the data's variance, which training cannot tilt"
+                " (initial-value bias)."
+            )
+        return reasons
+
     def times(self, start: float = 0.0) -> Tensor:
         """The grid from time `start` to 1: [num_inference_steps + 1], float64.
 

@@ -136,6 +136,10 @@ class AdjointMatching(Optimization):
         """How the chain that is tuned is sampled."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
+    def limits(self, start: float = 0.0) -> list[str]:
+        """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
+        return self.sampling.limits(start)
+
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> dict[str, Any]:
         """What is kept between iterations: the running threshold of `drop_quantile`."""
         return {}

@@ -45,7 +45,7 @@ from tiltflow.flow import VelocityField, in_chunks
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
 from tiltflow.reward import Reward, evaluate
-from tiltflow.sampler import CHAINS, Chain, Sampling, Trajectory, euler_solver, rollout, rollout_ode
+from tiltflow.sampler import Chain, Sampling, Trajectory, euler_solver, rollout, rollout_ode
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import Batch, Critic, Value, improve, returns
 
@@ -145,14 +145,14 @@ class ScoreAsAction(Optimization):
         if not isinstance(values, dict):
             return values
         values = {**PRESETS.get(values.get("preset") or "", {}), **values}
-        if "estimator" not in values and not has_noise(values.get("solver", "memoryless"), values.get("eta", 1.0)):
-            values["estimator"] = "closed-form"
+        if "estimator" not in values:
+            sampler = {key: values[key] for key in ("solver", "eta") if key in values}
+            values["estimator"] = "return-minus-value" if Sampling.model_validate(sampler).has_noise else "closed-form"
         return values
 
     @model_validator(mode="after")
     def _check(self) -> ScoreAsAction:
-        noisy = has_noise(self.sampling.solver, self.eta)  # an unknown solver is refused here
-        if self.estimator != "closed-form" and not noisy:
+        if self.estimator != "closed-form" and not self.sampling.has_noise:
             raise ValueError(f"estimator {self.estimator!r} needs a solver with noise, {self.solver} has none; use closed-form")
         if self.update == "clip" and self.estimator == "closed-form":
             raise ValueError("update 'clip' needs an advantage, which closed-form has not; use temporal-difference")
@@ -164,6 +164,15 @@ class ScoreAsAction(Optimization):
     def sampling(self) -> Sampling:
         """How the policy is rolled out."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
+
+    def limits(self, start: float = 0.0) -> list[str]:
+        """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
+        if self.running_reward == "none":
+            return ["Nothing but the size of the steps holds the model near the base: there is no target law."]
+        reasons = self.sampling.limits(start)
+        if self.running_reward == "transition-kl":
+            reasons.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
+        return reasons
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """What is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
@@ -242,7 +251,7 @@ class ScoreAsAction(Optimization):
         """Trajectories of the tuned flow and the samples [batch, *event] that they end in. If only the last step of a sampler
         has no noise, it is not an action: the base takes it."""
         sampling = self.sampling
-        if not has_noise(self.solver, self.eta):
+        if not sampling.has_noise:
             solver = euler_solver if sampling.is_chain else sampling.ode_solver()
             path = rollout_ode(solver, sampling.times(start), tuned, x)
             return path, path.states[-1]
@@ -362,11 +371,6 @@ class ScoreAsAction(Optimization):
             state.penalty = min(state.penalty * 2, 1e4)
         elif step_kl < self.target_kl / 1.5:
             state.penalty = max(state.penalty / 2, 1e-3)
-
-
-def has_noise(solver: str, eta: float) -> bool:
-    """Whether a solver's steps are random."""
-    return solver in CHAINS and solver != "euler" and (eta != 0 or solver not in ("ddim", "euler-maruyama"))
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
