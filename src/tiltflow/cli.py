@@ -208,6 +208,7 @@ def pretrain(
     output: Output,
     overrides: Set = None,
     seed: Seed = None,
+    device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -219,10 +220,10 @@ def pretrain(
     from tiltflow.pretrain import read_pretraining, run_pretraining
 
     settings = read_pretraining(recipe, _with_seed(overrides, seed))
-    _device("cpu", threads)
+    chosen = _device(device, threads)
     console = _console(as_json)
     with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-        scores = run_pretraining(settings, data, output, name=recipe, watch=watch)
+        scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
     if not quiet:
         _list(
             console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"
@@ -374,6 +375,11 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     if judge:
         rows["judge is sure of"] = (
             f"{judge['sure_base']:.1%} before, {judge['sure_tuned']:.1%} after (probability above {judge['sure_above']:g})"
+        )
+    if judge and "frechet_base" in judge:
+        rows["Frechet distance to real images"] = (
+            f"{judge['frechet_base']:.1f} before, {judge['frechet_tuned']:.1f} after"
+            f" (features of {judge['model']}; two halves of the real ones {judge['frechet_real']:.1f})"
         )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
     rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,10 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: str) -> ImageData:
+        """The same on a device."""
+        return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
 
 
 def load_images(path: Path, split: Literal["train", "test"] = "train") -> ImageData:

@@ -98,18 +98,19 @@ def pretrain(recipe: Pretraining, data: ImageData, network: nn.Module) -> Iterat
         network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
     )
     average = WeightAverage(network.parameters(), training.ema_decay)
-    order, draws = stream(recipe.seed, "order"), stream(recipe.seed, "noise")
+    device = data.images.device
+    order, draws = stream(recipe.seed, "order"), stream(recipe.seed, "noise", device=device)
     torch_state = torch.random.get_rng_state()  # dropout has no generator of its own: give it a seed, then put ours back
     torch.manual_seed(stream(recipe.seed, "dropout").initial_seed())
     network.requires_grad_(True).train()
     began = time.perf_counter()
     batches = _batches(len(data), training.train_batch_size, order)
-    dtype = autocast_dtype(training.mixed_precision, data.images.device)
+    dtype = autocast_dtype(training.mixed_precision, device)
     for step in range(1, training.max_train_steps + 1):
         factor = learning_rate_factor(step, warmup=training.lr_warmup_steps, total=training.max_train_steps)
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor
-        index = next(batches)
-        with autocast(dtype, data.images.device):
+        index = next(batches).to(device)
+        with autocast(dtype, device):
             loss = (
                 flow_loss(recipe, network, data.images[index], draws)
                 if isinstance(recipe, FlowPretraining)
@@ -140,7 +141,13 @@ def read_pretraining(recipe: str, overrides: Sequence[str]) -> Pretraining:
 
 
 def run_pretraining(
-    recipe: Pretraining, path: Path, folder: Path, *, name: str, watch: Callable[[Progress], None] = lambda progress: None
+    recipe: Pretraining,
+    path: Path,
+    folder: Path,
+    *,
+    name: str,
+    device: str = "cpu",
+    watch: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Train on the data at `path` and write a model folder, card and scores included. Returns the scores.
 
@@ -151,11 +158,12 @@ def run_pretraining(
     data = load_images(path, "train")
     if isinstance(recipe, ClassifierPretraining) and data.labels is None:
         raise InputError(f"{path}: has no labels to train a classifier on")
-    network = new_network(recipe.network, recipe.seed)
+    network = new_network(recipe.network, recipe.seed).to(device)
     last = None
-    for last in pretrain(recipe, data, network):
+    for last in pretrain(recipe, data.to(device), network):
         watch(last)
     assert last is not None
+    network = network.cpu()
     test = load_images(path, "test")
     event_shape = tuple(data.images.shape[1:])
     if isinstance(recipe, FlowPretraining):
@@ -172,7 +180,7 @@ def run_pretraining(
         scores = classifier_scores(network, test)
         config = ClassifierConfig(network=recipe.network, class_names=data.class_names)
     scores = {"training_loss": last.loss, **scores}
-    save_model(folder, config, network, card(recipe, name, path, len(data), network, last.seconds, scores))
+    save_model(folder, config, network, card(recipe, name, path, len(data), network, last.seconds, device, scores))
     return scores
 
 
@@ -216,10 +224,18 @@ def _features(judge: nn.Module, images: Tensor) -> Tensor:
 
 
 def card(
-    recipe: Pretraining, name: str, path: Path, count: int, network: nn.Module, seconds: float, scores: dict[str, Any]
+    recipe: Pretraining,
+    name: str,
+    path: Path,
+    count: int,
+    network: nn.Module,
+    seconds: float,
+    device: str,
+    scores: dict[str, Any],
 ) -> str:
     """The model card: what it is, from which data and command, and what it scores."""
     parameters = sum(p.numel() for p in network.parameters())
+    where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
     lines = [
         f"# {name}",
         "",
@@ -228,7 +244,7 @@ def card(
         f"- data: `{path.name}` (sha256 {fingerprint(path)}..), {count:,} training images",
         f"- command: `tiltflow pretrain {name} --data {path.name} --output {name}`, seed {recipe.seed}",
         f"- training: {recipe.training.max_train_steps:,} steps of {recipe.training.train_batch_size} images, "
-        f"{seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads, mixed precision "
+        f"{seconds / 60:.0f} minutes on {where}, mixed precision "
         f"'{recipe.training.mixed_precision}', torch {torch.__version__}",
         f"- network: {recipe.network.name}, {parameters:,} parameters",
         "",
@@ -244,8 +260,8 @@ def card(
 
 def flow_loss(recipe: FlowPretraining, network: nn.Module, x1: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the network's own prediction, a x_1 + b x_0, at one uniform time per sample."""
-    s = interior(torch.rand(len(x1), generator=generator))
-    x0 = torch.randn(x1.shape, generator=generator)
+    s = interior(torch.rand(len(x1), generator=generator, device=x1.device))
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
     c = recipe.interpolant(s.double())
     a, b = mixture_weights(recipe.prediction, c)
     x = expand(c.alpha, x1) * x1 + expand(c.beta, x1) * x0
@@ -262,12 +278,12 @@ def classifier_loss(
     if most:
         padded = F.pad(images, (most,) * 4, mode="replicate")
         height, width = images.shape[-2:]
-        shifts = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
+        shifts = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator, device=images.device).tolist()
         images = torch.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, shifts, strict=True)])
     low, high = recipe.noise
     if low or high:
-        level = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
-        images = images + level * torch.randn(images.shape, generator=generator)
+        level = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+        images = images + level * torch.randn(images.shape, generator=generator, device=images.device)
     return F.cross_entropy(network(images), labels, label_smoothing=recipe.label_smoothing)
 
 

@@ -94,6 +94,12 @@ MEASURES = {
             "Samples of equal weight that would tell as much about the target law.",
         ),
         "num_samples": ("Samples", "Drawn from each of the two models for this evaluation."),
+        "judge.frechet_base": (
+            "Fréchet distance, base",
+            "Between Gaussian fits to the judge's features of samples and of real images; lower is better.",
+        ),
+        "judge.frechet_tuned": ("Fréchet distance, tuned", "The same for the tuned model."),
+        "judge.frechet_real": ("Fréchet distance, real", "The same between two halves of the real images."),
         "judge.sure_base": ("Judge is sure, base", "Share of samples whose likeliest class has a probability above {sure}."),
         "judge.sure_tuned": ("Judge is sure, tuned", "The same for the tuned model."),
         "judge.confidence_base": (

@@ -1,15 +1,16 @@
 """Rewards: functions of a sample, higher is better.
 
 A reward takes x [batch, *event] and returns [batch]: finite, one number per sample, no sample looking at its neighbours.
-Methods that need a gradient say so, and get it from autograd. A plain function is a reward.
+Methods that need a gradient say so, and get it from autograd. A plain function is a reward. A reward may learn while a method
+trains: from the samples that it is shown after each iteration.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow.errors import InputError, NonFiniteError
 
@@ -18,6 +19,19 @@ class Reward(Protocol):
     """x [batch, *event] -> [batch]."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class LearnedReward(Protocol):
+    """A reward with a network that learns from samples."""
+
+    network: nn.Module
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def learn(self, x: Tensor, generator: torch.Generator) -> float:
+        """Learn from samples x [batch, *event] of the tuned model; returns the loss before."""
+        ...
 
 
 def evaluate(reward: Reward, x: Tensor) -> Tensor:
@@ -44,7 +58,7 @@ def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         value = evaluate(reward, x)
         if not value.requires_grad:
-            raise InputError("the reward has no gradient with respect to the sample; adjoint-matching needs one")
+            raise InputError("the reward has no gradient with respect to the sample, and this method needs one")
         (gradient,) = torch.autograd.grad(value.sum(), x)
     if not torch.isfinite(gradient).all():
         raise NonFiniteError("the gradient of the reward is not finite")

@@ -3,6 +3,7 @@
 recipe.yaml      the resolved recipe: `tiltflow train` on it repeats the run
 metrics.jsonl    one line per optimizer step
 model/           the tuned model, as `tiltflow.load` reads it
+reward.safetensors      the network of a reward that learned along the way
 base/            the base model, unless it ships with tiltflow
 before.png, after.png, summary.json, report.html      written by the evaluation, from the folder alone
 """
@@ -23,14 +24,17 @@ from typing import Annotated, Any
 import torch
 import yaml
 from pydantic import BeforeValidator, Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiltflow import __version__
 from tiltflow.calibration import Calibration, target_reward
+from tiltflow.data import load_images
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
+    frechet_distance,
     histogram_distance,
     mean_estimate,
     one_hot,
@@ -43,13 +47,14 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
-from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import LearnedReward, Reward, evaluate
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
+REWARD = "reward.safetensors"
 
 
 class Training(Settings):
@@ -80,6 +85,9 @@ class Evaluation(Settings):
     """A classifier that was never part of the reward: its class histogram is compared with the target's."""
     group: tuple[int, ...] = ()
     """Classes of the judge to report together."""
+    data: str | None = None
+    """Real images, an .npz file or a folder: samples are then compared with them, in the judge's features, by the Frechet
+    distance."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """A sample is one that the judge is sure of if its likeliest class has more than this probability."""
     grid: Count = 64
@@ -182,6 +190,10 @@ def run(
     check_fit("reward", reward, base, device)
     if recipe.evaluation.judge is not None:
         check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
+    if recipe.evaluation.data is not None:
+        if recipe.evaluation.judge is None:
+            raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
+        evaluation_images(recipe.evaluation)
 
     began = time.perf_counter()
     tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
@@ -203,6 +215,8 @@ def run(
                 watch(record)
     finally:
         if (folder / "metrics.jsonl").stat().st_size:
+            if isinstance(reward, LearnedReward):
+                save_file(reward.network.state_dict(), folder / REWARD)
             tuned.save(folder / "model", model_card(recipe))
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
 
@@ -221,6 +235,8 @@ def evaluate_run(
     base = load(folder / "base" if (folder / "base").exists() else recipe.model, device)
     tuned = load(folder / "model", device)
     reward = build_reward(recipe, device)
+    if isinstance(reward, LearnedReward):
+        reward.network.load_state_dict(load_file(folder / REWARD, device=device))
     began = time.perf_counter()
 
     dtype = autocast_dtype(recipe.training.mixed_precision, device)
@@ -314,6 +330,11 @@ def judged(
             **_named("tuned", mean_estimate(in_group)),
             **_named("target", Estimate(group_target.item(), group_error.item())),
         }
+    if settings.data is not None:
+        real = evaluation_images(settings)
+        f_real, f_base, f = (features(network, y, settings.batch_size, device) for y in (real, x_base, x))
+        judge["frechet_base"], judge["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
+        judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
     return {
         **_named("target_distance", distance),
         "target_distance_base": base_distance.value,
@@ -328,10 +349,25 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, devic
     return torch.cat([function(part.to(device)).detach().cpu() for part in x.split(size)])
 
 
+def features(judge: nn.Module, images: Tensor, size: int, device: str) -> Tensor:
+    """The judge's features of images [n, *event]: [n, features]."""
+    return in_batches(judge.features, images, size, device)  # type: ignore[arg-type]
+
+
+def evaluation_images(settings: Evaluation) -> Tensor:
+    """Up to 10,000 of the real images that samples are compared with."""
+    assert settings.data is not None
+    return load_images(Path(settings.data), "test").images[:10_000]
+
+
 def build_reward(recipe: Recipe, device: str) -> Reward:
     """The reward of a recipe. Raises InputError if the method needs a gradient that the reward does not have."""
     if getattr(recipe.method, "needs_reward_gradient", False) and not recipe.reward.differentiable:
         raise InputError(f"reward {recipe.reward.name!r} has no gradient, and method {recipe.method.name!r} needs one")
+    if getattr(recipe.reward, "learned", False) and not getattr(recipe.method, "learns_reward", False):
+        raise InputError(
+            f"reward {recipe.reward.name!r} learns while it is used, which method {recipe.method.name!r} cannot do"
+        )
     reward: Reward = recipe.reward.build(device)
     return reward
 

@@ -30,7 +30,7 @@ from tiltflow.trainer import Record, train
 from tiltflow.value import FORMS, Value
 
 Count = Annotated[int, Field(ge=1)]
-ESTIMATORS = ("return", "return-minus-value", "temporal-difference", "closed-form")
+ESTIMATORS = ("return", "return-minus-value", "temporal-difference", "closed-form", "pathwise")
 
 
 class LqgVerification(Settings):

@@ -12,11 +12,14 @@ Its policy gradient is the gradient of E sum_k ( b_k v . vec_k - cost_k ) in v, 
     return-minus-value   eps_k (R - sum_{j>=k} cost_j - V(t_k, x_k)) / s_k
     temporal-difference  eps_k (V(t_{k+1}, x_{k+1}) - V(t_k, x_k) - cost_k) / s_k
     closed-form          grad_x V(t_k, x_k)
+    pathwise             grad_x V(t_{k+1}, x_{k+1}), and grad r after the last step
 
 eps_k being the noise of the step. The first two are exactly unbiased for the chain that is run, whatever V is; the third is
 with the chain's exact V; the closed form is off by O(1 / N), has the least variance, and needs no transition densities and no
-noise, so it alone serves ODE solvers. return-minus-value is the default wherever there is noise: a learned V is never exact,
-and its errors add to the variance of this one and to the bias of the last two (docs/score-as-action.md has both measured).
+noise, so it serves ODE solvers too. pathwise is its twin after the step: as E[eps V(m + s eps)] = s E grad V, it is unbiased
+with the chain's exact V, but it needs the gradient of the reward. return-minus-value is the default wherever there is noise:
+a learned V is never exact, and its errors add to the variance of this one and to the bias of the others
+(docs/score-as-action.md has both measured).
 
 One iteration is
 
@@ -34,24 +37,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flow import VelocityField, in_chunks
+from tiltflow.flow import VelocityField, in_chunks, linearize
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
-from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Trajectory, euler_solver, rollout, rollout_ode
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import Batch, Critic, Value, improve, returns
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Estimator = Literal["return", "return-minus-value", "temporal-difference", "closed-form"]
+Estimator = Literal["return", "return-minus-value", "temporal-difference", "closed-form", "pathwise"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # kvablack/ddpo-pytorch (MIT), arXiv 2305.13301: REINFORCE with standardised rewards and PPO's clip, no KL, no critic
@@ -70,6 +73,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_beta2": 0.999,
         "adam_weight_decay": 1e-4,
         "max_grad_norm": 1.0,
+    },
+    # arXiv 2407.00626, its sampler's update: through one step into a value function learned by TD(0), towards an energy that is
+    # learned against data (reward `energy`). Without its learned noise levels, and without its price on the length of a step.
+    "dxmi": {
+        "estimator": "pathwise",
+        "running_reward": "none",
+        "critic": {"form": "reward-free", "loss": "td"},
     },
 }
 MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
@@ -103,7 +113,7 @@ class ScoreAsAction(Optimization):
     """Score as Action. Any reward; aims at p_base(x) exp(r(x) / beta) where the solver is memoryless."""
 
     name: Literal["score-as-action"] = "score-as-action"
-    preset: Literal["ddpo"] | None = None
+    preset: Literal["ddpo", "dxmi"] | None = None
     """Start from the settings of a published method; keys given beside it win."""
     beta: Positive = 1.0
     """Temperature of the tilt, in units of reward: the price of a nat of path KL."""
@@ -137,7 +147,16 @@ class ScoreAsAction(Optimization):
     num_passes: Count = 2
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
 
-    needs_reward_gradient: Literal[False] = False
+    learns_reward: ClassVar[bool] = True
+
+    @property
+    def needs_reward_gradient(self) -> bool:
+        """Whether a reward without a gradient is refused."""
+        return self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free")
+
+    @property
+    def _uses_value_gradient(self) -> bool:
+        return self.estimator in ("closed-form", "pathwise")
 
     @model_validator(mode="before")
     @classmethod
@@ -152,10 +171,10 @@ class ScoreAsAction(Optimization):
 
     @model_validator(mode="after")
     def _check(self) -> ScoreAsAction:
-        if self.estimator != "closed-form" and not self.sampling.has_noise:
+        if not self._uses_value_gradient and not self.sampling.has_noise:
             raise ValueError(f"estimator {self.estimator!r} needs a solver with noise, {self.solver} has none; use closed-form")
-        if self.update == "clip" and self.estimator == "closed-form":
-            raise ValueError("update 'clip' needs an advantage, which closed-form has not; use temporal-difference")
+        if self.update == "clip" and self._uses_value_gradient:
+            raise ValueError(f"update 'clip' needs an advantage, which {self.estimator} has not; use temporal-difference")
         if self.standardize and self.estimator != "return":
             raise ValueError("standardize is for the estimator 'return' alone: the others' advantages are in units of reward")
         return self
@@ -214,11 +233,14 @@ class ScoreAsAction(Optimization):
             energy = self._energy(chain)[:count, None].to(x)
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
             costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
-            state.value.fit_scale(rewards)
+            if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
+                state.value.fit_scale(rewards)
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
-            noise = self._noise(path) if self.estimator != "closed-form" else None
-            advantages = self._advantages(state.value, batch) if self.estimator != "closed-form" else None
-        if noise is None or advantages is None:
+            noise = None if self._uses_value_gradient else self._noise(path)
+            advantages = None if self._uses_value_gradient else self._advantages(state.value, batch)
+        if self.estimator == "pathwise":
+            vectors = self._after_steps(state.value, path, tuned, base, reward, micro_batch_size)
+        elif noise is None or advantages is None:
             vectors = torch.stack(
                 [
                     self._value_gradient(state.value, y, t, tuned, reward, micro_batch_size)
@@ -237,6 +259,8 @@ class ScoreAsAction(Optimization):
         }
         if self.estimator != "return":
             measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
+        if isinstance(reward, LearnedReward):
+            measured["reward_loss"] = reward.learn(end, generator)
         steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
         for i in range(self.num_passes):
             pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(x), generator).to(x.device)
@@ -311,6 +335,31 @@ class ScoreAsAction(Optimization):
         self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
     ) -> Tensor:
         return torch.cat([value.gradient(part, t, tuned, reward) for part in x.split(micro_batch_size or len(x))])
+
+    def _after_steps(
+        self,
+        value: Value,
+        path: Trajectory,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        micro_batch_size: int | None,
+    ) -> Tensor:
+        """grad V after each step, the last one that of the reward: [steps, batch, *event]."""
+        count, times = len(path.velocities), path.chain.times
+        before = [
+            self._value_gradient(value, path.states[k], times[k], tuned, reward, micro_batch_size) for k in range(1, count)
+        ]
+        last, parts = path.states[count], []
+        for part in last.split(micro_batch_size or len(last)):
+            if count == len(path.chain):
+                parts.append(value_and_gradient(reward, part)[1].to(part))
+            else:  # one step of the base, without noise, is between it and the reward
+                v, pullback = linearize(base, part, times[count])
+                gradient = value_and_gradient(reward, path.chain.mean(count, part, v))[1].to(part)
+                x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
+                parts.append(x_scale * gradient + pullback(v_scale * gradient))
+        return torch.stack([*before, torch.cat(parts)])
 
     def _improve_policy(
         self,
