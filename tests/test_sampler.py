@@ -576,3 +576,26 @@ def test_solvers_by_name_of_a_function(generator: torch.Generator) -> None:
         Sampling(solver="test_sampler:midpont").ode_solver()
     with pytest.raises(ValidationError, match="there is no solver 'huen', did you mean 'heun'"):
         Sampling(solver="huen")
+
+
+# ---- where the tilted law is out of reach ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "start", "words"),
+    [
+        ({"solver": "memoryless"}, 0.0, []),
+        ({"solver": "ddpm"}, 0.006, []),
+        ({"solver": "ddim", "eta": 0.5}, 0.0, ["not memoryless"]),
+        ({"solver": "ddim", "eta": 0.0}, 0.0, ["no noise"]),
+        ({"solver": "heun"}, 0.0, ["no noise"]),
+        ({"solver": "memoryless-offset"}, 0.0, ["biased at the order of its step"]),
+        # alpha^2 = exp(-2) of the variance is left: 13.5 %
+        ({"solver": "euler-maruyama"}, math.exp(-1) / (math.exp(-1) + math.sqrt(1 - math.exp(-2))), ["holds 13.5% of"]),
+    ],
+)
+def test_samplers_say_why_the_tilted_law_is_out_of_reach(settings: dict[str, object], start: float, words: list[str]) -> None:
+    limits = Sampling.model_validate(settings).limits(start)
+    assert len(limits) == len(words)
+    for limit, word in zip(limits, words, strict=True):
+        assert word in limit

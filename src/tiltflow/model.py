@@ -162,7 +162,12 @@ def save_model(folder: Path, config: FlowConfig | ClassifierConfig, network: nn.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
-    save_file({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, folder / WEIGHTS)
+    save_weights(network, folder / WEIGHTS)
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write a network's tensors, whatever their device and layout."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, path)
 
 
 def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:

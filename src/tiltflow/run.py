@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import yaml
 from pydantic import BeforeValidator, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow import __version__
@@ -42,7 +42,7 @@ from tiltflow.evaluation import (
     total_variation_floor,
 )
 from tiltflow.flow import CountEvaluations, base_of
-from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder
+from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -216,7 +216,7 @@ def run(
     finally:
         if (folder / "metrics.jsonl").stat().st_size:
             if isinstance(reward, LearnedReward):
-                save_file(reward.network.state_dict(), folder / REWARD)
+                save_weights(reward.network, folder / REWARD)
             tuned.save(folder / "model", model_card(recipe))
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
 
