@@ -43,6 +43,10 @@ TESTS = {
     "problems.py": ["test_problems.py"],
     "evaluation.py": ["test_evaluation.py"],
     "calibration.py": ["test_calibration.py"],
+    "lqg.py": ["test_lqg.py"],
+    "value.py": ["test_value.py"],
+    "timesteps.py": ["test_adjoint_matching.py"],
+    "methods/score_as_action.py": ["test_score_as_action.py"],
 }
 ENOUGH = 0.9
 UNUSED = 99  # exit code of a child whose tests passed without importing the module
