@@ -67,7 +67,8 @@ def main() -> None:
         sure = [statistics.mean(judge[key] for judge in judges) for key in ("sure_base", "sure_tuned")]
         print(
             f"{method:17}{steps:6}{runs[0]['network_evaluations']:13}"
-            f"{spread([judge['frechet_base'] for judge in judges]):>18}{spread([judge['frechet_tuned'] for judge in judges]):>18}"
+            f"{spread([judge['frechet_base'] for judge in judges]):>18}"
+            f"{spread([judge['frechet_tuned'] for judge in judges]):>18}"
             f"{f'{sure[0]:.1%} -> {sure[1]:.1%}':>26}{statistics.mean(run['seconds'] for run in runs):8.0f}"
         )
     print(f"two halves of the test images: {next(iter(found.values()))['judge']['frechet_real']:.1f}")
