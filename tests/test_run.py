@@ -186,3 +186,23 @@ def test_what_cannot_be_trained_leaves_nothing_behind(tmp_path: Path, override: 
         run(recipe_of(path, override), tmp_path / "run")
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def one_state(velocity: Any, x: torch.Tensor, times: torch.Tensor) -> list[torch.Tensor]:
+    return [x]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.solver=test_run:one_state"], "a list of 5 states, one for each time, got 1 states"),
+        (["sampling.solver=nowhere:f"], "there is no module 'nowhere'"),
+        (["sampling.solver=euler-maruyama"], "needs a diffusion model"),
+        (["method={name: score-as-action, solver: 'test_run:one_state'}"], "a list of 41 states"),
+        (["method={name: score-as-action, critic: {form: 'test_value:broken_at_the_end'}}"], "skip\\(1\\) must be 1"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(recipe_of(tiny_recipe(tmp_path), *overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -33,6 +33,7 @@ from tiltflow.sampler import (
     rollout_ode,
     sample,
     sde,
+    solve,
     step,
     time_grid,
 )
@@ -567,6 +568,8 @@ def test_velocities_that_a_solver_did_not_ask_for_are_computed() -> None:
 def test_solvers_that_return_something_else_are_refused(solver: Callable[..., list[Tensor]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         rollout_ode(solver, time_grid(3), gaussian_flow, torch.ones(2, 1))
+    with pytest.raises(InputError, match=message):
+        solve(solver, gaussian_flow, torch.ones(2, 1), time_grid(3))
 
 
 def test_solvers_by_name_of_a_function(generator: torch.Generator) -> None:

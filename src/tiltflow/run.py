@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,6 +189,7 @@ def run(
     base = load(recipe.model, device)
     reward = build_reward(recipe, device)
     check_fit("reward", reward, base, device)
+    base.sample(2, sampling=recipe.sampling)  # a solver of the user's that does not work is found out now, not after training
     if recipe.evaluation.judge is not None:
         check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
     if recipe.evaluation.data is not None:
@@ -197,6 +199,7 @@ def run(
 
     began = time.perf_counter()
     tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+    first = next(records)  # what does not fit shows in the first step, before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "recipe.yaml", recipe)
     source = model_folder(recipe.model)
@@ -204,7 +207,7 @@ def run(
         shutil.copytree(source, folder / "base")
     try:
         with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines, closing(records):
-            for record in records:
+            for record in chain([first], records):
                 row = {
                     "step": record.step,
                     "seconds": round(record.seconds, 3),

@@ -253,21 +253,9 @@ def dpm_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor
     return states
 
 
-def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Tensor) -> Trajectory:
-    """Solve the ODE from x [batch, *event], keeping the state and the velocity at every time of the grid.
-
-    A velocity that the solver asked for at a state of the grid is not computed again. To a method the path is one of Euler's
-    method: the states are on the ODE's path to the solver's order, and the weights of a sum over them are those of `euler`.
-
-    Raises InputError if the solver does not return a state, of the shape of x, for every time.
-    """
-    asked: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def recorded(x: Tensor, t: Tensor) -> Tensor:
-        asked.append((x, t, velocity(x, t)))
-        return asked[-1][2]
-
-    states = solver(recorded, x, times)
+def solve(solver: OdeSolver, velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
+    """The states of `solver`. Raises InputError if it does not return a state, of the shape of x, for every time."""
+    states = solver(velocity, x, times)
     if not isinstance(states, list) or len(states) != len(times):
         got = f"{len(states)} states" if isinstance(states, list) else type(states).__name__
         raise InputError(f"the solver must return a list of {len(times)} states, one for each time, got {got}")
@@ -275,6 +263,24 @@ def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Te
         if not isinstance(state, Tensor) or state.shape != x.shape:
             got = f"shape {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise InputError(f"the solver's state at t = {t:.4g} must be a tensor of shape {list(x.shape)}, got {got}")
+    return states
+
+
+def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Tensor) -> Trajectory:
+    """Solve the ODE from x [batch, *event], keeping the state and the velocity at every time of the grid.
+
+    A velocity that the solver asked for at a state of the grid is not computed again. To a method the path is one of Euler's
+    method: the states are on the ODE's path to the solver's order, and the weights of a sum over them are those of `euler`.
+
+    Raises InputError as `solve` does.
+    """
+    asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def recorded(x: Tensor, t: Tensor) -> Tensor:
+        asked.append((x, t, velocity(x, t)))
+        return asked[-1][2]
+
+    states = solve(solver, recorded, x, times)
     known = {(id(x), float(t)): v for x, t, v in asked}
     velocities = [
         known[id(state), float(t)] if (id(state), float(t)) in known else velocity(state, t)
@@ -391,7 +397,7 @@ def noise(flow: Flow, shape: tuple[int, ...], generator: torch.Generator, dtype:
 def sample(flow: VelocityField, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: float = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
     if not sampling.is_chain:
-        return sampling.ode_solver()(flow, x, sampling.times(start))[-1]
+        return solve(sampling.ode_solver(), flow, x, sampling.times(start))[-1]
     chain = sampling.chain(start)
     for k in range(len(chain)):
         x = step(chain, k, x, flow(x, chain.times[k]), generator)
