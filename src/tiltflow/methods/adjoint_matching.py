@@ -16,7 +16,7 @@ is p_base(x) exp(r(x) / beta) up to the O(h) that a chain of Gaussian steps leav
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -111,7 +111,7 @@ class AdjointMatching(Optimization):
     num_passes: Count = 1
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
 
-    needs_reward_gradient: Literal[True] = True
+    needs_reward_gradient: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
