@@ -95,7 +95,11 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
         else:
             known = {*kind.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
             raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
-    return validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
+    settings = validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
+    if isinstance(settings, LqgVerification) and settings.problem.eta != 1:  # the noise is the problem's
+        tree["method"]["eta"] = settings.problem.eta
+        settings = validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
+    return settings
 
 
 def run_verification(
