@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -147,6 +148,7 @@ class Value:
         return total
 
 
+@dataclass(frozen=True)
 class Batch:
     """Trajectories as the critic sees them.
 
@@ -157,8 +159,11 @@ class Batch:
         rewards: [batch].
     """
 
-    def __init__(self, states: Tensor, times: Tensor, known: Tensor, costs: Tensor, rewards: Tensor):
-        self.states, self.times, self.known, self.costs, self.rewards = states, times, known, costs, rewards
+    states: Tensor
+    times: Tensor
+    known: Tensor
+    costs: Tensor
+    rewards: Tensor
 
     def part(self, which: Tensor) -> Batch:
         return Batch(self.states[:, which], self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
