@@ -35,13 +35,17 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def shortfalls(method: str, steps: int, seed: int) -> dict[int, float]:
-    """How far the trained policy is below the optimum of each chain it is evaluated on, relative to that optimum."""
-    torch.set_num_threads(1)
+def settings_of(method: str, steps: int, seed: int) -> LqgVerification:
     overrides = [*METHODS[method], f"N={steps}", f"seed={seed}", f"evaluate_steps={list(EVALUATED)}", "num_samples=100"]
     overrides += [f"iterations={ITERATIONS}", f"train_batch_size={BATCH}", "trajectories=2", "draws=2"]
     settings = read_verification("lqg", "score-as-action", overrides)
     assert isinstance(settings, LqgVerification)
+    return settings
+
+
+def shortfalls(settings: LqgVerification) -> dict[int, float]:
+    """How far the trained policy is below the optimum of each chain it is evaluated on, relative to that optimum."""
+    torch.set_num_threads(1)
     rows = verify_lqg(settings)["at_other_steps"]
     return {n: (rows[str(n)]["optimum"] - rows[str(n)]["objective"]) / abs(rows[str(n)]["optimum"]) for n in EVALUATED}
 
@@ -56,7 +60,7 @@ def main() -> None:
 
     jobs = [(method, steps, seed) for method in METHODS for steps in TRAINED for seed in range(options.seeds)]
     with ProcessPoolExecutor(options.processes) as pool:
-        found = dict(zip(jobs, pool.map(shortfalls, *zip(*jobs, strict=True)), strict=True))
+        found = dict(zip(jobs, pool.map(shortfalls, [settings_of(*job) for job in jobs]), strict=True))
 
     results: dict[str, Any] = {}
     for method in METHODS:

@@ -74,12 +74,15 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
     Raises InputError for an unknown key, a wrong value or an unknown method.
     """
     parts: dict[str, type[Settings]] = {"problem": PROBLEMS[problem], "method": find("methods", method)}
-    tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **METHOD_DEFAULTS.get(method, {})}}
+    defaults = {**METHOD_DEFAULTS.get(method, {}), **(LQG_DEFAULTS.get(method, {}) if problem == "lqg" else {})}
+    if any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides):
+        # a preset is asked for as it was published; only where it is applied stays ours
+        defaults = {key: value for key, value in defaults.items() if key in ("beta", "solver")}
+    tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **defaults}}
     kind: type[Verification | LqgVerification] = Verification
     letters: dict[str, str] = {}
     if problem == "lqg":
         kind, letters = LqgVerification, LQG_LETTERS
-        tree["method"] |= LQG_DEFAULTS.get(method, {})
     else:
         parts["sampling"] = Sampling
     dotted = []
