@@ -2,9 +2,10 @@
 
     python benchmarks/black_box.py --output docs/black-box.png
 
-DDPO has no leash, so its learning rate, --rate, is chosen such that it ends at the same path KL (5e-6: at the same reward). Prints, for each, after training:
-reward and path KL of the chain that was trained, from fresh trajectories; size of the files sampled with the recipe's sampler,
-and the share of them that the judge is sure of. Mean and standard deviation over the seeds. Some 30 minutes on two cores.
+DDPO has no leash, so its learning rate, --rate, is chosen such that it ends at the same path KL (5e-6: at the same reward).
+Prints, for each, after training: reward and path KL of the chain that was trained, from fresh trajectories; size of the files
+sampled with the recipe's sampler, and the share of them that the judge is sure of. Mean and standard deviation over the seeds.
+Some 30 minutes on two cores.
 """
 
 from __future__ import annotations
