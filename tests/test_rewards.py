@@ -72,7 +72,10 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 def every_reward(classifier: str) -> dict[str, Settings]:
     """One instance of each reward, with what it needs."""
     terms = [{"reward": "ink", "weight": 2}, {"reward": "stroke-thickness", "weight": -0.5}]
+    data = Path(classifier).with_name("data.npz")
+    np.savez(data, x_train=np.zeros((2, 8, 8), dtype=np.uint8))
     needs: dict[str, dict[str, Any]] = {
+        "energy": {"data": str(data)},
         "class-log-odds": {"classifier": classifier, "classes": [0, 2]},
         "function": {"path": "tiltflow.rewards.stroke_thickness:thickness"},
         "sum": {"rewards": terms},

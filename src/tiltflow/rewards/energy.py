@@ -59,13 +59,16 @@ class EnergyReward:
         self.optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.5, 0.99))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != self.images.shape[1:]:
-            raise InputError(f"the data are of shape {list(self.images.shape[1:])}, the samples of {list(x.shape[1:])}")
         energy: Tensor = self.network(x)
         return -energy[:, 0]
 
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
-        """Optimizer steps on samples x [batch, *event] and as many images; returns the loss before them."""
+        """Optimizer steps on samples x [batch, *event] and as many images; returns the loss before them.
+
+        Raises InputError if they are of different shapes.
+        """
+        if x.shape[1:] != self.images.shape[1:]:
+            raise InputError(f"the data are of shape {list(self.images.shape[1:])}, the samples of {list(x.shape[1:])}")
         losses: list[float] = []
         for _ in range(self.settings.num_steps):
             which = torch.randint(len(self.images), (len(x),), generator=generator, device=generator.device)
