@@ -15,10 +15,24 @@ MODULES = {
 }
 # the mathematics, and what sits above it
 OUTSIDE = {
-    f"tiltflow.{name}" for name in ("__main__", "cli", "model", "plots", "pretrain", "recipe", "report", "run", "verify")
+    f"tiltflow.{name}"
+    for name in ("__main__", "cli", "model", "plots", "pretrain", "recipe", "report", "run", "verify", "verify_lqg")
 }
 CORE = [
-    f"tiltflow.{name}" for name in ("interpolant", "flow", "sampler", "reward", "adjoint", "problems", "evaluation", "trainer")
+    f"tiltflow.{name}"
+    for name in (
+        "interpolant",
+        "flow",
+        "sampler",
+        "reward",
+        "adjoint",
+        "problems",
+        "evaluation",
+        "trainer",
+        "value",
+        "lqg",
+        "timesteps",
+    )
 ]
 CORE += [name for name in MODULES if name.startswith("tiltflow.methods")]
 

@@ -602,3 +602,13 @@ def test_samplers_say_why_the_tilted_law_is_out_of_reach(settings: dict[str, obj
     assert len(limits) == len(words)
     for limit, word in zip(limits, words, strict=True):
         assert word in limit
+
+
+def test_without_noise_every_step_is_an_action() -> None:
+    """A chain that has none is rolled out to the end where that is asked for, and priced as the transport that it is."""
+    x, generator = torch.ones(2, 1), stream(0)
+    for chain in (euler(time_grid(4)), ddim(time_grid(4), 0.0), memoryless(time_grid(4))):
+        path = rollout(chain, gaussian_flow, x, generator, to_the_end=True)
+        assert len(path.states) == 5
+    for chain in (ddim(time_grid(4), 0.0), euler_maruyama(time_grid(4, start=0.1), 0.0)):
+        assert_close(chain.energy, euler(chain.times).energy)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flow import Flow
 from tiltflow.lqg import Lqg, evaluate_chain, evaluate_policy
-from tiltflow.methods.score_as_action import ScoreAsAction, State
+from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
 from tiltflow.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture
 from tiltflow.sampler import rollout
 from tiltflow.streams import stream
@@ -48,9 +48,7 @@ def on_lqg(estimator: str, steps: int, **settings: Any) -> ScoreAsAction:
 
 
 def exact_gradient(problem: Lqg, steps: int) -> tuple[float, float]:
-    gradient = evaluate_chain(problem, BETA, np.full(steps, problem.K), np.full(steps, problem.k)).gradient
-    assert gradient is not None
-    return gradient
+    return evaluate_chain(problem, BETA, np.full(steps, problem.K), np.full(steps, problem.k)).gradient
 
 
 def z_scores(samples: Tensor, exact: Any) -> Tensor:
@@ -269,7 +267,7 @@ def test_the_surrogate_is_within_the_kl_of_the_objective(h: float, change: float
     """J(mu') - J(mu) from (K, k) = (.2, -.1) to (.2 - h, -.1 + h): known digits; 2.1 to 2.6 KL below its surrogate."""
     before, after = evaluate_policy(PROBLEM, BETA), evaluate_policy(Lqg(K=0.2 - h, k=-0.1 + h), BETA)
     assert after.objective - before.objective == pytest.approx(change, abs=5.1e-6)
-    dK, dk = before.gradient or (0, 0)
+    dK, dk = before.gradient
     kl = {0.4: 0.39240, 0.2: 0.09810, 0.1: 0.02452, 0.05: 0.00613}[h]
     second_order = BETA * kl  # the running cost is quadratic: the surrogate is exact to second order in it
     surrogate = -h * dK + h * dk - second_order
@@ -286,6 +284,33 @@ def test_the_ratio_is_one_before_the_first_update() -> None:
     _, tuned = one_iteration(method, count=256)
     (coefficients,) = tuned.parameters()
     assert coefficients.grad is not None
+
+
+def test_the_ratio_is_that_of_gaussian_densities(generator: torch.Generator) -> None:
+    """Of x = m + s eps under a mean moved by s change, summed over the dimensions."""
+    noise, change = torch.randn(2, 6, 2, 3, generator=generator)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = (normal.log_prob(noise - change) - normal.log_prob(noise)).flatten(1).sum(1)
+    assert_close(log_ratio(change, noise), expected)
+
+
+def test_the_penalty_pulls_back_to_the_policy_that_made_the_trajectories() -> None:
+    """With a large one, the gradient of a policy that has moved is that of the path KL between the two."""
+    base, network = base_flow(PROBLEM), LinearPolicy(PROBLEM, 0)
+    tuned, start = Flow(network, "epsilon", interpolant(PROBLEM)), base.noise_time
+    method = on_lqg("return", 6, num_passes=2)
+    state = method.new_state((1,), 0, torch.device("cpu"))
+    state.penalty = 1e9
+    x = draw_start(PROBLEM, 256, start, stream(0, "start"))
+    updates = method.gradients(tuned, base, reward_of(PROBLEM), x, stream(0), state, start=start)
+    next(updates)
+    network.coefficients.grad = None
+    with torch.no_grad():
+        network.coefficients.copy_(torch.tensor([[0.0], [0.3]]))
+    next(updates)
+    assert network.coefficients.grad is not None
+    # 1/2 T k^2 nats for an intercept k
+    assert network.coefficients.grad[1].item() == pytest.approx(1e9 * PROBLEM.T * 0.3, rel=1e-6)
 
 
 class Forgetful(nn.Module):

@@ -258,6 +258,28 @@ def test_the_mean_square_td_error_would_be_wrong(generator: torch.Generator) -> 
     assert losses[0] < losses[1]
 
 
+def test_the_trace_lies_between_td_and_martingale(generator: torch.Generator) -> None:
+    batch, exact = lqg_batch(64, generator)
+    value = per_step(exact + 0.3)
+    td, between, monte_carlo, short, long = (
+        critic_loss(value, batch, critic).item()
+        for critic in (
+            Critic(loss="td"),
+            Critic(loss="td-lambda", trace=0.2),
+            Critic(loss="martingale"),
+            Critic(loss="td-lambda", trace=1e-6),
+            Critic(loss="td-lambda", trace=1e9),
+        )
+    )
+    assert short == pytest.approx(td)
+    assert long == pytest.approx(monte_carlo)
+    values, keep = batch.values(value).detach(), torch.full((STEPS,), math.exp(-0.1 / 0.2))  # ten steps of 0.1
+    errors = returns(values, batch.costs, keep) - values[:-1]
+    assert between == pytest.approx(errors.square().mean().item() / 2)
+    assert td != pytest.approx(between)
+    assert between != pytest.approx(monte_carlo)
+
+
 def test_the_loss_does_not_depend_on_the_number_of_steps(generator: torch.Generator) -> None:
     losses = []
     for steps in (100, 400):

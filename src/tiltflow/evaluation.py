@@ -174,6 +174,12 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float((means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross)
 
 
+@torch.no_grad()
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, device: str = "cpu") -> Tensor:
+    """`function` over x, a batch at a time on `device`; the results on the CPU, without gradients."""
+    return torch.cat([function(part.to(device)).cpu() for part in x.split(size)])
+
+
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """[n] integers -> [n, classes], float64."""
     return torch.nn.functional.one_hot(labels, classes).double()

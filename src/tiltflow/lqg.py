@@ -36,13 +36,13 @@ Gain = Callable[[float], float]
 class Solution:
     """What is known of a policy; sums over the coordinates where there are several.
 
-    `gradient` is (dJ/dK, dJ/dk) for K and k moved alike at all times; None for an optimum, where it is zero. `mean`,
-    `variance` are those of X_T. `value` gives (P, p, c) of one coordinate at a time tau; of a chain, at the step number.
+    `gradient` is (dJ/dK, dJ/dk) for K and k moved alike at all times, zero at an optimum. `mean` and `variance` are those of
+    X_T. `value` gives (P, p, c) of one coordinate at a time tau; of a chain, at the step number.
     `policy` gives (K, k) in the same way.
     """
 
     objective: float
-    gradient: tuple[float, float] | None
+    gradient: tuple[float, float]
     mean: float
     variance: float
     path_kl: float
@@ -124,7 +124,7 @@ def evaluate_policy(problem: Lqg, beta: float, K: Gain | None = None, k: Gain | 
             ]
         )
 
-    return _solution(problem, beta, backward, lambda tau, value: np.array([slope(tau), intercept(tau)]), optimal=False)
+    return _solution(problem, beta, backward, lambda tau, value: np.array([slope(tau), intercept(tau)]))
 
 
 def optimum(problem: Lqg, beta: float) -> Solution:
@@ -143,7 +143,7 @@ def optimum(problem: Lqg, beta: float) -> Solution:
         )
 
     scale = noise / (beta * problem.gain)
-    return _solution(problem, beta, backward, lambda tau, value: scale * np.array([-value[0], value[1]]), optimal=True)
+    return _solution(problem, beta, backward, lambda tau, value: scale * np.array([-value[0], value[1]]))
 
 
 def _solution(
@@ -151,8 +151,6 @@ def _solution(
     beta: float,
     backward: Callable[[float, Array], Array],
     policy: Callable[[float, Array], Array],
-    *,
-    optimal: bool,
 ) -> Solution:
     """Solve for the value function back from tau = T, then forward for the moments and everything integrated along them."""
     ends = {"method": "DOP853", "rtol": 1e-13, "atol": 1e-13, "dense_output": True}
@@ -178,7 +176,7 @@ def _solution(
     size = problem.dimension
     return Solution(
         objective=problem.objective(value(0.0)),
-        gradient=None if optimal else (float(size * dK), float(size * dk)),
+        gradient=(float(size * dK), float(size * dk)),
         mean=float(mean),
         variance=float(variance),
         path_kl=float(size * kl),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import ImageData, fingerprint, load_images
 from tiltflow.errors import InputError
-from tiltflow.evaluation import frechet_distance
+from tiltflow.evaluation import frechet_distance, in_batches
 from tiltflow.flow import Flow
 from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, interior, mixture_weights
 from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier, save_model
@@ -206,21 +206,18 @@ def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[
     if recipe.judge is None:
         return {}
     judge, config = load_classifier(recipe.judge)
+    features = cast(Callable[[Tensor], Tensor], judge.features)
     scores: dict[str, Any] = {}
     for solver, sampling in (("memoryless", recipe.sampling), ("heun", Sampling(solver="heun", num_inference_steps=20))):
         x = model.sample(1000, sampling=sampling)
         probabilities, real = judge(x).softmax(1), test.images[:5000]
         scores[f"judge_confidence_{solver}"] = probabilities.amax(1).mean().item()
-        scores[f"frechet_distance_{solver}"] = frechet_distance(_features(judge, x), _features(judge, real))
+        scores[f"frechet_distance_{solver}"] = frechet_distance(in_batches(features, x, 500), in_batches(features, real, 500))
         counts = probabilities.argmax(1).bincount(minlength=len(config.class_names))
         scores[f"class_fractions_{solver}"] = [round(fraction, 3) for fraction in (counts / 1000).tolist()]
     scores["judge_confidence_test"] = judge(test.images[:1000]).softmax(1).amax(1).mean().item()
-    scores["frechet_distance_test"] = frechet_distance(*(_features(judge, half) for half in test.images.chunk(2)))
+    scores["frechet_distance_test"] = frechet_distance(*(in_batches(features, half, 500) for half in test.images.chunk(2)))
     return scores
-
-
-def _features(judge: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([judge.features(part) for part in images.split(500)])  # type: ignore[operator]
 
 
 def card(

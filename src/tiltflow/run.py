@@ -20,7 +20,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ from tiltflow.evaluation import (
     ImportanceWeights,
     frechet_distance,
     histogram_distance,
+    in_batches,
     mean_estimate,
     one_hot,
     reward_distance,
@@ -335,7 +336,10 @@ def judged(
         }
     if settings.data is not None:
         real = evaluation_images(settings)
-        f_real, f_base, f = (features(network, y, settings.batch_size, device) for y in (real, x_base, x))
+        f_real, f_base, f = (
+            in_batches(cast(Callable[[Tensor], Tensor], network.features), y, settings.batch_size, device)
+            for y in (real, x_base, x)
+        )
         judge["frechet_base"], judge["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
         judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
     return {
@@ -345,16 +349,6 @@ def judged(
         "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
         "judge": judge,
     }
-
-
-def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, device: str) -> Tensor:
-    """`function` over x, a batch at a time on `device`; the results on the CPU, without gradients."""
-    return torch.cat([function(part.to(device)).detach().cpu() for part in x.split(size)])
-
-
-def features(judge: nn.Module, images: Tensor, size: int, device: str) -> Tensor:
-    """The judge's features of images [n, *event]: [n, features]."""
-    return in_batches(judge.features, images, size, device)  # type: ignore[arg-type]
 
 
 def evaluation_images(settings: Evaluation) -> Tensor:

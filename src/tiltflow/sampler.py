@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -162,13 +162,15 @@ def euler_maruyama(times: Tensor, eta: float = 1.0) -> Chain:
     dX = (X / 2 + (1 + eta^2) / 2 score(X)) dtau + eta dB,     tau = 2 log alpha                    (2011.13456, eq. 6)
 
     on the steps of tau that `times` imply (uniform ones by `Sampling`): what a continuous-time formula for the score as the
-    action means on a grid, and the chain whose optimum the problem `lqg` knows exactly. Needs times above 0.
+    action means on a grid, and the chain whose optimum the problem `lqg` knows exactly. Needs times above 0. At eta = 0 its
+    energy is that of `euler`.
     """
     alpha, beta = _variance_preserving(times)
     scale, step = alpha + beta, 2 * (alpha[1:] / alpha[:-1]).log()
     pull = (1 + eta**2) / 2 * step / beta[:-1]  # the score of X is -x0hat / beta, with x0hat = x - t v on the linear path
     x_scale = (scale[:-1] * (1 + step / 2) - pull) / scale[1:]
-    return Chain(times, x_scale, pull * times[:-1] / scale[1:], eta * step.sqrt() / scale[1:])
+    price = euler(times).energy if eta == 0 else None
+    return Chain(times, x_scale, pull * times[:-1] / scale[1:], eta * step.sqrt() / scale[1:], price)
 
 
 def _variance_preserving(times: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,14 +187,16 @@ def _replace_last(chain: Chain, other: Chain) -> Chain:
     return Chain(chain.times, *(last(getattr(chain, part), getattr(other, part)) for part in parts))
 
 
-def rollout(chain: Chain, flow: VelocityField, x: Tensor, generator: torch.Generator) -> Trajectory:
+def rollout(
+    chain: Chain, flow: VelocityField, x: Tensor, generator: torch.Generator, *, to_the_end: bool = False
+) -> Trajectory:
     """Simulate the chain from x [batch, *event], keeping every state and velocity.
 
-    A last step without noise is left out: it cannot be controlled, so in training it belongs to the base, and the adjoint,
-    which evaluates the base there anyway, takes it.
+    A last step without noise is left out, unless it goes `to_the_end`: it cannot be controlled, so in training it belongs to
+    the base, and the adjoint, which evaluates the base there anyway, takes it.
     """
     states, velocities = [x], []
-    for k in range(len(chain) - int(chain.std[-1] == 0)):
+    for k in range(len(chain) - int(chain.std[-1] == 0 and not to_the_end)):
         v = flow(x, chain.times[k])
         x = step(chain, k, x, v, generator)
         states.append(x)
@@ -211,14 +215,6 @@ def step(chain: Chain, k: int, x: Tensor, v: Tensor, generator: torch.Generator)
 OdeSolver = Callable[[VelocityField, Tensor, Tensor], list[Tensor]]
 """(velocity, x [batch, *event] at the first time, times [K + 1]) -> the K + 1 states at those times, x first: heun, dpm_solver,
 or a function of your own, which may evaluate the velocity wherever and as often as it likes."""
-
-
-def euler_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
-    """The chain `euler`, as a solver."""
-    states = [x]
-    for k in range(len(times) - 1):
-        states.append(states[k] + (times[k + 1] - times[k]).item() * velocity(states[k], times[k]))
-    return states
 
 
 def heun(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
@@ -289,8 +285,7 @@ def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Te
     return Trajectory(euler(times), states, velocities)
 
 
-ChainName = Literal["memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-maruyama"]
-CHAINS: tuple[str, ...] = ChainName.__args__  # type: ignore[attr-defined]
+CHAINS = ("memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-maruyama")
 ODE_SOLVERS: dict[str, OdeSolver] = {"heun": heun, "dpm-solver++": dpm_solver}
 
 

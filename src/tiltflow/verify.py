@@ -42,7 +42,7 @@ LQG_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # the letters in which the problem is written
-LQG_LETTERS = {"lambda": "method.beta", "N": "method.num_inference_steps"}
+LQG_LETTERS = {"lambda": ["method.beta"], "N": ["method.num_inference_steps"], "eta": ["problem.eta", "method.eta"]}
 
 
 class Verification(Settings):
@@ -80,7 +80,7 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
         defaults = {key: value for key, value in defaults.items() if key in ("beta", "solver")}
     tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **defaults}}
     kind: type[Verification | LqgVerification] = Verification
-    letters: dict[str, str] = {}
+    letters: dict[str, list[str]] = {}
     if problem == "lqg":
         kind, letters = LqgVerification, LQG_LETTERS
     else:
@@ -88,7 +88,10 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
     dotted = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        key = letters.get(key.strip(), key.strip())
+        key = key.strip()
+        if key in letters:
+            dotted += [f"{place}{equals}{value}" for place in letters[key]]
+            continue
         first = key.partition(".")[0]
         places = [name for name, part in parts.items() if first in part.model_fields]
         if first in kind.model_fields:
@@ -98,11 +101,7 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
         else:
             known = {*kind.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
             raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
-    settings = validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
-    if isinstance(settings, LqgVerification) and settings.problem.eta != 1:  # the noise is the problem's
-        tree["method"]["eta"] = settings.problem.eta
-        settings = validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
-    return settings
+    return validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
 
 
 def run_verification(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from tiltflow.evaluation import distance_to_law, mean_estimate, sliced_w2
@@ -51,6 +51,12 @@ class LqgVerification(Settings):
     num_samples: Annotated[int, Field(ge=100)] = 20_000
     draws: Annotated[int, Field(ge=2)] = 10
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_sampler(self) -> LqgVerification:
+        if getattr(self.method, "eta", 1.0) != self.problem.eta:
+            raise ValueError("problem.eta and method.eta are the noise of one sampler: they must be the same")
+        return self
 
 
 class LinearPolicy(nn.Module):
@@ -166,7 +172,6 @@ def check_gradients(settings: LqgVerification) -> dict[str, Any]:
     problem, method = settings.problem, settings.method
     steps = method.num_inference_steps
     exact = evaluate_chain(problem, method.beta, np.full(steps, problem.K), np.full(steps, problem.k)).gradient
-    assert exact is not None
     result: dict[str, Any] = {}
     for estimator in ESTIMATORS:
         changed = method.model_copy(
@@ -277,13 +282,13 @@ def verify_lqg(settings: LqgVerification, watch: Callable[[Record], None] = lamb
             "K": problem.K,
             "k": problem.k,
             "objective": continuous.objective,
-            "gradient": list(continuous.gradient or ()),
+            "gradient": list(continuous.gradient),
             "value": dict(zip("Ppc", map(float, continuous.value(0.0)), strict=True)),
             "terminal_mean": continuous.mean,
             "terminal_variance": continuous.variance,
             "num_inference_steps": steps,
             "objective_of_chain": chain.objective,
-            "gradient_of_chain": list(chain.gradient or ()),
+            "gradient_of_chain": list(chain.gradient),
         },
         "optimum": {
             "value": dict(zip("Ppc", map(float, best.value(0.0)), strict=True)),

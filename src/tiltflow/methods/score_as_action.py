@@ -48,7 +48,7 @@ from tiltflow.flow import VelocityField, in_chunks, linearize
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
-from tiltflow.sampler import Chain, Sampling, Trajectory, euler_solver, rollout, rollout_ode
+from tiltflow.sampler import Chain, Sampling, Trajectory, rollout, rollout_ode
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import Batch, Critic, Value, improve, returns
 
@@ -275,17 +275,14 @@ class ScoreAsAction(Optimization):
         """Trajectories of the tuned flow and the samples [batch, *event] that they end in. If only the last step of a sampler
         has no noise, it is not an action: the base takes it."""
         sampling = self.sampling
-        if not sampling.has_noise:
-            solver = euler_solver if sampling.is_chain else sampling.ode_solver()
-            path = rollout_ode(solver, sampling.times(start), tuned, x)
-            return path, path.states[-1]
-        chain = sampling.chain(start)
-        path = rollout(chain, tuned, x, generator)
-        last = len(path.velocities)
-        if last == len(chain):
-            return path, path.states[-1]
-        y = path.states[-1]
-        return path, chain.mean(last, y, base(y, chain.times[last]))
+        if sampling.is_chain:
+            path = rollout(sampling.chain(start), tuned, x, generator, to_the_end=not sampling.has_noise)
+        else:
+            path = rollout_ode(sampling.ode_solver(), sampling.times(start), tuned, x)
+        last, end = len(path.velocities), path.states[-1]
+        if last < len(path.chain):
+            end = path.chain.mean(last, end, base(end, path.chain.times[last]))
+        return path, end
 
     def _energy(self, chain: Chain) -> Tensor:
         return chain.control_scale**2 if self.running_reward == "transition-kl" else chain.energy
@@ -391,11 +388,10 @@ class ScoreAsAction(Optimization):
                 assert steps.noise is not None
                 assert steps.advantages is not None
                 change = expand(scale, x) * (v - old)
-                # sums over dimensions: a mean would make the clip depend on the size of the sample
-                log_ratio = (change * steps.noise[kk, ii]).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
+                ratio = log_ratio(change, steps.noise[kk, ii])
                 if first:
-                    _check_ratio(log_ratio.detach())
-                terms = terms - self._clipped(log_ratio, steps.advantages[kk, ii], chain, kk) / self.beta
+                    _check_ratio(ratio.detach())
+                terms = terms - self._clipped(ratio, steps.advantages[kk, ii], chain, kk) / self.beta
             else:
                 direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
                 terms = terms - gain * direction / self.beta + state.penalty * step_kl
@@ -405,12 +401,12 @@ class ScoreAsAction(Optimization):
             moved += step_kl.detach().sum().item() / batch
         return loss, moved * len(steps.states) / max(len(pairs), 1)
 
-    def _clipped(self, log_ratio: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
+    def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
         """PPO's objective, min(ratio A, clip(ratio) A) [pairs]."""
-        limit = torch.full_like(log_ratio, self.clip_range)
+        limit = torch.full_like(log_ratios, self.clip_range)
         if self.clip_scaling == "sqrt-step":
             limit = limit * chain.times.diff().sqrt().to(limit)[k]
-        ratio = log_ratio.exp()
+        ratio = log_ratios.exp()
         return torch.minimum(ratio * advantages, ratio.clamp(1 - limit, 1 + limit) * advantages)
 
     def _adapt(self, state: State, step_kl: float) -> None:
@@ -422,14 +418,25 @@ class ScoreAsAction(Optimization):
             state.penalty = max(state.penalty / 2, 1e-3)
 
 
+def log_ratio(change: Tensor, noise: Tensor) -> Tensor:
+    """log of the density of a step under another policy over that under its own: [batch], a sum over dimensions, for a mean
+    would make a clip depend on the size of the sample.
+
+    Args:
+        change: of the step's mean, in units of its noise, [batch, *event].
+        noise: what the step drew, [batch, *event].
+    """
+    return (change * noise).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
+
+
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[steps, batch] shaped to multiply [steps, batch, *event]."""
     return values.to(x).reshape(*values.shape, *(1 for _ in x.shape[2:]))
 
 
-def _check_ratio(log_ratio: Tensor) -> None:
+def _check_ratio(log_ratios: Tensor) -> None:
     """Raises InputError if the ratio to the policy that made the trajectories is not 1, up to rounding."""
-    worst = log_ratio.abs().max().item()
+    worst = log_ratios.abs().max().item()
     if not worst <= RATIO_TOLERANCE:
         raise InputError(
             f"before the first update the policy's ratio must be 1, its logarithm is up to {worst:.3g}: the network gives other"
