@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_a_run_with_a_learned_reward(tmp_path: Path, npz: Path, method: dict[str
     assert again["reward_tuned"] == summary["reward_tuned"]  # by the energy that was learned, not a new one
     assert "Fréchet distance, tuned" in (tmp_path / "run" / "report.html").read_text()
     assert "Not exact by construction" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_policy_waits_for_the_energy_and_the_critic(tmp_path: Path, npz: Path) -> None:
+    judge(tmp_path, npz)
+    path = few_steps(tmp_path, npz, critic_warmup_steps=2, lr_warmup_steps=0, critic={"form": "reward-free", "num_steps": 1})
+    waiting = run(recipe_of(path, "training.max_train_steps=2"), tmp_path / "waiting")
+    assert waiting["judge"]["frechet_tuned"] == waiting["judge"]["frechet_base"]
+    assert waiting["path_kl"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "waiting" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["reward_loss"] != rows[1]["reward_loss"]
+    assert rows[0]["critic_loss"] != rows[1]["critic_loss"]
+    moving = run(recipe_of(path, "training.max_train_steps=3", "method.lr_scheduler=constant"), tmp_path / "moving")
+    assert moving["judge"]["frechet_tuned"] != moving["judge"]["frechet_base"]
 
 
 def test_what_does_not_go_with_it_is_refused_before_anything_is_written(tmp_path: Path, npz: Path) -> None:

@@ -146,6 +146,9 @@ class ScoreAsAction(Optimization):
     """Which steps enter the loss of the policy: all, or so many from each part of the grid."""
     num_passes: Count = 2
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the start in which the policy stays, and only the critic learns, and the reward if it is one that does. Until
+    they have, their gradients are noise that the policy would follow."""
 
     learns_reward: ClassVar[bool] = True
 
@@ -238,18 +241,10 @@ class ScoreAsAction(Optimization):
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
             noise = None if self._uses_value_gradient else self._noise(path)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, batch)
-        if self.estimator == "pathwise":
-            vectors = self._after_steps(state.value, path, tuned, base, reward, micro_batch_size)
-        elif noise is None or advantages is None:
-            vectors = torch.stack(
-                [
-                    self._value_gradient(state.value, y, t, tuned, reward, micro_batch_size)
-                    for y, t in zip(states, chain.times, strict=False)
-                ]
-            )
-        else:
-            std = chain.std[:count].to(x)
-            vectors = noise * _per_sample(advantages / std[:, None], noise)
+        steps = None
+        if state.iterations >= self.critic_warmup_steps:
+            vectors = self._vectors(state.value, path, noise, advantages, tuned, base, reward, micro_batch_size)
+            steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
         state.iterations += 1
         measured = {
             "reward": rewards.mean().item(),
@@ -261,7 +256,9 @@ class ScoreAsAction(Optimization):
             measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
         if isinstance(reward, LearnedReward):
             measured["reward_loss"] = reward.learn(end, generator)
-        steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
+        if steps is None:
+            yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
+            return
         for i in range(self.num_passes):
             pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(x), generator).to(x.device)
             loss, step_kl = self._improve_policy(tuned, chain, steps, pairs, state, micro_batch_size, first=i == 0)
@@ -327,6 +324,27 @@ class ScoreAsAction(Optimization):
         if self.estimator == "return-minus-value":
             return returns(values, batch.costs, torch.ones(len(batch.costs))) - values[:-1]
         return values.diff(dim=0) - batch.costs
+
+    def _vectors(
+        self,
+        value: Value,
+        path: Trajectory,
+        noise: Tensor | None,
+        advantages: Tensor | None,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        micro_batch_size: int | None,
+    ) -> Tensor:
+        """vec_k of the estimator, see the top of this file: [steps, batch, *event]."""
+        chain, count = path.chain, len(path.velocities)
+        if noise is not None and advantages is not None:
+            return noise * _per_sample(advantages / chain.std[:count, None].to(noise), noise)
+        if self.estimator == "pathwise":
+            return self._after_steps(value, path, tuned, base, reward, micro_batch_size)
+        return torch.stack(
+            [self._value_gradient(value, path.states[k], chain.times[k], tuned, reward, micro_batch_size) for k in range(count)]
+        )
 
     def _value_gradient(
         self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
