@@ -157,7 +157,9 @@ def sample(
 
 @app.command()
 def verify(
-    problem: Annotated[str | None, typer.Argument(help="gaussian, mixture or lqg; leave it out for the list.")] = None,
+    problem: Annotated[
+        str | None, typer.Argument(help="gaussian, mixture, two-modes or lqg; leave it out for the list.")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="The method to verify.", show_default="adjoint-matching; score-as-action for lqg"),
@@ -177,6 +179,7 @@ def verify(
     [dim]tiltflow verify gaussian --set dimension=10 --set quadratic=3 --set beta=0.5[/dim]
     [dim]tiltflow verify mixture --set problem.scale=0.3 --set method.num_inference_steps=80 --iterations 1000[/dim]
     [dim]tiltflow verify mixture --method score-as-action --set sampling.solver=heun[/dim]
+    [dim]tiltflow verify two-modes --method orw-cfm-w2 --set alpha=0.3[/dim]
     [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
     from tiltflow.verify import PROBLEMS, read_verification, run_verification
@@ -195,9 +198,12 @@ def verify(
     _device("cpu", threads)
     with _progress(console, quiet, settings.iterations, settings.train_batch_size) as watch:
         result = run_verification(settings, watch)
-    if problem == "lqg":
-        _show_lqg(console, result)
-    _show_verification(console, result)
+    if problem == "two-modes":
+        _show_two_modes(console, result)
+    else:
+        if problem == "lqg":
+            _show_lqg(console, result)
+        _show_verification(console, result)
     _finish(as_json, result)
 
 
@@ -452,6 +458,37 @@ def _show_lqg(console: Console, result: dict[str, Any]) -> None:
     _list(console, rows, f"J of the policy trained at {steps} steps, evaluated at")
 
 
+def _show_two_modes(console: Console, result: dict[str, Any]) -> None:
+    """The exact laws side by side with what training reached, and its distances to them."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in (f"{result['method']} on {result['problem']}", "base", "tilted law", "own target", "reached"):
+        table.add_column(column, no_wrap=True)
+    laws = [result["laws"][name] for name in ("base", "tilted", "own")]
+    quantities = {
+        "mean": "mean",
+        "variance": "variance",
+        "reward": "mean reward",
+        "positive": "P(x > 0)",
+        "w2_to_base": "W2 to the base",
+        "kl_to_base": "KL to the base",
+        "penalty": "E|v - v_base|²",
+    }
+    for key, label in quantities.items():
+        exact = [f"{abs(law[key]) if abs(law[key]) < 1e-9 else law[key]:.4f}" for law in laws]
+        table.add_row(f"[cyan]{label}[/cyan]", *exact, f"{result['reached'][key]:.4f}" if key in result["reached"] else "")
+    console.print(table)
+    ratio = result["distance"] / result["floor"]
+    rows = {
+        "to its own target": f"{result['distance']:.4f}   ({ratio:.2f} x the Monte-Carlo floor)",
+        "floor": f"{result['floor']:.4f} ± {result['floor_std']:.4f}",
+        "to the tilted law": f"{result['distance_tilted']:.4f}   (own target to tilted law: {result['own_to_tilted']:.4f})",
+        "untuned base": f"{result['distance_base']:.4f}",
+        "own target": result["target_law"],
+        "cost": f"{result['seconds']:.0f} s, {result['network_evaluations']} network evaluations",
+    }
+    _list(console, rows, "W2")
+
+
 def _lost(at: dict[str, float]) -> float:
     """How far an objective is below its optimum, relative to the optimum."""
     return (at["optimum"] - at["objective"]) / abs(at["optimum"])
@@ -467,7 +504,11 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         **({"exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})"} if "w2" in result else {}),
         "mean reward": f"{result['reward']:.4f} ± {result['reward_error']:.4f}   (exact {result['reward_exact']:.4f})",
         "relative error of the control": f"{result['control_error']:.1%}",
-        "path KL": f"{result['path_kl']:.4f}   (exact {result['path_kl_exact']:.4f})",
+        **(
+            {"path KL": f"{result['path_kl']:.4f}   (exact {result['path_kl_exact']:.4f})"}
+            if result["path_kl"] is not None
+            else {}
+        ),
         "cost": f"{result['seconds']:.0f} s, {result['evaluations_per_trajectory']:.0f} evaluations per trajectory per step",
     }
     _list(console, rows, f"{result['method']} on {result['problem']}")

@@ -18,6 +18,10 @@ class NonFiniteError(TiltflowError):
     """A number that must be finite is not: training stops before the weights are touched. Exit code 1."""
 
 
+class CollapseError(TiltflowError):
+    """So few samples carry the weight that nothing can be learned: training stops, the weights as before. Exit code 1."""
+
+
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """`", did you mean 'right'?"` for the nearest allowed name, the list of names if none is near.
 

@@ -16,7 +16,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, interior, linear_time, mixture_weights
+from tiltflow.interpolant import (
+    Coefficients,
+    Interpolant,
+    Linear,
+    PredictionType,
+    expand,
+    interior,
+    linear_time,
+    mixture_weights,
+)
 from tiltflow.precision import autocast
 
 
@@ -59,10 +68,20 @@ class Flow:
             return self._predict(x, *arguments)
         c = self.interpolant(interior(s))
         a, b = mixture_weights(self.prediction, c)
-        scale = c.alpha + c.beta
-        predicted = self._predict(x * expand(scale, x), *arguments)
-        gain = scale / (c.alpha * b - c.beta * a)
+        predicted = self._predict(x * expand(c.alpha + c.beta, x), *arguments)
+        gain = self._gain(c, a, b)
         return x * expand(gain * (a + b), x) - predicted * expand(gain, x)
+
+    def _gain(self, c: Coefficients, a: Tensor, b: Tensor) -> Tensor:
+        return (c.alpha + c.beta) / (c.alpha * b - c.beta * a)
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """By how much the network's prediction changes for a change of velocity by 1, at t [] or [batch]: 1 for velocities on
+        the linear path, t for epsilon, 1 - t for x1."""
+        if isinstance(self.interpolant, Linear) and self.prediction == "velocity":
+            return torch.ones_like(t)
+        c = self.interpolant(interior(self.interpolant.own_time(t.double() if t.device.type == "cpu" else t)))
+        return 1 / self._gain(c, *mixture_weights(self.prediction, c)).abs()
 
     def _predict(self, x: Tensor, *arguments: Any) -> Tensor:
         with autocast(self.autocast, x.device):
@@ -134,15 +153,30 @@ def linearize(flow: VelocityField, x: Tensor, t: Tensor) -> tuple[Tensor, Callab
     return v.detach(), pullback
 
 
+def rows(flow: VelocityField, which: Tensor | slice) -> VelocityField:
+    """`flow` for those samples of the batch: given their conditions, where it was bound to a tensor of one for each sample."""
+    if isinstance(flow, Flow):
+        condition = flow.condition
+        return flow.bind(condition[which]) if isinstance(condition, Tensor) and condition.ndim > 0 else flow
+    inner = getattr(flow, "flow", None)
+    return flow if inner is None else replace(cast(Any, flow), flow=rows(inner, which))
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A velocity field that is evaluated on at most `size` samples at a time."""
+
+    flow: VelocityField
+    size: int
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        starts = range(0, len(x), self.size)
+        return torch.cat([rows(self.flow, slice(i, i + self.size))(x[i : i + self.size], t) for i in starts])
+
+
 def in_chunks(flow: VelocityField, size: int | None) -> VelocityField:
     """`flow`, evaluated on at most `size` samples at a time: less memory, the same result."""
-    if size is None:
-        return flow
-
-    def chunked(x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([flow(part, t) for part in x.split(size)])
-
-    return chunked
+    return flow if size is None else Chunked(flow, size)
 
 
 class CountEvaluations:

@@ -31,6 +31,22 @@ class Optimization(Settings):
     max_grad_norm: Positive | None = 1.0
 
 
+class Tilting(Optimization):
+    """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
+
+    beta: Positive = 1.0
+    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
+    nat of path KL."""
+
+    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
+        """log of the density that the law aimed at has over p_base, up to a constant, where the rewards are these: [batch]."""
+        return rewards.double() / self.beta
+
+    def target_law(self, steps: int) -> str:
+        """The law that the method aims at, in words."""
+        return "p_base(x) exp(r(x) / beta)"
+
+
 def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
     """The factor on the learning rate at `step` in 1 .. total: linear up over `warmup` steps, then flat or a cosine to 0.
 

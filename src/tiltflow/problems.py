@@ -8,13 +8,16 @@ target law, optimal control and value function are closed forms.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tiltflow.induced_law import Array, Law, log_normal
 from tiltflow.interpolant import expand
 from tiltflow.settings import Settings
 
@@ -213,6 +216,31 @@ class Mixture(Problem):
             means = torch.zeros(self.modes, self.dimension, dtype=torch.float64)
             means[:, 0], means[:, 1] = self.radius * angle.cos(), self.radius * angle.sin()
         return _mixture(means, self.weights or (1.0,) * len(means), self.scale)
+
+
+class TwoModes(Settings):
+    """Two equal modes in one dimension under the bounded reward tanh(x): every method's law is known."""
+
+    name: Literal["two-modes"] = "two-modes"
+    separation: Positive = 1.5
+    """The modes are at -separation and separation."""
+    scale: Positive = 0.5
+
+    def base(self) -> GaussianMixture:
+        return _mixture(torch.tensor([[-self.separation], [self.separation]], dtype=torch.float64), (1.0, 1.0), self.scale)
+
+    def law(self) -> Law:
+        """The base on a grid."""
+        m, s = self.separation, self.scale
+        return Law.of(lambda x: np.logaddexp(log_normal(x, -m, s), log_normal(x, m, s)))
+
+    def reward(self) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.tanh(x[:, 0])
+
+    @staticmethod
+    def reward_at(x: Array) -> Array:
+        """The same reward of points x [n]."""
+        return np.tanh(x)
 
 
 def _mixture(means: Tensor, weights: tuple[float, ...], scale: float | tuple[float, ...]) -> GaussianMixture:

@@ -155,6 +155,8 @@ def steps(
 
     calibration, spent = None, 0
     if count := training.calibration_samples:
+        if not hasattr(method, "beta"):
+            raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
         with CountEvaluations(model.flow.network) as evaluations:
             expected = target_reward(
                 base, reward, method.beta, draw, method.sampling, count, seed=seed, start=start, device=model.device
@@ -234,7 +236,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished (or interrupted) run from its folder alone; writes summary.json, the pictures and report.html."""
     recipe = read_recipe(folder)
-    settings, beta = recipe.evaluation, recipe.method.beta
+    settings = recipe.evaluation
     count = num_samples or settings.num_samples
     base = load(folder / "base" if (folder / "base").exists() else recipe.model, device)
     tuned = load(folder / "model", device)
@@ -248,12 +250,13 @@ def evaluate_run(
     x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))
-    weights = ImportanceWeights.from_rewards(r_base, beta)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    taken = rows[-1]["step"]
+    weights = ImportanceWeights(torch.softmax(recipe.method.log_tilt(r_base, taken), 0))
     target_mean, target_error = weights.mean(r_base)
     generator = stream(recipe.seed, "bootstrap")
     of_reward = reward_distance(r, r_base, weights, generator)
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary: dict[str, Any] = {
         "tiltflow": __version__,
         "torch": torch.__version__,
@@ -263,13 +266,13 @@ def evaluate_run(
         "description": recipe.description,
         "model": recipe.model,
         "method": recipe.method.name,
-        "beta": beta,
+        "beta": getattr(recipe.method, "beta", None),
         "working_beta": rows[-1].get("beta"),
-        "target_law": "p_base(x) exp(r(x) / beta)",
+        "target_law": recipe.method.target_law(taken),
         "limits": recipe.method.limits(base.flow.noise_time),
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
-        "iterations": rows[-1]["step"],
+        "iterations": taken,
         "max_train_steps": recipe.training.max_train_steps,
         "seed": recipe.seed,
         "num_samples": count,
@@ -406,10 +409,14 @@ def read_recipe(folder: Path) -> Recipe:
 
 def model_card(recipe: Recipe) -> str:
     """README.md of a tuned model."""
+    steps = recipe.training.max_train_steps
+    aim = recipe.method.target_law(steps)
+    if (beta := getattr(recipe.method, "beta", None)) is not None:
+        aim += f", beta = {beta:g}"
     return (
         f"# {recipe.model} tuned by {recipe.method.name}\n\n{recipe.description}\n\n"
-        f"Base: `{recipe.model}`. Reward: {recipe.reward.description}. beta = {recipe.method.beta:g}, seed {recipe.seed}, "
-        f"up to {recipe.training.max_train_steps} steps. The complete recipe is `recipe.yaml` of the run.\n"
+        f"Base: `{recipe.model}`. Reward: {recipe.reward.description}. Aims at {aim}; "
+        f"seed {recipe.seed}, up to {steps} steps. The complete recipe is `recipe.yaml` of the run.\n"
     )
 
 

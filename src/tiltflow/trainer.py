@@ -23,7 +23,6 @@ from tiltflow.streams import stream
 class Method(Protocol):
     """What the loop needs of a method; see `tiltflow.methods`."""
 
-    beta: float
     learning_rate: float
     lr_scheduler: Any
     lr_warmup_steps: int
@@ -62,6 +61,18 @@ class Record:
     """Samples that the tuned and the base network have been evaluated on, counted together."""
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """A flow at the moving average of its weights."""
+
+    flow: VelocityField
+    average: WeightAverage
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        with self.average.applied():
+            return self.flow(x, t)
+
+
 def train(
     tuned: Flow,
     base: Flow | AdapterOff,
@@ -98,11 +109,6 @@ def train(
         weight_decay=method.adam_weight_decay,
     )
     average = WeightAverage(parameters, ema_decay)
-
-    def averaged(x: Tensor, t: Tensor) -> Tensor:
-        with average.applied():
-            return tuned(x, t)
-
     working = method
     device, state, step, began = parameters[0].device, None, 0, time.perf_counter()
     networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
@@ -123,7 +129,7 @@ def train(
                     state,
                     start=start,
                     micro_batch_size=micro_batch_size,
-                    policy=averaged if ema_decay else None,
+                    policy=Averaged(tuned, average) if ema_decay else None,
                 )
                 for measured in updates:
                     step += 1

@@ -15,22 +15,27 @@ from tiltflow.flow import Flow
 from tiltflow.lqg import Lqg
 from tiltflow.networks.mlp import Mlp
 from tiltflow.plugins import find, part_of
-from tiltflow.problems import CorrectedVelocity, ExactVelocity, Gaussian, GaussianMixture, Mixture, optimal_control
+from tiltflow.problems import CorrectedVelocity, ExactVelocity, Gaussian, GaussianMixture, Mixture, TwoModes, optimal_control
 from tiltflow.sampler import Sampling, sample, time_grid
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.streams import new_network, stream
 from tiltflow.trainer import Record, train
 from tiltflow.verify_lqg import LqgVerification, verify_lqg
+from tiltflow.verify_two_modes import TwoModesVerification, verify_two_modes
 
 Count = Annotated[int, Field(ge=1)]
 
-PROBLEMS: dict[str, type[Settings]] = {"gaussian": Gaussian, "lqg": Lqg, "mixture": Mixture}
+PROBLEMS: dict[str, type[Settings]] = {"gaussian": Gaussian, "lqg": Lqg, "mixture": Mixture, "two-modes": TwoModes}
 
 # What suits problems of a few dimensions; the methods' own defaults suit large networks.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"learning_rate": 5e-3},
     "score-as-action": {"learning_rate": 5e-3, "critic": {"train_batch_size": 128}},
+    "orw-cfm-w2": {"learning_rate": 3e-3, "regression_batch_size": 1024},
 }
+# ORW-CFM-W2 learns in rounds, each from many samples: without a penalty four of them, whose law is p exp(r)
+ROUNDS: dict[str, dict[str, Any]] = {"method": {"alpha": 0, "tau": 0.25, "num_passes": 200}, "run": {"iterations": 800}}
+ROUNDS_TWO_MODES: dict[str, dict[str, Any]] = {"method": {"num_passes": 30}, "run": {"iterations": 1500}}
 LQG_DEFAULTS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"beta": 0.5, "solver": "euler-maruyama", "learning_rate": 2e-2},
     "score-as-action": {
@@ -67,7 +72,10 @@ class Verification(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Verification | LqgVerification:
+AnyVerification = Verification | LqgVerification | TwoModesVerification
+
+
+def read_verification(problem: str, method: str, overrides: Sequence[str]) -> AnyVerification:
     """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method and the
     sampling, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
 
@@ -79,11 +87,16 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
         # a preset is asked for as it was published; only where it is applied stays ours
         defaults = {key: value for key, value in defaults.items() if key in ("beta", "solver")}
     tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **defaults}}
-    kind: type[Verification | LqgVerification] = Verification
+    if method == "orw-cfm-w2":
+        rounds = ROUNDS_TWO_MODES if problem == "two-modes" else ROUNDS
+        tree["method"] |= rounds["method"]
+        tree |= rounds["run"] | {"train_batch_size": 8192, "ema_decay": 0.97}
+    kind: type[AnyVerification] = Verification
     letters: dict[str, list[str]] = {}
     if problem == "lqg":
         kind, letters = LqgVerification, LQG_LETTERS
     else:
+        kind = TwoModesVerification if problem == "two-modes" else Verification
         parts["sampling"] = Sampling
     dotted = []
     for override in overrides:
@@ -104,10 +117,10 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> Ve
     return validate(kind, apply_overrides(tree, dotted), f"verify {problem}")
 
 
-def run_verification(
-    settings: Verification | LqgVerification, watch: Callable[[Record], None] = lambda record: None
-) -> dict[str, Any]:
+def run_verification(settings: AnyVerification, watch: Callable[[Record], None] = lambda record: None) -> dict[str, Any]:
     """Train and measure, on whichever problem."""
+    if isinstance(settings, TwoModesVerification):
+        return verify_two_modes(settings, watch)
     return verify_lqg(settings, watch) if isinstance(settings, LqgVerification) else verify(settings, watch)
 
 
@@ -119,7 +132,8 @@ def verify(settings: Verification, watch: Callable[[Record], None] = lambda reco
     """
     problem, method = settings.problem, settings.method
     law, reward = problem.base(), problem.reward()
-    target = law.tilt(reward, method.beta)
+    beta = temperature(method, settings.iterations)
+    target = law.tilt(reward, beta)
     base = Flow(ExactVelocity(law))
     correction = new_network(Mlp(dimension=problem.dimension, hidden=settings.hidden, layers=settings.layers), settings.seed)
     tuned = Flow(CorrectedVelocity(ExactVelocity(law), correction))
@@ -159,14 +173,27 @@ def verify(settings: Verification, watch: Callable[[Record], None] = lambda reco
         "reward_base": law.expectation(reward),
         "control_error": control_error(tuned, law, target, generator),
         "loss": record.metrics["loss"],
-        "path_kl": record.metrics["path_kl"],
-        "path_kl_exact": target.expectation(reward) / method.beta - law.log_partition(reward, method.beta),
+        "path_kl": record.metrics.get("path_kl"),
+        "path_kl_exact": target.expectation(reward) / beta - law.log_partition(reward, beta),
         "iterations": settings.iterations,
         "network_evaluations": record.network_evaluations,
         "evaluations_per_trajectory": record.network_evaluations / (settings.iterations * settings.train_batch_size),
         "seconds": record.seconds,
         "seed": settings.seed,
     }
+
+
+def temperature(method: Any, steps: int) -> float:
+    """The beta of the tilted law that a method samples after so many optimizer steps. Raises InputError where its law is
+    another one."""
+    if not hasattr(method, "exact_law"):
+        return float(method.beta)
+    if method.alpha > 0 or method.online_fraction < 1 or method.weight != "exponential":
+        raise InputError(
+            f"on this problem the law of {method.name} is known for alpha = 0, online_fraction = 1 and exponential weights"
+            f" only; `tiltflow verify two-modes --method {method.name}` knows them all"
+        )
+    return 1 / float(method.log_tilt(torch.ones(1), steps))
 
 
 @torch.no_grad()

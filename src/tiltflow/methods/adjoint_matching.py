@@ -25,7 +25,7 @@ from torch import Tensor
 from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import VelocityField, in_chunks
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Optimization
+from tiltflow.optimization import Tilting
 from tiltflow.reward import Reward
 from tiltflow.sampler import Chain, Sampling, Trajectory, memoryless_offset, rollout
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -82,14 +82,12 @@ class Regression(NamedTuple):
     first: int
 
 
-class AdjointMatching(Optimization):
+class AdjointMatching(Tilting):
     """Adjoint Matching. Needs a differentiable reward; aims at p_base(x) exp(r(x) / beta)."""
 
     name: Literal["adjoint-matching"] = "adjoint-matching"
     preset: Literal["paper", "official-code"] | None = None
     """Start from a published setting; keys given beside it win."""
-    beta: Positive = 1.0
-    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base."""
 
     solver: Literal["memoryless", "memoryless-offset", "ddpm", "euler-maruyama"] = "memoryless"
     num_inference_steps: Annotated[int, Field(ge=2)] = 40

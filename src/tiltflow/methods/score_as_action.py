@@ -46,7 +46,7 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.flow import VelocityField, in_chunks, linearize
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Optimization
+from tiltflow.optimization import Tilting
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Trajectory, rollout, rollout_ode
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -109,14 +109,12 @@ class Steps:
     advantages: Tensor | None
 
 
-class ScoreAsAction(Optimization):
+class ScoreAsAction(Tilting):
     """Score as Action. Any reward; aims at p_base(x) exp(r(x) / beta) where the solver is memoryless."""
 
     name: Literal["score-as-action"] = "score-as-action"
     preset: Literal["ddpo", "dxmi"] | None = None
     """Start from the settings of a published method; keys given beside it win."""
-    beta: Positive = 1.0
-    """Temperature of the tilt, in units of reward: the price of a nat of path KL."""
 
     solver: str = "memoryless"
     """Any solver of `Sampling`; `package.module:function` for one of your own."""

@@ -1,0 +1,234 @@
+r"""The law that reward-weighted flow matching reaches, exactly, in one dimension: no network, no samples.
+
+One round of ORW-CFM-W2 (`tiltflow.methods.orw_cfm_w2`) with a perfect fit maps the law q of the current model to the law of
+
+    v+(x, t) = lambda v_wq(x, t) + (1 - lambda) v_base(x, t),     lambda = m / (m + alpha),   m(x, t) = E_q[w(x_1) | x_t = x],
+
+the minimiser of its loss: E_q[w (x_1 - x_0) | x_t] / m is the field of the law w q / E_q[w], the coupling being independent.
+Here the densities live on a grid; fields are quadratures, over x_1 before t = 1/2 and over x_0 after it, where the other kernel
+is narrow; the law of a field is found by integrating its ODE backward from a grid of samples to the noise, whose density is
+known.
+
+The law is the same for every Gaussian path, so the linear one serves all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline, PchipInterpolator
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+
+Array = NDArray[np.float64]
+Density = Callable[[Array], Array]
+
+NOISE = np.linspace(-8, 8, 121)  # quadrature over x_0: the trapezoid rule is spectrally accurate for Gaussians
+SUPPORT = 8.0  # samples are sought on [-SUPPORT, SUPPORT]
+NODES = 321
+STEPS = 24  # of Runge-Kutta 4, shorter at both ends
+FLOOR = -60.0  # log densities below are extrapolated: the backward ODE has no digits there
+
+
+def log_normal(x: Array, mean: Array | float, std: Array | float) -> Array:
+    return -(((x - mean) / std) ** 2) / 2 - np.log(std * math.sqrt(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class Law:
+    """A density on the line, by its logarithm `log_density` at `points`, normalised."""
+
+    points: Array
+    log_density: Array
+
+    @classmethod
+    def of(cls, log_density: Density) -> Law:
+        """The law with this log density, up to a constant."""
+        points = np.linspace(-SUPPORT, SUPPORT, NODES)
+        return cls.normalised(points, log_density(points))
+
+    @classmethod
+    def normalised(cls, points: Array, log_density: Array) -> Law:
+        """The law with this log density at equally spaced points, up to a constant."""
+        return cls(points, log_density - logsumexp(log_density) - math.log(points[1] - points[0]))
+
+    def tilt(self, log_weight: Array) -> Law:
+        """The law w q / E_q[w], for log w at the points."""
+        return Law.normalised(self.points, self.log_density + log_weight)
+
+    @cached_property
+    def probabilities(self) -> Array:
+        """Of the points: their densities times their spacing."""
+        p = np.exp(self.log_density)
+        return np.asarray(p / p.sum())
+
+    @cached_property
+    def _spline(self) -> CubicSpline:
+        return CubicSpline(self.points, self.log_density)
+
+    def log_at(self, x: Array) -> Array:
+        """log density at x, quadratic in x beyond the points."""
+        values = np.asarray(self._spline(x))
+        for end, beyond in ((self.points[0], x < self.points[0]), (self.points[-1], x > self.points[-1])):
+            away = x[beyond] - end
+            values[beyond] = self._spline(end) + away * self._spline(end, 1) + away**2 / 2 * self._spline(end, 2)
+        return values
+
+    def expectation(self, function: Density) -> float:
+        return float(self.probabilities @ function(self.points))
+
+    @property
+    def mean(self) -> float:
+        return self.expectation(lambda x: x)
+
+    @property
+    def variance(self) -> float:
+        return self.expectation(lambda x: x**2) - self.mean**2
+
+    @property
+    def positive(self) -> float:
+        """P(x > 0), the point at 0 counting half."""
+        return self.expectation(lambda x: np.heaviside(np.where(np.abs(x) < 1e-12, 0, x), 0.5))
+
+    def quantiles(self, levels: Array) -> Array:
+        """Inverse of the distribution function at `levels` in (0, 1)."""
+        h = self.points[1] - self.points[0]
+        cdf = np.concatenate([[0.0], np.cumsum(self.probabilities)])
+        edges = np.concatenate([[self.points[0] - h / 2], self.points + h / 2])
+        rising = np.concatenate([[True], np.diff(cdf) > 1e-15])
+        return np.asarray(PchipInterpolator(cdf[rising], edges[rising])(levels))
+
+    def w2(self, other: Law) -> float:
+        """2-Wasserstein distance: on the line, that of the quantile functions."""
+        levels = (np.arange(20_000) + 0.5) / 20_000
+        return float(np.sqrt(np.mean((self.quantiles(levels) - other.quantiles(levels)) ** 2)))
+
+    def kl(self, other: Law) -> float:
+        """KL(self | other)."""
+        return float(self.probabilities @ (self.log_density - other.log_at(self.points)))
+
+    def posterior(self, x: Array, t: float, log_weight: Array) -> tuple[Array, Array]:
+        """(log m, v) at x_t = x [n] on the linear path: m = E[w | x_t], v the velocity of the law w q.
+
+        Args:
+            log_weight: log w at the points.
+        """
+        if t < 0.5:
+            data, noise = self.points, (x[:, None] - t * self.points) / (1 - t)
+            joint = self.log_density - noise**2 / 2
+            w = np.exp(log_weight)
+        else:
+            noise = NOISE
+            data = (x[:, None] - (1 - t) * NOISE) / t
+            joint = self.log_at(data) - NOISE**2 / 2
+            w = np.exp(CubicSpline(self.points, log_weight)(np.clip(data, self.points[0], self.points[-1])))
+        joint = np.exp(joint - joint.max(axis=1, keepdims=True))
+        weighted = joint * w
+        m = weighted.sum(1)
+        return np.log(m / joint.sum(1)), (weighted * (data - noise)).sum(1) / m
+
+    def velocity(self, x: Array, t: float) -> Array:
+        """E[x_1 - x_0 | x_t = x] on the linear path."""
+        return self.posterior(x, t, np.zeros_like(self.points))[1]
+
+
+def induced_velocity(
+    q: Law, base: Law, log_weight: Array, alpha: float, *, both_terms: bool = False
+) -> Callable[[Array, float], Array]:
+    """v+ of the top of this file, for a law q, weights w at its points, and the base.
+
+    Args:
+        both_terms: whether w is in the penalty as well; lambda is then 1 / (1 + alpha).
+    """
+
+    def field(x: Array, t: float) -> Array:
+        log_m, v = q.posterior(x, t, log_weight)
+        if alpha == 0:
+            return v
+        keep = 1 / (1 + alpha) if both_terms else 1 / (1 + alpha * np.exp(-log_m))
+        return np.asarray(keep * v + (1 - keep) * base.velocity(x, t))
+
+    return field
+
+
+def push_forward(field: Callable[[Array, float], Array], *, steps: int = STEPS) -> Law:
+    """The law of the ODE of a velocity field, from standard normal noise."""
+    times = (1 - np.cos(np.pi * np.arange(steps + 1) / steps)) / 2
+    y = np.linspace(-SUPPORT, SUPPORT, NODES)
+    x = y.copy()
+    for s, t in zip(times[:0:-1], times[-2::-1], strict=True):
+        h = t - s
+        k1 = field(x, s)
+        k2 = field(x + h / 2 * k1, s + h / 2)
+        k3 = field(x + h / 2 * k2, s + h / 2)
+        k4 = field(x + h * k3, t)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    slope = CubicSpline(y, x)(y, 1)
+    log_density = log_normal(x, 0.0, 1.0) + np.log(np.maximum(slope, 1e-300))
+    trusted = np.flatnonzero((log_density > FLOOR) & (np.abs(x) < NOISE[-1]))
+    kept = slice(trusted[0], trusted[-1] + 1)
+    return Law.normalised(y, Law(y[kept], log_density[kept]).log_at(y))
+
+
+def one_round(q: Law, base: Law, log_weight: Density, alpha: float, weight_mode: str = "normalized") -> Law:
+    """The law after one round of ORW-CFM-W2 with a perfect fit, by the `weight_mode` of the method."""
+    logs = log_weight(q.points)
+    if weight_mode == "normalized":
+        logs = logs - float(logsumexp(logs + np.log(q.probabilities)))
+    if alpha == 0:
+        return q.tilt(logs)
+    return push_forward(induced_velocity(q, base, logs, alpha, both_terms=weight_mode == "both-terms"))
+
+
+def fixed_point(base: Law, log_weight: Density, alpha: float, weight_mode: str = "normalized", *, rounds: int = 200) -> Law:
+    """The law at which the rounds settle, for alpha > 0: until the mean moves by less than 3e-6, or so many rounds.
+
+    Raises ValueError for alpha = 0, where there is none.
+    """
+    if alpha <= 0:
+        raise ValueError("without a penalty the rounds do not settle: after n of them the law is w^n p_base")
+    q = base
+    for _ in range(rounds):
+        before, q = q.mean, one_round(q, base, log_weight, alpha, weight_mode)
+        if abs(q.mean - before) < 3e-6:
+            break
+    return q
+
+
+def mixture_of_rounds(data: Law, log_weight: Density, online_fraction: float) -> Law:
+    """The law at which rounds settle with alpha = 0 and samples of which only a fraction f is of the current model, the others
+    being data: (1 - f) w p / (Z - f w), Z found from the normalisation. Raises ValueError if there is none: f too near 1."""
+    w = np.exp(log_weight(data.points))
+    f, p = online_fraction, data.probabilities
+
+    def excess(z: float) -> float:
+        return float(((1 - f) * w / (z - f * w)) @ p) - 1
+
+    low, high = f * w.max() * (1 + 1e-9), float(w.max()) * 2
+    if excess(low) <= 0:
+        raise ValueError(f"with online_fraction {f:g} the rounds run into the best samples: there is no law to settle at")
+    z = brentq(excess, low, high, xtol=1e-13)
+    return data.tilt(np.log((1 - f) * w / (z - f * w)))
+
+
+def velocity_distance(q: Law, base: Law, field: Callable[[Array, float], Array] | None = None, *, times: int = 48) -> float:
+    """J = integral over t of E|v - v_base|^2 over x_t of the path of q: the penalty of the loss. v is `field`, or q's own."""
+    nodes, lengths = np.polynomial.legendre.leggauss(times)
+    total = 0.0
+    for node, length in zip((nodes + 1) / 2, lengths / 2, strict=True):
+        # x_t = t x_1 + (1 - t) x_0 on a product grid, coarse in x_0 where (1 - t) is small anyway
+        x0 = np.linspace(-7, 7, 57)
+        weights = np.exp(log_normal(x0, 0.0, 1.0)) * (x0[1] - x0[0])
+        some = slice(None, None, 4)
+        p = q.probabilities[some] / q.probabilities[some].sum()
+        x = (node * q.points[some][:, None] + (1 - node) * x0).ravel()
+        joint = (p[:, None] * weights).ravel()
+        kept = joint > 1e-12
+        away = (field or q.velocity)(x[kept], node) - base.velocity(x[kept], node)
+        total += length * float(joint[kept] @ away**2)
+    return total

@@ -1,0 +1,398 @@
+r"""ORW-CFM-W2: online reward-weighted conditional flow matching with a Wasserstein-2 penalty (Fan et al., arXiv 2502.06061).
+
+The model learns from its own samples, each weighing more the higher its reward, and pays for leaving the base (eq. 10):
+
+    loss = E[ w(x_1) |v(x_t, t) - (x_1 - x_0)|^2  +  alpha |v(x_t, t) - v_base(x_t, t)|^2 ],
+    x_1 from the current model by its ODE,  x_0 fresh noise, independent of x_1,  x_t = t x_1 + (1 - t) x_0.
+
+No gradient of the reward, no likelihood, no SDE. One round is
+
+    1.  draw samples by the ODE, without gradients
+    2.  weigh them by their rewards
+    3.  regress: conditional flow matching on the weighted samples, and the penalty at the same (x_t, t).
+
+What it aims at is not p_base exp(r / beta). With q the law of the samples and m(x, t) = E_q[w | x_t = x], the minimiser of one
+round is lambda v_wq + (1 - lambda) v_base, where lambda = m / (m + alpha) and v_wq is the field of w q / E_q[w]. So
+
+    alpha = 0     round n samples w^n p_base, exactly, and runs into the best mode as n grows
+    alpha > 0     the rounds settle where that field samples q itself: a law that leans from p_base to high reward. To first
+                  order in tau it is p_base exp(tau r / alpha), beyond that it is milder; `tiltflow.induced_law` computes it.
+    alpha -> inf  the base.
+
+The laws are the same for every Gaussian path and every prediction type, as both terms are measured in the prediction of the
+network. What `weight_mode` does to them:
+
+    normalized  w / mean(w) in the first term. alpha means the same whatever the offset and scale of the reward. (default)
+    raw         the paper's w. The leash in effect is alpha / E_q[w]: it gives way as the reward grows and moves with its
+                offset. It reaches the same curve of laws as `normalized`, at other alphas.
+    both-terms  w in both terms, so lambda = 1 / (1 + alpha) everywhere. The only one that has a fixed point for rewards that
+                are not bounded above: for a Gaussian base and a linear reward exactly p_base exp(tau r / alpha).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from tiltflow.data import load_images
+from tiltflow.errors import CollapseError, InputError, did_you_mean
+from tiltflow.flow import Flow, VelocityField, in_chunks, rows
+from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
+from tiltflow.interpolant import expand
+from tiltflow.optimization import Optimization
+from tiltflow.plugins import import_function
+from tiltflow.reward import Reward, evaluate
+from tiltflow.sampler import Sampling, sample
+
+Count = Annotated[int, Field(ge=1)]
+WeightMode = Literal["normalized", "raw", "both-terms"]
+
+
+@dataclass
+class State:
+    """What is kept between rounds."""
+
+    rounds: int = 0
+    data: Tensor | None = None
+
+
+class OrwCfmW2(Optimization):
+    """ORW-CFM-W2. Any reward, no gradient; aims at its own law, near p_base(x) exp(tau r(x) / alpha) for a weak tilt."""
+
+    name: Literal["orw-cfm-w2"] = "orw-cfm-w2"
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    """Sharpness of the weights exp(tau r), in units of 1 / reward: it multiplies, so it is an inverse temperature."""
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the Wasserstein penalty. 0 never stops: after n rounds the law is p_base exp(n tau r)."""
+    weight: str = "exponential"
+    """exponential: exp(tau r). reward: r itself, which must not be negative. Or `package.module:function`, a function of yours
+    from rewards [batch] to weights [batch]."""
+    weight_mode: WeightMode = "normalized"
+    """See the top of this file."""
+    min_effective_sample_size: Annotated[float, Field(ge=1)] = 2.0
+    """Stop when the weights of a round rest on fewer samples, (sum w)^2 / sum w^2, than this."""
+
+    online_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the samples that come from the current model. 1 is online; 0 is offline (RW-CFM), whose law is w p_data; between
+    the two the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
+    data: str | None = None
+    """Where the other samples come from: an .npz file with x_train, or a folder of images; without it, from the base."""
+    solver: str = "heun"
+    """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned
+    again in every round: euler with few steps narrows the law a little more each time."""
+    num_inference_steps: Annotated[int, Field(ge=2)] = 20
+    shift: Annotated[float, Field(gt=0)] = 1.0
+
+    coupling: Literal["independent", "optimal-transport"] = "independent"
+    """How noise meets samples. optimal-transport pairs a batch at least cost; only with weight_mode both-terms, where samples
+    are drawn in proportion to their weights first: after pairing, a weight would be of the pair and no longer tilt the law."""
+    num_passes: Count = 8
+    """Optimizer steps on the samples of a round, each with fresh noise and times."""
+    regression_batch_size: Count | None = None
+    """Samples in each of them; all of the round by default."""
+
+    needs_reward_gradient: ClassVar[bool] = False
+
+    @field_validator("weight")
+    @classmethod
+    def _known(cls, weight: str) -> str:
+        if weight not in ("exponential", "reward") and ":" not in weight:
+            raise ValueError(f"there is no weight {weight!r}{did_you_mean(weight, ['exponential', 'reward'])}")
+        return weight
+
+    @model_validator(mode="after")
+    def _check(self) -> OrwCfmW2:
+        if self.sampling.has_noise:
+            raise ValueError(f"solver {self.solver!r} has noise, and the method needs the law of the ODE; use euler or heun")
+        if self.coupling == "optimal-transport" and self.weight_mode != "both-terms":
+            raise ValueError(
+                "coupling 'optimal-transport' with weighted samples removes the tilt: each weight then belongs to a pair, whose"
+                " noise is no longer Gaussian; use coupling 'independent', or weight_mode 'both-terms'"
+            )
+        if self.data is not None and self.online_fraction == 1:
+            raise ValueError("data are not used while online_fraction is 1; give a smaller one")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How samples are drawn from the model while it trains."""
+        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
+
+    def tilt(self, rounds: float) -> float:
+        """c such that the law after so many rounds is p_base exp(c r): tau sum_{k=1..n} (1 + alpha)^-k. Exact for alpha = 0 and
+        exponential weights, else to first order in tau. Offline, one round is all that there is."""
+        if self.online_fraction == 0:
+            rounds = 1
+        decay: float = 1 / (1 + self.alpha)
+        if self.online_fraction == 0 or decay == 1:
+            return self.tau * decay * rounds
+        return self.tau * decay * (1 - float(decay**rounds)) / (1 - decay)
+
+    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
+        """log of the density that the law of a run of so many optimizer steps has over p_base, up to a constant, where the
+        rewards are these: [batch]. See `tilt` for where it is exact."""
+        return self.tilt(math.ceil(steps / self.num_passes)) / self.tau * self.log_weights(rewards)
+
+    def exact_law(self, base: Law, reward: Callable[[Array], Array], steps: int) -> Law:
+        """The law after so many optimizer steps, in one dimension, each round being fitted perfectly; the law at which the
+        rounds settle if they do so before. Raises ValueError if part of the samples is not of the current model and alpha > 0.
+
+        Args:
+            reward: of points [n].
+        """
+
+        def log_weight(x: Array) -> Array:
+            return self.log_weights(torch.from_numpy(reward(x))).numpy()
+
+        if self.online_fraction == 0:
+            return one_round(base, base, log_weight, self.alpha, self.weight_mode)
+        if self.online_fraction < 1:
+            if self.alpha > 0:
+                raise ValueError("with alpha > 0 and part of the samples from elsewhere no exact law is known")
+            return mixture_of_rounds(base, log_weight, self.online_fraction)
+        rounds = math.ceil(steps / self.num_passes)
+        if self.alpha == 0:
+            return base.tilt(rounds * log_weight(base.points))
+        return fixed_point(base, log_weight, self.alpha, self.weight_mode, rounds=rounds)
+
+    def target_law(self, steps: int) -> str:
+        """The law that the method aims at, in words."""
+        rounds, weight = math.ceil(steps / self.num_passes), "exp(tau r(x))" if self.weight == "exponential" else "w(x)"
+        if self.online_fraction == 0 and self.alpha == 0:
+            return f"{weight} p_base(x), offline"
+        if self.alpha == 0:
+            return f"{weight}^{rounds} p_base(x), that of {rounds} rounds"
+        return f"the fixed point of its rounds; to first order in tau, p_base(x) exp({self.tilt(rounds):.3g} r(x))"
+
+    def limits(self, start: float = 0.0) -> list[str]:
+        """Why the law is not p_base exp(r / beta): one sentence for each reason."""
+        reasons = []
+        if self.alpha == 0 and self.online_fraction == 1:
+            reasons.append("alpha = 0: every round tilts the law again, until one mode is left; there is no target to stop at.")
+        if self.alpha > 0:
+            reasons.append(
+                "The law of ORW-CFM-W2 agrees with p_base exp(tau r / alpha) for weak tilts only; it is compared with that law."
+            )
+        if self.weight != "exponential":
+            reasons.append("The weights are not exp(tau r), so the law is not an exponential tilt.")
+        if 0 < self.online_fraction < 1:
+            reasons.append(
+                "Part of the samples is not of the current model: the law is a hyperbolic tilt, not an exponential one."
+            )
+        return reasons
+
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
+        """What is kept between rounds. Raises InputError if the data cannot be read or are of another shape."""
+        if self.data is None:
+            return State()
+        images = load_images(Path(self.data)).images.to(device)
+        if images.shape[1:] != event_shape:
+            raise InputError(f"method.data: are of shape {list(images.shape[1:])}, the samples of {list(event_shape)}")
+        return State(data=images)
+
+    def gradients(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        x: Tensor,
+        generator: torch.Generator,
+        state: State,
+        *,
+        start: float = 0.0,
+        micro_batch_size: int | None = None,
+        policy: VelocityField | None = None,
+    ) -> Iterator[dict[str, float]]:
+        """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
+
+        Args:
+            x: starting points [batch, *event] at time `start`: as many samples are drawn in the round.
+            state: what is kept between rounds; changed in place.
+            micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
+            policy: the flow that samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
+                the same fixed point.
+
+        A condition that is a tensor [batch, ..] is one for each sample: weights are then normalised among samples of the same.
+
+        Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
+        all samples; CollapseError if too few samples carry the weight.
+        """
+        x1 = self._samples(
+            in_chunks(policy or tuned, micro_batch_size), in_chunks(base, micro_batch_size), x, generator, state, start
+        )
+        rewards = evaluate(reward, x1).detach()
+        if state.rounds == 0 and bool((rewards == rewards[0]).all()):
+            raise InputError(
+                f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
+            )
+        weights = self.weights(rewards, conditions(tuned))
+        state.rounds += 1
+        effective = effective_sample_size(weights)
+        if effective < self.min_effective_sample_size:
+            raise CollapseError(
+                f"round {state.rounds}: the weights of {len(weights)} samples rest on {effective:.1f} of them (largest weight"
+                f" {weights.max().item():.3g}, rewards {rewards.min().item():.3g} to {rewards.max().item():.3g}): lower"
+                f" method.tau ({self.tau:g}), or raise training.train_batch_size"
+            )
+        measured = {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "effective_sample_size": effective,
+            "largest_weight": weights.max().item(),
+        }
+        for _ in range(self.num_passes):
+            yield {**measured, **self._regress(tuned, base, x1, weights, generator, start, micro_batch_size)}
+
+    @torch.no_grad()
+    def _samples(
+        self,
+        policy: VelocityField,
+        base: VelocityField,
+        x: Tensor,
+        generator: torch.Generator,
+        state: State,
+        start: float,
+    ) -> Tensor:
+        """The samples of a round [batch, *event]: the first ones of the current model, the others of the data or the base."""
+        online = round(self.online_fraction * len(x))
+        parts = []
+        if online:
+            parts.append(sample(rows(policy, slice(online)), x[:online], self.sampling, generator, start=start))
+        if online < len(x):
+            if state.data is None:
+                parts.append(sample(rows(base, slice(online, None)), x[online:], self.sampling, generator, start=start))
+            else:
+                which = torch.randint(len(state.data), (len(x) - online,), generator=generator, device=generator.device)
+                parts.append(state.data[which].to(x))
+        return torch.cat(parts)
+
+    def weights(self, rewards: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The weights [batch] of samples with these rewards [batch], of mean 1 unless they are raw.
+
+        Args:
+            condition: [batch, ..]; each is normalised among the samples that share it.
+
+        Raises InputError if one is negative or infinite, or all are zero.
+        """
+        logs = self.log_weights(rewards)
+        if self.weight_mode == "raw":
+            weights = logs.exp()
+        else:
+            weights = torch.empty_like(logs)
+            for members in groups(condition, len(logs), logs.device):
+                weights[members] = torch.softmax(logs[members], 0) * len(members)
+        if bool(weights.isnan().any()) or float(weights.sum()) == 0:
+            raise InputError(f"method.weight {self.weight}: the weights of {len(weights)} samples are all zero")
+        if bool(weights.to(rewards.dtype).isinf().any()):
+            raise InputError(
+                f"method.weight {self.weight}: the largest weight is infinite (rewards up to {rewards.max().item():g},"
+                f" method.tau {self.tau:g}); lower tau, or use weight_mode normalized"
+            )
+        return weights.to(rewards.dtype)
+
+    def log_weights(self, rewards: Tensor) -> Tensor:
+        """log w [batch], float64, for rewards [batch]. Raises InputError if a weight is negative or not a number."""
+        if self.weight == "exponential":
+            return self.tau * rewards.double()
+        raw: Any = rewards
+        if self.weight != "reward":
+            raw = import_function(self.weight, "method.weight")(rewards)
+            if not isinstance(raw, Tensor) or raw.shape != rewards.shape:
+                shape = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+                raise InputError(f"method.weight {self.weight}: must return weights {list(rewards.shape)}, got {shape}")
+        if not bool((raw >= 0).all()):
+            hint = "; subtract its lower bound from the reward, or use weight exponential" if self.weight == "reward" else ""
+            raise InputError(f"method.weight {self.weight}: a weight is {raw.min().item():g}, it must not be negative{hint}")
+        logs: Tensor = raw.double().log()
+        return logs
+
+    def _regress(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        x1: Tensor,
+        weights: Tensor,
+        generator: torch.Generator,
+        start: float,
+        micro_batch_size: int | None,
+    ) -> dict[str, float]:
+        """Accumulate the gradient of the loss over one batch of fresh noise and times."""
+        size, device = self.regression_batch_size or len(x1), x1.device
+        if self.coupling == "independent":
+            which = torch.cat(
+                [torch.randperm(len(x1), generator=generator, device=device) for _ in range(-(-size // len(x1)))]
+            )[:size]
+            of_fit, of_penalty = (
+                weights[which],
+                weights[which] if self.weight_mode == "both-terms" else torch.ones_like(weights[which]),
+            )
+        else:
+            which = torch.multinomial(weights, size, replacement=True, generator=generator)
+            of_fit = of_penalty = torch.ones_like(weights[which])
+        x0 = torch.randn(size, *x1.shape[1:], generator=generator, device=device, dtype=x1.dtype)
+        if self.coupling == "optimal-transport":
+            x0 = x0[cheapest_pairing(x0, x1[which])]
+        # one time in each of `size` equal parts of [start, 1]: uniform, with less noise
+        parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+        t = start + (1 - start) * parts / size
+
+        fit, penalty, total = 0.0, 0.0, 0.0
+        for part in torch.arange(size, device=device).split(micro_batch_size or size):
+            i, s = which[part], t[part]
+            left, right = expand(1 - s, x0[part]), expand(s, x0[part])
+            x = left * x0[part] + right * x1[i]
+            v = rows(tuned, i)(x, s)
+            scale = prediction_scale(tuned, s).to(x) ** 2 / x[0].numel()
+            misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
+            terms = of_fit[part] * misfit
+            if self.alpha > 0:
+                with torch.no_grad():
+                    origin = rows(base, i)(x, s)
+                away = (v - origin).flatten(1).square().sum(1)
+                terms = terms + self.alpha * of_penalty[part] * scale * away
+                penalty += away.detach().sum().item() / size
+            loss = terms.sum() / size
+            loss.backward()
+            fit += misfit.detach().sum().item() / size
+            total += loss.item()
+        return {"loss": total, "flow_matching_loss": fit} | ({"velocity_distance": penalty} if self.alpha > 0 else {})
+
+
+def conditions(flow: VelocityField) -> Tensor | None:
+    """The conditions [batch, ..] that a flow was bound to, one for each sample, if it was."""
+    condition = flow.condition if isinstance(flow, Flow) else None
+    return condition if isinstance(condition, Tensor) and condition.ndim > 0 else None
+
+
+def groups(condition: Tensor | None, count: int, device: torch.device) -> list[Tensor]:
+    """The indices of the samples that share a condition [batch, ..], for each condition; of all samples without one."""
+    if condition is None:
+        return [torch.arange(count, device=device)]
+    _, member = torch.unique(condition.flatten(1) if condition.ndim > 1 else condition, dim=0, return_inverse=True)
+    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """(sum w)^2 / sum w^2 of weights [batch] (Kong): the number of equally weighted samples that would tell as much."""
+    w = weights.double() / weights.double().max()
+    return float(w.sum() ** 2 / w.square().sum())
+
+
+def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:
+    """How much the network's own prediction changes with the velocity, at t [batch]: measured in it, errors near the ends of
+    the path weigh as they did in pretraining."""
+    return flow.prediction_scale(t) if isinstance(flow, Flow) else torch.ones_like(t)
+
+
+def cheapest_pairing(x0: Tensor, x1: Tensor) -> Tensor:
+    """The order of x0 [batch, *event] that pairs it with x1 at the least sum of squared distances: [batch]."""
+    cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()).square()
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x0.device)
