@@ -48,7 +48,7 @@ class Outer(Settings):
             "here: method: there is no method 'adjoint-matchng', did you mean 'adjoint-matching'?",
         ),
         ({"method": {"name": "adjoint-matching", "bta": 1}}, "here: method.bta is not a setting, did you mean 'beta'?"),
-        ({"method": {"beta": 1}}, "here: method: needs a name; known: adjoint-matching, score-as-action"),
+        ({"method": {"beta": 1}}, "here: method: needs a name; known: adjoint-matching, orw-cfm-w2, score-as-action"),
         ({}, "here: needed is missing"),
     ],
 )
