@@ -33,13 +33,14 @@ class ImageData:
         return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
 
 
-def load_images(path: Path, split: Literal["train", "test"] = "train") -> ImageData:
+def load_images(path: str | Path, split: Literal["train", "test"] = "train") -> ImageData:
     """Read one split of a data set.
 
     An .npz file holds x_train, y_train, x_test, y_test: uint8 images [count, height, width] or [.., channels] and
     integer labels. A folder holds images of one size, or train/ and test/ with such images; subfolders are classes.
     Raises InputError if there is nothing readable.
     """
+    path = Path(path)
     if path.is_dir():
         folder = path / split if (path / split).is_dir() else path
         return _from_folder(folder)

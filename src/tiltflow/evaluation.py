@@ -105,6 +105,16 @@ def total_variation_floor(
     return float((draw(count) - draw(max(round(target_count), 1))).abs().sum(1).mean() / 2)
 
 
+def entropy(histogram: Tensor) -> float:
+    """-sum p log p of a histogram [classes], in nats: log(classes) at most, 0 when only one class is left."""
+    return float(torch.special.entr(histogram.double()).sum())
+
+
+def total_variance(features: Tensor) -> float:
+    """E|f - E f|^2 of features [n, d]: how much samples differ from each other."""
+    return float(features.double().var(0, correction=0).sum())
+
+
 def histogram_distance(
     labels: Tensor,
     base_labels: Tensor,

@@ -63,6 +63,16 @@ CURVES = {
         "Length of the gradient before it is clipped.",
         "noisy, but bounded. Growing spikes mean that the learning rate is too high.",
     ),
+    "effective_sample_size": (
+        "Effective sample size",
+        "Samples of equal weight that would teach as much as the weighted ones of a round.",
+        "a good part of the batch. Where it falls to a few samples, the model learns to make those few.",
+    ),
+    "velocity_distance": (
+        "Distance of the velocities",
+        "Mean square of v - v_base, summed over dimensions: the Wasserstein penalty before its weight.",
+        "rising from 0, then flat: the rounds have settled.",
+    ),
     "clipped": (
         "Clipped terms",
         "Share of the terms of the loss that are too large to be used.",
@@ -110,6 +120,20 @@ MEASURES = {
             "Judge's confidence, tuned",
             "The same. A clear fall means samples that look less like the data.",
         ),
+    },
+    "How varied": {
+        "judge.entropy_base": ("Entropy of classes, base", "Of the judge's class histogram, in nats; 0 if one class is left."),
+        "judge.entropy_tuned": ("Entropy of classes, tuned", "The same for the tuned model."),
+        "judge.variance_base": (
+            "Variance of features, base",
+            "How much samples differ from each other: the trace of the covariance of the judge's features.",
+        ),
+        "judge.variance_tuned": ("Variance of features, tuned", "The same for the tuned model."),
+        "judge.w2_base": (
+            "W2 to the base",
+            "2-Wasserstein distance between samples of the tuned model and of the base, in the judge's features.",
+        ),
+        "judge.w2_floor": ("W2, floor", "The same between two samples of the base."),
     },
     "What it cost": {
         "seconds": ("Training time", "Wall-clock time of the training loop."),
@@ -397,7 +421,7 @@ def _law(s: Tree) -> str:
         weights = (
             "<p>The target law cannot be sampled directly. "
             f"Base samples{_with(s, 'num_samples', ', {} of them,')} stand for it, "
-            "each with its weight exp(r(x)/β). The weights are uneven; together the samples tell as much as "
+            "each with its weight p*(x)/p<sub>base</sub>(x). The weights are uneven; together the samples tell as much as "
             f"<b>{decimal(size)}</b> of equal weight would: the effective sample size.</p>"
         )
     return _section("What the run aims at", f'<p class="formula">p*(x) ∝ {law}</p><dl>{listed}</dl>{weights}')

@@ -35,12 +35,15 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
+    entropy,
+    exact_w2,
     frechet_distance,
     histogram_distance,
     in_batches,
     mean_estimate,
     one_hot,
     reward_distance,
+    total_variance,
     total_variation_floor,
 )
 from tiltflow.flow import CountEvaluations, base_of
@@ -57,6 +60,7 @@ from tiltflow.trainer import Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"
+MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
 
 
 class Training(Settings):
@@ -337,12 +341,19 @@ def judged(
             **_named("tuned", mean_estimate(in_group)),
             **_named("target", Estimate(group_target.item(), group_error.item())),
         }
+    features = cast(Callable[[Tensor], Tensor], network.features)
+    f_base, f = (in_batches(features, y, settings.batch_size, device) for y in (x_base, x))
+    half = min(len(f_base) // 2, MOST_W2)
+    judge |= {
+        "entropy_base": entropy(base_histogram),
+        "entropy_tuned": entropy(ours),
+        "variance_base": total_variance(f_base),
+        "variance_tuned": total_variance(f),
+        "w2_base": exact_w2(f[:half], f_base[-half:]),  # of different noise, as the floor is
+        "w2_floor": exact_w2(f_base[:half], f_base[-half:]),
+    }
     if settings.data is not None:
-        real = evaluation_images(settings)
-        f_real, f_base, f = (
-            in_batches(cast(Callable[[Tensor], Tensor], network.features), y, settings.batch_size, device)
-            for y in (real, x_base, x)
-        )
+        f_real = in_batches(features, evaluation_images(settings), settings.batch_size, device)
         judge["frechet_base"], judge["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
         judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
     return {

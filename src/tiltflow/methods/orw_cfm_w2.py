@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -164,13 +163,12 @@ class OrwCfmW2(Optimization):
         return fixed_point(base, log_weight, self.alpha, self.weight_mode, rounds=rounds)
 
     def target_law(self, steps: int) -> str:
-        """The law that the method aims at, in words."""
-        rounds, weight = math.ceil(steps / self.num_passes), "exp(tau r(x))" if self.weight == "exponential" else "w(x)"
-        if self.online_fraction == 0 and self.alpha == 0:
-            return f"{weight} p_base(x), offline"
-        if self.alpha == 0:
-            return f"{weight}^{rounds} p_base(x), that of {rounds} rounds"
-        return f"the fixed point of its rounds; to first order in tau, p_base(x) exp({self.tilt(rounds):.3g} r(x))"
+        """The law that a run of so many optimizer steps is compared with, in words: its own where that is a power of the
+        weights, else what its own is to first order in tau; `limits` says which."""
+        rounds = math.ceil(steps / self.num_passes)
+        if self.weight == "exponential":
+            return f"p_base(x) exp({self.tilt(rounds):.3g} r(x))"
+        return f"p_base(x) w(x)^{self.tilt(rounds) / self.tau:.3g}"
 
     def limits(self, start: float = 0.0) -> list[str]:
         """Why the law is not p_base exp(r / beta): one sentence for each reason."""
@@ -179,7 +177,8 @@ class OrwCfmW2(Optimization):
             reasons.append("alpha = 0: every round tilts the law again, until one mode is left; there is no target to stop at.")
         if self.alpha > 0:
             reasons.append(
-                "The law of ORW-CFM-W2 agrees with p_base exp(tau r / alpha) for weak tilts only; it is compared with that law."
+                "With alpha > 0 the law of ORW-CFM-W2 is no exponential tilt: the tilted law that it is compared with is its"
+                " own to first order in tau, and what it reaches beyond that is milder."
             )
         if self.weight != "exponential":
             reasons.append("The weights are not exp(tau r), so the law is not an exponential tilt.")
@@ -193,7 +192,7 @@ class OrwCfmW2(Optimization):
         """What is kept between rounds. Raises InputError if the data cannot be read or are of another shape."""
         if self.data is None:
             return State()
-        images = load_images(Path(self.data)).images.to(device)
+        images = load_images(self.data).images.to(device)
         if images.shape[1:] != event_shape:
             raise InputError(f"method.data: are of shape {list(images.shape[1:])}, the samples of {list(event_shape)}")
         return State(data=images)
