@@ -16,7 +16,7 @@ MODULES = {
 # the mathematics, and what sits above it
 OUTSIDE = {
     f"tiltflow.{name}"
-    for name in ("__main__", "cli", "model", "plots", "pretrain", "recipe", "report", "run", "verify", "verify_lqg")
+    for name in ("__main__", "cli", "model", "plots", "pretrain", "recipe", "report", "run", "sweep", "verify", "verify_lqg")
 }
 CORE = [
     f"tiltflow.{name}"

@@ -82,6 +82,51 @@ def train(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or this sweep's own.")],
+    over: Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; several make a grid.")],
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    overrides: Set = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train on a grid of settings, and draw what reward costs in distance to the base.
+
+    Each point is a run in a folder of its own. Started again, it goes on with the points that are missing. Points that differ
+    in `seed` alone are shown as one, with their spread.
+
+    [dim]tiltflow sweep digits-even-orw --over method.alpha=0,0.3,1 --over method.tau=1,3 --output runs/sweep[/dim]
+    [dim]tiltflow sweep digits-even --over method.beta=1,2,4 --over seed=0,1,2 --processes 2 --output runs/betas[/dim]
+    """
+    from tiltflow.recipe import find_recipe, read_recipe_tree
+    from tiltflow.sweep import parse_grid
+    from tiltflow.sweep import sweep as run_sweep
+
+    grid, console = parse_grid(over), _console(as_json)
+    tree = read_recipe_tree(find_recipe(recipe, "train"), overrides or [])
+    chosen, count = _device(device, None), 1
+    for values in grid.values():
+        count *= len(values)
+    columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("runs"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("sweep", total=count)
+
+        def watch(name: str, what: str) -> None:
+            bar.advance(task)
+            if not quiet:
+                console.print(f"{escape(name)}: {escape(what)}")
+
+        result = run_sweep(tree, grid, output, processes=processes, device=chosen, watch=watch)
+    _show_sweep(console, result, [key for key in grid if key != "seed"])
+    console.print(f"front: {output / 'pareto.svg'}")
+    _finish(as_json, result)
+    if any("error" in row for row in result["runs"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run.")],
     num_samples: Annotated[int | None, typer.Option(min=2, help="Samples of each model.", show_default="the recipe's")] = None,
@@ -406,6 +451,25 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
             "[yellow]The effective sample size is below 30: the target is not known well; raise beta or num_samples.[/yellow]"
         )
     console.print(f"report: {folder / 'report.html'}")
+
+
+def _show_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> None:
+    """A line for each point of the grid, its seeds together."""
+    from tiltflow.sweep import short_names
+
+    names = list(short_names(keys).values())
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in (*names, "reward", "W2 to base", "entropy", "runs", ""):
+        table.add_column(column, no_wrap=column in (*names, "runs"))
+    for row in result["points"]:
+        values = [escape(str(row[name])) for name in names]
+        if "error" in row:
+            table.add_row(*values, f"[yellow]{escape(row['error'])}[/yellow]", "", "", str(row["runs"]), "")
+            continue
+        entropy = f"{row['entropy_tuned']:.2f}" if "entropy_tuned" in row else ""
+        reward, distance = (f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("reward_tuned", "w2_base"))
+        table.add_row(*values, reward, distance, entropy, str(row["runs"]), "front" if row["on_front"] else "")
+    console.print(table)
 
 
 def _show_lqg(console: Console, result: dict[str, Any]) -> None:

@@ -159,6 +159,40 @@ def class_histogram(
         return _svg(figure)
 
 
+def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """Mean reward against W2 distance to the base, one dot for each row, with its spread over seeds; a line joins those that no
+    other beats in both. Beside each dot, its values of `keys`."""
+    finished = sorted((row for row in rows if "error" not in row), key=lambda row: row["w2_base"])
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.6, 4.2), layout="constrained")
+        axes = figure.subplots()
+        front = [row for row in finished if row["on_front"]]
+        axes.plot([row["w2_base"] for row in front], [row["reward_tuned"] for row in front], color=COLOURS["tuned"], alpha=0.4)
+        for row in finished:
+            colour = COLOURS["tuned" if row["on_front"] else "base"]
+            axes.errorbar(
+                row["w2_base"],
+                row["reward_tuned"],
+                row["reward_tuned_std"],
+                row["w2_base_std"],
+                fmt="o",
+                color=colour,
+                elinewidth=1,
+                markersize=5,
+            )
+            text = ", ".join(f"{key} = {row[key]}" for key in keys)
+            axes.annotate(text, (row["w2_base"], row["reward_tuned"]), (6, -10), textcoords="offset points", fontsize=8)
+        if finished:
+            axes.axhline(finished[0]["reward_base"], color=COLOURS["base"], linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.axvline(finished[0]["w2_floor"], color=COLOURS["base"], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlabel("W2 to the base (dashed: between two samples of the base)")
+        axes.set_ylabel("mean reward (dashed: base)")
+        axes.grid(color=COLOURS["line"], linewidth=0.8)
+        axes.tick_params(length=0)
+        axes.margins(0.12)
+        return _svg(figure)
+
+
 def _svg(figure: Figure) -> str:
     """The figure as an <svg> element, without a date, comments or names that would clash with another one on the page."""
     buffer = io.StringIO()

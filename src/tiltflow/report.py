@@ -129,11 +129,8 @@ MEASURES = {
             "How much samples differ from each other: the trace of the covariance of the judge's features.",
         ),
         "judge.variance_tuned": ("Variance of features, tuned", "The same for the tuned model."),
-        "judge.w2_base": (
-            "W2 to the base",
-            "2-Wasserstein distance between samples of the tuned model and of the base, in the judge's features.",
-        ),
-        "judge.w2_floor": ("W2, floor", "The same between two samples of the base."),
+        "w2_base": ("W2 to the base", "2-Wasserstein distance between samples of the two models ({space})."),
+        "w2_floor": ("W2, floor", "The same between two samples of the base: what finite samples leave."),
     },
     "What it cost": {
         "seconds": ("Training time", "Wall-clock time of the training loop."),
@@ -446,6 +443,7 @@ def _measures(s: Tree) -> str:
     words = {
         "{group}": _group(s),
         "{sure}": str(get(s, "judge.sure_above")),
+        "{space}": str(s.get("w2_space")),
         "{kind}": str(s.get("target_distance_kind") or "between tuned samples and the target law"),
     }
     bodies = []

@@ -208,7 +208,7 @@ def run(
     tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
     first = next(records)  # what does not fit shows in the first step, before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "recipe.yaml", recipe)
+    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
     source = model_folder(recipe.model)
     if not source.is_relative_to(ASSETS):
         shutil.copytree(source, folder / "base")
@@ -293,7 +293,9 @@ def evaluate_run(
         "seconds": rows[-1]["seconds"],
         "network_evaluations": rows[-1]["network_evaluations"],
     }
-    if settings.judge is not None:
+    if settings.judge is None:
+        summary |= distance_to_base(x.flatten(1), x_base.flatten(1), "samples")
+    else:
         summary |= judged(settings, x_base, x, weights, generator, device)
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
@@ -343,26 +345,31 @@ def judged(
         }
     features = cast(Callable[[Tensor], Tensor], network.features)
     f_base, f = (in_batches(features, y, settings.batch_size, device) for y in (x_base, x))
-    half = min(len(f_base) // 2, MOST_W2)
     judge |= {
         "entropy_base": entropy(base_histogram),
         "entropy_tuned": entropy(ours),
         "variance_base": total_variance(f_base),
         "variance_tuned": total_variance(f),
-        "w2_base": exact_w2(f[:half], f_base[-half:]),  # of different noise, as the floor is
-        "w2_floor": exact_w2(f_base[:half], f_base[-half:]),
     }
     if settings.data is not None:
         f_real = in_batches(features, evaluation_images(settings), settings.batch_size, device)
         judge["frechet_base"], judge["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
         judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
     return {
+        **distance_to_base(f, f_base, f"features of {settings.judge}"),
         **_named("target_distance", distance),
         "target_distance_base": base_distance.value,
         "target_distance_floor": total_variation_floor(target, len(labels), weights.effective_sample_size, generator),
         "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
         "judge": judge,
     }
+
+
+def distance_to_base(tuned: Tensor, base: Tensor, space: str) -> dict[str, Any]:
+    """2-Wasserstein distance between tuned and base samples [n, d] of different noise, and the same between two halves of the
+    base, which is what finite samples leave."""
+    half = min(len(base) // 2, MOST_W2)
+    return {"w2_base": exact_w2(tuned[:half], base[-half:]), "w2_floor": exact_w2(base[:half], base[-half:]), "w2_space": space}
 
 
 def evaluation_images(settings: Evaluation) -> Tensor:
@@ -433,15 +440,16 @@ def model_card(recipe: Recipe) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write at once or not at all."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_yaml(path: Path, settings: Settings) -> None:
+def write_yaml(path: Path, tree: Any) -> None:
     """Write at once or not at all."""
-    _write(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write at once or not at all."""
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -1,0 +1,192 @@
+"""A grid of training runs: every combination of values of some settings, each a run in its own folder, and what they trade.
+
+sweep.yaml       the recipe and the grid: the same command goes on where it was stopped
+<point>/         a finished run, as `tiltflow train` makes it; `<point>.partial` while it is under way
+sweep.json       one row for each point: its values, reward, and distance to the base
+pareto.svg       reward against distance to the base
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.errors import InputError, TiltflowError
+from tiltflow.plots import pareto
+from tiltflow.run import Recipe, run, write_json, write_text, write_yaml
+from tiltflow.settings import apply_overrides, parse_yaml, read_yaml, validate
+
+MEASURES = ("reward_base", "reward_tuned", "w2_base", "w2_floor", "target_distance", "effective_sample_size", "seconds")
+JUDGED = ("entropy_base", "entropy_tuned", "variance_base", "variance_tuned", "sure_tuned", "frechet_tuned")
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values, its complete recipe and the name of its folder."""
+
+    name: str
+    values: dict[str, Any]
+    recipe: Recipe
+
+
+def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
+    """`key=1,2,3` or `key=[1, 2, 3]` for each setting -> its values. Raises InputError for anything else."""
+    grid: dict[str, list[Any]] = {}
+    for text in over:
+        key, equals, values = (part.strip() for part in text.partition("="))
+        if not equals or not key or not values:
+            raise InputError(f"--over {text}: must read key=value,value,.. for example method.alpha=0,0.3,1")
+        listed = parse_yaml(values if values.startswith("[") else f"[{values}]", f"--over {key}")
+        if not isinstance(listed, list) or len(set(map(repr, listed))) != len(listed) or not listed:
+            raise InputError(f"--over {text}: must give different values")
+        if key in grid:
+            raise InputError(f"--over {text}: {key} is given twice")
+        grid[key] = listed
+    if not grid:
+        raise InputError("give at least one --over key=value,value,..")
+    return grid
+
+
+def points_of(tree: Mapping[str, Any], grid: Mapping[str, list[Any]], where: str) -> list[Point]:
+    """Every combination, checked. Raises InputError if the recipe does not allow one."""
+    names = short_names(list(grid))
+    found = []
+    for values in product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+        name = ",".join(f"{names[key]}={_word(value)}" for key, value in chosen.items())
+        found.append(Point(name, chosen, validate(Recipe, apply_overrides(dict(tree), overrides), f"{where}, {name}")))
+    if len({point.name for point in found}) != len(found):
+        raise InputError("--over: two combinations would have folders of the same name")
+    return found
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, the whole of it where two would be the same."""
+    last = [key.split(".")[-1] for key in keys]
+    return {key: key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)}
+
+
+def _word(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(letter if letter.isalnum() or letter in "-+._[]" else "_" for letter in text)
+
+
+def sweep(
+    tree: Mapping[str, Any],
+    grid: Mapping[str, list[Any]],
+    folder: Path,
+    *,
+    processes: int = 1,
+    device: str = "cpu",
+    watch: Callable[[str, str], None] = lambda name, what: None,
+) -> dict[str, Any]:
+    """Run the points that are not yet there, and draw the front. Returns what sweep.json holds.
+
+    Args:
+        tree: a recipe, not yet validated.
+        watch: is told the name of each point and what became of it.
+
+    A point that stops with an error of its own is recorded, and tried again by the next call; the others go on. Raises
+    InputError, with nothing run, if a point is not a valid recipe, or the folder holds something else.
+    """
+    points = points_of(tree, grid, "sweep")
+    plan = {"recipe": json.loads(json.dumps(tree)), "over": {key: list(values) for key, values in grid.items()}}
+    known = folder / "sweep.yaml"
+    if known.exists():
+        if read_yaml(known) != plan:
+            raise InputError(f"{folder}: holds another sweep; give a new --output, or the recipe and --over of {known}")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(known, plan)
+
+    todo = [point for point in points if not (folder / point.name / "summary.json").exists()]
+    for point in points:
+        if point not in todo:
+            watch(point.name, "there already")
+    failures: dict[str, str] = {}
+    threads = max(1, (os.cpu_count() or 1) // max(processes, 1))
+    with ProcessPoolExecutor(min(processes, max(len(todo), 1)), multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(run_point, point, folder, device, threads): point for point in todo}
+        try:
+            for job in as_completed(jobs):
+                point = jobs[job]
+                if (problem := job.result()) is not None:
+                    failures[point.name] = problem
+                watch(point.name, problem or "done")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    result = collect(points, folder, failures)
+    write_json(folder / "sweep.json", result)
+    write_text(
+        folder / "pareto.svg", pareto(result["points"], list(short_names([key for key in grid if key != SEED]).values()))
+    )
+    return result
+
+
+def run_point(point: Point, folder: Path, device: str, threads: int) -> str | None:
+    """Train and evaluate one point. Returns what went wrong, if something of its own did."""
+    torch.set_num_threads(threads)
+    partial = folder / f"{point.name}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    try:
+        run(point.recipe, partial, device=device)
+    except TiltflowError as error:
+        return str(error)
+    partial.rename(folder / point.name)
+    return None
+
+
+def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
+    """One row for each point, and one for each combination of the other values over its seeds, with mean and spread."""
+    names = short_names(list(points[0].values))
+    rows = []
+    for point in points:
+        row: dict[str, Any] = {"name": point.name, **{names[key]: value for key, value in point.values.items()}}
+        path = folder / point.name / "summary.json"
+        if path.exists():
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            judge = summary["judge"] or {}
+            row |= {key: summary[key] for key in MEASURES} | {key: judge[key] for key in JUDGED if key in judge}
+            if "group" in judge:
+                row |= {"group_base": judge["group"]["base"], "group_tuned": judge["group"]["tuned"]}
+        else:
+            row["error"] = failures.get(point.name, "not run")
+        rows.append(row)
+
+    others = [names[key] for key in points[0].values if key != SEED]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in others]), []).append(row)
+    summaries = []
+    for members in groups.values():
+        finished = [row for row in members if "error" not in row]
+        merged: dict[str, Any] = {key: members[0][key] for key in others} | {"runs": len(finished)}
+        for key in finished[0] if finished else ():
+            if key not in (*others, "name", SEED):
+                values = [row[key] for row in finished]
+                merged[key], merged[f"{key}_std"] = statistics.mean(values), statistics.pstdev(values)
+        if not finished:
+            merged["error"] = members[0]["error"]
+        summaries.append(merged)
+    finished = [row for row in summaries if "error" not in row]
+    for row in finished:
+        row["on_front"] = not any(
+            other["reward_tuned"] > row["reward_tuned"] and other["w2_base"] <= row["w2_base"] for other in finished
+        )
+    return {"runs": rows, "points": summaries}

@@ -1,0 +1,107 @@
+"""A sweep runs every point once, goes on where it stopped, survives points that fail, and draws the front."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_recipe
+from typer.testing import CliRunner
+
+from tiltflow.cli import app
+from tiltflow.errors import InputError
+from tiltflow.settings import read_yaml
+from tiltflow.sweep import parse_grid, points_of, sweep
+
+METHOD = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "min_effective_sample_size": 1}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    return read_yaml(tiny_recipe(tmp_path, method=METHOD))
+
+
+def test_a_grid_is_read_as_yaml() -> None:
+    grid = parse_grid(["method.alpha=0, 0.3,1e-1", "seed=[0, 1]", "method.weight_mode=raw,normalized"])
+    assert grid == {"method.alpha": [0, 0.3, 0.1], "seed": [0, 1], "method.weight_mode": ["raw", "normalized"]}
+    for wrong, message in (
+        (["method.alpha"], "must read key=value,value"),
+        (["method.alpha="], "must read key=value,value"),
+        (["method.alpha=1,1"], "must give different values"),
+        (["method.alpha=1", "method.alpha=2"], "method.alpha is given twice"),
+        ([], "give at least one --over"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_grid(wrong)
+
+
+def test_points_are_named_by_their_values(tree: dict[str, Any]) -> None:
+    points = points_of(tree, {"method.alpha": [0, 0.5], "training.train_batch_size": [4]}, "tiny")
+    assert [point.name for point in points] == ["alpha=0,train_batch_size=4", "alpha=0.5,train_batch_size=4"]
+    assert points[1].recipe.method.alpha == 0.5
+    both = points_of(tree, {"method.num_inference_steps": [2], "sampling.num_inference_steps": [3]}, "tiny")
+    assert both[0].name == "method.num_inference_steps=2,sampling.num_inference_steps=3"
+    with pytest.raises(InputError, match=r"tiny, alpha=-1: method.alpha must be"):
+        points_of(tree, {"method.alpha": [1, -1]}, "tiny")
+
+
+def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder, told = tmp_path / "sweep", []
+    grid = {"method.alpha": [0, 1], "seed": [0, 1]}
+    result = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
+    assert sorted(told) == [(f"alpha={alpha},seed={seed}", "done") for alpha in (0, 1) for seed in (0, 1)]
+    assert not list(folder.glob("*.partial"))
+    runs = [json.loads((folder / f"alpha=0,seed={seed}" / "summary.json").read_text()) for seed in (0, 1)]
+    first = result["points"][0]
+    assert (first["alpha"], first["runs"]) == (0, 2)
+    assert first["reward_tuned"] == pytest.approx((runs[0]["reward_tuned"] + runs[1]["reward_tuned"]) / 2)
+    assert first["w2_base_std"] == pytest.approx(abs(runs[0]["w2_base"] - runs[1]["w2_base"]) / 2)
+    assert any(point["on_front"] for point in result["points"])
+    picture = (folder / "pareto.svg").read_text()
+    assert "alpha = 0" in picture
+    assert "alpha = 1" in picture
+
+    # again: nothing is run twice, and a point that was cut off is made anew
+    written = (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns
+    (folder / "alpha=0,seed=1").rename(folder / "alpha=0,seed=1.partial")
+    told.clear()
+    again = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
+    assert dict(told) == {
+        "alpha=0,seed=0": "there already",
+        "alpha=0,seed=1": "done",
+        "alpha=1,seed=0": "there already",
+        "alpha=1,seed=1": "there already",
+    }
+    assert (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns == written
+    for row, other in zip(again["runs"], result["runs"], strict=True):
+        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep(tree, {"method.alpha": [0]}, folder)
+    with pytest.raises(InputError, match="already holds something"):
+        sweep(tree, grid, tmp_path)
+
+
+def test_a_point_that_fails_does_not_stop_the_others(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    out, grid = tmp_path / "out", ["--over", "method.min_effective_sample_size=1,1000"]
+    result = CliRunner().invoke(app, ["sweep", str(tmp_path / "recipe.yaml"), "-o", str(out), *grid, "--json"])
+    assert result.exit_code == 1
+    points = json.loads(result.stdout.splitlines()[-1])["points"]
+    assert points[0]["runs"] == 1
+    assert "the weights of 4 samples rest on" in points[1]["error"]
+    assert (out / "min_effective_sample_size=1" / "report.html").exists()
+    assert not (out / "min_effective_sample_size=1000").exists()
+    assert (out / "pareto.svg").exists()
+
+
+def test_wrong_grids_are_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    command = ["sweep", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "--over"]
+    for over, message in (("method.alhpa=0,1", "did you mean 'alpha'"), ("alpha", "must read key=value")):
+        result = CliRunner().invoke(app, [*command, over])
+        assert isinstance(result.exception, InputError)
+        assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
