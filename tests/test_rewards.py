@@ -77,6 +77,7 @@ def every_reward(classifier: str) -> dict[str, Settings]:
     needs: dict[str, dict[str, Any]] = {
         "energy": {"data": str(data)},
         "class-log-odds": {"classifier": classifier, "classes": [0, 2]},
+        "class-probability": {"classifier": classifier, "classes": [0, 2]},
         "function": {"path": "tiltflow.rewards.stroke_thickness:thickness"},
         "sum": {"rewards": terms},
     }
@@ -200,6 +201,14 @@ def test_class_log_odds_of_a_classifier(classifier: str) -> None:
     tight = ClassLogOdds(classifier=classifier, classes=(1, 3), bound=0.5).build()(x)
     torch.testing.assert_close(tight.double(), expected / (1 + 4 * expected**2).sqrt(), rtol=1e-4, atol=1e-4)
     assert torch.equal(free(x.double()), free(x))
+
+
+def test_class_probability_of_a_classifier(classifier: str) -> None:
+    x = images(6, 1, 8, 8)
+    network, _ = load_classifier(classifier)
+    expected = network(x.float()).softmax(1)[:, [0, 2]].sum(1)
+    reward = find("rewards", "class-probability")(classifier=classifier, classes=(0, 2)).build()  # type: ignore[attr-defined]
+    torch.testing.assert_close(reward(x), expected)
 
 
 @pytest.mark.parametrize("bound", [None, 0.5, 10.0])

@@ -5,13 +5,31 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.model import load_classifier
 from tiltflow.reward import Reward
 from tiltflow.settings import Settings
+
+
+def _some_and_different(classes: tuple[int, ...]) -> tuple[int, ...]:
+    if not classes:
+        raise ValueError("needs at least one class, for example [0, 2, 4]")
+    for label in classes:
+        if classes.count(label) > 1:
+            raise ValueError(f"{label} is given twice")
+    return classes
+
+
+Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some_and_different)]
+
+
+def either(classes: tuple[int, ...]) -> str:
+    """The classes in words: `1, 2 or 3`."""
+    labels = [str(label) for label in classes]
+    return " or ".join(part for part in (", ".join(labels[:-1]), labels[-1]) if part)
 
 
 class ClassLogOdds(Settings):
@@ -23,27 +41,15 @@ class ClassLogOdds(Settings):
     name: Literal["class-log-odds"] = "class-log-odds"
     classifier: str = "digits-classifier"
     """A classifier that ships with the package, by name, or the folder of another one."""
-    classes: tuple[Annotated[int, Field(ge=0)], ...]
+    classes: Classes
     """The wanted classes, by index from 0: at least one, and not all that the classifier knows."""
     bound: Annotated[float, Field(gt=0)] | None = 10.0
     """Largest absolute value, in nats; null for no bound. Without one, a few extreme samples can outweigh all others."""
 
-    @field_validator("classes")
-    @classmethod
-    def _some_and_different(cls, classes: tuple[int, ...]) -> tuple[int, ...]:
-        if not classes:
-            raise ValueError("needs at least one class, for example [0, 2, 4]")
-        for label in classes:
-            if classes.count(label) > 1:
-                raise ValueError(f"{label} is given twice")
-        return classes
-
     @property
     def description(self) -> str:
-        labels = [str(label) for label in self.classes]
-        wanted = " or ".join(part for part in (", ".join(labels[:-1]), labels[-1]) if part)
         limit = "unbounded" if self.bound is None else f"bounded to ±{self.bound:g}"
-        return f"log-odds that the class is {wanted}; above 0 the classifier says yes, {limit}"
+        return f"log-odds that the class is {either(self.classes)}; above 0 the classifier says yes, {limit}"
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         """Load the classifier. Raises InputError if it is missing or if `classes` does not suit it."""
