@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tiltflow.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.networks.image_critic import ImageCriticModule
 from tiltflow.networks.unet import Unet, UnetModule
@@ -52,6 +53,7 @@ METHODS: dict[str, Any] = {
     "score-as-action": ScoreAsAction(
         num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),), num_passes=1, critic=Critic(train_batch_size=16)
     ),
+    "orw-cfm-w2": OrwCfmW2(num_inference_steps=STEPS // 2, num_passes=1),
 }
 
 

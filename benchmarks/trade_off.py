@@ -5,8 +5,8 @@ weighting and DDPO with the same number of samples.
     python benchmarks/trade_off.py digit --output docs/orw-digit.png       one digit
     python benchmarks/trade_off.py jpeg  --output docs/orw-jpeg.png        small JPEG files
 
-Prints, for each, mean and standard deviation over the seeds, and the reward of the samples of each round. W2 and variance are in
-the features of digits-judge. A run takes some two minutes of one core.
+Prints, for each, mean and standard deviation over the seeds, and the reward of the samples of each round. W2 and variance are
+in the features of digits-judge. A run takes some two minutes of one core.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def one(task: str, overrides: list[str], seed: int) -> dict[str, Any]:
             Path(folder) / "run",
             watch=lambda record: rewards.setdefault(record.metrics["reward"], record.step),
         )
-    return summary | {"rounds": list(rewards), "rewards": summary.get("rewards")}
+    return summary | {"rounds": list(rewards)}
 
 
 def main() -> None:
@@ -95,7 +95,8 @@ def main() -> None:
     print(f"{'':20}{'reward':>18}{'wanted':>18}{'sure':>9}{'entropy':>15}{'variance':>17}{'W2':>15}{'CPU s':>8}")
     for name, runs in results.items():
         print(
-            f"{name:20}{spread([r['reward_tuned'] for r in runs], 3):>18}{spread([100 * share(r, 'tuned') for r in runs], 1):>18}"
+            f"{name:20}{spread([r['reward_tuned'] for r in runs], 3):>18}"
+            f"{spread([100 * share(r, 'tuned') for r in runs], 1):>18}"
             f"{statistics.mean(r['judge']['sure_tuned'] for r in runs):9.1%}"
             f"{spread([r['judge']['entropy_tuned'] for r in runs], 2):>15}"
             f"{spread([r['judge']['variance_tuned'] for r in runs], 1):>17}{spread([r['w2_base'] for r in runs], 2):>15}"
@@ -144,13 +145,11 @@ def draw(results: dict[str, Any], task: str, path: str) -> None:
     first = next(iter(results.values()))[0]
     for name, runs in results.items():
         for i, r in enumerate(runs):
-            label = name if i == 0 else None
-            batch = 64 if name == "DDPO" else 256
-            panels[0].plot(
-                [batch * (j + 1) for j in range(len(r["rounds"]))], r["rounds"], color=colors[name], alpha=0.8, label=label
-            )
-            panels[1].plot(r["w2_base"], r["reward_tuned"], "o", color=colors[name], label=label)
-            panels[2].plot(r["judge"]["variance_tuned"], r["reward_tuned"], "o", color=colors[name], label=label)
+            look: dict[str, Any] = {"color": colors[name], "label": name if i == 0 else None}
+            samples = [(64 if name == "DDPO" else 256) * (j + 1) for j in range(len(r["rounds"]))]
+            panels[0].plot(samples, r["rounds"], alpha=0.8, **look)
+            panels[1].plot(r["w2_base"], r["reward_tuned"], "o", **look)
+            panels[2].plot(r["judge"]["variance_tuned"], r["reward_tuned"], "o", **look)
     panels[1].axvline(first["w2_floor"], color="grey", linestyle="--", linewidth=1)
     panels[2].axvline(first["judge"]["variance_base"], color="grey", linestyle="--", linewidth=1)
     panels[0].set(xlabel="samples drawn", ylabel="mean reward")

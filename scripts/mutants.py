@@ -47,6 +47,8 @@ TESTS = {
     "value.py": ["test_value.py"],
     "timesteps.py": ["test_adjoint_matching.py"],
     "methods/score_as_action.py": ["test_score_as_action.py"],
+    "methods/orw_cfm_w2.py": ["test_orw_cfm_w2.py"],
+    "induced_law.py": ["test_induced_law.py"],
 }
 ENOUGH = 0.9
 UNUSED = 99  # exit code of a child whose tests passed without importing the module

@@ -2,7 +2,7 @@
 
 >>> import tiltflow
 >>> sorted(tiltflow.__all__)[:3]
-['AdjointMatching', 'Flow', 'InputError']
+['AdjointMatching', 'CollapseError', 'Flow']
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tiltflow.errors import InputError, NonFiniteError, TiltflowError
+    from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError
     from tiltflow.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+    from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.model import Model, load
     from tiltflow.run import Training, tune
     from tiltflow.sampler import Sampling
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
     "AdjointMatching": "methods.adjoint_matching",
+    "CollapseError": "errors",
     "Flow": "flow",
     "InputError": "errors",
     "Model": "model",
     "NonFiniteError": "errors",
+    "OrwCfmW2": "methods.orw_cfm_w2",
     "Sampling": "sampler",
+    "ScoreAsAction": "methods.score_as_action",
     "TiltflowError": "errors",
     "Training": "run",
     "load": "model",
@@ -36,11 +41,14 @@ _HOME = {
 
 __all__ = [
     "AdjointMatching",
+    "CollapseError",
     "Flow",
     "InputError",
     "Model",
     "NonFiniteError",
+    "OrwCfmW2",
     "Sampling",
+    "ScoreAsAction",
     "TiltflowError",
     "Training",
     "load",
