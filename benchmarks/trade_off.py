@@ -37,7 +37,7 @@ DDPO = [
     "method={name: score-as-action, preset: ddpo, estimator: return, solver: memoryless, num_inference_steps: 15, shift: 3.0,"
     " clip_range: 0.1, num_passes: 1, learning_rate: %s, train_timesteps: [{count: 5}]}",
     "training.train_batch_size=64",
-    "training.max_train_steps=60",
+    "training.max_train_steps=40",
 ]
 
 

@@ -179,7 +179,7 @@ def one_round(q: Law, base: Law, log_weight: Density, alpha: float, weight_mode:
     """The law after one round of ORW-CFM-W2 with a perfect fit, by the `weight_mode` of the method."""
     logs = log_weight(q.points)
     if weight_mode == "normalized":
-        logs = logs - float(logsumexp(logs + np.log(q.probabilities)))
+        logs = logs - float(logsumexp(logs, b=q.probabilities))
     if alpha == 0:
         return q.tilt(logs)
     return push_forward(induced_velocity(q, base, logs, alpha, both_terms=weight_mode == "both-terms"))

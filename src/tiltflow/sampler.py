@@ -74,9 +74,14 @@ class Trajectory:
 
 
 def time_grid(num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0) -> Tensor:
-    """K + 1 times from `start` to 1, float64. shift > 1 spends more steps near the noise, as in diffusers' flow schedulers:
-    1 - t goes to shift (1 - t) / (1 + (shift - 1) (1 - t))."""
-    noise = 1 - torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)
+    """K + 1 times from `start` to 1, float64, spread by `spread_times`."""
+    return spread_times(torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64), start=start, shift=shift)
+
+
+def spread_times(u: Tensor, *, start: float = 0.0, shift: float = 1.0) -> Tensor:
+    """u in [0, 1] -> times in [start, 1]. shift > 1 moves them to the noise, as in diffusers' flow schedulers: 1 - u goes to
+    shift (1 - u) / (1 + (shift - 1) (1 - u))."""
+    noise = 1 - u
     noise = shift * noise / (1 + (shift - 1) * noise)
     return start + (1 - start) * (1 - noise)
 

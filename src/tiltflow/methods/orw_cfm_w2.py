@@ -49,7 +49,7 @@ from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate
-from tiltflow.sampler import Sampling, sample
+from tiltflow.sampler import Sampling, sample, spread_times
 
 Count = Annotated[int, Field(ge=1)]
 WeightMode = Literal["normalized", "raw", "both-terms"]
@@ -89,6 +89,7 @@ class OrwCfmW2(Optimization):
     again in every round: euler with few steps narrows the law a little more each time."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20
     shift: Annotated[float, Field(gt=0)] = 1.0
+    """As in the sampler, above 1 for more steps near the noise. The times of the regression are spread in the same way."""
 
     coupling: Literal["independent", "optimal-transport"] = "independent"
     """How noise meets samples. optimal-transport pairs a batch at least cost; only with weight_mode both-terms, where samples
@@ -339,9 +340,9 @@ class OrwCfmW2(Optimization):
         x0 = torch.randn(size, *x1.shape[1:], generator=generator, device=device, dtype=x1.dtype)
         if self.coupling == "optimal-transport":
             x0 = x0[cheapest_pairing(x0, x1[which])]
-        # one time in each of `size` equal parts of [start, 1]: uniform, with less noise
+        # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
         parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-        t = start + (1 - start) * parts / size
+        t = spread_times(parts / size, start=start, shift=self.shift)
 
         fit, penalty, total = 0.0, 0.0, 0.0
         for part in torch.arange(size, device=device).split(micro_batch_size or size):
