@@ -53,14 +53,16 @@ def one(task: str, overrides: list[str], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, changes = TASKS[task]
     tree = read_recipe_tree(find_recipe(name, "train"), [*changes, *overrides, f"seed={seed}"])
-    rewards: dict[float, float] = {}
+    rewards: dict[float, int] = {}
+    penalties: list[float] = []
+
+    def watch(record: Any) -> None:
+        rewards.setdefault(record.metrics["reward"], record.step)
+        penalties.append(record.metrics.get("velocity_distance", float("nan")))
+
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(
-            validate(Recipe, tree, name),
-            Path(folder) / "run",
-            watch=lambda record: rewards.setdefault(record.metrics["reward"], record.step),
-        )
-    return summary | {"rounds": list(rewards)}
+        summary = run(validate(Recipe, tree, name), Path(folder) / "run", watch=watch)
+    return summary | {"rounds": list(rewards), "velocity_distance": statistics.mean(penalties[-20:])}
 
 
 def main() -> None:
@@ -107,12 +109,13 @@ def main() -> None:
         rounds = [statistics.mean(values) for values in zip(*(r["rounds"] for r in runs), strict=False)]
         print(f"{name:20}" + " ".join(f"{value:.3f}" for value in rounds[:15]))
     if options.task == "jpeg":
-        print("\nlinear response: gain x alpha should be constant, W2^2 / gain^2 too")
+        print("\nlinear response: gain x alpha should be constant, E|v - v_base|^2 / gain^2 too")
         for alpha in ALPHAS["jpeg"][1:]:
             for r in results.get(f"alpha = {alpha:g}", ()):
-                gain, moved = r["reward_tuned"] - r["reward_base"], r["w2_base"] ** 2 - r["w2_floor"] ** 2
+                gain, penalty = r["reward_tuned"] - r["reward_base"], r["velocity_distance"]
                 print(
-                    f"alpha {alpha:<5g} gain {gain:7.1f}  gain x alpha {gain * alpha:6.1f}  W2^2 / gain^2 {moved / gain**2:.2e}"
+                    f"alpha {alpha:<5g} gain {gain:7.1f}  gain x alpha {gain * alpha:7.1f}"
+                    f"  penalty {penalty:8.3f}  penalty / gain^2 {penalty / gain**2:.2e}"
                 )
     if options.output:
         draw(results, options.task, options.output)

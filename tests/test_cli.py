@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_says_130(tmp_path: Path) -> None:
 
 def test_help_teaches_by_example_and_lists_are_complete() -> None:
     runner = CliRunner()
-    for command in ("train", "sample", "evaluate", "verify", "pretrain", "recipes"):
+    for command in ("train", "sweep", "sample", "evaluate", "verify", "pretrain", "recipes"):
         result = runner.invoke(tiltflow.cli.app, [command, "--help"])
         assert result.exit_code == 0
         assert f"tiltflow {command}" in result.output

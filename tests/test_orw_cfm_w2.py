@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
@@ -17,8 +19,9 @@ from tiltflow.flow import Flow, rows
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, cheapest_pairing, effective_sample_size
 from tiltflow.problems import ExactVelocity, GaussianMixture
+from tiltflow.run import Recipe, run
 from tiltflow.sampler import noise
-from tiltflow.settings import validate
+from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import train
 from tiltflow.verify import read_verification, run_verification
@@ -164,6 +167,10 @@ def test_the_law_is_the_same_on_every_path_and_for_every_prediction(
 ) -> None:
     flow = Flow(Shifted(interpolant, prediction), prediction, interpolant)
     assert mean_after(2, flow, alpha=2.0) == pytest.approx(0.25 * (1 - 1 / 9), abs=0.015)
+
+
+def test_the_spread_of_the_times_does_not_move_the_law() -> None:
+    assert mean_after(2, alpha=2.0, shift=3.0) == pytest.approx(0.25 * (1 - 1 / 9), abs=0.015)
 
 
 def test_optimal_transport_after_drawing_by_weight_keeps_the_tilt() -> None:
@@ -399,3 +406,31 @@ def test_the_fixed_point_of_a_network(mode: str, alpha: float) -> None:
     assert reached["mean"] == pytest.approx(own["mean"], abs=0.05)
     assert reached["positive"] == pytest.approx(own["positive"], abs=0.03)
     assert reached["reward"] == pytest.approx(own["reward"], abs=0.03)
+
+
+# ---- a run ----
+
+
+def test_a_run_from_recipe_to_report(tmp_path: Path) -> None:
+    method = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "alpha": 0.5, "min_effective_sample_size": 1}
+    path = tiny_recipe(tmp_path, method=method)
+    summary = run(validate(Recipe, read_yaml(path), "recipe"), tmp_path / "run")
+    assert summary["target_law"] == "p_base(x) exp(1.11 r(x))"  # 4 steps are 2 rounds: 1 / 1.5 + 1 / 1.5^2
+    assert any("no exponential tilt" in limit for limit in summary["limits"])
+    assert summary["beta"] is None
+    assert summary["w2_base"] > 0 < summary["w2_floor"]
+    assert summary["judge"]["entropy_base"] > 0 < summary["judge"]["variance_tuned"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["velocity_distance"] == 0 < rows[1]["velocity_distance"]
+    assert rows[0]["reward"] == rows[1]["reward"] != rows[2]["reward"]  # two passes over a round
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Distance of the velocities" in report
+    assert "W2 to the base" in report
+    assert "exp(1.11 r(x))" in report
+
+
+def test_there_is_no_temperature_to_calibrate(tmp_path: Path) -> None:
+    path = tiny_recipe(tmp_path, method={"name": "orw-cfm-w2"})
+    tree = apply_overrides(read_yaml(path), ["training.calibration_samples=8"])
+    with pytest.raises(InputError, match="orw-cfm-w2 has no temperature to calibrate"):
+        run(validate(Recipe, tree, "recipe"), tmp_path / "run")
