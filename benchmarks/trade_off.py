@@ -130,6 +130,8 @@ def share(result: dict[str, Any], which: str) -> float:
 
 
 def spread(values: list[float], digits: int) -> str:
+    if values[0] != values[0]:
+        return "-"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.pstdev(values):.{digits}f}"
 
 
