@@ -162,7 +162,7 @@ def draw(results: dict[str, Any], task: str, path: str) -> None:
     panels[2].set(xlabel="variance of the judge's features (dashed: base)", ylabel="mean reward, tuned")
     for panel in panels:
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle({"even": "even digits", "digit": "one digit", "jpeg": "small JPEG files"}[task])
     figure.savefig(path, dpi=120)
 
