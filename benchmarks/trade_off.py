@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--variants", nargs="+", help="only these, for example 'alpha = 0.3'")
-    parser.add_argument("--ddpo-rate", default="5e-6", help="DDPO's learning rate")
+    parser.add_argument("--ddpo-rate", default="3e-4", help="DDPO's learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe, for all")
     parser.add_argument("--output", help="draw the trade-off as a .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
