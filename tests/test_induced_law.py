@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from tiltflow.evaluation import exact_w2
 from tiltflow.induced_law import (
     Law,
     fixed_point,
@@ -17,6 +18,8 @@ from tiltflow.induced_law import (
     push_forward,
     velocity_distance,
 )
+from tiltflow.streams import stream
+from tiltflow.verify_two_modes import sampler
 
 TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
 NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))
@@ -188,3 +191,24 @@ def test_weak_tilts_are_those_of_the_tilted_law() -> None:
         wrong.append(abs(law.expectation(np.tanh) - TWO_MODES.tilt(tau * np.tanh(law.points)).expectation(np.tanh)))
     orders = np.log2(np.array(wrong[:-1]) / np.array(wrong[1:]))
     assert np.all(orders > 1.7)
+
+
+def test_the_penalty_bounds_the_distance() -> None:
+    """W2^2 <= (e^{2 L} - 1) / (2 L) J (2502.06061, Theorem 3, sharpened), L being the Lipschitz constant of the second
+    field; W2 by linear programming. What is measured is far below the bound: 4 s / pi for Gaussians."""
+    generator = stream(0, "test")
+    for d in (0.5, 1.5):
+        moved = gaussian(d, 1.0)
+        w2 = exact_w2(sampler(moved)(1500, generator), sampler(NORMAL)(1500, generator))
+        penalty = velocity_distance(moved, NORMAL)
+        assert w2 == pytest.approx(d, abs=4 * math.sqrt(2 / 1500) + 0.02)  # the samples' means
+        slopes = np.diff(NORMAL.velocity(np.linspace(-1, 1, 3), 1.0))
+        assert slopes == pytest.approx(1, abs=1e-6)  # the largest, at t = 1: L = 1
+        assert w2**2 < (math.exp(2) - 1) / 2 * penalty
+        assert d**2 / penalty == pytest.approx(4 / math.pi, rel=1e-3)
+    law = one_round(TWO_MODES, TWO_MODES, np.tanh, 1.0)
+    weight = np.tanh(law.points) - math.log(TWO_MODES.expectation(lambda x: np.exp(np.tanh(x))))
+    penalty = velocity_distance(TWO_MODES, TWO_MODES, induced_velocity(TWO_MODES, TWO_MODES, weight, 1.0))
+    w2 = exact_w2(sampler(law)(1500, generator), sampler(TWO_MODES)(1500, generator))
+    assert w2 == pytest.approx(law.w2(TWO_MODES), abs=0.12)
+    assert 1 < w2**2 / penalty < 20 < math.exp(2 * 10.01)
