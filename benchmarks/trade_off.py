@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 
+from tiltflow.model import load
+from tiltflow.plots import image_grid
 from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.rewards.jpeg_size import JpegSize
 from tiltflow.run import Recipe, run
 from tiltflow.settings import validate
 
@@ -48,8 +51,8 @@ def variants(task: str, ddpo_rate: str) -> dict[str, list[str]]:
     return {**online, "offline, alpha = 0": OFFLINE, "DDPO": ddpo}
 
 
-def one(task: str, overrides: list[str], seed: int) -> dict[str, Any]:
-    """Train and evaluate one run, in a folder that is thrown away."""
+def one(task: str, overrides: list[str], seed: int, keep: Path | None = None) -> dict[str, Any]:
+    """Train and evaluate one run, in a folder that is thrown away unless it is to be kept."""
     torch.set_num_threads(1)
     name, changes = TASKS[task]
     tree = read_recipe_tree(find_recipe(name, "train"), [*changes, *overrides, f"seed={seed}"])
@@ -61,7 +64,7 @@ def one(task: str, overrides: list[str], seed: int) -> dict[str, Any]:
         penalties.append(record.metrics.get("velocity_distance", float("nan")))
 
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(validate(Recipe, tree, name), Path(folder) / "run", watch=watch)
+        summary = run(validate(Recipe, tree, name), keep or Path(folder) / "run", watch=watch)
     return summary | {"rounds": list(rewards), "velocity_distance": statistics.mean(penalties[-20:])}
 
 
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--ddpo-rate", default="3e-4", help="DDPO's learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe, for all")
     parser.add_argument("--output", help="draw the trade-off as a .png")
+    parser.add_argument("--pictures", help="draw samples and file sizes of seed 0, before and after, as a .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
 
@@ -83,9 +87,15 @@ def main() -> None:
         if options.variants is None or name in options.variants
     }
     jobs = [(name, seed) for seed in range(options.seeds) for name in chosen]
-    with ProcessPoolExecutor(options.processes) as pool:
-        futures = {job: pool.submit(one, options.task, chosen[job[0]], job[1]) for job in jobs}
+    with ProcessPoolExecutor(options.processes) as pool, tempfile.TemporaryDirectory() as folder:
+        kept = {name: Path(folder) / str(i) for i, name in enumerate(chosen)} if options.pictures else {}
+        futures = {
+            (name, seed): pool.submit(one, options.task, chosen[name], seed, kept.get(name) if seed == 0 else None)
+            for name, seed in jobs
+        }
         found = {job: future.result() for job, future in futures.items()}
+        if kept:
+            draw_pictures(kept, options.pictures)
     results = {name: [found[name, seed] for seed in range(options.seeds)] for name in chosen}
 
     first = next(iter(results.values()))[0]
@@ -164,6 +174,27 @@ def draw(results: dict[str, Any], task: str, path: str) -> None:
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle({"even": "even digits", "digit": "one digit", "jpeg": "small JPEG files"}[task])
+    figure.savefig(path, dpi=120)
+
+
+def draw_pictures(runs: dict[str, Path], path: str) -> None:
+    """Samples of the base and of each run, and the sizes of their JPEG files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * (len(runs) + 1), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    size = JpegSize(quality=95, sign="larger").build()
+    panels = figure.subplots(2, len(runs) + 1, sharex="row", sharey="row", squeeze=False)
+    recipe = validate(Recipe, read_recipe_tree(next(iter(runs.values())) / "recipe.yaml", []), "run")
+    models = {"base": load(recipe.model), **{name: load(folder / "model") for name, folder in runs.items()}}
+    for column, (name, model) in zip(panels.T, models.items(), strict=True):
+        x = model.sample(512, seed=0, sampling=recipe.sampling)
+        column[0].imshow(image_grid(x[:64], 8), cmap="gray")
+        column[0].set(title=name, xticks=[], yticks=[])
+        column[1].hist(size(x).tolist(), bins=range(340, 1000, 20), color="tab:blue")
+        column[1].set(xlabel="JPEG file, bytes")
+        column[1].grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
