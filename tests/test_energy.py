@@ -148,15 +148,17 @@ def test_the_cifar_recipes_run_in_small(tmp_path: Path) -> None:
         run_pretraining(
             read_pretraining(name, [*short, *small]), tmp_path / "cifar10.npz", tmp_path / "models" / name, name=name
         )
-    overrides = [
+    both = [
         *short,
         f"model={tmp_path}/models/cifar10-diffusion",
-        f"reward.data={tmp_path}/cifar10.npz",
-        "reward.network.channels=[8]",
-        f"evaluation.data={tmp_path}/cifar10.npz",
         f"evaluation.judge={tmp_path}/models/cifar10-judge",
         "evaluation.num_samples=16",
     ]
-    tree = read_recipe_tree(find_recipe("cifar10-few-steps", "train"), overrides)
+    data = [f"reward.data={tmp_path}/cifar10.npz", f"evaluation.data={tmp_path}/cifar10.npz", "reward.network.channels=[8]"]
+    tree = read_recipe_tree(find_recipe("cifar10-few-steps", "train"), [*both, *data])
     summary = run(validate(Recipe, tree, "cifar"), tmp_path / "run")
     assert summary["judge"]["frechet_tuned"] > 0
+
+    tree = read_recipe_tree(find_recipe("cifar10-jpeg-orw", "train"), [*both, "method.regression_batch_size=4"])
+    summary = run(validate(Recipe, tree, "cifar"), tmp_path / "jpeg")
+    assert summary["w2_base"] > 0
