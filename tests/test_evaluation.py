@@ -13,6 +13,7 @@ from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
     distance_to_law,
+    entropy,
     exact_w2,
     frechet_distance,
     histogram_distance,
@@ -21,6 +22,7 @@ from tiltflow.evaluation import (
     one_hot,
     reward_distance,
     sliced_w2,
+    total_variance,
     total_variation,
     total_variation_floor,
 )
@@ -246,3 +248,11 @@ def test_mean_estimate_is_the_mean_and_its_standard_error() -> None:
 
 def test_estimate_reads_well() -> None:
     assert str(Estimate(0.123456, 0.00789)) == "0.1235 ± 0.0079"
+
+
+def test_entropy_and_variance() -> None:
+    assert entropy(torch.full((4,), 0.25)) == pytest.approx(math.log(4))
+    assert entropy(torch.tensor([1.0, 0.0])) == 0
+    assert entropy(torch.tensor([0.9, 0.1])) == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    # two points at distance 2 in the first coordinate, 4 in the second: 1 + 4 around their middle
+    assert total_variance(torch.tensor([[0.0, 1.0], [2.0, 5.0]])) == pytest.approx(5)

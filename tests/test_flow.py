@@ -299,3 +299,14 @@ def test_reentrant_checkpointing_is_refused(generator: torch.Generator) -> None:
     v, pullback = linearize(Flow(Small(generator, use_reentrant=True)), torch.zeros(3, 2), torch.tensor(0.3))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         pullback(v)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon", "v", "x1"])
+@pytest.mark.parametrize("interpolant", [Linear(), Cosine()])
+def test_the_scale_of_a_prediction(prediction: PredictionType, interpolant: Interpolant) -> None:
+    """A prediction that is larger by the scale changes the velocity by 1."""
+    t, x = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    flow = Flow(lambda x, time: torch.zeros_like(x), prediction, interpolant)
+    scale = flow.prediction_scale(t)
+    more = Flow(lambda x, time: scale[:, None].expand_as(x), prediction, interpolant)
+    torch.testing.assert_close((more(x, t) - flow(x, t)).abs(), torch.ones_like(x))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tiltflow.errors import CollapseError, InputError
 from tiltflow.flow import AdapterOff, Flow, rows
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
-from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, cheapest_pairing, effective_sample_size
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, cheapest_pairing
 from tiltflow.problems import ExactVelocity, GaussianMixture
 from tiltflow.run import Recipe, run
 from tiltflow.sampler import noise
@@ -214,11 +214,12 @@ def test_weights_are_normalised_among_samples_of_one_condition() -> None:
 
 
 def test_the_effective_sample_size() -> None:
-    assert effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2)
-    assert effective_sample_size(torch.tensor([1e200, 1e200, 1e200], dtype=torch.float64)) == pytest.approx(3)
-    # exp(tau x) of N(0, 1): exp(-tau^2) of the samples
-    x = torch.randn(200_000, generator=stream(0, "test"))
-    assert effective_sample_size(OrwCfmW2(tau=0.5).weights(x)) / len(x) == pytest.approx(math.exp(-0.25), abs=0.01)
+    """exp(tau x) of N(0, 1): exp(-tau^2) of the samples."""
+    method = OrwCfmW2(tau=0.5, num_inference_steps=30, regression_batch_size=4)
+    steps = method.gradients(
+        Flow(Shifted()), Flow(Shifted()), first, torch.randn(200_000, 1, generator=stream(0, "test")), stream(0), State()
+    )
+    assert next(iter(steps))["effective_sample_size"] / 200_000 == pytest.approx(math.exp(-0.25), abs=0.01)
 
 
 def test_the_reward_itself_as_a_weight() -> None:
@@ -408,6 +409,19 @@ def test_a_network_starts_on_its_way_to_the_law_of_two_modes() -> None:
     assert result["laws"]["own"]["reward"] == pytest.approx(0.30845, abs=2e-5)
     assert 0.6 < result["reached"]["reward"] / 0.30845 < 1.1
     assert result["laws"]["tilted"]["reward"] > 0  # that of half the tilt: (1 + alpha)^-1 after one round
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings", "message"),
+    [
+        ("lqg", [], "use two-modes"),
+        ("two-modes", ["alpha=1", "online_fraction=0.5"], "no exact law is known"),
+        ("two-modes", ["alpha=0", "online_fraction=0.95"], "no law to settle at"),
+    ],
+)
+def test_laws_that_are_not_known_are_refused_before_training(problem: str, settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_verification(read_verification(problem, "orw-cfm-w2", [*settings, "iterations=1", "train_batch_size=64"]))
 
 
 def test_where_no_closed_form_is_known_verify_says_so() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tiltflow.cli import app
 from tiltflow.errors import InputError
 from tiltflow.settings import read_yaml
-from tiltflow.sweep import parse_grid, points_of, sweep
+from tiltflow.sweep import beats, parse_grid, points_of, sweep
 
 METHOD = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "min_effective_sample_size": 1}
 
@@ -105,3 +105,14 @@ def test_wrong_grids_are_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
         assert isinstance(result.exception, InputError)
         assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_beats_what() -> None:
+    def row(reward: float, distance: float) -> dict[str, float]:
+        return {"reward_tuned": reward, "w2_base": distance}
+
+    assert beats(row(2, 1), row(1, 1))
+    assert beats(row(1, 0.5), row(1, 1))
+    assert not beats(row(1, 1), row(1, 1))
+    assert not beats(row(2, 2), row(1, 1))
+    assert not beats(row(1, 1), row(2, 2))

@@ -45,8 +45,9 @@ class Flow:
             a diffusion timestep).
         prediction: "velocity", "epsilon", "v" (diffusion v-prediction) or "x1" (the denoised sample).
         interpolant: the path of the training.
-        condition: anything the network takes as a third argument (labels, prompt embeddings); the library only
-            passes it on. Bind a new one for each batch with `bind`.
+        condition: anything the network takes as a third argument. A tensor [batch, ..] is one for each sample (labels, prompt
+            embeddings), and follows the samples into parts of a batch; anything else is for all, and only passed on. Bind a
+            new one for each batch with `bind`.
         autocast: the dtype in which the network is evaluated, torch.bfloat16 for mixed precision; None is its own. What it
             predicts comes back in the dtype of x.
     """

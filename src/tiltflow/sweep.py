@@ -152,6 +152,12 @@ def run_point(point: Point, folder: Path, device: str, threads: int) -> str | No
     return None
 
 
+def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """At least as much reward, at most as far from the base, and not the same."""
+    gain, nearer = one["reward_tuned"] - other["reward_tuned"], other["w2_base"] - one["w2_base"]
+    return bool(gain >= 0 and nearer >= 0 and gain + nearer > 0)
+
+
 def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
     """One row for each point, and one for each combination of the other values over its seeds, with mean and spread."""
     names = short_names(list(points[0].values))
@@ -186,7 +192,5 @@ def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) 
         summaries.append(merged)
     finished = [row for row in summaries if "error" not in row]
     for row in finished:
-        row["on_front"] = not any(
-            other["reward_tuned"] > row["reward_tuned"] and other["w2_base"] <= row["w2_base"] for other in finished
-        )
+        row["on_front"] = not any(beats(other, row) for other in finished)
     return {"runs": rows, "points": summaries}

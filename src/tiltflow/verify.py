@@ -93,6 +93,8 @@ def read_verification(problem: str, method: str, overrides: Sequence[str]) -> An
     if any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides):
         # a preset is asked for as it was published; only where it is applied stays ours
         defaults = {key: value for key, value in defaults.items() if key in ("beta", "solver")}
+    if problem == "lqg" and "beta" not in parts["method"].model_fields:
+        raise InputError(f"verify lqg is for methods that control a sampler at a price beta, {method} does not; use two-modes")
     tree: dict[str, Any] = {"problem": {"name": problem}, "method": {"name": method, **defaults}}
     if method == "orw-cfm-w2":
         rounds = ROUNDS_TWO_MODES if problem == "two-modes" else ROUNDS

@@ -11,6 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from tiltflow.errors import InputError
 from tiltflow.evaluation import distance_to_law, mean_estimate, sliced_w2
 from tiltflow.flow import Flow
 from tiltflow.induced_law import Array, Law, velocity_distance
@@ -48,10 +49,17 @@ class TwoModesVerification(Settings):
 def verify_two_modes(settings: TwoModesVerification, watch: Callable[[Record], None] = lambda record: None) -> dict[str, Any]:
     """Train, then measure the distance to the method's own target and to the tilted law. `watch` is shown every record.
 
-    Distances are 2-Wasserstein, in units of x; `floor` is that between two exact samples.
+    Distances are 2-Wasserstein, in units of x; `floor` is that between two exact samples. Raises InputError, before it trains,
+    if the method's law is not known or does not exist.
     """
     problem, method = settings.problem, settings.method
     mixture, reward = problem.base(), problem.reward()
+    law = problem.law()
+    tilted = law.tilt(method.log_tilt(torch.from_numpy(problem.reward_at(law.points)), settings.iterations).numpy())
+    try:
+        own = method.exact_law(law, problem.reward_at, settings.iterations) if hasattr(method, "exact_law") else tilted
+    except ValueError as error:
+        raise InputError(f"verify two-modes: {error}") from None
     base = Flow(ExactVelocity(mixture))
     correction = new_network(Mlp(dimension=1, hidden=settings.hidden, layers=settings.layers), settings.seed)
     tuned = Flow(CorrectedVelocity(ExactVelocity(mixture), correction))
@@ -65,11 +73,6 @@ def verify_two_modes(settings: TwoModesVerification, watch: Callable[[Record], N
     ):
         watch(record)
     assert record is not None
-
-    law = problem.law()
-    rewards = problem.reward_at(law.points)
-    tilted = law.tilt(method.log_tilt(torch.from_numpy(rewards), record.step).numpy())
-    own = method.exact_law(law, problem.reward_at, record.step) if hasattr(method, "exact_law") else tilted
 
     generator = stream(settings.seed, "evaluation")
     noise = torch.randn(settings.num_samples, 1, generator=generator)

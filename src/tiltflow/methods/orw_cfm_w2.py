@@ -43,6 +43,7 @@ from torch import Tensor
 
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
+from tiltflow.evaluation import ImportanceWeights
 from tiltflow.flow import Flow, VelocityField, in_chunks, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
@@ -235,7 +236,7 @@ class OrwCfmW2(Optimization):
             )
         weights = self.weights(rewards, conditions(tuned))
         state.rounds += 1
-        effective = effective_sample_size(weights)
+        effective = ImportanceWeights(weights.double() / weights.double().sum()).effective_sample_size
         if effective < self.min_effective_sample_size:
             raise CollapseError(
                 f"round {state.rounds}: the weights of {len(weights)} samples rest on {effective:.1f} of them (largest weight"
@@ -378,12 +379,6 @@ def groups(condition: Tensor | None, count: int, device: torch.device) -> list[T
         return [torch.arange(count, device=device)]
     _, member = torch.unique(condition.flatten(1) if condition.ndim > 1 else condition, dim=0, return_inverse=True)
     return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
-
-
-def effective_sample_size(weights: Tensor) -> float:
-    """(sum w)^2 / sum w^2 of weights [batch] (Kong): the number of equally weighted samples that would tell as much."""
-    w = weights.double() / weights.double().max()
-    return float(w.sum() ** 2 / w.square().sum())
 
 
 def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:
