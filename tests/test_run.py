@@ -15,7 +15,7 @@ import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance, total_variation_floor
 from tiltflow.recipe import shipped_recipes
-from tiltflow.run import Recipe, evaluate_run, read_recipe, run
+from tiltflow.run import Recipe, distance_to_base, evaluate_run, read_recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record
@@ -206,3 +206,12 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path: Path, ov
     with pytest.raises(InputError, match=message):
         run(recipe_of(tiny_recipe(tmp_path), *overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_distance_to_the_base() -> None:
+    """A law moved by 3 is 3 away, whatever the noise; halves of one sample are as far apart as finite samples are."""
+    x = torch.randn(1000, 1, generator=stream(0, "test"))
+    found = distance_to_base(x + 3, x, "samples")
+    assert found["w2_base"] == pytest.approx(3, abs=0.25)
+    assert 0 < found["w2_floor"] < 0.25
+    assert distance_to_base(x, x, "samples")["w2_base"] == found["w2_floor"]
