@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
-from tiltflow.flow import AdapterOff, Flow, rows
+from tiltflow.flow import AdapterOff, Flow, VelocityField, rows
+from tiltflow.induced_law import Array, induced_velocity
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
-from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, cheapest_pairing
-from tiltflow.problems import ExactVelocity, GaussianMixture
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
+from tiltflow.problems import ExactVelocity, GaussianMixture, TwoModes
 from tiltflow.run import Recipe, run
 from tiltflow.sampler import noise
 from tiltflow.settings import apply_overrides, read_yaml, validate
@@ -396,6 +397,49 @@ def test_the_tilt_after_some_rounds() -> None:
 # ---- a network, to the laws that are known ----
 
 
+@pytest.mark.parametrize("mean", [0.25, 0.5, 1.0, 1.5])
+def test_the_way_to_the_law_of_a_gaussian(mean: float) -> None:
+    """Under tau = 0.3, alpha = 0.3 and r = x, N(0, 1) settles at N(1, 1): at mean m the share is m, and 1 only there."""
+    method = OrwCfmW2(tau=0.3, alpha=0.3, weight_mode="both-terms")
+    tuned, generator = Shifted(), stream(0, "test")
+    with torch.no_grad():
+        tuned.mean.fill_(mean)
+    x1 = mean + torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
+    way = method.way(Flow(tuned), Flow(Shifted()), x1, first(x1), generator)
+    assert way is not None and way.standard_error < 0.05 * mean
+    assert abs(way.value - mean) < 4 * way.standard_error
+
+
+@pytest.mark.parametrize("mode", ["normalized", pytest.param("raw", marks=pytest.mark.slow)])
+def test_the_way_to_the_law_of_two_modes(mode: WeightMode) -> None:
+    """The field that makes the fixed point of a bounded reward, where m varies in space, is all the way there."""
+    problem, method = TwoModes(), OrwCfmW2(tau=1.0, alpha=0.5, weight_mode=mode)
+    base = problem.law()
+    q = method.exact_law(base, problem.reward_at, 10_000)
+    logs = method.log_weights(torch.from_numpy(problem.reward_at(q.points))).numpy()
+    logs -= np.log(q.probabilities @ np.exp(logs)) if mode == "normalized" else 0
+    there = induced_velocity(q, base, logs, method.alpha)
+
+    def flow(field: Callable[[Array, float], Array]) -> VelocityField:
+        def v(x: Tensor, t: Tensor) -> Tensor:
+            return torch.from_numpy(np.stack([field(x[i].numpy(), float(t[i])) for i in range(len(x))]))
+
+        return v
+
+    generator = stream(0, "test")
+    levels = (torch.randperm(4000, generator=generator).double() + 0.5) / 4000
+    x1 = torch.from_numpy(q.quantiles(levels.numpy()))[:, None]
+    rewards = torch.from_numpy(problem.reward_at(x1.numpy()[:, 0]))
+    way = method.way(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)
+    assert way is not None and way.standard_error < 0.1
+    assert abs(way.value - 1) < 4 * way.standard_error
+
+
+def test_nothing_is_on_its_way_before_anything_was_learned() -> None:
+    x1 = torch.randn(10, 1, generator=stream(0, "test"))
+    assert OrwCfmW2().way(Flow(Shifted()), Flow(Shifted()), x1, first(x1), stream(0, "test")) is None
+
+
 def test_a_network_starts_on_its_way_to_the_law_of_two_modes() -> None:
     """One round with alpha = 1: mean reward .308 exactly (see test_induced_law). 150 steps come three quarters of the way."""
     settings = [
@@ -467,6 +511,9 @@ def test_a_run_from_recipe_to_report(tmp_path: Path) -> None:
     assert rows[0]["reward"] == rows[1]["reward"] != rows[2]["reward"]  # two passes over a round
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Distance of the velocities" in report
+    assert summary["own_law_way_expected"] == pytest.approx(1 - 1.5**-2)
+    assert summary["own_law_way_error"] > 0
+    assert "of the way from the base (0)" in report
     assert "W2 to the base" in report
     assert "exp(1.11 r(x))" in report
 

@@ -32,6 +32,7 @@ NOISE = np.linspace(-8, 8, 121)  # quadrature over x_0: the trapezoid rule is sp
 SUPPORT = 8.0  # samples are sought on [-SUPPORT, SUPPORT]
 NODES = 321
 STEPS = 24  # of Runge-Kutta 4, shorter at both ends
+TAIL = 24  # points that the extrapolation beyond the last one is fitted to
 FLOOR = -60.0  # log densities below are extrapolated: the backward ODE has no digits there
 
 
@@ -72,11 +73,16 @@ class Law:
         return CubicSpline(self.points, self.log_density)
 
     def log_at(self, x: Array) -> Array:
-        """log density at x, quadratic in x beyond the points."""
+        """log density at x; beyond the points the parabola through the end that fits the last of them best, which never opens
+        upward: a second derivative at the end itself is rounding error, and grows from round to round."""
         values = np.asarray(self._spline(x))
-        for end, beyond in ((self.points[0], x < self.points[0]), (self.points[-1], x > self.points[-1])):
-            away = x[beyond] - end
-            values[beyond] = self._spline(end) + away * self._spline(end, 1) + away**2 / 2 * self._spline(end, 2)
+        for end, beyond, last in ((0, x < self.points[0], slice(TAIL)), (-1, x > self.points[-1], slice(-TAIL, None))):
+            near, height = self.points[last] - self.points[end], self.log_density[last] - self.log_density[end]
+            (slope, curvature), *_ = np.linalg.lstsq(np.stack([near, near**2], 1), height, rcond=None)
+            if curvature > 0:
+                slope, curvature = float(near @ height / (near @ near)), 0.0
+            away = x[beyond] - self.points[end]
+            values[beyond] = self.log_density[end] + away * slope + away**2 * curvature
         return values
 
     def expectation(self, function: Density) -> float:

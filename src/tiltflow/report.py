@@ -96,6 +96,14 @@ MEASURES = {
             "Distance in reward",
             "Largest gap between the cumulative curves of r, tuned against target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
         ),
+        "own_law_way": (
+            "Way to its own law",
+            "Where the model is between the base (0) and the law at which its rounds settle (1).",
+        ),
+        "own_law_way_expected": (
+            "Way to its own law, expected",
+            "Where so many rounds, each fitted perfectly, would be, to first order.",
+        ),
         "path_kl": ("Path KL", "How far the tuned sampler has moved away from the base sampler, in nats per sample."),
     },
     "How sure": {
@@ -346,6 +354,12 @@ def _closeness(s: Tree) -> str:
         parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal by this measure, not equal in every respect.</p>")
         parts.append(_scale(distance, base, floor) if base else "")
     parts.append(_reward_agrees(s))
+    if (way := number(s, "own_law_way")) is not None:
+        parts.append(
+            "<p>The law at which the rounds of this method settle is no exponential tilt. Measured by the condition that holds"
+            f" there, the model has come <b>{decimal(way, number(s, 'own_law_way_error'))}</b> of the way from the base (0) to it"
+            f" (1){_with(s, 'own_law_way_expected', '; so many rounds, each fitted perfectly, would have come {}')}.</p>"
+        )
     limits = s.get("limits")
     if isinstance(limits, list) and limits:
         parts.append(

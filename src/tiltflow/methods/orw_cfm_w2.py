@@ -43,7 +43,7 @@ from torch import Tensor
 
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
-from tiltflow.evaluation import ImportanceWeights
+from tiltflow.evaluation import Estimate, ImportanceWeights
 from tiltflow.flow import Flow, VelocityField, in_chunks, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
@@ -171,6 +171,62 @@ class OrwCfmW2(Optimization):
         if self.weight == "exponential":
             return f"p_base(x) exp({self.tilt(rounds):.3g} r(x))"
         return f"p_base(x) w(x)^{self.tilt(rounds) / self.tau:.3g}"
+
+    def way_expected(self, steps: int) -> float:
+        """The share of `way` after so many optimizer steps, to first order in tau, each round being fitted perfectly."""
+        return 1 - float((1 + self.alpha) ** -math.ceil(steps / self.num_passes))
+
+    @torch.no_grad()
+    def way(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        x1: Tensor,
+        rewards: Tensor,
+        generator: torch.Generator,
+        *,
+        start: float = 0.0,
+        draws: int = 8,
+        batch_size: int | None = None,
+    ) -> Estimate | None:
+        """How far the model has come from the base toward the law at which its rounds settle: 0 to 1, where that law is reached.
+
+        Where they settle, the derivative of the loss vanishes in every direction, so also along what was learned,
+        d = v - v_base:  E[w (x_1 - x_0 - v) . d] = alpha E|d|^2. The estimate is the right side over the left one, with the
+        standard error over samples. It is 1 at the fixed point exactly; on the way, the share of the displacement that is
+        done, exactly so for a Gaussian base, a linear reward and both-terms, to first order in tau otherwise.
+
+        Args:
+            x1: samples of `tuned` [batch, *event].
+            rewards: theirs [batch].
+            draws: of noise and time for each.
+
+        None without a penalty, with samples that are not of the model, or where nothing was learned.
+        """
+        if self.alpha == 0 or self.online_fraction < 1:
+            return None
+        weights = self.weights(rewards).double()
+        pull, leash = torch.zeros_like(weights), torch.zeros_like(weights)
+        for _ in range(draws):
+            for i in torch.arange(len(x1), device=x1.device).split(batch_size or len(x1)):
+                x0 = torch.randn(x1[i].shape, generator=generator, device=x1.device, dtype=x1.dtype)
+                uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
+                t = spread_times(uniform, start=start, shift=self.shift)
+                x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
+                v = tuned(x, t)
+                d = v - base(x, t)
+                scale = prediction_scale(tuned, t).double() ** 2
+                pull[i] += scale * ((x1[i] - x0 - v) * d).flatten(1).sum(1).double()
+                leash[i] += scale * d.flatten(1).square().sum(1).double()
+        pull = weights * pull
+        leash = self.alpha * (weights if self.weight_mode == "both-terms" else 1) * leash
+        if not float(leash.mean()) > 0:
+            return None
+        share = leash.mean() / pull.mean()
+        # normalised weights divide by their own mean, so a weight that is drawn too large shrinks all the others
+        own_mean = torch.zeros_like(weights) if self.weight_mode != "normalized" else weights - 1
+        relative = leash / leash.mean() - pull / pull.mean() + own_mean
+        return Estimate(share.item(), abs(share.item()) * (relative.std() / math.sqrt(len(x1))).item())
 
     def limits(self, start: float = 0.0) -> list[str]:
         """Why the law is not p_base exp(r / beta): one sentence for each reason."""
