@@ -406,7 +406,8 @@ def test_the_way_to_the_law_of_a_gaussian(mean: float) -> None:
         tuned.mean.fill_(mean)
     x1 = mean + torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     way = method.way(Flow(tuned), Flow(Shifted()), x1, first(x1), generator)
-    assert way is not None and way.standard_error < 0.05 * mean
+    assert way is not None
+    assert way.standard_error < 0.05 * mean
     assert abs(way.value - mean) < 4 * way.standard_error
 
 
@@ -431,7 +432,8 @@ def test_the_way_to_the_law_of_two_modes(mode: WeightMode) -> None:
     x1 = torch.from_numpy(q.quantiles(levels.numpy()))[:, None]
     rewards = torch.from_numpy(problem.reward_at(x1.numpy()[:, 0]))
     way = method.way(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)
-    assert way is not None and way.standard_error < 0.1
+    assert way is not None
+    assert way.standard_error < 0.1
     assert abs(way.value - 1) < 4 * way.standard_error
 
 

@@ -355,10 +355,11 @@ def _closeness(s: Tree) -> str:
         parts.append(_scale(distance, base, floor) if base else "")
     parts.append(_reward_agrees(s))
     if (way := number(s, "own_law_way")) is not None:
+        come = decimal(way, number(s, "own_law_way_error"))
         parts.append(
             "<p>The law at which the rounds of this method settle is no exponential tilt. Measured by the condition that holds"
-            f" there, the model has come <b>{decimal(way, number(s, 'own_law_way_error'))}</b> of the way from the base (0) to it"
-            f" (1){_with(s, 'own_law_way_expected', '; so many rounds, each fitted perfectly, would have come {}')}.</p>"
+            f" there, the model has come <b>{come}</b> of the way from the base (0) to that law (1)"
+            f"{_with(s, 'own_law_way_expected', '; so many rounds, each fitted perfectly, would have come {}')}.</p>"
         )
     limits = s.get("limits")
     if isinstance(limits, list) and limits:

@@ -189,7 +189,7 @@ class OrwCfmW2(Optimization):
         draws: int = 8,
         batch_size: int | None = None,
     ) -> Estimate | None:
-        """How far the model has come from the base toward the law at which its rounds settle: 0 to 1, where that law is reached.
+        """How far the model has come from the base toward the law at which its rounds settle: 0 to 1, which is there.
 
         Where they settle, the derivative of the loss vanishes in every direction, so also along what was learned,
         d = v - v_base:  E[w (x_1 - x_0 - v) . d] = alpha E|d|^2. The estimate is the right side over the left one, with the
