@@ -398,22 +398,22 @@ def test_the_tilt_after_some_rounds() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.25, 0.5, 1.0, 1.5])
-def test_the_way_to_the_law_of_a_gaussian(mean: float) -> None:
-    """Under tau = 0.3, alpha = 0.3 and r = x, N(0, 1) settles at N(1, 1): at mean m the share is m, and 1 only there."""
+def test_the_balance_on_the_way_to_the_law_of_a_gaussian(mean: float) -> None:
+    """Under tau = 0.3, alpha = 0.3 and r = x, N(0, 1) settles at N(1, 1): at mean m the balance is 1 / m."""
     method = OrwCfmW2(tau=0.3, alpha=0.3, weight_mode="both-terms")
     tuned, generator = Shifted(), stream(0, "test")
     with torch.no_grad():
         tuned.mean.fill_(mean)
     x1 = mean + torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
-    way = method.way(Flow(tuned), Flow(Shifted()), x1, first(x1), generator)
-    assert way is not None
-    assert way.standard_error < 0.05 * mean
-    assert abs(way.value - mean) < 4 * way.standard_error
+    balance = method.balance(Flow(tuned), Flow(Shifted()), x1, first(x1), generator)
+    assert balance is not None
+    assert balance.standard_error < 0.05 / mean
+    assert abs(balance.value - 1 / mean) < 4 * balance.standard_error
 
 
 @pytest.mark.parametrize("mode", ["normalized", pytest.param("raw", marks=pytest.mark.slow)])
-def test_the_way_to_the_law_of_two_modes(mode: WeightMode) -> None:
-    """The field that makes the fixed point of a bounded reward, where m varies in space, is all the way there."""
+def test_the_balance_at_the_law_of_two_modes(mode: WeightMode) -> None:
+    """The field that makes the fixed point of a bounded reward, where m varies in space, is in balance."""
     problem, method = TwoModes(), OrwCfmW2(tau=1.0, alpha=0.5, weight_mode=mode)
     base = problem.law()
     q = method.exact_law(base, problem.reward_at, 10_000)
@@ -431,15 +431,15 @@ def test_the_way_to_the_law_of_two_modes(mode: WeightMode) -> None:
     levels = (torch.randperm(4000, generator=generator).double() + 0.5) / 4000
     x1 = torch.from_numpy(q.quantiles(levels.numpy()))[:, None]
     rewards = torch.from_numpy(problem.reward_at(x1.numpy()[:, 0]))
-    way = method.way(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)
-    assert way is not None
-    assert way.standard_error < 0.1
-    assert abs(way.value - 1) < 4 * way.standard_error
+    balance = method.balance(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)
+    assert balance is not None
+    assert balance.standard_error < 0.1
+    assert abs(balance.value - 1) < 4 * balance.standard_error
 
 
-def test_nothing_is_on_its_way_before_anything_was_learned() -> None:
+def test_there_is_no_balance_before_anything_was_learned() -> None:
     x1 = torch.randn(10, 1, generator=stream(0, "test"))
-    assert OrwCfmW2().way(Flow(Shifted()), Flow(Shifted()), x1, first(x1), stream(0, "test")) is None
+    assert OrwCfmW2().balance(Flow(Shifted()), Flow(Shifted()), x1, first(x1), stream(0, "test")) is None
 
 
 def test_a_network_starts_on_its_way_to_the_law_of_two_modes() -> None:
@@ -513,9 +513,9 @@ def test_a_run_from_recipe_to_report(tmp_path: Path) -> None:
     assert rows[0]["reward"] == rows[1]["reward"] != rows[2]["reward"]  # two passes over a round
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Distance of the velocities" in report
-    assert summary["own_law_way_expected"] == pytest.approx(1 - 1.5**-2)
-    assert summary["own_law_way_error"] > 0
-    assert "of the way from the base (0)" in report
+    assert summary["own_law_balance_expected"] == pytest.approx(1 / (1 - 1.5**-2))
+    assert summary["own_law_balance_error"] > 0
+    assert "in balance with the penalty" in report
     assert "W2 to the base" in report
     assert "exp(1.11 r(x))" in report
 

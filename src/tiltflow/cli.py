@@ -414,7 +414,7 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     rows = {
         "reward, base": pm("reward_base"),
         "reward, tuned": pm("reward_tuned"),
-        "reward, exact target": f"{pm('reward_target')}   (importance-weighted base)",
+        "reward, target": f"{pm('reward_target')}   (importance-weighted base)",
     }
     judge = summary["judge"]
     if judge and "group" in judge:
@@ -434,6 +434,8 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
     rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
+    if "own_law_balance" in summary:
+        rows["pull over penalty"] = f"{pm('own_law_balance')}   (1 where the rounds settle; below it, noise was learned)"
     if summary["working_beta"] is not None:
         rows["temperature"] = (
             f"{summary['beta']:g}; calibrated on the mean reward, the run worked at {summary['working_beta']:.3g}"

@@ -96,13 +96,13 @@ MEASURES = {
             "Distance in reward",
             "Largest gap between the cumulative curves of r, tuned against target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
         ),
-        "own_law_way": (
-            "Way to its own law",
-            "Where the model is between the base (0) and the law at which its rounds settle (1).",
+        "own_law_balance": (
+            "Balance",
+            "Pull of the reward over the penalty: 1 at the law at which the rounds settle. Above: on its way. Below: noise.",
         ),
-        "own_law_way_expected": (
-            "Way to its own law, expected",
-            "Where so many rounds, each fitted perfectly, would be, to first order.",
+        "own_law_balance_expected": (
+            "Balance, expected",
+            "Of so many rounds, each fitted perfectly, to first order.",
         ),
         "path_kl": ("Path KL", "How far the tuned sampler has moved away from the base sampler, in nats per sample."),
     },
@@ -354,12 +354,19 @@ def _closeness(s: Tree) -> str:
         parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal by this measure, not equal in every respect.</p>")
         parts.append(_scale(distance, base, floor) if base else "")
     parts.append(_reward_agrees(s))
-    if (way := number(s, "own_law_way")) is not None:
-        come = decimal(way, number(s, "own_law_way_error"))
+    if (balance := number(s, "own_law_balance")) is not None:
+        error = number(s, "own_law_balance_error") or 0.0
+        if balance < 1 - 2 * error:
+            says = (
+                "it has moved further than its reward pulls: noise, of the fit or of rounds with few samples, is part of what"
+                " it learned"
+            )
+        else:
+            says = "it is there, within two standard errors" if balance < 1 + 2 * error else "it is still on its way there"
         parts.append(
-            "<p>The law at which the rounds of this method settle is no exponential tilt. Measured by the condition that holds"
-            f" there, the model has come <b>{come}</b> of the way from the base (0) to that law (1)"
-            f"{_with(s, 'own_law_way_expected', '; so many rounds, each fitted perfectly, would have come {}')}.</p>"
+            "<p>The law at which the rounds of this method settle is no exponential tilt. Where they settle, the pull of the"
+            f" reward is in balance with the penalty. The model has <b>{decimal(balance, error)}</b> of the one for the other"
+            f"{_with(s, 'own_law_balance_expected', ', so many rounds, each fitted perfectly, {}')}: {says}.</p>"
         )
     limits = s.get("limits")
     if isinstance(limits, list) and limits:

@@ -297,11 +297,11 @@ def evaluate_run(
         summary |= distance_to_base(x.flatten(1), x_base.flatten(1), "samples")
     else:
         summary |= judged(settings, x_base, x, weights, generator, device)
-    if hasattr(recipe.method, "way"):
-        generator, start = stream(recipe.seed, "way", device=device), base.flow.noise_time
-        way = recipe.method.way(tuned.flow, base.flow, x, r, generator, start=start, batch_size=settings.batch_size)
-        if way is not None:
-            summary |= _named("own_law_way", way) | {"own_law_way_expected": recipe.method.way_expected(taken)}
+    if hasattr(recipe.method, "balance"):
+        generator, start = stream(recipe.seed, "balance", device=device), base.flow.noise_time
+        balance = recipe.method.balance(tuned.flow, base.flow, x, r, generator, start=start, batch_size=settings.batch_size)
+        if balance is not None:
+            summary |= _named("own_law_balance", balance) | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
     if len(base.event_shape) == 3 and base.event_shape[0] in (1, 3):

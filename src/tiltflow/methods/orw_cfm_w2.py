@@ -172,12 +172,12 @@ class OrwCfmW2(Optimization):
             return f"p_base(x) exp({self.tilt(rounds):.3g} r(x))"
         return f"p_base(x) w(x)^{self.tilt(rounds) / self.tau:.3g}"
 
-    def way_expected(self, steps: int) -> float:
-        """The share of `way` after so many optimizer steps, to first order in tau, each round being fitted perfectly."""
-        return 1 - float((1 + self.alpha) ** -math.ceil(steps / self.num_passes))
+    def balance_expected(self, steps: int) -> float:
+        """`balance` after so many optimizer steps, to first order in tau, each round being fitted perfectly."""
+        return 1 / (1 - float((1 + self.alpha) ** -math.ceil(steps / self.num_passes)))
 
     @torch.no_grad()
-    def way(
+    def balance(
         self,
         tuned: VelocityField,
         base: VelocityField,
@@ -189,12 +189,13 @@ class OrwCfmW2(Optimization):
         draws: int = 8,
         batch_size: int | None = None,
     ) -> Estimate | None:
-        """How far the model has come from the base toward the law at which its rounds settle: 0 to 1, which is there.
+        """The pull of the reward over the leash: 1 at the law at which the rounds settle.
 
-        Where they settle, the derivative of the loss vanishes in every direction, so also along what was learned,
-        d = v - v_base:  E[w (x_1 - x_0 - v) . d] = alpha E|d|^2. The estimate is the right side over the left one, with the
-        standard error over samples. It is 1 at the fixed point exactly; on the way, the share of the displacement that is
-        done, exactly so for a Gaussian base, a linear reward and both-terms, to first order in tau otherwise.
+        There the derivative of the loss vanishes in every direction, so also along what was learned, d = v - v_base:
+        E[w (x_1 - x_0 - v) . d] = alpha E|d|^2. The estimate is the left side over the right one, with the standard error over
+        samples. Above 1 the model is still on its way: it has made one part in so many of the displacement, exactly for a
+        Gaussian base, a linear reward and both-terms, to first order in tau otherwise. Below 1 it has moved further than the
+        reward pulls, by overshooting or by noise: of the fit, or of rounds with few samples, whose law drifts.
 
         Args:
             x1: samples of `tuned` [batch, *event].
@@ -222,11 +223,11 @@ class OrwCfmW2(Optimization):
         leash = self.alpha * (weights if self.weight_mode == "both-terms" else 1) * leash
         if not float(leash.mean()) > 0:
             return None
-        share = leash.mean() / pull.mean()
+        balance = pull.mean() / leash.mean()
         # normalised weights divide by their own mean, so a weight that is drawn too large shrinks all the others
-        own_mean = torch.zeros_like(weights) if self.weight_mode != "normalized" else weights - 1
-        relative = leash / leash.mean() - pull / pull.mean() + own_mean
-        return Estimate(share.item(), abs(share.item()) * (relative.std() / math.sqrt(len(x1))).item())
+        own_mean = weights - 1 if self.weight_mode == "normalized" else torch.zeros_like(weights)
+        influence = pull / leash.mean() - balance * (leash / leash.mean() + own_mean)
+        return Estimate(balance.item(), (influence.std() / math.sqrt(len(x1))).item())
 
     def limits(self, start: float = 0.0) -> list[str]:
         """Why the law is not p_base exp(r / beta): one sentence for each reason."""
