@@ -17,7 +17,7 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
-from tiltflow.flow import AdapterOff, Flow, VelocityField, rows
+from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, rows
 from tiltflow.induced_law import Array, induced_velocity
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
@@ -206,12 +206,14 @@ def test_normalised_weights_have_mean_one_and_ignore_the_offset_of_the_reward() 
 
 def test_weights_are_normalised_among_samples_of_one_condition() -> None:
     rewards, labels = torch.tensor([0.0, 10.0, 1.0, 10.5]), torch.tensor([3, 7, 3, 7])
-    w = OrwCfmW2().weights(rewards, labels)
+    flow, cpu = Flow(Shifted()), torch.device("cpu")
+    w = OrwCfmW2().weights(rewards, groups(flow.bind(labels), 4, cpu))
     assert w[labels == 3].mean() == pytest.approx(1)
     assert w[labels == 7].mean() == pytest.approx(1)
     assert (w[3] / w[1]).log().item() == pytest.approx(0.5, abs=1e-5)
     embedded = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 2.0]])
-    assert torch.equal(OrwCfmW2().weights(rewards, embedded), w)
+    for condition in (embedded, {"prompt_embeds": embedded, "scale": 2.0}):
+        assert torch.equal(OrwCfmW2().weights(rewards, groups(flow.bind(condition), 4, cpu)), w)
 
 
 def test_the_effective_sample_size() -> None:

@@ -388,7 +388,7 @@ def test_standardised_rewards_are_those_of_ddpo() -> None:
 
     rewards, costs = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.zeros(3, 4)
     batch = Batch(torch.zeros(3, 4, 1), torch.linspace(0, 1, 4), costs, costs, rewards)
-    advantages = method._advantages(Value(nn.Identity(), FORMS["reward-free"]), batch)
+    advantages = method._advantages(Value(nn.Identity(), FORMS["reward-free"]), batch, [torch.arange(4)])
     expected = (rewards - rewards.mean()) * 4 / 3 / rewards.std(correction=0)
     assert_close(advantages, expected.expand(3, 4), rtol=1e-6, atol=0)
 

@@ -8,10 +8,10 @@ discrete timesteps or prompts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ class Flow:
             a diffusion timestep).
         prediction: "velocity", "epsilon", "v" (diffusion v-prediction) or "x1" (the denoised sample).
         interpolant: the path of the training.
-        condition: anything the network takes as a third argument. A tensor [batch, ..] is one for each sample (labels, prompt
-            embeddings), and follows the samples into parts of a batch; anything else is for all, and only passed on. Bind a
-            new one for each batch with `bind`.
+        condition: anything the network takes as a third argument. A tensor [batch, ..], or a mapping of such tensors, is one
+            for each sample (labels, prompt embeddings), and follows the samples into parts of a batch; anything else is for
+            all, and only passed on. Bind a new one for each batch with `bind`.
         autocast: the dtype in which the network is evaluated, torch.bfloat16 for mixed precision; None is its own. What it
             predicts comes back in the dtype of x.
     """
@@ -92,6 +92,10 @@ class Flow:
         """The same flow given `condition`."""
         return replace(self, condition=condition)
 
+    def rows(self, which: Tensor | slice) -> Flow:
+        """The same flow for those samples of the batch that it was bound to."""
+        return self.bind(choose(self.condition, which))
+
     @property
     def noise_time(self) -> float:
         """The linear time at which the network's noise end sits: 0, or a little more for a diffusion schedule whose
@@ -115,6 +119,10 @@ class AdapterOff:
 
     def disabled(self) -> AbstractContextManager[None]:
         return cast(Any, self.flow.network).disable_adapter()  # type: ignore[no-any-return]
+
+    def bind(self, condition: Any) -> AdapterOff:
+        """The same flow given `condition`."""
+        return AdapterOff(self.flow.bind(condition))
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         with self.disabled():
@@ -154,13 +162,37 @@ def linearize(flow: VelocityField, x: Tensor, t: Tensor) -> tuple[Tensor, Callab
     return v.detach(), pullback
 
 
-def rows(flow: VelocityField, which: Tensor | slice) -> VelocityField:
-    """`flow` for those samples of the batch: given their conditions, where it was bound to a tensor of one for each sample."""
-    if isinstance(flow, Flow):
-        condition = flow.condition
-        return flow.bind(condition[which]) if isinstance(condition, Tensor) and condition.ndim > 0 else flow
-    inner = getattr(flow, "flow", None)
-    return flow if inner is None else replace(cast(Any, flow), flow=rows(inner, which))
+Part = TypeVar("Part")
+
+
+def rows(part: Part, which: Tensor | slice) -> Part:
+    """A velocity field, or a reward, for those samples of the batch: given their conditions or prompts, where it was bound to
+    one for each sample. Anything with a method `rows`, or a dataclass around a `flow` that has one, is such a part."""
+    if hasattr(part, "rows"):
+        return cast(Part, part.rows(which))
+    inner = getattr(part, "flow", None)
+    return part if inner is None else cast(Part, replace(cast(Any, part), flow=rows(inner, which)))
+
+
+def choose(condition: Any, which: Tensor | slice) -> Any:
+    """The conditions of those samples, where there is one for each."""
+    if isinstance(condition, Mapping):
+        return {key: choose(value, which) for key, value in condition.items()}
+    return condition[which] if isinstance(condition, Tensor) and condition.ndim > 0 else condition
+
+
+def groups(flow: VelocityField, count: int, device: torch.device) -> list[Tensor]:
+    """The indices of those of `count` samples that share a condition, for each condition; of all where there is one for all."""
+    while hasattr(flow, "flow"):
+        flow = flow.flow
+    condition = getattr(flow, "condition", None)
+    if isinstance(condition, Mapping):
+        parts = [value.flatten(1).float() for value in condition.values() if isinstance(value, Tensor) and value.ndim > 1]
+        condition = torch.cat(parts, 1) if parts else None
+    if not isinstance(condition, Tensor) or condition.ndim == 0:
+        return [torch.arange(count, device=device)]
+    _, member = torch.unique(condition, dim=0, return_inverse=True)
+    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
 
 
 @dataclass(frozen=True)
@@ -171,13 +203,17 @@ class Chunked:
     size: int
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        starts = range(0, len(x), self.size)
-        return torch.cat([rows(self.flow, slice(i, i + self.size))(x[i : i + self.size], t) for i in starts])
+        return torch.cat([rows(self.flow, part)(x[part], t) for part in slices(len(x), self.size)])
 
 
 def in_chunks(flow: VelocityField, size: int | None) -> VelocityField:
     """`flow`, evaluated on at most `size` samples at a time: less memory, the same result."""
     return flow if size is None else Chunked(flow, size)
+
+
+def slices(count: int, size: int | None) -> list[slice]:
+    """The parts of a batch of `count` samples, of at most `size` each."""
+    return [slice(i, i + (size or count)) for i in range(0, count, size or count)]
 
 
 class CountEvaluations:

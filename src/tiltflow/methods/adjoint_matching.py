@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.adjoint import Pairing, lean_adjoint
-from tiltflow.flow import VelocityField, in_chunks
+from tiltflow.flow import VelocityField, in_chunks, rows, slices
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting
 from tiltflow.reward import Reward
@@ -216,18 +216,18 @@ class AdjointMatching(Tilting):
         parts = [
             lean_adjoint(
                 chain,
-                base,
-                [states[i : i + (micro_batch_size or size)] for states in path.states],
-                reward,
+                rows(base, part),
+                [states[part] for states in path.states],
+                rows(reward, part),
                 self.beta,
                 pairing=self.pairing,
                 reward_at=self.reward_at,
                 first=first,
                 right=right,
-                tuned_velocities=[v[i : i + (micro_batch_size or size)] for v in path.velocities],
+                tuned_velocities=[v[part] for v in path.velocities],
                 bootstrap=self.bootstrap,
             )
-            for i in range(0, size, micro_batch_size or size)
+            for part in slices(size, micro_batch_size)
         ]
         targets = torch.cat([torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts], dim=1)
         velocities = torch.cat([torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts], dim=1)
@@ -260,7 +260,7 @@ class AdjointMatching(Tilting):
             kk, row, ii = k[part], k[part] - regression.first, i[part]
             x = regression.states[row, ii]
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
-            v = tuned(x, chain.times.to(x.device)[kk])
+            v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
             kept = terms.detach() <= regression.limit[row, 0]

@@ -44,7 +44,7 @@ from torch import Tensor
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation import Estimate, ImportanceWeights
-from tiltflow.flow import Flow, VelocityField, in_chunks, rows
+from tiltflow.flow import Flow, VelocityField, groups, in_chunks, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
@@ -278,7 +278,7 @@ class OrwCfmW2(Optimization):
             policy: the flow that samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
                 the same fixed point.
 
-        A condition that is a tensor [batch, ..] is one for each sample: weights are then normalised among samples of the same.
+        Where the flow is bound to one condition for each sample, weights are then normalised among samples of the same.
 
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
@@ -291,7 +291,7 @@ class OrwCfmW2(Optimization):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )
-        weights = self.weights(rewards, conditions(tuned))
+        weights = self.weights(rewards, groups(tuned, len(rewards), rewards.device))
         state.rounds += 1
         effective = ImportanceWeights(weights.double() / weights.double().sum()).effective_sample_size
         if effective < self.min_effective_sample_size:
@@ -332,11 +332,11 @@ class OrwCfmW2(Optimization):
                 parts.append(state.data[which].to(x))
         return torch.cat(parts)
 
-    def weights(self, rewards: Tensor, condition: Tensor | None = None) -> Tensor:
+    def weights(self, rewards: Tensor, members: list[Tensor] | None = None) -> Tensor:
         """The weights [batch] of samples with these rewards [batch], of mean 1 unless they are raw.
 
         Args:
-            condition: [batch, ..]; each is normalised among the samples that share it.
+            members: the indices of each group of samples among which weights are normalised; of all samples by default.
 
         Raises InputError if one is negative or infinite, or all are zero.
         """
@@ -345,8 +345,8 @@ class OrwCfmW2(Optimization):
             weights = logs.exp()
         else:
             weights = torch.empty_like(logs)
-            for members in groups(condition, len(logs), logs.device):
-                weights[members] = torch.softmax(logs[members], 0) * len(members)
+            for group in members or [torch.arange(len(logs), device=logs.device)]:
+                weights[group] = torch.softmax(logs[group], 0) * len(group)
         if bool(weights.isnan().any()) or float(weights.sum()) == 0:
             raise InputError(f"method.weight {self.weight}: the weights of {len(weights)} samples are all zero")
         if bool(weights.to(rewards.dtype).isinf().any()):
@@ -422,20 +422,6 @@ class OrwCfmW2(Optimization):
             fit += misfit.detach().sum().item() / size
             total += loss.item()
         return {"loss": total, "flow_matching_loss": fit} | ({"velocity_distance": penalty} if self.alpha > 0 else {})
-
-
-def conditions(flow: VelocityField) -> Tensor | None:
-    """The conditions [batch, ..] that a flow was bound to, one for each sample, if it was."""
-    condition = flow.condition if isinstance(flow, Flow) else None
-    return condition if isinstance(condition, Tensor) and condition.ndim > 0 else None
-
-
-def groups(condition: Tensor | None, count: int, device: torch.device) -> list[Tensor]:
-    """The indices of the samples that share a condition [batch, ..], for each condition; of all samples without one."""
-    if condition is None:
-        return [torch.arange(count, device=device)]
-    _, member = torch.unique(condition.flatten(1) if condition.ndim > 1 else condition, dim=0, return_inverse=True)
-    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
 
 
 def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flow import VelocityField, in_chunks, linearize
+from tiltflow.flow import VelocityField, groups, in_chunks, linearize, rows, slices
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
@@ -128,7 +128,8 @@ class ScoreAsAction(Tilting):
     """What is subtracted from the reward, times beta: the path KL in the closed form of continuous time, which means the same
     on every grid; the KL of the solver's Gaussian transitions, as others do; or nothing."""
     standardize: bool = False
-    """Of `return`: divide the centred rewards by their standard deviation over the batch."""
+    """Of `return`: divide the centred rewards by their standard deviation over the batch, or over the samples of one
+    condition where the flow has one for each sample, as the centring is."""
     update: Literal["trust-region", "clip"] = "trust-region"
     """trust-region: a penalty on the path KL to the policy that made the trajectories. clip: PPO's clipped ratio."""
     target_kl: Positive = 0.05
@@ -238,7 +239,9 @@ class ScoreAsAction(Tilting):
                 state.value.fit_scale(rewards)
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
             noise = None if self._uses_value_gradient else self._noise(path)
-            advantages = None if self._uses_value_gradient else self._advantages(state.value, batch)
+            advantages = (
+                None if self._uses_value_gradient else self._advantages(state.value, batch, groups(tuned, len(x), x.device))
+            )
         steps = None
         if state.iterations >= self.critic_warmup_steps:
             vectors = self._vectors(state.value, path, noise, advantages, tuned, base, reward, micro_batch_size)
@@ -308,15 +311,18 @@ class ScoreAsAction(Tilting):
             ]
         )
 
-    def _advantages(self, value: Value, batch: Batch) -> Tensor:
-        """[steps, batch], in units of reward unless standardised."""
+    def _advantages(self, value: Value, batch: Batch, members: list[Tensor]) -> Tensor:
+        """[steps, batch], in units of reward unless standardised; of `return`, among the samples of one condition."""
         if self.estimator == "return":
             total = batch.rewards - batch.costs.sum(0)
-            # the mean of the others: a baseline that does not see the sample leaves the gradient unbiased
-            size = len(total)
-            centred = (total - total.mean()) * (size / max(size - 1, 1))
-            if self.standardize:
-                centred = (centred / (total.std(correction=0) + 1e-8)).clamp(-MOST_STANDARDIZED, MOST_STANDARDIZED)
+            centred = torch.zeros_like(total)
+            for group in members:
+                own, size = total[group], len(group)
+                # the mean of the others: a baseline that does not see the sample leaves the gradient unbiased
+                centred[group] = (own - own.mean()) * (size / max(size - 1, 1))
+                if self.standardize:
+                    standard = centred[group] / (own.std(correction=0) + 1e-8)
+                    centred[group] = standard.clamp(-MOST_STANDARDIZED, MOST_STANDARDIZED)
             return centred.expand(len(batch.costs), -1)
         values = batch.values(value)
         if self.estimator == "return-minus-value":
@@ -347,7 +353,8 @@ class ScoreAsAction(Tilting):
     def _value_gradient(
         self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
     ) -> Tensor:
-        return torch.cat([value.gradient(part, t, tuned, reward) for part in x.split(micro_batch_size or len(x))])
+        parts = slices(len(x), micro_batch_size)
+        return torch.cat([value.gradient(x[part], t, rows(tuned, part), rows(reward, part)) for part in parts])
 
     def _after_steps(
         self,
@@ -364,12 +371,13 @@ class ScoreAsAction(Tilting):
             self._value_gradient(value, path.states[k], times[k], tuned, reward, micro_batch_size) for k in range(1, count)
         ]
         last, parts = path.states[count], []
-        for part in last.split(micro_batch_size or len(last)):
+        for which in slices(len(last), micro_batch_size):
+            x, their_reward = last[which], rows(reward, which)
             if count == len(path.chain):
-                parts.append(value_and_gradient(reward, part)[1].to(part))
+                parts.append(value_and_gradient(their_reward, x)[1].to(x))
             else:  # one step of the base, without noise, is between it and the reward
-                v, pullback = linearize(base, part, times[count])
-                gradient = value_and_gradient(reward, path.chain.mean(count, part, v))[1].to(part)
+                v, pullback = linearize(rows(base, which), x, times[count])
+                gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
                 x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
                 parts.append(x_scale * gradient + pullback(v_scale * gradient))
         return torch.stack([*before, torch.cat(parts)])
@@ -395,7 +403,8 @@ class ScoreAsAction(Tilting):
             kk, ii = k[part], i[part]
             x = steps.states[kk, ii]
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
-            v, old, origin = tuned(x, chain.times.to(x.device)[kk]), steps.velocities[kk, ii], steps.base_velocities[kk, ii]
+            v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
+            old, origin = steps.velocities[kk, ii], steps.base_velocities[kk, ii]
             step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
             if self.running_reward != "none":
