@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiltflow.model import Model, load
     from tiltflow.run import Training, tune
     from tiltflow.sampler import Sampling
+    from tiltflow.text_to_image import from_diffusers
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "ScoreAsAction": "methods.score_as_action",
     "TiltflowError": "errors",
     "Training": "run",
+    "from_diffusers": "text_to_image",
     "load": "model",
     "tune": "run",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "ScoreAsAction",
     "TiltflowError",
     "Training",
+    "from_diffusers",
     "load",
     "tune",
 ]

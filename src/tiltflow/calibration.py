@@ -23,7 +23,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation import Estimate, ImportanceWeights
 from tiltflow.flow import VelocityField
 from tiltflow.reward import Reward, evaluate
-from tiltflow.sampler import Sampling, sample
+from tiltflow.sampler import Sampling, Start, sample
 from tiltflow.streams import stream
 
 RATE, LIMIT = 0.1, 3.0
@@ -58,7 +58,7 @@ def target_reward(
     num_samples: int,
     *,
     seed: int = 0,
-    start: float = 0.0,
+    start: Start = 0.0,
     device: torch.device | str = "cpu",
 ) -> Estimate:
     """E[r] under p_base(x) exp(r(x) / beta) and its standard error, from base samples.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, cast
 
@@ -117,16 +117,72 @@ class AdapterOff:
 
     flow: Flow
 
-    def disabled(self) -> AbstractContextManager[None]:
-        return cast(Any, self.flow.network).disable_adapter()  # type: ignore[no-any-return]
-
-    def bind(self, condition: Any) -> AdapterOff:
-        """The same flow given `condition`."""
-        return AdapterOff(self.flow.bind(condition))
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The adapter is off in this context; entering it again inside is nothing."""
+        network = cast(Any, self.flow.network)
+        if getattr(network, "adapter_is_off", False):
+            yield
+            return
+        network.adapter_is_off = True
+        try:
+            with network.disable_adapter():
+                yield
+        finally:
+            network.adapter_is_off = False
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         with self.disabled():
             return self.flow(x, t)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance (2207.12598): v = v_negative + guidance_scale (v - v_negative), from one flow given a condition
+    and given its negative. At guidance_scale 1 it is the flow itself.
+
+    Args:
+        flow: bound to the conditions.
+        negative: the same flow bound to the negative ones.
+        seen: if there is one, the velocities of `flow` are put there, in order.
+    """
+
+    flow: VelocityField
+    negative: VelocityField
+    guidance_scale: float
+    seen: list[Tensor] | None = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.flow(x, t)
+        if self.seen is not None:
+            self.seen.append(v)
+        return v if self.guidance_scale == 1 else torch.lerp(self.negative(x, t), v, self.guidance_scale)
+
+    def rows(self, which: Tensor | slice) -> Guided:
+        """The same for those samples of the batch."""
+        return replace(self, flow=rows(self.flow, which), negative=rows(self.negative, which))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The adapter of the flow is off in this context, if it is a base without a copy of its own."""
+        switch: Callable[[], AbstractContextManager[None]] = getattr(self.flow, "disabled", nullcontext)
+        return switch()
+
+
+Guide = Callable[[VelocityField], Guided]
+"""What turns a flow into the one that acts, guided, where only the samples that it learns from are."""
+
+
+def observed(flow: VelocityField, guide: Guide | None) -> tuple[VelocityField, list[Tensor]]:
+    """The flow that acts, and where the velocities of the unguided one will be found, if it is another."""
+    seen: list[Tensor] = []
+    return (flow if guide is None else replace(guide(flow), seen=seen)), seen
+
+
+def bind(flow: VelocityField, condition: Any) -> VelocityField:
+    """`flow`, whatever is around it, given `condition`."""
+    if isinstance(flow, Flow):
+        return flow.bind(condition)
+    return cast(VelocityField, replace(cast(Any, flow), flow=bind(cast(Any, flow).flow, condition)))
 
 
 def base_of(flow: Flow) -> Flow | AdapterOff:
@@ -145,14 +201,10 @@ def linearize(flow: VelocityField, x: Tensor, t: Tensor) -> tuple[Tensor, Callab
     The switch of an adapter is off again during the pullback: activation checkpointing runs the forward once more there,
     and would otherwise differentiate the tuned network.
     """
-
-    def switch() -> AbstractContextManager[None]:
-        return flow.disabled() if isinstance(flow, AdapterOff) else nullcontext()
-
-    field = flow.flow if isinstance(flow, AdapterOff) else flow
+    switch: Callable[[], AbstractContextManager[None]] = getattr(flow, "disabled", nullcontext)
     x = x.detach().requires_grad_()
     with switch(), torch.enable_grad():
-        v = field(x, t)
+        v = flow(x, t)
 
     def pullback(cotangent: Tensor) -> Tensor:
         with switch():

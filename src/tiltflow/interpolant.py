@@ -129,6 +129,8 @@ class DiscreteVariancePreserving(Settings):
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    rescale_betas_zero_snr: bool = False
+    """Shift and scale alpha so that the last timestep holds no data at all (2305.08891, algorithm 1)."""
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -142,6 +144,9 @@ class DiscreteVariancePreserving(Settings):
             power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
             betas = torch.linspace(self.beta_start**power, self.beta_end**power, steps, dtype=torch.float64) ** (1 / power)
         noisy_first = torch.cumprod(1 - betas, 0).flip(0)
+        if self.rescale_betas_zero_snr:
+            alpha = noisy_first.sqrt()
+            noisy_first = ((alpha - alpha[0]) * alpha[-1] / (alpha[-1] - alpha[0])) ** 2
         return torch.cat([noisy_first, noisy_first.new_ones(1)])
 
     def __call__(self, s: Tensor) -> Coefficients:

@@ -73,6 +73,11 @@ class Trajectory:
     velocities: list[Tensor]
 
 
+Start = float | Callable[[int], Tensor]
+"""Where sampling begins: a time, from which the grid of `Sampling` is spread; or the grid of a model that has its own, from the
+number of steps K to K + 1 times, float64."""
+
+
 def time_grid(num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0) -> Tensor:
     """K + 1 times from `start` to 1, float64, spread by `spread_times`."""
     return spread_times(torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64), start=start, shift=shift)
@@ -190,6 +195,14 @@ def _replace_last(chain: Chain, other: Chain) -> Chain:
 
     parts = ("x_scale", "v_scale", "std", "energy")  # the last of these is the price
     return Chain(chain.times, *(last(getattr(chain, part), getattr(other, part)) for part in parts))
+
+
+def unguided(path: Trajectory, seen: list[Tensor]) -> Trajectory:
+    """`path` with the velocities of the unguided flow along it, where `tiltflow.flow.observed` has seen them."""
+    if not seen:
+        return path
+    shape = (len(path.velocities), *path.velocities[0].shape)
+    return replace(path, velocities=list(torch.cat(seen).reshape(shape)))
 
 
 def rollout(
@@ -323,7 +336,7 @@ class Sampling(Settings):
         """Whether its steps are random."""
         return self.is_chain and self.solver != "euler" and (self.eta > 0 or self.solver not in ("ddim", "euler-maruyama"))
 
-    def limits(self, start: float = 0.0) -> list[str]:
+    def limits(self, start: Start = 0.0) -> list[str]:
         """Why a method that controls this sampler, begun at time `start`, does not aim at p_base exp(r / beta) exactly: one
         sentence for each reason; none for the memoryless samplers from pure noise."""
         if not self.has_noise:
@@ -331,7 +344,8 @@ class Sampling(Settings):
                 f"The solver {self.solver} has no noise, so there is no path KL: what is paid for is the transport of the"
                 " samples, and the optimum of that is not the tilted law."
             ]
-        reasons, signal = [], _variance_preserving(torch.tensor(start, dtype=torch.float64))[0].item() ** 2
+        begin = self.times(start)[0] if callable(start) else torch.tensor(start, dtype=torch.float64)
+        reasons, signal = [], _variance_preserving(begin)[0].item() ** 2
         if self.solver in ("ddim", "euler-maruyama") and self.eta < 1:
             reasons.append(
                 f"The solver {self.solver} with eta = {self.eta:g} is not memoryless: a sample depends on the noise that it"
@@ -348,11 +362,16 @@ class Sampling(Settings):
             )
         return reasons
 
-    def times(self, start: float = 0.0) -> Tensor:
-        """The grid from time `start` to 1: [num_inference_steps + 1], float64.
+    def times(self, start: Start = 0.0) -> Tensor:
+        """The grid from `start` to 1: [num_inference_steps + 1], float64.
 
-        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there.
+        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there; and for a shift of a model
+        that has its own grid.
         """
+        if callable(start):
+            if self.shift != 1:
+                raise InputError(f"shift {self.shift:g}: the model has its own time grid; leave shift at 1")
+            return start(self.num_inference_steps)
         if self.solver != "euler-maruyama":
             return time_grid(self.num_inference_steps, start=start, shift=self.shift)
         if start <= 0:
@@ -362,7 +381,7 @@ class Sampling(Settings):
         )
         return alpha / (alpha + (1 - alpha**2).sqrt())
 
-    def chain(self, start: float = 0.0) -> Chain:
+    def chain(self, start: Start = 0.0) -> Chain:
         """The chain of this solver from time `start`. Raises ValueError for a solver that is not one."""
         times = self.times(start)
         match self.solver:
@@ -394,7 +413,7 @@ def noise(flow: Flow, shape: tuple[int, ...], generator: torch.Generator, dtype:
 
 
 @torch.no_grad()
-def sample(flow: VelocityField, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: float = 0.0) -> Tensor:
+def sample(flow: VelocityField, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
     if not sampling.is_chain:
         return solve(sampling.ode_solver(), flow, x, sampling.times(start))[-1]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tiltflow.calibration import Calibration
 from tiltflow.errors import InputError
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, VelocityField
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.reward import Reward
+from tiltflow.sampler import Start
 from tiltflow.streams import stream
 
 
@@ -42,12 +43,30 @@ class Method(Protocol):
         generator: torch.Generator,
         state: Any,
         *,
-        start: float,
+        start: Start,
         micro_batch_size: int | None,
         policy: VelocityField | None,
+        guide: Guide | None,
     ) -> Iterator[dict[str, float]]: ...
 
     def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration starts from.
+
+    Args:
+        x: starting points [batch, *event].
+        bind: gives a flow the conditions of the batch; may guide it (`guidance_mode: full`).
+        guide: see `tiltflow.methods`; guides samples only (`guidance_mode: rollout`).
+        reward: of these samples, if it is told their prompts.
+    """
+
+    x: Tensor
+    bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
+    guide: Guide | None = None
+    reward: Reward | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,11 @@ def train(
     base: Flow | AdapterOff,
     method: Method,
     reward: Reward,
-    draw: Callable[[torch.Generator], Tensor],
+    draw: Callable[[torch.Generator], Tensor | Batch],
     *,
     max_train_steps: int,
     seed: int = 0,
-    start: float = 0.0,
+    start: Start = 0.0,
     ema_decay: float = 0.0,
     micro_batch_size: int | None = None,
     calibration: Calibration | None = None,
@@ -91,7 +110,7 @@ def train(
     """Tune the trainable parameters of `tuned` in place.
 
     Args:
-        draw: starting points [batch, *event] at time `start`, from a generator.
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
@@ -115,21 +134,23 @@ def train(
     try:
         with CountEvaluations(*networks) as count:
             while step < max_train_steps:
-                x = draw(stream(seed, "start", step, device=device))
+                drawn = draw(stream(seed, "start", step, device=device))
+                batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
                 if state is None:
-                    state = method.new_state(tuple(x.shape[1:]), seed, device)
+                    state = method.new_state(tuple(batch.x.shape[1:]), seed, device)
                 if calibration is not None:
                     working = method.model_copy(update={"beta": calibration.working_beta})
                 updates = working.gradients(
-                    tuned,
-                    base,
-                    reward,
-                    x,
+                    batch.bind(tuned),
+                    batch.bind(base),
+                    batch.reward or reward,
+                    batch.x,
                     stream(seed, "rollout", step, device=device),
                     state,
                     start=start,
                     micro_batch_size=micro_batch_size,
-                    policy=Averaged(tuned, average) if ema_decay else None,
+                    policy=batch.bind(Averaged(tuned, average)) if ema_decay else None,
+                    guide=batch.guide,
                 )
                 for measured in updates:
                     step += 1

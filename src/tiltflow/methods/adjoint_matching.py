@@ -23,11 +23,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.adjoint import Pairing, lean_adjoint
-from tiltflow.flow import VelocityField, in_chunks, rows, slices
+from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows, slices
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting
 from tiltflow.reward import Reward
-from tiltflow.sampler import Chain, Sampling, Trajectory, memoryless_offset, rollout
+from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 
 Positive = Annotated[float, Field(gt=0)]
@@ -125,7 +125,7 @@ class AdjointMatching(Tilting):
             raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
         return self
 
-    def chain(self, start: float = 0.0) -> Chain:
+    def chain(self, start: Start = 0.0) -> Chain:
         """The chain that is tuned, from time `start`."""
         return self.sampling.chain(start)
 
@@ -134,7 +134,7 @@ class AdjointMatching(Tilting):
         """How the chain that is tuned is sampled."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
-    def limits(self, start: float = 0.0) -> list[str]:
+    def limits(self, start: Start = 0.0) -> list[str]:
         """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
         return self.sampling.limits(start)
 
@@ -151,9 +151,10 @@ class AdjointMatching(Tilting):
         generator: torch.Generator,
         state: dict[str, Any],
         *,
-        start: float = 0.0,
+        start: Start = 0.0,
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
+        guide: Guide | None = None,
     ) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -163,10 +164,13 @@ class AdjointMatching(Tilting):
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: the flow that the trajectories are drawn from, and that stands in for the adjoint, if it is not `tuned`:
                 an average of its weights, which settles at the same fixed point.
+            guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
+                learned is not (`guidance_mode: rollout`).
         """
         chain = self.chain(start)
         with torch.no_grad():
-            path = rollout(chain, in_chunks(policy or tuned, micro_batch_size), x, generator)
+            acting, seen = observed(policy or tuned, guide)
+            path = unguided(rollout(chain, in_chunks(acting, micro_batch_size), x, generator), seen)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,

@@ -44,13 +44,13 @@ from torch import Tensor
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation import Estimate, ImportanceWeights
-from tiltflow.flow import Flow, VelocityField, groups, in_chunks, rows
+from tiltflow.flow import Flow, Guide, VelocityField, groups, in_chunks, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate
-from tiltflow.sampler import Sampling, sample, spread_times
+from tiltflow.sampler import Sampling, Start, sample, spread_times
 
 Count = Annotated[int, Field(ge=1)]
 WeightMode = Literal["normalized", "raw", "both-terms"]
@@ -185,7 +185,7 @@ class OrwCfmW2(Optimization):
         rewards: Tensor,
         generator: torch.Generator,
         *,
-        start: float = 0.0,
+        start: Start = 0.0,
         draws: int = 8,
         batch_size: int | None = None,
     ) -> Estimate | None:
@@ -212,7 +212,7 @@ class OrwCfmW2(Optimization):
             for i in torch.arange(len(x1), device=x1.device).split(batch_size or len(x1)):
                 x0 = torch.randn(x1[i].shape, generator=generator, device=x1.device, dtype=x1.dtype)
                 uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
-                t = spread_times(uniform, start=start, shift=self.shift)
+                t = spread_times(uniform, start=self.sampling.times(start)[0].item(), shift=self.shift)
                 x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
                 v = tuned(x, t)
                 d = v - base(x, t)
@@ -229,7 +229,7 @@ class OrwCfmW2(Optimization):
         influence = pull / leash.mean() - balance * (leash / leash.mean() + own_mean)
         return Estimate(balance.item(), (influence.std() / math.sqrt(len(x1))).item())
 
-    def limits(self, start: float = 0.0) -> list[str]:
+    def limits(self, start: Start = 0.0) -> list[str]:
         """Why the law is not p_base exp(r / beta): one sentence for each reason."""
         reasons = []
         if self.alpha == 0 and self.online_fraction == 1:
@@ -265,9 +265,10 @@ class OrwCfmW2(Optimization):
         generator: torch.Generator,
         state: State,
         *,
-        start: float = 0.0,
+        start: Start = 0.0,
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
+        guide: Guide | None = None,
     ) -> Iterator[dict[str, float]]:
         """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -277,15 +278,16 @@ class OrwCfmW2(Optimization):
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: the flow that samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
                 the same fixed point.
+            guide: what turns a flow into the guided one that draws the samples, if they are to be guided and what is
+                learned is not (`guidance_mode: rollout`).
 
         Where the flow is bound to one condition for each sample, weights are then normalised among samples of the same.
 
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
         """
-        x1 = self._samples(
-            in_chunks(policy or tuned, micro_batch_size), in_chunks(base, micro_batch_size), x, generator, state, start
-        )
+        acting, other = (guide(flow) if guide else flow for flow in (policy or tuned, base))
+        x1 = self._samples(in_chunks(acting, micro_batch_size), in_chunks(other, micro_batch_size), x, generator, state, start)
         rewards = evaluate(reward, x1).detach()
         if state.rounds == 0 and bool((rewards == rewards[0]).all()):
             raise InputError(
@@ -317,7 +319,7 @@ class OrwCfmW2(Optimization):
         x: Tensor,
         generator: torch.Generator,
         state: State,
-        start: float,
+        start: Start,
     ) -> Tensor:
         """The samples of a round [batch, *event]: the first ones of the current model, the others of the data or the base."""
         online = round(self.online_fraction * len(x))
@@ -379,7 +381,7 @@ class OrwCfmW2(Optimization):
         x1: Tensor,
         weights: Tensor,
         generator: torch.Generator,
-        start: float,
+        start: Start,
         micro_batch_size: int | None,
     ) -> dict[str, float]:
         """Accumulate the gradient of the loss over one batch of fresh noise and times."""
@@ -400,7 +402,7 @@ class OrwCfmW2(Optimization):
             x0 = x0[cheapest_pairing(x0, x1[which])]
         # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
         parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-        t = spread_times(parts / size, start=start, shift=self.shift)
+        t = spread_times(parts / size, start=self.sampling.times(start)[0].item(), shift=self.shift)
 
         fit, penalty, total = 0.0, 0.0, 0.0
         for part in torch.arange(size, device=device).split(micro_batch_size or size):

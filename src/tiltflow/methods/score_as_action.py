@@ -44,11 +44,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flow import VelocityField, groups, in_chunks, linearize, rows, slices
+from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
-from tiltflow.sampler import Chain, Sampling, Trajectory, rollout, rollout_ode
+from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import Batch, Critic, Value, improve, returns
 
@@ -186,7 +186,7 @@ class ScoreAsAction(Tilting):
         """How the policy is rolled out."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
 
-    def limits(self, start: float = 0.0) -> list[str]:
+    def limits(self, start: Start = 0.0) -> list[str]:
         """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
         if self.running_reward == "none":
             return ["Nothing but the size of the steps holds the model near the base: there is no target law."]
@@ -209,9 +209,10 @@ class ScoreAsAction(Tilting):
         generator: torch.Generator,
         state: State,
         *,
-        start: float = 0.0,
+        start: Start = 0.0,
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
+        guide: Guide | None = None,
     ) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -220,13 +221,22 @@ class ScoreAsAction(Tilting):
             state: what is kept between iterations; changed in place.
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: not used. The trajectories must come from `tuned` itself, whose gradient this is.
+            guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
+                learned is not (`guidance_mode: rollout`); the gradient then takes
+                one of the two ways through the guided policy.
 
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
         """
         with torch.no_grad():
-            path, end = self.rollout(in_chunks(tuned, micro_batch_size), in_chunks(base, micro_batch_size), x, generator, start)
+            acting, seen = observed(tuned, guide)
+            last = guide(base) if guide else base
+            path, end = self.rollout(
+                in_chunks(acting, micro_batch_size), in_chunks(last, micro_batch_size), x, generator, start
+            )
             chain, count = path.chain, len(path.velocities)
+            noise = None if self._uses_value_gradient else self._noise(path)
+            path = unguided(path, seen)
             rewards = evaluate(reward, end).detach()
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
             base_velocities = torch.stack(
@@ -238,7 +248,6 @@ class ScoreAsAction(Tilting):
             if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
                 state.value.fit_scale(rewards)
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
-            noise = None if self._uses_value_gradient else self._noise(path)
             advantages = (
                 None if self._uses_value_gradient else self._advantages(state.value, batch, groups(tuned, len(x), x.device))
             )
@@ -268,7 +277,7 @@ class ScoreAsAction(Tilting):
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
 
     def rollout(
-        self, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator, start: float = 0.0
+        self, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator, start: Start = 0.0
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories of the tuned flow and the samples [batch, *event] that they end in. If only the last step of a sampler
         has no noise, it is not an action: the base takes it."""

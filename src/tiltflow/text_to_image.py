@@ -1,0 +1,337 @@
+"""Text-to-image pipelines of diffusers: what a recipe tunes with `model: {diffusers: PATH_OR_ID}`.
+
+A pipeline becomes a flow on its latents, conditioned on prompts. The base, its schedule, its text encoders and its decoder are
+the pipeline's own; what is particular to a family of pipelines is one file in `tiltflow/pipelines`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tiltflow import pipelines
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flow import Flow, Guided, VelocityField, bind
+from tiltflow.sampler import Sampling, sample
+from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
+from tiltflow.streams import stream
+
+GuidanceMode = Literal["none", "rollout", "full"]
+Condition = Mapping[str, Any]
+
+
+class Denoiser(nn.Module):
+    """The network of a pipeline, called as (x [batch, *event], time [batch], condition) -> prediction, in the dtype of x."""
+
+    def __init__(self, network: nn.Module, predict: Callable[..., Tensor]):
+        super().__init__()
+        self.network, self.predict = network, predict
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        return self.predict(self.network, x.to(dtype), time.float(), condition).to(x.dtype)
+
+
+class AdaptedDenoiser(Denoiser):
+    """The network of a pipeline with an adapter that can be switched off."""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        network: Any = self.network
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A text-to-image pipeline that can be sampled and tuned. Made by `from_diffusers`.
+
+    Args:
+        pipeline: the diffusers pipeline; its denoiser is `flow.network.network`.
+        family: the file in `tiltflow.pipelines` that knows it.
+        flow: on the latents, bound to no condition.
+        size: height and width of the pictures.
+        guidance_scale: of classifier-free guidance, or the input of a network that was distilled from it.
+        sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
+    """
+
+    pipeline: Any
+    family: ModuleType
+    flow: Flow
+    size: tuple[int, int]
+    guidance_scale: float
+    sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
+    encoded: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    """The conditions of the prompts seen so far: they are computed once."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Of the latents of one sample, as the denoiser sees them."""
+        shape: tuple[int, ...] = self.family.latent_shape(self.pipeline, *self.size)
+        return shape
+
+    @property
+    def device(self) -> torch.device:
+        parameter: nn.Parameter = next(self.flow.network.parameters())  # type: ignore[attr-defined]
+        return parameter.device
+
+    @property
+    def distilled(self) -> bool:
+        """Whether there are no negative prompts: the guidance scale is an input of the network, or there is none."""
+        return hasattr(self.family, "distilled_guidance")
+
+    def own_grid(self, num_inference_steps: int) -> Tensor:
+        """The times of the pipeline's own scheduler [K + 1], in linear time from noise to data, float64."""
+        scheduler = self.pipeline.scheduler
+        if not is_flow(scheduler):
+            return diffusion_grid(scheduler)(num_inference_steps)
+        tokens = self.family.image_tokens(self.pipeline, *self.size)
+        return flow_grid(scheduler, tokens, getattr(self.family, "sigmas", None))(num_inference_steps)
+
+    def grid(self, num_inference_steps: int) -> Tensor:
+        """`own_grid`, to the end: clean data. What is tuned."""
+        times = self.own_grid(num_inference_steps)
+        times[-1] = 1
+        return times
+
+    def start(self, num_samples: int, generator: torch.Generator, t: Tensor) -> Tensor:
+        """Starting points [num_samples, *event] on the linear path, at the first time t of a grid: the pipeline's latents."""
+        shape = (num_samples, *self.event_shape)
+        latents = torch.randn(shape, generator=generator, device=generator.device)
+        return latents * starting_scale(self.flow.interpolant, t)
+
+    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> tuple[Condition, Condition | None]:
+        """The conditions of prompts and the negative ones, where the family has them; each tensor is [batch, ..].
+
+        The text encoders see a prompt once. A prompt that is longer than they take warns, and is cut as the pipeline cuts it.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.encoded]
+        for prompt in new:
+            self._warn_of_length(prompt)
+            with torch.no_grad():
+                self.encoded[prompt] = self.family.encode(self.pipeline, [prompt], self.size)
+        condition, negative = (joined([self.encoded[prompt][i] for prompt in prompts]) for i in (0, 1))
+        if self.distilled and self.family.distilled_guidance(self.pipeline):
+            scale = self.guidance_scale if guidance_scale is None else guidance_scale
+            condition = {**condition, "guidance": torch.full((len(prompts),), float(scale), device=self.device)}
+        return condition, negative
+
+    def _warn_of_length(self, prompt: str) -> None:
+        for name in ("tokenizer", "tokenizer_2"):
+            tokenizer = getattr(self.pipeline, name, None)
+            if tokenizer is None or (name == "tokenizer_2" and tokenizer.model_max_length > 77):
+                continue
+            count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            if count > tokenizer.model_max_length:
+                most = tokenizer.model_max_length
+                warnings.warn(
+                    f"prompt {prompt[:40]!r}: {name} takes {most} of its {count} tokens, the rest is not seen",
+                    stacklevel=4,
+                )
+                return
+
+    def decode(self, latents: Tensor, *, batch_size: int = 4) -> Tensor:
+        """Images [batch, 3, height, width], about [-1, 1], of latents [batch, *event]. Differentiable: parts of `batch_size`
+        are computed once more on the way back, so that one part at a time is in memory."""
+
+        def images(part: Tensor) -> Tensor:
+            unpacked = self.family.unpack(self.pipeline, part, self.size)
+            decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
+            return decoded.to(part.dtype)
+
+        parts = latents.split(batch_size)
+        if torch.is_grad_enabled() and latents.requires_grad:
+            return torch.cat([checkpoint(images, part, use_reentrant=False) for part in parts])
+        return torch.cat([images(part) for part in parts])
+
+    def guided(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Callable[[VelocityField], VelocityField]:
+        """What gives a flow these prompts, one for each sample, and guides it; by default at the model's own scale."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        condition, negative = self.encode(prompts, scale)
+        if negative is None or scale == 1:
+            return lambda flow: bind(flow, condition)
+        return lambda flow: Guided(bind(flow, condition), bind(flow, negative), scale)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        guidance_scale: float | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = 4,
+    ) -> Tensor:
+        """Images [len(prompts), 3, height, width], about [-1, 1], on the CPU: what the pipeline itself would draw, if its
+        scheduler were the solver of `sampling`.
+
+        Args:
+            latents: the pipeline's starting latents [len(prompts), *event]; drawn from the seed otherwise.
+            guidance_scale: 1 for none; the model's own by default.
+        """
+        drawn = self.sample_latents(
+            prompts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, latents=latents, batch_size=batch_size
+        )
+        return torch.cat([self.decode(x, batch_size=batch_size).cpu() for x in drawn.split(batch_size)])
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        guidance_scale: float | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = 4,
+    ) -> Tensor:
+        """`sample`, before the decoder: [len(prompts), *event] in the pipeline's own coordinates."""
+        sampling = sampling or self.sampling
+        times = sampling.times(self.own_grid)
+        ends = [starting_scale(self.flow.interpolant, t) for t in (times[0], times[-1])]
+        parts = []
+        for i, begin in enumerate(range(0, len(prompts), batch_size)):
+            some = prompts[begin : begin + batch_size]
+            generator = stream(seed, "sample", i, device=self.device)
+            if latents is None:
+                x = self.start(len(some), generator, times[0])
+            else:
+                x = latents[begin : begin + batch_size].to(self.device) * ends[0]
+            flow = self.guided(some, guidance_scale)(self.flow)
+            parts.append(sample(flow, x, sampling, generator, start=self.own_grid) / ends[1])
+        return torch.cat(parts)
+
+
+def joined(conditions: Sequence[Any]) -> Any:
+    """Conditions of single prompts [1, ..] as one of a batch; None where there are none."""
+    first = conditions[0]
+    if isinstance(first, Mapping):
+        return {key: joined([condition[key] for condition in conditions]) for key in first}
+    return None if first is None else torch.cat(list(conditions))
+
+
+def families() -> dict[str, ModuleType]:
+    """The family of each pipeline class that is known, by the name of the class."""
+    found = [
+        importlib.import_module(f"tiltflow.pipelines.{module.name}") for module in pkgutil.iter_modules(pipelines.__path__)
+    ]
+    return {module.PIPELINE: module for module in found}
+
+
+def from_diffusers(
+    pipeline_or_path: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> TextToImage:
+    """A text-to-image pipeline of diffusers as a model: a pipeline, a folder with one, or its name on the hub.
+
+    Args:
+        height, width: of the pictures, in pixels; the pipeline's own by default.
+        guidance_scale: 7.5 by default, 3.5 where it is an input of the network.
+        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`, `revision` and `variant`.
+
+    The decoder is kept in float32. Weights are read from safetensors only, and no code of the repository is run.
+
+    Raises InputError if there is no such pipeline, if its class is not known, or if a component is missing.
+    """
+    pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
+    known, name = families(), type(pipeline).__name__
+    if name not in known:
+        raise InputError(
+            f"pipeline {name} is not known{did_you_mean(name, known)}; known: {', '.join(known)}. docs/text-to-image.md shows"
+            " how to add a family"
+        )
+    family = known[name]
+    if missing := [part for part in family.NEEDED if getattr(pipeline, part, None) is None]:
+        raise InputError(f"pipeline {name}: has no {missing[0]}")
+    own = family.default_size(pipeline)
+    size = (height or own[0], width or own[1])
+    factor = pipeline.vae_scale_factor * (2 if is_flow(pipeline.scheduler) else 1)
+    if any(side % factor for side in size):
+        raise InputError(f"height and width must be multiples of {factor}, got {size[0]} and {size[1]}")
+    pipeline.to(device)
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(torch.float32)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)
+    path, prediction = path_of(pipeline.scheduler)
+    denoiser = Denoiser(getattr(pipeline, family.DENOISER), family.predictor(pipeline, size))
+    default = 3.5 if hasattr(family, "distilled_guidance") else 7.5
+    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, guidance_scale or default)
+    if guidance_scale is not None and model.distilled and not family.distilled_guidance(pipeline):
+        raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
+    return model
+
+
+def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
+    """A pipeline from a folder or the hub. Raises InputError if it cannot be had."""
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise InputError("diffusers is not installed: pip install 'tiltflow[diffusers]'") from None
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").exists():
+        raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
+    try:
+        load: Callable[..., Any] = DiffusionPipeline.from_pretrained
+        return load(str(path), **{"use_safetensors": True, **options})
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise InputError(f"model.diffusers {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+
+
+def with_adapter(
+    model: TextToImage,
+    *,
+    rank: int = 16,
+    lora_alpha: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    seed: int = 0,
+) -> TextToImage:
+    """`model` with a new LoRA in its own denoiser, in float32: only the LoRA requires gradients, and without it the network is
+    the base.
+
+    Args:
+        lora_alpha: as in peft, the adapter's output is scaled by lora_alpha / rank; by default `rank`.
+        target_modules: the ends of the names of the layers; the attention of the family by default.
+
+    Raises InputError if peft is not installed or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise InputError("peft is not installed: pip install 'tiltflow[diffusers]'") from None
+    network = model.flow.network.network  # type: ignore[attr-defined]
+    targets = list(target_modules or model.family.TARGET_MODULES)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, init_lora_weights="gaussian", target_modules=targets)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(stream(seed, "adapter").initial_seed())
+            network.add_adapter(config)
+    except ValueError as error:
+        raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    denoiser = AdaptedDenoiser(network, model.flow.network.predict)  # type: ignore[attr-defined]
+    return replace(model, flow=replace(model.flow, network=denoiser))

@@ -1,0 +1,253 @@
+"""Text-to-image pipelines against diffusers itself, on small pipelines of the real classes with random weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+from tiny_pipelines import PIPELINES, tiny_pipeline
+
+from tiltflow import from_diffusers
+from tiltflow.errors import InputError
+from tiltflow.flow import AdapterOff, Guided, base_of, bind
+from tiltflow.sampler import Sampling
+from tiltflow.streams import stream
+from tiltflow.text_to_image import TextToImage, families, with_adapter
+
+PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
+
+
+def latents_of(model: TextToImage, count: int = 3) -> Tensor:
+    return torch.randn(count, *model.event_shape, generator=stream(0, "latents"))
+
+
+def euler(steps: int) -> Sampling:
+    return Sampling(solver="euler", num_inference_steps=steps)
+
+
+def theirs(pipeline: Any, latents: Tensor, steps: int, scale: float, output: str = "latent") -> Tensor:
+    images: Tensor = pipeline(
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        latents=latents.clone(),
+        output_type=output,
+        height=16,
+        width=16,
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("steps", [4, 10])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_parity_with_the_pipeline(name: str, steps: int, scale: float, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(name, tmp_path)
+    model = from_diffusers(pipeline)
+    latents = latents_of(model)
+    expected = theirs(pipeline, latents, steps, scale)
+    found = model.sample_latents(PROMPTS, sampling=euler(steps), guidance_scale=scale, latents=latents)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    images = model.sample(PROMPTS, sampling=euler(steps), guidance_scale=scale, latents=latents, batch_size=2)
+    assert (images.clamp(-1, 1) - (2 * theirs(pipeline, latents, steps, scale, "pt") - 1)).abs().max() < 1e-4
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)  # the latents and the prompts matter
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("stable-diffusion", {"prediction_type": "v_prediction"}),
+        (
+            "stable-diffusion",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        ),
+        ("stable-diffusion", {"set_alpha_to_one": True, "timestep_spacing": "trailing"}),
+        ("stable-diffusion-xl", {"prediction_type": "v_prediction"}),
+        ("stable-diffusion-3", {"shift": 1.0}),
+        ("stable-diffusion-3", {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}),
+        ("flux", {"use_dynamic_shifting": False, "shift": 1.0, "guidance_embeds": False}),
+    ],
+)
+def test_the_scheduler_decides_the_path_and_the_grid(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(name, tmp_path, **options)
+    model = from_diffusers(pipeline)
+    latents = latents_of(model)
+    expected = theirs(pipeline, latents, 4, 3.0)
+    scale = None if name == "flux" else 3.0
+    found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=scale, latents=latents)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_prompt_and_its_guidance_matter(tmp_path: Path) -> None:
+    for name in PIPELINES:
+        model = from_diffusers(tiny_pipeline(name, tmp_path))
+        latents = latents_of(model, 1).expand(2, *model.event_shape)
+        one, other = model.sample_latents(PROMPTS[:2], sampling=euler(4), latents=latents)
+        assert (one - other).abs().max() > 1e-3, name
+        stronger = model.sample_latents(PROMPTS[:2], sampling=euler(4), latents=latents, guidance_scale=20)
+        assert (stronger[0] - one).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_from_disk_is_the_same(name: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(name, tmp_path)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    here, there = (from_diffusers(source, height=16, width=16) for source in (pipeline, tmp_path / "pipeline"))
+    a, b = (model.sample(PROMPTS[:1], sampling=euler(2), seed=3) for model in (here, there))
+    assert torch.equal(a, b)
+
+
+def test_grids_end_at_data_where_they_are_tuned(tmp_path: Path) -> None:
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
+    own, tuned = model.own_grid(10), model.grid(10)
+    assert torch.equal(own[:-1], tuned[:-1])
+    assert own[-1] < tuned[-1] == 1
+    # timesteps 901, 801, .. 1 and the first one, whose alpha^2 is 1 - beta_start
+    alpha = math.sqrt(1 - 0.00085)
+    assert own[-1].item() == pytest.approx(alpha / (alpha + math.sqrt(0.00085)))
+    assert "of the data's variance" in Sampling(num_inference_steps=10).limits(model.grid)[0]
+    with pytest.raises(InputError, match="its own time grid"):
+        Sampling(shift=2.0).times(model.grid)
+
+
+def test_prompts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = from_diffusers(tiny_pipeline("stable-diffusion-xl", tmp_path)), []
+    original = type(model.pipeline).encode_prompt
+    monkeypatch.setattr(
+        type(model.pipeline),
+        "encode_prompt",
+        lambda self, prompt, **rest: asked.append(prompt) or original(self, prompt, **rest),
+    )
+    condition, _ = model.encode(PROMPTS)
+    model.encode([PROMPTS[1], "new"])
+    assert asked == [["a red cat"], ["two dogs on a sofa"], ["new"]]
+    assert condition["encoder_hidden_states"].shape[0] == condition["added_cond_kwargs"]["time_ids"].shape[0] == 3
+    assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
+
+
+def test_a_prompt_that_is_too_long_warns(tmp_path: Path) -> None:
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
+    with pytest.warns(UserWarning, match="tokenizer takes 77 of its 102 tokens"):
+        model.encode(["a" * 100])
+
+
+def test_decoding_in_parts_changes_nothing_but_memory(tmp_path: Path) -> None:
+    model = from_diffusers(tiny_pipeline("stable-diffusion-3", tmp_path))
+    gradients = []
+    for size in (3, 1):
+        latents = latents_of(model).requires_grad_()
+        model.decode(latents, batch_size=size).square().sum().backward()
+        gradients.append(latents.grad)
+    assert gradients[0].abs().min() > 0
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_base_is_the_network_without_its_adapter(name: str, tmp_path: Path) -> None:
+    """One copy in memory, and its law is that of the pipeline before."""
+    model = from_diffusers(tiny_pipeline(name, tmp_path))
+    before = model.sample_latents(PROMPTS, sampling=euler(3), latents=latents_of(model))
+    weights = {id(p) for p in model.flow.network.parameters()}  # type: ignore[attr-defined]
+    adapted = with_adapter(model, rank=4)
+    base = base_of(adapted.flow)
+    assert isinstance(base, AdapterOff)
+    assert base.flow.network is adapted.flow.network
+    trained = list(adapted.flow.parameters())
+    assert {id(p) for p in adapted.flow.network.parameters()} == weights | {id(p) for p in trained}  # type: ignore[attr-defined]
+    assert trained
+    assert not weights & {id(p) for p in trained}
+
+    def draw() -> Tensor:
+        return adapted.sample_latents(PROMPTS, sampling=euler(3), latents=latents_of(model))
+
+    assert torch.equal(draw(), before)  # a new adapter is nothing
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.5
+    assert not torch.allclose(draw(), before, atol=1e-2)
+    x, condition = latents_of(model), adapted.encode(PROMPTS)[0]
+    assert torch.equal(
+        bind(base, condition)(x, torch.tensor(0.5)), bind(model_without(name, tmp_path), condition)(x, torch.tensor(0.5))
+    )
+    assert not torch.equal(bind(adapted.flow, condition)(x, torch.tensor(0.5)), bind(base, condition)(x, torch.tensor(0.5)))
+
+
+def model_without(name: str, folder: Path) -> Any:
+    return from_diffusers(tiny_pipeline(name, folder)).flow
+
+
+def test_a_guided_adapter_is_off_on_both_sides(tmp_path: Path) -> None:
+    model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)))
+    with torch.no_grad():
+        for parameter in model.flow.parameters():
+            parameter += 0.5
+    x, t = latents_of(model), torch.tensor(0.5)
+    off, plain = (
+        model.guided(PROMPTS, 3.0)(flow) for flow in (base_of(model.flow), model_without("stable-diffusion", tmp_path))
+    )
+    assert isinstance(off, Guided)
+    assert torch.equal(off(x, t), plain(x, t))
+    with off.disabled():  # as during a pullback
+        assert torch.equal(off(x, t), plain(x, t))
+    assert not torch.equal(model.guided(PROMPTS, 3.0)(model.flow)(x, t), plain(x, t))
+
+
+# ---- what cannot work ----
+
+
+def test_a_class_that_is_not_known_names_those_that_are() -> None:
+    class StableDifusionPipeline:
+        pass
+
+    with pytest.raises(InputError, match=r"did you mean 'StableDiffusionPipeline'\?.*known: .*FluxPipeline"):
+        from_diffusers(StableDifusionPipeline())
+    assert set(families()) == {
+        "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    }  # fmt: skip
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.vae = None
+    with pytest.raises(InputError, match="StableDiffusionPipeline: has no vae"):
+        from_diffusers(pipeline)
+    with pytest.raises(InputError, match="holds no model_index"):
+        from_diffusers(tmp_path)
+
+
+def test_weights_that_are_pickles_are_refused(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        from_diffusers(tmp_path / "pickled")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("stable-diffusion", {"height": 17}, "multiples of 2, got 17 and 16"),
+        ("flux", {"width": 18}, "multiples of 4, got 16 and 18"),
+    ],
+)
+def test_sizes_that_do_not_divide(name: str, options: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        from_diffusers(tiny_pipeline(name, tmp_path), **options)
+
+
+def test_guidance_of_a_model_that_takes_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="distilled without guidance"):
+        from_diffusers(tiny_pipeline("flux", tmp_path, guidance_embeds=False), guidance_scale=3.5)
+
+
+def test_layers_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="target_modules"):
+        with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)), target_modules=["to_z"])
