@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.flow import rows
 from tiltflow.model import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
-from tiltflow.reward import Reward, evaluate, value_and_gradient
+from tiltflow.reward import evaluate, given, value_and_gradient
 from tiltflow.rewards import class_log_odds as class_log_odds_module
 from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odds
 from tiltflow.rewards.function import Function
@@ -69,6 +70,17 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=stream(seed, "images"), dtype=torch.float64) * 2 - 1
 
 
+PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]
+
+
+def channels(settings: Any) -> int:
+    """Of the pictures that a reward is of."""
+    return 3 if settings.name in OF_PROMPTS else 1
+
+
+OF_PROMPTS = {"named-colour"}
+
+
 def every_reward(classifier: str) -> dict[str, Settings]:
     """One instance of each reward, with what it needs."""
     terms = [{"reward": "ink", "weight": 2}, {"reward": "stroke-thickness", "weight": -0.5}]
@@ -109,7 +121,7 @@ def test_conventions(name: str, classifier: str) -> None:
 @pytest.mark.parametrize("name", names("rewards"))
 def test_value_shape_and_gradient(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]
-    reward, x = settings.build(), images(3, 1, 12, 10).float()
+    reward, x = given(settings.build(), PROMPTS[:3]), images(3, channels(settings), 12, 10).float()
     before = x.clone()
     assert evaluate(reward, x).shape == (3,)
     assert torch.equal(x, before)
@@ -124,12 +136,13 @@ def test_value_shape_and_gradient(name: str, classifier: str) -> None:
 
 @pytest.mark.parametrize("name", names("rewards"))
 def test_no_sample_looks_at_its_neighbours(name: str, classifier: str) -> None:
-    reward: Reward = every_reward(classifier)[name].build()  # type: ignore[attr-defined]
-    x, order = images(5, 1, 8, 8).float(), torch.tensor([3, 0, 4, 1, 2])
+    settings: Any = every_reward(classifier)[name]
+    reward = given(settings.build(), PROMPTS)
+    x, order = images(5, channels(settings), 8, 8).float(), torch.tensor([3, 0, 4, 1, 2])
     x[0] = 0.5  # noise of one size can have PNG files of one size
     value = reward(x)
-    torch.testing.assert_close(torch.cat([reward(x[i : i + 1]) for i in range(5)]), value)
-    torch.testing.assert_close(reward(x[order]), value[order])
+    torch.testing.assert_close(torch.cat([rows(reward, slice(i, i + 1))(x[i : i + 1]) for i in range(5)]), value)
+    torch.testing.assert_close(rows(reward, order)(x[order]), value[order])
     assert len(value.unique()) > 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -105,3 +106,66 @@ def fingerprint(path: Path) -> str:
     else:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """RGBA images [count, 4, height, width] in [-1, 1], and what is on each of them."""
+
+    images: Tensor
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: str) -> CaptionedImages:
+        """The same on a device."""
+        return replace(self, images=self.images.to(device))
+
+
+def load_captioned(path: str | Path, *, include: tuple[str, ...] = (), least_opaque: float = 0.0) -> CaptionedImages:
+    """Read an .npz file of `images`, uint8 [count, height, width, 3 or 4], and their `names`: `mon/undead/bone_dragon2` shows
+    an undead bone dragon.
+
+    Args:
+        include: only names that begin so.
+        least_opaque: only images of which this share of the pixels is not transparent.
+
+    Raises InputError if there is nothing readable.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such data set; give an .npz file of images and names with --data")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if missing := {"images", "names"} - set(archive.files):
+                raise InputError(f"{path}: holds {', '.join(archive.files)}, but no {sorted(missing)[0]}")
+            images, names = archive["images"], [str(name) for name in archive["names"]]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable .npz file ({error})") from None
+    if images.ndim != 4 or images.shape[-1] not in (3, 4) or len(images) != len(names):
+        raise InputError(
+            f"{path}: needs images [count, height, width, 3 or 4] and as many names, got {images.shape}, {len(names)}"
+        )
+    if images.shape[-1] == 3:
+        images = np.concatenate([images, np.full_like(images[..., :1], 255)], -1)
+    opaque = (images[..., 3] > 0).mean((1, 2))
+    chosen = [i for i, name in enumerate(names) if name.startswith(include or "") and opaque[i] >= least_opaque]
+    if not chosen:
+        raise InputError(
+            f"{path}: no name begins with {', '.join(include)}; there are {', '.join(sorted({n.split('/')[0] for n in names}))}"
+        )
+    return CaptionedImages(_to_tensor(images[chosen], path), [words_of(names[i]) for i in chosen])
+
+
+def words_of(name: str) -> str:
+    """
+    >>> words_of("mon/undead/zombies/zombie_crab_2")
+    'undead zombie crab'
+    """
+    parts = [re.sub(r"[\d_]+", " ", part).split() for part in name.split("/")[1:]]
+    words = [word for part in parts for word in part]
+    # zombies/zombie_crab: the kind is not said twice
+    return " ".join(
+        word for i, word in enumerate(words) if not any(other.startswith(word.rstrip("s")) for other in words[i + 1 :])
+    )

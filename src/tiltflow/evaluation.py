@@ -115,6 +115,14 @@ def total_variance(features: Tensor) -> float:
     return float(features.double().var(0, correction=0).sum())
 
 
+def effective_number(kernel: Tensor) -> Tensor:
+    """The Vendi score (2210.02410): exp of the entropy of the eigenvalues of K / n, for similarities K [n, n] with ones on the
+    diagonal. 1 if all samples are the same, n if none is like another: the effective number of different ones."""
+    eigenvalues: Tensor = torch.linalg.eigvalsh(kernel / len(kernel)).clamp(min=0)
+    entropy_of_them: Tensor = torch.special.entr(eigenvalues).sum()
+    return entropy_of_them.exp()
+
+
 def histogram_distance(
     labels: Tensor,
     base_labels: Tensor,

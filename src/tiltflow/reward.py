@@ -2,11 +2,13 @@
 
 A reward takes x [batch, *event] and returns [batch]: finite, one number per sample, no sample looking at its neighbours.
 Methods that need a gradient say so, and get it from autograd. A plain function is a reward. A reward may learn while a method
-trains: from the samples that it is shown after each iteration.
+trains: from the samples that it is shown after each iteration. A reward of a text-to-image model may be told the prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -32,6 +34,38 @@ class LearnedReward(Protocol):
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
         """Learn from samples x [batch, *event] of the tuned model; returns the loss before."""
         ...
+
+
+@dataclass(frozen=True)
+class OfPrompts:
+    """A reward of a picture and the prompt that it was made for: score(images [batch, ..], prompts) -> [batch]."""
+
+    score: Callable[[Tensor, Sequence[str]], Tensor]
+    prompts: tuple[str, ...] = ()
+
+    def given(self, prompts: Sequence[str]) -> OfPrompts:
+        """The reward of pictures of these prompts, one for each."""
+        return replace(self, prompts=tuple(prompts))
+
+    def rows(self, which: Tensor | slice) -> OfPrompts:
+        """The same for those samples of the batch."""
+        return self.given(chosen(self.prompts, which))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.prompts) != len(x):
+            raise InputError(f"the reward is of pictures and their prompts, and has {len(self.prompts)} prompts for {len(x)}")
+        return self.score(x, self.prompts)
+
+
+def chosen(prompts: Sequence[str], which: Tensor | slice) -> Sequence[str]:
+    """Those of the prompts, one for each sample."""
+    return prompts[which] if isinstance(which, slice) else [prompts[i] for i in which.tolist()]
+
+
+def given(reward: Reward, prompts: Sequence[str]) -> Reward:
+    """The reward of samples of these prompts, one for each; one that does not ask for prompts is the same for all."""
+    told: Reward = reward.given(prompts) if hasattr(reward, "given") else reward
+    return told
 
 
 def evaluate(reward: Reward, x: Tensor) -> Tensor:

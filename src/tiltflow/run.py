@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -59,7 +59,7 @@ from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
-REWARD = "reward.safetensors"
+METRICS, REWARD = "metrics.jsonl", "reward.safetensors"
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
 
 
@@ -191,8 +191,7 @@ def run(
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
     Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    claim(folder)
     base = load(recipe.model, device)
     reward = build_reward(recipe, device)
     check_fit("reward", reward, base, device)
@@ -213,22 +212,35 @@ def run(
     if not source.is_relative_to(ASSETS):
         shutil.copytree(source, folder / "base")
     try:
-        with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines, closing(records):
-            for record in chain([first], records):
-                row = {
-                    "step": record.step,
-                    "seconds": round(record.seconds, 3),
-                    "network_evaluations": record.network_evaluations,
-                }
-                lines.write(json.dumps(row | record.metrics) + "\n")
-                lines.flush()
-                watch(record)
+        with closing(records):
+            record_to(folder, chain([first], records), watch)
     finally:
-        if (folder / "metrics.jsonl").stat().st_size:
+        if (folder / METRICS).stat().st_size:
             if isinstance(reward, LearnedReward):
                 save_weights(reward.network, folder / REWARD)
             tuned.save(folder / "model", model_card(recipe))
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+
+
+def claim(folder: Path) -> None:
+    """Raises InputError if something is in `folder` already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+
+
+def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
+    """Write each training record as a line of `metrics.jsonl`, and show it."""
+    with open(folder / METRICS, "w", encoding="utf-8") as lines:
+        for record in records:
+            row = {"step": record.step, "seconds": round(record.seconds, 3), "network_evaluations": record.network_evaluations}
+            lines.write(json.dumps(row | record.metrics) + "\n")
+            lines.flush()
+            watch(record)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def evaluate_run(
@@ -254,7 +266,7 @@ def evaluate_run(
     x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_records(folder)
     taken = rows[-1]["step"]
     weights = ImportanceWeights(torch.softmax(recipe.method.log_tilt(r_base, taken), 0))
     target_mean, target_error = weights.mean(r_base)
@@ -424,7 +436,7 @@ def check_fit(what: str, function: Callable[[Tensor], Tensor], model: Model, dev
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe of a run. Raises InputError if `folder` is not a run with a tuned model."""
-    for needed in ("recipe.yaml", "model", "metrics.jsonl"):
+    for needed in ("recipe.yaml", "model", METRICS):
         if not (folder / needed).exists():
             raise InputError(f"{folder}: not a run folder, it has no {needed}")
     return validate(Recipe, read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))

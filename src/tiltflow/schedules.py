@@ -48,14 +48,14 @@ def diffusion_grid(scheduler: Any) -> Callable[[int], Tensor]:
     """num_inference_steps -> linear times [K + 1] at the timesteps of a diffusion scheduler, by its spacing; the last one is
     where the scheduler ends: at data, or at the first timestep (`set_alpha_to_one`).
 
-    With the spacing `linspace` each step goes to the next of these timesteps; DDIMScheduler itself steps T / K further, to times
-    that are not its own.
+    With the spacing `linspace` each step goes to the next of these timesteps; DDIMScheduler itself steps T / K further, to
+    times that are not its own.
     """
     from diffusers import DDIMScheduler
 
     if asked := [key for key in OTHER_GRIDS if scheduler.config.get(key)]:
         warnings.warn(f"scheduler: {asked[0]} is left out; the timesteps are those of its timestep_spacing", stacklevel=2)
-    plain = DDIMScheduler.from_config(scheduler.config)  # type: ignore[no-untyped-call]
+    plain = DDIMScheduler.from_config(scheduler.config)
     square = path_of(scheduler)[0].alphas_cumprod  # type: ignore[union-attr]
 
     def grid(num_inference_steps: int) -> Tensor:

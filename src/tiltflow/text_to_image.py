@@ -17,12 +17,15 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow import pipelines
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import Flow, Guided, VelocityField, bind
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind
+from tiltflow.interpolant import Interpolant
 from tiltflow.sampler import Sampling, sample
 from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
 from tiltflow.streams import stream
@@ -63,7 +66,7 @@ class TextToImage:
     Args:
         pipeline: the diffusers pipeline; its denoiser is `flow.network.network`.
         family: the file in `tiltflow.pipelines` that knows it.
-        flow: on the latents, bound to no condition.
+        flow: on the latents, bound to no condition; that of `base` may be the same with its adapter off.
         size: height and width of the pictures.
         guidance_scale: of classifier-free guidance, or the input of a network that was distilled from it.
         sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
@@ -71,12 +74,28 @@ class TextToImage:
 
     pipeline: Any
     family: ModuleType
-    flow: Flow
+    flow: Flow | AdapterOff
     size: tuple[int, int]
     guidance_scale: float
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
     encoded: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     """The conditions of the prompts seen so far: they are computed once."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network of the flow."""
+        network: Denoiser = (self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow).network  # type: ignore[assignment]
+        return network
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The path of the flow."""
+        return (self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow).interpolant
+
+    def base(self) -> TextToImage:
+        """The model as it is now, frozen: its adapter off, or with a copy of the denoiser."""
+        assert isinstance(self.flow, Flow)
+        return replace(self, flow=base_of(self.flow))
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -86,8 +105,7 @@ class TextToImage:
 
     @property
     def device(self) -> torch.device:
-        parameter: nn.Parameter = next(self.flow.network.parameters())  # type: ignore[attr-defined]
-        return parameter.device
+        return next(self.denoiser.parameters()).device
 
     @property
     def distilled(self) -> bool:
@@ -112,7 +130,7 @@ class TextToImage:
         """Starting points [num_samples, *event] on the linear path, at the first time t of a grid: the pipeline's latents."""
         shape = (num_samples, *self.event_shape)
         latents = torch.randn(shape, generator=generator, device=generator.device)
-        return latents * starting_scale(self.flow.interpolant, t)
+        return latents * starting_scale(self.interpolant, t)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> tuple[Condition, Condition | None]:
         """The conditions of prompts and the negative ones, where the family has them; each tensor is [batch, ..].
@@ -203,7 +221,7 @@ class TextToImage:
         """`sample`, before the decoder: [len(prompts), *event] in the pipeline's own coordinates."""
         sampling = sampling or self.sampling
         times = sampling.times(self.own_grid)
-        ends = [starting_scale(self.flow.interpolant, t) for t in (times[0], times[-1])]
+        ends = [starting_scale(self.interpolant, t) for t in (times[0], times[-1])]
         parts = []
         for i, begin in enumerate(range(0, len(prompts), batch_size)):
             some = prompts[begin : begin + batch_size]
@@ -294,8 +312,7 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     if Path(path).is_dir() and not (Path(path) / "model_index.json").exists():
         raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
     try:
-        load: Callable[..., Any] = DiffusionPipeline.from_pretrained
-        return load(str(path), **{"use_safetensors": True, **options})
+        return DiffusionPipeline.from_pretrained(str(path), **{"use_safetensors": True, **options})
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise InputError(f"model.diffusers {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
@@ -321,7 +338,7 @@ def with_adapter(
         from peft import LoraConfig
     except ImportError:
         raise InputError("peft is not installed: pip install 'tiltflow[diffusers]'") from None
-    network = model.flow.network.network  # type: ignore[attr-defined]
+    network: Any = model.denoiser.network
     targets = list(target_modules or model.family.TARGET_MODULES)
     config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, init_lora_weights="gaussian", target_modules=targets)
     try:
@@ -333,5 +350,42 @@ def with_adapter(
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    denoiser = AdaptedDenoiser(network, model.flow.network.predict)  # type: ignore[attr-defined]
-    return replace(model, flow=replace(model.flow, network=denoiser))
+    assert isinstance(model.flow, Flow)
+    return replace(model, flow=replace(model.flow, network=AdaptedDenoiser(network, model.denoiser.predict)))
+
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def save_tuned(model: TextToImage, folder: Path) -> None:
+    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does."""
+    network: Any = model.denoiser.network
+    if not isinstance(model.denoiser, AdaptedDenoiser):
+        network.save_pretrained(folder / model.family.DENOISER)
+        return
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    metadata = {f"{model.family.DENOISER}_lora_adapter_metadata": network.peft_config["default"].to_dict()}
+    model.pipeline.save_lora_weights(folder, **{f"{model.family.DENOISER}_lora_layers": layers}, **metadata)
+
+
+def load_tuned(model: TextToImage, folder: Path) -> None:
+    """Put what `save_tuned` wrote into a model made in the same way. Raises InputError if it is not there, or is another."""
+    network: Any = model.denoiser.network
+    adapted = isinstance(model.denoiser, AdaptedDenoiser)
+    path = folder / LORA if adapted else folder / model.family.DENOISER / "diffusion_pytorch_model.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read ({error})") from None
+    if not adapted:
+        network.load_state_dict(weights)
+        return
+    from peft import set_peft_model_state_dict
+
+    prefix = f"{model.family.DENOISER}."
+    result: Any = set_peft_model_state_dict(network, {key.removeprefix(prefix): value for key, value in weights.items()})
+    if result.unexpected_keys or any("lora" in key for key in result.missing_keys):
+        raise InputError(f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?")

@@ -41,7 +41,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow.errors import InputError
 from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
@@ -50,7 +50,7 @@ from tiltflow.optimization import Tilting
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
-from tiltflow.value import Batch, Critic, Value, improve, returns
+from tiltflow.value import FORMS, Batch, Critic, Value, improve, returns
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -91,7 +91,7 @@ class State:
     """What is kept between iterations: the critic and its optimizer, and the penalty of the trust region, in units of beta."""
 
     value: Value
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None
     penalty: float = 1.0
     step_kl: float = 0.0
     iterations: int = 0
@@ -197,6 +197,8 @@ class ScoreAsAction(Tilting):
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """What is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
+        if self.estimator == "return":  # which asks no critic
+            return State(Value(nn.Identity(), FORMS["reward-free"]))
         value = self.critic.build(event_shape, seed, device)
         return State(value, torch.optim.Adam(value.network.parameters(), lr=self.critic.learning_rate))
 
@@ -262,7 +264,7 @@ class ScoreAsAction(Tilting):
             "path_kl": path_costs.sum(0).mean().item() / self.beta,
             "objective": (rewards - path_costs.sum(0)).mean().item(),
         }
-        if self.estimator != "return":
+        if state.optimizer is not None:
             measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
         if isinstance(reward, LearnedReward):
             measured["reward_loss"] = reward.learn(end, generator)

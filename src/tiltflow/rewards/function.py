@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import field_validator
 
 from tiltflow.plugins import import_function
-from tiltflow.reward import Reward
+from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
 
 class Function(Settings):
-    """Your function gets x [batch, *event] and returns [batch] floats, higher is better, in any unit.
+    """Your function gets x [batch, *event] and returns [batch] floats, higher is better, in any unit. If it has an argument
+    `prompts`, it gets those of a text-to-image model, one for each picture.
 
     Whether it has a gradient shows when a method that needs one asks for it.
     """
@@ -39,4 +41,7 @@ class Function(Settings):
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         """Import the function. Raises InputError if the module, the function or something they import is missing."""
-        return cast(Reward, import_function(self.path, "reward"))
+        function = import_function(self.path, "reward")
+        if "prompts" in inspect.signature(function).parameters:
+            return OfPrompts(function)
+        return cast(Reward, function)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, field_validator
 from torch import Tensor
 
+from tiltflow.flow import rows
 from tiltflow.plugins import part_of
-from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import Reward, evaluate, given
 from tiltflow.settings import Settings
 
 
@@ -19,10 +22,16 @@ class Term(Settings):
     reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
     weight: float = 1.0
     """Units of the sum per unit of this reward; below 0 for a penalty."""
+    clip: tuple[float | None, float | None] = (None, None)
+    """The reward counts as if it were between these two: outside there is nothing to gain, and no gradient."""
+
+    def of(self, value: Tensor) -> Tensor:
+        """What a value of the reward adds to the sum."""
+        return self.weight * (value if self.clip == (None, None) else value.clamp(*self.clip))
 
 
 class Sum(Settings):
-    """weight_1 r_1(x) + weight_2 r_2(x) + ...; differentiable if all its parts are."""
+    """weight_1 r_1(x) + weight_2 r_2(x) + ..., each clipped if you say so; differentiable if all its parts are."""
 
     unit: ClassVar[str] = "weighted units"
 
@@ -46,12 +55,25 @@ class Sum(Settings):
         return all(term.reward.differentiable for term in self.rewards)
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        parts = [(term.weight, term.reward.build(device)) for term in self.rewards]
+        return WeightedSum(tuple((term, term.reward.build(device)) for term in self.rewards))
 
-        def weighted_sum(x: Tensor) -> Tensor:
-            values = [weight * evaluate(part, x) for weight, part in parts]
-            total = torch.stack(values).sum(0)
-            # with one part constant to autograd, what it calls the gradient of the sum would be that of the others
-            return total if all(value.requires_grad for value in values) else total.detach()
 
-        return weighted_sum
+@dataclass(frozen=True)
+class WeightedSum:
+    """sum_i weight_i clip(r_i)."""
+
+    parts: tuple[tuple[Term, Reward], ...]
+
+    def given(self, prompts: Sequence[str]) -> WeightedSum:
+        """The sum for samples of these prompts."""
+        return WeightedSum(tuple((term, given(part, prompts)) for term, part in self.parts))
+
+    def rows(self, which: Tensor | slice) -> WeightedSum:
+        """The same for those samples of the batch."""
+        return WeightedSum(tuple((term, rows(part, which)) for term, part in self.parts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = [term.of(evaluate(part, x)) for term, part in self.parts]
+        total = torch.stack(values).sum(0)
+        # with one part constant to autograd, what it calls the gradient of the sum would be that of the others
+        return total if all(value.requires_grad for value in values) else total.detach()

@@ -1,0 +1,115 @@
+"""Prompts: from a text file, a .jsonl file with metadata, or a data set that `datasets` saved; a part is held out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.settings import Settings
+from tiltflow.streams import stream
+
+
+class Prompts(Settings):
+    """Where prompts come from."""
+
+    path: str | None = None
+    """A .txt file with a prompt on each line, a .jsonl file with an object on each, or a folder of `Dataset.save_to_disk`."""
+    texts: tuple[str, ...] = ()
+    """Or the prompts themselves."""
+    column: str = "prompt"
+    """The key of the prompt in a .jsonl file or a data set; the others are metadata."""
+    validation: Annotated[float, Field(ge=0, lt=1)] | str = 0.1
+    """The share of the prompts that is held out for the evaluation, or a file of its own. With one prompt, none is."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what else its file says of it."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+    """(for training, held out), each prompt once. Held out are those that a seeded shuffle puts first; a single prompt is both.
+
+    Raises InputError if there are none, or if a line or a column is not what it should be.
+    """
+    if (settings.path is None) == (not settings.texts):
+        raise InputError("prompts: give either a path or texts")
+    texts = [Prompt(text) for text in settings.texts]
+    prompts = unique(texts if settings.path is None else read_file(Path(settings.path), settings.column))
+    if not prompts:
+        raise InputError(f"prompts: there are none in {settings.path or 'texts'}")
+    if isinstance(settings.validation, str):
+        held_out = unique(read_file(Path(settings.validation), settings.column))
+        if not held_out:
+            raise InputError(f"prompts.validation: there are none in {settings.validation}")
+        return prompts, held_out
+    if len(prompts) == 1 or settings.validation == 0:
+        return prompts, prompts
+    count = min(max(1, round(settings.validation * len(prompts))), len(prompts) - 1)
+    order = torch.randperm(len(prompts), generator=stream(seed, "held out")).tolist()
+    held = set(order[:count])
+    return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
+
+
+def unique(prompts: list[Prompt]) -> list[Prompt]:
+    """The first of each text, in order, without those that are blank."""
+    return list({prompt.text: prompt for prompt in reversed(prompts) if prompt.text.strip()}.values())[::-1]
+
+
+def read_file(path: Path, column: str) -> list[Prompt]:
+    """The prompts of one file or folder."""
+    if path.is_dir():
+        return from_rows(_data_set(path), column, str(path))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if path.suffix == ".txt":
+        return [Prompt(line.strip()) for line in lines]
+    if path.suffix != ".jsonl":
+        raise InputError(f"prompts {path}: must be a .txt or .jsonl file, or a folder of a data set")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"prompts {path}, line {number}: is not JSON ({error})") from None
+    return from_rows(rows, column, str(path))
+
+
+def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
+    """Prompts of mappings. Raises InputError, with the number of the row, for one that has no such text."""
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            known = list(row) if isinstance(row, dict) else []
+            hint = did_you_mean(column, known) if column not in known else ", it must be a text"
+            raise InputError(f"prompts {where}, row {number}: has no {column!r}{hint}; set prompts.column")
+        prompts.append(Prompt(row[column], {key: value for key, value in row.items() if key != column}))
+    return prompts
+
+
+def _data_set(folder: Path) -> list[Any]:
+    try:
+        from datasets import Dataset, load_from_disk
+    except ImportError:
+        raise InputError(f"prompts {folder}: a folder needs the package datasets: pip install datasets") from None
+    try:
+        loaded = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"prompts {folder}: is no data set ({error})") from None
+    if not isinstance(loaded, Dataset):
+        raise InputError(f"prompts {folder}: has several splits, {', '.join(loaded)}; give the folder of one")
+    rows: list[Any] = loaded.to_list()
+    return rows

@@ -1,0 +1,479 @@
+"""A training run of a text-to-image pipeline: a recipe whose model is `{diffusers: PATH_OR_ID}`, and the folder it makes.
+
+recipe.yaml      the resolved recipe: `tiltflow train` on it repeats the run
+metrics.jsonl    one line per optimizer step
+model/           the adapter, pytorch_lora_weights.safetensors as diffusers loads it, or the whole denoiser
+before.png, after.png, summary.json, report.html      written by the evaluation, from the folder and the base alone
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
+
+from tiltflow import __version__
+from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.evaluation import (
+    Estimate,
+    ImportanceWeights,
+    effective_number,
+    mean_estimate,
+    reward_distance,
+)
+from tiltflow.flow import Flow, Guided, VelocityField, base_of, bind, rows
+from tiltflow.plots import image_grid
+from tiltflow.plugins import part_of
+from tiltflow.precision import MixedPrecision, autocast_dtype
+from tiltflow.prompts import Prompt, Prompts, read_prompts
+from tiltflow.report import write_report
+from tiltflow.reward import Reward, evaluate, given
+from tiltflow.run import claim, read_records, record_to, write_json, write_yaml
+from tiltflow.sampler import Sampling, rollout
+from tiltflow.settings import Settings
+from tiltflow.streams import stream
+from tiltflow.text_to_image import GuidanceMode, TextToImage, from_diffusers, load_tuned, save_tuned, with_adapter
+from tiltflow.trainer import Batch, Record, train, trainable_copy
+
+Count = Annotated[int, Field(ge=1)]
+RewardSettings = Annotated[Any, BeforeValidator(part_of("rewards"))]
+
+
+class Adapter(Settings):
+    """A LoRA in the denoiser, by peft."""
+
+    rank: Count = 16
+    lora_alpha: Count | None = None
+    """The adapter's output is scaled by lora_alpha / rank; by default `rank`."""
+    target_modules: tuple[str, ...] | None = None
+    """The ends of the names of the layers; by default the attention of the family."""
+
+
+class DiffusersModel(Settings):
+    """A pipeline of diffusers."""
+
+    diffusers: str
+    """A folder, or a name on the hub."""
+    revision: str | None = None
+    variant: str | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
+    height: Count | None = None
+    width: Count | None = None
+    guidance_scale: Annotated[float, Field(ge=1)] | None = None
+    """By default 7.5, or 3.5 where it is an input of the network."""
+    adapter: Adapter | None = Adapter()
+    """null tunes the whole denoiser, beside a frozen copy."""
+    gradient_checkpointing: bool = False
+    """Compute activations once more on the way back: less memory, a third more time."""
+
+    def load(self, device: str) -> TextToImage:
+        """The untuned model. Raises InputError if it cannot be had."""
+        options: dict[str, Any] = {"torch_dtype": getattr(torch, self.torch_dtype)}
+        options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
+        model = from_diffusers(
+            self.diffusers, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device, **options
+        )
+        if self.gradient_checkpointing:
+            cast(Any, model.denoiser.network).enable_gradient_checkpointing()
+        return model
+
+
+class TextToImageTraining(Settings):
+    """The loop, in global numbers."""
+
+    max_train_steps: Count = 100
+    prompts_per_step: Count = 4
+    """Different prompts in an iteration."""
+    num_generations: Count = 4
+    """Pictures of each of them."""
+    micro_batch_size: Count | None = None
+    """How many pictures a network sees at once. Changes the memory needed, not the result."""
+    guidance_mode: GuidanceMode = "rollout"
+    """none: pictures are drawn and learned from without guidance. rollout: drawn with it, learned from without: works best for
+    Stable Diffusion, but no law is known that it aims at. full: both with it: aims at the tilt of the guided law, and the
+    adjoint of a strongly guided flow grows large."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixed_precision: MixedPrecision = "no"
+
+    @property
+    def train_batch_size(self) -> int:
+        """Pictures in an iteration."""
+        return self.prompts_per_step * self.num_generations
+
+    @model_validator(mode="after")
+    def _divides(self) -> TextToImageTraining:
+        size = self.micro_batch_size
+        if size is not None and self.train_batch_size % size:
+            raise ValueError(
+                f"{self.prompts_per_step} prompts x {self.num_generations} generations = {self.train_batch_size} pictures do"
+                f" not divide into micro-batches of {size}"
+            )
+        return self
+
+
+class Point(Settings):
+    """A way to sample, of which there is a row in the table."""
+
+    solver: str = "euler"
+    num_inference_steps: Count = 50
+    guidance_scale: Annotated[float, Field(ge=1)] | None = None
+    """The model's own by default; 1 is none."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps)
+
+
+class TextToImageEvaluation(Settings):
+    """What is measured after training, on held-out prompts, for the base and the tuned model from the same noise."""
+
+    num_prompts: Count = 16
+    """Held-out prompts, at most."""
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Pictures of each of them."""
+    batch_size: Count = 8
+    rewards: tuple[RewardSettings, ...] = ()
+    """Held-out rewards, which training has not seen."""
+    features: str | None = None
+    """A CLIP model, a folder or a name on the hub, in whose features diversity is measured; without it, in pixels."""
+    points: Annotated[tuple[Point, ...], Field(min_length=1)] = (Point(),)
+    """How pictures are drawn; the first one is that of the pictures and the report's numbers."""
+
+
+class TextToImageRecipe(Settings):
+    """A training run of a pipeline, complete."""
+
+    description: str = ""
+    model: DiffusersModel
+    prompts: Prompts
+    reward: RewardSettings
+    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    training: TextToImageTraining = TextToImageTraining()
+    evaluation: TextToImageEvaluation = TextToImageEvaluation()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A reward of pictures, as one of latents."""
+
+    model: TextToImage
+    reward: Reward
+    batch_size: int
+
+    def rows(self, which: Tensor | slice) -> Decoded:
+        """The same for those samples of the batch."""
+        return replace(self, reward=rows(self.reward, which))
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.reward(self.model.decode(latents, batch_size=self.batch_size))
+
+
+def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextToImage:
+    """What is going to be trained: the model with a new adapter, or a copy of its denoiser beside it."""
+    if adapter is None:
+        return replace(model, flow=trainable_copy(cast(Flow, model.flow)))
+    options = {key: value for key, value in adapter.model_dump().items() if value is not None}
+    return with_adapter(model, **options, seed=seed)
+
+
+def batches(
+    model: TextToImage,
+    prompts: Sequence[str],
+    reward: Reward,
+    training: TextToImageTraining,
+    sampling: Sampling,
+) -> Callable[[torch.Generator], Batch]:
+    """What draws the start of an iteration: prompts, each one `num_generations` times, and their noise.
+
+    Raises InputError for guidance of a model that has no negative prompts.
+    """
+    mode = training.guidance_mode
+    if mode != "none" and model.distilled:
+        raise InputError(
+            f"training.guidance_mode {mode}: this model was distilled from guidance and has no negative prompts; its"
+            " guidance_scale is an input of the network. Use guidance_mode none"
+        )
+    first = sampling.times(model.grid)[0]
+    size = training.micro_batch_size or training.train_batch_size
+
+    def draw(generator: torch.Generator) -> Batch:
+        order = torch.randperm(len(prompts), generator=generator, device=generator.device).tolist()
+        some = [
+            prompts[order[i % len(order)]] for i in range(training.prompts_per_step) for _ in range(training.num_generations)
+        ]
+        condition, negative = model.encode(some)
+        x = model.start(len(some), generator, first)
+        told = Decoded(model, given(reward, some), size)
+
+        def guide(flow: VelocityField) -> Guided:
+            return Guided(flow, bind(flow, negative), model.guidance_scale)
+
+        def bound(flow: VelocityField) -> VelocityField:
+            conditional = bind(flow, condition)
+            return guide(conditional) if mode == "full" else conditional
+
+        return Batch(x, bound, guide if mode == "rollout" else None, told)
+
+    return draw
+
+
+def run_text_to_image(
+    recipe: TextToImageRecipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    watch: Callable[[Record], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary.
+
+    On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again.
+    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had.
+    """
+    claim(folder)
+    prompts, _ = read_prompts(recipe.prompts, recipe.seed)
+    texts = [prompt.text for prompt in prompts]
+    model = recipe.model.load(device)
+    if recipe.method.name == "adjoint-matching" and not recipe.reward.differentiable:
+        raise InputError(f"reward {recipe.reward.name!r} has no gradient, and method adjoint-matching needs one")
+    reward = recipe.reward.build(device)
+    for held_out in recipe.evaluation.rewards:
+        held_out.build(device)
+    check_reward(model, reward, texts[0])
+    tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
+    dtype = autocast_dtype(recipe.training.mixed_precision, model.device)
+    flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
+    base = base_of(flow) if recipe.model.adapter else frozen
+
+    began = time.perf_counter()
+    records = train(
+        flow,
+        base,
+        recipe.method,
+        reward,
+        batches(tuned, texts, reward, recipe.training, recipe.method.sampling),
+        max_train_steps=recipe.training.max_train_steps,
+        seed=recipe.seed,
+        start=model.grid,
+        ema_decay=recipe.training.ema_decay,
+        micro_batch_size=recipe.training.micro_batch_size,
+    )
+    first = next(records)  # what does not fit shows in the first step, before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
+    try:
+        with closing(records):
+            record_to(folder, chain([first], records), watch)
+    finally:
+        save_tuned(tuned, folder / "model")
+    return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
+
+
+def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
+    """Raises InputError if the reward cannot take what the model makes, or is not finite."""
+    latents = torch.randn(2, *model.event_shape, generator=stream(0, "check", device=model.device), device=model.device)
+    try:
+        with torch.no_grad():
+            evaluate(given(reward, [prompt, prompt]), model.decode(latents))
+    except NonFiniteError as error:
+        raise InputError(str(error)) from None
+    except RuntimeError as error:  # torch's word for a wrong shape
+        raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
+
+
+def load_run(recipe: TextToImageRecipe, folder: Path, device: str = "cpu") -> tuple[TextToImage, TextToImage]:
+    """(base, tuned) of a finished run; with an adapter they share their network, so `base_of` gives the base."""
+    model = recipe.model.load(device)
+    tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
+    load_tuned(tuned, folder / "model")
+    return model, tuned
+
+
+@torch.no_grad()
+def evaluate_text_to_image(
+    recipe: TextToImageRecipe,
+    folder: Path,
+    model: TextToImage,
+    tuned: TextToImage,
+    *,
+    device: str = "cpu",
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Measure a run on held-out prompts; writes summary.json, the pictures and report.html."""
+    settings, method = recipe.evaluation, recipe.method
+    _, held_out = read_prompts(recipe.prompts, recipe.seed)
+    texts = [prompt.text for prompt in held_out[: settings.num_prompts]]
+    prompts = [text for text in texts for _ in range(settings.num_generations)]
+    measured = {part.name: part.build(device) for part in (recipe.reward, *settings.rewards)}
+    features = feature_extractor(settings.features, device)
+    base = tuned.base() if recipe.model.adapter else model
+    rows_of_metrics = read_records(folder)
+    began = time.perf_counter()
+
+    table: list[dict[str, Any]] = []
+    pictures: dict[str, Tensor] = {}
+    rewards: dict[str, Tensor] = {}
+    for i, point in enumerate(settings.points):
+        for name, one in (("base", base), ("tuned", tuned)):
+            images = one.sample(
+                prompts,
+                seed=recipe.seed,
+                sampling=point.sampling,
+                guidance_scale=point.guidance_scale,
+                batch_size=settings.batch_size,
+            )
+            values = {key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measured.items()}
+            row: dict[str, Any] = {
+                "model": name,
+                **point.model_dump(),
+                "guidance_scale": point.guidance_scale or model.guidance_scale,
+            }
+            for key, value in values.items():
+                row |= _named(key, over_prompts(value, settings.num_generations))
+            row |= diversity(images, settings.num_generations, features, settings.batch_size)
+            table.append(row)
+            if i == 0:
+                pictures[name], rewards[name] = images, values[recipe.reward.name]
+
+    taken = rows_of_metrics[-1]["step"]
+    tilt = method.log_tilt(rewards["base"], taken).reshape(len(texts), -1)
+    weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
+    target, target_error = weights.mean(rewards["base"])
+    generator = stream(recipe.seed, "bootstrap")
+    of_reward = reward_distance(rewards["tuned"], rewards["base"], weights, generator)
+    summary: dict[str, Any] = {
+        "tiltflow": __version__,
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "name": folder.name,
+        "description": recipe.description,
+        "model": recipe.model.diffusers,
+        "method": method.name,
+        "beta": getattr(method, "beta", None),
+        "working_beta": None,
+        "target_law": method.target_law(taken),
+        "limits": [*method.limits(model.grid), *guidance_limits(recipe.training.guidance_mode)],
+        "reward": recipe.reward.name,
+        "reward_description": recipe.reward.description,
+        "iterations": taken,
+        "max_train_steps": recipe.training.max_train_steps,
+        "seed": recipe.seed,
+        "num_samples": len(prompts),
+        "num_prompts": len(texts),
+        **_named("reward_base", over_prompts(rewards["base"], settings.num_generations)),
+        **_named("reward_tuned", over_prompts(rewards["tuned"], settings.num_generations)),
+        **_named("reward_target", Estimate(target.item(), target_error.item())),
+        **_named("reward_distance", of_reward),
+        **_named("target_distance", of_reward),
+        "target_distance_base": reward_distance(rewards["base"], rewards["base"], weights, generator).value,
+        "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the base's, weighted for each prompt",
+        "effective_sample_size": weights.effective_sample_size,
+        "judge": None,
+        **_named("path_kl", path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size)),
+        "diversity_in": "pixels" if features is None else f"features of {settings.features}",
+        "table": table,
+        "seconds": rows_of_metrics[-1]["seconds"],
+        "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
+    }
+    summary["seconds_total"] = (seconds or rows_of_metrics[-1]["seconds"]) + time.perf_counter() - began
+    for name, images in (("before", pictures["base"]), ("after", pictures["tuned"])):
+        image_grid(images[:64], settings.num_generations if len(texts) > 1 else 8).save(folder / f"{name}.png")
+    (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
+    write_report(folder)
+    return summary
+
+
+def scores(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int, device: str) -> Tensor:
+    """[len(prompts)] on the CPU, float64."""
+    parts = []
+    for i in range(0, len(prompts), batch_size):
+        part = images[i : i + batch_size].to(device)
+        parts.append(evaluate(given(reward, prompts[i : i + batch_size]), part).double().cpu())
+    return torch.cat(parts)
+
+
+def over_prompts(values: Tensor, num_generations: int) -> Estimate:
+    """The mean and its standard error over prompts, the pictures of one being no independent evidence; over pictures where
+    there is one prompt."""
+    means = values.reshape(-1, num_generations).mean(1)
+    return mean_estimate(means if len(means) > 1 else values)
+
+
+def diversity(
+    images: Tensor, num_generations: int, features: Callable[[Tensor], Tensor] | None, batch_size: int
+) -> dict[str, float]:
+    """How much pictures of one prompt differ, with its standard error over prompts: the sum of the variances of their features,
+    and the Vendi score (2210.02410), the effective number of different pictures among `num_generations`."""
+    if features is None:
+        x = images.clamp(-1, 1).flatten(1).double()
+    else:
+        x = torch.cat([features(part).double().cpu() for part in images.split(batch_size)])
+    groups = x.reshape(-1, num_generations, x.shape[1])
+    variance = groups.var(1).sum(1)
+    directions = torch.nn.functional.normalize(groups - (0 if features else groups.mean((0, 1))), dim=2)
+    vendi = torch.stack([effective_number(kernel) for kernel in directions @ directions.mT])
+    return _named("variance", _estimate(variance)) | _named("vendi", _estimate(vendi))
+
+
+def _estimate(values: Tensor) -> Estimate:
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(values.mean().item(), error)
+
+
+def feature_extractor(name: str | None, device: str) -> Callable[[Tensor], Tensor] | None:
+    """Normalised CLIP features of images, if a model is named."""
+    if name is None:
+        return None
+    from tiltflow.clip import Clip
+
+    clip = Clip.load(name, device)
+    return lambda images: clip.image_features(images.to(device))
+
+
+def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed: int, batch_size: int) -> Estimate:
+    """KL of the trajectories of the tuned memoryless sampler from those of the base, without guidance, in nats per picture."""
+    sampler = Sampling(num_inference_steps=tuned.sampling.num_inference_steps).chain(tuned.grid)
+    parts = []
+    for i in range(0, len(prompts), batch_size):
+        some = prompts[i : i + batch_size]
+        generator = stream(seed, "path kl", i, device=tuned.device)
+        bound = [one.guided(some, 1.0)(one.flow) for one in (tuned, base)]
+        if tuned.distilled:
+            bound = [bind(one.flow, tuned.encode(some)[0]) for one in (tuned, base)]
+        path = rollout(sampler, bound[0], tuned.start(len(some), generator, sampler.times[0]), generator)
+        costs = [
+            gain**2 / 2 * (v - bound[1](x, t)).flatten(1).square().sum(1)
+            for gain, t, x, v in zip(sampler.control_scale.tolist(), sampler.times, path.states, path.velocities, strict=False)
+        ]
+        parts.append(torch.stack(costs).sum(0).cpu())
+    return mean_estimate(torch.cat(parts).double())
+
+
+def guidance_limits(mode: GuidanceMode) -> list[str]:
+    """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
+    return [
+        {
+            "none": "It was tuned without guidance: the law aimed at is that of sampling without guidance.",
+            "rollout": "Pictures were drawn with guidance and learned from without it: no law is known that this aims at.",
+            "full": "The base of the law is the guided one, whose sampler only approximates a law.",
+        }[mode]
+    ]
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_error": estimate.standard_error}
+
+
+__all__ = ["Prompt", "TextToImageRecipe", "evaluate_text_to_image", "load_run", "run_text_to_image"]
