@@ -67,16 +67,20 @@ def train(
     """
     from tiltflow.recipe import find_recipe, read_recipe_tree
     from tiltflow.run import Recipe, run
+    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
     from tiltflow.settings import validate
 
     path = find_recipe(recipe, "train")
-    settings = validate(Recipe, read_recipe_tree(path, _with_seed(overrides, seed)), recipe)
+    tree = read_recipe_tree(path, _with_seed(overrides, seed))
+    of_pipeline = isinstance(tree.get("model"), dict)
+    settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
     chosen = _device(device, threads)
     console = _console(as_json)
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
+    train_it: Any = run_text_to_image if of_pipeline else run
     with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-        summary = run(settings, output, device=chosen, watch=watch)
+        summary = train_it(settings, output, device=chosen, watch=watch)
     _show_summary(console, summary, output)
     _finish(as_json, summary)
 
@@ -140,13 +144,41 @@ def evaluate(
     [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
     """
     from tiltflow.run import evaluate_run
+    from tiltflow.run_text_to_image import evaluate_text_to_image, is_text_to_image, load_run, read_run
 
     console = _console(as_json)
     chosen = _device(device, threads)
     with _spinner(console, quiet, "sampling the base and the tuned model"):
-        summary = evaluate_run(folder, device=chosen, num_samples=num_samples)
+        if is_text_to_image(_recipe_of(folder)):
+            if num_samples is not None:
+                raise InputError("--num-samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
+            settings = read_run(folder)
+            summary = evaluate_text_to_image(settings, folder, *load_run(settings, folder, chosen), device=chosen)
+        else:
+            summary = evaluate_run(folder, device=chosen, num_samples=num_samples)
     _show_summary(console, summary, folder)
     _finish(as_json, summary)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run of a diffusers pipeline.")],
+    output: Output,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a tuned pipeline for plain diffusers: a LoRA for `load_lora_weights`, or a whole pipeline, and its model card.
+
+    [dim]tiltflow export runs/cats --output exported/cats[/dim]
+    """
+    from tiltflow.export import export_run
+
+    result = export_run(folder, output, push_to_hub=push_to_hub)
+    loads = "pipeline.load_lora_weights" if result["kind"] == "lora" else "DiffusionPipeline.from_pretrained"
+    _console(as_json).print(f'{loads}("{output}") loads it' + (f"; uploaded to {result['url']}" if result["url"] else ""))
+    _finish(as_json, result)
 
 
 @app.command()
@@ -155,7 +187,9 @@ def sample(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
         "samples.png"
     ),
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="How many.")] = 64,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt, 4.")] = 64,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For a pipeline; may be repeated.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=1, help="For a pipeline.", show_default="the recipe's")] = None,
     solver: Annotated[
         str | None, typer.Option(help="memoryless, ddpm, ddim, euler or heun.", show_default="the model's")
     ] = None,
@@ -175,11 +209,18 @@ def sample(
 
     from tiltflow.model import load
     from tiltflow.plots import image_grid
+    from tiltflow.run_text_to_image import is_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.settings import validate
 
     if output.suffix not in (".png", ".npz"):
         raise InputError(f"--output {output}: must end in .png or .npz")
+    if prompts or is_text_to_image(_recipe_of(Path(model))):
+        _sample_pipeline(
+            Path(model), output, prompts or [], solver, num_inference_steps, guidance_scale, seed, _device(device, threads),
+            quiet, as_json,
+        )  # fmt: skip
+        return
     loaded = load(model, _device(device, threads))
     is_image = len(loaded.event_shape) == 3 and loaded.event_shape[0] in (1, 3)
     if output.suffix == ".png" and not is_image:
@@ -198,6 +239,53 @@ def sample(
     if not quiet:
         console.print(f"{num_samples} samples in {output}")
     _finish(as_json, {"output": str(output), "num_samples": num_samples, "seed": seed, **sampling.model_dump()})
+
+
+def _recipe_of(folder: Path) -> Any:
+    """The recipe of a run as it was written, or None."""
+    from tiltflow.settings import read_yaml
+
+    path = folder / "recipe.yaml"
+    return read_yaml(path) if path.is_file() else None
+
+
+def _sample_pipeline(
+    run: Path,
+    output: Path,
+    prompts: list[str],
+    solver: str | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Pictures of prompts by a tuned pipeline, four of each."""
+    import numpy as np
+
+    from tiltflow.plots import image_grid
+    from tiltflow.run_text_to_image import Point, load_run, read_run
+    from tiltflow.settings import validate
+
+    if not prompts:
+        raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
+    recipe, console = read_run(run), _console(as_json)
+    changes = {"solver": solver, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    tree = recipe.evaluation.points[0].model_dump() | {key: value for key, value in changes.items() if value is not None}
+    point = validate(Point, tree, "--solver" if solver else "sampling")
+    several = [prompt for prompt in prompts for _ in range(4)]
+    with _spinner(console, quiet, f"sampling {len(several)}"):
+        _, tuned = load_run(recipe, run, device)
+        x = tuned.sample(several, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".png":
+        image_grid(x, 4).save(output)
+    else:
+        np.savez_compressed(output, samples=x.numpy())
+    if not quiet:
+        console.print(f"{len(several)} pictures in {output}")
+    _finish(as_json, {"output": str(output), "prompts": prompts, "seed": seed, **point.model_dump()})
 
 
 @app.command()
@@ -264,17 +352,28 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small flow, diffusion model or classifier from images. This is how the shipped ones were made.
+    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images. The shipped ones were made so.
 
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
+    [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
     """
     from tiltflow.pretrain import read_pretraining, run_pretraining
+    from tiltflow.recipe import find_recipe, read_recipe_tree
 
-    settings = read_pretraining(recipe, _with_seed(overrides, seed))
+    changes = _with_seed(overrides, seed)
     chosen = _device(device, threads)
     console = _console(as_json)
-    with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-        scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
+    if read_recipe_tree(find_recipe(recipe, "pretrain"), changes).get("task") == "text-to-image":
+        from tiltflow.pretrain_pipeline import read_pipeline_pretraining, run_pipeline_pretraining
+
+        pipeline = read_pipeline_pretraining(recipe, changes)
+        steps = pipeline.autoencoder.max_train_steps + pipeline.training.max_train_steps
+        with _progress(console, quiet, steps, pipeline.training.train_batch_size) as watch:
+            scores = run_pipeline_pretraining(pipeline, data, output, name=recipe, device=chosen, watch=watch)
+    else:
+        settings = read_pretraining(recipe, changes)
+        with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
+            scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
     if not quiet:
         _list(
             console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"

@@ -7,7 +7,8 @@ result is a folder of diffusers' own classes, which `DiffusionPipeline.from_pret
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,9 @@ from tiltflow.interpolant import expand, interior, mixture_weights
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.precision import autocast, autocast_dtype
 from tiltflow.pretrain import Optimization, Progress
+from tiltflow.recipe import find_recipe, read_recipe_tree
 from tiltflow.schedules import path_of
-from tiltflow.settings import Settings
+from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 
 Count = Annotated[int, Field(ge=1)]
@@ -58,6 +60,11 @@ class PipelinePretraining(Settings):
     autoencoder: Optimization = Optimization(max_train_steps=1500, train_batch_size=32, learning_rate=2e-3)
     training: Optimization = Optimization()
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+def read_pipeline_pretraining(recipe: str, overrides: Sequence[str]) -> PipelinePretraining:
+    """A checked recipe of a pipeline, shipped or the user's own."""
+    return validate(PipelinePretraining, read_recipe_tree(find_recipe(recipe, "pretrain"), overrides), recipe)
 
 
 def caption(words: str, background: str) -> str:
@@ -268,7 +275,7 @@ def run_pipeline_pretraining(
     captions = [caption(words, background) for words in data.captions for background in recipe.backgrounds]
     height, width = data.images.shape[2:]
     pipeline = build(recipe, captions, (height, width), folder / "tokenizer").to(device)
-    scores, seconds = {}, 0.0
+    scores, seconds, done = {}, 0.0, 0
     for stage in ("autoencoder", "denoiser"):
         if stage == "autoencoder":
             records = train_autoencoder(recipe, pipeline.vae, data)
@@ -276,9 +283,10 @@ def run_pipeline_pretraining(
             records = train_denoiser(recipe, pipeline, data, latents_of(recipe, pipeline.vae, data))
         progress = None
         for progress in records:
-            watch(progress)
+            watch(replace(progress, step=done + progress.step, seconds=seconds + progress.seconds))
         assert progress is not None
-        scores[f"{stage}_loss"], seconds = progress.loss, seconds + progress.seconds
+        scores[f"{stage}_loss"] = progress.loss
+        seconds, done = seconds + progress.seconds, done + progress.step
     pipeline.to("cpu").save_pretrained(folder)
     (folder / "README.md").write_text(card(recipe, name, path, data, pipeline, seconds, device, scores), encoding="utf-8")
     return scores

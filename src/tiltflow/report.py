@@ -112,6 +112,7 @@ MEASURES = {
             "Samples of equal weight that would tell as much about the target law.",
         ),
         "num_samples": ("Samples", "Drawn from each of the two models for this evaluation."),
+        "num_prompts": ("Prompts", "Held out from training."),
         "judge.frechet_base": (
             "Fréchet distance, base",
             "Between Gaussian fits to the judge's features of samples and of real images; lower is better.",
@@ -166,7 +167,26 @@ MEASURES = {
 }
 """Of each key of the summary (dotted into its mappings): title, what it is."""
 
-TOLD_ELSEWHERE = {"name", "description", "reward_description", "target_law", "target_distance_kind", "limits"}
+POINTS = {
+    "model": "Model",
+    "solver": "Solver",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "variance": "Variance",
+    "vendi": "Vendi",
+}
+"""Of each column of the table that is not a reward: title."""
+
+TOLD_ELSEWHERE = {
+    "name",
+    "description",
+    "reward_description",
+    "target_law",
+    "target_distance_kind",
+    "limits",
+    "table",
+    "diversity_in",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -222,6 +242,7 @@ def render(s: Tree, records: Sequence[Tree], *, pictures: Sequence[bytes], recip
         _histogram(s),
         _law(s),
         _curves(s, records),
+        _table(s),
         _measures(s),
         _commands(folder),
         _section("The recipe", f"<pre>{escape(recipe)}</pre>") if recipe else "",
@@ -457,6 +478,22 @@ def _curves(s: Tree, records: Sequence[Tree]) -> str:
     )
     note = "Thin: each iteration. Bold: the running mean."
     return _section("How the training went", f'<div class="cards">{cards}</div>', note) if cards else ""
+
+
+def _table(s: Tree) -> str:
+    """Each way to sample as a row, as the papers print them."""
+    rows = s.get("table")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return ""
+    columns = [key for key in rows[0] if not key.endswith("_error")]
+    heads = "".join(f"<th>{escape(POINTS.get(key, key))}</th>" for key in columns)
+    body = "".join("<tr>" + "".join(f"<td>{show(row, key) or '–'}</td>" for key in columns) + "</tr>" for row in rows)
+    note = (
+        f"Held-out prompts: {s.get('num_prompts')}. After ± stands one standard error over prompts. Variance and Vendi score,"
+        f" the effective number of different pictures of a prompt, in {s.get('diversity_in')}."
+    )
+    table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return _section("Rewards and diversity", table, escape(note))
 
 
 def _measures(s: Tree) -> str:

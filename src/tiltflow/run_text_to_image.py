@@ -34,12 +34,12 @@ from tiltflow.flow import Flow, Guided, VelocityField, base_of, bind, rows
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
-from tiltflow.prompts import Prompt, Prompts, read_prompts
+from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.report import write_report
 from tiltflow.reward import Reward, evaluate, given
-from tiltflow.run import claim, read_records, record_to, write_json, write_yaml
+from tiltflow.run import METRICS, claim, read_records, record_to, write_json, write_yaml
 from tiltflow.sampler import Sampling, rollout
-from tiltflow.settings import Settings
+from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import GuidanceMode, TextToImage, from_diffusers, load_tuned, save_tuned, with_adapter
 from tiltflow.trainer import Batch, Record, train, trainable_copy
@@ -65,7 +65,7 @@ class DiffusersModel(Settings):
     """A folder, or a name on the hub."""
     revision: str | None = None
     variant: str | None = None
-    torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
     height: Count | None = None
     width: Count | None = None
@@ -78,7 +78,7 @@ class DiffusersModel(Settings):
 
     def load(self, device: str) -> TextToImage:
         """The untuned model. Raises InputError if it cannot be had."""
-        options: dict[str, Any] = {"torch_dtype": getattr(torch, self.torch_dtype)}
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
         model = from_diffusers(
             self.diffusers, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device, **options
@@ -291,6 +291,22 @@ def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
         raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
 
 
+def is_text_to_image(tree: Any) -> bool:
+    """Whether a recipe, as it was read, is one of a pipeline."""
+    return isinstance(tree, dict) and isinstance(tree.get("model"), dict)
+
+
+def read_run(folder: Path) -> TextToImageRecipe:
+    """The recipe of a run. Raises InputError if `folder` is no run of a pipeline."""
+    for needed in ("recipe.yaml", "model", METRICS):
+        if not (folder / needed).exists():
+            raise InputError(f"{folder}: not a run folder, it has no {needed}")
+    tree = read_yaml(folder / "recipe.yaml")
+    if not is_text_to_image(tree):
+        raise InputError(f"{folder}: is no run of a diffusers pipeline; its folder model/ is what `tiltflow.load` reads")
+    return validate(TextToImageRecipe, tree, str(folder / "recipe.yaml"))
+
+
 def load_run(recipe: TextToImageRecipe, folder: Path, device: str = "cpu") -> tuple[TextToImage, TextToImage]:
     """(base, tuned) of a finished run; with an adapter they share their network, so `base_of` gives the base."""
     model = recipe.model.load(device)
@@ -474,6 +490,3 @@ def guidance_limits(mode: GuidanceMode) -> list[str]:
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_error": estimate.standard_error}
-
-
-__all__ = ["Prompt", "TextToImageRecipe", "evaluate_text_to_image", "load_run", "run_text_to_image"]

@@ -265,7 +265,7 @@ def from_diffusers(
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
         guidance_scale: 7.5 by default, 3.5 where it is an input of the network.
-        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`, `revision` and `variant`.
+        options: of `DiffusionPipeline.from_pretrained`, such as `dtype`, `revision` and `variant`.
 
     The decoder is kept in float32. Weights are read from safetensors only, and no code of the repository is run.
 
@@ -363,10 +363,9 @@ def save_tuned(model: TextToImage, folder: Path) -> None:
     if not isinstance(model.denoiser, AdaptedDenoiser):
         network.save_pretrained(folder / model.family.DENOISER)
         return
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    layers = get_peft_model_state_dict(network)
     metadata = {f"{model.family.DENOISER}_lora_adapter_metadata": network.peft_config["default"].to_dict()}
     model.pipeline.save_lora_weights(folder, **{f"{model.family.DENOISER}_lora_layers": layers}, **metadata)
 
@@ -386,6 +385,10 @@ def load_tuned(model: TextToImage, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
     prefix = f"{model.family.DENOISER}."
-    result: Any = set_peft_model_state_dict(network, {key.removeprefix(prefix): value for key, value in weights.items()})
+    wrong = f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?"
+    try:
+        result: Any = set_peft_model_state_dict(network, {key.removeprefix(prefix): value for key, value in weights.items()})
+    except RuntimeError:  # torch's word for a wrong shape
+        raise InputError(wrong) from None
     if result.unexpected_keys or any("lora" in key for key in result.missing_keys):
-        raise InputError(f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?")
+        raise InputError(wrong)

@@ -1,0 +1,69 @@
+"""How beautiful people find a picture, by LAION's predictor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tiltflow.clip import Clip
+from tiltflow.errors import InputError
+from tiltflow.reward import Reward
+from tiltflow.settings import Settings
+
+
+class Aesthetic(Settings):
+    """LAION's aesthetic predictor, version 2: linear layers on the normalised features of CLIP ViT-L/14; ratings of 1 to 10."""
+
+    differentiable: ClassVar[bool] = True
+    unit: ClassVar[str] = "points of ten"
+
+    name: Literal["aesthetic"] = "aesthetic"
+    model: str = "openai/clip-vit-large-patch14"
+    """A folder or a name on the hub."""
+    head: str
+    """The file `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor, or its tensors as safetensors."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def description(self) -> str:
+        return "rating that LAION's aesthetic predictor gives a picture, 1 to 10, 5 to 7 for most"
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        clip, head = Clip.load(self.model, device, self.dtype), load_head(Path(self.head)).to(device)
+        width, expected = clip.model.config.projection_dim, head[0].in_features
+        if width != expected:
+            raise InputError(f"reward.head {self.head}: takes features of width {expected}, {self.model} has {width}")
+
+        def aesthetic(images: Tensor) -> Tensor:
+            rating: Tensor = head(clip.image_features(images)).squeeze(1)
+            return rating
+
+        return aesthetic
+
+
+def load_head(path: Path) -> nn.Sequential:
+    """The predictor's layers; in evaluation the dropout between them is nothing. Raises InputError if they cannot be read."""
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
+        raise InputError(f"reward.head {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # what torch raises for a file with code is no public name
+        raise InputError(f"reward.head {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
+    if not isinstance(weights, dict) or any(f"{name}.{part}" not in weights for name in names for part in ("weight", "bias")):
+        raise InputError(
+            f"reward.head {path}: is not the aesthetic predictor, it needs tensors {names[0]}.weight to {names[-1]}.bias"
+        )
+    layers = []
+    for name in names:
+        weight = weights[f"{name}.weight"]
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": weights[f"{name}.bias"]})
+        layers.append(layer)
+    return nn.Sequential(*layers).requires_grad_(False).eval()

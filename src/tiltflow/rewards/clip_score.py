@@ -1,0 +1,31 @@
+"""How well a picture fits its prompt, by CLIP."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from tiltflow.clip import Clip
+from tiltflow.reward import OfPrompts, Reward
+from tiltflow.settings import Settings
+
+
+class ClipScore(Settings):
+    """CLIPScore (2104.08718) without its cut at 0: 100 cos(picture, prompt), 20 to 35 for most pictures."""
+
+    differentiable: ClassVar[bool] = True
+    unit: ClassVar[str] = "points"
+
+    name: Literal["clip-score"] = "clip-score"
+    model: str = "openai/clip-vit-large-patch14"
+    """A folder or a name on the hub."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def description(self) -> str:
+        return f"100 times the cosine between the features of a picture and of its prompt, by {self.model}; 20 to 35 for most"
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        clip = Clip.load(self.model, device, self.dtype)
+        return OfPrompts(lambda images, prompts: 100 * clip.similarity(images, prompts))

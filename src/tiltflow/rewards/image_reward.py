@@ -1,0 +1,166 @@
+"""How well people would rate a picture of its prompt, by ImageReward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tiltflow.clip import resized
+from tiltflow.errors import InputError
+from tiltflow.reward import OfPrompts, Reward
+from tiltflow.settings import Settings
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the ratings that the authors trained on: the published scores are in these units."""
+LONGEST = 35  # tokens of a prompt
+
+VISION = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.(\d+)\.norm(\d)", r"encoder.layers.\1.layer_norm\2"),
+    (r"^blocks\.(\d+)\.attn\.qkv", r"encoder.layers.\1.self_attn.qkv"),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.projection"),
+    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+)
+"""From the names of the authors' vision transformer to those of transformers."""
+
+
+class ImageReward(Settings):
+    """ImageReward (2304.05977): linear layers on the first token of BLIP's text encoder, which looks at the picture; about -2
+    to 2, 0 the mean of the rated pictures."""
+
+    differentiable: ClassVar[bool] = True
+    unit: ClassVar[str] = "standard deviations"
+
+    name: Literal["image-reward"] = "image-reward"
+    model: str
+    """The published file `ImageReward.pt`, or its tensors as safetensors."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """A folder or a name on the hub."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def description(self) -> str:
+        return "rating that ImageReward predicts for a picture of its prompt, in standard deviations around 0"
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        scorer = Scorer.load(Path(self.model), self.tokenizer, device, getattr(torch, self.dtype))
+        return OfPrompts(scorer)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """BLIP and the layers on it."""
+
+    vision: Any
+    text: Any
+    layers: nn.Sequential
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, path: Path, tokenizer: str, device: torch.device | str, dtype: torch.dtype) -> Scorer:
+        """From the authors' weights. Raises InputError if they cannot be had."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise InputError("transformers is not installed: pip install 'tiltflow[diffusers]'") from None
+        vision, text, layers = (part.to(device, dtype).requires_grad_(False).eval() for part in networks(read_weights(path)))
+        try:
+            return cls(vision, text, layers, AutoTokenizer.from_pretrained(tokenizer))
+        except (OSError, ValueError) as error:
+            raise InputError(f"reward.tokenizer {tokenizer}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[batch], with its gradient to the images [batch, 3, height, width] in [-1, 1]."""
+        pixels = resized(images, self.vision.config.image_size).to(self.vision.dtype)
+        seen = self.vision(pixels).last_hidden_state
+        words = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=LONGEST, return_tensors="pt"
+        ).to(images.device)
+        read = self.text(
+            input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen, is_decoder=False
+        ).last_hidden_state
+        rating: Tensor = self.layers(read[:, 0]).squeeze(1).float()
+        return (rating - MEAN) / STD
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The authors' tensors. Raises InputError if they cannot be read, or are of something else."""
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
+        raise InputError(f"reward.model {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # what torch raises for a file with code is no public name
+        raise InputError(f"reward.model {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(weights, dict) or "blip.visual_encoder.cls_token" not in weights or "mlp.layers.0.weight" not in weights:
+        raise InputError(f"reward.model {path}: is not ImageReward, it has no blip.visual_encoder and mlp.layers")
+    return weights
+
+
+def networks(weights: Mapping[str, Tensor]) -> tuple[nn.Module, nn.Module, nn.Sequential]:
+    """The vision transformer, the text encoder and the layers on it, of the sizes of the weights."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipTextModel, BlipVisionModel
+
+    parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.layers.": {}}
+    for key, value in weights.items():
+        for prefix, part in parts.items():
+            if key.startswith(prefix) and not key.endswith("position_ids"):
+                part[key.removeprefix(prefix)] = value
+    seen, read, top = parts.values()
+    for pattern, name in VISION:
+        seen = {re.sub(pattern, name, key): value for key, value in seen.items()}
+
+    width, patch = seen["embeddings.patch_embedding.weight"].shape[0], seen["embeddings.patch_embedding.weight"].shape[-1]
+    tokens = seen["embeddings.position_embedding"].shape[1] - 1
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=seen["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=depth(seen, "encoder.layers."),
+            num_attention_heads=max(1, width // 64),
+            image_size=round(tokens**0.5) * patch,
+            patch_size=patch,
+            layer_norm_eps=1e-6,
+            hidden_act="gelu",
+        )
+    )
+    words = read["embeddings.word_embeddings.weight"]
+    text = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=words.shape[0],
+            hidden_size=words.shape[1],
+            encoder_hidden_size=read["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+            intermediate_size=read["encoder.layer.0.intermediate.dense.weight"].shape[0],
+            num_hidden_layers=depth(read, "encoder.layer."),
+            num_attention_heads=max(1, words.shape[1] // 64),
+            max_position_embeddings=read["embeddings.position_embeddings.weight"].shape[0],
+            layer_norm_eps=1e-12,
+            is_decoder=True,  # which is what transformers calls a model with cross-attention
+        ),
+        add_pooling_layer=False,
+    )
+    vision.load_state_dict(seen)
+    text.load_state_dict(read)
+    layers = []
+    for i in sorted({int(key.split(".")[0]) for key in top}):
+        layer = nn.Linear(top[f"{i}.weight"].shape[1], top[f"{i}.weight"].shape[0])
+        layer.load_state_dict({part: top[f"{i}.{part}"] for part in ("weight", "bias")})
+        layers.append(layer)
+    return vision, text, nn.Sequential(*layers)
+
+
+def depth(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """How many layers there are with this prefix."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))

@@ -1,0 +1,34 @@
+"""Which picture of a prompt people would pick, by PickScore."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from tiltflow.clip import Clip
+from tiltflow.reward import OfPrompts, Reward
+from tiltflow.settings import Settings
+
+
+class PickScore(Settings):
+    """PickScore (2305.01569): exp(logit_scale) cos(picture, prompt) of a CLIP that was trained on choices of people."""
+
+    differentiable: ClassVar[bool] = True
+    unit: ClassVar[str] = "points"
+
+    name: Literal["pick-score"] = "pick-score"
+    model: str = "yuvalkirstain/PickScore_v1"
+    """A folder or a name on the hub."""
+    tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Where its tokenizer is, if not in the same place: null."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def description(self) -> str:
+        return f"preference of people for a picture of its prompt, by {self.model}; 17 to 24 for most"
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        clip = Clip.load(self.model, device, self.dtype, self.tokenizer)
+        scale = clip.temperature
+        return OfPrompts(lambda images, prompts: scale * clip.similarity(images, prompts))

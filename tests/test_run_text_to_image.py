@@ -1,0 +1,338 @@
+"""A training run of a pipeline, from recipe to exported adapter, on small random pipelines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+from tiny_pipelines import PIPELINES, tiny_pipeline
+from typer.testing import CliRunner
+
+from tiltflow.cli import app
+from tiltflow.errors import InputError
+from tiltflow.evaluation import effective_number
+from tiltflow.export import export_run
+from tiltflow.flow import Flow, bind
+from tiltflow.run_text_to_image import (
+    TextToImageRecipe,
+    TextToImageTraining,
+    batches,
+    diversity,
+    load_run,
+    over_prompts,
+    path_kl,
+    read_run,
+    run_text_to_image,
+)
+from tiltflow.sampler import Sampling, rollout
+from tiltflow.settings import validate
+from tiltflow.streams import stream
+from tiltflow.text_to_image import from_diffusers, with_adapter
+
+METHODS: dict[str, dict[str, Any]] = {
+    "adjoint-matching": {"num_inference_steps": 3, "learning_rate": 5e-2},
+    "score-as-action": {"preset": "ddpo", "num_inference_steps": 3, "learning_rate": 1e-2},
+    "orw-cfm-w2": {"num_inference_steps": 3, "num_passes": 2, "min_effective_sample_size": 1, "learning_rate": 1e-2},
+}
+
+
+def recipe_for(folder: Path, name: str, method: str = "adjoint-matching", **changes: Any) -> dict[str, Any]:
+    """A recipe of three updates, its pipeline saved in `folder`."""
+    source = folder / name
+    if not source.exists():
+        tiny_pipeline(name, folder).save_pretrained(source)
+    mode = "none" if name == "flux" else "rollout"
+    return {
+        "model": {"diffusers": str(source), "height": 16, "width": 16, "guidance_scale": 3.0, "adapter": {"rank": 2}},
+        "prompts": {"texts": ["a red cat", "a blue dog", "a green hat"], "validation": 0.34},
+        "reward": "named-colour",
+        "method": {"name": method, **METHODS[method]},
+        "training": {
+            "max_train_steps": 3, "prompts_per_step": 2, "num_generations": 2, "micro_batch_size": 2, "guidance_mode": mode,
+        },
+        "evaluation": {
+            "num_prompts": 2, "num_generations": 2,
+            "points": [{"num_inference_steps": 2}, {"num_inference_steps": 3, "solver": "memoryless", "guidance_scale": 1}],
+        },
+        **changes,
+    }  # fmt: skip
+
+
+def train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_method_on_every_family(name: str, method: str, tmp_path: Path) -> None:
+    summary = train(recipe_for(tmp_path, name, method), tmp_path / "run")
+    assert summary["path_kl"] > 0
+    assert summary["reward_tuned"] != summary["reward_base"]
+    assert summary["reward_tuned_error"] > 0
+    assert len(summary["table"]) == 4
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert metrics[0].get("path_kl", 0) == 0  # before the first update the tuned sampler is that of the base
+
+
+@pytest.mark.parametrize("mode", ["none", "rollout", "full"])
+def test_guidance_modes(mode: str, tmp_path: Path) -> None:
+    """What acts and what learns: the velocities of a batch, against the guided and the unguided field by hand."""
+    model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
+    training = TextToImageTraining(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
+    batch = batches(model, ["a red cat"], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(stream(0, "b"))
+    condition, negative = model.encode(["a red cat"] * 3)
+    assert isinstance(model.flow, Flow)
+    plain, empty = (model.flow.bind(part)(batch.x, torch.tensor(0.4)) for part in (condition, negative))
+    guided = empty + 4 * (plain - empty)
+    learning = batch.bind(model.flow)
+    assert torch.allclose(learning(batch.x, torch.tensor(0.4)), guided if mode == "full" else plain, atol=1e-5)
+    assert (batch.guide is not None) == (mode == "rollout")
+    if batch.guide is not None:
+        assert torch.allclose(batch.guide(learning)(batch.x, torch.tensor(0.4)), guided, atol=1e-5)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+
+
+def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path) -> None:
+    """At the base the control is zero, though the trajectories are guided ones."""
+    from tiltflow.methods.adjoint_matching import AdjointMatching
+
+    model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
+    training = TextToImageTraining(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
+    sampling = Sampling(num_inference_steps=3)
+    batch = batches(model, ["a red cat"], lambda x: x.flatten(1).mean(1), training, sampling)(stream(0, "b"))
+    assert isinstance(model.flow, Flow)
+    tuned, base = batch.bind(model.flow), batch.bind(model.base().flow)
+    for micro in (None, 1):
+        updates = AdjointMatching(num_inference_steps=3, bootstrap=0.5).gradients(
+            tuned,
+            base,
+            batch.reward,
+            batch.x,
+            stream(1),
+            {},
+            start=model.grid,
+            guide=batch.guide,
+            micro_batch_size=micro,  # type: ignore[arg-type]
+        )
+        measured = next(iter(updates))
+        assert measured["path_kl"] < 1e-9
+        assert measured["loss"] > 0
+
+
+def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
+    """Of two chains with the same noise, sum_k |w_k|^2 / 2: with the velocities moved by a constant, in closed form."""
+    model = from_diffusers(tiny_pipeline("stable-diffusion-3", tmp_path))
+    network, shift = model.denoiser, 0.01
+
+    class Moved(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network.network
+
+        def forward(self, x: Tensor, time: Tensor, condition: Any) -> Tensor:
+            return network(x, time, condition) + shift
+
+    from dataclasses import replace
+
+    moved = replace(model, flow=replace(model.flow, network=Moved()))
+    chain = Sampling(num_inference_steps=model.sampling.num_inference_steps).chain(model.grid)
+    size = torch.tensor(model.event_shape).prod().item()
+    exact = (chain.control_scale**2).sum().item() * shift**2 * size / 2
+    found = path_kl(moved, model, ["a"] * 2, 0, 2)
+    assert found.value == pytest.approx(exact, rel=1e-3)
+
+
+# ---- export ----
+
+SEPARATE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+base, adapter, out, kind = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(base if kind == "lora" else adapter)
+if kind == "lora":
+    pipeline.load_lora_weights(adapter)
+latents = torch.load(out + "/latents.pt", weights_only=True)
+how = dict(num_inference_steps=3, guidance_scale=3.0, output_type="pt", height=16, width=16)
+image = pipeline("a red cat", latents=latents, **how).images
+torch.save(image, out + "/image.pt")
+assert "tiltflow" not in sys.modules
+"""
+
+
+def drawn_by_diffusers(folder: Path, base: Path, exported: Path, latents: Tensor, kind: str) -> Tensor:
+    torch.save(latents, folder / "latents.pt")
+    arguments = [str(base), str(exported), str(folder), kind]
+    subprocess.run([sys.executable, "-c", SEPARATE, *arguments], check=True, capture_output=True)
+    image: Tensor = torch.load(folder / "image.pt", weights_only=True)
+    return image
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in PIPELINES), ("stable-diffusion", "full")])
+def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, kind: str, tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, name)
+    if kind == "full":
+        tree["model"]["adapter"] = None
+    train(tree, tmp_path / "run")
+    _, tuned = load_run(read_run(tmp_path / "run"), tmp_path / "run")
+    latents = torch.randn(1, *tuned.event_shape, generator=stream(0, "latents"))
+    result = export_run(tmp_path / "run", tmp_path / "exported")
+    assert result["kind"] == kind
+    sampling = Sampling(solver="euler", num_inference_steps=3)
+    ours = tuned.sample(["a red cat"], latents=latents, sampling=sampling, guidance_scale=3.0)
+    theirs = drawn_by_diffusers(tmp_path, tmp_path / name, tmp_path / "exported", latents, kind)
+    assert (ours.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
+    untuned = from_diffusers(tmp_path / name, height=16, width=16, guidance_scale=3.0)
+    before = untuned.sample(["a red cat"], latents=latents, sampling=sampling, guidance_scale=3.0)
+    assert (ours - before).abs().max() > 1e-3
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "base_model:" in card
+    assert "mean reward, held-out prompts" in card
+
+
+# ---- evaluation ----
+
+
+def test_standard_errors_are_over_prompts() -> None:
+    """Pictures of one prompt that are all alike are one piece of evidence."""
+    values = torch.tensor([1.0, 1, 1, 1, 3, 3, 3, 3])
+    assert over_prompts(values, 4).value == 2
+    assert over_prompts(values, 4).standard_error == pytest.approx(1)
+    assert over_prompts(values, 8).standard_error == pytest.approx(values.double().std().item() / 8**0.5)
+
+
+def test_the_effective_number_of_different_pictures() -> None:
+    assert effective_number(torch.ones(5, 5).double()).item() == pytest.approx(1)
+    assert effective_number(torch.eye(5).double()).item() == pytest.approx(5)
+    pairs = torch.kron(torch.eye(2), torch.ones(3, 3)).double()  # two kinds, three of each
+    assert effective_number(pairs).item() == pytest.approx(2)
+
+
+def test_pictures_that_are_all_alike_have_no_variance() -> None:
+    one = torch.rand(2, 3, 4, 4, generator=stream(0, "x")).repeat_interleave(3, 0)
+    assert diversity(one, 3, None, 4)["variance"] == pytest.approx(0, abs=1e-12)
+    assert diversity(one, 3, None, 4)["vendi"] == pytest.approx(1)
+    other = torch.rand(6, 3, 4, 4, generator=stream(0, "x"))
+    features = diversity(other, 3, lambda x: torch.nn.functional.normalize(x.flatten(1), dim=1), 4)
+    assert 0 < features["variance"] < 2
+    assert 1 < features["vendi"] < 3
+
+
+def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
+    training = TextToImageTraining(prompts_per_step=2, num_generations=3, guidance_mode="none")
+    seen: list[Any] = []
+
+    class Told:
+        def given(self, prompts: list[str]) -> Told:
+            seen.append(prompts)
+            return self
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x.flatten(1).mean(1)
+
+    draw = batches(model, ["a", "b", "c"], Told(), training, Sampling(num_inference_steps=3))
+    batch = draw(stream(0, "one"))
+    assert [seen[0][0]] * 3 + [seen[0][3]] * 3 == list(seen[0])
+    assert seen[0][0] != seen[0][3]
+    assert len({float(x.flatten()[0]) for x in batch.x}) == 6
+    draw(stream(1, "one"))
+    draw(stream(2, "one"))
+    assert len({prompts[0] for prompts in seen}) > 1
+
+
+def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    first, second = (train(tree, tmp_path / name) for name in ("one", "two"))
+    assert first["table"] == second["table"]
+
+
+# ---- the command line ----
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_for(tmp_path, "stable-diffusion")))
+    runner = CliRunner()
+
+    def call(*arguments: str) -> Any:
+        result = runner.invoke(app, [*arguments, "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout.splitlines()[-1])
+
+    run = str(tmp_path / "run")
+    summary = call("train", str(recipe), "--output", run)
+    again = call("evaluate", run)
+    assert again["table"] == summary["table"]
+    call("sample", run, "--prompt", "a red cat", "--output", str(tmp_path / "cat.png"))
+    assert (tmp_path / "cat.png").stat().st_size > 100
+    assert call("export", run, "--output", str(tmp_path / "exported"))["kind"] == "lora"
+    assert "Guidance" in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---- what cannot work: one line, nothing written ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"prompts_per_step": 3, "num_generations": 2, "micro_batch_size": 4}}, "6 pictures do not divide"),
+        ({"prompts": {"texts": []}}, "give either a path or texts"),
+        ({"prompts": {"path": "nowhere.txt"}}, "cannot be read"),
+        ({"prompts": {"texts": ["a cat"]}}, "names no colour"),
+        ({"reward": "jpeg-size"}, "has no gradient"),
+        ({"reward": "named-color"}, "did you mean 'named-colour'"),
+        ({"method": {"name": "adjoint-matching", "shift": 3.0}}, "its own time grid"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion") | changes
+    with pytest.raises(InputError, match=message):
+        train(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_of_a_distilled_model_is_refused(tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "flux", training={"guidance_mode": "full"})
+    with pytest.raises(InputError, match="distilled from guidance"):
+        train(tree, tmp_path / "run")
+
+
+def test_a_run_of_another_kind_is_not_exported(tmp_path: Path) -> None:
+    for name in ("model", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "recipe.yaml").write_text("model: digits-flow\n")
+    with pytest.raises(InputError, match="is no run of a diffusers pipeline"):
+        export_run(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
+    train(recipe_for(tmp_path, "stable-diffusion"), tmp_path / "run")
+    recipe = read_run(tmp_path / "run")
+    assert recipe.model.adapter is not None
+    adapter = recipe.model.adapter.model_copy(update={"rank": 3})
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"adapter": adapter})})
+    with pytest.raises(InputError, match="is not an adapter of this model"):
+        load_run(other, tmp_path / "run")
+
+
+def test_the_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
+    """The likelihood ratio of a step, from the velocities of two calls: exactly 1."""
+    model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion-3", tmp_path)))
+    assert isinstance(model.flow, Flow)
+    flow = bind(model.flow, model.encode(["a red cat"] * 4)[0])
+    chain = Sampling(num_inference_steps=4).chain(model.grid)
+    with torch.no_grad():
+        path = rollout(chain, flow, model.start(4, stream(0, "x"), chain.times[0]), stream(1))
+    for k, v in enumerate(path.velocities):
+        again = flow(path.states[k], chain.times[k])
+        assert torch.equal(again, v)
