@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from torch import Tensor
 
 from tiltflow.data import to_pixels
@@ -75,10 +76,22 @@ PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]
 
 def channels(settings: Any) -> int:
     """Of the pictures that a reward is of."""
-    return 3 if settings.name in OF_PROMPTS else 1
+    return 3 if settings.name in OF_PICTURES else 1
 
 
-OF_PROMPTS = {"named-colour"}
+OF_PICTURES = {"named-colour", "clip-score", "pick-score", "hps", "image-reward", "aesthetic"}
+
+
+def scorers(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the rewards by published models need: small ones."""
+    clip, (image_reward, tokenizer) = str(tiny_clip(folder)), tiny_image_reward(folder)
+    return {
+        "clip-score": {"model": clip},
+        "pick-score": {"model": clip, "tokenizer": None},
+        "hps": {"model": clip},
+        "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(folder))},
+        "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
+    }
 
 
 def every_reward(classifier: str) -> dict[str, Settings]:
@@ -87,6 +100,7 @@ def every_reward(classifier: str) -> dict[str, Settings]:
     data = Path(classifier).with_name("data.npz")
     np.savez(data, x_train=np.zeros((2, 8, 8), dtype=np.uint8))
     needs: dict[str, dict[str, Any]] = {
+        **scorers(Path(classifier).parent),
         "energy": {"data": str(data)},
         "class-log-odds": {"classifier": classifier, "classes": [0, 2]},
         "class-probability": {"classifier": classifier, "classes": [0, 2]},

@@ -64,7 +64,7 @@ class Scorer:
 
     vision: Any
     text: Any
-    layers: nn.Sequential
+    layers: nn.Module
     tokenizer: Any
 
     @classmethod
