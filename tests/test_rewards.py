@@ -71,6 +71,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=stream(seed, "images"), dtype=torch.float64) * 2 - 1
 
 
+LOCAL = [name for name in names("rewards") if name != "http"]  # which has its own tests
 PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]
 
 
@@ -107,7 +108,7 @@ def every_reward(classifier: str) -> dict[str, Settings]:
         "function": {"path": "tiltflow.rewards.stroke_thickness:thickness"},
         "sum": {"rewards": terms},
     }
-    return {name: find("rewards", name).model_validate(needs.get(name, {})) for name in names("rewards")}
+    return {name: find("rewards", name).model_validate(needs.get(name, {})) for name in LOCAL}
 
 
 def problem(name: str, **tree: Any) -> str:
@@ -119,7 +120,7 @@ def problem(name: str, **tree: Any) -> str:
 # ---- what all rewards have in common
 
 
-@pytest.mark.parametrize("name", names("rewards"))
+@pytest.mark.parametrize("name", LOCAL)
 def test_conventions(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]
     assert settings.name == name
@@ -132,7 +133,7 @@ def test_conventions(name: str, classifier: str) -> None:
     assert type(settings).model_validate(settings.model_dump(mode="json")) == settings
 
 
-@pytest.mark.parametrize("name", names("rewards"))
+@pytest.mark.parametrize("name", LOCAL)
 def test_value_shape_and_gradient(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]
     reward, x = given(settings.build(), PROMPTS[:3]), images(3, channels(settings), 12, 10).float()
@@ -148,7 +149,7 @@ def test_value_shape_and_gradient(name: str, classifier: str) -> None:
             value_and_gradient(reward, x)
 
 
-@pytest.mark.parametrize("name", names("rewards"))
+@pytest.mark.parametrize("name", LOCAL)
 def test_no_sample_looks_at_its_neighbours(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]
     reward = given(settings.build(), PROMPTS)

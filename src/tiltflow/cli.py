@@ -181,6 +181,43 @@ def export(
     _finish(as_json, result)
 
 
+@app.command(name="serve-reward")
+def serve_reward(
+    recipe: Annotated[Path, typer.Argument(help="A .yaml file with `reward:`, as in a training recipe.")],
+    overrides: Set = None,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8777,
+    token_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the token that requests must bring.", show_default="none")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Serve a reward to other processes of this machine, for reward `http`. Listens on 127.0.0.1 alone; Ctrl-C ends it.
+
+    [dim]tiltflow serve-reward pick-score.yaml --port 8777[/dim]
+    [dim]tiltflow train mine.yaml --output runs/mine --set 'reward={name: http, url: "http://127.0.0.1:8777/score"}'[/dim]
+    """
+    import os
+
+    from tiltflow.serve_reward import HOST, Served, make_server
+    from tiltflow.settings import apply_overrides, read_yaml, validate
+
+    tree = apply_overrides(read_yaml(recipe), overrides or [])
+    settings = validate(Served, {key: value for key, value in tree.items() if key == "reward"}, str(recipe))
+    if token_variable is not None and token_variable not in os.environ:
+        raise InputError(f"--token-variable: the environment has no {token_variable}")
+    chosen = _device(device, threads)
+    token = os.environ[token_variable] if token_variable else None
+    server = make_server(settings.reward.build(chosen), port, token=token, device=chosen)
+    _console(False).print(f"{settings.reward.name} at http://{HOST}:{server.server_address[1]}/score, Ctrl-C ends it")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.")],
