@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 from tiny_pipelines import PIPELINES, tiny_pipeline
+from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
 from tiltflow.cli import app
@@ -21,11 +22,13 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
 from tiltflow.flow import Flow, bind
+from tiltflow.recipe import shipped_recipes
 from tiltflow.run_text_to_image import (
     TextToImageRecipe,
     TextToImageTraining,
     batches,
     diversity,
+    is_text_to_image,
     load_run,
     over_prompts,
     path_kl,
@@ -33,7 +36,7 @@ from tiltflow.run_text_to_image import (
     run_text_to_image,
 )
 from tiltflow.sampler import Sampling, rollout
-from tiltflow.settings import validate
+from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import from_diffusers, with_adapter
 
@@ -336,3 +339,60 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
     for k, v in enumerate(path.velocities):
         again = flow(path.states[k], chain.times[k])
         assert torch.equal(again, v)
+
+
+# ---- the recipes that ship ----
+
+FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-diffusion-3"}
+PUBLISHED = [
+    name for name, path in shipped_recipes("train").items() if is_text_to_image(tree := read_yaml(path)) and name != "tiles-red"
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp_path: Path) -> None:
+    tree: Any = read_yaml(shipped_recipes("train")[name])
+    assert validate(TextToImageRecipe, tree, name).description
+    source = tmp_path / "pipeline"
+    tiny_pipeline(FAMILY[tree["model"]["diffusers"].split("/")[0]], tmp_path).save_pretrained(source)
+    clip, (image_reward, tokenizer) = str(tiny_clip(tmp_path)), tiny_image_reward(tmp_path)
+    small = {
+        "clip-score": {"model": clip},
+        "pick-score": {"model": clip, "tokenizer": None},
+        "hps": {"model": clip},
+        "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(tmp_path))},
+        "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
+    }
+
+    def scorer(reward: Any) -> dict[str, Any]:
+        kind = reward if isinstance(reward, str) else reward["name"]
+        return {"name": kind, **small[kind]}
+
+    tree["model"] |= {"diffusers": str(source), "height": 16, "width": 16, "dtype": "float32", "gradient_checkpointing": False}
+    tree["prompts"] = {"texts": ["a red cat", "a dog"], "validation": 0}
+    tree["reward"] = scorer(tree["reward"])
+    tree["method"]["num_inference_steps"] = 5
+    tree["training"] |= {"max_train_steps": 3, "prompts_per_step": 2, "num_generations": 2, "micro_batch_size": 2}
+    tree["evaluation"] |= {
+        "num_prompts": 2,
+        "num_generations": 2,
+        "rewards": [scorer(r) for r in tree["evaluation"]["rewards"]],
+    }
+    tree["evaluation"]["features"] = clip
+    tree["evaluation"]["points"] = [{**point, "num_inference_steps": 2} for point in tree["evaluation"]["points"]]
+    summary = train(tree, tmp_path / "run")
+    assert summary["iterations"] == 3
+    assert len(summary["table"]) == 2 * len(tree["evaluation"]["points"])
+    assert {"variance", "vendi", tree["reward"]["name"]} <= set(summary["table"][0])
+
+
+def test_settings_of_the_scheduler(tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["model"]["scheduler"] = {"beta_start": 0.002, "beta_end": 0.009, "timestep_spacing": "trailing"}
+    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    # terminal alpha^2 of these betas, as the authors' schedule has it
+    t = model.own_grid(50)[0]
+    assert (t**2 / (t**2 + (1 - t) ** 2)).item() == pytest.approx(0.00612, abs=1e-5)
+    tree["model"]["scheduler"] = {"beta_strat": 0.002}
+    with pytest.raises(InputError, match="DDIMScheduler has no 'beta_strat', did you mean 'beta_start'"):
+        validate(TextToImageRecipe, tree, "recipe").model.load("cpu")

@@ -19,7 +19,8 @@ class Prompts(Settings):
     """Where prompts come from."""
 
     path: str | None = None
-    """A .txt file with a prompt on each line, a .jsonl file with an object on each, or a folder of `Dataset.save_to_disk`."""
+    """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
+    folder of `Dataset.save_to_disk`."""
     texts: tuple[str, ...] = ()
     """Or the prompts themselves."""
     column: str = "prompt"
@@ -62,7 +63,11 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
 
 def unique(prompts: list[Prompt]) -> list[Prompt]:
     """The first of each text, in order, without those that are blank."""
-    return list({prompt.text: prompt for prompt in reversed(prompts) if prompt.text.strip()}.values())[::-1]
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.text.strip():
+            first.setdefault(prompt.text, prompt)
+    return list(first.values())
 
 
 def read_file(path: Path, column: str) -> list[Prompt]:
@@ -75,8 +80,16 @@ def read_file(path: Path, column: str) -> list[Prompt]:
         raise InputError(f"prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if path.suffix == ".txt":
         return [Prompt(line.strip()) for line in lines]
+    if path.suffix == ".json":
+        try:
+            tree = json.loads("\n".join(lines))
+        except ValueError as error:
+            raise InputError(f"prompts {path}: is not JSON ({error})") from None
+        if not isinstance(tree, list):
+            raise InputError(f"prompts {path}: must be a list of objects")
+        return from_rows(tree, column, str(path))
     if path.suffix != ".jsonl":
-        raise InputError(f"prompts {path}: must be a .txt or .jsonl file, or a folder of a data set")
+        raise InputError(f"prompts {path}: must be a .txt, .jsonl or .json file, or a folder of a data set")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

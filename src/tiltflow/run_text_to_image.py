@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from tiltflow import __version__
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, did_you_mean
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
@@ -41,7 +41,15 @@ from tiltflow.run import METRICS, claim, read_records, record_to, write_json, wr
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.text_to_image import GuidanceMode, TextToImage, from_diffusers, load_tuned, save_tuned, with_adapter
+from tiltflow.text_to_image import (
+    GuidanceMode,
+    TextToImage,
+    from_diffusers,
+    load_pipeline,
+    load_tuned,
+    save_tuned,
+    with_adapter,
+)
 from tiltflow.trainer import Batch, Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
@@ -73,6 +81,8 @@ class DiffusersModel(Settings):
     """By default 7.5, or 3.5 where it is an input of the network."""
     adapter: Adapter | None = Adapter()
     """null tunes the whole denoiser, beside a frozen copy."""
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the pipeline's scheduler to change, such as `timestep_spacing: trailing`."""
     gradient_checkpointing: bool = False
     """Compute activations once more on the way back: less memory, a third more time."""
 
@@ -80,8 +90,14 @@ class DiffusersModel(Settings):
         """The untuned model. Raises InputError if it cannot be had."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
+        pipeline = load_pipeline(self.diffusers, options)
+        own = pipeline.scheduler.config
+        for key in self.scheduler:
+            if key not in own:
+                raise InputError(f"model.scheduler: {type(pipeline.scheduler).__name__} has no {key!r}{did_you_mean(key, own)}")
+        pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
         model = from_diffusers(
-            self.diffusers, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device, **options
+            pipeline, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device
         )
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
