@@ -251,3 +251,48 @@ def test_guidance_of_a_model_that_takes_none(tmp_path: Path) -> None:
 def test_layers_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="target_modules"):
         with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)), target_modules=["to_z"])
+
+
+# ---- the documented example of a new family ----
+
+
+def test_the_documented_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/text-to-image.md, on PixArt-Sigma: parity with its pipeline, and under 60 lines."""
+    import importlib.util
+
+    from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from tiny_pipelines import STABLE_DIFFUSION, WIDTH, t5, vae
+
+    from tiltflow import text_to_image
+
+    page = (Path(__file__).parents[1] / "docs/text-to-image.md").read_text(encoding="utf-8")
+    code = page.split("## Adding a family")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 60
+    path = tmp_path / "pixart_sigma.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("pixart_sigma", path)
+    assert spec is not None
+    assert spec.loader is not None
+    family = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(family)
+    known = families()
+    monkeypatch.setattr(text_to_image, "families", lambda: {**known, family.PIPELINE: family})
+
+    torch.manual_seed(0)
+    tokenizer, encoder = t5()
+    pipeline = PixArtSigmaPipeline(
+        tokenizer, encoder, vae(),
+        PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=16,
+            sample_size=8, patch_size=2, caption_channels=2 * WIDTH, use_additional_conditions=False,
+        ),
+        DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False),
+    )  # fmt: skip
+    model = from_diffusers(pipeline)
+    latents = latents_of(model)
+    expected = pipeline(
+        PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=latents.clone(), output_type="latent",
+        height=16, width=16, use_resolution_binning=False, clean_caption=False,
+    ).images  # fmt: skip
+    found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=3.0, latents=latents)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
