@@ -1,0 +1,247 @@
+"""Seconds and peak memory of an Adjoint Matching step on the U-Net of Stable Diffusion 1.5, with random weights.
+
+The setting is that of the authors' code: 50 steps, 4 of them in the loss, 5 pictures; `--steps`, `--batch`, `--latents` and
+`--network small` make it fit a CPU. Each row is a process of its own:
+
+overhead  time of an iteration over that of the bare network calls that it makes, counted by hooks and timed in turn with it
+speed     optimizer steps a second, over those of the first row: two networks in float32, everything else off
+memory    peak, above what the imports take, over that of the first row
+
+    python benchmarks/pipelines.py --network small --steps 10          # minutes on a CPU
+    python benchmarks/pipelines.py                                     # a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.flow import AdapterOff, Flow, VelocityField, base_of, bind
+from tiltflow.interpolant import DiscreteVariancePreserving
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.pipelines.stable_diffusion import TARGET_MODULES, predict
+from tiltflow.text_to_image import AdaptedDenoiser, Denoiser
+from tiltflow.timesteps import Stratum
+from tiltflow.trainer import Batch, train, trainable_copy
+
+ROWS: dict[str, dict[str, Any]] = {
+    "full, float32": {},
+    "full, bfloat16": {"autocast": True},
+    "LoRA, float32": {"lora": True},
+    "LoRA, bfloat16": {"lora": True, "dtype": "bfloat16"},
+    "LoRA, bfloat16, 4 passes": {"lora": True, "dtype": "bfloat16", "passes": 4},
+    "LoRA, bfloat16, 4 passes, compiled": {"lora": True, "dtype": "bfloat16", "passes": 4, "compile": True},
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768},
+    "small": {
+        "cross_attention_dim": 64,
+        "block_out_channels": (64, 128),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
+}
+
+
+class Iterations:
+    """One optimizer step at a call."""
+
+    def __init__(self, options: argparse.Namespace, row: dict[str, Any]):
+        from diffusers import UNet2DConditionModel
+        from peft import LoraConfig
+
+        torch.manual_seed(0)
+        self.device = options.device
+        dtype = getattr(torch, row.get("dtype", "float32"))
+        unet: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents).to(self.device, dtype)
+        unet.requires_grad_(False).eval()
+        path = DiscreteVariancePreserving(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        autocast = torch.bfloat16 if row.get("autocast") else None
+        if row.get("lora"):
+            unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(TARGET_MODULES)))
+            for parameter in unet.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            tuned = Flow(AdaptedDenoiser(unet, predict), "epsilon", path)
+            base: Flow | AdapterOff = base_of(tuned)
+        else:
+            base = Flow(Denoiser(unet, predict), "epsilon", path, autocast=autocast)
+            tuned = trainable_copy(base)
+        if row.get("compile"):
+            unet.compile()
+        shape = (options.batch, 4, options.latents, options.latents)
+        embeds = torch.randn(options.batch, 77, SIZES[options.network]["cross_attention_dim"], device=self.device, dtype=dtype)
+        self.condition, self.shape, self.passes = {"encoder_hidden_states": embeds}, shape, row.get("passes", 1)
+        self.dtype, self.autocast = dtype, autocast
+        method = AdjointMatching(
+            preset="official-code",
+            num_inference_steps=options.steps,
+            train_timesteps=(Stratum(start=0, end=0.6, count=2), Stratum(start=0.6, end=1, count=2)),
+            num_passes=self.passes,
+        )
+
+        def bound(flow: VelocityField) -> VelocityField:
+            return bind(flow, self.condition)
+
+        self.records = train(
+            tuned,
+            base,
+            method,
+            lambda x: x.flatten(1).mean(1),
+            lambda g: Batch(torch.randn(shape, generator=g, device=g.device), bound),
+            max_train_steps=10**6,
+            start=tuned.noise_time,
+        )
+
+    def __call__(self) -> None:
+        """All the optimizer steps on a batch of trajectories."""
+        for _ in range(self.passes):
+            next(self.records)
+
+    def count(self) -> Counter[tuple[str, nn.Module, int]]:
+        """The network calls of it: (forward, vjp or trained; the network; the batch size)."""
+        calls: Counter[tuple[str, nn.Module, int]] = Counter()
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if isinstance(module, Denoiser):
+                x = arguments[0]
+                kind = "forward" if not torch.is_grad_enabled() else "vjp" if x.requires_grad else "trained"
+                calls[kind, module, len(x)] += 1
+
+        handle = nn.modules.module.register_module_forward_pre_hook(hook)
+        self()
+        handle.remove()
+        return calls
+
+    def bare(self, calls: Counter[tuple[str, nn.Module, int]]) -> None:
+        """The same network calls and nothing else."""
+        for (kind, network, size), times in calls.items():
+            x, t = torch.randn(size, *self.shape[1:], device=self.device), torch.full((size,), 500.0, device=self.device)
+            repeated = -(-size // self.shape[0])
+            condition = {key: torch.cat([value] * repeated)[:size] for key, value in self.condition.items()}
+            off = kind == "vjp" and isinstance(network, AdaptedDenoiser)
+            for _ in range(times):
+                with network.disable_adapter() if off else nullcontext():  # type: ignore[operator]
+                    self.call(kind, network, x, t, condition)
+        for _, network, _ in calls:
+            network.zero_grad()
+
+    def call(self, kind: str, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> None:
+        def evaluate(x: Tensor) -> Tensor:
+            with torch.autocast(torch.device(self.device).type, self.autocast, enabled=self.autocast is not None):
+                out: Tensor = network(x, t, condition)
+                return out.float()
+
+        if kind == "forward":
+            with torch.no_grad():
+                evaluate(x)
+        elif kind == "vjp":
+            y = x.requires_grad_()
+            torch.autograd.grad(evaluate(y).sum(), y)
+        else:
+            evaluate(x).sum().backward()
+
+
+def seconds(function: Any, device: str) -> float:
+    """CPU seconds of this process, which a busy machine does not blur; of the clock on a GPU."""
+    if device == "cpu":
+        began = time.process_time()
+        function()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def resident(field: str) -> float:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def measure(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
+    before = resident("VmRSS") if options.device == "cpu" else 0.0
+    iterate = Iterations(options, row)
+    iterate()
+    if options.device == "cpu":
+        peak = resident("VmHWM") - before
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        iterate()
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    calls = iterate.count()
+    iterate.bare(calls)
+    pairs = [
+        (seconds(iterate, options.device), seconds(lambda: iterate.bare(calls), options.device)) for _ in range(options.repeats)
+    ]
+    ratios = sorted(ours / theirs for ours, theirs in pairs)
+    return {
+        "seconds": statistics.median(ours for ours, _ in pairs) / iterate.passes,
+        "overhead": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+        "megabytes": peak,
+        "calls": dict(Counter(dict.fromkeys(("forward", "vjp", "trained"), 0)) + _by_kind(calls)),
+    }
+
+
+def _by_kind(calls: Counter[tuple[str, nn.Module, int]]) -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    for (kind, _, _), times in calls.items():
+        kinds[kind] += times
+    return kinds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=SIZES, default="sd15")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=5)
+    parser.add_argument("--latents", type=int, default=64, help="side of the latents; 64 is a picture of 512 pixels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", nargs="*", help="parts of the names of the rows to measure", default=[""])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(measure(options, ROWS[options.row])))
+        return
+    chosen = [name for name in ROWS if any(part in name for part in options.rows)]
+    print(f"{'':38}{'s / step':>9}{'overhead':>10}{'range':>15}{'speed':>8}{'MB':>8}{'memory':>8}   forward + vjp + trained")
+    results: dict[str, Any] = {}
+    for name in chosen:
+        same = [f"--{key}={getattr(options, key)}" for key in ("network", "steps", "batch", "latents", "repeats", "device")]
+        child = subprocess.run([sys.executable, __file__, *same, "--row", name], capture_output=True, text=True)
+        if child.returncode:
+            print(f"{name:38}failed: {child.stderr.strip().splitlines()[-1][:90]}")
+            continue
+        found = results[name] = json.loads(child.stdout.splitlines()[-1])
+        first = next(iter(results.values()))
+        print(
+            f"{name:38}{found['seconds']:9.2f}{found['overhead']:10.3f}{found['lowest']:8.3f}-{found['highest']:.3f}"
+            f"{first['seconds'] / found['seconds']:8.2f}{found['megabytes']:8.0f}{found['megabytes'] / first['megabytes']:8.2f}"
+            f"   {' + '.join(str(found['calls'].get(kind, 0)) for kind in ('forward', 'vjp', 'trained'))}",
+            flush=True,
+        )
+    print(
+        f"\n{options.network}, {options.steps} steps, 4 in the loss, {options.batch} pictures of {options.latents}x"
+        f"{options.latents} latents, {options.device}, {torch.get_num_threads()} threads"
+    )
+    if options.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
