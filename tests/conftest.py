@@ -1,7 +1,8 @@
-"""What all tests share: one thread, float64 on request, a generator of one's own."""
+"""What all tests share: one thread, no network, float64 on request, a generator of one's own."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tiltflow.streams import stream
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported: nothing is asked of the hub
 torch.set_num_threads(1)  # the problems are small: threads cost more than they bring
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tiltflow.pretrain import (
     read_pretraining,
     run_pretraining,
 )
+from tiltflow.sampler import Sampling
 from tiltflow.streams import new_network, stream
 
 
@@ -151,3 +153,81 @@ def test_wrong_recipes(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("task: clasifier\n")
     with pytest.raises(InputError, match="task must be 'flow' or 'classifier'"):
         read_pretraining(str(tmp_path / "r.yaml"), [])
+
+
+def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
+    """Of diffusers' own classes, in miniature: it is written, its tokenizer knows the words, and tiltflow reads it."""
+    pytest.importorskip("diffusers")
+    from tiltflow import from_diffusers
+    from tiltflow.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, 16, 16, 4), dtype=np.uint8)
+    images[0, ..., 3] = 0
+    names = [f"mon/undead/bone_dragon{i}" if i % 2 else f"item/sword_{i}" for i in range(6)]
+    np.savez(tmp_path / "tiles.npz", images=images, names=np.array(names))
+    few = {"max_train_steps": 2, "train_batch_size": 3}
+    recipe = PipelinePretraining(
+        description="tiny",
+        include=("mon/", "item/"),
+        least_opaque=0.1,
+        vocabulary=300,
+        vae_channels=(8, 8),
+        unet_channels=(16, 16),
+        text_width=16,
+        text_layers=1,
+        backgrounds={"red": (255, 0, 0), "blue": (0, 0, 255)},
+        autoencoder=few,
+        training=few,
+    )
+    seen: list[int] = []
+    scores = run_pipeline_pretraining(
+        recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny", watch=lambda progress: seen.append(progress.step)
+    )
+    assert set(scores) == {"autoencoder_loss", "denoiser_loss"}
+    assert seen == [1, 2, 3, 4]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "5 pictures, 2 backgrounds" in card  # the transparent one is left out
+    assert "undead bone dragon on a red background" in card or "sword on a red background" in card
+    model = from_diffusers(tmp_path / "out")
+    assert model.sample(["sword on a blue background"], sampling=Sampling(solver="euler", num_inference_steps=2)).shape == (
+        1,
+        3,
+        16,
+        16,
+    )
+    assert model.interpolant.rescale_betas_zero_snr  # type: ignore[union-attr]
+    assert model.own_grid(4)[0] == 0  # pure noise
+    with pytest.raises(InputError, match="already holds something"):
+        run_pipeline_pretraining(recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny")
+
+
+def test_pictures_on_a_background() -> None:
+    from tiltflow.data import CaptionedImages
+    from tiltflow.pretrain_pipeline import compose
+
+    half = torch.full((1, 4, 1, 2), 1.0)
+    half[0, 3, 0, 1] = -1  # white, opaque on the left, transparent on the right
+    out = compose(CaptionedImages(half, ["x"]), torch.tensor([0]), torch.tensor([[1.0, -1.0, 0.5]]))
+    assert out[0, :, 0].T.tolist() == [[1, 1, 1], [1, -1, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "include", "message"),
+    [
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, (), "no names"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "names": np.array(["a/b", "a/c"])}, (), "needs images"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "names": np.array(["a/b"])}, (), "as many names"),
+        (
+            {"images": np.zeros((1, 4, 4, 3), np.uint8), "names": np.array(["a/b"])},
+            ("mon/",),
+            "no name begins with mon/; there are a",
+        ),
+    ],
+)
+def test_captioned_pictures_that_cannot_be_read(arrays: Any, include: Any, message: str, tmp_path: Path) -> None:
+    from tiltflow.data import load_captioned
+
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        load_captioned(tmp_path / "x.npz", include=include)

@@ -73,8 +73,16 @@ def train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PIPELINES)
+QUICK = {("stable-diffusion-3", method) for method in METHODS} | {(name, "adjoint-matching") for name in PIPELINES}
+
+
+def slow_unless(quick: bool) -> Any:
+    return () if quick else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [pytest.param(n, m, marks=slow_unless((n, m) in QUICK)) for n in PIPELINES for m in METHODS]
+)
 def test_every_method_on_every_family(name: str, method: str, tmp_path: Path) -> None:
     summary = train(recipe_for(tmp_path, name, method), tmp_path / "run")
     assert summary["path_kl"] > 0
@@ -179,7 +187,13 @@ def drawn_by_diffusers(folder: Path, base: Path, exported: Path, latents: Tensor
     return image
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in PIPELINES), ("stable-diffusion", "full")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(pytest.param(name, "lora", marks=slow_unless(name == "stable-diffusion-3")) for name in PIPELINES),
+        pytest.param("stable-diffusion", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, kind: str, tmp_path: Path) -> None:
     tree = recipe_for(tmp_path, name)
     if kind == "full":
@@ -345,11 +359,15 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
 
 FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-diffusion-3"}
 PUBLISHED = [
-    name for name, path in shipped_recipes("train").items() if is_text_to_image(tree := read_yaml(path)) and name != "tiles-red"
+    name
+    for name, path in shipped_recipes("train").items()
+    if is_text_to_image(tree := read_yaml(path)) and name != "tiles-colour"
 ]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n in ("sd15-image-reward", "sd3-spatial"))) for n in PUBLISHED]
+)
 def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp_path: Path) -> None:
     tree: Any = read_yaml(shipped_recipes("train")[name])
     assert validate(TextToImageRecipe, tree, name).description

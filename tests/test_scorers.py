@@ -183,7 +183,7 @@ def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
         assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_half_precision_is_near(dtype: Any, tmp_path: Path) -> None:
     path = str(tiny_clip(tmp_path))
     exact, half = (given(ClipScore(model=path, dtype=d).build(), PROMPTS)(pictures()) for d in ("float32", dtype))

@@ -70,7 +70,7 @@ class DiffusersModel(Settings):
     """A pipeline of diffusers."""
 
     diffusers: str
-    """A folder, or a name on the hub."""
+    """A folder, or a name: in tiltflow, `tiles-pipeline`, or on the hub."""
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -26,6 +26,7 @@ from tiltflow import pipelines
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind
 from tiltflow.interpolant import Interpolant
+from tiltflow.model import ASSETS
 from tiltflow.sampler import Sampling, sample
 from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
 from tiltflow.streams import stream
@@ -260,7 +261,7 @@ def from_diffusers(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> TextToImage:
-    """A text-to-image pipeline of diffusers as a model: a pipeline, a folder with one, or its name on the hub.
+    """A text-to-image pipeline of diffusers as a model: a pipeline, a folder with one, or its name, in tiltflow or on the hub.
 
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
@@ -304,12 +305,14 @@ def from_diffusers(
 
 
 def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
-    """A pipeline from a folder or the hub. Raises InputError if it cannot be had."""
+    """A pipeline that ships with tiltflow, from a folder or from the hub. Raises InputError if it cannot be had."""
     try:
         from diffusers import DiffusionPipeline
     except ImportError:
         raise InputError("diffusers is not installed: pip install 'tiltflow[diffusers]'") from None
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").exists():
+    if (ASSETS / path / INDEX).exists():
+        path = ASSETS / path
+    if Path(path).is_dir() and not (Path(path) / INDEX).exists():
         raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
     try:
         return DiffusionPipeline.from_pretrained(str(path), **{"use_safetensors": True, **options})
@@ -354,7 +357,7 @@ def with_adapter(
     return replace(model, flow=replace(model.flow, network=AdaptedDenoiser(network, model.denoiser.predict)))
 
 
-LORA = "pytorch_lora_weights.safetensors"
+INDEX, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
 
 
 def save_tuned(model: TextToImage, folder: Path) -> None:
