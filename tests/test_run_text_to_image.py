@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,27 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
     assert summary["iterations"] == 3
     assert len(summary["table"]) == 2 * len(tree["evaluation"]["points"])
     assert {"variance", "vendi", tree["reward"]["name"]} <= set(summary["table"][0])
+
+
+def test_another_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["training"]["use_8bit_adam"] = True
+    with pytest.raises(InputError, match="bitsandbytes is not installed"):
+        train(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    made: list[dict[str, Any]] = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, parameters: Any, **options: Any) -> None:
+            made.append(options)
+            super().__init__(parameters, **options)
+
+    module = types.ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = AdamW8bit  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    train(tree, tmp_path / "run")
+    assert [options["lr"] for options in made] == [5e-2]
 
 
 def test_settings_of_the_scheduler(tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ class TextToImageTraining(Settings):
     adjoint of a strongly guided flow grows large."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixed_precision: MixedPrecision = "no"
+    use_8bit_adam: bool = False
+    """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
 
     @property
     def train_batch_size(self) -> int:
@@ -283,6 +285,7 @@ def run_text_to_image(
         start=model.grid,
         ema_decay=recipe.training.ema_decay,
         micro_batch_size=recipe.training.micro_batch_size,
+        adam=eight_bit_adam() if recipe.training.use_8bit_adam else torch.optim.AdamW,
     )
     first = next(records)  # what does not fit shows in the first step, before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +296,16 @@ def run_text_to_image(
     finally:
         save_tuned(tuned, folder / "model")
     return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
+
+
+def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
+    """AdamW with its state in 8 bits. Raises InputError if bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError("training.use_8bit_adam: bitsandbytes is not installed: pip install bitsandbytes") from None
+    optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return optimizer
 
 
 def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:

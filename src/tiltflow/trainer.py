@@ -106,6 +106,7 @@ def train(
     micro_batch_size: int | None = None,
     calibration: Calibration | None = None,
     network_evaluations: int = 0,
+    adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Generator[Record, None, None]:
     """Tune the trainable parameters of `tuned` in place.
 
@@ -115,13 +116,14 @@ def train(
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
         network_evaluations: how many were spent before, on the calibration; the records count on from there.
+        adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
 
     Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite.
     """
     parameters = list(tuned.parameters())
     if not parameters:
         raise ValueError("the tuned network has no parameter that requires a gradient")
-    optimizer = torch.optim.AdamW(
+    optimizer = adam(
         parameters,
         lr=method.learning_rate,
         betas=(method.adam_beta1, method.adam_beta2),
