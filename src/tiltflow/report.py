@@ -88,6 +88,7 @@ MEASURES = {
         "judge.group.target": ("Share of {group}, target", "The same under the target law, from weighted base samples."),
         "reward_base": ("Mean reward, base", "Mean of r over samples of the untouched model."),
         "reward_tuned": ("Mean reward, tuned", "Mean of r over samples of the tuned model, drawn afresh after training."),
+        "reward_gain": ("Gain in reward", "Tuned minus base, picture by picture: of the same prompts and noise."),
         "reward_target": ("Mean reward, target", "Mean of r under the target law: neither less nor more is asked for."),
         "target_distance": ("Distance to the target law", "{kind}."),
         "target_distance_base": ("Distance of the base", "The same for the untouched model: where the run began."),

@@ -418,6 +418,7 @@ def evaluate_text_to_image(
         "num_prompts": len(texts),
         **_named("reward_base", over_prompts(rewards["base"], settings.num_generations)),
         **_named("reward_tuned", over_prompts(rewards["tuned"], settings.num_generations)),
+        **_named("reward_gain", over_prompts(rewards["tuned"] - rewards["base"], settings.num_generations)),
         **_named("reward_target", Estimate(target.item(), target_error.item())),
         **_named("reward_distance", of_reward),
         **_named("target_distance", of_reward),
@@ -508,13 +509,13 @@ def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed:
 
 def guidance_limits(mode: GuidanceMode) -> list[str]:
     """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
-    return [
-        {
-            "none": "It was tuned without guidance: the law aimed at is that of sampling without guidance.",
-            "rollout": "Pictures were drawn with guidance and learned from without it: no law is known that this aims at.",
-            "full": "The base of the law is the guided one, whose sampler only approximates a law.",
-        }[mode]
-    ]
+    match mode:
+        case "rollout":
+            return ["Pictures were drawn with guidance and learned from without it: no law is known that this aims at."]
+        case "full":
+            return ["The base of the law is the guided one, whose sampler only approximates a law."]
+        case "none":
+            return []
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
