@@ -111,6 +111,7 @@ def test_rounds_on_a_gaussian_with_a_linear_reward() -> None:
     assert fixed_point(NORMAL, lambda x: tau * x, alpha, "both-terms").mean == pytest.approx(0.25, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fixed_point_of_a_gaussian_with_a_quadratic_reward_is_not_the_tilted_law() -> None:
     """both-terms: s^2 (1 + tau s^2)^(1 / alpha) = s_0^2; the golden ratio here, where KL would give 1/2."""
     law = fixed_point(NORMAL, lambda x: -((x - 1) ** 2) / 2, 1.0, "both-terms")
@@ -193,6 +194,7 @@ def test_weak_tilts_are_those_of_the_tilted_law() -> None:
     assert np.all(orders > 1.7)
 
 
+@pytest.mark.slow
 def test_the_penalty_bounds_the_distance() -> None:
     """W2^2 <= (e^{2 L} - 1) / (2 L) J (2502.06061, Theorem 3, sharpened), L being the Lipschitz constant of the second
     field; W2 by linear programming. What is measured is far below the bound: 4 s / pi for Gaussians."""

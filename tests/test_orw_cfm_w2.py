@@ -430,7 +430,7 @@ def test_the_balance_at_the_law_of_two_modes(mode: WeightMode) -> None:
         return v
 
     generator = stream(0, "test")
-    levels = (torch.randperm(4000, generator=generator).double() + 0.5) / 4000
+    levels = (torch.randperm(1500, generator=generator).double() + 0.5) / 1500
     x1 = torch.from_numpy(q.quantiles(levels.numpy()))[:, None]
     rewards = torch.from_numpy(problem.reward_at(x1.numpy()[:, 0]))
     balance = method.balance(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)

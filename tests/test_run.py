@@ -14,9 +14,8 @@ from tiny import tiny_flow, tiny_recipe
 import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance, total_variation_floor
-from tiltflow.recipe import shipped_recipes
+from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.run import Recipe, distance_to_base, evaluate_run, read_recipe, run
-from tiltflow.run_text_to_image import is_text_to_image
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record

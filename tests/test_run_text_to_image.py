@@ -23,13 +23,12 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
 from tiltflow.flow import Flow, bind
-from tiltflow.recipe import shipped_recipes
+from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.run_text_to_image import (
     TextToImageRecipe,
     TextToImageTraining,
     batches,
     diversity,
-    is_text_to_image,
     load_run,
     over_prompts,
     path_kl,
@@ -41,6 +40,7 @@ from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import from_diffusers, with_adapter
 
+SHORT = {"num_inference_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"num_inference_steps": 3, "learning_rate": 5e-2},
     "score-as-action": {"preset": "ddpo", "num_inference_steps": 3, "learning_rate": 1e-2},
@@ -268,7 +268,7 @@ def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
 
 
 def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:
-    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree = recipe_for(tmp_path, "stable-diffusion", evaluation={"num_prompts": 1, "num_generations": 2, "points": [SHORT]})
     first, second = (train(tree, tmp_path / name) for name in ("one", "two"))
     assert first["table"] == second["table"]
 
@@ -278,7 +278,8 @@ def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:
 
 def test_from_the_command_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(recipe_for(tmp_path, "stable-diffusion")))
+    small = {"num_prompts": 1, "num_generations": 2, "points": [SHORT]}
+    recipe.write_text(json.dumps(recipe_for(tmp_path, "stable-diffusion", evaluation=small)))
     runner = CliRunner()
 
     def call(*arguments: str) -> Any:

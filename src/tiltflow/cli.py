@@ -65,14 +65,14 @@ def train(
     [dim]tiltflow train digits-even --output runs/even[/dim]
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
     """
-    from tiltflow.recipe import find_recipe, read_recipe_tree
+    from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
     from tiltflow.run import Recipe, run
     from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
     from tiltflow.settings import validate
 
     path = find_recipe(recipe, "train")
     tree = read_recipe_tree(path, _with_seed(overrides, seed))
-    of_pipeline = isinstance(tree.get("model"), dict)
+    of_pipeline = is_text_to_image(tree)
     settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
     chosen = _device(device, threads)
     console = _console(as_json)
@@ -143,8 +143,9 @@ def evaluate(
 
     [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
     """
+    from tiltflow.recipe import is_text_to_image
     from tiltflow.run import evaluate_run
-    from tiltflow.run_text_to_image import evaluate_text_to_image, is_text_to_image, load_run, read_run
+    from tiltflow.run_text_to_image import evaluate_text_to_image, load_run, read_run
 
     console = _console(as_json)
     chosen = _device(device, threads)
@@ -246,7 +247,7 @@ def sample(
 
     from tiltflow.model import load
     from tiltflow.plots import image_grid
-    from tiltflow.run_text_to_image import is_text_to_image
+    from tiltflow.recipe import is_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.settings import validate
 

@@ -40,3 +40,8 @@ def find_recipe(name_or_path: str, kind: Kind) -> Path:
 def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The settings in a recipe file with `a.b=value` overrides applied, not yet validated."""
     return apply_overrides(read_yaml(path), overrides)
+
+
+def is_text_to_image(tree: Any) -> bool:
+    """Whether a training recipe, as it was read, is one of a diffusers pipeline."""
+    return isinstance(tree, dict) and isinstance(tree.get("model"), dict)

@@ -35,6 +35,7 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompts, read_prompts
+from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
 from tiltflow.reward import Reward, evaluate, given
 from tiltflow.run import METRICS, claim, read_records, record_to, write_json, write_yaml
@@ -318,11 +319,6 @@ def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
         raise InputError(str(error)) from None
     except RuntimeError as error:  # torch's word for a wrong shape
         raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
-
-
-def is_text_to_image(tree: Any) -> bool:
-    """Whether a recipe, as it was read, is one of a pipeline."""
-    return isinstance(tree, dict) and isinstance(tree.get("model"), dict)
 
 
 def read_run(folder: Path) -> TextToImageRecipe:
