@@ -140,8 +140,26 @@ def test_a_server_that_is_not_there() -> None:
         ask(url, retries=2)
 
 
-def test_an_endless_answer_is_cut_off() -> None:
-    """A server that says nothing at all is left after the timeout."""
+def test_a_redirect_is_not_followed() -> None:
+    """It would take the token along."""
+    with answering((200, b'{"rewards": [1, 2]}')) as (other, asked_there):
+
+        class Elsewhere(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.send_response(302)
+                self.send_header("Location", other)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        with serving(ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)) as url, pytest.raises(InputError, match="302 Found"):
+            ask(url, 2)
+        assert asked_there == []
+
+
+def test_a_server_that_says_nothing_is_left_after_the_timeout() -> None:
     release = threading.Event()
 
     class Silent(BaseHTTPRequestHandler):

@@ -34,6 +34,7 @@ from tiltflow.run_text_to_image import (
     path_kl,
     read_run,
     run_text_to_image,
+    tuned_copy,
 )
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import read_yaml, validate
@@ -437,3 +438,40 @@ def test_settings_of_the_scheduler(tmp_path: Path) -> None:
     tree["model"]["scheduler"] = {"beta_strat": 0.002}
     with pytest.raises(InputError, match="DDIMScheduler has no 'beta_strat', did you mean 'beta_start'"):
         validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+
+
+def test_two_rewards_of_one_name_are_both_measured(tmp_path: Path) -> None:
+    """The one that was trained on is not overwritten by the one that is held out."""
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["reward"] = {"name": "named-colour", "width": 0.2}
+    tree["evaluation"] = {
+        "num_prompts": 1, "num_generations": 2, "points": [SHORT], "rewards": [{"name": "named-colour", "width": 2.0}],
+    }  # fmt: skip
+    summary = train(tree, tmp_path / "run")
+    first, second = (summary["table"][0][key] for key in ("named-colour", "named-colour 2"))
+    assert summary["reward_base"] == first < second
+
+
+@pytest.mark.parametrize(
+    ("method", "reward", "message"),
+    [
+        ({"name": "score-as-action", "estimator": "pathwise"}, "jpeg-size", "has no gradient, and method 'score-as-action'"),
+        ({"name": "score-as-action"}, {"name": "energy", "data": "x.npz"}, "which it cannot from those of a pipeline"),
+    ],
+)
+def test_rewards_that_the_method_cannot_use(method: Any, reward: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(recipe_for(tmp_path, "stable-diffusion") | {"method": method, "reward": reward}, tmp_path / "run")
+
+
+def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path).to(torch.bfloat16))
+    tuned = tuned_copy(model, None, 0)
+    assert {p.dtype for p in tuned.denoiser.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+    batch = batches(
+        tuned, ["a"], lambda x: x.mean((1, 2, 3)), TextToImageTraining(guidance_mode="none"), Sampling(num_inference_steps=3)
+    )(stream(0, "b"))
+    a, b = (batch.bind(one.flow)(batch.x, torch.tensor(0.5)) for one in (tuned, model))  # type: ignore[arg-type]
+    assert a.dtype == b.dtype == torch.float32
+    assert (a - b).abs().max() < 0.1

@@ -38,6 +38,10 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.standard_error:.2g}"
 
+    def named(self, name: str) -> dict[str, float]:
+        """As two entries of a summary."""
+        return {name: self.value, f"{name}_error": self.standard_error}
+
 
 @dataclass(frozen=True)
 class DistanceToLaw:

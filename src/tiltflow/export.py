@@ -11,7 +11,8 @@ import yaml
 
 from tiltflow.errors import InputError
 from tiltflow.plots import curves
-from tiltflow.run import claim, read_records
+from tiltflow.recipe import claim
+from tiltflow.run import read_records
 from tiltflow.run_text_to_image import TextToImageRecipe, load_run, read_run
 
 KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
@@ -28,7 +29,6 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     """
     recipe = read_run(run)
     claim(output)
-    output.mkdir(parents=True, exist_ok=True)
     if recipe.model.adapter is not None:
         shutil.copytree(run / "model", output, dirs_exist_ok=True)
     else:

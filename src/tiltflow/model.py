@@ -170,6 +170,23 @@ def save_weights(network: nn.Module, path: Path) -> None:
     save_file({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, path)
 
 
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote: tensors alone, no code of a pickle is run.
+
+    Raises InputError, naming the file as `what`, if it cannot be read or holds anything else.
+    """
+    try:
+        safe = path.suffix == ".safetensors"
+        weights: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
+        raise InputError(f"{what} {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # what torch raises for a file with code is no public name
+        raise InputError(f"{what} {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{what} {path}: holds no tensors by name")
+    return weights
+
+
 def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:
     network: nn.Module = config.network.build()
     path = folder / WEIGHTS

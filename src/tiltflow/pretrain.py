@@ -22,7 +22,7 @@ from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier,
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast, autocast_dtype
-from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.recipe import claim, find_recipe, read_recipe_tree
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import new_network, stream
@@ -93,39 +93,45 @@ def pretrain(recipe: Pretraining, data: ImageData, network: nn.Module) -> Iterat
 
     Raises NonFiniteError, before the weights are touched, if the loss is not finite.
     """
-    training = recipe.training
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
-    )
-    average = WeightAverage(network.parameters(), training.ema_decay)
     device = data.images.device
-    order, draws = stream(recipe.seed, "order"), stream(recipe.seed, "noise", device=device)
+    draws = stream(recipe.seed, "noise", device=device)
+    batches = _batches(len(data), recipe.training.train_batch_size, stream(recipe.seed, "order"))
+
+    def loss_of() -> Tensor:
+        index = next(batches).to(device)
+        if isinstance(recipe, FlowPretraining):
+            return flow_loss(recipe, network, data.images[index], draws)
+        return classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
+
     torch_state = torch.random.get_rng_state()  # dropout has no generator of its own: give it a seed, then put ours back
     torch.manual_seed(stream(recipe.seed, "dropout").initial_seed())
-    network.requires_grad_(True).train()
-    began = time.perf_counter()
-    batches = _batches(len(data), training.train_batch_size, order)
+    yield from learn([network], recipe.training, loss_of, device)
+    torch.random.set_rng_state(torch_state)
+
+
+def learn(
+    networks: list[nn.Module], training: Optimization, loss_of: Callable[[], Tensor], device: torch.device
+) -> Iterator[Progress]:
+    """Train networks in place on a loss, one record per step; at the end their weights are their moving average."""
+    parameters = [p for network in networks for p in network.requires_grad_(True).train().parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay)
+    average, began = WeightAverage(parameters, training.ema_decay), time.perf_counter()
     dtype = autocast_dtype(training.mixed_precision, device)
     for step in range(1, training.max_train_steps + 1):
         factor = learning_rate_factor(step, warmup=training.lr_warmup_steps, total=training.max_train_steps)
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor
-        index = next(batches).to(device)
         with autocast(dtype, device):
-            loss = (
-                flow_loss(recipe, network, data.images[index], draws)
-                if isinstance(recipe, FlowPretraining)
-                else classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
-            )
+            loss = loss_of()
         finite(loss, "the loss", step)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm(network.parameters(), training.max_grad_norm, step)
+        gradient_norm(parameters, training.max_grad_norm, step)
         optimizer.step()
         average.update()
         yield Progress(step, loss.item(), time.perf_counter() - began)
-    torch.random.set_rng_state(torch_state)
     average.store()
-    network.requires_grad_(False).eval()
+    for network in networks:
+        network.requires_grad_(False).eval()
 
 
 def read_pretraining(recipe: str, overrides: Sequence[str]) -> Pretraining:
@@ -153,8 +159,7 @@ def run_pretraining(
 
     Raises InputError, with nothing written, if the folder is occupied or the data do not fit.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    claim(folder)
     data = load_images(path, "train")
     if isinstance(recipe, ClassifierPretraining) and data.labels is None:
         raise InputError(f"{path}: has no labels to train a classifier on")

@@ -6,7 +6,6 @@ result is a folder of diffusers' own classes, which `DiffusionPipeline.from_pret
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +14,12 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiltflow.data import CaptionedImages, fingerprint, load_captioned
-from tiltflow.errors import InputError
 from tiltflow.interpolant import expand, interior, mixture_weights
-from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
-from tiltflow.precision import autocast, autocast_dtype
-from tiltflow.pretrain import Optimization, Progress
-from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.pretrain import Optimization, Progress, learn
+from tiltflow.recipe import claim, find_recipe, read_recipe_tree
 from tiltflow.schedules import path_of
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
@@ -165,31 +161,6 @@ def learn_tokenizer(captions: list[str], vocabulary: int, folder: Path) -> Any:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
 
 
-def learn(
-    networks: list[nn.Module], training: Optimization, loss_of: Callable[[], Tensor], device: torch.device
-) -> Iterator[Progress]:
-    """Train networks in place on a loss, one record per step; at the end their weights are their moving average."""
-    parameters = [p for network in networks for p in network.requires_grad_(True).train().parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay)
-    average, began = WeightAverage(parameters, training.ema_decay), time.perf_counter()
-    dtype = autocast_dtype(training.mixed_precision, device)
-    for step in range(1, training.max_train_steps + 1):
-        factor = learning_rate_factor(step, warmup=training.lr_warmup_steps, total=training.max_train_steps)
-        optimizer.param_groups[0]["lr"] = training.learning_rate * factor
-        with autocast(dtype, device):
-            loss = loss_of()
-        finite(loss, "the loss", step)
-        optimizer.zero_grad()
-        loss.backward()
-        gradient_norm(parameters, training.max_grad_norm, step)
-        optimizer.step()
-        average.update()
-        yield Progress(step, loss.item(), time.perf_counter() - began)
-    average.store()
-    for network in networks:
-        network.requires_grad_(False).eval()
-
-
 def backgrounds_of(recipe: PipelinePretraining, data: CaptionedImages) -> Tensor:
     """Their colours in [-1, 1]: [backgrounds, 3]."""
     return torch.tensor(list(recipe.backgrounds.values()), device=data.images.device) / 127.5 - 1
@@ -269,8 +240,7 @@ def run_pipeline_pretraining(
 
     Raises InputError, with nothing written, if the folder is occupied or the data do not fit.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
+    claim(folder)
     data = load_captioned(path, include=recipe.include, least_opaque=recipe.least_opaque).to(device)
     captions = [caption(words, background) for words in data.captions for background in recipe.backgrounds]
     height, width = data.images.shape[2:]

@@ -51,6 +51,7 @@ from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifie
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
+from tiltflow.recipe import claim
 from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate
 from tiltflow.sampler import Sampling
@@ -193,7 +194,7 @@ def run(
     """
     claim(folder)
     base = load(recipe.model, device)
-    reward = build_reward(recipe, device)
+    reward = build_reward(recipe.reward, recipe.method, device)
     check_fit("reward", reward, base, device)
     base.sample(2, sampling=recipe.sampling)  # a solver of the user's that does not work is found out now, not after training
     if recipe.evaluation.judge is not None:
@@ -220,12 +221,6 @@ def run(
                 save_weights(reward.network, folder / REWARD)
             tuned.save(folder / "model", model_card(recipe))
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
-
-
-def claim(folder: Path) -> None:
-    """Raises InputError if something is in `folder` already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
 
 
 def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
@@ -256,7 +251,7 @@ def evaluate_run(
     count = num_samples or settings.num_samples
     base = load(folder / "base" if (folder / "base").exists() else recipe.model, device)
     tuned = load(folder / "model", device)
-    reward = build_reward(recipe, device)
+    reward = build_reward(recipe.reward, recipe.method, device)
     if isinstance(reward, LearnedReward):
         reward.network.load_state_dict(load_file(folder / REWARD, device=device))
     began = time.perf_counter()
@@ -292,11 +287,11 @@ def evaluate_run(
         "max_train_steps": recipe.training.max_train_steps,
         "seed": recipe.seed,
         "num_samples": count,
-        **_named("reward_base", mean_estimate(r_base)),
-        **_named("reward_tuned", mean_estimate(r)),
-        **_named("reward_target", Estimate(target_mean.item(), target_error.item())),
-        **_named("reward_distance", of_reward),
-        **_named("target_distance", of_reward),
+        **mean_estimate(r_base).named("reward_base"),
+        **mean_estimate(r).named("reward_tuned"),
+        **Estimate(target_mean.item(), target_error.item()).named("reward_target"),
+        **of_reward.named("reward_distance"),
+        **of_reward.named("target_distance"),
         "target_distance_base": reward_distance(r_base, r_base, weights, generator).value,
         "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the importance-weighted base's",
         "effective_sample_size": weights.effective_sample_size,
@@ -313,7 +308,7 @@ def evaluate_run(
         generator, start = stream(recipe.seed, "balance", device=device), base.flow.noise_time
         balance = recipe.method.balance(tuned.flow, base.flow, x, r, generator, start=start, batch_size=settings.batch_size)
         if balance is not None:
-            summary |= _named("own_law_balance", balance) | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
+            summary |= balance.named("own_law_balance") | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
     if len(base.event_shape) == 3 and base.event_shape[0] in (1, 3):
@@ -345,8 +340,8 @@ def judged(
         "target": target.tolist(),
         "target_error": target_error.tolist(),
         "sure_above": settings.confidence,
-        **_named("sure_base", mean_estimate((p_base.amax(1) > settings.confidence).double())),
-        **_named("sure_tuned", mean_estimate((p.amax(1) > settings.confidence).double())),
+        **mean_estimate((p_base.amax(1) > settings.confidence).double()).named("sure_base"),
+        **mean_estimate((p.amax(1) > settings.confidence).double()).named("sure_tuned"),
         "confidence_base": p_base.amax(1).mean().item(),
         "confidence_tuned": p.amax(1).mean().item(),
     }
@@ -357,8 +352,8 @@ def judged(
         judge["group"] = {
             "label": ", ".join(config.class_names[i] for i in settings.group),
             "base": torch.isin(labels_base, members).double().mean().item(),
-            **_named("tuned", mean_estimate(in_group)),
-            **_named("target", Estimate(group_target.item(), group_error.item())),
+            **mean_estimate(in_group).named("tuned"),
+            **Estimate(group_target.item(), group_error.item()).named("target"),
         }
     features = cast(Callable[[Tensor], Tensor], network.features)
     f_base, f = (in_batches(features, y, settings.batch_size, device) for y in (x_base, x))
@@ -374,7 +369,7 @@ def judged(
         judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
     return {
         **distance_to_base(f, f_base, f"features of {settings.judge}"),
-        **_named("target_distance", distance),
+        **distance.named("target_distance"),
         "target_distance_base": base_distance.value,
         "target_distance_floor": total_variation_floor(target, len(labels), weights.effective_sample_size, generator),
         "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
@@ -395,15 +390,13 @@ def evaluation_images(settings: Evaluation) -> Tensor:
     return load_images(Path(settings.data), "test").images[:10_000]
 
 
-def build_reward(recipe: Recipe, device: str) -> Reward:
-    """The reward of a recipe. Raises InputError if the method needs a gradient that the reward does not have."""
-    if getattr(recipe.method, "needs_reward_gradient", False) and not recipe.reward.differentiable:
-        raise InputError(f"reward {recipe.reward.name!r} has no gradient, and method {recipe.method.name!r} needs one")
-    if getattr(recipe.reward, "learned", False) and not getattr(recipe.method, "learns_reward", False):
-        raise InputError(
-            f"reward {recipe.reward.name!r} learns while it is used, which method {recipe.method.name!r} cannot do"
-        )
-    reward: Reward = recipe.reward.build(device)
+def build_reward(settings: Any, method: Any, device: str) -> Reward:
+    """A reward by its settings. Raises InputError if the method needs a gradient that the reward does not have."""
+    if getattr(method, "needs_reward_gradient", False) and not settings.differentiable:
+        raise InputError(f"reward {settings.name!r} has no gradient, and method {method.name!r} needs one")
+    if getattr(settings, "learned", False) and not getattr(method, "learns_reward", False):
+        raise InputError(f"reward {settings.name!r} learns while it is used, which method {method.name!r} cannot do")
+    reward: Reward = settings.build(device)
     return reward
 
 
@@ -436,10 +429,15 @@ def check_fit(what: str, function: Callable[[Tensor], Tensor], model: Model, dev
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe of a run. Raises InputError if `folder` is not a run with a tuned model."""
+    return validate(Recipe, read_run_tree(folder), str(folder / "recipe.yaml"))
+
+
+def read_run_tree(folder: Path) -> dict[str, Any]:
+    """The recipe of any run, not yet validated. Raises InputError if `folder` is not a run with a tuned model."""
     for needed in ("recipe.yaml", "model", METRICS):
         if not (folder / needed).exists():
             raise InputError(f"{folder}: not a run folder, it has no {needed}")
-    return validate(Recipe, read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+    return read_yaml(folder / "recipe.yaml")
 
 
 def model_card(recipe: Recipe) -> str:
@@ -470,7 +468,3 @@ def write_text(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
-
-
-def _named(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_error": estimate.standard_error}

@@ -35,12 +35,12 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompts, read_prompts
-from tiltflow.recipe import is_text_to_image
+from tiltflow.recipe import claim, is_text_to_image
 from tiltflow.report import write_report
 from tiltflow.reward import Reward, evaluate, given
-from tiltflow.run import METRICS, claim, read_records, record_to, write_json, write_yaml
+from tiltflow.run import build_reward, read_records, read_run_tree, record_to, write_json, write_yaml
 from tiltflow.sampler import Sampling, rollout
-from tiltflow.settings import Settings, read_yaml, validate
+from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import (
     GuidanceMode,
@@ -201,7 +201,9 @@ class Decoded:
 def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextToImage:
     """What is going to be trained: the model with a new adapter, or a copy of its denoiser beside it."""
     if adapter is None:
-        return replace(model, flow=trainable_copy(cast(Flow, model.flow)))
+        copy = trainable_copy(cast(Flow, model.flow))
+        cast(Any, copy.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
+        return replace(model, flow=copy)
     options = {key: value for key, value in adapter.model_dump().items() if value is not None}
     return with_adapter(model, **options, seed=seed)
 
@@ -263,9 +265,9 @@ def run_text_to_image(
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
     texts = [prompt.text for prompt in prompts]
     model = recipe.model.load(device)
-    if recipe.method.name == "adjoint-matching" and not recipe.reward.differentiable:
-        raise InputError(f"reward {recipe.reward.name!r} has no gradient, and method adjoint-matching needs one")
-    reward = recipe.reward.build(device)
+    if getattr(recipe.reward, "learned", False):
+        raise InputError(f"reward {recipe.reward.name!r} learns from samples, which it cannot from those of a pipeline")
+    reward = build_reward(recipe.reward, recipe.method, device)
     for held_out in recipe.evaluation.rewards:
         held_out.build(device)
     check_reward(model, reward, texts[0])
@@ -323,10 +325,7 @@ def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
 
 def read_run(folder: Path) -> TextToImageRecipe:
     """The recipe of a run. Raises InputError if `folder` is no run of a pipeline."""
-    for needed in ("recipe.yaml", "model", METRICS):
-        if not (folder / needed).exists():
-            raise InputError(f"{folder}: not a run folder, it has no {needed}")
-    tree = read_yaml(folder / "recipe.yaml")
+    tree = read_run_tree(folder)
     if not is_text_to_image(tree):
         raise InputError(f"{folder}: is no run of a diffusers pipeline; its folder model/ is what `tiltflow.load` reads")
     return validate(TextToImageRecipe, tree, str(folder / "recipe.yaml"))
@@ -355,7 +354,8 @@ def evaluate_text_to_image(
     _, held_out = read_prompts(recipe.prompts, recipe.seed)
     texts = [prompt.text for prompt in held_out[: settings.num_prompts]]
     prompts = [text for text in texts for _ in range(settings.num_generations)]
-    measured = {part.name: part.build(device) for part in (recipe.reward, *settings.rewards)}
+    every = (recipe.reward, *settings.rewards)
+    measured = {label: part.build(device) for label, part in zip(labels([part.name for part in every]), every, strict=True)}
     features = feature_extractor(settings.features, device)
     base = tuned.base() if recipe.model.adapter else model
     rows_of_metrics = read_records(folder)
@@ -380,7 +380,7 @@ def evaluate_text_to_image(
                 "guidance_scale": point.guidance_scale or model.guidance_scale,
             }
             for key, value in values.items():
-                row |= _named(key, over_prompts(value, settings.num_generations))
+                row |= over_prompts(value, settings.num_generations).named(key)
             row |= diversity(images, settings.num_generations, features, settings.batch_size)
             table.append(row)
             if i == 0:
@@ -412,17 +412,17 @@ def evaluate_text_to_image(
         "seed": recipe.seed,
         "num_samples": len(prompts),
         "num_prompts": len(texts),
-        **_named("reward_base", over_prompts(rewards["base"], settings.num_generations)),
-        **_named("reward_tuned", over_prompts(rewards["tuned"], settings.num_generations)),
-        **_named("reward_gain", over_prompts(rewards["tuned"] - rewards["base"], settings.num_generations)),
-        **_named("reward_target", Estimate(target.item(), target_error.item())),
-        **_named("reward_distance", of_reward),
-        **_named("target_distance", of_reward),
+        **over_prompts(rewards["base"], settings.num_generations).named("reward_base"),
+        **over_prompts(rewards["tuned"], settings.num_generations).named("reward_tuned"),
+        **over_prompts(rewards["tuned"] - rewards["base"], settings.num_generations).named("reward_gain"),
+        **Estimate(target.item(), target_error.item()).named("reward_target"),
+        **of_reward.named("reward_distance"),
+        **of_reward.named("target_distance"),
         "target_distance_base": reward_distance(rewards["base"], rewards["base"], weights, generator).value,
         "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the base's, weighted for each prompt",
         "effective_sample_size": weights.effective_sample_size,
         "judge": None,
-        **_named("path_kl", path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size)),
+        **path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size).named("path_kl"),
         "diversity_in": "pixels" if features is None else f"features of {settings.features}",
         "table": table,
         "seconds": rows_of_metrics[-1]["seconds"],
@@ -435,6 +435,16 @@ def evaluate_text_to_image(
     write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """The names, numbered where one comes again.
+
+    >>> labels(["clip-score", "hps", "clip-score"])
+    ['clip-score', 'hps', 'clip-score 2']
+    """
+    counts = [list(names[: i + 1]).count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name} {count}" for name, count in zip(names, counts, strict=True)]
 
 
 def scores(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int, device: str) -> Tensor:
@@ -466,7 +476,7 @@ def diversity(
     variance = groups.var(1).sum(1)
     directions = torch.nn.functional.normalize(groups - (0 if features else groups.mean((0, 1))), dim=2)
     vendi = torch.stack([effective_number(kernel) for kernel in directions @ directions.mT])
-    return _named("variance", _estimate(variance)) | _named("vendi", _estimate(vendi))
+    return _estimate(variance).named("variance") | _estimate(vendi).named("vendi")
 
 
 def _estimate(values: Tensor) -> Estimate:
@@ -491,9 +501,8 @@ def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed:
     for i in range(0, len(prompts), batch_size):
         some = prompts[i : i + batch_size]
         generator = stream(seed, "path kl", i, device=tuned.device)
-        bound = [one.guided(some, 1.0)(one.flow) for one in (tuned, base)]
-        if tuned.distilled:
-            bound = [bind(one.flow, tuned.encode(some)[0]) for one in (tuned, base)]
+        condition, _ = tuned.encode(some)
+        bound = [bind(one.flow, condition) for one in (tuned, base)]
         path = rollout(sampler, bound[0], tuned.start(len(some), generator, sampler.times[0]), generator)
         costs = [
             gain**2 / 2 * (v - bound[1](x, t)).flatten(1).square().sum(1)
@@ -512,7 +521,3 @@ def guidance_limits(mode: GuidanceMode) -> list[str]:
             return ["The base of the law is the guided one, whose sampler only approximates a law."]
         case "none":
             return []
-
-
-def _named(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_error": estimate.standard_error}

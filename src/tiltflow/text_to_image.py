@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        return self.predict(self.network, x.to(dtype), time.float(), condition).to(x.dtype)
+        return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
 
 
 class AdaptedDenoiser(Denoiser):
@@ -70,6 +71,7 @@ class TextToImage:
         flow: on the latents, bound to no condition; that of `base` may be the same with its adapter off.
         size: height and width of the pictures.
         guidance_scale: of classifier-free guidance, or the input of a network that was distilled from it.
+        own_grid: num_inference_steps -> the times of the pipeline's scheduler [K + 1], linear, from noise to data, float64.
         sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
     """
 
@@ -78,6 +80,7 @@ class TextToImage:
     flow: Flow | AdapterOff
     size: tuple[int, int]
     guidance_scale: float
+    own_grid: Callable[[int], Tensor]
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
     encoded: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     """The conditions of the prompts seen so far: they are computed once."""
@@ -113,19 +116,10 @@ class TextToImage:
         """Whether there are no negative prompts: the guidance scale is an input of the network, or there is none."""
         return hasattr(self.family, "distilled_guidance")
 
-    def own_grid(self, num_inference_steps: int) -> Tensor:
-        """The times of the pipeline's own scheduler [K + 1], in linear time from noise to data, float64."""
-        scheduler = self.pipeline.scheduler
-        if not is_flow(scheduler):
-            return diffusion_grid(scheduler)(num_inference_steps)
-        tokens = self.family.image_tokens(self.pipeline, *self.size)
-        return flow_grid(scheduler, tokens, getattr(self.family, "sigmas", None))(num_inference_steps)
-
     def grid(self, num_inference_steps: int) -> Tensor:
         """`own_grid`, to the end: clean data. What is tuned."""
         times = self.own_grid(num_inference_steps)
-        times[-1] = 1
-        return times
+        return torch.cat([times[:-1], times.new_ones(1)])
 
     def start(self, num_samples: int, generator: torch.Generator, t: Tensor) -> Tensor:
         """Starting points [num_samples, *event] on the linear path, at the first time t of a grid: the pipeline's latents."""
@@ -142,7 +136,9 @@ class TextToImage:
         for prompt in new:
             self._warn_of_length(prompt)
             with torch.no_grad():
-                self.encoded[prompt] = self.family.encode(self.pipeline, [prompt], self.size)
+                condition, negative = self.family.encode(self.pipeline, [prompt], self.size)
+            # the negative one does not depend on the prompt: all share that of the first
+            self.encoded[prompt] = condition, next(iter(self.encoded.values()), (None, negative))[1]
         condition, negative = (joined([self.encoded[prompt][i] for prompt in prompts]) for i in (0, 1))
         if self.distilled and self.family.distilled_guidance(self.pipeline):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -236,6 +232,13 @@ class TextToImage:
         return torch.cat(parts)
 
 
+def in_dtype(condition: Any, dtype: torch.dtype) -> Any:
+    """Conditions in the dtype of the network that reads them, which may be a copy in another than the text encoders'."""
+    if isinstance(condition, Mapping):
+        return {key: in_dtype(value, dtype) for key, value in condition.items()}
+    return condition.to(dtype)
+
+
 def joined(conditions: Sequence[Any]) -> Any:
     """Conditions of single prompts [1, ..] as one of a batch; None where there are none."""
     first = conditions[0]
@@ -298,7 +301,12 @@ def from_diffusers(
     path, prediction = path_of(pipeline.scheduler)
     denoiser = Denoiser(getattr(pipeline, family.DENOISER), family.predictor(pipeline, size))
     default = 3.5 if hasattr(family, "distilled_guidance") else 7.5
-    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, guidance_scale or default)
+    scheduler = pipeline.scheduler
+    if is_flow(scheduler):
+        grid = flow_grid(scheduler, family.image_tokens(pipeline, *size), getattr(family, "sigmas", None))
+    else:
+        grid = diffusion_grid(scheduler)
+    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, guidance_scale or default, cache(grid))
     if guidance_scale is not None and model.distilled and not family.distilled_guidance(pipeline):
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
     return model

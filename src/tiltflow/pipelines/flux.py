@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltflow.pipelines import stable_diffusion_3
+from tiltflow.pipelines.stable_diffusion_3 import Condition
+
 PIPELINE = "FluxPipeline"
 DENOISER = "transformer"
 NEEDED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-
-Condition = dict[str, Tensor]
+TARGET_MODULES = stable_diffusion_3.TARGET_MODULES
 
 
 def default_size(pipeline: Any) -> tuple[int, int]:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow.clip import Clip
 from tiltflow.errors import InputError
+from tiltflow.model import read_tensors
 from tiltflow.reward import Reward
 from tiltflow.settings import Settings
 
@@ -48,15 +47,9 @@ class Aesthetic(Settings):
 
 def load_head(path: Path) -> nn.Sequential:
     """The predictor's layers; in evaluation the dropout between them is nothing. Raises InputError if they cannot be read."""
-    try:
-        safe = path.suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
-        raise InputError(f"reward.head {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
-    except Exception as error:  # what torch raises for a file with code is no public name
-        raise InputError(f"reward.head {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    weights = read_tensors(path, "reward.head")
     names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
-    if not isinstance(weights, dict) or any(f"{name}.{part}" not in weights for name in names for part in ("weight", "bias")):
+    if any(f"{name}.{part}" not in weights for name in names for part in ("weight", "bias")):
         raise InputError(
             f"reward.head {path}: is not the aesthetic predictor, it needs tensors {names[0]}.weight to {names[-1]}.bias"
         )

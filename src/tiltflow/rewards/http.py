@@ -88,7 +88,7 @@ class Http(Settings):
         for attempt in range(self.retries + 1):
             try:
                 request = urllib.request.Request(self.url, body, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
                     answer: bytes = response.read(MOST_BYTES + 1)
                 if len(answer) > MOST_BYTES:
                     raise InputError(f"reward server {self.url}: its answer is longer than {MOST_BYTES} bytes")
@@ -101,6 +101,13 @@ class Http(Settings):
                 raise InputError(f"reward server {self.url}: {reason}, asked {attempt + 1} times")
             time.sleep(2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A token is for the server of the recipe, and not for one that it points to."""
+
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
+        return None
 
 
 def files_of(images: Tensor, format: str) -> list[bytes]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow.clip import resized
 from tiltflow.errors import InputError
+from tiltflow.model import read_tensors
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
@@ -96,14 +95,8 @@ class Scorer:
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """The authors' tensors. Raises InputError if they cannot be read, or are of something else."""
-    try:
-        safe = path.suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
-        raise InputError(f"reward.model {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
-    except Exception as error:  # what torch raises for a file with code is no public name
-        raise InputError(f"reward.model {path}: is refused ({str(error).strip().splitlines()[0]})") from None
-    if not isinstance(weights, dict) or "blip.visual_encoder.cls_token" not in weights or "mlp.layers.0.weight" not in weights:
+    weights = read_tensors(path, "reward.model")
+    if "blip.visual_encoder.cls_token" not in weights or "mlp.layers.0.weight" not in weights:
         raise InputError(f"reward.model {path}: is not ImageReward, it has no blip.visual_encoder and mlp.layers")
     return weights
 
