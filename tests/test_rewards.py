@@ -89,7 +89,7 @@ def scorers(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "clip-score": {"model": clip},
         "pick-score": {"model": clip, "tokenizer": None},
-        "hps": {"model": clip},
+        "hps": {"model": clip, "tokenizer": None},
         "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(folder))},
         "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -22,17 +23,22 @@ from tiltflow.cli import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
+from tiltflow.features import distances_to_reference
 from tiltflow.flow import Flow, bind
 from tiltflow.recipe import is_text_to_image, shipped_recipes
+from tiltflow.reward import PerPrompt, given
+from tiltflow.rewards.function import Function
 from tiltflow.run_text_to_image import (
     TextToImageRecipe,
     TextToImageTraining,
+    base_statistics,
     batches,
     diversity,
     load_run,
     over_prompts,
     path_kl,
     read_run,
+    reference_images,
     run_text_to_image,
     tuned_copy,
 )
@@ -237,10 +243,10 @@ def test_the_effective_number_of_different_pictures() -> None:
 
 def test_pictures_that_are_all_alike_have_no_variance() -> None:
     one = torch.rand(2, 3, 4, 4, generator=stream(0, "x")).repeat_interleave(3, 0)
-    assert diversity(one, 3, None, 4)["variance"] == pytest.approx(0, abs=1e-12)
-    assert diversity(one, 3, None, 4)["vendi"] == pytest.approx(1)
+    assert diversity(one, 3)["variance"] == pytest.approx(0, abs=1e-12)
+    assert diversity(one, 3)["vendi"] == pytest.approx(1)
     other = torch.rand(6, 3, 4, 4, generator=stream(0, "x"))
-    features = diversity(other, 3, lambda x: torch.nn.functional.normalize(x.flatten(1), dim=1), 4)
+    features = diversity(torch.nn.functional.normalize(other.flatten(1), dim=1), 3)
     assert 0 < features["variance"] < 2
     assert 1 < features["vendi"] < 3
 
@@ -380,7 +386,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
     small = {
         "clip-score": {"model": clip},
         "pick-score": {"model": clip, "tokenizer": None},
-        "hps": {"model": clip},
+        "hps": {"model": clip, "tokenizer": None},
         "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(tmp_path))},
         "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
     }
@@ -405,6 +411,89 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
     assert summary["iterations"] == 3
     assert len(summary["table"]) == 2 * len(tree["evaluation"]["points"])
     assert {"variance", "vendi", tree["reward"]["name"]} <= set(summary["table"][0])
+
+
+def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward of training is (r - mean) / std of the base's pictures of the prompt, whatever the batch; so is the tilt of
+    the report, which a constant for each prompt and a scale of the reward therefore leave as they are."""
+    module = tmp_path / "my_rewards.py"
+    module.write_text(
+        "def plain(images):\n    return images.mean((1, 2, 3))\n"
+        "def moved(images, prompts):\n"
+        "    return 7 * plain(images) + images.new_tensor([len(prompt) for prompt in prompts])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = recipe_for(tmp_path, "stable-diffusion", reward={"name": "function", "path": "my_rewards:moved"})
+    tree["training"]["per_prompt_normalization"] = 16
+    recipe = validate(TextToImageRecipe, tree, "recipe")
+    model = tuned_copy(recipe.model.load("cpu"), recipe.model.adapter, 0)
+    told = {}
+    for function in ("plain", "moved"):
+        reward = validate(Function, {"path": f"my_rewards:{function}"}, "reward").build()
+        statistics = base_statistics(recipe, model.base(), reward)
+        mean, std = statistics(["a red cat", "a blue dog", "a red cat"])
+        images = model.base().sample(["a red cat"] * 64, seed=5, sampling=recipe.method.sampling, batch_size=32)
+        values = given(reward, ["a red cat"] * 64)(images).double()
+        assert mean[0] == mean[2] != mean[1]
+        assert abs(mean[0] - values.mean()) < 4 * values.std() / 16**0.5
+        assert 0.4 < std[0] / values.std() < 1.7
+        told[function] = PerPrompt(reward, statistics).given(["a blue dog", "a red cat"])
+        expected = (given(reward, ["a red cat"])(images[1:2]) - mean[0]) / std[0]
+        torch.testing.assert_close(told[function](images[:2])[1:], expected.float(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(told[function].rows(slice(1, 2))(images[1:2]), told[function](images[:2])[1:])
+    torch.testing.assert_close(
+        told["plain"](images[:2]), told["moved"](images[:2]), rtol=5e-2, atol=5e-2
+    )  # LEAST_STD is no scale
+    summary = train(tree, tmp_path / "run")
+    assert "standard deviations of the base's" in summary["target_law"]
+    assert summary["effective_sample_size"] < 4  # of beta = 1 in the units of the prompt; the plain reward hardly varies
+
+
+def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FID against the closed form of two Gaussians, KID against its definition (a kernel's unbiased MMD); both in the table."""
+    x, y = (torch.randn(400, 3, generator=stream(i, "features"), dtype=torch.float64) for i in (0, 1))
+    y = 2 * y + 1
+    found = distances_to_reference(x, y)
+    mean = (x.mean(0) - y.mean(0)).square().sum()
+    assert found["fid"] == pytest.approx(3 * 1 + 3 * (2 - 1) ** 2, rel=0.2)
+    assert found["fid"] > mean
+    kernel = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    within = [(k.sum() - k.trace()) / (400 * 399) for k in kernel[:2]]
+    assert found["kid"] == pytest.approx((within[0] + within[1] - 2 * kernel[2].mean()).item())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    monkeypatch.setattr("tiltflow.features.MOST_KID", 100)  # subsets are drawn
+    assert distances_to_reference(x, y) == distances_to_reference(x, y)
+    assert distances_to_reference(x, y)["kid"] == pytest.approx(found["kid"], rel=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    (tmp_path / "my_features.py").write_text(
+        "def channels(images):\n    return images.mean((2, 3))\ndef wrong(images):\n    return images\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["evaluation"] |= {"features": "my_features:channels", "reference": "base"}
+    summary = train(tree, tmp_path / "run")
+    assert all(row["fid"] > 0 and "kid" in row for row in summary["table"])
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 30, 90)).save(pictures / f"{i}.png")
+    tree["evaluation"]["reference"] = str(pictures)
+    assert reference_images(str(pictures)).shape == (4, 3, 20, 20)
+    for change, message in (
+        ({"features": "my_features:wrong"}, r"must return \[batch, width\]"),
+        ({"features": "my_features:chanels"}, "did you mean 'channels'"),
+        ({"reference": "nowhere"}, "no such data set"),
+    ):
+        wrong = {**tree, "evaluation": {**tree["evaluation"], **change}}
+        with pytest.raises(InputError, match=message):
+            train(wrong, tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+    with pytest.raises(InputError, match="needs features"):
+        validate(TextToImageRecipe, {**tree, "evaluation": {"reference": "base"}}, "recipe")
 
 
 def test_another_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
-from tiny_scorers import HEAD, WIDTH, tiny_aesthetic_head, tiny_clip, tiny_image_reward
+from tiny_scorers import HEAD, WIDTH, tiny_aesthetic_head, tiny_clip, tiny_image_reward, tiny_open_clip
 
 from tiltflow.clip import MEAN, STD, Clip, resized
 from tiltflow.errors import InputError
@@ -24,6 +24,7 @@ from tiltflow.rewards.aesthetic import Aesthetic
 from tiltflow.rewards.clip_score import ClipScore
 from tiltflow.rewards.hps import Hps
 from tiltflow.rewards.image_reward import ImageReward
+from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.pick_score import PickScore
 from tiltflow.streams import stream
 
@@ -60,7 +61,7 @@ def test_similarities_are_those_of_transformers(tmp_path: Path) -> None:
     cosines = logits / clip.model.logit_scale.exp()
     rewards: dict[Any, Tensor] = {
         PickScore(model=path, tokenizer=None): logits,
-        Hps(model=path): cosines,
+        Hps(model=path, tokenizer=None): cosines,
         ClipScore(model=path): 100 * cosines,
     }
     for settings, expected in rewards.items():
@@ -165,22 +166,72 @@ def test_image_reward_is_the_published_computation(tmp_path: Path) -> None:
     assert (given(reward, PROMPTS[::-1])(images) - expected).abs().min() > 1e-3
 
 
+# ---- HPS from open_clip's file, by hand ----
+
+
+def tower(weights: dict[str, Tensor], prefix: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Blocks of a transformer with torch's own attention, which is what open_clip has."""
+    for i in range(2):
+        part = {k.removeprefix(f"{prefix}transformer.resblocks.{i}."): v for k, v in weights.items()}
+        attend = torch.nn.MultiheadAttention(128, 2, batch_first=True)
+        attend.load_state_dict({k.removeprefix("attn."): v for k, v in part.items() if k.startswith("attn.")})
+        y = F.layer_norm(x, (128,), part["ln_1.weight"], part["ln_1.bias"])
+        x = x + attend(y, y, y, need_weights=False, attn_mask=mask)[0]
+        y = F.layer_norm(x, (128,), part["ln_2.weight"], part["ln_2.bias"])
+        y = F.gelu(y @ part["mlp.c_fc.weight"].T + part["mlp.c_fc.bias"])
+        x = x + y @ part["mlp.c_proj.weight"].T + part["mlp.c_proj.bias"]
+    return x
+
+
+def test_hps_is_the_published_computation(tmp_path: Path) -> None:
+    path, tokenizer = tiny_open_clip(tmp_path)
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    images = pictures()
+    with torch.no_grad():
+        x = F.conv2d(resized(images, 32), weights["visual.conv1.weight"], stride=8).flatten(2).mT
+        x = torch.cat([weights["visual.class_embedding"].expand(2, 1, -1), x], 1) + weights["visual.positional_embedding"]
+        x = F.layer_norm(x, (128,), weights["visual.ln_pre.weight"], weights["visual.ln_pre.bias"])
+        x = tower(weights, "visual.", x, None)[:, 0]
+        x = F.layer_norm(x, (128,), weights["visual.ln_post.weight"], weights["visual.ln_post.bias"]) @ weights["visual.proj"]
+
+        from transformers import CLIPTokenizer
+
+        words = CLIPTokenizer.from_pretrained(tokenizer)
+        ids = torch.zeros(2, 77, dtype=torch.long)  # open_clip fills up with 0
+        for row, prompt in zip(ids, PROMPTS, strict=True):
+            tokens = words(prompt).input_ids
+            row[: len(tokens)] = torch.tensor(tokens)
+        y = weights["token_embedding.weight"][ids] + weights["positional_embedding"]
+        y = tower(weights, "", y, torch.full((77, 77), -torch.inf).triu(1))
+        y = F.layer_norm(y, (128,), weights["ln_final.weight"], weights["ln_final.bias"])
+        y = y[torch.arange(2), ids.argmax(1)] @ weights["text_projection"]
+    expected = F.cosine_similarity(x, y)
+    reward = Hps(model=str(path), tokenizer=str(tokenizer)).build()
+    torch.testing.assert_close(given(reward, PROMPTS)(images), expected, rtol=1e-4, atol=1e-5)
+    assert expected[0] != expected[1]
+
+
 def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
-    clip, (blip, tokenizer) = str(tiny_clip(tmp_path)), tiny_image_reward(tmp_path)
+    """In float64: the second-order error of the difference is all that is left."""
+    clip, (blip, bert), (hps, words) = str(tiny_clip(tmp_path)), tiny_image_reward(tmp_path), tiny_open_clip(tmp_path)
     rewards: list[Any] = [
-        ClipScore(model=clip),
-        Aesthetic(model=clip, head=str(tiny_aesthetic_head(tmp_path))),
-        ImageReward(model=str(blip), tokenizer=str(tokenizer)),
+        ClipScore(model=clip, dtype="float64"),
+        PickScore(model=clip, tokenizer=None, dtype="float64"),
+        Hps(model=str(hps), tokenizer=str(words), dtype="float64"),
+        Aesthetic(model=clip, head=str(tiny_aesthetic_head(tmp_path)), dtype="float64"),
+        ImageReward(model=str(blip), tokenizer=str(bert), dtype="float64"),
+        NamedColour(),
     ]
-    images = pictures() * 0.9  # inside the cut
-    direction = torch.randn(images.shape, generator=stream(0, "direction"))
+    images = pictures().double() * 0.9  # inside the cut
+    direction = torch.randn(images.shape, generator=stream(0, "direction"), dtype=torch.float64)
     for settings in rewards:
-        reward = given(settings.build(), PROMPTS)
-        _, gradient = value_and_gradient(reward, images)
-        h = 1e-2
+        reward = given(settings.build(), PROMPTS if settings.name != "named-colour" else ["a red cat", "a blue dog"])
+        value, gradient = value_and_gradient(reward, images)
+        assert value.dtype == gradient.dtype == torch.float64
+        h = 1e-5
         difference = (reward(images + h * direction) - reward(images - h * direction)) / (2 * h)
-        torch.testing.assert_close((gradient * direction).flatten(1).sum(1), difference, rtol=0.03, atol=0.02)
-        assert gradient.abs().max() > 0
+        torch.testing.assert_close((gradient * direction).flatten(1).sum(1), difference, rtol=1e-5, atol=1e-8)
+        assert difference.abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
@@ -206,6 +257,11 @@ def test_weights_that_are_missing_or_of_something_else(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             ImageReward(model=str(tmp_path / name)).build()
+    with pytest.raises(InputError, match=r"other.pt: is no CLIP model of open_clip, it has no visual.conv1"):
+        Hps(model=str(tmp_path / "other.pt")).build()
+    torch.save({"text_projection": torch.ones(1), "visual.conv1.weight": torch.ones(1)}, tmp_path / "part.pt")
+    with pytest.raises(InputError, match=r"part.pt: is no CLIP model of open_clip"):
+        Hps(model=str(tmp_path / "part.pt")).build()
     clip = str(tiny_clip(tmp_path))
     with pytest.raises(InputError, match="is not the aesthetic predictor"):
         Aesthetic(model=clip, head=str(tmp_path / "other.pt")).build()

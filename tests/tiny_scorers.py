@@ -34,6 +34,47 @@ def tiny_clip(folder: Path) -> Path:
     return folder / "clip"
 
 
+def tiny_open_clip(folder: Path) -> tuple[Path, Path]:
+    """A CLIP model in open_clip's format, as HPS is published, and its tokenizer."""
+    tokenizer = clip_tokenizer(folder / "files")
+    tokenizer.save_pretrained(folder / "open-clip-tokenizer")
+    generator, width = torch.Generator().manual_seed(3), 128
+    weights: dict[str, Tensor] = {}
+
+    def normal(name: str, *shape: int) -> None:
+        weights[name] = torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 0.3)
+
+    def tower(prefix: str) -> None:
+        for i in range(2):
+            block = f"{prefix}transformer.resblocks.{i}"
+            for name in ("ln_1", "ln_2"):
+                normal(f"{block}.{name}.weight", width)
+                normal(f"{block}.{name}.bias", width)
+            for name, *shape in (
+                ("attn.in_proj_weight", 3 * width, width), ("attn.in_proj_bias", 3 * width),
+                ("attn.out_proj.weight", width, width), ("attn.out_proj.bias", width),
+                ("mlp.c_fc.weight", 96, width), ("mlp.c_fc.bias", 96),
+                ("mlp.c_proj.weight", width, 96), ("mlp.c_proj.bias", width),
+            ):  # fmt: skip
+                normal(f"{block}.{name}", *shape)  # type: ignore[arg-type]
+
+    normal("visual.conv1.weight", width, 3, 8, 8)
+    normal("visual.class_embedding", width)
+    normal("visual.positional_embedding", 17, width)
+    for name in ("visual.ln_pre", "visual.ln_post", "ln_final"):
+        normal(f"{name}.weight", width)
+        normal(f"{name}.bias", width)
+    tower("visual.")
+    normal("visual.proj", width, 12)
+    normal("token_embedding.weight", len(tokenizer), width)
+    normal("positional_embedding", 77, width)
+    tower("")
+    normal("text_projection", width, 12)
+    weights["logit_scale"] = torch.tensor(4.6)
+    torch.save({"epoch": 3, "state_dict": weights}, folder / "hps.pt")
+    return folder / "hps.pt", folder / "open-clip-tokenizer"
+
+
 def tiny_aesthetic_head(folder: Path, width: int = 12) -> Path:
     """Its layers, as the authors' file has them."""
     generator, sizes = torch.Generator().manual_seed(1), (width, 8, 6, 5, 4, 1)

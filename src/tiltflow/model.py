@@ -182,6 +182,8 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         raise InputError(f"{what} {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
     except Exception as error:  # what torch raises for a file with code is no public name
         raise InputError(f"{what} {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]  # what stands beside it is how it was trained
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{what} {path}: holds no tensors by name")
     return weights

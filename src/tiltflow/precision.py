@@ -6,8 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 MixedPrecision = Literal["no", "bf16", "auto"]
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+"""Of the weights of a network."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is if that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def autocast_dtype(mixed_precision: MixedPrecision, device: torch.device | str) -> torch.dtype | None:

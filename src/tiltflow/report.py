@@ -175,6 +175,8 @@ POINTS = {
     "guidance_scale": "Guidance",
     "variance": "Variance",
     "vendi": "Vendi",
+    "fid": "FID",
+    "kid": "KID",
 }
 """Of each column of the table that is not a reward: title."""
 

@@ -57,6 +57,33 @@ class OfPrompts:
         return self.score(x, self.prompts)
 
 
+@dataclass(frozen=True)
+class PerPrompt:
+    """(r - mean) / std, with the mean and the standard deviation of the base's rewards for the prompt: every prompt is tilted
+    as hard as any other, however far apart its pictures are. A fixed reward, unlike one that is standardised in its batch.
+
+    Args:
+        statistics: prompts -> (mean, std), both [len(prompts)].
+    """
+
+    reward: Reward
+    statistics: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    prompts: tuple[str, ...] = ()
+
+    def given(self, prompts: Sequence[str]) -> PerPrompt:
+        """The reward of samples of these prompts."""
+        return replace(self, reward=given(self.reward, prompts), prompts=tuple(prompts))
+
+    def rows(self, which: Tensor | slice) -> PerPrompt:
+        """The same for those samples of the batch."""
+        return self.given(chosen(self.prompts, which))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = evaluate(self.reward, x)
+        mean, std = (statistic.to(values) for statistic in self.statistics(self.prompts))
+        return (values - mean) / std
+
+
 def chosen(prompts: Sequence[str], which: Tensor | slice) -> Sequence[str]:
     """Those of the prompts, one for each sample."""
     return prompts[which] if isinstance(which, slice) else [prompts[i] for i in which.tolist()]

@@ -22,6 +22,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from tiltflow import __version__
+from tiltflow.data import load_images
 from tiltflow.errors import InputError, NonFiniteError, did_you_mean
 from tiltflow.evaluation import (
     Estimate,
@@ -30,6 +31,7 @@ from tiltflow.evaluation import (
     mean_estimate,
     reward_distance,
 )
+from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.flow import Flow, Guided, VelocityField, base_of, bind, rows
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
@@ -37,7 +39,7 @@ from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.recipe import claim, is_text_to_image
 from tiltflow.report import write_report
-from tiltflow.reward import Reward, evaluate, given
+from tiltflow.reward import PerPrompt, Reward, evaluate, given
 from tiltflow.run import build_reward, read_records, read_run_tree, record_to, write_json, write_yaml
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import Settings, validate
@@ -52,6 +54,9 @@ from tiltflow.text_to_image import (
     with_adapter,
 )
 from tiltflow.trainer import Batch, Record, train, trainable_copy
+
+LEAST_STD = 1e-4
+"""Added to the standard deviation that a reward is divided by."""
 
 Count = Annotated[int, Field(ge=1)]
 RewardSettings = Annotated[Any, BeforeValidator(part_of("rewards"))]
@@ -119,6 +124,9 @@ class TextToImageTraining(Settings):
     """none: pictures are drawn and learned from without guidance. rollout: drawn with it, learned from without: works best for
     Stable Diffusion, but no law is known that it aims at. full: both with it: aims at the tilt of the guided law, and the
     adjoint of a strongly guided flow grows large."""
+    per_prompt_normalization: Annotated[int, Field(ge=2)] | None = None
+    """Pictures of the base for each prompt, drawn when it first comes, that say what its rewards are like: the reward is then
+    (r - mean) / std of its prompt. The temperature is in these units."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixed_precision: MixedPrecision = "no"
     use_8bit_adam: bool = False
@@ -164,9 +172,18 @@ class TextToImageEvaluation(Settings):
     rewards: tuple[RewardSettings, ...] = ()
     """Held-out rewards, which training has not seen."""
     features: str | None = None
-    """A CLIP model, a folder or a name on the hub, in whose features diversity is measured; without it, in pixels."""
+    """In which features diversity is measured: a CLIP model, a folder or a name on the hub, or yours, `package.module:function`
+    of images [batch, 3, height, width] in [-1, 1], such as DreamSim's. Without it, in pixels."""
+    reference: str | None = None
+    """Pictures that FID and KID compare with, in the features: an .npz file, a folder, or `base`, fresh ones of the base."""
     points: Annotated[tuple[Point, ...], Field(min_length=1)] = (Point(),)
     """How pictures are drawn; the first one is that of the pictures and the report's numbers."""
+
+    @model_validator(mode="after")
+    def _reference_has_features(self) -> TextToImageEvaluation:
+        if self.reference is not None and self.features is None:
+            raise ValueError("reference needs features, in which pictures are compared with it")
+        return self
 
 
 class TextToImageRecipe(Settings):
@@ -271,7 +288,11 @@ def run_text_to_image(
     for held_out in recipe.evaluation.rewards:
         held_out.build(device)
     check_reward(model, reward, texts[0])
+    if recipe.evaluation.features is not None:
+        check_features(model, recipe.evaluation, device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
+    if recipe.training.per_prompt_normalization:
+        reward = PerPrompt(reward, base_statistics(recipe, tuned.base() if recipe.model.adapter else model, reward))
     dtype = autocast_dtype(recipe.training.mixed_precision, model.device)
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if recipe.model.adapter else frozen
@@ -323,6 +344,18 @@ def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
         raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
 
 
+def check_features(model: TextToImage, settings: TextToImageEvaluation, device: str) -> None:
+    """Raises InputError if the pictures cannot be compared as `settings` say."""
+    assert settings.features is not None
+    extract = feature_extractor(settings.features, device)
+    images = torch.zeros(2, 3, *model.size)
+    found = features_of(images, extract, settings.batch_size, device)
+    if settings.reference is not None:
+        distances_to_reference(found, found)
+        if settings.reference != "base":
+            reference_images(settings.reference)
+
+
 def read_run(folder: Path) -> TextToImageRecipe:
     """The recipe of a run. Raises InputError if `folder` is no run of a pipeline."""
     tree = read_run_tree(folder)
@@ -356,11 +389,12 @@ def evaluate_text_to_image(
     prompts = [text for text in texts for _ in range(settings.num_generations)]
     every = (recipe.reward, *settings.rewards)
     measured = {label: part.build(device) for label, part in zip(labels([part.name for part in every]), every, strict=True)}
-    features = feature_extractor(settings.features, device)
+    features = None if settings.features is None else feature_extractor(settings.features, device)
     base = tuned.base() if recipe.model.adapter else model
     rows_of_metrics = read_records(folder)
     began = time.perf_counter()
 
+    reference = reference_features(settings, base, prompts, features, recipe.seed, device)
     table: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
     rewards: dict[str, Tensor] = {}
@@ -381,13 +415,20 @@ def evaluate_text_to_image(
             }
             for key, value in values.items():
                 row |= over_prompts(value, settings.num_generations).named(key)
-            row |= diversity(images, settings.num_generations, features, settings.batch_size)
+            found = images.clamp(-1, 1) if features is None else features_of(images, features, settings.batch_size, device)
+            row |= diversity(found, settings.num_generations)
+            if reference is not None:
+                row |= distances_to_reference(found, reference, recipe.seed)
             table.append(row)
             if i == 0:
                 pictures[name], rewards[name] = images, values[recipe.reward.name]
 
     taken = rows_of_metrics[-1]["step"]
-    tilt = method.log_tilt(rewards["base"], taken).reshape(len(texts), -1)
+    tilted = rewards["base"]
+    if recipe.training.per_prompt_normalization:
+        mean, std = base_statistics(recipe, base, measured[recipe.reward.name])(prompts)
+        tilted = (tilted - mean) / std
+    tilt = method.log_tilt(tilted, taken).reshape(len(texts), -1)
     weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
     target, target_error = weights.mean(rewards["base"])
     generator = stream(recipe.seed, "bootstrap")
@@ -403,7 +444,8 @@ def evaluate_text_to_image(
         "method": method.name,
         "beta": getattr(method, "beta", None),
         "working_beta": None,
-        "target_law": method.target_law(taken),
+        "target_law": method.target_law(taken)
+        + (", r in standard deviations of the base's for its prompt" if recipe.training.per_prompt_normalization else ""),
         "limits": [*method.limits(model.grid), *guidance_limits(recipe.training.guidance_mode)],
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
@@ -463,18 +505,18 @@ def over_prompts(values: Tensor, num_generations: int) -> Estimate:
     return mean_estimate(means if len(means) > 1 else values)
 
 
-def diversity(
-    images: Tensor, num_generations: int, features: Callable[[Tensor], Tensor] | None, batch_size: int
-) -> dict[str, float]:
+def diversity(pictures: Tensor, num_generations: int) -> dict[str, float]:
     """How much pictures of one prompt differ, with its standard error over prompts: the sum of the variances of their features,
-    and the Vendi score (2210.02410), the effective number of different pictures among `num_generations`."""
-    if features is None:
-        x = images.clamp(-1, 1).flatten(1).double()
-    else:
-        x = torch.cat([features(part).double().cpu() for part in images.split(batch_size)])
+    and the Vendi score (2210.02410), the effective number of different pictures among `num_generations`.
+
+    Args:
+        pictures: features [n, width], whose directions say how alike two are; or images [n, 3, height, width], whose directions
+            from the mean of all do.
+    """
+    x = pictures.flatten(1).double()
     groups = x.reshape(-1, num_generations, x.shape[1])
     variance = groups.var(1).sum(1)
-    directions = torch.nn.functional.normalize(groups - (0 if features else groups.mean((0, 1))), dim=2)
+    directions = torch.nn.functional.normalize(groups - (x.mean(0) if pictures.ndim > 2 else 0), dim=2)
     vendi = torch.stack([effective_number(kernel) for kernel in directions @ directions.mT])
     return _estimate(variance).named("variance") | _estimate(vendi).named("vendi")
 
@@ -484,14 +526,65 @@ def _estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
-def feature_extractor(name: str | None, device: str) -> Callable[[Tensor], Tensor] | None:
-    """Normalised CLIP features of images, if a model is named."""
-    if name is None:
+def reference_features(
+    settings: TextToImageEvaluation,
+    base: TextToImage,
+    prompts: Sequence[str],
+    extract: Features | None,
+    seed: int,
+    device: str,
+) -> Tensor | None:
+    """[n, width] of the pictures that FID and KID compare with, if there are any. Those of the base are from other noise than
+    the pictures in the table, so the base's own distance is what is left where nothing differs."""
+    if settings.reference is None or extract is None:
         return None
-    from tiltflow.clip import Clip
+    if settings.reference == "base":
+        point = settings.points[0]
+        images = base.sample(
+            prompts,
+            seed=stream(seed, "reference").initial_seed(),
+            sampling=point.sampling,
+            guidance_scale=point.guidance_scale,
+            batch_size=settings.batch_size,
+        )
+    else:
+        images = reference_images(settings.reference)
+    return features_of(images, extract, settings.batch_size, device)
 
-    clip = Clip.load(name, device)
-    return lambda images: clip.image_features(images.to(device))
+
+def reference_images(path: str) -> Tensor:
+    """Up to 10,000 pictures [n, 3, height, width]. Raises InputError if they cannot be read."""
+    images = load_images(path, "test").images[:10_000]
+    return images.expand(-1, 3, -1, -1)
+
+
+def base_statistics(
+    recipe: TextToImageRecipe, base: TextToImage, reward: Reward
+) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+    """The mean and the standard deviation of the base's rewards for prompts; each prompt is sampled once, as in training."""
+    training, known = recipe.training, dict[str, tuple[float, float]]()
+    assert training.per_prompt_normalization is not None
+    size = training.micro_batch_size or training.train_batch_size
+
+    def statistics(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in known:
+                several = [prompt] * cast(int, training.per_prompt_normalization)
+                images = base.sample(
+                    several,
+                    seed=stream(recipe.seed, "baseline", prompt).initial_seed(),
+                    sampling=recipe.method.sampling,
+                    guidance_scale=1 if training.guidance_mode == "none" else None,
+                    batch_size=size,
+                )
+                with torch.no_grad():
+                    values = scores(reward, images, several, size, str(base.device))
+                # a prompt whose rewards are all alike has nothing to tell: it must not divide by zero
+                known[prompt] = values.mean().item(), values.std().item() + LEAST_STD
+        mean, std = zip(*(known[prompt] for prompt in prompts), strict=True)
+        return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+    return statistics
 
 
 def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed: int, batch_size: int) -> Estimate:

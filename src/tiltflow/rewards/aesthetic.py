@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiltflow.clip import Clip
 from tiltflow.errors import InputError
 from tiltflow.model import read_tensors
+from tiltflow.precision import Dtype
 from tiltflow.reward import Reward
 from tiltflow.settings import Settings
 
@@ -26,7 +27,7 @@ class Aesthetic(Settings):
     """A folder or a name on the hub."""
     head: str
     """The file `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor, or its tensors as safetensors."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     @property
     def description(self) -> str:
@@ -39,7 +40,8 @@ class Aesthetic(Settings):
             raise InputError(f"reward.head {self.head}: takes features of width {expected}, {self.model} has {width}")
 
         def aesthetic(images: Tensor) -> Tensor:
-            rating: Tensor = head(clip.image_features(images)).squeeze(1)
+            features = clip.image_features(images)
+            rating: Tensor = head.to(features.dtype)(features).squeeze(1)
             return rating
 
         return aesthetic

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from tiltflow.clip import Clip
+from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
@@ -20,7 +21,7 @@ class ClipScore(Settings):
     name: Literal["clip-score"] = "clip-score"
     model: str = "openai/clip-vit-large-patch14"
     """A folder or a name on the hub."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     @property
     def description(self) -> str:

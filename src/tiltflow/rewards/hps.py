@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
 from tiltflow.clip import Clip
+from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
 
 class Hps(Settings):
     """HPS v2.1 (2306.09341): cos(picture, prompt) of a CLIP ViT-H/14 that was trained on preferences; papers print it times 1,
-    10 or 100. The published file is in the format of open_clip; `model` is one that was converted to transformers."""
+    10 or 100."""
 
     differentiable: ClassVar[bool] = True
     unit: ClassVar[str] = "points"
 
     name: Literal["hps"] = "hps"
     model: str
-    """A CLIPModel of transformers with the weights of HPS v2.1: a folder or a name on the hub."""
-    tokenizer: str | None = None
-    """Where its tokenizer is, if not in the same place."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """The published file, `HPS_v2.1_compressed.pt`, or its tensors as safetensors; or a CLIPModel of transformers with its
+    weights: a folder or a name on the hub."""
+    tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Where its tokenizer is; null for the folder of the model."""
+    dtype: Dtype = "float32"
 
     @property
     def description(self) -> str:
         return f"preference of people for a picture of its prompt, by {self.model}; 0.2 to 0.35 for most"
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        return OfPrompts(Clip.load(self.model, device, self.dtype, self.tokenizer).similarity)
+        load = Clip.load_open_clip if Path(self.model).is_file() else Clip.load
+        return OfPrompts(load(self.model, device, self.dtype, self.tokenizer).similarity)

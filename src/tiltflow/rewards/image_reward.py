@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tiltflow.clip import resized
+from tiltflow.clip import depth, resized
 from tiltflow.errors import InputError
 from tiltflow.model import read_tensors
+from tiltflow.precision import Dtype, at_least_float32
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
@@ -46,7 +47,7 @@ class ImageReward(Settings):
     """The published file `ImageReward.pt`, or its tensors as safetensors."""
     tokenizer: str = "google-bert/bert-base-uncased"
     """A folder or a name on the hub."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     @property
     def description(self) -> str:
@@ -89,7 +90,7 @@ class Scorer:
         read = self.text(
             input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen, is_decoder=False
         ).last_hidden_state
-        rating: Tensor = self.layers(read[:, 0]).squeeze(1).float()
+        rating: Tensor = at_least_float32(self.layers(read[:, 0]).squeeze(1))
         return (rating - MEAN) / STD
 
 
@@ -152,8 +153,3 @@ def networks(weights: Mapping[str, Tensor]) -> tuple[nn.Module, nn.Module, nn.Se
         layer.load_state_dict({part: top[f"{i}.{part}"] for part in ("weight", "bias")})
         layers.append(layer)
     return vision, text, nn.Sequential(*layers)
-
-
-def depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """How many layers there are with this prefix."""
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))

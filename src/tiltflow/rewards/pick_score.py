@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from tiltflow.clip import Clip
+from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
@@ -22,7 +23,7 @@ class PickScore(Settings):
     """A folder or a name on the hub."""
     tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Where its tokenizer is, if not in the same place: null."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     @property
     def description(self) -> str:
