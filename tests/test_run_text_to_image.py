@@ -19,6 +19,7 @@ from tiny_pipelines import PIPELINES, tiny_pipeline
 from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
+from tiltflow import load, load_text_to_image
 from tiltflow.cli import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation import effective_number
@@ -207,7 +208,9 @@ def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, 
     if kind == "full":
         tree["model"]["adapter"] = None
     train(tree, tmp_path / "run")
-    _, tuned = load_run(read_run(tmp_path / "run"), tmp_path / "run")
+    tuned = load_text_to_image(tmp_path / "run")
+    with pytest.raises(InputError, match="`load_text_to_image` reads runs of a diffusers pipeline"):
+        load(tmp_path / "run")
     latents = torch.randn(1, *tuned.event_shape, generator=stream(0, "latents"))
     result = export_run(tmp_path / "run", tmp_path / "exported")
     assert result["kind"] == kind

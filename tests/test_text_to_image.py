@@ -185,6 +185,31 @@ def model_without(name: str, folder: Path) -> Any:
     return from_diffusers(tiny_pipeline(name, folder)).flow
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_survive_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A cotangent of 1e-6, which float16 would round to a few of its smallest numbers: the gradients, of the adapter and of the
+    latents, are those of float32 to the precision of the weights."""
+    found = {}
+    for kind in (torch.float32, dtype):
+        pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+        pipeline.unet.to(kind)
+        model = with_adapter(from_diffusers(pipeline, height=16, width=16), rank=2)
+        condition, _ = model.encode(["a red cat"])
+        x = torch.randn(1, *model.event_shape, generator=stream(0, "x")).requires_grad_()
+        v = bind(model.flow, condition)(x, torch.tensor(0.5))
+        (1e-6 * v.square()).sum().backward()
+        adapter = {name: p.grad for name, p in model.denoiser.named_parameters() if p.grad is not None}
+        found[kind] = {"x": x.grad} | {name: g for name, g in adapter.items() if "lora_B" in name}
+    assert len(found[dtype]) > 4
+    for name, exact in found[torch.float32].items():
+        half = found[dtype][name]
+        assert exact is not None
+        assert half is not None
+        assert exact.abs().max() < 1e-4
+        assert half.dtype == torch.float32
+        assert (half - exact).norm() < (0.02 if dtype == torch.float16 else 0.1) * exact.norm(), name
+
+
 def test_a_guided_adapter_is_off_on_both_sides(tmp_path: Path) -> None:
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)))
     with torch.no_grad():

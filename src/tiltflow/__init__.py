@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.model import Model, load
     from tiltflow.run import Training, tune
+    from tiltflow.run_text_to_image import load_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.text_to_image import from_diffusers
 
@@ -38,6 +39,7 @@ _HOME = {
     "Training": "run",
     "from_diffusers": "text_to_image",
     "load": "model",
+    "load_text_to_image": "run_text_to_image",
     "tune": "run",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "Training",
     "from_diffusers",
     "load",
+    "load_text_to_image",
     "tune",
 ]
 

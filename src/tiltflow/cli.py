@@ -303,7 +303,7 @@ def _sample_pipeline(
     import numpy as np
 
     from tiltflow.plots import image_grid
-    from tiltflow.run_text_to_image import Point, load_run, read_run
+    from tiltflow.run_text_to_image import Point, load_text_to_image, read_run
     from tiltflow.settings import validate
 
     if not prompts:
@@ -314,8 +314,9 @@ def _sample_pipeline(
     point = validate(Point, tree, "--solver" if solver else "sampling")
     several = [prompt for prompt in prompts for _ in range(4)]
     with _spinner(console, quiet, f"sampling {len(several)}"):
-        _, tuned = load_run(recipe, run, device)
-        x = tuned.sample(several, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale)
+        x = load_text_to_image(run, device).sample(
+            several, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
         image_grid(x, 4).save(output)

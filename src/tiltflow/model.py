@@ -134,6 +134,8 @@ def model_folder(name_or_path: str | Path) -> Path:
     for folder in candidates:
         if (folder / CONFIG).exists():
             return folder
+    if (path / "model").is_dir():
+        raise InputError(f"{path}: its model/ has no {CONFIG}; `load_text_to_image` reads runs of a diffusers pipeline")
     if path.exists():
         raise InputError(f"{path}: neither a model folder nor a run, it has no {CONFIG} and no model/{CONFIG}")
     raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,27 @@ def autocast_dtype(mixed_precision: MixedPrecision, device: torch.device | str) 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
     """The context in which a network is evaluated. Weights stay in their own dtype, so no loss scale is needed."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+GRADIENT_SCALE = 1024.0
+"""What gradients are multiplied with inside a network in float16, whose smallest number is 6e-8; exact, as a power of two."""
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, scale: float) -> Tensor:
+        context.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * context.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x, whose gradient is multiplied with `scale` on its way back."""
+    scaled: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

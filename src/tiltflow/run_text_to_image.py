@@ -360,7 +360,7 @@ def read_run(folder: Path) -> TextToImageRecipe:
     """The recipe of a run. Raises InputError if `folder` is no run of a pipeline."""
     tree = read_run_tree(folder)
     if not is_text_to_image(tree):
-        raise InputError(f"{folder}: is no run of a diffusers pipeline; its folder model/ is what `tiltflow.load` reads")
+        raise InputError(f"{folder}: is no run of a diffusers pipeline; `tiltflow.load` reads its model")
     return validate(TextToImageRecipe, tree, str(folder / "recipe.yaml"))
 
 
@@ -370,6 +370,14 @@ def load_run(recipe: TextToImageRecipe, folder: Path, device: str = "cpu") -> tu
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
     load_tuned(tuned, folder / "model")
     return model, tuned
+
+
+def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
+    """The tuned model of a run of a pipeline, to sample from: `load_text_to_image("runs/ir").sample(["a red cat"])`.
+
+    Raises InputError if it is no such run or its base cannot be had.
+    """
+    return load_run(read_run(Path(run)), Path(run), device)[1]
 
 
 @torch.no_grad()

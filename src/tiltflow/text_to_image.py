@@ -28,6 +28,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind
 from tiltflow.interpolant import Interpolant
 from tiltflow.model import ASSETS
+from tiltflow.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.sampler import Sampling, sample
 from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
 from tiltflow.streams import stream
@@ -37,7 +38,10 @@ Condition = Mapping[str, Any]
 
 
 class Denoiser(nn.Module):
-    """The network of a pipeline, called as (x [batch, *event], time [batch], condition) -> prediction, in the dtype of x."""
+    """The network of a pipeline, called as (x [batch, *event], time [batch], condition) -> prediction, in the dtype of x.
+
+    Gradients are larger inside a network in float16 (`tiltflow.precision`), and as they should be outside and in its adapter.
+    """
 
     def __init__(self, network: nn.Module, predict: Callable[..., Tensor]):
         super().__init__()
@@ -45,7 +49,11 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
+        if dtype != torch.float16:
+            return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
+        inside = scale_gradient(x, 1 / GRADIENT_SCALE).to(dtype)
+        predicted = self.predict(self.network, inside, time.float(), in_dtype(condition, dtype)).to(x.dtype)
+        return scale_gradient(predicted, GRADIENT_SCALE)
 
 
 class AdaptedDenoiser(Denoiser):
@@ -361,6 +369,8 @@ def with_adapter(
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+            if network.dtype == torch.float16:
+                parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
     assert isinstance(model.flow, Flow)
     return replace(model, flow=replace(model.flow, network=AdaptedDenoiser(network, model.denoiser.predict)))
 
