@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from tiltflow.adjoint import lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward
 from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
 from tiltflow.streams import stream
@@ -63,7 +63,7 @@ class Controlled(nn.Module):
 def one_iteration(method: AdjointMatching, tuned: Any, reward: Any, *, batch: int = 8, seed: int = 0, **options: Any) -> Any:
     """What the method measures, on a Gaussian base; the gradients of its passes add up in `tuned`."""
     x = torch.randn(batch, 1, generator=stream(seed, "start"))
-    state = options.pop("state", {})
+    state = options.pop("state", State())
     return list(method.gradients(tuned, affine.velocity, reward, x, stream(seed, "noise"), state, **options))
 
 
@@ -338,7 +338,7 @@ class Corrected(nn.Module):
 
 def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **options: Any) -> list[dict[str, float]]:
     x = torch.randn(batch, 2, generator=stream(3))
-    state = options.pop("state", {})
+    state = options.pop("state", State())
     return list(method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), state, **options))
 
 
@@ -403,14 +403,14 @@ def test_terms_above_the_running_quantile_are_dropped() -> None:
     """Threshold: a plain mean of the first two quantiles, then 0.9 of the old one."""
     method = AdjointMatching(num_inference_steps=9, drop_quantile=0.9)
     chain = method.chain()
-    tuned, state = Controlled(chain), dict[str, float]()
+    tuned, state = Controlled(chain), State()
     size = (chain.std * adjoints(chain, "after")).abs()[:8]  # the roots of the terms, the same for every sample
     quantile = torch.quantile(size.repeat_interleave(8), 0.9)
     for factor, threshold in ((1, 1.0), (2, 1.5), (4, 0.9 * 1.5 + 0.1 * 4), (4, 0.9 * (0.9 * 1.5 + 0.1 * 4) + 0.1 * 4)):
         tuned.zero_grad()
         reward = QuadraticReward(torch.tensor([affine.LINEAR * factor]))
         (measured,) = one_iteration(method, tuned, reward, state=state)
-        assert state["threshold"] == pytest.approx(threshold * quantile.item())
+        assert state.threshold == pytest.approx(threshold * quantile.item())
         kept = factor * size <= threshold * quantile
         assert measured["clipped"] == 1 - kept.double().mean().item()
         assert torch.equal(tuned.shift.grad[:8] != 0, kept)
@@ -426,7 +426,7 @@ def test_a_term_at_the_limit_is_kept() -> None:
         method = AdjointMatching(num_inference_steps=2, loss_clip=2 * limit)  # h = 1 / 2
         shift = nn.Parameter(torch.zeros(1))
         x, reward = torch.zeros(4, 1), QuadraticReward(torch.ones(1))
-        (measured,) = method.gradients(lambda x, t, s=shift: s.expand_as(x), still, reward, x, stream(0), {})
+        (measured,) = method.gradients(lambda x, t, s=shift: s.expand_as(x), still, reward, x, stream(0), State())
         assert (measured["loss"], measured["clipped"]) == (0.25, clipped)
         assert (shift.grad.item() == 0) == bool(clipped)
 
@@ -460,7 +460,7 @@ def test_every_pass_has_its_gradient() -> None:
     terms, _, _ = terms_by_hand(method.chain(), tuned, 1.0)
     expected = gradients_of(terms.sum(0).mean(), tuned)
     passes = 0
-    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), {}):
+    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), State()):
         assert_close((tuned.weight.grad, tuned.bias.grad), expected)
         tuned.zero_grad()
         passes += 1
@@ -484,7 +484,7 @@ def regressed(method: AdjointMatching, batch: int = 6) -> list[Tensor]:
     chain, passes = method.chain(), []
     x = torch.randn(batch, 2, generator=stream(3))
     path = rollout(chain, tuned, x, stream(4))
-    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), {}):
+    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), State()):
         count = torch.zeros(len(chain), batch)
         for seen, time in tuned.asked:
             if time.ndim:
@@ -535,7 +535,7 @@ def test_steps_outside_the_strata_cost_nothing_and_change_nothing() -> None:
     for method in (some, everything):
         tuned = Controlled(method.chain(), torch.full((9,), 0.1), torch.full((9,), -0.2))
         x = torch.randn(8, 1, generator=stream(1))
-        for _ in method.gradients(tuned, base, quadratic_reward(), x, stream(2), {}):
+        for _ in method.gradients(tuned, base, quadratic_reward(), x, stream(2), State()):
             gradients.append(tuned.slope.grad)
     assert_close(gradients[0][4:], gradients[1][4:])
     assert not gradients[0][:4].any()

@@ -36,6 +36,14 @@ class Calibration:
     def __init__(self, target_reward: float, beta: float):
         self.target_reward, self.beta, self.log_gain = target_reward, beta, 0.0
 
+    def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` takes."""
+        return {"target_reward": self.target_reward, "log_gain": self.log_gain}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from there."""
+        self.target_reward, self.log_gain = state["target_reward"], state["log_gain"]
+
     @property
     def working_beta(self) -> float:
         """The temperature to run at, in units of reward."""

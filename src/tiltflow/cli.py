@@ -1,7 +1,7 @@
 """The command line: parse, build, loop, write. Each command does what one function of the library does.
 
 With --json the last line on standard output is one JSON object and all else goes to standard error. Exit code 0 is
-success, 2 wrong input, 1 failure, 130 an interrupt.
+success, 2 wrong input, 1 failure, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from tiltflow import __version__
-from tiltflow.errors import InputError, TiltflowError, did_you_mean
+from tiltflow.errors import InputError, Interrupted, TiltflowError, did_you_mean
 
 app = typer.Typer(
     name="tiltflow",
@@ -51,6 +51,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_de
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
     output: Output,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output from its latest checkpoint, or begin it.")
+    ] = False,
     overrides: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -60,18 +63,22 @@ def train(
 ) -> None:
     """Tune a model toward a reward, and report how far it is from its target law.
 
-    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C saves.
+    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C and SIGTERM save;
+    the same command with --resume then goes on, bit for bit as if it had never stopped.
 
     [dim]tiltflow train digits-even --output runs/even[/dim]
+    [dim]tiltflow train digits-even --output runs/even --resume[/dim]
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
     """
     from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
     from tiltflow.run import Recipe, run
     from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
     from tiltflow.settings import validate
+    from tiltflow.signals import noted
 
     path = find_recipe(recipe, "train")
-    tree = read_recipe_tree(path, _with_seed(overrides, seed))
+    going_on = ["training.resume_from_checkpoint=latest"] if resume else []
+    tree = read_recipe_tree(path, [*_with_seed(overrides, seed), *going_on])
     of_pipeline = is_text_to_image(tree)
     settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
     chosen = _device(device, threads)
@@ -79,10 +86,57 @@ def train(
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
     train_it: Any = run_text_to_image if of_pipeline else run
-    with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-        summary = train_it(settings, output, device=chosen, watch=watch)
+
+    def note(text: str) -> None:
+        console.print(f"[yellow]{escape(text)}[/yellow]")
+
+    def told(number: int) -> None:
+        note("asked to stop: saving; once more leaves at once")
+
+    try:
+        with (
+            noted(told) as stop,
+            _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch,
+        ):
+            summary = train_it(settings, output, device=chosen, watch=watch, stop=stop, note=note)
+    except Interrupted as error:
+        console.print(f"{escape(str(error))}; the same command with --resume goes on")
+        raise typer.Exit(128 + error.signal) from None
     _show_summary(console, summary, output)
     _finish(as_json, summary)
+
+
+@app.command()
+def verify_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.")],
+    as_json: Json = False,
+) -> None:
+    """Read checkpoints again, and say whether every byte is as it was written. Exit code 1 if one is not.
+
+    [dim]tiltflow verify-checkpoint runs/even[/dim]
+    """
+    from tiltflow import checkpoint
+    from tiltflow.errors import CheckpointError
+
+    inside = checkpoint.checkpoints(path / checkpoint.FOLDER)
+    folders = [path] if (path / checkpoint.MANIFEST).exists() else inside or checkpoint.checkpoints(path)
+    if not folders:
+        raise InputError(f"{path}: is no checkpoint, and has none in {checkpoint.FOLDER}/")
+    console, found = _console(as_json), dict[str, str | None]()
+    for folder in folders:
+        try:
+            checkpoint.verify_checkpoint(folder)
+            found[folder.name] = None
+            console.print(f"[green]good[/green] {escape(folder.name)}")
+        except CheckpointError as error:
+            found[folder.name] = str(error)
+            console.print(f"[red]bad[/red]  {escape(str(error))}")
+    _finish(
+        as_json,
+        {"checkpoints": [{"name": name, "good": problem is None, "problem": problem} for name, problem in found.items()]},
+    )
+    if any(found.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class TiltflowError(Exception):
@@ -14,8 +15,29 @@ class InputError(TiltflowError):
     """The user's input is wrong: a recipe, a name, a file, a reward of the wrong shape. Exit code 2."""
 
 
+class CheckpointError(TiltflowError):
+    """A checkpoint cannot be written, or is not what was written. Exit code 1."""
+
+
+class Interrupted(TiltflowError):
+    """Training was asked to stop, and its state is saved. Exit code 128 + the number of the signal."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 class NonFiniteError(TiltflowError):
-    """A number that must be finite is not: training stops before the weights are touched. Exit code 1."""
+    """A number that must be finite is not: training stops before the weights are touched. Exit code 1.
+
+    Args:
+        where: what is known of it: the names of parameters, the number of the step, the samples.
+        tensors: some of what it was computed from, to look at.
+    """
+
+    def __init__(self, message: str, where: dict[str, Any] | None = None, tensors: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.where, self.tensors = dict(where or {}), dict(tensors or {})
 
 
 class CollapseError(TiltflowError):

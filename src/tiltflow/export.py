@@ -11,8 +11,7 @@ import yaml
 
 from tiltflow.errors import InputError
 from tiltflow.plots import curves
-from tiltflow.recipe import claim
-from tiltflow.run import read_records
+from tiltflow.run_folder import claim, read_records
 from tiltflow.run_text_to_image import TextToImageRecipe, load_run, read_run
 
 KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")

@@ -104,8 +104,12 @@ class Flow:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of the network."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters of the network and their names."""
         network = cast(nn.Module, self.network)
-        return (p for p in network.parameters() if p.requires_grad)
+        return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -269,9 +273,13 @@ def slices(count: int, size: int | None) -> list[slice]:
 
 
 class CountEvaluations:
-    """Counts how many samples networks are evaluated on, while it is the context: `with CountEvaluations(network) as count`."""
+    """Counts how many samples networks are evaluated on, while it is the context: `with CountEvaluations(network) as count`.
 
-    def __init__(self, *networks: object):
+    `poll` is called before each evaluation.
+    """
+
+    def __init__(self, *networks: object, poll: Callable[[], None] = lambda: None):
+        self.poll = poll
         self.networks = {id(network): network for network in networks if isinstance(network, nn.Module)}
         self.total = 0
 
@@ -280,6 +288,7 @@ class CountEvaluations:
         return self
 
     def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.poll()
         self.total += len(arguments[0])
 
     def __exit__(self, *error: object) -> None:

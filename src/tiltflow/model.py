@@ -192,7 +192,8 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:
-    network: nn.Module = config.network.build()
+    with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced
+        network: nn.Module = config.network.build()
     path = folder / WEIGHTS
     try:
         weights = load_file(path, device=str(device))

@@ -4,9 +4,9 @@ refusal of bad numbers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +45,18 @@ class Tilting(Optimization):
     def target_law(self, steps: int) -> str:
         """The law that the method aims at, in words."""
         return "p_base(x) exp(r(x) / beta)"
+
+
+class Numbers:
+    """What is kept between iterations, where that is a dataclass of numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {key: value for key, value in vars(self).items() if isinstance(value, (int, float))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        vars(self).update(state)
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
@@ -87,6 +99,16 @@ class WeightAverage:
         for i, parameter in enumerate(self.parameters):
             parameter.data, self.values[i] = self.values[i], parameter.data
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"values": self.values, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.updates = state["updates"]
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)
+
     @torch.no_grad()
     def store(self) -> None:
         """Write the average into the parameters themselves."""
@@ -94,15 +116,32 @@ class WeightAverage:
             parameter.copy_(value)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], limit: float | None, step: int) -> float:
-    """Clip the gradients to a global norm of `limit` and return the norm before. Raises NonFiniteError if it is not finite."""
-    norm = nn.utils.clip_grad_norm_(list(parameters), limit if limit is not None else math.inf)
-    return finite(norm, "the gradient norm", step)
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put the state of an optimizer in place, in the memory layout of its parameters: another may round otherwise."""
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def gradient_norm(
+    parameters: Sequence[nn.Parameter], limit: float | None, step: int, names: Sequence[str] | None = None
+) -> float:
+    """Clip the gradients to a global norm of `limit` and return the norm before. Raises NonFiniteError, which names the
+    parameters, if it is not finite."""
+    norm: float = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf).item()
+    if not math.isfinite(norm):
+        bad = [i for i, p in enumerate(parameters) if p.grad is not None and not bool(p.grad.isfinite().all())]
+        where = {"what": "gradient", "parameters": [names[i] if names else str(i) for i in bad]}
+        tensors = {f"gradient of {name}": parameters[i].grad for i, name in zip(bad[:8], where["parameters"], strict=False)}
+        raise NonFiniteError(f"step {step}: the gradient norm is {norm}; the weights are as before this step", where, tensors)
+    return norm
 
 
 def finite(value: Tensor | float, what: str, step: int) -> float:
     """`value` as a float. Raises NonFiniteError, before the weights are touched, if it is NaN or infinite."""
     number = value.item() if isinstance(value, Tensor) else value
     if not math.isfinite(number):
-        raise NonFiniteError(f"step {step}: {what} is {number}; the weights are as before this step")
+        raise NonFiniteError(f"step {step}: {what} is {number}; the weights are as before this step", {"what": what})
     return number

@@ -22,7 +22,8 @@ from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier,
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast, autocast_dtype
-from tiltflow.recipe import claim, find_recipe, read_recipe_tree
+from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.run_folder import claim
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import new_network, stream

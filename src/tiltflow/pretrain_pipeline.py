@@ -19,7 +19,8 @@ from torch import Tensor
 from tiltflow.data import CaptionedImages, fingerprint, load_captioned
 from tiltflow.interpolant import expand, interior, mixture_weights
 from tiltflow.pretrain import Optimization, Progress, learn
-from tiltflow.recipe import claim, find_recipe, read_recipe_tree
+from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.run_folder import claim
 from tiltflow.schedules import path_of
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream

@@ -45,9 +45,3 @@ def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def is_text_to_image(tree: Any) -> bool:
     """Whether a training recipe, as it was read, is one of a diffusers pipeline."""
     return isinstance(tree, dict) and isinstance(tree.get("model"), dict)
-
-
-def claim(folder: Path) -> None:
-    """Raises InputError if something is in `folder` already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")

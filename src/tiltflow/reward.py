@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class LearnedReward(Protocol):
 
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
         """Learn from samples x [batch, *event] of the tuned model; returns the loss before."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes while it learns; what `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from there."""
         ...
 
 
@@ -86,7 +94,7 @@ class PerPrompt:
 
 def chosen(prompts: Sequence[str], which: Tensor | slice) -> Sequence[str]:
     """Those of the prompts, one for each sample."""
-    return prompts[which] if isinstance(which, slice) else [prompts[i] for i in which.tolist()]
+    return prompts[which] if isinstance(which, slice) else [prompts[i] for i in which.tolist() if prompts]
 
 
 def given(reward: Reward, prompts: Sequence[str]) -> Reward:
@@ -104,9 +112,17 @@ def evaluate(reward: Reward, x: Tensor) -> Tensor:
         raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
     if not value.dtype.is_floating_point:
         raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
-    bad = (~torch.isfinite(value)).sum().item()
-    if bad:
-        raise NonFiniteError(f"the reward is not finite for {bad} of {len(x)} samples")
+    bad = (~torch.isfinite(value.detach())).nonzero()[:, 0]
+    if len(bad):
+        raise NonFiniteError(
+            f"the reward is not finite for {len(bad)} of {len(x)} samples",
+            {
+                "what": "reward",
+                "samples": bad.tolist(),
+                "prompts": [str(p) for p in chosen(getattr(reward, "prompts", ()), bad)],
+            },
+            {"rewards": value, "samples": x[bad[:8]]},
+        )
     return value
 
 
@@ -122,5 +138,10 @@ def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
             raise InputError("the reward has no gradient with respect to the sample, and this method needs one")
         (gradient,) = torch.autograd.grad(value.sum(), x)
     if not torch.isfinite(gradient).all():
-        raise NonFiniteError("the gradient of the reward is not finite")
+        bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[:, 0]
+        raise NonFiniteError(
+            f"the gradient of the reward is not finite for {len(bad)} of {len(x)} samples",
+            {"what": "gradient of the reward", "samples": bad.tolist()},
+            {"gradient": gradient[bad[:8]], "samples": x[bad[:8]], "rewards": value},
+        )
     return value.detach(), gradient

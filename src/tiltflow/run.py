@@ -1,7 +1,6 @@
 """A training run: a recipe, the loop, and the one folder in which everything that it makes lies.
 
-recipe.yaml      the resolved recipe: `tiltflow train` on it repeats the run
-metrics.jsonl    one line per optimizer step
+recipe.yaml, metrics.jsonl, checkpoints/      see `tiltflow.run_folder`; `tiltflow train` on the recipe repeats the run
 model/           the tuned model, as `tiltflow.load` reads it
 reward.safetensors      the network of a reward that learned along the way
 base/            the base model, unless it ships with tiltflow
@@ -10,26 +9,22 @@ before.png, after.png, summary.json, report.html      written by the evaluation,
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-import yaml
 from pydantic import BeforeValidator, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow import __version__
 from tiltflow.calibration import Calibration, target_reward
+from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
@@ -51,20 +46,20 @@ from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifie
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
-from tiltflow.recipe import claim
 from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate
+from tiltflow.run_folder import RunFolder, Survival, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
-from tiltflow.settings import Settings, read_yaml, validate
+from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
-METRICS, REWARD = "metrics.jsonl", "reward.safetensors"
+REWARD = "reward.safetensors"
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
 
 
-class Training(Settings):
+class Training(Survival):
     """The loop; the optimizer's settings belong to the method."""
 
     max_train_steps: Count = 100
@@ -146,9 +141,19 @@ def steps(
 
     Whenever the loop is closed, the weights of the model are complete: as of the last step, or their moving average.
     """
+    tuned, loop = prepare(model, reward, method, training, seed=seed)
+    return tuned, loop()
+
+
+def prepare(
+    model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
+) -> tuple[Model, Callable[..., Generator[Record, None, None]]]:
+    """`steps`, not yet begun: the loop takes the arguments of `train` about where to go on from and when to stop."""
     adapter = hasattr(model.flow.network, "disable_adapter")
     if adapter and training.trainable.pattern:
         raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
+    if training.calibration_samples and not hasattr(method, "beta"):
+        raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
     dtype = autocast_dtype(training.mixed_precision, model.device)
     frozen = replace(model.flow, autocast=dtype)
@@ -158,41 +163,70 @@ def steps(
     def draw(generator: torch.Generator) -> Tensor:
         return model.start(training.train_batch_size, generator)
 
-    calibration, spent = None, 0
-    if count := training.calibration_samples:
-        if not hasattr(method, "beta"):
-            raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
+    def calibrate() -> tuple[Calibration, int]:
         with CountEvaluations(model.flow.network) as evaluations:
             expected = target_reward(
-                base, reward, method.beta, draw, method.sampling, count, seed=seed, start=start, device=model.device
+                base,
+                reward,
+                method.beta,
+                draw,
+                method.sampling,
+                training.calibration_samples,
+                seed=seed,
+                start=start,
+                device=model.device,
             )
-        calibration, spent = Calibration(expected.value, method.beta), evaluations.total
-    records = train(
-        replace(tuned.flow, autocast=dtype),
-        base,
-        method,
-        reward,
-        draw,
-        max_train_steps=training.max_train_steps,
-        seed=seed,
-        start=start,
-        ema_decay=training.ema_decay,
-        micro_batch_size=training.micro_batch_size,
-        calibration=calibration,
-        network_evaluations=spent,
-    )
-    return tuned, records
+        return Calibration(expected.value, method.beta), evaluations.total
+
+    def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
+        calibration, spent = None, 0
+        if training.calibration_samples:
+            known = None if resume_from is None else resume_from["calibration"]["target_reward"]
+            calibration, spent = calibrate() if known is None else (Calibration(known, method.beta), 0)
+        yield from train(
+            replace(tuned.flow, autocast=dtype),
+            base,
+            method,
+            reward,
+            draw,
+            max_train_steps=training.max_train_steps,
+            seed=seed,
+            start=start,
+            ema_decay=training.ema_decay,
+            micro_batch_size=training.micro_batch_size,
+            calibration=calibration,
+            network_evaluations=spent,
+            max_skipped_steps=training.max_skipped_steps,
+            resume_from=resume_from,
+            **options,
+        )
+
+    return tuned, loop
 
 
 def run(
-    recipe: Recipe, folder: Path, *, device: str = "cpu", watch: Callable[[Record], None] = lambda record: None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    watch: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], int | None] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary.
+    """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary. With
+    `training.resume_from_checkpoint` the run that is in the folder goes on.
+
+    Args:
+        stop: the number of the signal that asks to stop, if one does; the tuned weights and a checkpoint are then saved.
+        note: is told what a person should know about where a run goes on from.
 
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
-    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had.
+    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted if
+    `stop` says so; NonFiniteError and CheckpointError.
     """
-    claim(folder)
+    place = RunFolder.begin(folder, recipe)
+    for text in place.notes:
+        note(text)
     base = load(recipe.model, device)
     reward = build_reward(recipe.reward, recipe.method, device)
     check_fit("reward", reward, base, device)
@@ -205,37 +239,20 @@ def run(
         evaluation_images(recipe.evaluation)
 
     began = time.perf_counter()
-    tuned, records = steps(base, reward, recipe.method, recipe.training, seed=recipe.seed)
-    first = next(records)  # what does not fit shows in the first step, before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
-    source = model_folder(recipe.model)
-    if not source.is_relative_to(ASSETS):
-        shutil.copytree(source, folder / "base")
-    try:
-        with closing(records):
-            record_to(folder, chain([first], records), watch)
-    finally:
-        if (folder / METRICS).stat().st_size:
-            if isinstance(reward, LearnedReward):
-                save_weights(reward.network, folder / REWARD)
-            tuned.save(folder / "model", model_card(recipe))
+    tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+
+    def keep_base() -> None:
+        source = model_folder(recipe.model)
+        if not source.is_relative_to(ASSETS) and not (folder / "base").exists():
+            shutil.copytree(source, folder / "base")
+
+    def save() -> None:
+        if isinstance(reward, LearnedReward):
+            save_weights(reward.network, folder / REWARD)
+        tuned.save(folder / "model", model_card(recipe))
+
+    place.train(loop, save, watch=watch, stop=stop, before=keep_base)
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
-
-
-def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
-    """Write each training record as a line of `metrics.jsonl`, and show it."""
-    with open(folder / METRICS, "w", encoding="utf-8") as lines:
-        for record in records:
-            row = {"step": record.step, "seconds": round(record.seconds, 3), "network_evaluations": record.network_evaluations}
-            lines.write(json.dumps(row | record.metrics) + "\n")
-            lines.flush()
-            watch(record)
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def evaluate_run(
@@ -432,14 +449,6 @@ def read_recipe(folder: Path) -> Recipe:
     return validate(Recipe, read_run_tree(folder), str(folder / "recipe.yaml"))
 
 
-def read_run_tree(folder: Path) -> dict[str, Any]:
-    """The recipe of any run, not yet validated. Raises InputError if `folder` is not a run with a tuned model."""
-    for needed in ("recipe.yaml", "model", METRICS):
-        if not (folder / needed).exists():
-            raise InputError(f"{folder}: not a run folder, it has no {needed}")
-    return read_yaml(folder / "recipe.yaml")
-
-
 def model_card(recipe: Recipe) -> str:
     """README.md of a tuned model."""
     steps = recipe.training.max_train_steps
@@ -451,20 +460,3 @@ def model_card(recipe: Recipe) -> str:
         f"Base: `{recipe.model}`. Reward: {recipe.reward.description}. Aims at {aim}; "
         f"seed {recipe.seed}, up to {steps} steps. The complete recipe is `recipe.yaml` of the run.\n"
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write at once or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_yaml(path: Path, tree: Any) -> None:
-    """Write at once or not at all."""
-    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write at once or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

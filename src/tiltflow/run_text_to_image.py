@@ -1,7 +1,6 @@
 """A training run of a text-to-image pipeline: a recipe whose model is `{diffusers: PATH_OR_ID}`, and the folder it makes.
 
-recipe.yaml      the resolved recipe: `tiltflow train` on it repeats the run
-metrics.jsonl    one line per optimizer step
+recipe.yaml, metrics.jsonl, checkpoints/      see `tiltflow.run_folder`; `tiltflow train` on the recipe repeats the run
 model/           the adapter, pytorch_lora_weights.safetensors as diffusers loads it, or the whole denoiser
 before.png, after.png, summary.json, report.html      written by the evaluation, from the folder and the base alone
 """
@@ -11,9 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -37,10 +35,11 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompts, read_prompts
-from tiltflow.recipe import claim, is_text_to_image
+from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
 from tiltflow.reward import PerPrompt, Reward, evaluate, given
-from tiltflow.run import build_reward, read_records, read_run_tree, record_to, write_json, write_yaml
+from tiltflow.run import build_reward
+from tiltflow.run_folder import RunFolder, Survival, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
@@ -110,7 +109,7 @@ class DiffusersModel(Settings):
         return model
 
 
-class TextToImageTraining(Settings):
+class TextToImageTraining(Survival):
     """The loop, in global numbers."""
 
     max_train_steps: Count = 100
@@ -272,13 +271,13 @@ def run_text_to_image(
     *,
     device: str = "cpu",
     watch: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], int | None] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary.
-
-    On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again.
-    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had.
-    """
-    claim(folder)
+    """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
+    place = RunFolder.begin(folder, recipe)
+    for text in place.notes:
+        note(text)
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
     texts = [prompt.text for prompt in prompts]
     model = recipe.model.load(device)
@@ -298,7 +297,8 @@ def run_text_to_image(
     base = base_of(flow) if recipe.model.adapter else frozen
 
     began = time.perf_counter()
-    records = train(
+    loop = partial(
+        train,
         flow,
         base,
         recipe.method,
@@ -310,15 +310,9 @@ def run_text_to_image(
         ema_decay=recipe.training.ema_decay,
         micro_batch_size=recipe.training.micro_batch_size,
         adam=eight_bit_adam() if recipe.training.use_8bit_adam else torch.optim.AdamW,
+        max_skipped_steps=recipe.training.max_skipped_steps,
     )
-    first = next(records)  # what does not fit shows in the first step, before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
-    try:
-        with closing(records):
-            record_to(folder, chain([first], records), watch)
-    finally:
-        save_tuned(tuned, folder / "model")
+    place.train(loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop)
     return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
 
 

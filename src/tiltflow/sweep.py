@@ -24,7 +24,8 @@ import torch
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.plots import pareto
-from tiltflow.run import Recipe, run, write_json, write_text, write_yaml
+from tiltflow.run import Recipe, run
+from tiltflow.run_folder import write_json, write_text, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml, validate
 
 MEASURES = ("reward_base", "reward_tuned", "w2_base", "w2_floor", "target_distance", "effective_sample_size", "seconds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.calibration import Calibration
-from tiltflow.errors import InputError
+from tiltflow.checkpoint import Tree
+from tiltflow.errors import InputError, Interrupted, NonFiniteError
 from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField
-from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
-from tiltflow.reward import Reward
+from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor, load_optimizer
+from tiltflow.reward import LearnedReward, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
 
@@ -107,6 +108,10 @@ def train(
     calibration: Calibration | None = None,
     network_evaluations: int = 0,
     adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    max_skipped_steps: int = 0,
+    resume_from: Tree | None = None,
+    on_batch_end: Callable[[int, Callable[[], Tree]], None] = lambda step, state: None,
+    stop: Callable[[], int | None] = lambda: None,
 ) -> Generator[Record, None, None]:
     """Tune the trainable parameters of `tuned` in place.
 
@@ -117,12 +122,20 @@ def train(
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
         network_evaluations: how many were spent before, on the calibration; the records count on from there.
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
+        max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
+        resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
+        on_batch_end: called with the number of steps taken and what gives the state of the loop, after all the steps on a
+            batch, and before Interrupted is raised.
+        stop: asked at every evaluation of a network; the number of the signal that asks to stop, if one does.
 
-    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite.
+    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted, with the
+    state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; InputError if
+    `resume_from` is of another model or method.
     """
-    parameters = list(tuned.parameters())
-    if not parameters:
+    trained = dict(tuned.named_parameters())
+    if not trained:
         raise ValueError("the tuned network has no parameter that requires a gradient")
+    names, parameters = list(trained), list(trained.values())
     optimizer = adam(
         parameters,
         lr=method.learning_rate,
@@ -130,52 +143,145 @@ def train(
         weight_decay=method.adam_weight_decay,
     )
     average = WeightAverage(parameters, ema_decay)
-    working = method
-    device, state, step, began = parameters[0].device, None, 0, time.perf_counter()
+    working, device, step, skipped = method, parameters[0].device, 0, 0
+    began, movable = time.perf_counter(), False
+    state: Any = None
+
+    def poll() -> None:
+        if movable and (signal := stop()) is not None:
+            raise Interrupted(f"stopped by signal {signal} at step {step}", signal)
+
     networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
     try:
-        with CountEvaluations(*networks) as count:
+        with CountEvaluations(*networks, poll=poll) as count:
+
+            def learners() -> Tree:
+                """What may change while trajectories are drawn, before the weights do."""
+                return {
+                    "method": state.state_dict() if hasattr(state, "state_dict") else {},
+                    "reward": reward.state_dict() if isinstance(reward, LearnedReward) else {},
+                }
+
+            def put_back(tree: Tree) -> None:
+                if hasattr(state, "load_state_dict"):
+                    state.load_state_dict(tree["method"])
+                if isinstance(reward, LearnedReward):
+                    reward.load_state_dict(tree["reward"])
+
+            def current() -> Tree:
+                return {
+                    "step": step,
+                    "seconds": time.perf_counter() - began,
+                    "network_evaluations": network_evaluations + count.total,
+                    "skipped": skipped,
+                    "parameters": trained,
+                    "buffers": buffers_of(tuned.network),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state_dict(),
+                    "calibration": None if calibration is None else calibration.state_dict(),
+                    **learners(),
+                }
+
+            if resume_from is not None:
+                load_weights(resume_from, trained, buffers_of(tuned.network))
+                load_optimizer(optimizer, resume_from["optimizer"])
+                average.load_state_dict(resume_from["average"])
+                if calibration is not None:
+                    calibration.load_state_dict(resume_from["calibration"])
+                step, skipped = resume_from["step"], resume_from["skipped"]
+                began -= resume_from["seconds"]
+                network_evaluations = resume_from["network_evaluations"]
+
             while step < max_train_steps:
-                drawn = draw(stream(seed, "start", step, device=device))
-                batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
-                if state is None:
-                    state = method.new_state(tuple(batch.x.shape[1:]), seed, device)
-                if calibration is not None:
-                    working = method.model_copy(update={"beta": calibration.working_beta})
-                updates = working.gradients(
-                    batch.bind(tuned),
-                    batch.bind(base),
-                    batch.reward or reward,
-                    batch.x,
-                    stream(seed, "rollout", step, device=device),
-                    state,
-                    start=start,
-                    micro_batch_size=micro_batch_size,
-                    policy=batch.bind(Averaged(tuned, average)) if ema_decay else None,
-                    guide=batch.guide,
-                )
-                for measured in updates:
-                    step += 1
-                    finite(measured["loss"], "the loss", step)
-                    norm = gradient_norm(parameters, method.max_grad_norm, step)
-                    factor = learning_rate_factor(
-                        step, warmup=method.lr_warmup_steps, total=max_train_steps, scheduler=method.lr_scheduler
-                    )
-                    optimizer.param_groups[0]["lr"] = method.learning_rate * factor
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    average.update()
+                before, evaluated = None, count.total
+                try:
+                    movable = True
+                    drawn = draw(stream(seed, "start", step, device=device))
+                    batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+                    if state is None:
+                        state = method.new_state(tuple(batch.x.shape[1:]), seed, device)
+                        if resume_from is not None:
+                            put_back(resume_from)
+                    before = copy.deepcopy(learners())
                     if calibration is not None:
-                        measured = {**measured, "beta": calibration.working_beta}
-                    metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
-                    yield Record(step, metrics, time.perf_counter() - began, network_evaluations + count.total)
-                    if step == max_train_steps:
-                        break
-                if calibration is not None:
-                    calibration.update(measured["reward"])
+                        working = method.model_copy(update={"beta": calibration.working_beta})
+                    updates = working.gradients(
+                        batch.bind(tuned),
+                        batch.bind(base),
+                        batch.reward or reward,
+                        batch.x,
+                        stream(seed, "rollout", step, device=device),
+                        state,
+                        start=start,
+                        micro_batch_size=micro_batch_size,
+                        policy=batch.bind(Averaged(tuned, average)) if ema_decay else None,
+                        guide=batch.guide,
+                    )
+                    poll()
+                    measured = next(updates, None)
+                    while measured is not None:
+                        movable = False  # the weights are about to change: the batch is taken to its end
+                        step += 1
+                        factor = learning_rate_factor(
+                            step, warmup=method.lr_warmup_steps, total=max_train_steps, scheduler=method.lr_scheduler
+                        )
+                        finite(measured["loss"], "the loss", step)
+                        norm = gradient_norm(parameters, method.max_grad_norm, step, names)
+                        optimizer.param_groups[0]["lr"] = method.learning_rate * factor
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        average.update()
+                        skipped = 0
+                        if calibration is not None:
+                            measured = {**measured, "beta": calibration.working_beta}
+                        metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
+                        yield Record(step, metrics, time.perf_counter() - began, network_evaluations + count.total)
+                        if step == max_train_steps:
+                            break
+                        last, measured = measured, next(updates, None)
+                    if calibration is not None and measured is None:
+                        calibration.update(last["reward"])
+                except Interrupted:
+                    optimizer.zero_grad()
+                    count.total = evaluated
+                    if before is not None:
+                        put_back(before)
+                    on_batch_end(step, current)
+                    raise
+                except NonFiniteError as error:
+                    optimizer.zero_grad()
+                    if movable and before is not None:
+                        put_back(before)
+                    step += movable  # else it is counted already
+                    error.where |= {"step": step, "seed": seed}
+                    skipped += 1
+                    if skipped > max_skipped_steps:
+                        raise
+                    yield Record(step, {"skipped": 1.0}, time.perf_counter() - began, network_evaluations + count.total)
+                on_batch_end(step, current)
     finally:
         if ema_decay:
             average.store()
+
+
+def buffers_of(network: object) -> dict[str, Tensor]:
+    """The tensors of a network that are no parameters, but change with it."""
+    return dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
+
+
+@torch.no_grad()
+def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Put the weights of a saved state in place. Raises InputError if they are of another network."""
+    for kind, own in (("parameters", parameters), ("buffers", buffers)):
+        saved = state[kind]
+        for name in sorted(own.keys() ^ saved.keys()):
+            raise InputError(f"resume: {name} is in {'the model' if name in own else 'the checkpoint'} alone: another model?")
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise InputError(
+                    f"resume: {name} is of shape {list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
+                )
+            tensor.copy_(saved[name])
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:

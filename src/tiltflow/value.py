@@ -111,6 +111,16 @@ class Value:
         self.network, self.form = network, form
         self.shift, self.scale, self.fitted = 0.0, 1.0, False
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        scale = {"shift": self.shift, "scale": self.scale, "fitted": self.fitted}
+        return {"network": self.network.state_dict(), **scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.network.load_state_dict(state["network"])
+        self.shift, self.scale, self.fitted = state["shift"], state["scale"], state["fitted"]
+
     def fit_scale(self, rewards: Tensor) -> None:
         """Put F's outputs in units of the rewards [batch], unless that was done before."""
         if not self.fitted:

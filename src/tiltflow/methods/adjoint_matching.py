@@ -16,6 +16,7 @@ is p_base(x) exp(r(x) / beta) up to the O(h) that a chain of Gaussian steps leav
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Tilting
+from tiltflow.optimization import Numbers, Tilting
 from tiltflow.reward import Reward
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -80,6 +81,14 @@ class Regression(NamedTuple):
     targets: Tensor
     limit: Tensor
     first: int
+
+
+@dataclass
+class State(Numbers):
+    """What is kept between iterations: the running threshold of `drop_quantile`."""
+
+    threshold: float = 0.0
+    updates: int = 0
 
 
 class AdjointMatching(Tilting):
@@ -138,9 +147,9 @@ class AdjointMatching(Tilting):
         """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
         return self.sampling.limits(start)
 
-    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> dict[str, Any]:
-        """What is kept between iterations: the running threshold of `drop_quantile`."""
-        return {}
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
+        """What is kept between iterations."""
+        return State()
 
     def gradients(
         self,
@@ -149,7 +158,7 @@ class AdjointMatching(Tilting):
         reward: Reward,
         x: Tensor,
         generator: torch.Generator,
-        state: dict[str, Any],
+        state: State,
         *,
         start: Start = 0.0,
         micro_batch_size: int | None = None,
@@ -237,7 +246,7 @@ class AdjointMatching(Tilting):
         velocities = torch.cat([torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts], dim=1)
         return targets, velocities, torch.cat([part.rewards for part in parts])
 
-    def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: dict[str, Any]) -> Tensor:
+    def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: State) -> Tensor:
         """[steps, 1]: the size above which a term of each step is clipped (or dropped), infinite where neither is asked for."""
         limit = terms.new_full((len(terms), 1), float("inf"))
         if self.loss_clip is not None:
@@ -245,12 +254,12 @@ class AdjointMatching(Tilting):
             limit = torch.minimum(limit, h * self.loss_clip / self.beta**2)
         if self.drop_quantile is not None:
             quantile = torch.quantile(terms.sqrt().flatten()[: 2**24], self.drop_quantile).item()
-            seen = state.get("updates", 0.0)
+            seen = state.updates
             # the first two updates are a plain mean, then an exponential one, as in the authors' code
             decay = seen / (seen + 1) if seen < 2 else 0.9
-            state["threshold"] = decay * state.get("threshold", 0.0) + (1 - decay) * quantile
-            state["updates"] = seen + 1
-            limit = limit.clamp(max=state["threshold"] ** 2)
+            state.threshold = decay * state.threshold + (1 - decay) * quantile
+            state.updates = seen + 1
+            limit = limit.clamp(max=state.threshold**2)
         return limit
 
     def _regress(

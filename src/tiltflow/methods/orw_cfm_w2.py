@@ -47,7 +47,7 @@ from tiltflow.evaluation import Estimate, ImportanceWeights
 from tiltflow.flow import Flow, Guide, VelocityField, groups, in_chunks, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Optimization
+from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate
 from tiltflow.sampler import Sampling, Start, sample, spread_times
@@ -57,7 +57,7 @@ WeightMode = Literal["normalized", "raw", "both-terms"]
 
 
 @dataclass
-class State:
+class State(Numbers):
     """What is kept between rounds."""
 
     rounds: int = 0

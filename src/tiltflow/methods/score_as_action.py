@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError
 from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Tilting
+from tiltflow.optimization import Tilting, load_optimizer
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -95,6 +95,21 @@ class State:
     penalty: float = 1.0
     step_kl: float = 0.0
     iterations: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {
+            "value": self.value.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            **{key: getattr(self, key) for key in ("penalty", "step_kl", "iterations")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.value.load_state_dict(state["value"])
+        if self.optimizer is not None:
+            load_optimizer(self.optimizer, state["optimizer"])
+        self.penalty, self.step_kl, self.iterations = (state[key] for key in ("penalty", "step_kl", "iterations"))
 
 
 @dataclass(frozen=True)

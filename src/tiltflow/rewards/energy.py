@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import load_images
 from tiltflow.errors import InputError
+from tiltflow.optimization import load_optimizer
 from tiltflow.plugins import part_of
 from tiltflow.settings import Settings
 from tiltflow.streams import new_network
@@ -61,6 +62,15 @@ class EnergyReward:
     def __call__(self, x: Tensor) -> Tensor:
         energy: Tensor = self.network(x)
         return -energy[:, 0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The network and its optimizer."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.network.load_state_dict(state["network"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
         """Optimizer steps on samples x [batch, *event] and as many images; returns the loss before them.

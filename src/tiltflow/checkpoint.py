@@ -1,0 +1,210 @@
+"""Checkpoints: all that a run needs to go on, in a folder that is there whole or not at all.
+
+step-00001234/
+    state.safetensors   every tensor
+    state.json          every number, and where the tensors belong
+    manifest.json       written last: the format, what wrote it, and size and sha256 of the other two
+
+A checkpoint is written into a folder beside it, each file flushed to the disk, and renamed: a process that is killed, a disk
+that is full or a machine that loses power leaves the old checkpoints as they were. A folder is never written to again. One
+whose manifest does not verify is not used. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltflow import __version__
+from tiltflow.errors import CheckpointError
+
+FORMAT = 1
+FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+LITTER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{8}")
+"""What a process that was killed while it wrote or deleted leaves behind."""
+TENSOR, INTEGER = "tensor:", "int:"
+
+Tree = dict[str, Any]
+"""Nested mappings and lists of tensors, numbers, words and None."""
+
+
+def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_limit: int | None = None) -> Path:
+    """Write `state` as `root/step-...`, and then delete the oldest ones beyond `total_limit`, if the new one verifies.
+
+    Raises CheckpointError, the other checkpoints being as they were, if it cannot be written.
+    """
+    final = root / f"step-{step:08d}"
+    draft = root / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        draft.mkdir(parents=True)
+        numbers, tensors = _split(state)
+        save_file(tensors, draft / TENSORS)
+        (draft / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        files = {name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (TENSORS, NUMBERS)}
+        manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
+        for name in files:
+            flush(draft / name)
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        flush(draft / MANIFEST)
+        flush(draft)
+        if final.exists():  # of a run that was resumed from before it; not overwritten, not lost
+            final.rename(root / f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+        draft.rename(final)
+        flush(root)
+        verify_checkpoint(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"{final}: the checkpoint cannot be written ({reason}); those before it are as they were"
+        ) from None
+    for old in checkpoints(root)[: -total_limit if total_limit else 0]:
+        delete_checkpoint(old)
+    return final
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renamed first, so that half a deletion does not look like a checkpoint."""
+    doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The folders that look like checkpoints, the oldest first."""
+    return sorted(folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir())
+
+
+def remove_litter(root: Path) -> None:
+    """Delete what killed processes left half-written."""
+    for folder in root.glob("step-*.tmp-*"):
+        if LITTER.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def latest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was skipped.
+
+    Raises CheckpointError if the newest is from a later version of tiltflow: going back further would lose it silently.
+    """
+    skipped = []
+    for folder in reversed(checkpoints(root)):
+        try:
+            verify_checkpoint(folder)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+class NewerFormatError(CheckpointError):
+    """Written by a later version of tiltflow."""
+
+
+def verify_checkpoint(folder: Path) -> Tree:
+    """The manifest of a checkpoint whose every file is as it was written. Raises CheckpointError, saying what is not."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no checkpoint, or not a whole one: it has no {MANIFEST}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise NewerFormatError(
+            f"{folder}: has format {written}, this tiltflow {__version__} reads up to {FORMAT}; it was written by tiltflow"
+            f" {manifest.get('tiltflow')}"
+        )
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(written, int) or not isinstance(files, dict) or set(files) != {TENSORS, NUMBERS}:
+        raise CheckpointError(f"{folder / MANIFEST}: is not the manifest of a checkpoint")
+    found: Tree = manifest
+    for name, expected in files.items():
+        try:
+            size, digest = (folder / name).stat().st_size, _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        if not isinstance(expected, dict) or (size, digest) != (expected.get("bytes"), expected.get("sha256")):
+            raise CheckpointError(f"{folder / name}: is not what was written ({size} bytes, sha256 {digest[:12]}..)")
+    return found
+
+
+def load_checkpoint(folder: Path) -> Tree:
+    """The state that was saved, its tensors on the CPU. Raises CheckpointError if it does not verify."""
+    verify_checkpoint(folder)
+    try:
+        tensors = load_file(folder / TENSORS)
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        state: Tree = _join(numbers, tensors)
+    except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Onto the disk itself: a rename may otherwise be there before the content is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The tree with a reference in place of each tensor, and the tensors by the path that leads to them."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node.detach().cpu().contiguous().clone()
+            return TENSOR + path
+        if isinstance(node, Mapping):
+            names = {(f"{INTEGER}{key}" if isinstance(key, int) else key): value for key, value in node.items()}
+            return {name: walk(value, f"{path}/{name}" if path else name) for name, value in names.items()}
+        if isinstance(node, (list, tuple)):
+            return [walk(value, f"{path}/{i}") for i, value in enumerate(node)]
+        if isinstance(node, str) and node.startswith(TENSOR):
+            raise ValueError(f"{path}: a word that begins with {TENSOR!r} cannot be saved")
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        raise TypeError(f"{path}: {type(node).__name__} cannot be saved")
+
+    return walk(tree, ""), tensors
+
+
+def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, str) and node.startswith(TENSOR):
+        return tensors[node.removeprefix(TENSOR)]
+    if isinstance(node, dict):
+        return {
+            (int(key.removeprefix(INTEGER)) if key.startswith(INTEGER) else key): _join(value, tensors)
+            for key, value in node.items()
+        }
+    return [_join(value, tensors) for value in node] if isinstance(node, list) else node

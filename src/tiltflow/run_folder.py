@@ -1,0 +1,279 @@
+"""The folder of a run: begun or gone on with, and what training leaves in it, however it ends.
+
+recipe.yaml      the resolved recipe
+metrics.jsonl    one line per optimizer step
+checkpoints/     what training goes on from; see `tiltflow.checkpoint`
+diagnostics/     for each number that was not finite: what it was and what it came from
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+import yaml
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiltflow import checkpoint
+from tiltflow.checkpoint import Tree
+from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.settings import Settings, read_yaml
+from tiltflow.trainer import Record
+
+Count = Annotated[int, Field(ge=1)]
+RECIPE, METRICS, DIAGNOSTICS = "recipe.yaml", "metrics.jsonl", "diagnostics"
+
+FREE_TO_CHANGE = (
+    "description",
+    "evaluation",
+    "training.checkpointing_steps",
+    "training.checkpoints_total_limit",
+    "training.max_skipped_steps",
+    "training.micro_batch_size",
+    "training.resume_from_checkpoint",
+    "training.use_8bit_adam",
+)
+"""What may differ from the recipe of a run that is gone on with: it does not change what is computed, or not before the end."""
+
+
+class Survival(Settings):
+    """How a run survives: part of the settings of every training loop."""
+
+    checkpointing_steps: Annotated[int, Field(ge=0)] = 50
+    """A checkpoint is written after so many steps, and when training ends or is asked to stop; 0 for only then."""
+    checkpoints_total_limit: Count | None = 2
+    """How many are kept; null for all."""
+    resume_from_checkpoint: str | None = None
+    """latest, or the name of a checkpoint, such as step-00000100: go on from there, in the same folder, as if the run had never
+    stopped. With `latest`, a run that has none yet begins."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
+    first."""
+
+
+class Loop(Protocol):
+    """A training loop that is ready to begin; see `tiltflow.trainer.train`."""
+
+    def __call__(
+        self,
+        *,
+        resume_from: Tree | None,
+        on_batch_end: Callable[[int, Callable[[], Tree]], None],
+        stop: Callable[[], int | None],
+    ) -> Generator[Record, None, None]: ...
+
+
+@dataclass
+class RunFolder:
+    """Where a run lies, and what it goes on from."""
+
+    path: Path
+    recipe: Any
+    state: Tree | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a person should know about where it goes on from."""
+
+    @classmethod
+    def begin(cls, path: Path, recipe: Any) -> RunFolder:
+        """A new run, or, if the recipe says so, the one that is there.
+
+        Raises InputError if the folder is occupied or the run that is there is another one; CheckpointError if a checkpoint
+        was asked for that is not as it was written.
+        """
+        wanted = recipe.training.resume_from_checkpoint
+        if wanted is None:
+            claim(path)
+            return cls(path, recipe)
+        if not (path / RECIPE).exists():
+            claim(path)
+            return cls(path, recipe, notes=["there is no run to go on with yet: a new one begins"])
+        refuse_changes(path, recipe)
+        root, skipped = path / checkpoint.FOLDER, list[str]()
+        checkpoint.remove_litter(root)
+        chosen: Path | None
+        if wanted == "latest":
+            chosen, skipped = checkpoint.latest_checkpoint(root)
+        else:
+            chosen = root / Path(wanted).name
+            if not chosen.is_dir():
+                known = ", ".join(folder.name for folder in checkpoint.checkpoints(root)) or "none"
+                raise InputError(f"training.resume_from_checkpoint: {path} has no checkpoint {wanted!r}; it has {known}")
+        notes = [f"skipped {problem}" for problem in skipped]
+        if chosen is None:
+            return cls(path, recipe, notes=[*notes, "no checkpoint to go on from: the run begins anew"])
+        saved = checkpoint.load_checkpoint(chosen)
+        notes += [
+            f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit"
+            for key, now in environment().items()
+            if (then := saved["environment"].get(key)) != now
+        ]
+        return cls(path, recipe, saved["loop"], [*notes, f"going on from {chosen.name}"])
+
+    def train(
+        self,
+        loop: Loop,
+        save: Callable[[], None],
+        *,
+        watch: Callable[[Record], None] = lambda record: None,
+        stop: Callable[[], int | None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
+
+        Args:
+            before: called when the first step has shown that the recipe works, before anything is written.
+
+        Raises what the loop raises: NonFiniteError, with what is known of it in diagnostics/; Interrupted, with a checkpoint
+        to go on from.
+        """
+        begun_at = 0 if self.state is None else self.state["step"]
+        written = begun_at
+        settings = self.recipe.training
+
+        def on_batch_end(step: int, state: Callable[[], Tree]) -> None:
+            nonlocal written
+            every = settings.checkpointing_steps or math.inf
+            due = step // every > written // every or step >= settings.max_train_steps or stop() is not None
+            if due and step > written:
+                checkpoint.flush(self.path / METRICS)
+                checkpoint.save_checkpoint(
+                    self.path / checkpoint.FOLDER,
+                    step,
+                    {"environment": environment(), "loop": state()},
+                    total_limit=settings.checkpoints_total_limit,
+                )
+                written = step
+
+        records = loop(resume_from=self.state, on_batch_end=on_batch_end, stop=stop)
+        with closing(records):
+            try:
+                first = list(_first(records))  # what does not fit shows in the first step, before anything is written
+                before()
+                self.path.mkdir(parents=True, exist_ok=True)
+                tree = self.recipe.model_dump(mode="json")
+                tree["training"]["resume_from_checkpoint"] = None
+                write_yaml(self.path / RECIPE, tree)
+                earlier = [row for row in read_records(self.path) if row["step"] <= begun_at] if begun_at else []
+                write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in earlier))
+                try:
+                    record_to(self.path, chain(first, records), watch)
+                finally:
+                    records.close()  # leaves the average of the weights in them
+                    if (self.path / METRICS).stat().st_size:
+                        save()
+            except NonFiniteError as error:
+                diagnose(self.path, error)
+                raise
+
+
+def _first(records: Generator[Record, None, None]) -> Iterable[Record]:
+    for record in records:
+        return [record]
+    return []
+
+
+def claim(folder: Path) -> None:
+    """Raises InputError if something is in `folder` already, but for what a run that failed at once has left."""
+    if folder.exists() and (not folder.is_dir() or any(path.name != DIAGNOSTICS for path in folder.iterdir())):
+        hint = (
+            "; to go on with it, add --resume" if (folder / RECIPE).exists() and (folder / checkpoint.FOLDER).exists() else ""
+        )
+        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten{hint}")
+
+
+def environment() -> dict[str, Any]:
+    """What decides, beside the recipe, how numbers are rounded."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+
+
+def refuse_changes(path: Path, recipe: Any) -> None:
+    """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference."""
+    then, now = (flat(tree) for tree in (read_yaml(path / RECIPE), recipe.model_dump(mode="json")))
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    steps = "training.max_train_steps"
+    free = [*FREE_TO_CHANGE, *([steps] if recipe.method.lr_scheduler == "constant" else [])]
+    unsafe = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    if unsafe:
+        listed = "; ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in unsafe[:5])
+        more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
+        why = " (its learning rate depends on it)" if unsafe == [steps] else ""
+        raise InputError(
+            f"{path}: the run was begun with another recipe: {listed}{more}{why}; put it back, or train into a new folder"
+        )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys.
+
+    >>> flat({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': [2]}
+    """
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    joined: dict[str, Any] = {}
+    for key, value in tree.items():
+        joined |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return joined
+
+
+def diagnose(path: Path, error: NonFiniteError) -> None:
+    """Leave what is known of a number that is not finite in diagnostics/."""
+    folder = path / DIAGNOSTICS / f"step-{error.where.get('step', 0):08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in error.tensors.items() if isinstance(value, Tensor)}
+    if tensors:
+        save_file(tensors, folder / "tensors.safetensors")
+    write_json(folder / "report.json", {"error": str(error), **error.where, "tensors": sorted(tensors)})
+
+
+def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
+    """Add each training record to `metrics.jsonl` as a line, and show it."""
+    with open(folder / METRICS, "a", encoding="utf-8") as lines:
+        for record in records:
+            row = {"step": record.step, "seconds": round(record.seconds, 3), "network_evaluations": record.network_evaluations}
+            lines.write(json.dumps(row | record.metrics) + "\n")
+            lines.flush()
+            watch(record)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last one that a killed process has not finished is left out."""
+    rows = []
+    for line in (folder / METRICS).read_text(encoding="utf-8").split("\n")[:-1]:
+        rows.append(json.loads(line))
+    return rows
+
+
+def read_run_tree(folder: Path) -> dict[str, Any]:
+    """The recipe of any run, not yet validated. Raises InputError if `folder` is not a run with a tuned model."""
+    for needed in (RECIPE, "model", METRICS):
+        if not (folder / needed).exists():
+            raise InputError(f"{folder}: not a run folder, it has no {needed}")
+    return read_yaml(folder / RECIPE)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write at once or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_yaml(path: Path, tree: Any) -> None:
+    """Write at once or not at all."""
+    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write at once or not at all."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

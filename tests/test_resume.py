@@ -1,0 +1,435 @@
+"""A run that goes on is the run that never stopped, bit for bit: every method, after a real SIGKILL, after a signal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import tiny_recipe
+from torch import Tensor
+
+from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
+from tiltflow.errors import InputError, Interrupted
+from tiltflow.run import Recipe, run
+from tiltflow.run_folder import RunFolder, read_records
+from tiltflow.settings import read_yaml, validate
+
+SHORT = {"num_inference_steps": 4, "learning_rate": 1e-3}
+CRITIC = {"num_steps": 2, "train_batch_size": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "adjoint-matching": {"beta": 0.1, "num_passes": 2, "drop_quantile": 0.8, "train_timesteps": [{"count": 2}]},
+    "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5, "lr_scheduler": "constant"},
+    "score-as-action": {"critic": CRITIC, "num_passes": 3, "train_timesteps": [{"count": 2}]},
+    "score-as-action-ddpo": {"name": "score-as-action", "preset": "ddpo", "num_passes": 2},
+    "score-as-action-ode": {"name": "score-as-action", "solver": "euler", "critic": CRITIC | {"form": "cos-sin"}},
+    "orw-cfm-w2": {"alpha": 0.3, "num_passes": 3, "min_effective_sample_size": 1},
+    "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},
+}
+TRAINING = {"max_train_steps": 12, "train_batch_size": 4, "ema_decay": 0.5, "checkpointing_steps": 3}
+NO_JUDGE = {"num_samples": 8, "grid": 4, "batch_size": 8}
+
+
+def recipe_for(folder: Path, method: str, **training: Any) -> Recipe:
+    settings = {"name": method} | SHORT | METHODS[method]
+    path = tiny_recipe(folder, method=settings, training=TRAINING | training, evaluation=NO_JUDGE)
+    return validate(Recipe, read_yaml(path), "recipe")
+
+
+def resuming(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})})
+
+
+class Killed(BaseException):
+    """Stands for the end of the process where a test stays in its own."""
+
+
+def killed_after(count: int) -> Any:
+    def watch(record: Any) -> None:
+        if record.step >= count:
+            raise Killed
+
+    return watch
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """The last checkpoint, but for the clock."""
+    last = checkpoints(folder / FOLDER)[-1]
+    found = load_checkpoint(last)["loop"]
+    assert found.pop("seconds") > 0
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_records(folder)]
+
+
+def same(one: Any, other: Any, path: str = "") -> None:
+    """Equal to the last bit."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            same(a, b, f"{path}/{i}")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def same_runs(one: Path, other: Path) -> None:
+    same(final(one), final(other))
+    assert rows(one) == rows(other)
+    for name in ("model/model.safetensors", "before.png", "after.png"):
+        assert (one / name).exists() == (other / name).exists()
+        assert not (one / name).exists() or (one / name).read_bytes() == (other / name).read_bytes(), name
+    if not (one / "summary.json").exists():
+        return
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (one, other))
+    clocks = {"seconds", "seconds_total", "name"}
+    assert {k: v for k, v in ours.items() if k not in clocks} == {k: v for k, v in theirs.items() if k not in clocks}
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the evaluation out."""
+    monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {})
+
+
+# ---- contract 4: bitwise resume ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("unmeasured")
+def test_resume_is_bitwise(method: str, tmp_path: Path) -> None:
+    """Stopped anywhere: at a checkpoint, between two, in the middle of the steps on a batch; and more than once."""
+    recipe = recipe_for(tmp_path, method)
+    run(recipe, tmp_path / "whole")
+    for count in (5, 8, 11):
+        with pytest.raises(Killed):
+            run(resuming(recipe), tmp_path / "parts", watch=killed_after(count))
+    run(resuming(recipe), tmp_path / "parts")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"micro_batch_size": 2, "ema_decay": 0.0},
+        {"calibration_samples": 64},
+        {"trainable": "middle"},
+        {"checkpointing_steps": 1, "checkpoints_total_limit": 1},
+    ],
+    ids=lambda training: next(iter(training)),
+)
+@pytest.mark.usefixtures("unmeasured")
+def test_resume_is_bitwise_with(training: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching", **training)
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+    run(resuming(recipe), tmp_path / "parts")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_is_bitwise_with_a_reward_that_learns(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (16, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=np.arange(16) % 2, x_test=images, y_test=np.arange(16) % 2)
+    network = {"name": "residual-classifier", "channels": [8, 8], "classes": 1}
+    reward = {"name": "energy", "data": str(tmp_path / "data.npz"), "network": network}
+    method = {"name": "score-as-action", "preset": "dxmi", "critic_warmup_steps": 2} | SHORT
+    path = tiny_recipe(tmp_path, method=method, training=TRAINING, evaluation=NO_JUDGE, reward=reward)
+    recipe = validate(Recipe, read_yaml(path), "recipe")
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+    run(resuming(recipe), tmp_path / "parts")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert "reward" in final(tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_that_is_finished_is_only_evaluated_again(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(recipe, tmp_path / "run")
+    before = rows(tmp_path / "run"), final(tmp_path / "run"), (tmp_path / "run/model/model.safetensors").read_bytes()
+    run(resuming(recipe), tmp_path / "run")
+    same(before[1], final(tmp_path / "run"))
+    assert (rows(tmp_path / "run"), (tmp_path / "run/model/model.safetensors").read_bytes()) == (before[0], before[2])
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_is_made_longer(tmp_path: Path) -> None:
+    """With a constant learning rate, to the bit the longer one from the start."""
+    short = recipe_for(tmp_path, "adjoint-matching-bootstrap")
+    longer = recipe_for(tmp_path, "adjoint-matching-bootstrap", max_train_steps=16)
+    run(short, tmp_path / "run")
+    run(resuming(longer), tmp_path / "run")
+    run(longer, tmp_path / "whole")
+    same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_named(tmp_path: Path) -> None:
+    recipe, notes = recipe_for(tmp_path, "adjoint-matching"), list[str]()
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(resuming(recipe), tmp_path / "parts", watch=killed_after(11))
+    newest = checkpoints(tmp_path / "parts" / FOLDER)[-1]
+    (newest / "state.json").unlink()
+    run(resuming(recipe), tmp_path / "parts", note=notes.append)
+    assert any(note.startswith("skipped") and newest.name in note for note in notes)
+    assert any(note.startswith("going on from step-") for note in notes)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
+    recipe, notes = recipe_for(tmp_path, "orw-cfm-w2"), list[str]()
+    run(resuming(recipe), tmp_path / "whole", note=notes.append)
+    assert "a new one begins" in notes[0]
+    with pytest.raises(Killed):
+        run(resuming(recipe), tmp_path / "parts", watch=killed_after(2))
+    assert not (tmp_path / "parts" / FOLDER).exists()
+    run(resuming(recipe), tmp_path / "parts", note=notes.append)
+    assert "the run begins anew" in notes[-1]
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_changed_recipe_lists_the_differences(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(recipe, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    def refused(**changes: Any) -> str:
+        tree = recipe.model_dump(mode="json")
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+        with pytest.raises(InputError) as error:
+            run(resuming(validate(Recipe, tree, "recipe")), tmp_path / "run")
+        return str(error.value)
+
+    assert "method.beta 0.1 -> 0.2" in (text := refused(method__beta=0.2, seed=3))
+    assert "seed 0 -> 3" in text
+    assert "its learning rate depends on it" in refused(training__max_train_steps=20)
+    assert "reward.classes" in refused(reward__classes=[1])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    tree = recipe.model_dump(mode="json")
+    tree["evaluation"]["num_samples"], tree["training"]["checkpointing_steps"], tree["description"] = 10, 5, "other"
+    run(resuming(validate(Recipe, tree, "recipe")), tmp_path / "run")  # changes nothing that is computed in training
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_checkpoint_by_name(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching", checkpoints_total_limit=None)
+    run(recipe, tmp_path / "run")
+    expected = rows(tmp_path / "run"), final(tmp_path / "run")
+    names = [folder.name for folder in checkpoints(tmp_path / "run" / FOLDER)]
+    assert len(names) == 4
+    again = recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": names[1]})})
+    run(again, tmp_path / "run")
+    assert rows(tmp_path / "run") == expected[0]
+    same(final(tmp_path / "run"), expected[1])
+    wrong = recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": "step-99"})})
+    with pytest.raises(InputError, match=f"has no checkpoint 'step-99'; it has {names[0]}"):
+        RunFolder.begin(tmp_path / "run", wrong)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_another_machine_is_named(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(recipe, tmp_path / "run")
+    last = checkpoints(tmp_path / "run" / FOLDER)[-1]
+    saved = load_checkpoint(last)
+    threads = saved["environment"]["threads"]
+    save_checkpoint(last.parent, 13, saved | {"environment": saved["environment"] | {"threads": threads + 1}})
+    notes = RunFolder.begin(tmp_path / "run", resuming(recipe)).notes
+    assert notes[0] == f"threads was {threads + 1}, now {threads}: the same numbers up to rounding, but not bit for bit"
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(recipe, tmp_path / "run")
+    last = checkpoints(tmp_path / "run" / FOLDER)[-1]
+    saved = load_checkpoint(last)
+    name, weight = next(iter(saved["loop"]["parameters"].items()))
+    saved["loop"]["step"] = 1
+    saved["loop"]["parameters"][name] = weight.flatten()
+    save_checkpoint(last.parent, 13, saved)
+    with pytest.raises(InputError, match=rf"resume: {name} is of shape"):
+        run(resuming(recipe), tmp_path / "run")
+    del saved["loop"]["parameters"][name]
+    save_checkpoint(last.parent, 14, saved)
+    with pytest.raises(InputError, match=f"resume: {name} is in the model alone"):
+        run(resuming(recipe), tmp_path / "run")
+
+
+# ---- contract 11: signals, in every loop ----
+
+
+@pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
+@pytest.mark.usefixtures("unmeasured")
+def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(method: str, tmp_path: Path) -> None:
+    """The signal comes at another network evaluation each time: while trajectories are drawn, adjoints computed, a critic
+    or the policy learns."""
+    recipe = recipe_for(tmp_path, method, checkpointing_steps=0)
+    run(recipe, tmp_path / "whole")
+    stops, asked = 0, 0
+
+    def stop() -> int | None:
+        nonlocal asked
+        asked -= 1
+        return signal.SIGTERM if asked < 0 else None
+
+    for patience in itertools.count(4):
+        asked = patience
+        try:
+            run(resuming(recipe), tmp_path / "parts", stop=stop)
+            break
+        except Interrupted as error:
+            stops += error.signal == signal.SIGTERM
+            # in the very first batch there is nothing to save, and nothing is written
+            assert (tmp_path / "parts").exists() == (tmp_path / "parts" / "model" / "model.safetensors").exists()
+    assert stops > 3
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def command(recipe: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet", "--resume", "--threads", "1"]
+
+
+def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
+    with open(folder.with_name("output"), "ab") as output:
+        # tests that run in the background of a shell inherit a SIGINT that is ignored
+        ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        return subprocess.Popen(command(recipe, folder), stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    metrics = folder / "metrics.jsonl"
+    for _ in range(1200):
+        if (metrics.exists() and metrics.read_text().count("\n") >= count) or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run makes no progress")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(number: int, code: int, tmp_path: Path) -> None:
+    training = TRAINING | {"max_train_steps": 100_000, "checkpointing_steps": 0}
+    recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE)
+    process = started(recipe, tmp_path / "run")
+    try:
+        wait_for_steps(tmp_path / "run", 4, process)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert "--resume goes on" in (tmp_path / "output").read_text()
+    finally:
+        process.kill()
+    (saved,) = checkpoints(tmp_path / "run" / FOLDER)
+    assert load_checkpoint(saved)["loop"]["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    """In a reward that takes forever, where the first signal cannot be served."""
+    (tmp_path / "slow.py").write_text(
+        "import time, pathlib\n"
+        "def reward(x):\n"
+        "    if pathlib.Path('go').exists():\n"
+        "        pathlib.Path('stuck').touch()\n"
+        "        for _ in range(600):\n"
+        "            time.sleep(0.1)\n"
+        "    return x.mean((1, 2, 3))\n"
+    )
+    training = TRAINING | {"max_train_steps": 100_000}
+    recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE, reward={"name": "function", "path": "slow:reward"})
+    process = subprocess.Popen(command(recipe, tmp_path / "run"), cwd=tmp_path)
+    try:
+        wait_for_steps(tmp_path / "run", 3, process)
+        (tmp_path / "go").touch()
+        for _ in range(600):
+            if (tmp_path / "stuck").exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 143
+    finally:
+        process.kill()
+
+
+# ---- contract 3: SIGKILL ----
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_is_bitwise_the_same(kills: int, tmp_path: Path) -> None:
+    """A real subprocess and a real SIGKILL, at a random time after the run has begun to go on; a checkpoint at every batch, so
+    that many of them hit a save."""
+    steps = 24 * kills
+    training = TRAINING | {"max_train_steps": steps, "checkpointing_steps": 1}
+    recipe = tiny_recipe(
+        tmp_path,
+        training=training,
+        evaluation=NO_JUDGE,
+        method={"name": "score-as-action"} | SHORT | METHODS["score-as-action"],
+    )
+    chance, done, where = random.Random(kills), 0, []
+    while done < kills:
+        progress = len(rows(tmp_path / "parts")) if (tmp_path / "parts" / "metrics.jsonl").exists() else 0
+        process = started(recipe, tmp_path / "parts")
+        wait_for_steps(tmp_path / "parts", progress + 3, process)
+        time.sleep(chance.uniform(0, 0.4))
+        process.kill()
+        code = process.wait()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, (tmp_path / "output").read_text()
+        done += 1
+        where.append(len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()))
+    assert done >= min(kills, 4)
+    for folder in ("parts", "whole"):
+        finished = subprocess.run(command(recipe, tmp_path / folder), capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+    print(f"{done} kills, at steps {where} of {steps}")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_recipe_on_disk_says_nothing_of_the_resume(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(resuming(recipe), tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["resume_from_checkpoint"] is None
+
+
+def test_global_randomness_is_not_touched(tmp_path: Path) -> None:
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
+    run(recipe_for(tmp_path, "score-as-action"), tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]  # type: ignore[union-attr, index]
+    assert os.getcwd()
