@@ -26,6 +26,7 @@ from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
 from tiltflow.features import distances_to_reference
 from tiltflow.flow import Flow, bind
+from tiltflow.monitor import over_groups, read_looks
 from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.reward import PerPrompt, given
 from tiltflow.rewards.function import Function
@@ -36,7 +37,6 @@ from tiltflow.run_text_to_image import (
     batches,
     diversity,
     load_run,
-    over_prompts,
     path_kl,
     read_run,
     reference_images,
@@ -229,12 +229,12 @@ def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, 
 # ---- evaluation ----
 
 
-def test_standard_errors_are_over_prompts() -> None:
+def test_standard_errors_are_over_groups() -> None:
     """Pictures of one prompt that are all alike are one piece of evidence."""
     values = torch.tensor([1.0, 1, 1, 1, 3, 3, 3, 3])
-    assert over_prompts(values, 4).value == 2
-    assert over_prompts(values, 4).standard_error == pytest.approx(1)
-    assert over_prompts(values, 8).standard_error == pytest.approx(values.double().std().item() / 8**0.5)
+    assert over_groups(values, 4).value == 2
+    assert over_groups(values, 4).standard_error == pytest.approx(1)
+    assert over_groups(values, 8).standard_error == pytest.approx(values.double().std().item() / 8**0.5)
 
 
 def test_the_effective_number_of_different_pictures() -> None:
@@ -414,6 +414,32 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
     assert summary["iterations"] == 3
     assert len(summary["table"]) == 2 * len(tree["evaluation"]["points"])
     assert {"variance", "vendi", tree["reward"]["name"]} <= set(summary["table"][0])
+
+
+def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
+    training = recipe_for(tmp_path, "stable-diffusion")["training"] | {"max_train_steps": 5, "checkpointing_steps": 2}
+    training |= {"ema_decay": 0.5, "monitor": {"steps": 2}}
+    tree = recipe_for(tmp_path, "stable-diffusion", training=training)
+
+    class Killed(BaseException):
+        pass
+
+    def watch(record: Any) -> None:
+        if record.step == 4:
+            raise Killed
+
+    train(tree, tmp_path / "whole")
+    tree["training"] = training | {"resume_from_checkpoint": "latest"}
+    recipe = validate(TextToImageRecipe, tree, "recipe")
+    with pytest.raises(Killed):
+        run_text_to_image(recipe, tmp_path / "parts", watch=watch)
+    run_text_to_image(recipe, tmp_path / "parts")
+    for name in ("model/pytorch_lora_weights.safetensors", "best/pytorch_lora_weights.safetensors", "monitor.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    looks = read_looks(tmp_path / "parts")
+    assert [row["step"] for row in looks] == [0, 2, 4, 5]
+    assert set(looks[0]["measures"]) == {"reward", "variety"}
 
 
 def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

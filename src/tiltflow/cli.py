@@ -638,6 +638,10 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     for key, text in rows.items():
         table.add_row(f"[bold]{escape(key)}[/bold]", text)
     console.print(table)
+    if summary.get("alarm"):
+        console.print(f"[red bold]ALARM[/red bold] {escape(summary['alarm'])}")
+    if summary.get("best_step"):
+        console.print(f"best by {summary['best_by']}: step {summary['best_step']}, kept in {folder / 'best'}")
     for limit in summary["limits"]:
         console.print(f"[yellow]{escape(limit)}[/yellow]")
     if summary["effective_sample_size"] < 30:

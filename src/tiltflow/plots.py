@@ -112,6 +112,33 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: f
     axes.margins(x=0.01)
 
 
+def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """A measure of a monitor over the steps, with error bars of one standard error; the target law's value is dashed, and the
+    first alarm is a line across.
+
+    Args:
+        rows: the lines of monitor.jsonl; the first one is the base.
+    """
+    steps = [row["step"] for row in rows]
+    values, errors = (np.array([row["measures"][name][i] for row in rows], float) for i in (0, 1))
+    target = (rows[0].get("target") or {}).get(name)
+    alarm = next((row["step"] for row in rows if row["alarm"]), None)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.errorbar(steps, values, errors, color=COLOURS["tuned"], marker="o", markersize=4, linewidth=1.6, elinewidth=1)
+        if target is not None:
+            axes.axhline(target[0], color=COLOURS["target"], linewidth=1.6, linestyle=(0, (4, 3)))
+        if alarm is not None:
+            axes.axvline(alarm, color=COLOURS["ink"], linewidth=1.6)
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
+        axes.tick_params(length=0)
+        return _svg(figure)
+
+
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, Any]:
     """Steps and finite values of `key`, as far as the records have it."""
     pairs = [(i + 1 if row.get("step") is None else row["step"], row.get(key)) for i, row in enumerate(rows)]

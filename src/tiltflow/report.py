@@ -189,6 +189,10 @@ TOLD_ELSEWHERE = {
     "limits",
     "table",
     "diversity_in",
+    "alarm",
+    "alarm_step",
+    "best_step",
+    "best_by",
 }
 
 
@@ -202,6 +206,7 @@ def write_report(folder: Path) -> Path:
     page = render(
         _read_summary(folder / "summary.json"),
         _read_records(folder / "metrics.jsonl"),
+        looks=_read_records(folder / "monitor.jsonl"),
         pictures=[path.read_bytes() for path in pictures if path.exists()],
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
         folder=folder.resolve().name,
@@ -235,16 +240,21 @@ def _read_records(path: Path) -> list[Tree]:
     return records
 
 
-def render(s: Tree, records: Sequence[Tree], *, pictures: Sequence[bytes], recipe: str, folder: str) -> str:
-    """The page: from the summary, the training records, the before and after pictures (PNG) and the recipe of a run."""
+def render(
+    s: Tree, records: Sequence[Tree], *, pictures: Sequence[bytes], recipe: str, folder: str, looks: Sequence[Tree] = ()
+) -> str:
+    """The page: from the summary, the training records, the before and after pictures (PNG), the recipe of a run, and what its
+    monitor saw."""
     name = str(s.get("name") or folder)
     sections = [
+        _alarm(s),
         _tiles(s),
         _pictures(pictures),
         _closeness(s),
         _histogram(s),
         _law(s),
         _curves(s, records),
+        _looks(s, looks),
         _table(s),
         _measures(s),
         _commands(folder),
@@ -481,6 +491,31 @@ def _curves(s: Tree, records: Sequence[Tree]) -> str:
     )
     note = "Thin: each iteration. Bold: the running mean."
     return _section("How the training went", f'<div class="cards">{cards}</div>', note) if cards else ""
+
+
+def _alarm(s: Tree) -> str:
+    """The monitor's warning, where nobody can miss it."""
+    if not s.get("alarm"):
+        return ""
+    best = f" The best model by {s['best_by']}, of step {s['best_step']}, is in best/." if s.get("best_step") else ""
+    text = f"{_sentence(s['alarm'])} Look at the pictures.{best}"
+    return f'<p class="warning"><b>This looks like reward hacking.</b> {escape(text)}</p>'
+
+
+def _looks(s: Tree, looks: Sequence[Tree]) -> str:
+    if len(looks) < 2:
+        return ""
+    cards = "".join(
+        f'<figure class="card"><h3>{escape(name[:1].upper() + name[1:])}</h3>{_plot(plots.looks(looks, name), name)}</figure>'
+        for name in looks[0]["measures"]
+    )
+    note = (
+        "From the same noise each time, with one standard error; the first point is the base. Dashed: the target law, where"
+        " base samples say what it is. A line across: the first alarm."
+    )
+    if s.get("best_step"):
+        note += f" Best by {s['best_by']}: step {s['best_step']}, kept in best/."
+    return _section("What training did not see", f'<div class="cards">{cards}</div>', escape(note))
 
 
 def _table(s: Tree) -> str:

@@ -43,12 +43,13 @@ from tiltflow.evaluation import (
 )
 from tiltflow.flow import CountEvaluations, base_of
 from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
+from tiltflow.monitor import FEWEST, Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate
-from tiltflow.run_folder import RunFolder, Survival, read_records, read_run_tree, write_json
+from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
@@ -56,6 +57,8 @@ from tiltflow.trainer import Record, train, trainable_copy
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"
+IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
+"""What a monitor measures beside the reward."""
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
 
 
@@ -251,8 +254,50 @@ def run(
             save_weights(reward.network, folder / REWARD)
         tuned.save(folder / "model", model_card(recipe))
 
-    place.train(loop, save, watch=watch, stop=stop, before=keep_base)
+    watcher = None
+    if recipe.training.monitor is not None:
+        watcher = make_watcher(recipe, base, tuned, reward, folder, device)
+    place.train(loop, save, watch=watch, stop=stop, before=keep_base, watcher=watcher, note=note)
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+
+
+@torch.no_grad()
+def make_watcher(recipe: Recipe, base: Model, tuned: Model, reward: Reward, folder: Path, device: str) -> Watcher:
+    """How the recipe's monitor looks at the model: the reward, and what a judge sees that was never part of it."""
+    settings, monitor = recipe.evaluation, recipe.training.monitor
+    assert monitor is not None
+    dtype = autocast_dtype(recipe.training.mixed_precision, device)
+    network = build_judge(settings, device)[0] if settings.judge is not None else None
+    best_by = VARIETY if network is None else IN_GROUP if settings.group else CONFIDENCE
+
+    def measure(model: Model) -> tuple[dict[str, Tensor], Tensor]:
+        model = replace(model, flow=replace(model.flow, autocast=dtype))
+        seed = stream(recipe.seed, "monitor").initial_seed()  # other noise than the evaluation's
+        x = model.sample(monitor.num_samples, seed=seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+        found = {"reward": in_batches(lambda part: evaluate(reward, part), x, settings.batch_size, device)}
+        features = x.flatten(1)
+        if network is not None:
+            p = in_batches(lambda part: network(part).softmax(1), x, settings.batch_size, device)
+            if settings.group:
+                found[IN_GROUP] = p[:, list(settings.group)].sum(1)
+            found[CONFIDENCE] = p.amax(1)
+            features = in_batches(cast(Callable[[Tensor], Tensor], network.features), x, settings.batch_size, device)
+        return found, features
+
+    def look(step: int) -> Look:
+        found, features = measure(tuned)
+        return look_at(step, found | {VARIETY: spread(features)})
+
+    of_base, features = measure(base)
+    tilt = recipe.method.log_tilt(of_base["reward"], recipe.training.max_train_steps)
+    target, effective = target_measures(of_base | {VARIETY: spread_of_target(features, tilt)}, tilt)
+    return Watcher(
+        first=look_at(0, of_base | {VARIETY: spread(features)}),
+        look=look,
+        save_best=lambda: tuned.save(folder / "best", model_card(recipe)),
+        best_by=best_by,
+        target=target if effective >= FEWEST else None,
+    )
 
 
 def evaluate_run(
@@ -316,6 +361,7 @@ def evaluate_run(
         "path_kl": rows[-1].get("path_kl"),
         "seconds": rows[-1]["seconds"],
         "network_evaluations": rows[-1]["network_evaluations"],
+        **of_monitor(folder),
     }
     if settings.judge is None:
         summary |= distance_to_base(x.flatten(1), x_base.flatten(1), "samples")

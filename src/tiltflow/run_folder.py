@@ -3,15 +3,16 @@
 recipe.yaml      the resolved recipe
 metrics.jsonl    one line per optimizer step
 checkpoints/     what training goes on from; see `tiltflow.checkpoint`
+monitor.jsonl    one line per look at the model while it trained; see `tiltflow.monitor`
+best/            the model at the best of these looks
 diagnostics/     for each number that was not finite: what it was and what it came from
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,8 +28,10 @@ from torch import Tensor
 from tiltflow import checkpoint
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.evaluation import Estimate
+from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
-from tiltflow.trainer import Record
+from tiltflow.trainer import BatchEnd, Record
 
 Count = Annotated[int, Field(ge=1)]
 RECIPE, METRICS, DIAGNOSTICS = "recipe.yaml", "metrics.jsonl", "diagnostics"
@@ -39,6 +42,7 @@ FREE_TO_CHANGE = (
     "training.checkpointing_steps",
     "training.checkpoints_total_limit",
     "training.max_skipped_steps",
+    "training.monitor",
     "training.micro_batch_size",
     "training.resume_from_checkpoint",
     "training.use_8bit_adam",
@@ -56,6 +60,8 @@ class Survival(Settings):
     resume_from_checkpoint: str | None = None
     """latest, or the name of a checkpoint, such as step-00000100: go on from there, in the same folder, as if the run had never
     stopped. With `latest`, a run that has none yet begins."""
+    monitor: Monitor | None = None
+    """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
     first."""
@@ -68,9 +74,32 @@ class Loop(Protocol):
         self,
         *,
         resume_from: Tree | None,
-        on_batch_end: Callable[[int, Callable[[], Tree]], None],
+        on_batch_end: Callable[[BatchEnd], None],
         stop: Callable[[], int | None],
     ) -> Generator[Record, None, None]: ...
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a monitor looks at a model.
+
+    Args:
+        first: the look at the base.
+        look: at the model as it is, after so many steps.
+        save_best: keep it, as the best so far.
+        best_by: the measure that says which look is the best.
+        target: each measure under the target law, if enough is known of it.
+    """
+
+    first: Look
+    look: Callable[[int], Look]
+    save_best: Callable[[], None]
+    best_by: str
+    target: Mapping[str, Estimate] | None = None
+
+
+class _Enough(Exception):
+    """The recipe wants training to end here."""
 
 
 @dataclass
@@ -119,6 +148,20 @@ class RunFolder:
         ]
         return cls(path, recipe, saved["loop"], [*notes, f"going on from {chosen.name}"])
 
+    def _look(self, watcher: Watcher, step: int, note: Callable[[str], None]) -> str | None:
+        """Take a look, write it down, keep the best; the alarm, if there is one."""
+        rows, look = read_looks(self.path), watcher.look(step)
+        looks = [*map(from_row, rows), look]
+        alarm = find_alarm(looks, watcher.target)
+        if alarm is not None and not any(row["alarm"] for row in rows):
+            note(f"ALARM, {alarm}")
+        best = all(look.held_out[watcher.best_by].value > other.held_out[watcher.best_by].value for other in looks[1:-1])
+        if best:
+            watcher.save_best()
+        with open(self.path / LOOKS, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(to_row(look, alarm, best=best, best_by=watcher.best_by)) + "\n")
+        return alarm
+
     def train(
         self,
         loop: Loop,
@@ -127,32 +170,41 @@ class RunFolder:
         watch: Callable[[Record], None] = lambda record: None,
         stop: Callable[[], int | None] = lambda: None,
         before: Callable[[], None] = lambda: None,
+        watcher: Watcher | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
 
         Args:
+            watcher: how to look at the model while it trains, if the recipe has a monitor; `note` is told of an alarm.
             before: called when the first step has shown that the recipe works, before anything is written.
 
         Raises what the loop raises: NonFiniteError, with what is known of it in diagnostics/; Interrupted, with a checkpoint
         to go on from.
         """
         begun_at = 0 if self.state is None else self.state["step"]
-        written = begun_at
+        written = seen = begun_at
         settings = self.recipe.training
 
-        def on_batch_end(step: int, state: Callable[[], Tree]) -> None:
-            nonlocal written
-            every = settings.checkpointing_steps or math.inf
-            due = step // every > written // every or step >= settings.max_train_steps or stop() is not None
-            if due and step > written:
+        def on_batch_end(end: BatchEnd) -> None:
+            nonlocal written, seen
+            alarm = None
+            if watcher is not None and not end.stopping and due(end.step, seen, settings.monitor.steps):
+                seen = end.step
+                with end.averaged():
+                    alarm = self._look(watcher, end.step, note)
+            enough = alarm is not None and settings.monitor.stop
+            if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
                 checkpoint.flush(self.path / METRICS)
-                checkpoint.save_checkpoint(
-                    self.path / checkpoint.FOLDER,
-                    step,
-                    {"environment": environment(), "loop": state()},
-                    total_limit=settings.checkpoints_total_limit,
-                )
-                written = step
+                saved = {"environment": environment(), "loop": end.state()}
+                limit = settings.checkpoints_total_limit
+                checkpoint.save_checkpoint(self.path / checkpoint.FOLDER, end.step, saved, total_limit=limit)
+                written = end.step
+            if enough:
+                raise _Enough
+
+        def due(step: int, last: int, every: int) -> bool:
+            return step > last and (step >= settings.max_train_steps or (every > 0 and step // every > last // every))
 
         records = loop(resume_from=self.state, on_batch_end=on_batch_end, stop=stop)
         with closing(records):
@@ -164,9 +216,14 @@ class RunFolder:
                 tree["training"]["resume_from_checkpoint"] = None
                 write_yaml(self.path / RECIPE, tree)
                 earlier = [row for row in read_records(self.path) if row["step"] <= begun_at] if begun_at else []
-                write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in earlier))
+                write_rows(self.path / METRICS, earlier)
+                if watcher is not None:
+                    kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
+                    write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
                 try:
                     record_to(self.path, chain(first, records), watch)
+                except _Enough:
+                    note("training ends here, as training.monitor.stop says")
                 finally:
                     records.close()  # leaves the average of the weights in them
                     if (self.path / METRICS).stat().st_size:
@@ -234,6 +291,26 @@ def diagnose(path: Path, error: NonFiniteError) -> None:
     if tensors:
         save_file(tensors, folder / "tensors.safetensors")
     write_json(folder / "report.json", {"error": str(error), **error.where, "tensors": sorted(tensors)})
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """One line for each; at once or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def of_monitor(folder: Path) -> dict[str, Any]:
+    """What a run's monitor found, for its summary: the first alarm, and the step of the best model."""
+    rows = read_looks(folder)
+    if not rows:
+        return {}
+    best = [row["step"] for row in rows if row.get("best")]
+    alarm = next((row for row in rows if row["alarm"]), None)
+    return {
+        "alarm": None if alarm is None else alarm["alarm"],
+        "alarm_step": None if alarm is None else alarm["step"],
+        "best_step": best[-1] if best else None,
+        "best_by": rows[-1].get("best_by"),
+    }
 
 
 def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:

@@ -31,6 +31,7 @@ from tiltflow.evaluation import (
 )
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.flow import Flow, Guided, VelocityField, base_of, bind, rows
+from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -38,8 +39,8 @@ from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
 from tiltflow.reward import PerPrompt, Reward, evaluate, given
-from tiltflow.run import build_reward
-from tiltflow.run_folder import RunFolder, Survival, read_records, read_run_tree, write_json
+from tiltflow.run import VARIETY, build_reward
+from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
@@ -312,8 +313,58 @@ def run_text_to_image(
         adam=eight_bit_adam() if recipe.training.use_8bit_adam else torch.optim.AdamW,
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
-    place.train(loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop)
+    watcher = None
+    if recipe.training.monitor is not None:
+        watcher = make_watcher(recipe, tuned.base() if recipe.model.adapter else model, tuned, folder, device)
+    place.train(loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, watcher=watcher, note=note)
     return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
+
+
+@torch.no_grad()
+def make_watcher(recipe: TextToImageRecipe, base: TextToImage, tuned: TextToImage, folder: Path, device: str) -> Watcher:
+    """How the recipe's monitor looks at the model: on the evaluation's held-out prompts, by the reward, by the held-out ones,
+    and by how much the pictures of a prompt differ."""
+    settings = recipe.evaluation
+    prompts = evaluation_prompts(recipe)
+    measured, extract = build_measures(recipe, device)
+    point, count = settings.points[0], settings.num_generations
+
+    def look(step: int, model: TextToImage = tuned) -> Look:
+        images = model.sample(
+            prompts,
+            seed=stream(recipe.seed, "monitor").initial_seed(),
+            sampling=point.sampling,
+            guidance_scale=point.guidance_scale,
+            batch_size=settings.batch_size,
+        )
+        found = {key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measured.items()}
+        own = found.pop(recipe.reward.name)
+        features = images.clamp(-1, 1) if extract is None else features_of(images, extract, settings.batch_size, device)
+        variety = torch.cat([spread(part) for part in features.split(count)])
+        return look_at(step, {"reward": own, **found, VARIETY: variety}, count)
+
+    first = look(0, base)
+    return Watcher(
+        first=first,
+        look=look,
+        save_best=lambda: save_tuned(tuned, folder / "best"),
+        best_by=next(iter(first.held_out)),
+    )
+
+
+def evaluation_prompts(recipe: TextToImageRecipe) -> list[str]:
+    """The held-out prompts, each as often as it has pictures."""
+    _, held_out = read_prompts(recipe.prompts, recipe.seed)
+    settings = recipe.evaluation
+    return [prompt.text for prompt in held_out[: settings.num_prompts] for _ in range(settings.num_generations)]
+
+
+def build_measures(recipe: TextToImageRecipe, device: str) -> tuple[dict[str, Reward], Features | None]:
+    """The reward and the held-out ones, by name, and the features in which pictures are compared."""
+    every = (recipe.reward, *recipe.evaluation.rewards)
+    measured = {label: part.build(device) for label, part in zip(labels([part.name for part in every]), every, strict=True)}
+    name = recipe.evaluation.features
+    return measured, None if name is None else feature_extractor(name, device)
 
 
 def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
@@ -386,12 +437,9 @@ def evaluate_text_to_image(
 ) -> dict[str, Any]:
     """Measure a run on held-out prompts; writes summary.json, the pictures and report.html."""
     settings, method = recipe.evaluation, recipe.method
-    _, held_out = read_prompts(recipe.prompts, recipe.seed)
-    texts = [prompt.text for prompt in held_out[: settings.num_prompts]]
-    prompts = [text for text in texts for _ in range(settings.num_generations)]
-    every = (recipe.reward, *settings.rewards)
-    measured = {label: part.build(device) for label, part in zip(labels([part.name for part in every]), every, strict=True)}
-    features = None if settings.features is None else feature_extractor(settings.features, device)
+    prompts = evaluation_prompts(recipe)
+    texts = prompts[:: settings.num_generations]
+    measured, features = build_measures(recipe, device)
     base = tuned.base() if recipe.model.adapter else model
     rows_of_metrics = read_records(folder)
     began = time.perf_counter()
@@ -416,7 +464,7 @@ def evaluate_text_to_image(
                 "guidance_scale": point.guidance_scale or model.guidance_scale,
             }
             for key, value in values.items():
-                row |= over_prompts(value, settings.num_generations).named(key)
+                row |= over_groups(value, settings.num_generations).named(key)
             found = images.clamp(-1, 1) if features is None else features_of(images, features, settings.batch_size, device)
             row |= diversity(found, settings.num_generations)
             if reference is not None:
@@ -456,9 +504,9 @@ def evaluate_text_to_image(
         "seed": recipe.seed,
         "num_samples": len(prompts),
         "num_prompts": len(texts),
-        **over_prompts(rewards["base"], settings.num_generations).named("reward_base"),
-        **over_prompts(rewards["tuned"], settings.num_generations).named("reward_tuned"),
-        **over_prompts(rewards["tuned"] - rewards["base"], settings.num_generations).named("reward_gain"),
+        **over_groups(rewards["base"], settings.num_generations).named("reward_base"),
+        **over_groups(rewards["tuned"], settings.num_generations).named("reward_tuned"),
+        **over_groups(rewards["tuned"] - rewards["base"], settings.num_generations).named("reward_gain"),
         **Estimate(target.item(), target_error.item()).named("reward_target"),
         **of_reward.named("reward_distance"),
         **of_reward.named("target_distance"),
@@ -469,6 +517,7 @@ def evaluate_text_to_image(
         **path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size).named("path_kl"),
         "diversity_in": "pixels" if features is None else f"features of {settings.features}",
         "table": table,
+        **of_monitor(folder),
         "seconds": rows_of_metrics[-1]["seconds"],
         "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
     }
@@ -498,13 +547,6 @@ def scores(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: i
         part = images[i : i + batch_size].to(device)
         parts.append(evaluate(given(reward, prompts[i : i + batch_size]), part).double().cpu())
     return torch.cat(parts)
-
-
-def over_prompts(values: Tensor, num_generations: int) -> Estimate:
-    """The mean and its standard error over prompts, the pictures of one being no independent evidence; over pictures where
-    there is one prompt."""
-    means = values.reshape(-1, num_generations).mean(1)
-    return mean_estimate(means if len(means) > 1 else values)
 
 
 def diversity(pictures: Tensor, num_generations: int) -> dict[str, float]:

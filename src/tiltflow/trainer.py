@@ -6,6 +6,7 @@ import copy
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,6 +83,23 @@ class Record:
 
 
 @dataclass(frozen=True)
+class BatchEnd:
+    """The moment after all the optimizer steps on a batch, when a loop can be left and gone on with.
+
+    Args:
+        step: optimizer steps taken so far.
+        state: gives what `train(resume_from=..)` takes.
+        averaged: the context in which the weights are their moving average.
+        stopping: whether Interrupted is raised next.
+    """
+
+    step: int
+    state: Callable[[], Tree]
+    averaged: Callable[[], AbstractContextManager[None]]
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
 class Averaged:
     """A flow at the moving average of its weights."""
 
@@ -110,7 +128,7 @@ def train(
     adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     max_skipped_steps: int = 0,
     resume_from: Tree | None = None,
-    on_batch_end: Callable[[int, Callable[[], Tree]], None] = lambda step, state: None,
+    on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Generator[Record, None, None]:
     """Tune the trainable parameters of `tuned` in place.
@@ -124,8 +142,8 @@ def train(
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
         max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
         resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
-        on_batch_end: called with the number of steps taken and what gives the state of the loop, after all the steps on a
-            batch, and before Interrupted is raised.
+        on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
+            not counted.
         stop: asked at every evaluation of a network; the number of the signal that asks to stop, if one does.
 
     Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted, with the
@@ -246,7 +264,7 @@ def train(
                     count.total = evaluated
                     if before is not None:
                         put_back(before)
-                    on_batch_end(step, current)
+                    on_batch_end(BatchEnd(step, current, average.applied, stopping=True))
                     raise
                 except NonFiniteError as error:
                     optimizer.zero_grad()
@@ -258,7 +276,9 @@ def train(
                     if skipped > max_skipped_steps:
                         raise
                     yield Record(step, {"skipped": 1.0}, time.perf_counter() - began, network_evaluations + count.total)
-                on_batch_end(step, current)
+                movable, evaluated = False, count.total
+                on_batch_end(BatchEnd(step, current, average.applied))
+                count.total = evaluated
     finally:
         if ema_decay:
             average.store()

@@ -1,0 +1,187 @@
+"""The alarm: its rule on looks whose answer is known, and a run in which training takes a loophole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from tiltflow.evaluation import Estimate, total_variance
+from tiltflow.monitor import (
+    LOOKS,
+    Look,
+    find_alarm,
+    from_row,
+    look_at,
+    over_groups,
+    read_looks,
+    spread,
+    spread_of_target,
+    target_measures,
+    to_row,
+)
+from tiltflow.run import Recipe, run
+from tiltflow.settings import read_yaml, validate
+from tiltflow.streams import stream
+
+
+def look(step: int, reward: float, quality: float, error: float = 0.1) -> Look:
+    return Look(step, Estimate(reward, error), {"quality": Estimate(quality, error)})
+
+
+# ---- the rule ----
+
+RISE = 3 * 2**0.5 * 0.1  # what is just beyond the noise of two looks
+
+
+@pytest.mark.parametrize(
+    ("looks", "raised"),
+    [
+        ([look(0, 0, 5), look(1, 2, 4)], True),
+        ([look(0, 0, 5), look(1, 2, 5)], False),  # the reward rises, and nothing falls
+        ([look(0, 0, 5), look(1, 0, 4)], False),  # something falls, without a gain in reward
+        ([look(0, 0, 5), look(1, -2, 4)], False),
+        ([look(0, 0, 5), look(1, RISE + 0.01, 5 - RISE - 0.01)], True),
+        ([look(0, 0, 5), look(1, RISE - 0.01, 4)], False),
+        ([look(0, 0, 5), look(1, 2, 5 - RISE + 0.01)], False),
+        ([look(0, 0, 5), look(1, 1, 6), look(2, 2, 5.2)], True),  # it had risen, and fell while the reward went on
+        ([look(0, 0, 5), look(1, 2, 4), look(2, 2, 5)], False),  # it came back: the last look is clean
+    ],
+)
+def test_the_rule(looks: list[Look], raised: bool) -> None:
+    alarm = find_alarm(looks)
+    assert (alarm is not None) == raised
+    if alarm is not None:
+        assert f"step {looks[-1].step}: the reward rose" in alarm
+        assert "quality fell" in alarm
+
+
+def test_what_the_target_law_loses_too_is_no_alarm() -> None:
+    """A tilt towards one class has less variety than the base, and should."""
+    looks = [look(0, 0, 5), look(1, 2, 4)]
+    assert find_alarm(looks, {"quality": Estimate(3.9, 0.1)}) is None
+    assert find_alarm(looks, {"quality": Estimate(4.3, 0.1)}) is None  # within the noise of both
+    alarm = find_alarm(looks, {"quality": Estimate(4.6, 0.1)})
+    assert alarm is not None
+    assert "where the target law has 4.6" in alarm
+    assert find_alarm(looks, {"other": Estimate(0, 1)}) is not None
+
+
+def test_false_alarms_are_as_rare_as_their_noise() -> None:
+    """Looks at one and the same law: each comparison goes beyond 3 standard errors in 1 of 740, and needs two at once."""
+    generator, raised = stream(0, "looks"), 0
+    for _ in range(2000):
+        values = torch.randn(6, 2, generator=generator).tolist()
+        looks = [look(i, reward, quality, error=1.0) for i, (reward, quality) in enumerate(values)]
+        raised += any(find_alarm(looks[: i + 1]) is not None for i in range(1, 6))
+    assert raised <= 2
+
+
+# ---- the measures ----
+
+
+def test_spread_is_the_variance_and_that_of_the_target_is_the_weighted_one() -> None:
+    x = torch.randn(500, 3, generator=stream(0, "x"), dtype=torch.float64)
+    assert spread(x).mean().item() == pytest.approx(x.var(0).sum().item())
+    # N(0, 1) in each direction, tilted by exp(c x_0): its mean moves by c, its variance stays
+    many = torch.randn(200_000, 3, generator=stream(1, "x"), dtype=torch.float64)
+    tilt = 0.5 * many[:, 0]
+    found, effective = target_measures({"spread": spread_of_target(many, tilt), "first": many[:, 0]}, tilt)
+    assert abs(found["spread"].value - 3) < 4 * found["spread"].standard_error
+    assert abs(found["first"].value - 0.5) < 4 * found["first"].standard_error
+    assert effective / len(many) == pytest.approx(torch.exp(torch.tensor(-0.25)).item(), rel=0.02)  # exp(-c^2)
+    assert total_variance(x) == pytest.approx(x.var(0, correction=0).sum().item())
+
+
+def test_standard_errors_are_over_groups() -> None:
+    values = torch.tensor([1.0, 1, 1, 3, 3, 3])
+    assert over_groups(values, 3) == Estimate(2.0, pytest.approx(1.0))  # type: ignore[arg-type]
+    assert look_at(7, {"reward": values, "other": values}, 3).held_out["other"].standard_error == pytest.approx(1)
+
+
+def test_a_look_survives_its_line() -> None:
+    one = look(3, 0.1, 2.5)
+    assert from_row(json.loads(json.dumps(to_row(one, None, best=True)))) == one
+
+
+# ---- runs ----
+
+MONITORED = {"max_train_steps": 12, "train_batch_size": 4, "ema_decay": 0.5, "monitor": {"steps": 4, "num_samples": 16}}
+
+
+def recipe_for(folder: Path, reward: Any = None, **training: Any) -> Recipe:
+    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 3e-2, "beta": 1e-3, "lr_warmup_steps": 0}
+    changes = {} if reward is None else {"reward": reward}
+    path = tiny_recipe(folder, method=method, training=MONITORED | training, **changes)
+    return validate(Recipe, read_yaml(path), "recipe")
+
+
+def test_a_run_looks_writes_and_keeps_the_best(tmp_path: Path) -> None:
+    plain = run(recipe_for(tmp_path, monitor=None), tmp_path / "plain")
+    assert "alarm" not in plain
+    summary = run(recipe_for(tmp_path), tmp_path / "run")
+    rows = read_looks(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert set(rows[0]["measures"]) == {"reward", "the judge's group", "the judge's confidence", "variety"}
+    best = [row for row in rows[1:] if row["best"]][-1]
+    assert best["measures"]["the judge's group"] == max(row["measures"]["the judge's group"] for row in rows[1:])
+    assert summary["best_step"] == best["step"]
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+    # looking changes nothing that is trained, and is not counted
+    for name in ("model/model.safetensors", "after.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert summary["network_evaluations"] == plain["network_evaluations"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What training did not see" in page
+
+
+LOOPHOLE = {"name": "function", "path": "loophole:reward"}
+
+
+def plant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that nothing bounds: the brighter, the better."""
+    (folder / "loophole.py").write_text("def reward(x):\n    return 50 * x.mean((1, 2, 3))\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_a_planted_hack_raises_the_alarm_and_stops_where_the_recipe_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch)
+    told: list[str] = []
+    summary = run(recipe_for(tmp_path, LOOPHOLE, max_train_steps=60), tmp_path / "run", note=told.append)
+    assert summary["alarm"] is not None
+    assert summary["iterations"] == 60
+    assert len([text for text in told if text.startswith("ALARM")]) == 1  # once, however long it goes on
+    assert "This looks like reward hacking" in (tmp_path / "run" / "report.html").read_text()
+
+    monitor = {"steps": 4, "num_samples": 16, "stop": True}
+    stopped = run(recipe_for(tmp_path, LOOPHOLE, max_train_steps=60, monitor=monitor), tmp_path / "stopped")
+    assert stopped["iterations"] == stopped["alarm_step"] == summary["alarm_step"] < 60
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped['iterations']:08d}").exists()
+
+
+def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The looks of a run that was killed and resumed are those of the one that was not, without double or missing lines."""
+    monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {})
+
+    class Killed(BaseException):
+        pass
+
+    def watch(record: Any) -> None:
+        if record.step == 10:
+            raise Killed
+
+    whole = recipe_for(tmp_path, checkpointing_steps=3)
+    resuming = recipe_for(tmp_path, checkpointing_steps=3, resume_from_checkpoint="latest")
+    run(whole, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(resuming, tmp_path / "parts", watch=watch)
+    run(resuming, tmp_path / "parts")
+    assert (tmp_path / "parts" / LOOKS).read_text() == (tmp_path / "whole" / LOOKS).read_text()
+    assert (tmp_path / "parts/best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
