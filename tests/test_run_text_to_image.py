@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -435,8 +436,11 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     with pytest.raises(Killed):
         run_text_to_image(recipe, tmp_path / "parts", watch=watch)
     run_text_to_image(recipe, tmp_path / "parts")
-    for name in ("model/pytorch_lora_weights.safetensors", "best/pytorch_lora_weights.safetensors", "monitor.jsonl"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for name in ("model", "best"):
+        parts, whole = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("parts", "whole"))
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(parts[key], whole[key]) for key in parts)
+    assert (tmp_path / "parts" / "monitor.jsonl").read_bytes() == (tmp_path / "whole" / "monitor.jsonl").read_bytes()
     looks = read_looks(tmp_path / "parts")
     assert [row["step"] for row in looks] == [0, 2, 4, 5]
     assert set(looks[0]["measures"]) == {"reward", "variety"}
