@@ -19,6 +19,10 @@ class CheckpointError(TiltflowError):
     """A checkpoint cannot be written, or is not what was written. Exit code 1."""
 
 
+class OutOfMemoryError(TiltflowError):
+    """The device has too little memory for the recipe. Exit code 1."""
+
+
 class Interrupted(TiltflowError):
     """Training was asked to stop, and its state is saved. Exit code 128 + the number of the signal."""
 

@@ -139,6 +139,21 @@ def gradient_norm(
     return norm
 
 
+def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
+    """`values` [steps, batch, ...]. Raises NonFiniteError, which names steps, times and samples, if one is not finite."""
+    if bool(values.isfinite().all()):
+        return values
+    bad = (~values.isfinite()).flatten(2).any(2) if values.ndim > 2 else ~values.isfinite()
+    steps, samples = bad.any(1).nonzero()[:, 0].tolist(), bad.any(0).nonzero()[:, 0].tolist()
+    t = [round(times[k].item(), 6) for k in steps]
+    raise NonFiniteError(
+        f"{what} is not finite at {len(steps)} of {len(values)} steps (t = {t[0]:g} to {t[-1]:g}) for {len(samples)} of"
+        f" {bad.shape[1]} samples",
+        {"what": what, "sampler_steps": steps, "times": t, "samples": samples},
+        {what: values[:, samples[:4]]},
+    )
+
+
 def finite(value: Tensor | float, what: str, step: int) -> float:
     """`value` as a float. Raises NonFiniteError, before the weights are touched, if it is NaN or infinite."""
     number = value.item() if isinstance(value, Tensor) else value

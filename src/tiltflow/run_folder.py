@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tiltflow import checkpoint
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
@@ -148,6 +148,21 @@ class RunFolder:
         ]
         return cls(path, recipe, saved["loop"], [*notes, f"going on from {chosen.name}"])
 
+    def _remedy(self, error: Exception) -> str:
+        """What to lower, where memory runs out: what changes the memory and not the result comes first."""
+        training = self.recipe.training
+        size = training.micro_batch_size or training.train_batch_size
+        half = next((part for part in range(size // 2, 0, -1) if training.train_batch_size % part == 0), None)
+        remedies = (
+            [] if half is None else [f"training.micro_batch_size={half} (now {size}) gives the same result in less memory"]
+        )
+        model = getattr(self.recipe, "model", None)
+        if getattr(model, "gradient_checkpointing", True) is False:
+            remedies.append("so does model.gradient_checkpointing=true, in a third more time")
+        if half is None:
+            remedies.append("a smaller model, or a device with more memory, is needed")
+        return f"out of memory ({str(error).strip().splitlines()[0][:120]}). {'; '.join(remedies)}"
+
     def _look(self, watcher: Watcher, step: int, note: Callable[[str], None]) -> str | None:
         """Take a look, write it down, keep the best; the alarm, if there is one."""
         rows, look = read_looks(self.path), watcher.look(step)
@@ -231,6 +246,15 @@ class RunFolder:
             except NonFiniteError as error:
                 diagnose(self.path, error)
                 raise
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(self._remedy(error)) from None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what went wrong; on the CPU torch has no type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _first(records: Generator[Record, None, None]) -> Iterable[Record]:

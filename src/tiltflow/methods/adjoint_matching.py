@@ -26,7 +26,7 @@ from torch import Tensor
 from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Numbers, Tilting
+from tiltflow.optimization import Numbers, Tilting, all_finite
 from tiltflow.reward import Reward
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -195,10 +195,12 @@ class AdjointMatching(Tilting):
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event], from what the two passes have already computed
+        velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
         targets, base_velocities, rewards = self._adjoints(chain, base, path, reward, first, right, micro_batch_size)
         steps = slice(first, len(path.velocities))
+        all_finite(targets, "adjoint", chain.times[steps])
         gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
-        control = gain * (torch.stack(path.velocities[steps]) - base_velocities)
+        control = gain * (velocities[steps] - base_velocities)
         terms = (control + std * targets).flatten(2).square().sum(2)
         regression = Regression(
             torch.stack(path.states[steps]), base_velocities, targets, self._limit(chain, steps, terms, state), first

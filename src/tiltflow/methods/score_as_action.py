@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError
 from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Tilting, load_optimizer
+from tiltflow.optimization import Tilting, all_finite, load_optimizer
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -254,8 +254,9 @@ class ScoreAsAction(Tilting):
             chain, count = path.chain, len(path.velocities)
             noise = None if self._uses_value_gradient else self._noise(path)
             path = unguided(path, seen)
-            rewards = evaluate(reward, end).detach()
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
+            all_finite(velocities, "velocity", chain.times)
+            rewards = evaluate(reward, end).detach()
             base_velocities = torch.stack(
                 [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
             )
@@ -270,7 +271,10 @@ class ScoreAsAction(Tilting):
             )
         steps = None
         if state.iterations >= self.critic_warmup_steps:
+            if advantages is not None:
+                all_finite(advantages, "advantage", chain.times)
             vectors = self._vectors(state.value, path, noise, advantages, tuned, base, reward, micro_batch_size)
+            all_finite(vectors, "vector of the policy gradient", chain.times)
             steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
         state.iterations += 1
         measured = {
