@@ -107,6 +107,54 @@ def train(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    overrides: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find out what would go wrong with a recipe, and what it will cost, before it runs. Trains for an iteration or two, and
+    writes nothing. Exit code 1 if something is red.
+
+    [dim]tiltflow doctor digits-even[/dim]
+    [dim]tiltflow doctor mine.yaml --set training.micro_batch_size=4 --device cuda[/dim]
+    """
+    from dataclasses import asdict
+
+    from tiltflow.doctor import Finding, examine, refuse, verdict
+    from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
+    from tiltflow.run import Recipe
+    from tiltflow.run_text_to_image import TextToImageRecipe
+    from tiltflow.settings import validate
+
+    console, found = _console(as_json), list[Finding]()
+    colours = {"green": "green", "amber": "yellow", "red": "red bold"}
+
+    def show(finding: Finding) -> None:
+        found.append(finding)
+        colour = colours[finding.level]
+        level = f"[{colour}]{finding.level:6}[/{colour}]"
+        console.print(f"{level} [bold]{escape(finding.check)}[/bold]  {escape(finding.text)}", soft_wrap=True)
+        if finding.remedy:
+            console.print(f"       [dim]{escape(finding.remedy)}[/dim]", soft_wrap=True)
+
+    path = find_recipe(recipe, "train")
+    try:
+        tree = read_recipe_tree(path, _with_seed(overrides, seed))
+        settings: Any = validate(TextToImageRecipe if is_text_to_image(tree) else Recipe, tree, recipe)
+    except InputError as error:
+        show(refuse(error))
+    else:
+        for finding in examine(settings, _device(device, threads)):
+            show(finding)
+    _finish(as_json, {"verdict": verdict(found), "findings": [asdict(finding) for finding in found]})
+    if verdict(found) == "red":
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify_checkpoint(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.")],
     as_json: Json = False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from tiltflow.evaluation import (
     reward_distance,
 )
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
-from tiltflow.flow import Flow, Guided, VelocityField, base_of, bind, rows
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
@@ -266,19 +266,22 @@ def batches(
     return draw
 
 
-def run_text_to_image(
-    recipe: TextToImageRecipe,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    watch: Callable[[Record], None] = lambda record: None,
-    stop: Callable[[], int | None] = lambda: None,
-    note: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
-    place = RunFolder.begin(folder, recipe)
-    for text in place.notes:
-        note(text)
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its parts in memory: the untuned model, the one that is going to be tuned, its flow and the frozen one,
+    what draws batches, and the loop, which takes the arguments of `train` about where to go on from and when to stop."""
+
+    model: TextToImage
+    tuned: TextToImage
+    flow: Flow
+    base: Flow | AdapterOff
+    reward: Reward
+    draw: Callable[[torch.Generator], Batch]
+    loop: Callable[..., Generator[Record, None, None]]
+
+
+def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
+    """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
     texts = [prompt.text for prompt in prompts]
     model = recipe.model.load(device)
@@ -297,14 +300,14 @@ def run_text_to_image(
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if recipe.model.adapter else frozen
 
-    began = time.perf_counter()
+    draw = batches(tuned, texts, reward, recipe.training, recipe.method.sampling)
     loop = partial(
         train,
         flow,
         base,
         recipe.method,
         reward,
-        batches(tuned, texts, reward, recipe.training, recipe.method.sampling),
+        draw,
         max_train_steps=recipe.training.max_train_steps,
         seed=recipe.seed,
         start=model.grid,
@@ -313,10 +316,29 @@ def run_text_to_image(
         adam=eight_bit_adam() if recipe.training.use_8bit_adam else torch.optim.AdamW,
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
+    return Prepared(model, tuned, flow, base, reward, draw, loop)
+
+
+def run_text_to_image(
+    recipe: TextToImageRecipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    watch: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], int | None] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
+    place = RunFolder.begin(folder, recipe)
+    for text in place.notes:
+        note(text)
+    parts = prepare(recipe, device)
+    model, tuned = parts.model, parts.tuned
+    began = time.perf_counter()
     watcher = None
     if recipe.training.monitor is not None:
         watcher = make_watcher(recipe, tuned.base() if recipe.model.adapter else model, tuned, folder, device)
-    place.train(loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, watcher=watcher, note=note)
+    place.train(parts.loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, watcher=watcher, note=note)
     return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
 
 

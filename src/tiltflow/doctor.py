@@ -1,0 +1,401 @@
+"""`tiltflow doctor`: what would go wrong with a recipe, found out before the money is spent.
+
+Each check is a function of a `Patient` and gives findings: green, amber (it runs, but look at this) or red (it cannot work),
+amber and red with a remedy. The last check is one real iteration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.errors import InputError, TiltflowError
+from tiltflow.evaluation import ImportanceWeights
+from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
+from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
+from tiltflow.run import Recipe, build_judge, build_reward, check_fit, prepare
+from tiltflow.run_text_to_image import TextToImageRecipe
+from tiltflow.run_text_to_image import prepare as prepare_text_to_image
+from tiltflow.sampler import Sampling, Start, rollout, sample
+from tiltflow.streams import stream
+from tiltflow.text_to_image import TextToImage
+from tiltflow.trainer import Batch, Record
+
+Level = Literal["green", "amber", "red"]
+MOST = 64
+"""Samples that the checks are made on, at most."""
+SLOW = 20.0
+"""Seconds of an iteration above which it is not run a second time to be timed warm."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found."""
+
+    check: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A recipe with its parts in memory.
+
+    Args:
+        batch: what an iteration starts from.
+        own: of a pipeline, the model; None otherwise.
+        loop: trains one batch after another.
+    """
+
+    recipe: Any
+    tuned: Flow
+    base: Flow | AdapterOff
+    reward: Reward
+    batch: Batch
+    start: Start
+    device: torch.device
+    loop: Callable[..., Generator[Record, None, None]]
+    own: TextToImage | None = None
+
+    @property
+    def size(self) -> int:
+        return min(len(self.batch.x), MOST)
+
+    @property
+    def few(self) -> slice:
+        return slice(self.size)
+
+    def bound(self, flow: VelocityField) -> VelocityField:
+        """A flow with the conditions of the first samples of the batch."""
+        return in_chunks(rows(self.batch.bind(flow), self.few), self.recipe.training.micro_batch_size)
+
+    @property
+    def told(self) -> Reward:
+        """The reward of the first samples of the batch."""
+        return rows(self.batch.reward or self.reward, self.few)
+
+    def ends(self) -> Tensor:
+        """Samples of the base, drawn as in training."""
+        sampling: Sampling = self.recipe.method.sampling
+        generator = stream(self.recipe.seed, "doctor", device=self.device)
+        with torch.no_grad():
+            return sample(self.bound(self.base), self.batch.x[self.few], sampling, generator, start=self.start)
+
+
+def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
+    """The findings, one after another; what cannot work ends it."""
+    yield geometry(recipe)
+    try:
+        patient = admit(recipe, device)
+    except TiltflowError as error:
+        yield Finding("parts", "red", str(error), "put this right; nothing else was looked at")
+        return
+    yield Finding("parts", "green", f"model, reward and method are there and fit each other ({patient.device.type})")
+    for check in (temperature, reward_itself, reward_gradient, ratio, memoryless, parity, memory, iteration):
+        try:
+            yield from check(patient)
+        except torch.OutOfMemoryError as error:
+            smaller = "lower training.micro_batch_size: the result is the same"
+            yield Finding(check.__name__, "red", str(error).splitlines()[0], smaller)
+        except TiltflowError as error:
+            yield Finding(check.__name__.replace("_", " "), "red", str(error), "put this right before anything else")
+
+
+def admit(recipe: Any, device: str) -> Patient:
+    """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
+    if isinstance(recipe, TextToImageRecipe):
+        parts = prepare_text_to_image(recipe, device)
+        batch = parts.draw(stream(recipe.seed, "start", 0, device=parts.model.device))
+        return Patient(
+            recipe, parts.flow, parts.base, parts.reward, batch, parts.model.grid, parts.model.device, parts.loop, parts.model
+        )
+    assert isinstance(recipe, Recipe)
+    from tiltflow.model import load
+
+    model = load(recipe.model, device)
+    reward = build_reward(recipe.reward, recipe.method, device)
+    check_fit("reward", reward, model, device)
+    if recipe.evaluation.judge is not None:
+        check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], model, device)
+    tuned, loop = prepare(model, reward, recipe.method, recipe.training, seed=recipe.seed)
+    x = model.start(recipe.training.train_batch_size, stream(recipe.seed, "start", 0, device=model.device))
+    return Patient(recipe, tuned.flow, model.flow, reward, Batch(x), model.flow.noise_time, model.device, loop)
+
+
+# ---- the checks ----
+
+
+def geometry(recipe: Any) -> Finding:
+    """How a batch is made up, in words. It was checked when the recipe was read."""
+    training = recipe.training
+    size, part = training.train_batch_size, training.micro_batch_size or training.train_batch_size
+    made = f"{size} samples in an iteration"
+    if isinstance(recipe, TextToImageRecipe):
+        made += f" = {training.prompts_per_step} prompts x {training.num_generations} generations"
+    parts = "all at once" if part >= size else f"{part} at a time, {-(-size // part)} times"
+    return Finding("batch", "green", f"{made}, {parts}")
+
+
+def temperature(patient: Patient) -> Iterator[Finding]:
+    """Whether the target law is within reach of the base at all."""
+    method = patient.recipe.method
+    if not hasattr(method, "log_tilt") or isinstance(patient.reward, LearnedReward):
+        return
+    rewards = evaluate(patient.told, patient.ends()).detach().cpu()
+    tilt = method.log_tilt(rewards, patient.recipe.training.max_train_steps)
+    effective = ImportanceWeights(torch.softmax(tilt, 0)).effective_sample_size
+    share, count = effective / len(rewards), len(rewards)
+    law = method.target_law(patient.recipe.training.max_train_steps)
+    text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {law}"
+    if not float(rewards.std(correction=0)) > 0:
+        same = f"the reward is {rewards[0].item():g} for all {count} samples"
+        yield Finding("temperature", "red", same, "is it the right one?")
+    elif share < 0.02 or effective < 1.5:
+        weaker = "a weaker tilt (a larger beta; a smaller tau) is a law that the base can reach, and the report can check"
+        yield Finding("temperature", "amber", f"{text}: so strong a tilt that few base samples resemble its target", weaker)
+    elif share > 0.98:
+        yield Finding("temperature", "amber", text + ": the target is nearly the base", "a smaller beta tilts more")
+    else:
+        yield Finding("temperature", "green", text)
+
+
+def reward_itself(patient: Patient) -> Iterator[Finding]:
+    """Deterministic, finite, of each sample alone; its range and price."""
+    x = patient.ends()
+    with torch.no_grad():
+        began = time.perf_counter()
+        first = evaluate(patient.told, x)
+        seconds = time.perf_counter() - began
+        again = evaluate(patient.told, x)
+        alone = torch.cat([evaluate(rows(patient.told, slice(i, i + 1)), x[i : i + 1]) for i in range(min(4, len(x)))])
+    spread = float(first.std(correction=0)) or 1.0
+    low, high = first.min().item(), first.max().item()
+    unit = getattr(patient.recipe.reward, "unit", "")
+    price = f"{seconds / len(x):.2g} s a sample"
+    text = f"{first.mean().item():.4g} ± {spread:.2g} {unit} at the base, {low:.4g} to {high:.4g}; {price}"
+    if not torch.equal(first, again):
+        change = (first - again).abs().max().item()
+        fix = "put it in evaluation mode, and give it its own seeded generator"
+        yield Finding("reward", "amber", f"{text}. Two calls on the same samples differ by up to {change:.2g}", fix)
+    elif float((first[: len(alone)] - alone).abs().max()) > 0.01 * spread:
+        fix = "a reward must be of one sample alone: no batch statistics, no ranks"
+        yield Finding("reward", "red", f"{text}. It gives a sample another value when it is alone", fix)
+    else:
+        yield Finding("reward", "green", f"{text}; deterministic")
+
+
+def reward_gradient(patient: Patient) -> Iterator[Finding]:
+    """Against a finite difference along a random direction."""
+    if not getattr(patient.recipe.method, "needs_reward_gradient", False):
+        return
+    x = patient.ends()[: min(4, patient.size)].float()
+    reward = rows(patient.told, slice(len(x)))
+    _, gradient = value_and_gradient(reward, x)
+    direction = torch.randn(x.shape, generator=stream(0, "direction", device=x.device), device=x.device)
+    expected = (gradient * direction).flatten(1).sum(1)
+    differences = []
+    with torch.no_grad():
+        for h in (1e-2, 3e-3, 1e-3):  # too long is not the slope, too short is rounding
+            differences.append((evaluate(reward, x + h * direction) - evaluate(reward, x - h * direction)) / (2 * h))
+    scale = expected.abs().max().item()
+    error = min((difference - expected).abs().max().item() for difference in differences)
+    if scale == 0:
+        yield Finding(
+            "gradient", "red", "the gradient of the reward is zero", "is it cut off, or rounded? use a method without"
+        )
+    elif error > 0.2 * scale:
+        fix = "is something in it rounded, clipped or detached? score-as-action and orw-cfm-w2 need no gradient"
+        text = f"autograd and finite differences differ by {error / scale:.0%} of the slope"
+        yield Finding("gradient", "red" if error > 0.9 * scale else "amber", text, fix)
+    else:
+        yield Finding("gradient", "green", f"autograd is the finite difference, to {error / scale:.1%}")
+
+
+def ratio(patient: Patient) -> Iterator[Finding]:
+    """Before the first update the tuned model is the base, and gives in training what it gives in sampling: ratio 1."""
+    x = patient.batch.x[patient.few]
+    t = torch.tensor(0.5, device=x.device)
+    with torch.no_grad():
+        sampling, base = patient.bound(patient.tuned)(x, t), patient.bound(patient.base)(x, t)
+    with torch.enable_grad():
+        training = rows(patient.batch.bind(patient.tuned), slice(min(len(x), 4)))(x[:4], t).detach()
+    scale = sampling.abs().max().item() or 1.0
+    layout = (training - sampling[: len(training)]).abs().max().item() / scale
+    moved = (sampling - base).abs().max().item() / scale
+    if layout > 1e-2:
+        fix = "switch dropout and batch statistics off: network.eval()"
+        yield Finding("ratio", "red", f"in training the network gives other velocities than in sampling, by {layout:.1%}", fix)
+    elif moved > 1e-2:
+        fix = "begin from an adapter that is zero, or from a copy of the base"
+        yield Finding("ratio", "amber", f"before training the model is {moved:.1%} from the base", fix)
+    elif layout > 1e-4:
+        text = f"sampling and training agree to {layout:.1e}: the precision of the network"
+        yield Finding("ratio", "amber", text, "fine for most; float32 weights bring it to 1e-6")
+    else:
+        yield Finding("ratio", "green", f"1 before the first update (velocities agree to {max(layout, moved):.0e})")
+
+
+def memoryless(patient: Patient) -> Iterator[Finding]:
+    """Whether samples depend on the noise that they started from: the covariance of both, over the base's trajectories."""
+    sampling: Sampling = patient.recipe.method.sampling
+    limits = patient.recipe.method.limits(patient.start)
+    if not sampling.has_noise:
+        if limits:
+            yield Finding("target", "amber", " ".join(limits), "docs/mathematics.md says what it aims at instead")
+        return
+    x, chain = patient.batch.x[patient.few], sampling.chain(patient.start)
+    with torch.no_grad():
+        flow = patient.bound(patient.base)
+        end = rollout(chain, flow, x, stream(1, "doctor", device=x.device), to_the_end=True).states[-1]
+    start, end = x.flatten(1).double(), end.flatten(1).double()
+    centred = end - end.mean(0)
+    products = (start * centred).mean(1) / (start.square().mean().sqrt() * centred.square().mean().sqrt())
+    correlation, error = products.mean().item(), (products.std() / len(products) ** 0.5).item()
+    text = f"correlation of noise and sample {correlation:.3f} ± {error:.2g}"
+    if abs(correlation) > max(4 * error, 0.02) or limits:
+        fix = "solver memoryless forgets its start; a scheduler with timestep_spacing trailing starts from pure noise"
+        yield Finding("memorylessness", "amber", f"{text}. {' '.join(limits)}".strip(), fix)
+    else:
+        yield Finding("memorylessness", "green", text)
+
+
+def parity(patient: Patient) -> Iterator[Finding]:
+    """Our sampler against the pipeline's own, from the same latents."""
+    model = patient.own
+    if model is None:
+        return
+    prompts, scale = ["a photograph"], 1.0 if model.distilled else model.guidance_scale
+    times = model.own_grid(4)
+    latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
+    base = model if not hasattr(model.denoiser, "disable_adapter") else model.base()
+    ours = base.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=len(times) - 1))
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "latents": latents.to(model.pipeline.dtype)}
+    height, width = model.size
+    with torch.no_grad():
+        drawn = model.pipeline(prompts, height=height, width=width, guidance_scale=scale, **options).images
+    theirs = cast(Tensor, drawn).float().cpu() * 2 - 1
+    error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()
+    if error > 0.02:
+        fix = "is the scheduler one with other steps (ancestral, DPM)? then training draws other pictures than the pipeline"
+        yield Finding("parity", "amber", f"our pictures differ from the pipeline's by {error:.3f} of the range -1 to 1", fix)
+    else:
+        yield Finding("parity", "green", f"our sampler draws the pipeline's own pictures, to {error:.1e}")
+
+
+def memory(patient: Patient) -> Iterator[Finding]:
+    """What each part of training needs, against what the device has."""
+    training = patient.recipe.training
+    network = cast(nn.Module, patient.tuned.network)
+    parameters = list(patient.tuned.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters)
+    moments = sum(2 * p.numel() * (1 if getattr(training, "use_8bit_adam", False) else p.element_size()) for p in parameters)
+    held = {id(p): p.numel() * p.element_size() for p in network.parameters()}
+    frozen = patient.base.flow.network if isinstance(patient.base, AdapterOff) else patient.base.network
+    held |= {id(p): p.numel() * p.element_size() for p in cast(nn.Module, frozen).parameters()}
+    size = min(training.micro_batch_size or training.train_batch_size, len(patient.batch.x))
+    one = activations(patient)
+    phases = {
+        "weights": sum(held.values()),
+        "gradients, optimizer, average": trained + moments + trained,
+        f"activations of {size} samples": one * size,
+    }
+    need = sum(phases.values())
+    text = ", ".join(f"{name} {gigabytes(value)}" for name, value in phases.items())
+    available = free_memory(patient.device)
+    text = f"{gigabytes(need)} and the reward's ({text}); the device has {gigabytes(available)} left"
+    if patient.device.type == "cuda":
+        need -= phases["weights"]  # they are there already
+    if need > available:
+        fix = f"lower training.micro_batch_size (now {size}): the result is the same; gradient_checkpointing; dtype bfloat16"
+        yield Finding("memory", "red", text, fix)
+    elif need > 0.8 * available:
+        yield Finding("memory", "amber", text, f"a smaller training.micro_batch_size than {size} gives the same result in less")
+    else:
+        yield Finding("memory", "green", text)
+
+
+def activations(patient: Patient) -> int:
+    """Bytes that the network keeps for the way back, for one sample: counted, not guessed."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in cast(nn.Module, patient.tuned.network).parameters()}
+    flow, x = rows(patient.batch.bind(patient.tuned), slice(1)), patient.batch.x[:1].clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        flow(x, torch.tensor(0.5, device=x.device)).sum()
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device has left."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:  # no Linux
+        return 1 << 62
+
+
+def iteration(patient: Patient) -> Iterator[Finding]:
+    """One real iteration, and what the whole run will take."""
+    training, passes = patient.recipe.training, getattr(patient.recipe.method, "num_passes", 1)
+    records, before, first = patient.loop(), 0.0, dict[str, float]()
+    for attempt in range(2):  # the first one warms up
+        several = [next(records) for _ in range(min(passes, training.max_train_steps))]
+        seconds, before = several[-1].seconds - before, several[-1].seconds
+        first = first or several[0].metrics
+        if seconds > SLOW or training.max_train_steps < 2 * passes or attempt:
+            break
+    records.close()
+    total = seconds * training.max_train_steps / passes
+    text = f"{seconds:.3g} s an iteration, {duration(total)} for all {training.max_train_steps} steps, evaluation not counted"
+    text += f"; reward {first['reward']:.4g}, loss {first['loss']:.4g}, gradient norm {first['gradient_norm']:.3g}"
+    if first.get("path_kl", 0) > 0.1:
+        fix = "mixed precision rounds the difference; mixed_precision: no is exact"
+        yield Finding("iteration", "amber", f"{text}. The path KL is {first['path_kl']:.2g} before the first update", fix)
+    elif first["gradient_norm"] == 0:
+        yield Finding("iteration", "red", f"{text}. Nothing would be learned", "is the reward the same for all samples?")
+    else:
+        yield Finding("iteration", "green", text)
+
+
+def verdict(findings: Sequence[Finding]) -> Level:
+    """The worst of them."""
+    levels = [finding.level for finding in findings]
+    return "red" if "red" in levels else "amber" if "amber" in levels else "green"
+
+
+def gigabytes(count: float) -> str:
+    """
+    >>> gigabytes(3 << 20), gigabytes(5 << 30)
+    ('3 MB', '5.0 GB')
+    """
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(40), duration(4000), duration(400_000)
+    ('40 s', '67 min', '4.6 days')
+    """
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (1.5 if unit != "days" else 2) * length:
+            return f"{seconds / length:.1f} {unit}" if unit == "days" else f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def refuse(error: InputError) -> Finding:
+    """A recipe that cannot be read."""
+    return Finding("recipe", "red", str(error), "put this right; nothing else was looked at")

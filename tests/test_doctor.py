@@ -1,0 +1,228 @@
+"""The doctor: a healthy recipe is green, and each planted fault has its colour and its remedy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_recipe
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from tiltflow import doctor
+from tiltflow.cli import app
+from tiltflow.doctor import Finding, Patient, admit, examine, verdict
+from tiltflow.flow import Flow
+from tiltflow.run import Recipe
+from tiltflow.settings import read_yaml, validate
+
+TRAINING = {"max_train_steps": 4, "train_batch_size": 8}
+
+
+def recipe_for(folder: Path, **changes: Any) -> Recipe:
+    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e-3, "beta": 0.5}
+    return validate(Recipe, read_yaml(tiny_recipe(folder, **({"training": TRAINING, "method": method} | changes))), "recipe")
+
+
+def patient_for(folder: Path, **changes: Any) -> Patient:
+    return admit(recipe_for(folder, **changes), "cpu")
+
+
+def the(findings: Any, check: str) -> Finding:
+    found = {finding.check: finding for finding in findings}
+    return found[check]
+
+
+def test_a_healthy_recipe_is_green(tmp_path: Path) -> None:
+    findings = list(examine(recipe_for(tmp_path)))
+    assert [finding.check for finding in findings] == [
+        "batch", "parts", "temperature", "reward", "gradient", "ratio", "memorylessness", "memory", "iteration",
+    ]  # fmt: skip
+    # eight samples of a random network say little of a temperature or of a correlation: these two are tested below
+    assert {f.level for f in findings if f.check not in ("temperature", "memorylessness")} == {"green"}, findings
+    assert "all 4 steps" in findings[-1].text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    recipe_for(tmp_path)
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path / "recipe.yaml"), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["verdict"] in ("green", "amber")
+    assert {"check", "level", "text", "remedy"} == set(found["findings"][0])
+    wrong = CliRunner().invoke(app, ["doctor", str(tmp_path / "recipe.yaml"), "--set", "method.bta=1"])
+    assert wrong.exit_code == 1
+    assert "method.bta is not a setting, did you mean 'beta'?" in wrong.output
+    missing = CliRunner().invoke(app, ["doctor", str(tmp_path / "recipe.yaml"), "--set", "model=nowhere"])
+    assert missing.exit_code == 1
+    assert "there is no model 'nowhere'" in missing.output
+
+
+# ---- planted faults ----
+
+
+def test_a_reward_that_is_not_deterministic(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patient = replace(
+        patient_for(tmp_path), reward=lambda x: x.mean((1, 2, 3)) + 1e-3 * torch.randn(len(x), generator=generator)
+    )
+    finding = the(doctor.reward_itself(patient), "reward")
+    assert finding.level == "amber"
+    assert "Two calls on the same samples differ" in finding.text
+
+
+def test_a_reward_that_looks_at_the_batch(tmp_path: Path) -> None:
+    patient = replace(patient_for(tmp_path), reward=lambda x: x.mean((1, 2, 3)) - x.mean())
+    finding = the(doctor.reward_itself(patient), "reward")
+    assert finding.level == "red"
+    assert "another value when it is alone" in finding.text
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounded on the way there, and not on the way back."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return -x
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def test_a_gradient_that_is_not_the_slope(tmp_path: Path) -> None:
+    patient = patient_for(tmp_path)
+    wrong = replace(patient, reward=lambda x: StraightThrough.apply(x.mean((1, 2, 3))))  # type: ignore[no-untyped-call, no-any-return]
+    assert the(doctor.reward_gradient(wrong), "gradient").level == "red"
+    zero = replace(patient, reward=lambda x: (x - x.detach()).mean((1, 2, 3)) * 0)
+    assert the(doctor.reward_gradient(zero), "gradient").text == "the gradient of the reward is zero"
+    right = replace(patient, reward=lambda x: x.sin().mean((1, 2, 3)))
+    assert the(doctor.reward_gradient(right), "gradient").level == "green"
+
+
+class Dropping(nn.Module):
+    """A network with dropout that is on."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.dropout = network, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.network(x, time))
+        return out
+
+
+def test_a_network_that_trains_otherwise_than_it_samples(tmp_path: Path) -> None:
+    patient = patient_for(tmp_path)
+    torch.manual_seed(0)
+    broken = replace(patient, tuned=Flow(Dropping(patient.tuned.network)))  # type: ignore[arg-type]
+    finding = the(doctor.ratio(broken), "ratio")
+    assert finding.level == "red"
+    assert "eval()" in finding.remedy
+
+
+def test_a_model_that_does_not_begin_as_its_base(tmp_path: Path) -> None:
+    patient = patient_for(tmp_path)
+    with torch.no_grad():
+        for parameter in patient.tuned.parameters():
+            parameter += 0.1
+    finding = the(doctor.ratio(patient), "ratio")
+    assert finding.level == "amber"
+    assert "from the base" in finding.text
+
+
+@pytest.mark.parametrize(("method", "level"), [({"solver": "memoryless"}, "green"), ({"solver": "ddim", "eta": 0.2}, "amber")])
+def test_a_sampler_that_remembers_its_noise(method: dict[str, Any], level: str, tmp_path: Path) -> None:
+    """On a Gaussian whose ODE maps noise to data one to one."""
+    from tiltflow.problems import ExactVelocity, Gaussian
+
+    settings = {"name": "score-as-action", "num_inference_steps": 30} | method
+    patient = patient_for(tmp_path, method=settings)
+    exact = Flow(ExactVelocity(Gaussian(dimension=2).base()))
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    patient = replace(patient, base=exact, tuned=exact, batch=replace(patient.batch, x=x), start=0.0)
+    finding = the(doctor.memoryless(patient), "memorylessness")
+    assert finding.level == level, finding
+    if level == "amber":
+        assert float(finding.text.split()[5]) > 0.3
+
+
+def test_too_strong_and_too_weak_a_tilt(tmp_path: Path) -> None:
+    patient = patient_for(tmp_path)
+    found = {}
+    for beta in (1e-9, 0.5, 1e9):
+        method = patient.recipe.method.model_copy(update={"beta": beta})
+        recipe = patient.recipe.model_copy(update={"method": method})
+        found[beta] = the(doctor.temperature(replace(patient, recipe=recipe)), "temperature")
+    assert found[1e-9].level == "amber"
+    assert "so strong a tilt" in found[1e-9].text
+    assert "nearly the base" in found[1e9].text
+    constant = replace(patient, reward=lambda x: torch.ones(len(x)))
+    assert the(doctor.temperature(constant), "temperature").level == "red"
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = patient_for(tmp_path)
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 1 << 10)
+    finding = the(doctor.memory(patient), "memory")
+    assert finding.level == "red"
+    assert "training.micro_batch_size (now 8): the result is the same" in finding.remedy
+
+
+def test_the_activations_are_counted(tmp_path: Path) -> None:
+    """A perceptron by hand: each layer keeps its input, and the nonlinearity its own."""
+    network = nn.Sequential(nn.Linear(3, 50), nn.SiLU(), nn.Linear(50, 3))
+
+    class Timeless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            out: Tensor = self.network(x)
+            return out
+
+    patient = patient_for(tmp_path)
+    patient = replace(patient, tuned=Flow(Timeless()), batch=replace(patient.batch, x=torch.zeros(8, 3)))
+    assert doctor.activations(patient) == 4 * (3 + 50 + 50)  # the input, SiLU's input, the second layer's input
+
+
+def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:
+    patient = patient_for(tmp_path)
+
+    def loop() -> Any:
+        from tiltflow.trainer import Record
+
+        for step in (1, 2):
+            yield Record(step, {"reward": 1.0, "loss": 0.0, "gradient_norm": 0.0}, 2.0 * step, 0)
+
+    finding = the(doctor.iteration(replace(patient, loop=loop)), "iteration")
+    assert finding.level == "red"
+    assert "2 s an iteration, 8 s for all 4 steps" in finding.text
+
+
+def test_a_missing_part_ends_the_examination(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, reward={"name": "function", "path": "nowhere:reward"})
+    findings = list(examine(recipe))
+    assert [finding.check for finding in findings] == ["batch", "parts"]
+    assert verdict(findings) == "red"
+    assert "there is no module 'nowhere'" in findings[-1].text
+
+
+def test_a_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for as pipeline_recipe
+
+    from tiltflow.run_text_to_image import TextToImageRecipe
+
+    recipe = validate(TextToImageRecipe, pipeline_recipe(tmp_path, "stable-diffusion"), "recipe")
+    findings = list(examine(recipe))
+    assert the(findings, "batch").text == "4 samples in an iteration = 2 prompts x 2 generations, 2 at a time, 2 times"
+    assert the(findings, "parity").level == "green"
+    assert the(findings, "ratio").level == "green"
+    assert the(findings, "iteration").level == "green", the(findings, "iteration")
