@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What NumPy raises for an archive that is damaged, or was made to do damage."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -48,12 +52,12 @@ def load_images(path: str | Path, split: Literal["train", "test"] = "train") -> 
     if not path.exists():
         raise InputError(f"{path}: no such data set; give an .npz file or a folder of images with --data")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:  # NumPy leaves a damaged file open
             if f"x_{split}" not in archive:
                 raise InputError(f"{path}: holds {', '.join(archive.files)}, but no x_{split}")
             images = archive[f"x_{split}"]
             labels = archive.get(f"y_{split}")
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable .npz file ({error})") from None
     count = int(labels.max()) + 1 if labels is not None else 0
     return ImageData(
@@ -73,7 +77,7 @@ def _from_folder(folder: Path) -> ImageData:
         try:
             with Image.open(file) as image:
                 arrays.append(np.asarray(image if image.mode == "L" else image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise InputError(f"{file}: not a readable image ({error})") from None
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
@@ -137,11 +141,11 @@ def load_captioned(path: str | Path, *, include: tuple[str, ...] = (), least_opa
     if not path.is_file():
         raise InputError(f"{path}: no such data set; give an .npz file of images and names with --data")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:  # NumPy leaves a damaged file open
             if missing := {"images", "names"} - set(archive.files):
                 raise InputError(f"{path}: holds {', '.join(archive.files)}, but no {sorted(missing)[0]}")
             images, names = archive["images"], [str(name) for name in archive["names"]]
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable .npz file ({error})") from None
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or len(images) != len(names):
         raise InputError(

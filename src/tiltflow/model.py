@@ -148,7 +148,7 @@ def read_config(folder: Path) -> FlowConfig | ClassifierConfig:
     path = folder / CONFIG
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     match tree.get("kind") if isinstance(tree, dict) else None:
         case "flow":
@@ -192,8 +192,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced
-        network: nn.Module = config.network.build()
+    try:
+        with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced
+            network: nn.Module = config.network.build()
+    except (RuntimeError, MemoryError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{folder / CONFIG}: its network cannot be built ({str(error).splitlines()[0]})") from None
     path = folder / WEIGHTS
     try:
         weights = load_file(path, device=str(device))

@@ -72,11 +72,19 @@ def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Liter
     return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
 
 
+def adamw(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """AdamW in one pass over the memory, where the device has that: the step of a large network is all memory."""
+    several = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and p.dtype in (torch.float32, torch.float64) for p in several)
+    return torch.optim.AdamW(several, fused=fused or None, **options)
+
+
 class WeightAverage:
-    """The exponential moving average of parameters, with the short memory at the start that keeps it unbiased."""
+    """The exponential moving average of parameters, with the short memory at the start that keeps it unbiased. With a decay
+    of 0 it is the parameters themselves, and costs nothing."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.parameters, self.decay, self.updates = list(parameters) if decay else [], decay, 0
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()

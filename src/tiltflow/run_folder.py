@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tiltflow import checkpoint
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import InputError, NonFiniteError, OutOfMemoryError
+from tiltflow.errors import CheckpointError, InputError, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
@@ -141,12 +141,15 @@ class RunFolder:
         if chosen is None:
             return cls(path, recipe, notes=[*notes, "no checkpoint to go on from: the run begins anew"])
         saved = checkpoint.load_checkpoint(chosen)
+        loop = saved.get("loop")
+        if not isinstance(saved.get("environment"), dict) or not isinstance(loop, dict) or type(loop.get("step")) is not int:
+            raise CheckpointError(f"{chosen}: is not the checkpoint of a training run")
         notes += [
             f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit"
             for key, now in environment().items()
             if (then := saved["environment"].get(key)) != now
         ]
-        return cls(path, recipe, saved["loop"], [*notes, f"going on from {chosen.name}"])
+        return cls(path, recipe, loop, [*notes, f"going on from {chosen.name}"])
 
     def _remedy(self, error: Exception) -> str:
         """What to lower, where memory runs out: what changes the memory and not the result comes first."""

@@ -32,6 +32,7 @@ from tiltflow.evaluation import (
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
+from tiltflow.optimization import adamw
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -313,7 +314,7 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
         start=model.grid,
         ema_decay=recipe.training.ema_decay,
         micro_batch_size=recipe.training.micro_batch_size,
-        adam=eight_bit_adam() if recipe.training.use_8bit_adam else torch.optim.AdamW,
+        adam=eight_bit_adam() if recipe.training.use_8bit_adam else adamw,
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
     return Prepared(model, tuned, flow, base, reward, draw, loop)

@@ -61,10 +61,11 @@ def parse_yaml(text: str, where: str) -> Any:
         return _StrictLoader(text).get_single_data()
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:  # PyYAML raises all of them
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = str(getattr(error, "problem", None) or error).splitlines()
+        raise InputError(f"{where}{line}: not valid YAML ({problem[0] if problem else type(error).__name__})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import InputError, Interrupted, NonFiniteError
+from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
 from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField
-from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor, load_optimizer
+from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.reward import LearnedReward, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
@@ -125,7 +125,7 @@ def train(
     micro_batch_size: int | None = None,
     calibration: Calibration | None = None,
     network_evaluations: int = 0,
-    adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    adam: Callable[..., torch.optim.Optimizer] = adamw,
     max_skipped_steps: int = 0,
     resume_from: Tree | None = None,
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
@@ -201,14 +201,17 @@ def train(
                 }
 
             if resume_from is not None:
-                load_weights(resume_from, trained, buffers_of(tuned.network))
-                load_optimizer(optimizer, resume_from["optimizer"])
-                average.load_state_dict(resume_from["average"])
-                if calibration is not None:
-                    calibration.load_state_dict(resume_from["calibration"])
-                step, skipped = resume_from["step"], resume_from["skipped"]
-                began -= resume_from["seconds"]
-                network_evaluations = resume_from["network_evaluations"]
+                try:
+                    load_weights(resume_from, trained, buffers_of(tuned.network))
+                    load_optimizer(optimizer, resume_from["optimizer"])
+                    average.load_state_dict(resume_from["average"])
+                    if calibration is not None:
+                        calibration.load_state_dict(resume_from["calibration"])
+                    step, skipped = int(resume_from["step"]), int(resume_from["skipped"])
+                    began -= float(resume_from["seconds"])
+                    network_evaluations = int(resume_from["network_evaluations"])
+                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
 
             while step < max_train_steps:
                 before, evaluated = None, count.total

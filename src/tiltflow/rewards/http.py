@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -88,10 +88,14 @@ class Http(Settings):
         for attempt in range(self.retries + 1):
             try:
                 request = urllib.request.Request(self.url, body, headers)
+                began, answer = time.monotonic(), b""
                 with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
-                    answer: bytes = response.read(MOST_BYTES + 1)
-                if len(answer) > MOST_BYTES:
-                    raise InputError(f"reward server {self.url}: its answer is longer than {MOST_BYTES} bytes")
+                    while part := response.read1(1 << 16):
+                        answer += part
+                        if len(answer) > MOST_BYTES:
+                            raise InputError(f"reward server {self.url}: its answer is longer than {MOST_BYTES} bytes")
+                        if time.monotonic() - began > self.timeout:  # that of the socket begins anew with every byte
+                            raise TimeoutError(f"its answer has not ended after {self.timeout:g} s")
                 return answer
             except urllib.error.HTTPError as error:
                 reason, final = f"{error.code} {error.reason}{_detail(error)}", error.code < 500 and error.code != 429
@@ -128,7 +132,7 @@ def rewards_in(answer: bytes, count: int, url: str) -> list[float]:
     """The numbers of an answer. Raises InputError if it is anything else."""
     try:
         tree: Any = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"reward server {url}: its answer is not JSON: {answer[:60]!r}") from None
     values = tree.get("rewards") if isinstance(tree, dict) else None
     if not isinstance(values, list) or len(values) != count or not all(map(is_finite, values)):
@@ -138,7 +142,7 @@ def rewards_in(answer: bytes, count: int, url: str) -> list[float]:
 
 def is_finite(value: Any) -> bool:
     """Whether it is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
