@@ -316,6 +316,19 @@ def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(met
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_stopped_after_the_last_step_it_leaves_before_the_evaluation(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "orw-cfm-w2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def stop() -> int | None:
+        return signal.SIGTERM if metrics.exists() and len(rows(tmp_path / "run")) == 12 else None
+
+    with pytest.raises(Interrupted, match="training is complete; stopped by signal 15 before the evaluation"):
+        run(recipe, tmp_path / "run", stop=stop)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(resuming(recipe), tmp_path / "run")["iterations"] == 12
+
+
 def command(recipe: Path, folder: Path) -> list[str]:
     return [sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet", "--resume", "--threads", "1"]
 

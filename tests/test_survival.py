@@ -107,6 +107,37 @@ def test_skipping_has_a_hard_cap_and_is_counted(method: str, tmp_path: Path, mon
         run(again, tmp_path / "again")  # two in a row
 
 
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
+def test_samples_without_a_reward_are_dropped_and_counted(
+    method: str, micro: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not averaged over, and not the whole batch: the other three are drawn again and learned from."""
+    how = "values * torch.tensor([1.0] * (len(values) - 1) + [float('nan')])"
+    recipe = recipe_with(tmp_path, monkeypatch, "{4}", how, method, non_finite_rewards="drop", micro_batch_size=micro)
+    run(recipe, tmp_path / "run")
+    rows = read_records(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["dropped"] for row in rows if "dropped" in row] == [1.0]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert not (tmp_path / "run" / "diagnostics").exists()
+
+
+def test_a_reward_that_fails_for_nearly_all_is_no_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = "torch.cat([values[:1], values[1:] * float('nan')])"
+    recipe = recipe_with(tmp_path, monkeypatch, "{4}", how, non_finite_rewards="drop")
+    with pytest.raises(NonFiniteError, match="not finite for 3 of 4 samples"):
+        run(recipe, tmp_path / "run")
+
+
+def test_the_diagnosis_counts_samples_from_the_first_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In micro-batches of two, the second sample of the second one is number 3."""
+    recipe = recipe_with(tmp_path, monkeypatch, "{5}", "values * torch.tensor([1.0, float('nan')])", micro_batch_size=2)
+    with pytest.raises(NonFiniteError) as error:
+        run(recipe, tmp_path / "run")
+    assert error.value.where["samples"] == [3]
+
+
 def test_a_skipped_batch_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, optimizer, critic: all as if it had not been."""
     recipe = recipe_with(

@@ -74,7 +74,6 @@ def train(
     from tiltflow.run import Recipe, run
     from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
     from tiltflow.settings import validate
-    from tiltflow.signals import noted
 
     path = find_recipe(recipe, "train")
     going_on = ["training.resume_from_checkpoint=latest"] if resume else []
@@ -90,15 +89,12 @@ def train(
     def note(text: str) -> None:
         console.print(f"[yellow]{escape(text)}[/yellow]")
 
-    def told(number: int) -> None:
+    def heard(number: int) -> None:
         note("asked to stop: saving; once more leaves at once")
 
     try:
-        with (
-            noted(told) as stop,
-            _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch,
-        ):
-            summary = train_it(settings, output, device=chosen, watch=watch, stop=stop, note=note)
+        with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
+            summary = train_it(settings, output, device=chosen, watch=watch, heard=heard, note=note)
     except Interrupted as error:
         console.print(f"{escape(str(error))}; the same command with --resume goes on")
         raise typer.Exit(128 + error.signal) from None

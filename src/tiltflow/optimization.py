@@ -147,6 +147,16 @@ def gradient_norm(
     return norm
 
 
+@contextmanager
+def located(part: slice) -> Iterator[None]:
+    """In this context, what is not finite is counted from the first sample of the batch, not of the part."""
+    try:
+        yield
+    except NonFiniteError as error:
+        error.where["samples"] = [i + (part.start or 0) for i in error.where.get("samples", [])]
+        raise
+
+
 def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
     """`values` [steps, batch, ...]. Raises NonFiniteError, which names steps, times and samples, if one is not finite."""
     if bool(values.isfinite().all()):

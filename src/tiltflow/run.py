@@ -200,6 +200,7 @@ def prepare(
             calibration=calibration,
             network_evaluations=spent,
             max_skipped_steps=training.max_skipped_steps,
+            non_finite_rewards=training.non_finite_rewards,
             resume_from=resume_from,
             **options,
         )
@@ -214,6 +215,7 @@ def run(
     device: str = "cpu",
     watch: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], int | None] = lambda: None,
+    heard: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary. With
@@ -221,7 +223,8 @@ def run(
 
     Args:
         stop: the number of the signal that asks to stop, if one does; the tuned weights and a checkpoint are then saved.
-        note: is told what a person should know about where a run goes on from.
+        heard: if given, SIGINT and SIGTERM ask to stop during training, and this is told so.
+        note: is told what a person should know about where a run goes on from, and of alarms.
 
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
     Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted if
@@ -257,7 +260,7 @@ def run(
     watcher = None
     if recipe.training.monitor is not None:
         watcher = make_watcher(recipe, base, tuned, reward, folder, device)
-    place.train(loop, save, watch=watch, stop=stop, before=keep_base, watcher=watcher, note=note)
+    place.train(loop, save, watch=watch, stop=stop, heard=heard, before=keep_base, watcher=watcher, note=note)
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,11 +27,12 @@ from torch import Tensor
 
 from tiltflow import checkpoint
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import CheckpointError, InputError, NonFiniteError, OutOfMemoryError
+from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
-from tiltflow.trainer import BatchEnd, Record
+from tiltflow.signals import noted
+from tiltflow.trainer import BatchEnd, NonFiniteRewards, Record
 
 Count = Annotated[int, Field(ge=1)]
 RECIPE, METRICS, DIAGNOSTICS = "recipe.yaml", "metrics.jsonl", "diagnostics"
@@ -62,6 +63,9 @@ class Survival(Settings):
     stopped. With `latest`, a run that has none yet begins."""
     monitor: Monitor | None = None
     """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
+    non_finite_rewards: NonFiniteRewards = "error"
+    """What happens where a reward is NaN or infinite: error stops the run; drop leaves these samples out, draws the rest of the
+    batch again and counts them in the metrics (`dropped`)."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
     first."""
@@ -187,6 +191,7 @@ class RunFolder:
         *,
         watch: Callable[[Record], None] = lambda record: None,
         stop: Callable[[], int | None] = lambda: None,
+        heard: Callable[[int], None] | None = None,
         before: Callable[[], None] = lambda: None,
         watcher: Watcher | None = None,
         note: Callable[[str], None] = lambda text: None,
@@ -194,12 +199,29 @@ class RunFolder:
         """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
 
         Args:
+            stop: the number of the signal that asks to stop, if one does.
+            heard: if given, SIGINT and SIGTERM ask to stop while the loop runs, and this is told so.
             watcher: how to look at the model while it trains, if the recipe has a monitor; `note` is told of an alarm.
             before: called when the first step has shown that the recipe works, before anything is written.
 
         Raises what the loop raises: NonFiniteError, with what is known of it in diagnostics/; Interrupted, with a checkpoint
         to go on from.
         """
+        with nullcontext(stop) if heard is None else noted(heard) as asked:
+            self._train(loop, save, watch, asked, before, watcher, note)
+            if (signal := asked()) is not None:
+                raise Interrupted(f"training is complete; stopped by signal {signal} before the evaluation", signal)
+
+    def _train(
+        self,
+        loop: Loop,
+        save: Callable[[], None],
+        watch: Callable[[Record], None],
+        stop: Callable[[], int | None],
+        before: Callable[[], None],
+        watcher: Watcher | None,
+        note: Callable[[str], None],
+    ) -> None:
         begun_at = 0 if self.state is None else self.state["step"]
         written = seen = begun_at
         settings = self.recipe.training

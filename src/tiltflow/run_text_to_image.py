@@ -316,6 +316,7 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
         micro_batch_size=recipe.training.micro_batch_size,
         adam=eight_bit_adam() if recipe.training.use_8bit_adam else adamw,
         max_skipped_steps=recipe.training.max_skipped_steps,
+        non_finite_rewards=recipe.training.non_finite_rewards,
     )
     return Prepared(model, tuned, flow, base, reward, draw, loop)
 
@@ -327,6 +328,7 @@ def run_text_to_image(
     device: str = "cpu",
     watch: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], int | None] = lambda: None,
+    heard: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
@@ -339,7 +341,9 @@ def run_text_to_image(
     watcher = None
     if recipe.training.monitor is not None:
         watcher = make_watcher(recipe, tuned.base() if recipe.model.adapter else model, tuned, folder, device)
-    place.train(parts.loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, watcher=watcher, note=note)
+    place.train(
+        parts.loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, heard=heard, watcher=watcher, note=note
+    )
     return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, rows
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.reward import LearnedReward, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
+
+MOST_ATTEMPTS, FEWEST = 3, 2
+"""How often a batch is drawn again without the samples whose reward is not finite, and how many must be left."""
+NonFiniteRewards = Literal["error", "drop"]
 
 
 class Method(Protocol):
@@ -69,6 +74,22 @@ class Batch:
     bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
     guide: Guide | None = None
     reward: Reward | None = None
+
+    def part(self, kept: Sequence[int]) -> Batch:
+        """The same for those samples alone."""
+        which, guide = torch.tensor(kept, device=self.x.device), self.guide
+
+        def guide_part(flow: VelocityField) -> Guided:
+            assert guide is not None
+            guided = guide(flow)
+            return replace(guided, negative=rows(guided.negative, which))
+
+        return Batch(
+            self.x[which],
+            lambda flow: rows(self.bind(flow), which),
+            None if guide is None else guide_part,
+            None if self.reward is None else rows(self.reward, which),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ def train(
     network_evaluations: int = 0,
     adam: Callable[..., torch.optim.Optimizer] = adamw,
     max_skipped_steps: int = 0,
+    non_finite_rewards: NonFiniteRewards = "error",
     resume_from: Tree | None = None,
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
@@ -141,6 +163,8 @@ def train(
         network_evaluations: how many were spent before, on the calibration; the records count on from there.
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
         max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
+        non_finite_rewards: what happens to samples whose reward is NaN or infinite: an error, or they are dropped, and counted
+            in the metrics, and what is left of the batch is drawn again.
         resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
         on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
             not counted.
@@ -213,6 +237,38 @@ def train(
                 except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                     raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
 
+            def iteration(batch: Batch) -> tuple[Iterator[dict[str, float]], dict[str, float] | None, int]:
+                """An iteration up to its first gradient: what gives the others, what was measured, and how many samples were
+                left out because their reward is not finite. What is left is drawn again, with other noise."""
+                kept = list(range(len(batch.x)))
+                for attempt in itertools.count():
+                    part = batch.part(kept) if attempt else batch
+                    again = (attempt,) if attempt else ()
+                    updates = working.gradients(
+                        part.bind(tuned),
+                        part.bind(base),
+                        part.reward or reward,
+                        part.x,
+                        stream(seed, "rollout", step, *again, device=device),
+                        state,
+                        start=start,
+                        micro_batch_size=micro_batch_size,
+                        policy=part.bind(Averaged(tuned, average)) if ema_decay else None,
+                        guide=part.guide,
+                    )
+                    try:
+                        return updates, next(updates, None), len(batch.x) - len(kept)
+                    except NonFiniteError as error:
+                        bad = error.where["samples"] if error.where.get("what") == "reward" else []
+                        left = [kept[i] for i in range(len(kept)) if i not in bad]
+                        if non_finite_rewards == "error" or not bad or len(left) < FEWEST or attempt == MOST_ATTEMPTS:
+                            raise
+                        kept = left
+                        assert before is not None
+                        put_back(before)
+                        optimizer.zero_grad()
+                raise AssertionError("the last attempt returns or raises")
+
             while step < max_train_steps:
                 before, evaluated = None, count.total
                 try:
@@ -226,20 +282,8 @@ def train(
                     before = copy.deepcopy(learners())
                     if calibration is not None:
                         working = method.model_copy(update={"beta": calibration.working_beta})
-                    updates = working.gradients(
-                        batch.bind(tuned),
-                        batch.bind(base),
-                        batch.reward or reward,
-                        batch.x,
-                        stream(seed, "rollout", step, device=device),
-                        state,
-                        start=start,
-                        micro_batch_size=micro_batch_size,
-                        policy=batch.bind(Averaged(tuned, average)) if ema_decay else None,
-                        guide=batch.guide,
-                    )
                     poll()
-                    measured = next(updates, None)
+                    updates, measured, dropped = iteration(batch)
                     while measured is not None:
                         movable = False  # the weights are about to change: the batch is taken to its end
                         step += 1
@@ -255,6 +299,8 @@ def train(
                         skipped = 0
                         if calibration is not None:
                             measured = {**measured, "beta": calibration.working_beta}
+                        if dropped:
+                            measured = {**measured, "dropped": float(dropped)}
                         metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
                         yield Record(step, metrics, time.perf_counter() - began, network_evaluations + count.total)
                         if step == max_train_steps:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Numbers, Tilting, all_finite
+from tiltflow.optimization import Numbers, Tilting, all_finite, located
 from tiltflow.reward import Reward
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -228,22 +228,24 @@ class AdjointMatching(Tilting):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and base velocities of the controlled steps from `first` on, [steps, batch, *event], and rewards [batch]."""
         size, controlled = len(path.states[0]), slice(first, len(path.velocities))
-        parts = [
-            lean_adjoint(
-                chain,
-                rows(base, part),
-                [states[part] for states in path.states],
-                rows(reward, part),
-                self.beta,
-                pairing=self.pairing,
-                reward_at=self.reward_at,
-                first=first,
-                right=right,
-                tuned_velocities=[v[part] for v in path.velocities],
-                bootstrap=self.bootstrap,
-            )
-            for part in slices(size, micro_batch_size)
-        ]
+        parts = []
+        for part in slices(size, micro_batch_size):
+            with located(part):
+                parts.append(
+                    lean_adjoint(
+                        chain,
+                        rows(base, part),
+                        [states[part] for states in path.states],
+                        rows(reward, part),
+                        self.beta,
+                        pairing=self.pairing,
+                        reward_at=self.reward_at,
+                        first=first,
+                        right=right,
+                        tuned_velocities=[v[part] for v in path.velocities],
+                        bootstrap=self.bootstrap,
+                    )
+                )
         targets = torch.cat([torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts], dim=1)
         velocities = torch.cat([torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts], dim=1)
         return targets, velocities, torch.cat([part.rewards for part in parts])

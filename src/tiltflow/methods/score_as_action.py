@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError
 from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
 from tiltflow.interpolant import expand
-from tiltflow.optimization import Tilting, all_finite, load_optimizer
+from tiltflow.optimization import Tilting, all_finite, load_optimizer, located
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
@@ -383,8 +383,11 @@ class ScoreAsAction(Tilting):
     def _value_gradient(
         self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
     ) -> Tensor:
-        parts = slices(len(x), micro_batch_size)
-        return torch.cat([value.gradient(x[part], t, rows(tuned, part), rows(reward, part)) for part in parts])
+        parts = []
+        for part in slices(len(x), micro_batch_size):
+            with located(part):
+                parts.append(value.gradient(x[part], t, rows(tuned, part), rows(reward, part)))
+        return torch.cat(parts)
 
     def _after_steps(
         self,
@@ -403,13 +406,14 @@ class ScoreAsAction(Tilting):
         last, parts = path.states[count], []
         for which in slices(len(last), micro_batch_size):
             x, their_reward = last[which], rows(reward, which)
-            if count == len(path.chain):
-                parts.append(value_and_gradient(their_reward, x)[1].to(x))
-            else:  # one step of the base, without noise, is between it and the reward
-                v, pullback = linearize(rows(base, which), x, times[count])
-                gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
-                x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
-                parts.append(x_scale * gradient + pullback(v_scale * gradient))
+            with located(which):
+                if count == len(path.chain):
+                    parts.append(value_and_gradient(their_reward, x)[1].to(x))
+                else:  # one step of the base, without noise, is between it and the reward
+                    v, pullback = linearize(rows(base, which), x, times[count])
+                    gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
+                    x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
+                    parts.append(x_scale * gradient + pullback(v_scale * gradient))
         return torch.stack([*before, torch.cat(parts)])
 
     def _improve_policy(
