@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tiltflow import plots
-from tiltflow.report import write_report
+from tiltflow.report import verdict, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 SUMMARY: dict[str, Any] = {
@@ -108,3 +108,12 @@ def test_a_grid_puts_each_image_in_its_cell() -> None:
 def test_plots_are_valid_svg() -> None:
     names = ["0", "1"]
     ElementTree.fromstring(plots.class_histogram([0.5, 0.5], [0.9, 0.1], [0.94, 0.06], [0.01, 0.01], names))
+
+
+def test_what_too_few_samples_say_of_the_target_is_no_good_verdict() -> None:
+    """One sample that carries all the weight is near anything."""
+    measured = {"target_distance": 0.01, "target_distance_base": 0.8, "target_distance_error": 0.1}
+    assert verdict({**measured, "effective_sample_size": 500.0})[0] == "good"
+    level, words = verdict({**measured, "effective_sample_size": 1.0})
+    assert level == "fair"
+    assert "too few to say" in words

@@ -319,6 +319,8 @@ def verdict(s: Tree) -> tuple[str, str]:
     distance, base, floor = (number(s, f"target_distance{part}") for part in ("", "_base", "_floor"))
     if distance is None:
         return "", ""
+    if (size := number(s, "effective_sample_size")) is not None and size < FEW:
+        return "fair", f"Only {decimal(size)} base samples carry the target law's weight: too few to say how close this is."
     floor, slack = floor or 0.0, 2 * (number(s, "target_distance_error") or 0.0)
     if base is not None and base <= floor + slack:
         return "fair", "This distance, at this sample size, cannot tell even the base model from the target law."
