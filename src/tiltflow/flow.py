@@ -287,6 +287,13 @@ class CountEvaluations:
         self.hooks = [network.register_forward_pre_hook(self._count) for network in self.networks.values()]
         return self
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is evaluated in this context is not counted."""
+        total = self.total
+        yield
+        self.total = total
+
     def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.poll()
         self.total += len(arguments[0])

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -160,14 +160,12 @@ class RunFolder:
         training = self.recipe.training
         size = training.micro_batch_size or training.train_batch_size
         half = next((part for part in range(size // 2, 0, -1) if training.train_batch_size % part == 0), None)
-        remedies = (
-            [] if half is None else [f"training.micro_batch_size={half} (now {size}) gives the same result in less memory"]
-        )
-        model = getattr(self.recipe, "model", None)
-        if getattr(model, "gradient_checkpointing", True) is False:
-            remedies.append("so does model.gradient_checkpointing=true, in a third more time")
-        if half is None:
-            remedies.append("a smaller model, or a device with more memory, is needed")
+        remedies = []
+        if half is not None:
+            remedies.append(f"training.micro_batch_size={half} (now {size}) gives the same result in less memory")
+        if getattr(self.recipe.model, "gradient_checkpointing", True) is False:
+            remedies.append("model.gradient_checkpointing=true too, in a third more time")
+        remedies = remedies or ["a smaller model, or a device with more memory, is needed"]
         return f"out of memory ({str(error).strip().splitlines()[0][:120]}). {'; '.join(remedies)}"
 
     def _look(self, watcher: Watcher, step: int, note: Callable[[str], None]) -> str | None:
@@ -249,7 +247,7 @@ class RunFolder:
         records = loop(resume_from=self.state, on_batch_end=on_batch_end, stop=stop)
         with closing(records):
             try:
-                first = list(_first(records))  # what does not fit shows in the first step, before anything is written
+                first = list(islice(records, 1))  # what does not fit shows in the first step, before anything is written
                 before()
                 self.path.mkdir(parents=True, exist_ok=True)
                 tree = self.recipe.model_dump(mode="json")
@@ -282,18 +280,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _first(records: Generator[Record, None, None]) -> Iterable[Record]:
-    for record in records:
-        return [record]
-    return []
-
-
 def claim(folder: Path) -> None:
     """Raises InputError if something is in `folder` already, but for what a run that failed at once has left."""
     if folder.exists() and (not folder.is_dir() or any(path.name != DIAGNOSTICS for path in folder.iterdir())):
-        hint = (
-            "; to go on with it, add --resume" if (folder / RECIPE).exists() and (folder / checkpoint.FOLDER).exists() else ""
-        )
+        run = (folder / RECIPE).exists() and (folder / checkpoint.FOLDER).exists()
+        hint = "; to go on with the run that is there, add --resume" if run else ""
         raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten{hint}")
 
 

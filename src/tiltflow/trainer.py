@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -177,160 +178,232 @@ def train(
     trained = dict(tuned.named_parameters())
     if not trained:
         raise ValueError("the tuned network has no parameter that requires a gradient")
-    names, parameters = list(trained), list(trained.values())
     optimizer = adam(
-        parameters,
+        trained.values(),
         lr=method.learning_rate,
         betas=(method.adam_beta1, method.adam_beta2),
         weight_decay=method.adam_weight_decay,
     )
-    average = WeightAverage(parameters, ema_decay)
-    working, device, step, skipped = method, parameters[0].device, 0, 0
-    began, movable = time.perf_counter(), False
-    state: Any = None
-
-    def poll() -> None:
-        if movable and (signal := stop()) is not None:
-            raise Interrupted(f"stopped by signal {signal} at step {step}", signal)
-
-    networks = (tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network)
+    loop = _Loop(
+        tuned,
+        base,
+        method,
+        reward,
+        trained,
+        optimizer,
+        WeightAverage(trained.values(), ema_decay),
+        max_train_steps=max_train_steps,
+        seed=seed,
+        start=start,
+        micro_batch_size=micro_batch_size,
+        calibration=calibration,
+        non_finite_rewards=non_finite_rewards,
+        stop=stop,
+        spent=network_evaluations,
+    )
     try:
-        with CountEvaluations(*networks, poll=poll) as count:
-
-            def learners() -> Tree:
-                """What may change while trajectories are drawn, before the weights do."""
-                return {
-                    "method": state.state_dict() if hasattr(state, "state_dict") else {},
-                    "reward": reward.state_dict() if isinstance(reward, LearnedReward) else {},
-                }
-
-            def put_back(tree: Tree) -> None:
-                if hasattr(state, "load_state_dict"):
-                    state.load_state_dict(tree["method"])
-                if isinstance(reward, LearnedReward):
-                    reward.load_state_dict(tree["reward"])
-
-            def current() -> Tree:
-                return {
-                    "step": step,
-                    "seconds": time.perf_counter() - began,
-                    "network_evaluations": network_evaluations + count.total,
-                    "skipped": skipped,
-                    "parameters": trained,
-                    "buffers": buffers_of(tuned.network),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state_dict(),
-                    "calibration": None if calibration is None else calibration.state_dict(),
-                    **learners(),
-                }
-
+        with loop.count:
             if resume_from is not None:
+                loop.load_state_dict(resume_from)
+            while loop.step < max_train_steps:
+                end = partial(BatchEnd, state=loop.state_dict, averaged=loop.average.applied)
                 try:
-                    load_weights(resume_from, trained, buffers_of(tuned.network))
-                    load_optimizer(optimizer, resume_from["optimizer"])
-                    average.load_state_dict(resume_from["average"])
-                    if calibration is not None:
-                        calibration.load_state_dict(resume_from["calibration"])
-                    step, skipped = int(resume_from["step"]), int(resume_from["skipped"])
-                    began -= float(resume_from["seconds"])
-                    network_evaluations = int(resume_from["network_evaluations"])
-                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                    raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
-
-            def iteration(batch: Batch) -> tuple[Iterator[dict[str, float]], dict[str, float] | None, int]:
-                """An iteration up to its first gradient: what gives the others, what was measured, and how many samples were
-                left out because their reward is not finite. What is left is drawn again, with other noise."""
-                kept = list(range(len(batch.x)))
-                for attempt in itertools.count():
-                    part = batch.part(kept) if attempt else batch
-                    again = (attempt,) if attempt else ()
-                    updates = working.gradients(
-                        part.bind(tuned),
-                        part.bind(base),
-                        part.reward or reward,
-                        part.x,
-                        stream(seed, "rollout", step, *again, device=device),
-                        state,
-                        start=start,
-                        micro_batch_size=micro_batch_size,
-                        policy=part.bind(Averaged(tuned, average)) if ema_decay else None,
-                        guide=part.guide,
-                    )
-                    try:
-                        return updates, next(updates, None), len(batch.x) - len(kept)
-                    except NonFiniteError as error:
-                        bad = error.where["samples"] if error.where.get("what") == "reward" else []
-                        left = [kept[i] for i in range(len(kept)) if i not in bad]
-                        if non_finite_rewards == "error" or not bad or len(left) < FEWEST or attempt == MOST_ATTEMPTS:
-                            raise
-                        kept = left
-                        assert before is not None
-                        put_back(before)
-                        optimizer.zero_grad()
-                raise AssertionError("the last attempt returns or raises")
-
-            while step < max_train_steps:
-                before, evaluated = None, count.total
-                try:
-                    movable = True
-                    drawn = draw(stream(seed, "start", step, device=device))
-                    batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
-                    if state is None:
-                        state = method.new_state(tuple(batch.x.shape[1:]), seed, device)
-                        if resume_from is not None:
-                            put_back(resume_from)
-                    before = copy.deepcopy(learners())
-                    if calibration is not None:
-                        working = method.model_copy(update={"beta": calibration.working_beta})
-                    poll()
-                    updates, measured, dropped = iteration(batch)
-                    while measured is not None:
-                        movable = False  # the weights are about to change: the batch is taken to its end
-                        step += 1
-                        factor = learning_rate_factor(
-                            step, warmup=method.lr_warmup_steps, total=max_train_steps, scheduler=method.lr_scheduler
-                        )
-                        finite(measured["loss"], "the loss", step)
-                        norm = gradient_norm(parameters, method.max_grad_norm, step, names)
-                        optimizer.param_groups[0]["lr"] = method.learning_rate * factor
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        average.update()
-                        skipped = 0
-                        if calibration is not None:
-                            measured = {**measured, "beta": calibration.working_beta}
-                        if dropped:
-                            measured = {**measured, "dropped": float(dropped)}
-                        metrics = {**measured, "gradient_norm": norm, "learning_rate": method.learning_rate * factor}
-                        yield Record(step, metrics, time.perf_counter() - began, network_evaluations + count.total)
-                        if step == max_train_steps:
-                            break
-                        last, measured = measured, next(updates, None)
-                    if calibration is not None and measured is None:
-                        calibration.update(last["reward"])
+                    yield from loop.batch(draw)
                 except Interrupted:
-                    optimizer.zero_grad()
-                    count.total = evaluated
-                    if before is not None:
-                        put_back(before)
-                    on_batch_end(BatchEnd(step, current, average.applied, stopping=True))
+                    on_batch_end(end(loop.step, stopping=True))
                     raise
-                except NonFiniteError as error:
-                    optimizer.zero_grad()
-                    if movable and before is not None:
-                        put_back(before)
-                    step += movable  # else it is counted already
-                    error.where |= {"step": step, "seed": seed}
-                    skipped += 1
-                    if skipped > max_skipped_steps:
+                except NonFiniteError:
+                    if loop.skipped > max_skipped_steps:
                         raise
-                    yield Record(step, {"skipped": 1.0}, time.perf_counter() - began, network_evaluations + count.total)
-                movable, evaluated = False, count.total
-                on_batch_end(BatchEnd(step, current, average.applied))
-                count.total = evaluated
+                    yield loop.record({"skipped": 1.0})
+                with loop.count.paused():
+                    on_batch_end(end(loop.step))
     finally:
         if ema_decay:
-            average.store()
+            loop.average.store()
+
+
+@dataclass
+class _Loop:
+    """The state of `train`, and what it does with a batch; see there."""
+
+    tuned: Flow
+    base: Flow | AdapterOff
+    method: Method
+    reward: Reward
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+    max_train_steps: int
+    seed: int
+    start: Start
+    micro_batch_size: int | None
+    calibration: Calibration | None
+    non_finite_rewards: NonFiniteRewards
+    stop: Callable[[], int | None]
+    spent: int
+    """Network evaluations before this loop began."""
+
+    step: int = 0
+    skipped: int = 0
+    """Batches in a row that were left out."""
+    of_method: Any = None
+    """What the method keeps between iterations."""
+    resumed: Tree | None = None
+    before: Tree | None = None
+    """What learns while trajectories are drawn, as it was before the batch."""
+    moved: bool = True
+    """Whether the weights have changed since the batch began, so that it is taken to its end."""
+
+    def __post_init__(self) -> None:
+        networks = (self.tuned.network, self.base.flow.network if isinstance(self.base, AdapterOff) else self.base.network)
+        self.count = CountEvaluations(*networks, poll=self.poll)
+        self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
+
+    def poll(self) -> None:
+        """Raises Interrupted if a signal asks to stop, and the batch can be left."""
+        if not self.moved and (signal := self.stop()) is not None:
+            raise Interrupted(f"stopped by signal {signal} at step {self.step}", signal)
+
+    def record(self, metrics: dict[str, float]) -> Record:
+        """What is known after an optimizer step."""
+        return Record(self.step, metrics, time.perf_counter() - self.began, self.spent + self.count.total)
+
+    # ---- to be left and gone on with ----
+
+    def learners(self) -> Tree:
+        """What may change while trajectories are drawn, before the weights do."""
+        return {
+            "method": self.of_method.state_dict() if hasattr(self.of_method, "state_dict") else {},
+            "reward": self.reward.state_dict() if isinstance(self.reward, LearnedReward) else {},
+        }
+
+    def put_back(self, tree: Tree) -> None:
+        """`learners` as they were."""
+        if hasattr(self.of_method, "load_state_dict"):
+            self.of_method.load_state_dict(tree["method"])
+        if isinstance(self.reward, LearnedReward):
+            self.reward.load_state_dict(tree["reward"])
+
+    def state_dict(self) -> Tree:
+        """What `load_state_dict` takes."""
+        return {
+            "step": self.step,
+            "seconds": time.perf_counter() - self.began,
+            "network_evaluations": self.spent + self.count.total,
+            "skipped": self.skipped,
+            "parameters": self.trained,
+            "buffers": buffers_of(self.tuned.network),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "calibration": None if self.calibration is None else self.calibration.state_dict(),
+            **self.learners(),
+        }
+
+    def load_state_dict(self, state: Tree) -> None:
+        """Go on from there. Raises InputError if it is of another model, CheckpointError if it is of no such loop."""
+        try:
+            load_weights(state, self.trained, buffers_of(self.tuned.network))
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.average.load_state_dict(state["average"])
+            if self.calibration is not None:
+                self.calibration.load_state_dict(state["calibration"])
+            self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
+            self.began -= float(state["seconds"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
+        self.resumed = state
+
+    # ---- a batch ----
+
+    def batch(self, draw: Callable[[torch.Generator], Tensor | Batch]) -> Iterator[Record]:
+        """All the optimizer steps on a batch. Raises NonFiniteError and Interrupted, what was not yet learned from being as
+        before."""
+        evaluated, self.moved, self.before = self.count.total, False, None
+        try:
+            drawn = draw(stream(self.seed, "start", self.step, device=self.device))
+            batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+            if self.of_method is None:
+                self.of_method = self.method.new_state(tuple(batch.x.shape[1:]), self.seed, self.device)
+                if self.resumed is not None:
+                    self.put_back(self.resumed)
+            self.before = copy.deepcopy(self.learners())
+            self.poll()
+            updates, measured, dropped = self.first_gradient(batch)
+            while measured is not None:
+                self.moved = True
+                self.step += 1
+                metrics = {**measured, **self.optimize(measured)}
+                if self.calibration is not None:
+                    metrics["beta"] = self.calibration.working_beta
+                if dropped:
+                    metrics["dropped"] = float(dropped)
+                yield self.record(metrics)
+                if self.step == self.max_train_steps:
+                    return
+                last, measured = measured, next(updates, None)
+            if self.calibration is not None:
+                self.calibration.update(last["reward"])
+        except (Interrupted, NonFiniteError) as error:
+            self.optimizer.zero_grad()
+            if not self.moved and self.before is not None:
+                self.put_back(self.before)
+            if isinstance(error, Interrupted):
+                self.count.total = evaluated
+            else:
+                self.step += not self.moved  # else it is counted already
+                self.skipped += 1
+                error.where |= {"step": self.step, "seed": self.seed}
+            self.moved = True
+            raise
+
+    def first_gradient(self, batch: Batch) -> tuple[Iterator[dict[str, float]], dict[str, float] | None, int]:
+        """An iteration up to its first gradient: what gives the others, what was measured, and how many samples were left out
+        because their reward is not finite. What is left is drawn again, with other noise."""
+        method, kept = self.method, list(range(len(batch.x)))
+        if self.calibration is not None:
+            method = method.model_copy(update={"beta": self.calibration.working_beta})
+        for attempt in itertools.count():
+            part, again = (batch.part(kept), (attempt,)) if attempt else (batch, ())
+            updates = method.gradients(
+                part.bind(self.tuned),
+                part.bind(self.base),
+                part.reward or self.reward,
+                part.x,
+                stream(self.seed, "rollout", self.step, *again, device=self.device),
+                self.of_method,
+                start=self.start,
+                micro_batch_size=self.micro_batch_size,
+                policy=part.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
+                guide=part.guide,
+            )
+            try:
+                return updates, next(updates, None), len(batch.x) - len(kept)
+            except NonFiniteError as error:
+                bad = error.where["samples"] if error.where.get("what") == "reward" else []
+                left = [sample for i, sample in enumerate(kept) if i not in bad]
+                if self.non_finite_rewards == "error" or not bad or len(left) < FEWEST or attempt == MOST_ATTEMPTS:
+                    raise
+                assert self.before is not None
+                self.put_back(self.before)
+                self.optimizer.zero_grad()
+                kept = left
+        raise AssertionError("the last attempt returns or raises")
+
+    def optimize(self, measured: dict[str, float]) -> dict[str, float]:
+        """An optimizer step, if loss and gradient are finite."""
+        method = self.method
+        factor = learning_rate_factor(
+            self.step, warmup=method.lr_warmup_steps, total=self.max_train_steps, scheduler=method.lr_scheduler
+        )
+        finite(measured["loss"], "the loss", self.step)
+        norm = gradient_norm(list(self.trained.values()), method.max_grad_norm, self.step, list(self.trained))
+        self.optimizer.param_groups[0]["lr"] = method.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+        self.skipped = 0
+        return {"gradient_norm": norm, "learning_rate": method.learning_rate * factor}
 
 
 def buffers_of(network: object) -> dict[str, Tensor]:
