@@ -67,6 +67,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert equal(load_checkpoint(folder), state(7))
     manifest = verify_checkpoint(folder)
     assert manifest["step"] == 7
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one file may read all
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 

@@ -53,6 +53,7 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
         numbers, tensors = _split(state)
         save_file(tensors, draft / TENSORS)
         (draft / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(draft / NUMBERS, draft / TENSORS)  # safetensors writes for its owner alone
         files = {name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (TENSORS, NUMBERS)}
         manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
         for name in files:
