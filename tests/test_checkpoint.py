@@ -89,6 +89,12 @@ def test_any_tree_survives(tree: dict[str, Any]) -> None:
     assert equal(back, {**tree, "t": [torch.tensor([1.5])]})
 
 
+def test_views_of_one_storage_are_saved_as_they_are(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    folder = save_checkpoint(tmp_path, 1, {"a": whole[:3], "b": whole[3:], "c": whole.reshape(2, 3).T})
+    assert equal(load_checkpoint(folder), {"a": whole[:3], "b": whole[3:], "c": whole.reshape(2, 3).T})
+
+
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"a/b: object cannot be saved"):
         save_checkpoint(tmp_path, 1, {"a": {"b": object()}})

@@ -44,7 +44,7 @@ def test_a_healthy_recipe_is_green(tmp_path: Path) -> None:
     ]  # fmt: skip
     # eight samples of a random network say little of a temperature or of a correlation: these two are tested below
     assert {f.level for f in findings if f.check not in ("temperature", "memorylessness")} == {"green"}, findings
-    assert "all 4 steps" in findings[-1].text
+    assert "for all 4," in findings[-1].text
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +203,29 @@ def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:
 
     finding = the(doctor.iteration(replace(patient, loop=loop)), "iteration")
     assert finding.level == "red"
-    assert "2 s an iteration, 8 s for all 4 steps" in finding.text
+    assert "2.0 s for 1 step, 8.0 s for all 4," in finding.text
+
+
+def test_a_warm_up_of_the_critic_is_no_fault(tmp_path: Path) -> None:
+    """The policy stays in it, so its gradient is zero."""
+    method = {"name": "score-as-action", "num_inference_steps": 4, "critic_warmup_steps": 3, "num_passes": 2}
+    finding = the(doctor.iteration(patient_for(tmp_path, method=method)), "iteration")
+    assert finding.level == "green", finding
+
+
+def test_an_iteration_that_is_left_out(tmp_path: Path) -> None:
+    """The loop skips it, and the doctor does not."""
+    patient = patient_for(tmp_path, training=TRAINING | {"max_skipped_steps": 9})
+
+    def loop() -> Any:
+        from tiltflow.trainer import Record
+
+        yield Record(1, {"skipped": 1.0}, 2.0, 0)
+        yield Record(2, {"skipped": 1.0}, 4.0, 0)
+
+    finding = the(doctor.iteration(replace(patient, loop=loop)), "iteration")
+    assert finding.level == "red"
+    assert "was not finite" in finding.text
 
 
 def test_a_missing_part_ends_the_examination(tmp_path: Path) -> None:

@@ -184,7 +184,9 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
-            tensors[path] = node.detach().cpu().contiguous().clone()
+            tensor = node.detach().cpu().contiguous()
+            # safetensors refuses two tensors of one storage; a copy of everything would double the memory
+            tensors[path] = tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
             return TENSOR + path
         if isinstance(node, Mapping):
             names = {(f"{INTEGER}{key}" if isinstance(key, int) else key): value for key, value in node.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation import ImportanceWeights
 from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
+from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.run import Recipe, build_judge, build_reward, check_fit, prepare
 from tiltflow.run_text_to_image import TextToImageRecipe
@@ -273,8 +274,7 @@ def parity(patient: Patient) -> Iterator[Finding]:
     prompts, scale = ["a photograph"], 1.0 if model.distilled else model.guidance_scale
     times = model.own_grid(4)
     latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
-    base = model if not hasattr(model.denoiser, "disable_adapter") else model.base()
-    ours = base.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=len(times) - 1))
+    ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=len(times) - 1))
     options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "latents": latents.to(model.pipeline.dtype)}
     height, width = model.size
     with torch.no_grad():
@@ -294,6 +294,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
     network = cast(nn.Module, patient.tuned.network)
     parameters = list(patient.tuned.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters)
+    average = trained if training.ema_decay else 0
     moments = sum(2 * p.numel() * (1 if getattr(training, "use_8bit_adam", False) else p.element_size()) for p in parameters)
     held = {id(p): p.numel() * p.element_size() for p in network.parameters()}
     frozen = patient.base.flow.network if isinstance(patient.base, AdapterOff) else patient.base.network
@@ -301,16 +302,13 @@ def memory(patient: Patient) -> Iterator[Finding]:
     size = min(training.micro_batch_size or training.train_batch_size, len(patient.batch.x))
     one = activations(patient)
     phases = {
-        "weights": sum(held.values()),
-        "gradients, optimizer, average": trained + moments + trained,
+        "gradients, optimizer, average": trained + moments + average,
         f"activations of {size} samples": one * size,
     }
-    need = sum(phases.values())
+    need, available = sum(phases.values()), free_memory(patient.device)
     text = ", ".join(f"{name} {gigabytes(value)}" for name, value in phases.items())
-    available = free_memory(patient.device)
-    text = f"{gigabytes(need)} and the reward's ({text}); the device has {gigabytes(available)} left"
-    if patient.device.type == "cuda":
-        need -= phases["weights"]  # they are there already
+    text = f"beside the weights, {gigabytes(sum(held.values()))}, and what the reward needs: {text}"
+    text += f"; the device has {gigabytes(available)} left with the weights in it"
     if need > available:
         fix = f"lower training.micro_batch_size (now {size}): the result is the same; gradient_checkpointing; dtype bfloat16"
         yield Finding("memory", "red", text, fix)
@@ -350,22 +348,27 @@ def free_memory(device: torch.device) -> int:
 
 def iteration(patient: Patient) -> Iterator[Finding]:
     """One real iteration, and what the whole run will take."""
-    training, passes = patient.recipe.training, getattr(patient.recipe.method, "num_passes", 1)
+    training, method = patient.recipe.training, patient.recipe.method
+    count = min(getattr(method, "num_passes", 1), training.max_train_steps)
     records, before, first = patient.loop(), 0.0, dict[str, float]()
     for attempt in range(2):  # the first one warms up
-        several = [next(records) for _ in range(min(passes, training.max_train_steps))]
+        several = [next(records) for _ in range(count)]
         seconds, before = several[-1].seconds - before, several[-1].seconds
         first = first or several[0].metrics
-        if seconds > SLOW or training.max_train_steps < 2 * passes or attempt:
+        if seconds > SLOW or training.max_train_steps < 2 * count or attempt:
             break
     records.close()
-    total = seconds * training.max_train_steps / passes
-    text = f"{seconds:.3g} s an iteration, {duration(total)} for all {training.max_train_steps} steps, evaluation not counted"
-    text += f"; reward {first['reward']:.4g}, loss {first['loss']:.4g}, gradient norm {first['gradient_norm']:.3g}"
-    if first.get("path_kl", 0) > 0.1:
+    total = duration(seconds / count * training.max_train_steps)
+    text = f"{duration(seconds)} for {count} step{'s' if count > 1 else ''}, {total} for all {training.max_train_steps},"
+    text += " evaluation not counted; " + ", ".join(
+        f"{key.replace('_', ' ')} {first[key]:.4g}" for key in ("reward", "loss", "gradient_norm") if key in first
+    )
+    if "skipped" in first:
+        yield Finding("iteration", "red", f"{text}. A number in it was not finite", "max_skipped_steps: 0 says which")
+    elif first.get("path_kl", 0) > 0.1:
         fix = "mixed precision rounds the difference; mixed_precision: no is exact"
         yield Finding("iteration", "amber", f"{text}. The path KL is {first['path_kl']:.2g} before the first update", fix)
-    elif first["gradient_norm"] == 0:
+    elif first["gradient_norm"] == 0 and not getattr(method, "critic_warmup_steps", 0):
         yield Finding("iteration", "red", f"{text}. Nothing would be learned", "is the reward the same for all samples?")
     else:
         yield Finding("iteration", "green", text)
@@ -383,17 +386,6 @@ def gigabytes(count: float) -> str:
     ('3 MB', '5.0 GB')
     """
     return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.3g} MB"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(40), duration(4000), duration(400_000)
-    ('40 s', '67 min', '4.6 days')
-    """
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= (1.5 if unit != "days" else 2) * length:
-            return f"{seconds / length:.1f} {unit}" if unit == "days" else f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def refuse(error: InputError) -> Finding:

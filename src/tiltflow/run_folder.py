@@ -46,7 +46,6 @@ FREE_TO_CHANGE = (
     "training.monitor",
     "training.micro_batch_size",
     "training.resume_from_checkpoint",
-    "training.use_8bit_adam",
 )
 """What may differ from the recipe of a run that is gone on with: it does not change what is computed, or not before the end."""
 
@@ -253,7 +252,8 @@ class RunFolder:
                 tree = self.recipe.model_dump(mode="json")
                 tree["training"]["resume_from_checkpoint"] = None
                 write_yaml(self.path / RECIPE, tree)
-                earlier = [row for row in read_records(self.path) if row["step"] <= begun_at] if begun_at else []
+                known = read_records(self.path) if begun_at and (self.path / METRICS).exists() else []
+                earlier = [row for row in known if row["step"] <= begun_at]
                 write_rows(self.path / METRICS, earlier)
                 if watcher is not None:
                     kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
