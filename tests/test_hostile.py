@@ -7,11 +7,10 @@ import io
 import json
 import os
 import pickle
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_http_reward import serving
 from tiny import UNET, tiny_flow, tiny_recipe
 from torch import Tensor
 
@@ -352,15 +352,9 @@ class Server(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(say: Callable[[Any], None]) -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), type("Says", (Server,), {"say": say}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/score"
-    finally:
-        server.shutdown()
-        server.server_close()
+def saying(say: Callable[[Any], None]) -> Iterator[str]:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), type("Says", (Server,), {"say": say}))) as url:
+        yield url
 
 
 def drip(server: Any) -> None:
@@ -382,7 +376,7 @@ def flood(server: Any) -> None:
 
 @pytest.mark.parametrize(("say", "message"), [(drip, "has not ended after 0.5 s"), (flood, "is longer than")])
 def test_an_answer_without_end(say: Callable[[Any], None], message: str) -> None:
-    with serving(say) as url:
+    with saying(say) as url:
         reward = told(Http(url=url, timeout=0.5, retries=0).build(), ["a"])
         began = time.monotonic()
         with pytest.raises(InputError, match=message):

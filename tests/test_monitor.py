@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
+from tiltflow.errors import InputError
 from tiltflow.evaluation import Estimate, total_variance
 from tiltflow.monitor import (
     LOOKS,
@@ -164,6 +165,21 @@ def test_a_planted_hack_raises_the_alarm_and_stops_where_the_recipe_says_so(
     stopped = run(recipe_for(tmp_path, LOOPHOLE, max_train_steps=60, monitor=monitor), tmp_path / "stopped")
     assert stopped["iterations"] == stopped["alarm_step"] == summary["alarm_step"] < 60
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{stopped['iterations']:08d}").exists()
+
+
+def test_a_reward_that_learns_has_no_looks_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Learning:
+        network = torch.nn.Linear(1, 1)
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((1, 2, 3))
+
+        learn = state_dict = load_state_dict = __call__
+
+    monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: Learning())
+    with pytest.raises(InputError, match=r"training\.monitor: the reward learns along the way"):
+        run(recipe_for(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,8 @@ def recipe_for(folder: Path, method: str, **training: Any) -> Recipe:
     return validate(Recipe, read_yaml(path), "recipe")
 
 
-def resuming(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})})
+def resuming(recipe: Recipe, wanted: str = "latest") -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": wanted})})
 
 
 class Killed(BaseException):
@@ -247,13 +249,11 @@ def test_a_checkpoint_by_name(tmp_path: Path) -> None:
     expected = rows(tmp_path / "run"), final(tmp_path / "run")
     names = [folder.name for folder in checkpoints(tmp_path / "run" / FOLDER)]
     assert len(names) == 4
-    again = recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": names[1]})})
-    run(again, tmp_path / "run")
+    run(resuming(recipe, names[1]), tmp_path / "run")
     assert rows(tmp_path / "run") == expected[0]
     same(final(tmp_path / "run"), expected[1])
-    wrong = recipe.model_copy(update={"training": recipe.training.model_copy(update={"resume_from_checkpoint": "step-99"})})
     with pytest.raises(InputError, match=f"has no checkpoint 'step-99'; it has {names[0]}"):
-        RunFolder.begin(tmp_path / "run", wrong)
+        RunFolder.begin(tmp_path / "run", resuming(recipe, "step-99"))
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -264,7 +264,8 @@ def test_another_machine_is_named(tmp_path: Path) -> None:
     saved = load_checkpoint(last)
     threads = saved["environment"]["threads"]
     save_checkpoint(last.parent, 13, saved | {"environment": saved["environment"] | {"threads": threads + 1}})
-    notes = RunFolder.begin(tmp_path / "run", resuming(recipe)).notes
+    notes: list[str] = []
+    RunFolder.begin(tmp_path / "run", resuming(recipe), notes.append)
     assert notes[0] == f"threads was {threads + 1}, now {threads}: the same numbers up to rounding, but not bit for bit"
 
 
@@ -289,9 +290,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 # ---- contract 11: signals, in every loop ----
 
 
+def stopping(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], int | None]) -> None:
+    """`stop` in place of real signals."""
+    monkeypatch.setattr("tiltflow.run_folder.noted", lambda heard: nullcontext(stop))
+
+
 @pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
 @pytest.mark.usefixtures("unmeasured")
-def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(method: str, tmp_path: Path) -> None:
+def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The signal comes at another network evaluation each time: while trajectories are drawn, adjoints computed, a critic
     or the policy learns."""
     recipe = recipe_for(tmp_path, method, checkpointing_steps=0)
@@ -303,10 +311,11 @@ def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(met
         asked -= 1
         return signal.SIGTERM if asked < 0 else None
 
+    stopping(monkeypatch, stop)
     for patience in itertools.count(4):
         asked = patience
         try:
-            run(resuming(recipe), tmp_path / "parts", stop=stop)
+            run(resuming(recipe), tmp_path / "parts", handle_signals=True)
             break
         except Interrupted as error:
             stops += error.signal == signal.SIGTERM
@@ -316,15 +325,16 @@ def test_stopped_at_any_evaluation_of_a_network_it_saves_and_goes_on_bitwise(met
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_stopped_after_the_last_step_it_leaves_before_the_evaluation(tmp_path: Path) -> None:
+def test_stopped_after_the_last_step_it_leaves_before_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(tmp_path, "orw-cfm-w2")
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def stop() -> int | None:
         return signal.SIGTERM if metrics.exists() and len(rows(tmp_path / "run")) == 12 else None
 
+    stopping(monkeypatch, stop)
     with pytest.raises(Interrupted, match="training is complete; stopped by signal 15 before the evaluation"):
-        run(recipe, tmp_path / "run", stop=stop)
+        run(recipe, tmp_path / "run", handle_signals=True)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert run(resuming(recipe), tmp_path / "run")["iterations"] == 12
 

@@ -99,8 +99,10 @@ def test_a_pipeline_from_disk_is_the_same(name: str, tmp_path: Path) -> None:
     pipeline = tiny_pipeline(name, tmp_path)
     pipeline.save_pretrained(tmp_path / "pipeline")
     here, there = (from_diffusers(source, height=16, width=16) for source in (pipeline, tmp_path / "pipeline"))
+    for ours, theirs in zip(here.flow.network.parameters(), there.flow.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
     a, b = (model.sample(PROMPTS[:1], sampling=euler(2), seed=3) for model in (here, there))
-    assert torch.equal(a, b)
+    assert (a - b).abs().max() < 1e-5  # not bit for bit: weights at another place in memory may be summed in another order
 
 
 def test_grids_end_at_data_where_they_are_tuned(tmp_path: Path) -> None:

@@ -89,12 +89,9 @@ def train(
     def note(text: str) -> None:
         console.print(f"[yellow]{escape(text)}[/yellow]")
 
-    def heard(number: int) -> None:
-        note("asked to stop: saving; once more leaves at once")
-
     try:
         with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-            summary = train_it(settings, output, device=chosen, watch=watch, heard=heard, note=note)
+            summary = train_it(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
     except Interrupted as error:
         console.print(f"{escape(str(error))}; the same command with --resume goes on")
         raise typer.Exit(128 + error.signal) from None

@@ -214,25 +214,21 @@ def run(
     *,
     device: str = "cpu",
     watch: Callable[[Record], None] = lambda record: None,
-    stop: Callable[[], int | None] = lambda: None,
-    heard: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    handle_signals: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary. With
     `training.resume_from_checkpoint` the run that is in the folder goes on.
 
     Args:
-        stop: the number of the signal that asks to stop, if one does; the tuned weights and a checkpoint are then saved.
-        heard: if given, SIGINT and SIGTERM ask to stop during training, and this is told so.
         note: is told what a person should know about where a run goes on from, and of alarms.
+        handle_signals: whether SIGINT and SIGTERM end the training, with a checkpoint and the tuned weights saved.
 
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
-    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted if
-    `stop` says so; NonFiniteError and CheckpointError.
+    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted
+    after such a signal; NonFiniteError and CheckpointError.
     """
-    place = RunFolder.begin(folder, recipe)
-    for text in place.notes:
-        note(text)
+    place = RunFolder.begin(folder, recipe, note)
     base = load(recipe.model, device)
     reward = build_reward(recipe.reward, recipe.method, device)
     check_fit("reward", reward, base, device)
@@ -260,15 +256,19 @@ def run(
     watcher = None
     if recipe.training.monitor is not None:
         watcher = make_watcher(recipe, base, tuned, reward, folder, device)
-    place.train(loop, save, watch=watch, stop=stop, heard=heard, before=keep_base, watcher=watcher, note=note)
+    place.train(loop, save, watch=watch, before=keep_base, watcher=watcher, handle_signals=handle_signals)
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
 
 
 @torch.no_grad()
 def make_watcher(recipe: Recipe, base: Model, tuned: Model, reward: Reward, folder: Path, device: str) -> Watcher:
-    """How the recipe's monitor looks at the model: the reward, and what a judge sees that was never part of it."""
+    """How the recipe's monitor looks at the model: the reward, and what a judge sees that was never part of it.
+
+    Raises InputError for a reward that learns."""
     settings, monitor = recipe.evaluation, recipe.training.monitor
     assert monitor is not None
+    if isinstance(reward, LearnedReward):
+        raise InputError("training.monitor: the reward learns along the way, so looks at it cannot be compared; leave it out")
     dtype = autocast_dtype(recipe.training.mixed_precision, device)
     network = build_judge(settings, device)[0] if settings.judge is not None else None
     best_by = VARIETY if network is None else IN_GROUP if settings.group else CONFIDENCE

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -107,16 +107,19 @@ class _Enough(Exception):
 
 @dataclass
 class RunFolder:
-    """Where a run lies, and what it goes on from."""
+    """Where a run lies, and what it goes on from.
+
+    Args:
+        note: is told what a person should know.
+    """
 
     path: Path
     recipe: Any
     state: Tree | None = None
-    notes: list[str] = field(default_factory=list)
-    """What a person should know about where it goes on from."""
+    note: Callable[[str], None] = lambda text: None
 
     @classmethod
-    def begin(cls, path: Path, recipe: Any) -> RunFolder:
+    def begin(cls, path: Path, recipe: Any, note: Callable[[str], None] = lambda text: None) -> RunFolder:
         """A new run, or, if the recipe says so, the one that is there.
 
         Raises InputError if the folder is occupied or the run that is there is another one; CheckpointError if a checkpoint
@@ -125,34 +128,36 @@ class RunFolder:
         wanted = recipe.training.resume_from_checkpoint
         if wanted is None:
             claim(path)
-            return cls(path, recipe)
+            return cls(path, recipe, note=note)
         if not (path / RECIPE).exists():
             claim(path)
-            return cls(path, recipe, notes=["there is no run to go on with yet: a new one begins"])
+            note("there is no run to go on with yet: a new one begins")
+            return cls(path, recipe, note=note)
         refuse_changes(path, recipe)
-        root, skipped = path / checkpoint.FOLDER, list[str]()
+        root = path / checkpoint.FOLDER
         checkpoint.remove_litter(root)
         chosen: Path | None
         if wanted == "latest":
             chosen, skipped = checkpoint.latest_checkpoint(root)
+            for problem in skipped:
+                note(f"skipped {problem}")
         else:
             chosen = root / Path(wanted).name
             if not chosen.is_dir():
                 known = ", ".join(folder.name for folder in checkpoint.checkpoints(root)) or "none"
                 raise InputError(f"training.resume_from_checkpoint: {path} has no checkpoint {wanted!r}; it has {known}")
-        notes = [f"skipped {problem}" for problem in skipped]
         if chosen is None:
-            return cls(path, recipe, notes=[*notes, "no checkpoint to go on from: the run begins anew"])
+            note("no checkpoint to go on from: the run begins anew")
+            return cls(path, recipe, note=note)
         saved = checkpoint.load_checkpoint(chosen)
         loop = saved.get("loop")
         if not isinstance(saved.get("environment"), dict) or not isinstance(loop, dict) or type(loop.get("step")) is not int:
             raise CheckpointError(f"{chosen}: is not the checkpoint of a training run")
-        notes += [
-            f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit"
-            for key, now in environment().items()
-            if (then := saved["environment"].get(key)) != now
-        ]
-        return cls(path, recipe, loop, [*notes, f"going on from {chosen.name}"])
+        for key, now in environment().items():
+            if (then := saved["environment"].get(key)) != now:
+                note(f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit")
+        note(f"going on from {chosen.name}")
+        return cls(path, recipe, loop, note)
 
     def _remedy(self, error: Exception) -> str:
         """What to lower, where memory runs out: what changes the memory and not the result comes first."""
@@ -167,13 +172,13 @@ class RunFolder:
         remedies = remedies or ["a smaller model, or a device with more memory, is needed"]
         return f"out of memory ({str(error).strip().splitlines()[0][:120]}). {'; '.join(remedies)}"
 
-    def _look(self, watcher: Watcher, step: int, note: Callable[[str], None]) -> str | None:
+    def _look(self, watcher: Watcher, step: int) -> str | None:
         """Take a look, write it down, keep the best; the alarm, if there is one."""
         rows, look = read_looks(self.path), watcher.look(step)
         looks = [*map(from_row, rows), look]
         alarm = find_alarm(looks, watcher.target)
         if alarm is not None and not any(row["alarm"] for row in rows):
-            note(f"ALARM, {alarm}")
+            self.note(f"ALARM, {alarm}")
         best = all(look.held_out[watcher.best_by].value > other.held_out[watcher.best_by].value for other in looks[1:-1])
         if best:
             watcher.save_best()
@@ -187,26 +192,27 @@ class RunFolder:
         save: Callable[[], None],
         *,
         watch: Callable[[Record], None] = lambda record: None,
-        stop: Callable[[], int | None] = lambda: None,
-        heard: Callable[[int], None] | None = None,
         before: Callable[[], None] = lambda: None,
         watcher: Watcher | None = None,
-        note: Callable[[str], None] = lambda text: None,
+        handle_signals: bool = False,
     ) -> None:
         """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
 
         Args:
-            stop: the number of the signal that asks to stop, if one does.
-            heard: if given, SIGINT and SIGTERM ask to stop while the loop runs, and this is told so.
-            watcher: how to look at the model while it trains, if the recipe has a monitor; `note` is told of an alarm.
             before: called when the first step has shown that the recipe works, before anything is written.
+            watcher: how to look at the model while it trains, if the recipe has a monitor.
+            handle_signals: whether SIGINT and SIGTERM ask the loop to stop while it runs; not for threads.
 
         Raises what the loop raises: NonFiniteError, with what is known of it in diagnostics/; Interrupted, with a checkpoint
         to go on from.
         """
-        with nullcontext(stop) if heard is None else noted(heard) as asked:
-            self._train(loop, save, watch, asked, before, watcher, note)
-            if (signal := asked()) is not None:
+
+        def heard(number: int) -> None:
+            self.note("asked to stop: saving; once more leaves at once")
+
+        with noted(heard) if handle_signals else nullcontext(lambda: None) as stop:
+            self._train(loop, save, watch, before, watcher, stop)
+            if (signal := stop()) is not None:
                 raise Interrupted(f"training is complete; stopped by signal {signal} before the evaluation", signal)
 
     def _train(
@@ -214,10 +220,9 @@ class RunFolder:
         loop: Loop,
         save: Callable[[], None],
         watch: Callable[[Record], None],
-        stop: Callable[[], int | None],
         before: Callable[[], None],
         watcher: Watcher | None,
-        note: Callable[[str], None],
+        stop: Callable[[], int | None],
     ) -> None:
         begun_at = 0 if self.state is None else self.state["step"]
         written = seen = begun_at
@@ -229,7 +234,7 @@ class RunFolder:
             if watcher is not None and not end.stopping and due(end.step, seen, settings.monitor.steps):
                 seen = end.step
                 with end.averaged():
-                    alarm = self._look(watcher, end.step, note)
+                    alarm = self._look(watcher, end.step)
             enough = alarm is not None and settings.monitor.stop
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
                 checkpoint.flush(self.path / METRICS)
@@ -261,7 +266,7 @@ class RunFolder:
                 try:
                     record_to(self.path, chain(first, records), watch)
                 except _Enough:
-                    note("training ends here, as training.monitor.stop says")
+                    self.note("training ends here, as training.monitor.stop says")
                 finally:
                     records.close()  # leaves the average of the weights in them
                     if (self.path / METRICS).stat().st_size:

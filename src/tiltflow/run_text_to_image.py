@@ -268,15 +268,43 @@ def batches(
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What pictures are measured by: the reward and the held-out ones, by name, and features in which they are compared."""
+
+    rewards: dict[str, Reward]
+    extract: Features | None
+
+    @classmethod
+    def build(cls, recipe: TextToImageRecipe, device: str) -> Measures:
+        """Raises InputError for what cannot be had."""
+        every = (recipe.reward, *recipe.evaluation.rewards)
+        names = labels([part.name for part in every])
+        rewards = [build_reward(recipe.reward, recipe.method, device), *(part.build(device) for part in every[1:])]
+        features = recipe.evaluation.features
+        extract = None if features is None else feature_extractor(features, device)
+        return cls(dict(zip(names, rewards, strict=True)), extract)
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A recipe with its parts in memory: the untuned model, the one that is going to be tuned, its flow and the frozen one,
-    what draws batches, and the loop, which takes the arguments of `train` about where to go on from and when to stop."""
+    """A recipe with its parts in memory.
+
+    Args:
+        model: as it was loaded; after `tuned` has got an adapter, they share their network.
+        tuned: what is going to be trained, with its flow.
+        untuned: the model without what is trained, whatever that has become, with its flow `base`.
+        reward: as training sees it.
+        measures: the reward as it is, and what else is measured.
+        loop: takes the arguments of `train` about where to go on from and when to stop.
+    """
 
     model: TextToImage
     tuned: TextToImage
+    untuned: TextToImage
     flow: Flow
     base: Flow | AdapterOff
     reward: Reward
+    measures: Measures
     draw: Callable[[torch.Generator], Batch]
     loop: Callable[..., Generator[Record, None, None]]
 
@@ -288,15 +316,15 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
     model = recipe.model.load(device)
     if getattr(recipe.reward, "learned", False):
         raise InputError(f"reward {recipe.reward.name!r} learns from samples, which it cannot from those of a pipeline")
-    reward = build_reward(recipe.reward, recipe.method, device)
-    for held_out in recipe.evaluation.rewards:
-        held_out.build(device)
+    measures = Measures.build(recipe, device)
+    reward = measures.rewards[recipe.reward.name]
     check_reward(model, reward, texts[0])
-    if recipe.evaluation.features is not None:
-        check_features(model, recipe.evaluation, device)
+    if measures.extract is not None:
+        check_features(model, recipe.evaluation, measures.extract, device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
+    untuned = tuned.base() if recipe.model.adapter else model
     if recipe.training.per_prompt_normalization:
-        reward = PerPrompt(reward, base_statistics(recipe, tuned.base() if recipe.model.adapter else model, reward))
+        reward = PerPrompt(reward, base_statistics(recipe, untuned, reward))
     dtype = autocast_dtype(recipe.training.mixed_precision, model.device)
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if recipe.model.adapter else frozen
@@ -318,7 +346,7 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
         max_skipped_steps=recipe.training.max_skipped_steps,
         non_finite_rewards=recipe.training.non_finite_rewards,
     )
-    return Prepared(model, tuned, flow, base, reward, draw, loop)
+    return Prepared(model, tuned, untuned, flow, base, reward, measures, draw, loop)
 
 
 def run_text_to_image(
@@ -327,36 +355,33 @@ def run_text_to_image(
     *,
     device: str = "cpu",
     watch: Callable[[Record], None] = lambda record: None,
-    stop: Callable[[], int | None] = lambda: None,
-    heard: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    handle_signals: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
-    place = RunFolder.begin(folder, recipe)
-    for text in place.notes:
-        note(text)
-    parts = prepare(recipe, device)
-    model, tuned = parts.model, parts.tuned
-    began = time.perf_counter()
-    watcher = None
-    if recipe.training.monitor is not None:
-        watcher = make_watcher(recipe, tuned.base() if recipe.model.adapter else model, tuned, folder, device)
-    place.train(
-        parts.loop, lambda: save_tuned(tuned, folder / "model"), watch=watch, stop=stop, heard=heard, watcher=watcher, note=note
+    place = RunFolder.begin(folder, recipe, note)
+    parts, began = prepare(recipe, device), time.perf_counter()
+    watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, folder, device)
+
+    def save() -> None:
+        save_tuned(parts.tuned, folder / "model")
+
+    place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
+    seconds = time.perf_counter() - began
+    return evaluate_text_to_image(
+        recipe, folder, parts.model, parts.tuned, device=device, measures=parts.measures, seconds=seconds
     )
-    return evaluate_text_to_image(recipe, folder, model, tuned, device=device, seconds=time.perf_counter() - began)
 
 
 @torch.no_grad()
-def make_watcher(recipe: TextToImageRecipe, base: TextToImage, tuned: TextToImage, folder: Path, device: str) -> Watcher:
+def make_watcher(recipe: TextToImageRecipe, parts: Prepared, folder: Path, device: str) -> Watcher:
     """How the recipe's monitor looks at the model: on the evaluation's held-out prompts, by the reward, by the held-out ones,
     and by how much the pictures of a prompt differ."""
     settings = recipe.evaluation
-    prompts = evaluation_prompts(recipe)
-    measured, extract = build_measures(recipe, device)
+    prompts, measures = evaluation_prompts(recipe), parts.measures
     point, count = settings.points[0], settings.num_generations
 
-    def look(step: int, model: TextToImage = tuned) -> Look:
+    def look(step: int, model: TextToImage = parts.tuned) -> Look:
         images = model.sample(
             prompts,
             seed=stream(recipe.seed, "monitor").initial_seed(),
@@ -364,17 +389,17 @@ def make_watcher(recipe: TextToImageRecipe, base: TextToImage, tuned: TextToImag
             guidance_scale=point.guidance_scale,
             batch_size=settings.batch_size,
         )
-        found = {key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measured.items()}
+        found = {key: scores(each, images, prompts, settings.batch_size, device) for key, each in measures.rewards.items()}
         own = found.pop(recipe.reward.name)
-        features = images.clamp(-1, 1) if extract is None else features_of(images, extract, settings.batch_size, device)
+        features = compared(images, measures.extract, settings.batch_size, device)
         variety = torch.cat([spread(part) for part in features.split(count)])
         return look_at(step, {"reward": own, **found, VARIETY: variety}, count)
 
-    first = look(0, base)
+    first = look(0, parts.untuned)
     return Watcher(
         first=first,
         look=look,
-        save_best=lambda: save_tuned(tuned, folder / "best"),
+        save_best=lambda: save_tuned(parts.tuned, folder / "best"),
         best_by=next(iter(first.held_out)),
     )
 
@@ -386,12 +411,9 @@ def evaluation_prompts(recipe: TextToImageRecipe) -> list[str]:
     return [prompt.text for prompt in held_out[: settings.num_prompts] for _ in range(settings.num_generations)]
 
 
-def build_measures(recipe: TextToImageRecipe, device: str) -> tuple[dict[str, Reward], Features | None]:
-    """The reward and the held-out ones, by name, and the features in which pictures are compared."""
-    every = (recipe.reward, *recipe.evaluation.rewards)
-    measured = {label: part.build(device) for label, part in zip(labels([part.name for part in every]), every, strict=True)}
-    name = recipe.evaluation.features
-    return measured, None if name is None else feature_extractor(name, device)
+def compared(images: Tensor, extract: Features | None, batch_size: int, device: str) -> Tensor:
+    """What of pictures is compared: their features, or, without any, their pixels."""
+    return images.clamp(-1, 1) if extract is None else features_of(images, extract, batch_size, device)
 
 
 def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
@@ -416,10 +438,8 @@ def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
         raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
 
 
-def check_features(model: TextToImage, settings: TextToImageEvaluation, device: str) -> None:
+def check_features(model: TextToImage, settings: TextToImageEvaluation, extract: Features, device: str) -> None:
     """Raises InputError if the pictures cannot be compared as `settings` say."""
-    assert settings.features is not None
-    extract = feature_extractor(settings.features, device)
     images = torch.zeros(2, 3, *model.size)
     found = features_of(images, extract, settings.batch_size, device)
     if settings.reference is not None:
@@ -460,18 +480,20 @@ def evaluate_text_to_image(
     tuned: TextToImage,
     *,
     device: str = "cpu",
+    measures: Measures | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     """Measure a run on held-out prompts; writes summary.json, the pictures and report.html."""
     settings, method = recipe.evaluation, recipe.method
     prompts = evaluation_prompts(recipe)
     texts = prompts[:: settings.num_generations]
-    measured, features = build_measures(recipe, device)
+    measures = measures or Measures.build(recipe, device)
+    extract = measures.extract
     base = tuned.base() if recipe.model.adapter else model
     rows_of_metrics = read_records(folder)
     began = time.perf_counter()
 
-    reference = reference_features(settings, base, prompts, features, recipe.seed, device)
+    reference = reference_features(settings, base, prompts, extract, recipe.seed, device)
     table: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
     rewards: dict[str, Tensor] = {}
@@ -484,7 +506,9 @@ def evaluate_text_to_image(
                 guidance_scale=point.guidance_scale,
                 batch_size=settings.batch_size,
             )
-            values = {key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measured.items()}
+            values = {
+                key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measures.rewards.items()
+            }
             row: dict[str, Any] = {
                 "model": name,
                 **point.model_dump(),
@@ -492,7 +516,7 @@ def evaluate_text_to_image(
             }
             for key, value in values.items():
                 row |= over_groups(value, settings.num_generations).named(key)
-            found = images.clamp(-1, 1) if features is None else features_of(images, features, settings.batch_size, device)
+            found = compared(images, extract, settings.batch_size, device)
             row |= diversity(found, settings.num_generations)
             if reference is not None:
                 row |= distances_to_reference(found, reference, recipe.seed)
@@ -503,7 +527,7 @@ def evaluate_text_to_image(
     taken = rows_of_metrics[-1]["step"]
     tilted = rewards["base"]
     if recipe.training.per_prompt_normalization:
-        mean, std = base_statistics(recipe, base, measured[recipe.reward.name])(prompts)
+        mean, std = base_statistics(recipe, base, measures.rewards[recipe.reward.name])(prompts)
         tilted = (tilted - mean) / std
     tilt = method.log_tilt(tilted, taken).reshape(len(texts), -1)
     weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
@@ -542,7 +566,7 @@ def evaluate_text_to_image(
         "effective_sample_size": weights.effective_sample_size,
         "judge": None,
         **path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size).named("path_kl"),
-        "diversity_in": "pixels" if features is None else f"features of {settings.features}",
+        "diversity_in": "pixels" if extract is None else f"features of {settings.features}",
         "table": table,
         **of_monitor(folder),
         "seconds": rows_of_metrics[-1]["seconds"],
