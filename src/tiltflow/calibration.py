@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation import Estimate, ImportanceWeights
-from tiltflow.flow import VelocityField
-from tiltflow.reward import Reward, evaluate
+from tiltflow.flow import VelocityField, in_chunks
+from tiltflow.reward import Reward, evaluate, shared
 from tiltflow.sampler import Sampling, Start, sample
 from tiltflow.streams import stream
 
@@ -80,7 +80,8 @@ def target_reward(
     rewards: list[Tensor] = []
     while sum(map(len, rewards)) < num_samples:
         generator = stream(seed, "calibration", len(rewards), device=device)
-        rewards.append(evaluate(reward, sample(base, draw(generator), sampling, generator, start=start)).cpu())
+        x = sample(in_chunks(base), draw(generator), sampling, generator, start=start)
+        rewards.append(evaluate(shared(reward), x).cpu())
     r = torch.cat(rewards)
     weights = ImportanceWeights.from_rewards(r, beta)
     if weights.effective_sample_size < FEWEST:

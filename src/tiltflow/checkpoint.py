@@ -2,8 +2,10 @@
 
 step-00001234/
     state.safetensors   every tensor
+    shards-00001-of-00002.safetensors, ..
+                        what each of several processes holds of the tensors that are sharded over them, if any are
     state.json          every number, and where the tensors belong
-    manifest.json       written last: the format, what wrote it, and size and sha256 of the other two
+    manifest.json       written last: the format, what wrote it, and size and sha256 of the others
 
 A checkpoint is written into a folder beside it, each file flushed to the disk, and renamed: a process that is killed, a disk
 that is full or a machine that loses power leaves the old checkpoints as they were. A folder is never written to again. One
@@ -18,7 +20,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltflow import __version__
+from tiltflow import __version__, processes
 from tiltflow.errors import CheckpointError
 
 FORMAT = 1
 FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+SHARDS = re.compile(r"shards-(\d{5})-of-(\d{5})\.safetensors")
 LITTER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{8}")
 """What a process that was killed while it wrote or deleted leaves behind."""
 TENSOR, INTEGER = "tensor:", "int:"
@@ -47,34 +50,55 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
     Raises CheckpointError, the other checkpoints being as they were, if it cannot be written.
     """
     final = root / f"step-{step:08d}"
-    draft = root / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        draft.mkdir(parents=True)
-        numbers, tensors = _split(state)
-        save_file(tensors, draft / TENSORS)
-        (draft / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(draft / NUMBERS, draft / TENSORS)  # safetensors writes for its owner alone
-        files = {name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (TENSORS, NUMBERS)}
-        manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
-        for name in files:
-            flush(draft / name)
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        flush(draft / MANIFEST)
-        flush(draft)
-        if final.exists():  # of a run that was resumed from before it; not overwritten, not lost
-            final.rename(root / f"{final.name}.old-{uuid.uuid4().hex[:8]}")
-        draft.rename(final)
-        flush(root)
-        verify_checkpoint(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(
-            f"{final}: the checkpoint cannot be written ({reason}); those before it are as they were"
-        ) from None
-    for old in checkpoints(root)[: -total_limit if total_limit else 0]:
-        delete_checkpoint(old)
+    draft = root / f"{final.name}.tmp-{processes.exchanged(uuid.uuid4().hex[:8])[0]}"
+    numbers, tensors, shards = _split(state)
+
+    def begin() -> None:
+        if processes.is_main():
+            draft.mkdir(parents=True)
+
+    def write_shards() -> None:
+        if shards:
+            path = draft / f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
+            save_file(shards, path)
+            flush(path)
+
+    def finish() -> None:
+        if processes.is_main():
+            save_file(tensors, draft / TENSORS)
+            (draft / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+            for path in draft.glob("*.safetensors"):
+                shutil.copymode(draft / NUMBERS, path)  # safetensors writes for its owner alone
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())}
+            manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
+            for name in (TENSORS, NUMBERS):
+                flush(draft / name)
+            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            flush(draft / MANIFEST)
+            flush(draft)
+            if final.exists():  # of a run that was resumed from before it; not overwritten, not lost
+                final.rename(root / f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+            draft.rename(final)
+            flush(root)
+            verify_checkpoint(final)
+
+    for phase in (begin, write_shards, finish):
+        if reasons := [reason for reason in processes.exchanged(_reason_against(phase)) if reason is not None]:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(f"{final}: the checkpoint cannot be written ({reasons[0]}); those before it are as they were")
+    if processes.is_main():
+        for old in checkpoints(root)[: -total_limit if total_limit else 0]:
+            delete_checkpoint(old)
     return final
+
+
+def _reason_against(write: Callable[[], None]) -> str | None:
+    """Why files could not be written, if they could not."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def delete_checkpoint(folder: Path) -> None:
@@ -132,7 +156,7 @@ def verify_checkpoint(folder: Path) -> Tree:
             f" {manifest.get('tiltflow')}"
         )
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(written, int) or not isinstance(files, dict) or set(files) != {TENSORS, NUMBERS}:
+    if not isinstance(written, int) or not isinstance(files, dict) or not _complete(set(files)):
         raise CheckpointError(f"{folder / MANIFEST}: is not the manifest of a checkpoint")
     found: Tree = manifest
     for name, expected in files.items():
@@ -145,11 +169,20 @@ def verify_checkpoint(folder: Path) -> Tree:
     return found
 
 
+def _complete(files: set[str]) -> bool:
+    """Whether these are the files of a checkpoint: the two, and all shards or none."""
+    found = [SHARDS.fullmatch(name) for name in sorted(files - {TENSORS, NUMBERS})]
+    numbers = [tuple(map(int, match.groups())) for match in found if match]
+    return {TENSORS, NUMBERS} <= files and numbers == [(i + 1, len(found)) for i in range(len(found))]
+
+
 def load_checkpoint(folder: Path) -> Tree:
     """The state that was saved, its tensors on the CPU. Raises CheckpointError if it does not verify."""
-    verify_checkpoint(folder)
+    files = verify_checkpoint(folder)["files"]
     try:
         tensors = load_file(folder / TENSORS)
+        parts = [load_file(folder / name) for name in sorted(files) if SHARDS.fullmatch(name)]
+        tensors |= {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
         state: Tree = _join(numbers, tensors)
     except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
@@ -178,15 +211,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The tree with a reference in place of each tensor, and the tensors by the path that leads to them."""
+def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """The tree with a reference in place of each tensor; the tensors that this process writes, and what it holds of sharded
+    ones, by the path that leads to them."""
     tensors: dict[str, Tensor] = {}
+    shards: dict[str, Tensor] = {}
 
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
-            tensor = node.detach().cpu().contiguous()
-            # safetensors refuses two tensors of one storage; a copy of everything would double the memory
-            tensors[path] = tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+            if processes.is_sharded(node):
+                shards[path] = _own_copy(processes.local(node))
+            elif processes.is_main():
+                tensors[path] = _own_copy(node)
             return TENSOR + path
         if isinstance(node, Mapping):
             names = {(f"{INTEGER}{key}" if isinstance(key, int) else key): value for key, value in node.items()}
@@ -199,7 +235,14 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
             return node
         raise TypeError(f"{path}: {type(node).__name__} cannot be saved")
 
-    return walk(tree, ""), tensors
+    return walk(tree, ""), tensors, shards
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, in a storage of its own, as safetensors asks; it is copied where it has none, for a copy of everything would
+    double the memory."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -7,7 +7,9 @@ success, 2 wrong input, 1 failure, 130 Ctrl-C, 143 SIGTERM.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +72,7 @@ def train(
     [dim]tiltflow train digits-even --output runs/even --resume[/dim]
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
     """
+    from tiltflow import processes
     from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
     from tiltflow.run import Recipe, run
     from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
@@ -80,8 +83,8 @@ def train(
     tree = read_recipe_tree(path, [*_with_seed(overrides, seed), *going_on])
     of_pipeline = is_text_to_image(tree)
     settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
-    chosen = _device(device, threads)
-    console = _console(as_json)
+    chosen = processes.begin(_device(device, threads))
+    console, quiet = _console(as_json), quiet or not _speaks()
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
     train_it: Any = run_text_to_image if of_pipeline else run
@@ -95,6 +98,7 @@ def train(
     except Interrupted as error:
         console.print(f"{escape(str(error))}; the same command with --resume goes on")
         raise typer.Exit(128 + error.signal) from None
+    processes.end()
     _show_summary(console, summary, output)
     _finish(as_json, summary)
 
@@ -555,7 +559,13 @@ def main() -> None:
     try:
         app()
     except TiltflowError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red bold]error:[/red bold] {escape(str(error))}")
+        process = ""
+        if not _speaks():  # what all processes find, the first one says; its end then takes this one down
+            time.sleep(3)
+            process = f" of process {os.environ['RANK']}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[red bold]error{process}:[/red bold] {escape(str(error))}"
+        )
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
@@ -582,12 +592,17 @@ def _device(name: str, threads: int | None) -> str:
     return name
 
 
+def _speaks() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _console(as_json: bool) -> Console:
-    return Console(stderr=as_json, highlight=False)
+    return Console(stderr=as_json, highlight=False, quiet=not _speaks())
 
 
 def _finish(as_json: bool, result: dict[str, Any]) -> None:
-    if as_json:
+    if as_json and _speaks():
         print(json.dumps(result))
 
 

@@ -15,6 +15,8 @@ import ot
 import torch
 from torch import Tensor
 
+from tiltflow import processes
+
 
 def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 50, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance of two samples [n, d] and [m, d]: root mean square over random directions."""
@@ -198,8 +200,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, device: str = "cpu") -> Tensor:
-    """`function` over x, a batch at a time on `device`; the results on the CPU, without gradients."""
-    return torch.cat([function(part.to(device)).cpu() for part in x.split(size)])
+    """`function` over x, by all processes and a batch at a time on `device`; the results on the CPU, without gradients."""
+    found = [function(x[part].to(device)) for part in processes.shares(len(x), size)]
+    return processes.gathered(found, len(x)).cpu()
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.interpolant import (
     Coefficients,
     Interpolant,
@@ -253,23 +254,19 @@ def groups(flow: VelocityField, count: int, device: torch.device) -> list[Tensor
 
 @dataclass(frozen=True)
 class Chunked:
-    """A velocity field that is evaluated on at most `size` samples at a time."""
+    """A velocity field that all processes evaluate together, each on at most `size` samples at a time."""
 
     flow: VelocityField
-    size: int
+    size: int | None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([rows(self.flow, part)(x[part], t) for part in slices(len(x), self.size)])
+        parts = processes.shares(len(x), self.size)
+        return processes.gathered([rows(self.flow, part)(x[part], t) for part in parts], len(x))
 
 
-def in_chunks(flow: VelocityField, size: int | None) -> VelocityField:
-    """`flow`, evaluated on at most `size` samples at a time: less memory, the same result."""
-    return flow if size is None else Chunked(flow, size)
-
-
-def slices(count: int, size: int | None) -> list[slice]:
-    """The parts of a batch of `count` samples, of at most `size` each."""
-    return [slice(i, i + (size or count)) for i in range(0, count, size or count)]
+def in_chunks(flow: VelocityField, size: int | None = None) -> VelocityField:
+    """`flow`, evaluated by all processes and on at most `size` samples at a time: less time and memory, the same result."""
+    return flow if size is None and processes.count() == 1 else Chunked(flow, size)
 
 
 class CountEvaluations:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import Flow
+from tiltflow.flow import Flow, in_chunks
 from tiltflow.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.plugins import part_of
 from tiltflow.sampler import Sampling, noise, sample
@@ -83,7 +83,8 @@ class Model:
         for i, begin in enumerate(range(0, num_samples, batch_size)):
             generator = stream(seed, "sample", i, device=self.device)
             x = self.start(min(batch_size, num_samples - begin), generator)
-            parts.append(sample(self.flow, x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
+            x = sample(in_chunks(self.flow), x, sampling or self.sampling, generator, start=self.flow.noise_time)
+            parts.append(x.cpu())
         return torch.cat(parts)
 
     def save(self, folder: str | Path, card: str = "") -> None:

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.errors import NonFiniteError
 from tiltflow.settings import Settings
 
@@ -105,7 +106,12 @@ class WeightAverage:
 
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):
-            parameter.data, self.values[i] = self.values[i], parameter.data
+            if processes.is_sharded(parameter):  # FSDP keeps its own reference to the memory of the shard
+                before = parameter.detach().clone()
+                parameter.detach().copy_(self.values[i])
+                self.values[i] = before
+            else:
+                parameter.data, self.values[i] = self.values[i], parameter.data
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
@@ -115,7 +121,7 @@ class WeightAverage:
         """Go on from there."""
         self.updates = state["updates"]
         for value, saved in zip(self.values, state["values"], strict=True):
-            value.copy_(saved)
+            value.copy_(processes.part_like(saved, value))
 
     @torch.no_grad()
     def store(self) -> None:
@@ -130,7 +136,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                own = torch.empty_like(parameter, dtype=value.dtype)
+                state[key] = own.copy_(processes.part_like(value, own))
 
 
 def gradient_norm(
@@ -138,23 +145,29 @@ def gradient_norm(
 ) -> float:
     """Clip the gradients to a global norm of `limit` and return the norm before. Raises NonFiniteError, which names the
     parameters, if it is not finite."""
-    norm: float = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf).item()
+    norm = processes.full(nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)).item()
     if not math.isfinite(norm):
-        bad = [i for i, p in enumerate(parameters) if p.grad is not None and not bool(p.grad.isfinite().all())]
+        gradients = {i: processes.full(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
+        bad = [i for i, gradient in gradients.items() if not bool(gradient.isfinite().all())]
         where = {"what": "gradient", "parameters": [names[i] if names else str(i) for i in bad]}
-        tensors = {f"gradient of {name}": parameters[i].grad for i, name in zip(bad[:8], where["parameters"], strict=False)}
+        tensors = {f"gradient of {name}": gradients[i] for i, name in zip(bad[:8], where["parameters"], strict=False)}
         raise NonFiniteError(f"step {step}: the gradient norm is {norm}; the weights are as before this step", where, tensors)
     return norm
 
 
 @contextmanager
 def located(part: slice) -> Iterator[None]:
-    """In this context, what is not finite is counted from the first sample of the batch, not of the part."""
+    """In this context, what is not finite is counted from the first sample of the batch, not of the part; and all processes
+    know of what each has found in its own."""
     try:
         yield
     except NonFiniteError as error:
         error.where["samples"] = [i + (part.start or 0) for i in error.where.get("samples", [])]
-        raise
+        found = processes.exchanged({"message": str(error), "where": error.where})
+        finder = next((i for i, one in enumerate(found) if one["where"]["samples"]), 0)
+        together = {i for one in found for i in one["where"]["samples"]}
+        where = {**found[finder]["where"], "samples": sorted(together), "process": finder}
+        raise NonFiniteError(found[finder]["message"], where, error.tensors) from None
 
 
 def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.flow import rows
 
 
 class Reward(Protocol):
@@ -103,17 +105,33 @@ def given(reward: Reward, prompts: Sequence[str]) -> Reward:
     return told
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A reward that all processes evaluate together, each on its share of the samples; without a gradient."""
+
+    reward: Reward
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Of all samples, if the reward was told them."""
+        return getattr(self.reward, "prompts", ())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = processes.shares(len(x))
+        return processes.gathered([_values(rows(self.reward, part), x[part]) for part in parts], len(x))
+
+
+def shared(reward: Reward) -> Reward:
+    """`reward`, evaluated by all processes together; without a gradient if they are several."""
+    return reward if processes.count() == 1 else Shared(reward)
+
+
 def evaluate(reward: Reward, x: Tensor) -> Tensor:
-    """`reward(x)`, checked. Raises InputError for a wrong shape or type, NonFiniteError for NaN or infinity."""
-    value = reward(x)
-    if not isinstance(value, Tensor):
-        raise InputError(f"the reward must return a tensor, got {type(value).__name__}")
-    if value.shape != x.shape[:1]:
-        raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
-    if not value.dtype.is_floating_point:
-        raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
+    """`reward(x)`, checked. Raises InputError for a wrong shape or type, NonFiniteError, in all processes, for NaN or infinity
+    in one."""
+    value = _values(reward, x)
     bad = (~torch.isfinite(value.detach())).nonzero()[:, 0]
-    if len(bad):
+    if processes.greatest(len(bad), x.device):
         raise NonFiniteError(
             f"the reward is not finite for {len(bad)} of {len(x)} samples",
             {
@@ -123,6 +141,18 @@ def evaluate(reward: Reward, x: Tensor) -> Tensor:
             },
             {"rewards": value, "samples": x[bad[:8]]},
         )
+    return value
+
+
+def _values(reward: Reward, x: Tensor) -> Tensor:
+    """`reward(x)` [batch]. Raises InputError for a wrong shape or type."""
+    value = reward(x)
+    if not isinstance(value, Tensor):
+        raise InputError(f"the reward must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape[:1]:
+        raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
     return value
 
 
@@ -137,8 +167,8 @@ def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
         if not value.requires_grad:
             raise InputError("the reward has no gradient with respect to the sample, and this method needs one")
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    if not torch.isfinite(gradient).all():
-        bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[:, 0]
+    bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[:, 0]
+    if processes.greatest(len(bad), x.device):
         raise NonFiniteError(
             f"the gradient of the reward is not finite for {len(bad)} of {len(x)} samples",
             {"what": "gradient of the reward", "samples": bad.tolist()},

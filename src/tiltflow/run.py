@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -22,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tiltflow import __version__
+from tiltflow import __version__, processes
 from tiltflow.calibration import Calibration, target_reward
 from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
@@ -248,20 +249,27 @@ def run(
         if not source.is_relative_to(ASSETS) and not (folder / "base").exists():
             shutil.copytree(source, folder / "base")
 
-    def save() -> None:
+    def save(to: str = "model") -> None:
+        with processes.whole(tuned.flow.network):
+            processes.by_main(lambda: write(folder / to))
+
+    def write(to: Path) -> None:
         if isinstance(reward, LearnedReward):
             save_weights(reward.network, folder / REWARD)
-        tuned.save(folder / "model", model_card(recipe))
+        tuned.save(to, model_card(recipe))
 
     watcher = None
     if recipe.training.monitor is not None:
-        watcher = make_watcher(recipe, base, tuned, reward, folder, device)
-    place.train(loop, save, watch=watch, before=keep_base, watcher=watcher, handle_signals=handle_signals)
+        watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
+    keep_it = partial(processes.by_main, keep_base)
+    place.train(loop, save, watch=watch, before=keep_it, watcher=watcher, handle_signals=handle_signals)
     return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
 
 
 @torch.no_grad()
-def make_watcher(recipe: Recipe, base: Model, tuned: Model, reward: Reward, folder: Path, device: str) -> Watcher:
+def make_watcher(
+    recipe: Recipe, base: Model, tuned: Model, reward: Reward, save_best: Callable[[], None], device: str
+) -> Watcher:
     """How the recipe's monitor looks at the model: the reward, and what a judge sees that was never part of it.
 
     Raises InputError for a reward that learns."""
@@ -297,7 +305,7 @@ def make_watcher(recipe: Recipe, base: Model, tuned: Model, reward: Reward, fold
     return Watcher(
         first=look_at(0, of_base | {VARIETY: spread(features)}),
         look=look,
-        save_best=lambda: tuned.save(folder / "best", model_card(recipe)),
+        save_best=save_best,
         best_by=best_by,
         target=target if effective >= FEWEST else None,
     )
@@ -377,6 +385,8 @@ def evaluate_run(
             summary |= balance.named("own_law_balance") | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
+    if not processes.is_main():
+        return summary
     if len(base.event_shape) == 3 and base.event_shape[0] in (1, 3):
         columns = max(1, round(settings.grid**0.5))
         for name, images in (("before.png", x_base), ("after.png", x)):

@@ -25,9 +25,9 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow import checkpoint
+from tiltflow import checkpoint, processes
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
+from tiltflow.errors import CheckpointError, CollapseError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
@@ -128,14 +128,16 @@ class RunFolder:
         wanted = recipe.training.resume_from_checkpoint
         if wanted is None:
             claim(path)
+            processes.wait()  # for all to have looked, before one writes
             return cls(path, recipe, note=note)
         if not (path / RECIPE).exists():
             claim(path)
+            processes.wait()
             note("there is no run to go on with yet: a new one begins")
             return cls(path, recipe, note=note)
         refuse_changes(path, recipe)
         root = path / checkpoint.FOLDER
-        checkpoint.remove_litter(root)
+        processes.by_main(lambda: checkpoint.remove_litter(root))
         chosen: Path | None
         if wanted == "latest":
             chosen, skipped = checkpoint.latest_checkpoint(root)
@@ -182,9 +184,25 @@ class RunFolder:
         best = all(look.held_out[watcher.best_by].value > other.held_out[watcher.best_by].value for other in looks[1:-1])
         if best:
             watcher.save_best()
-        with open(self.path / LOOKS, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(to_row(look, alarm, best=best, best_by=watcher.best_by)) + "\n")
+
+        def write() -> None:
+            with open(self.path / LOOKS, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(to_row(look, alarm, best=best, best_by=watcher.best_by)) + "\n")
+
+        processes.by_main(write)
         return alarm
+
+    def _write_beginning(self, begun_at: int, watcher: Watcher | None) -> None:
+        """The recipe, and what is known of the steps before."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tree = self.recipe.model_dump(mode="json")
+        tree["training"]["resume_from_checkpoint"] = None
+        write_yaml(self.path / RECIPE, tree)
+        known = read_records(self.path) if begun_at and (self.path / METRICS).exists() else []
+        write_rows(self.path / METRICS, [row for row in known if row["step"] <= begun_at])
+        if watcher is not None:
+            kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
+            write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
 
     def train(
         self,
@@ -237,7 +255,7 @@ class RunFolder:
                     alarm = self._look(watcher, end.step)
             enough = alarm is not None and settings.monitor.stop
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
-                checkpoint.flush(self.path / METRICS)
+                processes.by_main(lambda: checkpoint.flush(self.path / METRICS))
                 saved = {"environment": environment(), "loop": end.state()}
                 limit = settings.checkpoints_total_limit
                 checkpoint.save_checkpoint(self.path / checkpoint.FOLDER, end.step, saved, total_limit=limit)
@@ -253,26 +271,24 @@ class RunFolder:
             try:
                 first = list(islice(records, 1))  # what does not fit shows in the first step, before anything is written
                 before()
-                self.path.mkdir(parents=True, exist_ok=True)
-                tree = self.recipe.model_dump(mode="json")
-                tree["training"]["resume_from_checkpoint"] = None
-                write_yaml(self.path / RECIPE, tree)
-                known = read_records(self.path) if begun_at and (self.path / METRICS).exists() else []
-                earlier = [row for row in known if row["step"] <= begun_at]
-                write_rows(self.path / METRICS, earlier)
-                if watcher is not None:
-                    kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
-                    write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
+                processes.by_main(lambda: self._write_beginning(begun_at, watcher))
+                agreed = True
                 try:
                     record_to(self.path, chain(first, records), watch)
                 except _Enough:
                     self.note("training ends here, as training.monitor.stop says")
+                except (Interrupted, NonFiniteError, CollapseError):
+                    raise
+                except BaseException:
+                    agreed = processes.count() == 1  # it may be of this process alone, and the others are not here to save
+                    raise
                 finally:
                     records.close()  # leaves the average of the weights in them
-                    if (self.path / METRICS).stat().st_size:
+                    if agreed and (begun_at or first):
                         save()
             except NonFiniteError as error:
-                diagnose(self.path, error)
+                if error.where.get("process", 0) == processes.index():
+                    diagnose(self.path, error)
                 raise
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -295,7 +311,8 @@ def claim(folder: Path) -> None:
 
 def environment() -> dict[str, Any]:
     """What decides, beside the recipe, how numbers are rounded."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    return machine | {"processes": processes.count()}
 
 
 def refuse_changes(path: Path, recipe: Any) -> None:
@@ -360,6 +377,10 @@ def of_monitor(folder: Path) -> dict[str, Any]:
 
 def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
     """Add each training record to `metrics.jsonl` as a line, and show it."""
+    if not processes.is_main():
+        for _ in records:
+            pass
+        return
     with open(folder / METRICS, "a", encoding="utf-8") as lines:
         for record in records:
             row = {"step": record.step, "seconds": round(record.seconds, 3), "network_evaluations": record.network_evaluations}

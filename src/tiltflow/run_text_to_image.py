@@ -19,7 +19,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from tiltflow import __version__
+from tiltflow import __version__, processes
 from tiltflow.data import load_images
 from tiltflow.errors import InputError, NonFiniteError, did_you_mean
 from tiltflow.evaluation import (
@@ -39,7 +39,7 @@ from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
-from tiltflow.reward import PerPrompt, Reward, evaluate, given
+from tiltflow.reward import PerPrompt, Reward, evaluate, given, shared
 from tiltflow.run import VARIETY, build_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling, rollout
@@ -253,6 +253,8 @@ def batches(
         ]
         condition, negative = model.encode(some)
         x = model.start(len(some), generator, first)
+        if isinstance(reward, PerPrompt):
+            reward.statistics(some)  # all processes together, before each asks for its own
         told = Decoded(model, given(reward, some), size)
 
         def guide(flow: VelocityField) -> Guided:
@@ -361,10 +363,12 @@ def run_text_to_image(
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
     place = RunFolder.begin(folder, recipe, note)
     parts, began = prepare(recipe, device), time.perf_counter()
-    watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, folder, device)
 
-    def save() -> None:
-        save_tuned(parts.tuned, folder / "model")
+    def save(to: str = "model") -> None:
+        with processes.whole(parts.tuned.denoiser):
+            processes.by_main(lambda: save_tuned(parts.tuned, folder / to))
+
+    watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, partial(save, "best"), device)
 
     place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
     seconds = time.perf_counter() - began
@@ -374,7 +378,7 @@ def run_text_to_image(
 
 
 @torch.no_grad()
-def make_watcher(recipe: TextToImageRecipe, parts: Prepared, folder: Path, device: str) -> Watcher:
+def make_watcher(recipe: TextToImageRecipe, parts: Prepared, save_best: Callable[[], None], device: str) -> Watcher:
     """How the recipe's monitor looks at the model: on the evaluation's held-out prompts, by the reward, by the held-out ones,
     and by how much the pictures of a prompt differ."""
     settings = recipe.evaluation
@@ -399,7 +403,7 @@ def make_watcher(recipe: TextToImageRecipe, parts: Prepared, folder: Path, devic
     return Watcher(
         first=first,
         look=look,
-        save_best=lambda: save_tuned(parts.tuned, folder / "best"),
+        save_best=save_best,
         best_by=next(iter(first.held_out)),
     )
 
@@ -573,6 +577,8 @@ def evaluate_text_to_image(
         "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
     }
     summary["seconds_total"] = (seconds or rows_of_metrics[-1]["seconds"]) + time.perf_counter() - began
+    if not processes.is_main():
+        return summary
     for name, images in (("before", pictures["base"]), ("after", pictures["tuned"])):
         image_grid(images[:64], settings.num_generations if len(texts) > 1 else 8).save(folder / f"{name}.png")
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -596,7 +602,7 @@ def scores(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: i
     parts = []
     for i in range(0, len(prompts), batch_size):
         part = images[i : i + batch_size].to(device)
-        parts.append(evaluate(given(reward, prompts[i : i + batch_size]), part).double().cpu())
+        parts.append(evaluate(shared(given(reward, prompts[i : i + batch_size])), part).double().cpu())
     return torch.cat(parts)
 
 

@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from tiltflow import processes
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import Flow, VelocityField
 from tiltflow.plugins import import_function
@@ -201,8 +202,9 @@ def unguided(path: Trajectory, seen: list[Tensor]) -> Trajectory:
     """`path` with the velocities of the unguided flow along it, where `tiltflow.flow.observed` has seen them."""
     if not seen:
         return path
-    shape = (len(path.velocities), *path.velocities[0].shape)
-    return replace(path, velocities=list(torch.cat(seen).reshape(shape)))
+    steps, size = len(path.velocities), len(path.states[0])
+    own = torch.cat(seen).reshape(steps, -1, *path.states[0].shape[1:])
+    return replace(path, velocities=list(processes.gathered([own], size, dim=1)))
 
 
 def rollout(

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow import pipelines
+from tiltflow import pipelines, processes
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks
 from tiltflow.interpolant import Interpolant
 from tiltflow.model import ASSETS
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
@@ -210,7 +210,12 @@ class TextToImage:
         drawn = self.sample_latents(
             prompts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, latents=latents, batch_size=batch_size
         )
-        return torch.cat([self.decode(x, batch_size=batch_size).cpu() for x in drawn.split(batch_size)])
+        return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
+
+    def _decoded(self, latents: Tensor, batch_size: int) -> Tensor:
+        """`decode`, by all processes together."""
+        parts = processes.shares(len(latents))
+        return processes.gathered([self.decode(latents[part], batch_size=batch_size) for part in parts], len(latents))
 
     @torch.no_grad()
     def sample_latents(
@@ -235,7 +240,7 @@ class TextToImage:
                 x = self.start(len(some), generator, times[0])
             else:
                 x = latents[begin : begin + batch_size].to(self.device) * ends[0]
-            flow = self.guided(some, guidance_scale)(self.flow)
+            flow = in_chunks(self.guided(some, guidance_scale)(self.flow))
             parts.append(sample(flow, x, sampling, generator, start=self.own_grid) / ends[1])
         return torch.cat(parts)
 

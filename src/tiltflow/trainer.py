@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
@@ -175,6 +176,7 @@ def train(
     state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; InputError if
     `resume_from` is of another model or method.
     """
+    processes.distribute(*networks_of(tuned, base))
     trained = dict(tuned.named_parameters())
     if not trained:
         raise ValueError("the tuned network has no parameter that requires a gradient")
@@ -256,18 +258,22 @@ class _Loop:
     """Whether the weights have changed since the batch began, so that it is taken to its end."""
 
     def __post_init__(self) -> None:
-        networks = (self.tuned.network, self.base.flow.network if isinstance(self.base, AdapterOff) else self.base.network)
-        self.count = CountEvaluations(*networks, poll=self.poll)
+        self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
         self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
 
     def poll(self) -> None:
         """Raises Interrupted if a signal asks to stop, and the batch can be left."""
-        if not self.moved and (signal := self.stop()) is not None:
+        if not self.moved and (signal := processes.greatest(self.stop() or 0, self.device)):
             raise Interrupted(f"stopped by signal {signal} at step {self.step}", signal)
 
     def record(self, metrics: dict[str, float]) -> Record:
         """What is known after an optimizer step."""
-        return Record(self.step, metrics, time.perf_counter() - self.began, self.spent + self.count.total)
+        return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations)
+
+    @property
+    def evaluations(self) -> int:
+        """Samples that networks were evaluated on, by all processes."""
+        return self.spent + self.count.total * processes.count()
 
     # ---- to be left and gone on with ----
 
@@ -290,7 +296,7 @@ class _Loop:
         return {
             "step": self.step,
             "seconds": time.perf_counter() - self.began,
-            "network_evaluations": self.spent + self.count.total,
+            "network_evaluations": self.evaluations,
             "skipped": self.skipped,
             "parameters": self.trained,
             "buffers": buffers_of(self.tuned.network),
@@ -397,6 +403,7 @@ class _Loop:
             self.step, warmup=method.lr_warmup_steps, total=self.max_train_steps, scheduler=method.lr_scheduler
         )
         finite(measured["loss"], "the loss", self.step)
+        processes.sum_gradients(self.trained.values())
         norm = gradient_norm(list(self.trained.values()), method.max_grad_norm, self.step, list(self.trained))
         self.optimizer.param_groups[0]["lr"] = method.learning_rate * factor
         self.optimizer.step()
@@ -404,6 +411,11 @@ class _Loop:
         self.average.update()
         self.skipped = 0
         return {"gradient_norm": norm, "learning_rate": method.learning_rate * factor}
+
+
+def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
+    """Theirs: one and the same where the base is the tuned one without its adapter."""
+    return tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network
 
 
 def buffers_of(network: object) -> dict[str, Tensor]:
@@ -423,7 +435,7 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
                 raise InputError(
                     f"resume: {name} is of shape {list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
                 )
-            tensor.copy_(saved[name])
+            tensor.copy_(processes.part_like(saved[name], tensor))
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:

@@ -23,8 +23,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tiltflow import processes
 from tiltflow.adjoint import Pairing, lean_adjoint
-from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows, slices
+from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Tilting, all_finite, located
 from tiltflow.reward import Reward
@@ -229,7 +230,7 @@ class AdjointMatching(Tilting):
         """Targets and base velocities of the controlled steps from `first` on, [steps, batch, *event], and rewards [batch]."""
         size, controlled = len(path.states[0]), slice(first, len(path.velocities))
         parts = []
-        for part in slices(size, micro_batch_size):
+        for part in processes.shares(size, micro_batch_size):
             with located(part):
                 parts.append(
                     lean_adjoint(
@@ -246,9 +247,10 @@ class AdjointMatching(Tilting):
                         bootstrap=self.bootstrap,
                     )
                 )
-        targets = torch.cat([torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts], dim=1)
-        velocities = torch.cat([torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts], dim=1)
-        return targets, velocities, torch.cat([part.rewards for part in parts])
+        targets = [torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts]
+        velocities = [torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts]
+        rewards = processes.gathered([part.rewards for part in parts], size)
+        return processes.gathered(targets, size, dim=1), processes.gathered(velocities, size, dim=1), rewards
 
     def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: State) -> Tensor:
         """[steps, 1]: the size above which a term of each step is clipped (or dropped), infinite where neither is asked for."""
@@ -273,14 +275,15 @@ class AdjointMatching(Tilting):
         batch = regression.states.shape[1]
         k = pairs.flatten()
         i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
-        for part in torch.arange(len(k), device=k.device).split(micro_batch_size or batch):
+        counted = torch.arange(len(k), device=k.device) >= processes.first_counted(len(k))
+        for part in processes.shares(len(k), micro_batch_size or processes.share_of(batch)):
             kk, row, ii = k[part], k[part] - regression.first, i[part]
             x = regression.states[row, ii]
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
             v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
-            kept = terms.detach() <= regression.limit[row, 0]
+            kept = (terms.detach() <= regression.limit[row, 0]) & counted[part]
             ((kept * terms).sum() / batch).backward()
 
 

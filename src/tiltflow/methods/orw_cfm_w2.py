@@ -41,6 +41,7 @@ from pydantic import Field, field_validator, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from tiltflow import processes
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation import Estimate, ImportanceWeights
@@ -49,7 +50,7 @@ from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
-from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import Reward, evaluate, shared
 from tiltflow.sampler import Sampling, Start, sample, spread_times
 
 Count = Annotated[int, Field(ge=1)]
@@ -288,7 +289,7 @@ class OrwCfmW2(Optimization):
         """
         acting, other = (guide(flow) if guide else flow for flow in (policy or tuned, base))
         x1 = self._samples(in_chunks(acting, micro_batch_size), in_chunks(other, micro_batch_size), x, generator, state, start)
-        rewards = evaluate(reward, x1).detach()
+        rewards = evaluate(shared(reward), x1).detach()
         if state.rounds == 0 and bool((rewards == rewards[0]).all()):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
@@ -405,12 +406,13 @@ class OrwCfmW2(Optimization):
         t = spread_times(parts / size, start=self.sampling.times(start)[0].item(), shift=self.shift)
 
         fit, penalty, total = 0.0, 0.0, 0.0
-        for part in torch.arange(size, device=device).split(micro_batch_size or size):
+        counted = torch.arange(size, device=device) >= processes.first_counted(size)
+        for part in processes.shares(size, micro_batch_size):
             i, s = which[part], t[part]
             left, right = expand(1 - s, x0[part]), expand(s, x0[part])
             x = left * x0[part] + right * x1[i]
             v = rows(tuned, i)(x, s)
-            scale = prediction_scale(tuned, s).to(x) ** 2 / x[0].numel()
+            scale = counted[part] * prediction_scale(tuned, s).to(x) ** 2 / x[0].numel()
             misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
             terms = of_fit[part] * misfit
             if self.alpha > 0:
@@ -418,11 +420,12 @@ class OrwCfmW2(Optimization):
                     origin = rows(base, i)(x, s)
                 away = (v - origin).flatten(1).square().sum(1)
                 terms = terms + self.alpha * of_penalty[part] * scale * away
-                penalty += away.detach().sum().item() / size
+                penalty += (counted[part] * away.detach()).sum().item() / size
             loss = terms.sum() / size
             loss.backward()
             fit += misfit.detach().sum().item() / size
             total += loss.item()
+        total, fit, penalty = (processes.total(value, device) for value in (total, fit, penalty))
         return {"loss": total, "flow_matching_loss": fit} | ({"velocity_distance": penalty} if self.alpha > 0 else {})
 
 

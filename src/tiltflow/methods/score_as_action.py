@@ -43,11 +43,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.errors import InputError
-from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows, slices
+from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting, all_finite, load_optimizer, located
-from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
+from tiltflow.reward import LearnedReward, Reward, evaluate, shared, value_and_gradient
 from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import FORMS, Batch, Critic, Value, improve, returns
@@ -256,7 +257,7 @@ class ScoreAsAction(Tilting):
             path = unguided(path, seen)
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
             all_finite(velocities, "velocity", chain.times)
-            rewards = evaluate(reward, end).detach()
+            rewards = evaluate(shared(reward), end).detach()
             base_velocities = torch.stack(
                 [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
             )
@@ -265,7 +266,7 @@ class ScoreAsAction(Tilting):
             costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
             if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
                 state.value.fit_scale(rewards)
-            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward)
+            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, shared(reward))
             advantages = (
                 None if self._uses_value_gradient else self._advantages(state.value, batch, groups(tuned, len(x), x.device))
             )
@@ -384,10 +385,10 @@ class ScoreAsAction(Tilting):
         self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
     ) -> Tensor:
         parts = []
-        for part in slices(len(x), micro_batch_size):
+        for part in processes.shares(len(x), micro_batch_size):
             with located(part):
                 parts.append(value.gradient(x[part], t, rows(tuned, part), rows(reward, part)))
-        return torch.cat(parts)
+        return processes.gathered(parts, len(x))
 
     def _after_steps(
         self,
@@ -404,7 +405,7 @@ class ScoreAsAction(Tilting):
             self._value_gradient(value, path.states[k], times[k], tuned, reward, micro_batch_size) for k in range(1, count)
         ]
         last, parts = path.states[count], []
-        for which in slices(len(last), micro_batch_size):
+        for which in processes.shares(len(last), micro_batch_size):
             x, their_reward = last[which], rows(reward, which)
             with located(which):
                 if count == len(path.chain):
@@ -414,7 +415,7 @@ class ScoreAsAction(Tilting):
                     gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
                     x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
                     parts.append(x_scale * gradient + pullback(v_scale * gradient))
-        return torch.stack([*before, torch.cat(parts)])
+        return torch.stack([*before, processes.gathered(parts, len(last))])
 
     def _improve_policy(
         self,
@@ -433,13 +434,14 @@ class ScoreAsAction(Tilting):
         k = pairs.flatten()
         i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
         loss, moved = 0.0, 0.0
-        for part in torch.arange(len(k), device=k.device).split(micro_batch_size or batch):
+        counted = torch.arange(len(k), device=k.device) >= processes.first_counted(len(k))
+        for part in processes.shares(len(k), micro_batch_size or processes.share_of(batch)):
             kk, ii = k[part], i[part]
             x = steps.states[kk, ii]
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
             v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
             old, origin = steps.velocities[kk, ii], steps.base_velocities[kk, ii]
-            step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
+            step_kl = counted[part] * energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
             if self.running_reward != "none":
                 terms = energy / 2 * (v - origin).flatten(1).square().sum(1)
@@ -454,10 +456,11 @@ class ScoreAsAction(Tilting):
             else:
                 direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
                 terms = terms - gain * direction / self.beta + state.penalty * step_kl
-            total = terms.sum() / batch
+            total = (counted[part] * terms).sum() / batch
             total.backward()
             loss += total.item()
             moved += step_kl.detach().sum().item() / batch
+        loss, moved = (processes.total(value, k.device) for value in (loss, moved))
         return loss, moved * len(steps.states) / max(len(pairs), 1)
 
     def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:

@@ -1,0 +1,264 @@
+"""Several processes, each with a device of its own, that work on one run: `accelerate launch -m tiltflow train ..`.
+
+Every process runs the same algorithm on the same batch with the same random numbers. What takes the time, evaluating networks
+and rewards, is shared out: each process does it for its `shares` of the batch, and what they find is `gathered`. So whatever
+a method computes from a batch, a mean, a weight, an advantage among the samples of a prompt, it computes from the samples of
+all processes, and the result is that of one process up to rounding. Gradients are summed once for each optimizer step.
+
+Weights lie on every device (data parallelism), or are sharded over them (FSDP2) where accelerate is configured so. Files are
+written by the first process alone, but for the shards of a checkpoint.
+
+With one process, all of this does nothing. Each function here must be called by all processes in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tiltflow.errors import InputError
+
+
+def launched() -> int:
+    """How many processes a launcher, such as accelerate or torchrun, has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def begin(device: str) -> str:
+    """Join the other processes, if a launcher has started several. Returns the device of this one.
+
+    Raises InputError if accelerate is not installed, or is configured for what is not supported.
+    """
+    if launched() == 1:
+        return device
+    state = _accelerator(cpu=device == "cpu").state
+    if "DEEPSPEED" in state.distributed_type:
+        raise InputError(
+            "DeepSpeed's engine takes the optimizer step away from the training loop; for what ZeRO-2 and ZeRO-3 do, use FSDP2:"
+            " accelerate launch --use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward false (ZeRO-2) or true (ZeRO-3)"
+        )
+    if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
+        raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
+    return str(state.device)
+
+
+def _accelerator(**options: Any) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise InputError("several processes need accelerate: pip install 'tiltflow[accelerate]'") from None
+    return Accelerator(mixed_precision="no", **options)  # the recipe says how the flow is evaluated
+
+
+def _sharding() -> Any:
+    """How accelerate is configured to shard weights, if it is."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin()
+
+
+def end() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that writes and speaks."""
+    return index() == 0
+
+
+# ---- what is shared out ----
+
+
+def share_of(size: int) -> int:
+    """How many of `size` rows each process does: as many as the others, so that all call their networks equally often."""
+    return -(-size // count())
+
+
+def _first(process: int, size: int) -> int:
+    """Where the share of a process begins. The last ones are moved back to stay inside, and do a row that is done already."""
+    return min(process * share_of(size), size - share_of(size))
+
+
+def shares(size: int, at_most: int | None = None) -> list[slice]:
+    """The rows of a batch of `size` that this process does, in parts of at most so many.
+
+    >>> shares(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    begin, rows = _first(index(), size), share_of(size)
+    return [slice(i, min(i + (at_most or rows), begin + rows)) for i in range(begin, begin + rows, at_most or max(rows, 1))]
+
+
+def first_counted(size: int) -> int:
+    """The first row of this process's shares that no process before it does: where a sum over the rows begins."""
+    return index() * share_of(size)
+
+
+def gathered(parts: Sequence[Tensor], size: int, dim: int = 0) -> Tensor:
+    """What all processes have found for their `shares` of `size` rows, in order along `dim`."""
+    own = torch.cat(list(parts), dim)
+    if count() == 1:
+        return own
+    own = own.detach().contiguous()
+    each = [torch.empty_like(own) for _ in range(count())]
+    dist.all_gather(each, own)
+    whole = own.new_empty((*own.shape[:dim], size, *own.shape[dim + 1 :]))
+    for process, part in enumerate(each):
+        whole.narrow(dim, _first(process, size), part.shape[dim]).copy_(part)
+    return whole
+
+
+# ---- what is agreed on ----
+
+
+def total(value: float, device: torch.device) -> float:
+    """The sum over processes of what each has found for its shares."""
+    return value if count() == 1 else _reduced(value, device, dist.ReduceOp.SUM)
+
+
+def greatest(value: int, device: torch.device) -> int:
+    """The greatest value that any process has, for all of them."""
+    return value if count() == 1 else int(_reduced(value, device, dist.ReduceOp.MAX))
+
+
+def _reduced(value: float, device: torch.device, operation: Any) -> float:
+    cell = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(cell, operation)
+    return cell.item()
+
+
+def exchanged(value: Any) -> list[Any]:
+    """What each process says, in their order. It travels as JSON: nothing that is received is run."""
+    if count() == 1:
+        return [value]
+    device = _accelerator().device
+    said = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(count())]
+    dist.all_gather(sizes, torch.tensor(len(said), device=device))
+    longest = int(torch.stack(sizes).max())
+    each = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count())]
+    dist.all_gather(each, torch.cat([said, said.new_zeros(longest - len(said))]))
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(each, sizes, strict=True)]
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    exchanged(None)
+
+
+def by_main(write: Callable[[], None]) -> None:
+    """Let the first process write files, while the others wait for them to be there."""
+    if is_main():
+        write()
+    wait()
+
+
+# ---- gradients, and weights that are sharded ----
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Of what each process has found for its shares. Those of sharded weights are summed already."""
+    if count() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        assert work is not None
+        work.wait()
+
+
+def distribute(*networks: Any) -> None:
+    """Shard the weights of these networks, in place, if accelerate is configured for FSDP2."""
+    if count() == 1 or (plugin := _sharding()) is None:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    options: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    for network in {id(network): network for network in networks}.values():
+        root = getattr(network, "network", network)  # that of a pipeline is inside another, which knows how to call it
+        mesh = init_device_mesh(next(root.parameters()).device.type, (count(),))
+        blocks = plugin.transformer_cls_names_to_wrap or getattr(root, "_no_split_modules", None) or ()
+        for parameter in root.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP takes no other layout
+        for module in reversed(list(root.modules())):  # the inner ones first
+            if module is root or type(module).__name__ in blocks:
+                sharded = fully_shard(module, mesh=mesh, **options)
+                sharded.set_force_sum_reduction_for_comms(True)
+                sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean
+
+
+@contextmanager
+def whole(network: Any) -> Iterator[None]:
+    """In this context, the state_dict of a network whose weights are sharded gives them whole, to the first process."""
+    if count() == 1 or _sharding() is None:
+        yield
+        return
+    root = getattr(network, "network", network)
+    tensors = {}
+    for name, value in root.state_dict().items():
+        tensor = full(value)  # a collective, one tensor at a time
+        if is_main():
+            tensors[name] = tensor.cpu()
+
+    def put(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        for name, tensor in tensors.items():
+            state[prefix + name] = tensor
+
+    hook = root.register_state_dict_post_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether only a part of it lies on this process."""
+    if count() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    part: Any = tensor
+    return part.to_local() if is_sharded(tensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process."""
+    part: Any = tensor
+    return part.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_like(saved: Tensor, own: Tensor) -> Tensor:
+    """Of a whole tensor, what `own` is: sharded as it is."""
+    if not is_sharded(own):
+        return saved
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = own
+    part: Tensor = distribute_tensor(saved.to(own.device, own.dtype), like.device_mesh, like.placements, src_data_rank=None)
+    return part
