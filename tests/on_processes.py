@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from test_resume import METHODS, recipe_for, resuming
@@ -14,16 +15,17 @@ from test_run_text_to_image import recipe_for as picture_recipe
 from torch import Tensor
 
 from tiltflow import processes
+from tiltflow.checkpoint import FOLDER, checkpoints
 from tiltflow.errors import NonFiniteError
-from tiltflow.run import run
+from tiltflow.run import Recipe, run
 from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
-from tiltflow.settings import validate
+from tiltflow.settings import read_yaml, validate
 
 
 def methods(folder: Path) -> None:
     """A short run by each method, evaluation and all."""
     for method in METHODS:
-        run(recipe_for(own(folder) / method, method), folder / method)
+        run(shared_recipe(folder, method), folder / method)
 
 
 def pictures(folder: Path) -> None:
@@ -33,27 +35,32 @@ def pictures(folder: Path) -> None:
         ("stable-diffusion-3", "orw-cfm-w2", None),
         ("stable-diffusion", "score-as-action", {"rank": 2}),
     ):
-        tree = picture_recipe(own(folder), name, method)
+        processes.by_main(lambda name=name: picture_recipe(folder, name))  # transformers writes in the first process alone
+        tree = picture_recipe(folder, name, method)
         tree["model"]["adapter"] = adapter
-        # 6 samples a step, and 3 in a network at once: shares that do not divide are done twice in part, but counted once
-        tree["training"] |= {"num_generations": 3, "micro_batch_size": 3, "per_prompt_normalization": 5, "ema_decay": 0.5}
+        # 5 samples for two processes: one is done twice, and must be counted once
+        tree["training"] |= {
+            "prompts_per_step": 1,
+            "num_generations": 5,
+            "micro_batch_size": None,
+            "per_prompt_normalization": 4,
+            "ema_decay": 0.5,
+        }
         tree["training"]["monitor"] = {"steps": 2}
-        tree["method"]["learning_rate"] = 1e-3
+        tree["method"]["learning_rate"] = 1e-4
         kind = "full" if adapter is None else "adapter"
         run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder / f"{name}-{method}-{kind}")
 
 
-def go_on(folder: Path) -> None:
-    """Go on with a run from its third step."""
+def interrupted(folder: Path) -> None:
+    """Runs, and copies of them that go on from their second checkpoint."""
     for method in ("adjoint-matching", "score-as-action"):
-        run(resuming(recipe_for(own(folder) / method, method), "step-00000004"), folder / method)
-
-
-def keep_all(folder: Path) -> None:
-    """Runs whose checkpoints are all kept."""
-    for method in ("adjoint-matching", "score-as-action"):
-        recipe = recipe_for(own(folder) / method, method, checkpoints_total_limit=None, checkpointing_steps=2)
+        recipe = shared_recipe(folder, method, checkpoints_total_limit=None, checkpointing_steps=2)
         run(recipe, folder / method)
+        copy = folder / f"{method}-again"
+        processes.by_main(lambda method=method, copy=copy: shutil.copytree(folder / method, copy) and None)
+        processes.by_main(lambda copy=copy: shutil.rmtree(copy / "model"))
+        run(resuming(recipe, checkpoints(copy / FOLDER)[1].name), copy)
 
 
 def not_finite(folder: Path) -> None:
@@ -67,7 +74,7 @@ def not_finite(folder: Path) -> None:
             values = x.flatten(1).sum(1)
             return values.index_fill(0, torch.tensor([0]), math.nan) if calls == 3 and processes.index() == 1 else values
 
-        recipe = recipe_for(own(folder) / method, method, non_finite_rewards=policy)
+        recipe = shared_recipe(folder, method, non_finite_rewards=policy)
         import tiltflow.run
 
         before, tiltflow.run.build_reward = tiltflow.run.build_reward, lambda *arguments: reward
@@ -87,6 +94,7 @@ def dies(folder: Path) -> None:
         nonlocal began
         began += 1
         if began == 20 and processes.index() == 1:
+            (folder / "died").write_text(str(time.monotonic()))
             raise ZeroDivisionError("the reward of process 1 divides by zero")
 
     import tiltflow.run
@@ -103,25 +111,16 @@ def dies(folder: Path) -> None:
         return told
 
     tiltflow.run.build_reward = built
-    run(recipe_for(own(folder), "adjoint-matching", max_train_steps=10_000), folder / "run")
+    run(shared_recipe(folder, "adjoint-matching", max_train_steps=10_000), folder / "run")
 
 
-def signalled(folder: Path) -> None:
-    """A run without end; the test sends a signal to the second process alone."""
-    (folder / f"process-{processes.index()}").write_text(str(os.getpid()))
-    from tiltflow.errors import Interrupted
-
-    try:
-        run(recipe_for(own(folder), "adjoint-matching", max_train_steps=100_000), folder / "run", handle_signals=True)
-    except Interrupted as error:
-        (folder / f"left-{processes.index()}").write_text(f"{error.signal} {time.monotonic()}")
-
-
-def own(folder: Path) -> Path:
-    """Where this process puts what the recipes name."""
-    folder = folder / f"of-process-{processes.index()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def shared_recipe(folder: Path, method: str, **training: Any) -> Recipe:
+    """The recipe of a method, with what it names in a folder that all processes read."""
+    place = folder / "parts" / method
+    processes.by_main(lambda: recipe_for(place, method) and None)
+    tree = read_yaml(place / "recipe.yaml")
+    tree["training"] |= training
+    return validate(Recipe, tree, "recipe")
 
 
 def main() -> None:

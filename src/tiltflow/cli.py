@@ -559,14 +559,16 @@ def main() -> None:
     try:
         app()
     except TiltflowError as error:
-        process = ""
-        if not _speaks():  # what all processes find, the first one says; its end then takes this one down
-            time.sleep(3)
-            process = f" of process {os.environ['RANK']}"
+        code = 2 if isinstance(error, InputError) else 1
+        if not _speaks():
+            time.sleep(3)  # what all processes find, the first one says; its end then takes this one down
+        process = "" if _speaks() else f" of process {os.environ['RANK']}"
         Console(stderr=True, soft_wrap=True, highlight=False).print(
             f"[red bold]error{process}:[/red bold] {escape(str(error))}"
         )
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        if "WORLD_SIZE" in os.environ:
+            os._exit(code)  # the others may be waiting for this one: to leave them in order would be to wait for them
+        sys.exit(code)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)

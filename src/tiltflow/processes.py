@@ -46,7 +46,7 @@ def begin(device: str) -> str:
         )
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
         raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
-    return str(state.device)
+    return "cpu" if state.device.type == "cpu" else str(state.device)
 
 
 def _accelerator(**options: Any) -> Any:
