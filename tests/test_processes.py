@@ -23,10 +23,12 @@ from test_resume import METHODS
 
 from tiltflow import processes
 from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
+from tiltflow.errors import InputError
 from tiltflow.processes import shares
 
 HERE = Path(__file__).parent
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualBlock"}
+ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 TOLERANCE = 1e-6
 
 
@@ -83,6 +85,7 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
     [
         pytest.param({}, ("methods", "pictures", "interrupted"), id="ddp"),
         pytest.param(SHARDED, ("methods", "interrupted"), id="fsdp2"),
+        pytest.param(ZERO_2, ("methods", "interrupted"), id="zero-2", marks=pytest.mark.slow),
         pytest.param(SHARDED, ("pictures",), id="fsdp2-pictures", marks=pytest.mark.slow),
     ],
 )
@@ -140,9 +143,10 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path: Path) -> None:
     assert not (tmp_path / "dies" / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("asked", ["launcher", "one"])
+@pytest.mark.parametrize("asked", ["launcher", "one", "all"])
 def test_asked_to_stop_all_save_and_the_run_goes_on(asked: str, tmp_path: Path) -> None:
-    """Whoever hears of it: the launcher, which tells all, or a single process."""
+    """Whoever hears of it: the launcher, which tells all, a single process, or all of them and the launcher, which tells them
+    once more."""
     from tiny import tiny_recipe
 
     recipe = tiny_recipe(tmp_path, training={"max_train_steps": 2000, "train_batch_size": 4, "checkpointing_steps": 0})
@@ -152,15 +156,29 @@ def test_asked_to_stop_all_save_and_the_run_goes_on(asked: str, tmp_path: Path) 
     while not metrics.exists() or metrics.stat().st_size == 0:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.1)
-    if asked == "launcher":
-        process.send_signal(signal.SIGTERM)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[1]), signal.SIGTERM)
+    children = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for pid in {"launcher": [process.pid], "one": children[1:], "all": [*children, process.pid]}[asked]:
+        os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert "stopped by signal 15" in output
     last = checkpoints(tmp_path / "run" / FOLDER)[-1]
     assert verify_checkpoint(last)["step"] == lines(tmp_path / "run")[-1]["step"] < 2000
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"}, "takes the stage of ZeRO alone"),
+    ],
+)
+def test_what_is_not_supported_is_said_before_anything_is_loaded(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=message):
+        processes.begin("cpu")
 
 
 def test_shares_of_several_processes_cover_a_batch_and_count_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:

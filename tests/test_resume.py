@@ -292,7 +292,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def stopping(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], int | None]) -> None:
     """`stop` in place of real signals."""
-    monkeypatch.setattr("tiltflow.run_folder.noted", lambda heard: nullcontext(stop))
+    monkeypatch.setattr("tiltflow.run_folder.noted", lambda heard, echo: nullcontext(stop))
 
 
 @pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])

@@ -83,20 +83,29 @@ def train(
     tree = read_recipe_tree(path, [*_with_seed(overrides, seed), *going_on])
     of_pipeline = is_text_to_image(tree)
     settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
-    chosen = processes.begin(_device(device, threads))
     console, quiet = _console(as_json), quiet or not _speaks()
-    if not quiet:
-        console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
-    train_it: Any = run_text_to_image if of_pipeline else run
 
     def note(text: str) -> None:
         console.print(f"[yellow]{escape(text)}[/yellow]")
 
+    chosen = processes.begin(_device(device, threads), note)
+    if not quiet:
+        console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
+    train_it: Any = run_text_to_image if of_pipeline else run
+
+    batch, several = settings.training.train_batch_size, processes.count()
+    if batch % several:
+        each = processes.share_of(batch)
+        note(
+            f"{several} processes cannot share {batch} samples evenly: each does {each}, so that some are done twice;"
+            f" a batch of {each * several} costs the same"
+        )
     try:
         with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
             summary = train_it(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
     except Interrupted as error:
         console.print(f"{escape(str(error))}; the same command with --resume goes on")
+        processes.end()
         raise typer.Exit(128 + error.signal) from None
     processes.end()
     _show_summary(console, summary, output)

@@ -31,22 +31,43 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def begin(device: str) -> str:
+def begin(device: str, note: Callable[[str], None] = lambda text: None) -> str:
     """Join the other processes, if a launcher has started several. Returns the device of this one.
+
+    Args:
+        note: is told what a person should know.
 
     Raises InputError if accelerate is not installed, or is configured for what is not supported.
     """
     if launched() == 1:
         return device
-    state = _accelerator(cpu=device == "cpu").state
-    if "DEEPSPEED" in state.distributed_type:
-        raise InputError(
-            "DeepSpeed's engine takes the optimizer step away from the training loop; for what ZeRO-2 and ZeRO-3 do, use FSDP2:"
-            " accelerate launch --use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward false (ZeRO-2) or true (ZeRO-3)"
-        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        _do_as_deepspeed_would(note)
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
         raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
+    state = _accelerator(cpu=device == "cpu").state
     return "cpu" if state.device.type == "cpu" else str(state.device)
+
+
+def _do_as_deepspeed_would(note: Callable[[str], None]) -> None:
+    """Put a configuration of FSDP2 that shards the same in place of one of DeepSpeed, whose engine would take the gradient and
+    the optimizer's step away from the training loop, and its checks of both.
+
+    Raises InputError for more than a stage of ZeRO.
+    """
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    offload = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or set(offload) != {"none"}:
+        raise InputError(
+            "of DeepSpeed, tiltflow takes the stage of ZeRO alone (--use_deepspeed --zero_stage 2); for more, configure FSDP2:"
+            " accelerate launch --use_fsdp --fsdp_version 2"
+        )
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    if stage == "0":
+        return
+    shards = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": str(stage == "3").lower()}
+    os.environ.update(shards)
+    note(f"ZeRO stage {stage} is done by PyTorch's FSDP2, which shards the same; DeepSpeed itself is not used")
 
 
 def _accelerator(**options: Any) -> Any:

@@ -263,7 +263,9 @@ def run(
         watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
     keep_it = partial(processes.by_main, keep_base)
     place.train(loop, save, watch=watch, before=keep_it, watcher=watcher, handle_signals=handle_signals)
-    return evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+    summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+    place.end(summary)
+    return summary
 
 
 @torch.no_grad()

@@ -32,9 +32,11 @@ from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.settings import Settings, read_yaml
 from tiltflow.signals import noted
+from tiltflow.trackers import Name, Tracker, check_tracker
 from tiltflow.trainer import BatchEnd, NonFiniteRewards, Record
 
 Count = Annotated[int, Field(ge=1)]
+ECHO = 5.0  # seconds
 RECIPE, METRICS, DIAGNOSTICS = "recipe.yaml", "metrics.jsonl", "diagnostics"
 
 FREE_TO_CHANGE = (
@@ -44,6 +46,7 @@ FREE_TO_CHANGE = (
     "training.checkpoints_total_limit",
     "training.max_skipped_steps",
     "training.monitor",
+    "training.report_to",
     "training.micro_batch_size",
     "training.resume_from_checkpoint",
 )
@@ -60,6 +63,8 @@ class Survival(Settings):
     resume_from_checkpoint: str | None = None
     """latest, or the name of a checkpoint, such as step-00000100: go on from there, in the same folder, as if the run had never
     stopped. With `latest`, a run that has none yet begins."""
+    report_to: Name | None = None
+    """Report metrics and pictures to tensorboard (in `logs/` of the run), trackio or wandb too, by accelerate's trackers."""
     monitor: Monitor | None = None
     """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
     non_finite_rewards: NonFiniteRewards = "error"
@@ -117,6 +122,7 @@ class RunFolder:
     recipe: Any
     state: Tree | None = None
     note: Callable[[str], None] = lambda text: None
+    tracker: Tracker | None = None
 
     @classmethod
     def begin(cls, path: Path, recipe: Any, note: Callable[[str], None] = lambda text: None) -> RunFolder:
@@ -126,6 +132,8 @@ class RunFolder:
         was asked for that is not as it was written.
         """
         wanted = recipe.training.resume_from_checkpoint
+        if recipe.training.report_to is not None:
+            check_tracker(recipe.training.report_to)
         if wanted is None:
             claim(path)
             processes.wait()  # for all to have looked, before one writes
@@ -186,8 +194,11 @@ class RunFolder:
             watcher.save_best()
 
         def write() -> None:
+            row = to_row(look, alarm, best=best, best_by=watcher.best_by)
             with open(self.path / LOOKS, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(to_row(look, alarm, best=best, best_by=watcher.best_by)) + "\n")
+                lines.write(json.dumps(row) + "\n")
+            if self.tracker is not None:
+                self.tracker.scalars({key: value[0] for key, value in row["measures"].items()}, step, "monitor/")
 
         processes.by_main(write)
         return alarm
@@ -203,6 +214,13 @@ class RunFolder:
         if watcher is not None:
             kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
             write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
+        if self.recipe.training.report_to is not None:
+            self.tracker = Tracker.start(self.recipe.training.report_to, self.path, flat(tree))
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Tell the tracker, if there is one, what the run came to."""
+        if self.tracker is not None:
+            self.tracker.end(self.path, summary)
 
     def train(
         self,
@@ -228,7 +246,8 @@ class RunFolder:
         def heard(number: int) -> None:
             self.note("asked to stop: saving; once more leaves at once")
 
-        with noted(heard) if handle_signals else nullcontext(lambda: None) as stop:
+        echo = ECHO if processes.count() > 1 else 0.0
+        with noted(heard, echo=echo) if handle_signals else nullcontext(lambda: None) as stop:
             self._train(loop, save, watch, before, watcher, stop)
             if (signal := stop()) is not None:
                 raise Interrupted(f"training is complete; stopped by signal {signal} before the evaluation", signal)
@@ -274,7 +293,7 @@ class RunFolder:
                 processes.by_main(lambda: self._write_beginning(begun_at, watcher))
                 agreed = True
                 try:
-                    record_to(self.path, chain(first, records), watch)
+                    record_to(self.path, chain(first, records), watch, self.tracker)
                 except _Enough:
                     self.note("training ends here, as training.monitor.stop says")
                 except (Interrupted, NonFiniteError, CollapseError):
@@ -375,7 +394,7 @@ def of_monitor(folder: Path) -> dict[str, Any]:
     }
 
 
-def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None]) -> None:
+def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None], tracker: Tracker | None) -> None:
     """Add each training record to `metrics.jsonl` as a line, and show it."""
     if not processes.is_main():
         for _ in records:
@@ -387,6 +406,8 @@ def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record],
             lines.write(json.dumps(row | record.metrics) + "\n")
             lines.flush()
             watch(record)
+            if tracker is not None:
+                tracker.scalars(row | record.metrics, record.step)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -372,9 +372,11 @@ def run_text_to_image(
 
     place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
     seconds = time.perf_counter() - began
-    return evaluate_text_to_image(
+    summary = evaluate_text_to_image(
         recipe, folder, parts.model, parts.tuned, device=device, measures=parts.measures, seconds=seconds
     )
+    place.end(summary)
+    return summary
 
 
 @torch.no_grad()

@@ -1,0 +1,87 @@
+"""Experiment trackers: what `metrics.jsonl` says, and the pictures of a run, in TensorBoard, Trackio or Weights & Biases too.
+
+They are those of accelerate. The run's folder has everything without them, and no run needs one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from tiltflow.errors import InputError
+
+Name = Literal["tensorboard", "trackio", "wandb"]
+LOGS, PROJECT = "logs", "tiltflow"
+PICTURES = ("before", "after")
+MODULES: dict[Name, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+
+def check_tracker(name: Name) -> None:
+    """Raises InputError if what the tracker needs is not installed."""
+    for needed, extra in ((("accelerate",), "'tiltflow[accelerate]'"), (MODULES[name], MODULES[name][0])):
+        if not any(importlib.util.find_spec(module) for module in needed):
+            raise InputError(f"training.report_to {name}: {needed[0]} is not installed: pip install {extra}")
+
+
+@dataclass
+class Tracker:
+    """A run as a tracker sees it."""
+
+    tracker: Any
+
+    @classmethod
+    def start(cls, name: Name, folder: Path, settings: Mapping[str, Any]) -> Tracker:
+        """Begin to report the run in `folder`, or go on with it.
+
+        Args:
+            settings: of the recipe, by dotted keys.
+        """
+        from accelerate import tracking
+
+        if name == "tensorboard":
+            tracker: Any = tracking.TensorBoardTracker(LOGS, logging_dir=folder)
+        elif name == "wandb":
+            tracker = tracking.WandBTracker(PROJECT, name=folder.name, dir=str(folder))
+        else:
+            tracker = tracking.TrackioTracker(PROJECT, name=folder.name)
+        tracker.start()
+        simple = (bool, int, float, str)
+        tracker.store_init_configuration(
+            {key: value if isinstance(value, simple) else str(value) for key, value in settings.items()}
+        )
+        return cls(tracker)
+
+    def scalars(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
+        """The numbers among `values`, after so many steps."""
+        numbers = {prefix + key: value for key, value in values.items() if isinstance(value, (int, float))}
+        self.tracker.log(numbers, step=step)
+
+    def end(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        """What the run came to: the numbers of its summary, and its pictures."""
+        step = summary["iterations"]
+        self.scalars(summary, step, "summary/")
+        for name in PICTURES:
+            if (path := folder / f"{name}.png").exists():
+                self._image(name, np.asarray(Image.open(path).convert("RGB")), step)
+        self.tracker.finish()
+
+    def _image(self, name: str, pixels: np.ndarray[Any, Any], step: int) -> None:
+        """Pixels [height, width, 3]."""
+        if self.tracker.name == "tensorboard":
+            self.tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif self.tracker.name == "wandb":
+            self.tracker.log_images({name: [pixels]}, step=step)
+        else:
+            import trackio
+
+            self.tracker.log({name: trackio.Image(pixels)}, step=step)
