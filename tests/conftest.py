@@ -27,3 +27,9 @@ def double() -> Iterator[None]:
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator seeded by the name of the test."""
     return stream(0, request.node.name)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the evaluation out."""
+    monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {})

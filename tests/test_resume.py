@@ -107,12 +107,6 @@ def same_runs(one: Path, other: Path) -> None:
     assert {k: v for k, v in ours.items() if k not in clocks} == {k: v for k, v in theirs.items() if k not in clocks}
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the evaluation out."""
-    monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {})
-
-
 # ---- contract 4: bitwise resume ----
 
 

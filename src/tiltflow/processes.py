@@ -41,12 +41,16 @@ def begin(device: str, note: Callable[[str], None] = lambda text: None) -> str:
     """
     if launched() == 1:
         return device
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise InputError("several processes need accelerate: pip install 'tiltflow[accelerate]'") from None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         _do_as_deepspeed_would(note)
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
         raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
-    state = _accelerator(cpu=device == "cpu").state
-    return "cpu" if state.device.type == "cpu" else str(state.device)
+    own = Accelerator(cpu=device == "cpu", mixed_precision="no").device  # the recipe says how the flow is evaluated
+    return "cpu" if own.type == "cpu" else str(own)
 
 
 def _do_as_deepspeed_would(note: Callable[[str], None]) -> None:
@@ -68,14 +72,6 @@ def _do_as_deepspeed_would(note: Callable[[str], None]) -> None:
     shards = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": str(stage == "3").lower()}
     os.environ.update(shards)
     note(f"ZeRO stage {stage} is done by PyTorch's FSDP2, which shards the same; DeepSpeed itself is not used")
-
-
-def _accelerator(**options: Any) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise InputError("several processes need accelerate: pip install 'tiltflow[accelerate]'") from None
-    return Accelerator(mixed_precision="no", **options)  # the recipe says how the flow is evaluated
 
 
 def _sharding() -> Any:
@@ -173,7 +169,7 @@ def exchanged(value: Any) -> list[Any]:
     """What each process says, in their order. It travels as JSON: nothing that is received is run."""
     if count() == 1:
         return [value]
-    device = _accelerator().device
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
     said = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(count())]
     dist.all_gather(sizes, torch.tensor(len(said), device=device))

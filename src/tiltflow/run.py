@@ -27,6 +27,7 @@ from tiltflow import __version__, processes
 from tiltflow.calibration import Calibration, target_reward
 from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
+from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
@@ -229,43 +230,45 @@ def run(
     Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted
     after such a signal; NonFiniteError and CheckpointError.
     """
-    place = RunFolder.begin(folder, recipe, note)
-    base = load(recipe.model, device)
-    reward = build_reward(recipe.reward, recipe.method, device)
-    check_fit("reward", reward, base, device)
-    base.sample(2, sampling=recipe.sampling)  # a solver of the user's that does not work is found out now, not after training
-    if recipe.evaluation.judge is not None:
-        check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
-    if recipe.evaluation.data is not None:
-        if recipe.evaluation.judge is None:
-            raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
-        evaluation_images(recipe.evaluation)
+    with deterministic(recipe.training.deterministic):
+        place = RunFolder.begin(folder, recipe, note)
+        base = load(recipe.model, device)
+        reward = build_reward(recipe.reward, recipe.method, device)
+        check_fit("reward", reward, base, device)
+        # a solver of the user's that does not work is found out now, not after training
+        base.sample(2, sampling=recipe.sampling)
+        if recipe.evaluation.judge is not None:
+            check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
+        if recipe.evaluation.data is not None:
+            if recipe.evaluation.judge is None:
+                raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
+            evaluation_images(recipe.evaluation)
 
-    began = time.perf_counter()
-    tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+        began = time.perf_counter()
+        tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
 
-    def keep_base() -> None:
-        source = model_folder(recipe.model)
-        if not source.is_relative_to(ASSETS) and not (folder / "base").exists():
-            shutil.copytree(source, folder / "base")
+        def keep_base() -> None:
+            source = model_folder(recipe.model)
+            if not source.is_relative_to(ASSETS) and not (folder / "base").exists():
+                shutil.copytree(source, folder / "base")
 
-    def save(to: str = "model") -> None:
-        with processes.whole(tuned.flow.network):
-            processes.by_main(lambda: write(folder / to))
+        def save(to: str = "model") -> None:
+            with processes.whole(tuned.flow.network):
+                processes.by_main(lambda: write(folder / to))
 
-    def write(to: Path) -> None:
-        if isinstance(reward, LearnedReward):
-            save_weights(reward.network, folder / REWARD)
-        tuned.save(to, model_card(recipe))
+        def write(to: Path) -> None:
+            if isinstance(reward, LearnedReward):
+                save_weights(reward.network, folder / REWARD)
+            tuned.save(to, model_card(recipe))
 
-    watcher = None
-    if recipe.training.monitor is not None:
-        watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
-    keep_it = partial(processes.by_main, keep_base)
-    place.train(loop, save, watch=watch, before=keep_it, watcher=watcher, handle_signals=handle_signals)
-    summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
-    place.end(summary)
-    return summary
+        watcher = None
+        if recipe.training.monitor is not None:
+            watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
+        keep_it = partial(processes.by_main, keep_base)
+        place.train(loop, save, watch=watch, before=keep_it, watcher=watcher, handle_signals=handle_signals)
+        summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
+        place.end(summary)
+        return summary
 
 
 @torch.no_grad()

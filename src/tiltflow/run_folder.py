@@ -63,6 +63,8 @@ class Survival(Settings):
     resume_from_checkpoint: str | None = None
     """latest, or the name of a checkpoint, such as step-00000100: go on from there, in the same folder, as if the run had never
     stopped. With `latest`, a run that has none yet begins."""
+    deterministic: bool = False
+    """Use kernels that add in the same order each time, and stop where a GPU has none: slower. CPUs do so anyway."""
     report_to: Name | None = None
     """Report metrics and pictures to tensorboard (in `logs/` of the run), trackio or wandb too, by accelerate's trackers."""
     monitor: Monitor | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tiltflow import __version__, processes
 from tiltflow.data import load_images
+from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError, NonFiniteError, did_you_mean
 from tiltflow.evaluation import (
     Estimate,
@@ -361,22 +362,23 @@ def run_text_to_image(
     handle_signals: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
-    place = RunFolder.begin(folder, recipe, note)
-    parts, began = prepare(recipe, device), time.perf_counter()
+    with deterministic(recipe.training.deterministic):
+        place = RunFolder.begin(folder, recipe, note)
+        parts, began = prepare(recipe, device), time.perf_counter()
 
-    def save(to: str = "model") -> None:
-        with processes.whole(parts.tuned.denoiser):
-            processes.by_main(lambda: save_tuned(parts.tuned, folder / to))
+        def save(to: str = "model") -> None:
+            with processes.whole(parts.tuned.denoiser):
+                processes.by_main(lambda: save_tuned(parts.tuned, folder / to))
 
-    watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, partial(save, "best"), device)
+        watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, partial(save, "best"), device)
 
-    place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
-    seconds = time.perf_counter() - began
-    summary = evaluate_text_to_image(
-        recipe, folder, parts.model, parts.tuned, device=device, measures=parts.measures, seconds=seconds
-    )
-    place.end(summary)
-    return summary
+        place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
+        seconds = time.perf_counter() - began
+        summary = evaluate_text_to_image(
+            recipe, folder, parts.model, parts.tuned, device=device, measures=parts.measures, seconds=seconds
+        )
+        place.end(summary)
+        return summary
 
 
 @torch.no_grad()
