@@ -237,6 +237,20 @@ def test_a_changed_recipe_lists_the_differences(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "adjoint-matching")
+    run(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    tree = read_yaml(path)
+    del tree["training"]["deterministic"], tree["method"]["bootstrap"]
+    path.write_text(yaml.safe_dump(tree))
+    assert RunFolder.begin(tmp_path / "run", resuming(recipe)).state is not None
+    bootstrapped = recipe.model_copy(update={"method": recipe.method.model_copy(update={"bootstrap": 0.5})})
+    with pytest.raises(InputError, match=r"method\.bootstrap 0\.0 -> 0\.5"):
+        RunFolder.begin(tmp_path / "run", resuming(bootstrapped))
+
+
+@pytest.mark.usefixtures("unmeasured")
 def test_a_checkpoint_by_name(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "adjoint-matching", checkpoints_total_limit=None)
     run(recipe, tmp_path / "run")

@@ -112,6 +112,7 @@ class WeightAverage:
                 self.values[i] = before
             else:
                 parameter.data, self.values[i] = self.values[i], parameter.data
+        processes.weights_changed()
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
@@ -128,6 +129,7 @@ class WeightAverage:
         """Write the average into the parameters themselves."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             parameter.copy_(value)
+        processes.weights_changed()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

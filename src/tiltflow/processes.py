@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError
 
+_SHARDED: list[Any] = []
+"""The modules whose weights are sharded."""
+
 
 def launched() -> int:
     """How many processes a launcher, such as accelerate or torchrun, has started; 1 without one."""
@@ -223,6 +226,14 @@ def distribute(*networks: Any) -> None:
                 sharded = fully_shard(module, mesh=mesh, **options)
                 sharded.set_force_sum_reduction_for_comms(True)
                 sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean
+                _SHARDED.append(sharded)
+
+
+def weights_changed() -> None:
+    """To be called where sharded weights were written to, other than by an optimizer after a backward pass: what an earlier
+    forward pass has gathered of them may still lie on the device, and would be used again."""
+    for module in _SHARDED:
+        module.reshard()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +30,7 @@ from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, CollapseError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
-from tiltflow.settings import Settings, read_yaml
+from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.signals import noted
 from tiltflow.trackers import Name, Tracker, check_tracker
 from tiltflow.trainer import BatchEnd, NonFiniteRewards, Record
@@ -337,8 +337,12 @@ def environment() -> dict[str, Any]:
 
 
 def refuse_changes(path: Path, recipe: Any) -> None:
-    """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference."""
-    then, now = (flat(tree) for tree in (read_yaml(path / RECIPE), recipe.model_dump(mode="json")))
+    """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference. A setting
+    that an earlier version did not have yet was as it is by default."""
+    before = read_yaml(path / RECIPE)
+    with suppress(InputError):
+        before = validate(type(recipe), before, str(path / RECIPE)).model_dump(mode="json")
+    then, now = flat(before), flat(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     steps = "training.max_train_steps"
     free = [*FREE_TO_CHANGE, *([steps] if recipe.method.lr_scheduler == "constant" else [])]

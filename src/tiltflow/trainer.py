@@ -436,6 +436,7 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
                     f"resume: {name} is of shape {list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
                 )
             tensor.copy_(processes.part_like(saved[name], tensor))
+    processes.weights_changed()
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
