@@ -71,7 +71,8 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
     for row, same in zip(*rows, strict=True):
         assert row.keys() == same.keys()
         for key in row.keys() - unequal:
-            assert math.isclose(row[key], same[key], rel_tol=1e-5, abs_tol=1e-5), (key, row["step"])
+            slack = 0 if key == "gradient_norm" else 1e-5  # however small: it tells whether each sample was counted once
+            assert math.isclose(row[key], same[key], rel_tol=1e-4, abs_tol=slack), (key, row["step"])
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     for key in ("reward_base", "reward_tuned", "reward_target", "path_kl"):
         if summaries[0][key] is not None:

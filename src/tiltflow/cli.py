@@ -70,6 +70,7 @@ def train(
 
     [dim]tiltflow train digits-even --output runs/even[/dim]
     [dim]tiltflow train digits-even --output runs/even --resume[/dim]
+    [dim]accelerate launch -m tiltflow train mine.yaml --output runs/mine[/dim]
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
     """
     from tiltflow import processes
