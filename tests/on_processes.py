@@ -48,6 +48,12 @@ def pictures(folder: Path) -> None:
         }
         tree["training"]["monitor"] = {"steps": 2}
         tree["method"]["learning_rate"] = 1e-4
+        if method != "orw-cfm-w2":
+            tree["method"]["train_timesteps"] = [{"count": 1}]  # else the pairs of step and sample are even
+        if tree["method"].pop("preset", None):
+            tree["method"] |= {"num_passes": 2, "critic": {"num_steps": 1}}
+            # the rewards of pictures of noise are hardly different: in units of that, the critic would learn from rounding
+            tree["training"]["per_prompt_normalization"] = None
         kind = "full" if adapter is None else "adapter"
         run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder / f"{name}-{method}-{kind}")
 
