@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_what_the_others_are_told(name: str, monkeypatch: pytest.MonkeyPatch, tm
 
     config = types.SimpleNamespace(update=lambda values, **options: configured.update(values))
     module = types.SimpleNamespace(init=lambda **options: Run(), config=config, Image=lambda pixels: pixels.shape)
-    monkeypatch.setitem(__import__("sys").modules, name, module)
+    monkeypatch.setitem(sys.modules, name, module)
     Image.fromarray(np.zeros((4, 6), dtype=np.uint8)).save(tmp_path / "after.png")
     tracker = Tracker.start(name, tmp_path, {"seed": 0, "a.b": [1]})  # type: ignore[arg-type]
     tracker.scalars({"reward": 1.5, "words": "no"}, 3)
@@ -94,6 +95,16 @@ def test_what_the_others_are_told(name: str, monkeypatch: pytest.MonkeyPatch, tm
         {"step": 3, "after": picture},
         {"finished": True},
     ]
+
+
+def test_a_tracker_that_refuses_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty)\nsee the manual")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=types.SimpleNamespace()))
+    with pytest.raises(InputError, match=r"training\.report_to wandb: api_key not configured \(no-tty\)$"):
+        run(recipe_for(tmp_path, report_to="wandb"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

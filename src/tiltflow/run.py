@@ -264,8 +264,7 @@ def run(
         watcher = None
         if recipe.training.monitor is not None:
             watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
-        keep_it = partial(processes.by_main, keep_base)
-        place.train(loop, save, watch=watch, before=keep_it, watcher=watcher, handle_signals=handle_signals)
+        place.train(loop, save, watch=watch, before=keep_base, watcher=watcher, handle_signals=handle_signals)
         summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
         place.end(summary)
         return summary

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -205,19 +206,26 @@ class RunFolder:
         processes.by_main(write)
         return alarm
 
-    def _write_beginning(self, begun_at: int, watcher: Watcher | None) -> None:
+    def _write_beginning(self, begun_at: int, watcher: Watcher | None, before: Callable[[], None]) -> None:
         """The recipe, and what is known of the steps before."""
+        new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         tree = self.recipe.model_dump(mode="json")
         tree["training"]["resume_from_checkpoint"] = None
+        if self.recipe.training.report_to is not None:
+            try:
+                self.tracker = Tracker.start(self.recipe.training.report_to, self.path, flat(tree))
+            except InputError:
+                if new:
+                    shutil.rmtree(self.path)
+                raise
+        before()
         write_yaml(self.path / RECIPE, tree)
         known = read_records(self.path) if begun_at and (self.path / METRICS).exists() else []
         write_rows(self.path / METRICS, [row for row in known if row["step"] <= begun_at])
         if watcher is not None:
             kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
             write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
-        if self.recipe.training.report_to is not None:
-            self.tracker = Tracker.start(self.recipe.training.report_to, self.path, flat(tree))
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Tell the tracker, if there is one, what the run came to."""
@@ -237,7 +245,8 @@ class RunFolder:
         """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
 
         Args:
-            before: called when the first step has shown that the recipe works, before anything is written.
+            before: called, in the first process, when the first step has shown that the recipe works: writes what the run
+                needs beside its recipe.
             watcher: how to look at the model while it trains, if the recipe has a monitor.
             handle_signals: whether SIGINT and SIGTERM ask the loop to stop while it runs; not for threads.
 
@@ -251,7 +260,7 @@ class RunFolder:
         echo = ECHO if processes.count() > 1 else 0.0
         with noted(heard, echo=echo) if handle_signals else nullcontext(lambda: None) as stop:
             self._train(loop, save, watch, before, watcher, stop)
-            if (signal := stop()) is not None:
+            if signal := max(processes.exchanged(stop() or 0)):
                 raise Interrupted(f"training is complete; stopped by signal {signal} before the evaluation", signal)
 
     def _train(
@@ -291,8 +300,7 @@ class RunFolder:
         with closing(records):
             try:
                 first = list(islice(records, 1))  # what does not fit shows in the first step, before anything is written
-                before()
-                processes.by_main(lambda: self._write_beginning(begun_at, watcher))
+                processes.by_main(lambda: self._write_beginning(begun_at, watcher, before))
                 agreed = True
                 try:
                     record_to(self.path, chain(first, records), watch, self.tracker)

@@ -45,6 +45,8 @@ class Tracker:
 
         Args:
             settings: of the recipe, by dotted keys.
+
+        Raises InputError if the tracker does not take the run, as where nobody is logged in.
         """
         from accelerate import tracking
 
@@ -54,11 +56,15 @@ class Tracker:
             tracker = tracking.WandBTracker(PROJECT, name=folder.name, dir=str(folder))
         else:
             tracker = tracking.TrackioTracker(PROJECT, name=folder.name)
-        tracker.start()
         simple = (bool, int, float, str)
-        tracker.store_init_configuration(
-            {key: value if isinstance(value, simple) else str(value) for key, value in settings.items()}
-        )
+        try:
+            tracker.start()
+            tracker.store_init_configuration(
+                {key: value if isinstance(value, simple) else str(value) for key, value in settings.items()}
+            )
+        except Exception as error:  # whatever the service's own module raises
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise InputError(f"training.report_to {name}: {reason}") from None
         return cls(tracker)
 
     def scalars(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
