@@ -170,9 +170,15 @@ def verify_checkpoint(folder: Path) -> Tree:
 
 
 def _complete(files: set[str]) -> bool:
-    """Whether these are the files of a checkpoint: the two, and all shards or none."""
+    """Whether these are the files of a checkpoint: the two, and all shards or none.
+
+    >>> _complete({TENSORS, NUMBERS}), _complete({TENSORS, NUMBERS, "shards-00001-of-00001.safetensors"})
+    (True, True)
+    >>> _complete({TENSORS, NUMBERS, "shards-00002-of-00002.safetensors"}), _complete({NUMBERS})
+    (False, False)
+    """
     found = [SHARDS.fullmatch(name) for name in sorted(files - {TENSORS, NUMBERS})]
-    numbers = [tuple(map(int, match.groups())) for match in found if match]
+    numbers = [tuple(map(int, match.groups())) if match else None for match in found]
     return {TENSORS, NUMBERS} <= files and numbers == [(i + 1, len(found)) for i in range(len(found))]
 
 

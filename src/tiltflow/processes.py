@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError
 
-_SHARDED: list[Any] = []
+_SHARDED: WeakSet[Any] = WeakSet()
 """The modules whose weights are sharded."""
 
 
@@ -226,7 +227,7 @@ def distribute(*networks: Any) -> None:
                 sharded = fully_shard(module, mesh=mesh, **options)
                 sharded.set_force_sum_reduction_for_comms(True)
                 sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean
-                _SHARDED.append(sharded)
+                _SHARDED.add(sharded)
 
 
 def weights_changed() -> None:

@@ -8,7 +8,7 @@ trains: from the samples that it is shown after each iteration. A reward of a te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -79,19 +79,23 @@ class PerPrompt:
     reward: Reward
     statistics: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     prompts: tuple[str, ...] = ()
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    std: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def given(self, prompts: Sequence[str]) -> PerPrompt:
-        """The reward of samples of these prompts."""
-        return replace(self, reward=given(self.reward, prompts), prompts=tuple(prompts))
+        """The reward of samples of these prompts, whose statistics are asked for now: by all processes together."""
+        mean, std = self.statistics(prompts)
+        return replace(self, reward=given(self.reward, prompts), prompts=tuple(prompts), mean=mean, std=std)
 
     def rows(self, which: Tensor | slice) -> PerPrompt:
         """The same for those samples of the batch."""
-        return self.given(chosen(self.prompts, which))
+        prompts = tuple(chosen(self.prompts, which))
+        which = which.cpu() if isinstance(which, Tensor) else which
+        return replace(self, reward=rows(self.reward, which), prompts=prompts, mean=self.mean[which], std=self.std[which])
 
     def __call__(self, x: Tensor) -> Tensor:
         values = evaluate(self.reward, x)
-        mean, std = (statistic.to(values) for statistic in self.statistics(self.prompts))
-        return (values - mean) / std
+        return (values - self.mean.to(values)) / self.std.to(values)
 
 
 def chosen(prompts: Sequence[str], which: Tensor | slice) -> Sequence[str]:

@@ -31,7 +31,7 @@ from tiltflow.evaluation import (
     reward_distance,
 )
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
-from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, rows
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.optimization import adamw
 from tiltflow.plots import image_grid
@@ -254,8 +254,6 @@ def batches(
         ]
         condition, negative = model.encode(some)
         x = model.start(len(some), generator, first)
-        if isinstance(reward, PerPrompt):
-            reward.statistics(some)  # all processes together, before each asks for its own
         told = Decoded(model, given(reward, some), size)
 
         def guide(flow: VelocityField) -> Guided:
@@ -700,7 +698,7 @@ def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed:
         some = prompts[i : i + batch_size]
         generator = stream(seed, "path kl", i, device=tuned.device)
         condition, _ = tuned.encode(some)
-        bound = [bind(one.flow, condition) for one in (tuned, base)]
+        bound = [in_chunks(bind(one.flow, condition)) for one in (tuned, base)]
         path = rollout(sampler, bound[0], tuned.start(len(some), generator, sampler.times[0]), generator)
         costs = [
             gain**2 / 2 * (v - bound[1](x, t)).flatten(1).square().sum(1)
