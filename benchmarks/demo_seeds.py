@@ -1,10 +1,10 @@
-"""A shipped recipe of the digits, from several seeds: the row of the README's table, as mean ± standard deviation over the seeds.
+"""A shipped recipe of the digits, from several seeds: the row of README's table, as mean ± standard deviation over the seeds.
 
-    python benchmarks/demo_seeds.py --seeds 4                                        # the run of `make demo`; 12 minutes on two cores
-    python benchmarks/demo_seeds.py --recipe digits-even-reweighted --seeds 4        # an hour and a quarter
+    python benchmarks/demo_seeds.py --seeds 4                      # the run of `make demo`; 12 minutes on two cores
+    python benchmarks/demo_seeds.py --recipe digits-even-reweighted --seeds 4      # an hour and a quarter
 
-Each seed is a whole run in a folder of --output, with its report. Started again, it goes on with the seeds that are missing. Writes
-seeds.json beside the runs.
+Each seed is a whole run in a folder of --output, with its report. Started again, it goes on with the seeds that are missing.
+Writes seeds.json beside the runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def row(found: Mapping[str, Mapping[str, Any]], summaries: Sequence[Mapping[str,
     group = get(summaries[0], "judge.group.label")
     return (
         f"an independent judge sees {pm('share of the group, base', '.1f', 100)} % of {group} before,"
-        f" {pm('share of the group, tuned', '.1f', 100)} % after, the target has {pm('share of the group, target', '.1f', 100)} %;"
+        f" {pm('share of the group, tuned', '.1f', 100)} % after,"
+        f" the target has {pm('share of the group, target', '.1f', 100)} %;"
         f" total variation of the classes to that target {pm('distance to the target', '.3f')},"
         f" floor {found['floor']['mean']:.3f}, before {found['distance of the base']['mean']:.3f};"
         f" mean reward {pm('mean reward, tuned', '.2f')}, the target's {pm('mean reward, target', '.2f')};"
@@ -93,7 +94,9 @@ def main() -> None:
         print(f"{title:27} {values['mean']:8.3f} ± {values['std']:.3f}   {each}")
     print(row(found, summaries))
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": summaries[0]["torch"]}
-    (folder / "seeds.json").write_text(json.dumps({"recipe": tree, "seeds": seeds, **machine, "measures": found}, indent=2) + "\n")
+    (folder / "seeds.json").write_text(
+        json.dumps({"recipe": tree, "seeds": seeds, **machine, "measures": found}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":
