@@ -269,6 +269,21 @@ def in_chunks(flow: VelocityField, size: int | None = None) -> VelocityField:
     return flow if size is None and processes.count() == 1 else Chunked(flow, size)
 
 
+@contextmanager
+def eval_mode(*networks: object) -> Iterator[None]:
+    """Networks are in eval mode in this context, so dropout draws nothing and batch statistics stay as they are; afterwards
+    every submodule is in its own mode again, also after an exception. What is no nn.Module is left alone."""
+    modules = [network for network in networks if isinstance(network, nn.Module)]
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
 class CountEvaluations:
     """Counts how many samples networks are evaluated on, while it is the context: `with CountEvaluations(network) as count`.
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import Flow, in_chunks
+from tiltflow.flow import Flow, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.plugins import part_of
 from tiltflow.sampler import Sampling, noise, sample
@@ -78,13 +78,15 @@ class Model:
         return noise(self.flow, (num_samples, *self.event_shape), generator)
 
     def sample(self, num_samples: int, *, seed: int = 0, sampling: Sampling | None = None, batch_size: int = 256) -> Tensor:
-        """[num_samples, *event] samples on the CPU. A sample depends on the seed, its number and `batch_size` alone."""
+        """[num_samples, *event] samples on the CPU, from the network in eval mode. A sample depends on the seed, its number and
+        `batch_size` alone."""
         parts = []
-        for i, begin in enumerate(range(0, num_samples, batch_size)):
-            generator = stream(seed, "sample", i, device=self.device)
-            x = self.start(min(batch_size, num_samples - begin), generator)
-            x = sample(in_chunks(self.flow), x, sampling or self.sampling, generator, start=self.flow.noise_time)
-            parts.append(x.cpu())
+        with eval_mode(self.flow.network):
+            for i, begin in enumerate(range(0, num_samples, batch_size)):
+                generator = stream(seed, "sample", i, device=self.device)
+                x = self.start(min(batch_size, num_samples - begin), generator)
+                x = sample(in_chunks(self.flow), x, sampling or self.sampling, generator, start=self.flow.noise_time)
+                parts.append(x.cpu())
         return torch.cat(parts)
 
     def save(self, folder: str | Path, card: str = "") -> None:

@@ -43,7 +43,7 @@ from tiltflow.evaluation import (
     total_variance,
     total_variation_floor,
 )
-from tiltflow.flow import CountEvaluations, base_of
+from tiltflow.flow import CountEvaluations, base_of, eval_mode
 from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import FEWEST, Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.plots import image_grid
@@ -169,7 +169,7 @@ def prepare(
         return model.start(training.train_batch_size, generator)
 
     def calibrate() -> tuple[Calibration, int]:
-        with CountEvaluations(model.flow.network) as evaluations:
+        with eval_mode(model.flow.network, reward), CountEvaluations(model.flow.network) as evaluations:
             expected = target_reward(
                 base,
                 reward,

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow import pipelines, processes
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
 from tiltflow.model import ASSETS
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
@@ -210,7 +210,8 @@ class TextToImage:
         drawn = self.sample_latents(
             prompts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, latents=latents, batch_size=batch_size
         )
-        return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
+        with eval_mode(self.pipeline.vae):
+            return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
 
     def _decoded(self, latents: Tensor, batch_size: int) -> Tensor:
         """`decode`, by all processes together."""
@@ -241,7 +242,8 @@ class TextToImage:
             else:
                 x = latents[begin : begin + batch_size].to(self.device) * ends[0]
             flow = in_chunks(self.guided(some, guidance_scale)(self.flow))
-            parts.append(sample(flow, x, sampling, generator, start=self.own_grid) / ends[1])
+            with eval_mode(self.denoiser):
+                parts.append(sample(flow, x, sampling, generator, start=self.own_grid) / ends[1])
         return torch.cat(parts)
 
 

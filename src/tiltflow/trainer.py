@@ -19,7 +19,7 @@ from tiltflow import processes
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, rows
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, rows
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.reward import LearnedReward, Reward
 from tiltflow.sampler import Start
@@ -155,7 +155,8 @@ def train(
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Generator[Record, None, None]:
-    """Tune the trainable parameters of `tuned` in place.
+    """Tune the trainable parameters of `tuned` in place. Until the iterator ends, or is closed, both networks, and a reward that
+    is a module, are in eval mode: the policy that is trained must be the one that is sampled, and the reward one function.
 
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`.
@@ -204,7 +205,7 @@ def train(
         spent=network_evaluations,
     )
     try:
-        with loop.count:
+        with eval_mode(*networks_of(tuned, base), reward), loop.count:
             if resume_from is not None:
                 loop.load_state_dict(resume_from)
             while loop.step < max_train_steps:

@@ -85,6 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
 RATIO_TOLERANCE = 1e-2  # nats: rounding of sums over many dimensions stays below
+VELOCITY_TOLERANCE = 2e-2  # of the largest velocity: a few roundings of bfloat16, 1 / 256 each, which other kernels may differ by
 
 
 @dataclass
@@ -454,6 +455,8 @@ class ScoreAsAction(Tilting):
                     _check_ratio(ratio.detach())
                 terms = terms - self._clipped(ratio, steps.advantages[kk, ii], chain, kk) / self.beta
             else:
+                if first:
+                    _check_velocities(v.detach(), old)
                 direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
                 terms = terms - gain * direction / self.beta + state.penalty * step_kl
             total = (counted[part] * terms).sum() / batch
@@ -494,6 +497,18 @@ def log_ratio(change: Tensor, noise: Tensor) -> Tensor:
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     """[steps, batch] shaped to multiply [steps, batch, *event]."""
     return values.to(x).reshape(*values.shape, *(1 for _ in x.shape[2:]))
+
+
+def _check_velocities(velocities: Tensor, sampled: Tensor) -> None:
+    """Raises InputError if before the first update the velocities [pairs, *event] are not those of the trajectories, up to the
+    rounding of bfloat16: the ratio is then not 1, and the gradient is not that of the policy that was sampled."""
+    change = (velocities - sampled).flatten(1).norm(dim=1).max().item()
+    size = sampled.flatten(1).norm(dim=1).max().item()
+    if not change <= VELOCITY_TOLERANCE * size:
+        raise InputError(
+            "before the first update the policy's ratio must be 1, but the network gives other velocities in training than in"
+            f" sampling, by up to {change / max(size, 1e-30):.1%} (dropout, batch statistics, a random number of its own?)"
+        )
 
 
 def _check_ratio(log_ratios: Tensor) -> None:
