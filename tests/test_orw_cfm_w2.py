@@ -17,16 +17,17 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
-from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, rows
+from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, groups, in_chunks, rows
 from tiltflow.induced_law import Array, induced_velocity
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
+from tiltflow.optimization import WeightAverage
 from tiltflow.problems import ExactVelocity, GaussianMixture, TwoModes
 from tiltflow.run import Recipe, run
 from tiltflow.sampler import noise
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.trainer import train
+from tiltflow.trainer import Averaged, train
 from tiltflow.verify import read_verification, run_verification
 
 
@@ -349,6 +350,30 @@ def test_an_adapter_is_its_own_base() -> None:
     measured = next(iter(steps))
     # E (0.4 (1 - t slope))^2 = 0.16 int ((1 - t) / (t^2 + (1 - t)^2))^2 dt, up to the noise of 64 times in 64 equal parts
     assert measured["velocity_distance"] == pytest.approx(0.16 * math.pi / 4, rel=0.02)
+
+
+WRAPPED: dict[str, Callable[[Flow], VelocityField]] = {
+    "guided": lambda flow: Guided(flow, flow, 1.0),
+    "guided twice over": lambda flow: Guided(Guided(flow, flow, 1.0), flow, 1.0),
+    "in chunks": lambda flow: in_chunks(flow, 7),
+    "averaged": lambda flow: Averaged(flow, WeightAverage(flow.parameters(), 0.0)),
+    "guided and averaged": lambda flow: Averaged(Guided(flow, flow, 1.0), WeightAverage(flow.parameters(), 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_around_a_flow_does_not_change_the_weight_of_its_times(name: str) -> None:
+    """The same field, so the same gradient: errors weigh as those of the prediction of epsilon do."""
+    path = Cosine()
+    gradients = []
+    for wrap in (lambda flow: flow, WRAPPED[name]):
+        flow = Flow(Shifted(path, "epsilon"), "epsilon", path)
+        base, generator = Flow(Shifted(path, "epsilon"), "epsilon", path), stream(0, "test")
+        x1 = torch.randn(64, 1, generator=generator)
+        method = OrwCfmW2()
+        method._regress(wrap(flow), base, x1, method.weights(first(x1)), generator, flow.noise_time, None)
+        gradients.append(flow.network.mean.grad.item())  # type: ignore[attr-defined]
+    assert gradients[1] == gradients[0] != 0
 
 
 def test_a_constant_reward_has_nothing_to_teach() -> None:

@@ -78,7 +78,9 @@ def test_tuning_a_network_in_train_mode(name: str) -> None:
     runs = []
     for _ in range(2):
         rows: list[Any] = []
-        tuned = tiltflow.tune(base, reward, method, tiltflow.Training(max_train_steps=2, train_batch_size=16), watch=rows.append)
+        tuned = tiltflow.tune(
+            base, reward, method, tiltflow.Training(max_train_steps=2, train_batch_size=16), watch=rows.append
+        )
         runs.append((tuned, [row.metrics for row in rows]))
         torch.rand(3)  # somebody else draws from torch's own generator
     assert runs[0][1][0][distance] == pytest.approx(0, abs=1e-10)  # before the first update

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,21 @@ class VelocityField(Protocol):
     """(x [batch, *event], t [] or [batch]) -> velocity [batch, *event] on the linear path."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Prediction(Protocol):
+    """A velocity field that is made of a network's prediction: a `Flow`, or whatever is around one."""
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """By how much the network's prediction changes for a change of velocity by 1, at t [] or [batch]: of the shape of t."""
+        ...
+
+
+def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:
+    """By how much the prediction of the network changes for a change of velocity by 1, at t [] or [batch]; 1 for a plain
+    function, which is its own prediction. Guidance does not change it: it mixes velocities as it mixes predictions."""
+    return flow.prediction_scale(t) if isinstance(flow, Prediction) else torch.ones_like(t)
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,10 @@ class AdapterOff:
         with self.disabled():
             return self.flow(x, t)
 
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """That of the flow."""
+        return prediction_scale(self.flow, t)
+
 
 @dataclass(frozen=True)
 class Guided:
@@ -162,6 +181,10 @@ class Guided:
         if self.seen is not None:
             self.seen.append(v)
         return v if self.guidance_scale == 1 else torch.lerp(self.negative(x, t), v, self.guidance_scale)
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """That of the flow."""
+        return prediction_scale(self.flow, t)
 
     def rows(self, which: Tensor | slice) -> Guided:
         """The same for those samples of the batch."""
@@ -261,7 +284,11 @@ class Chunked:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         parts = processes.shares(len(x), self.size)
-        return processes.gathered([rows(self.flow, part)(x[part], t) for part in parts], len(x))
+        return processes.gathered([rows(self.flow, part)(x[part], t[part] if t.ndim else t) for part in parts], len(x))
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """That of the flow."""
+        return prediction_scale(self.flow, t)
 
 
 def in_chunks(flow: VelocityField, size: int | None = None) -> VelocityField:

@@ -19,7 +19,7 @@ from tiltflow import processes
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, rows
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, prediction_scale, rows
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.reward import LearnedReward, Reward
 from tiltflow.sampler import Start
@@ -132,6 +132,10 @@ class Averaged:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         with self.average.applied():
             return self.flow(x, t)
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """That of the flow."""
+        return prediction_scale(self.flow, t)
 
 
 def train(

@@ -45,7 +45,7 @@ from tiltflow import processes
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation import Estimate, ImportanceWeights
-from tiltflow.flow import Flow, Guide, VelocityField, groups, in_chunks, rows
+from tiltflow.flow import Guide, VelocityField, groups, in_chunks, prediction_scale, rows
 from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Optimization
@@ -412,6 +412,7 @@ class OrwCfmW2(Optimization):
             left, right = expand(1 - s, x0[part]), expand(s, x0[part])
             x = left * x0[part] + right * x1[i]
             v = rows(tuned, i)(x, s)
+            # measured in the network's own prediction, errors near the ends of the path weigh as they did in pretraining
             scale = counted[part] * prediction_scale(tuned, s).to(x) ** 2 / x[0].numel()
             misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
             terms = of_fit[part] * misfit
@@ -427,12 +428,6 @@ class OrwCfmW2(Optimization):
             total += loss.item()
         total, fit, penalty = (processes.total(value, device) for value in (total, fit, penalty))
         return {"loss": total, "flow_matching_loss": fit} | ({"velocity_distance": penalty} if self.alpha > 0 else {})
-
-
-def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:
-    """How much the network's own prediction changes with the velocity, at t [batch]: measured in it, errors near the ends of
-    the path weigh as they did in pretraining."""
-    return flow.prediction_scale(t) if isinstance(flow, Flow) else torch.ones_like(t)
 
 
 def cheapest_pairing(x0: Tensor, x1: Tensor) -> Tensor:
