@@ -49,10 +49,16 @@ def test_eval_mode_puts_every_mode_back() -> None:
     before = modes(network)
     assert before["drop"]
     assert not before["frozen"]
-    with pytest.raises(KeyError), eval_mode(network, lambda x: x, other, network):
-        assert not any(modes(network).values())
-        assert not other.training
-        raise KeyError
+    seen = []
+
+    def fail() -> None:
+        with eval_mode(network, lambda x: x, other, network):
+            seen.extend([*modes(network).values(), other.training])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not any(seen)
     assert modes(network) == before
     assert other.training
 

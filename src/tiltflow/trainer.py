@@ -159,8 +159,8 @@ def train(
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Generator[Record, None, None]:
-    """Tune the trainable parameters of `tuned` in place. Until the iterator ends, or is closed, both networks, and a reward that
-    is a module, are in eval mode: the policy that is trained must be the one that is sampled, and the reward one function.
+    """Tune the trainable parameters of `tuned` in place. Until the iterator ends, or is closed, both networks, and a reward
+    that is a module, are in eval mode: the policy that is trained must be the one that is sampled.
 
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`.
