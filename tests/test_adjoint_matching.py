@@ -416,6 +416,32 @@ def test_terms_above_the_running_quantile_are_dropped() -> None:
         assert torch.equal(tuned.shift.grad[:8] != 0, kept)
 
 
+def test_the_quantile_is_that_of_the_terms_in_the_loss_of_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the root of a term is |s_k a_k| times its sample's slope. Of the first group a tenth is dropped, two
+    terms of twenty; the second is held to the mean of both quantiles, the third to 0.9 of that and a tenth of its own."""
+    steps = torch.tensor([[1, 6, 13, 17], [4, 9, 15, 18], [0, 2, 12, 16]])  # of each group of five samples
+    slope = torch.tensor([1.0, 2, 3, 4, 5, 9, 8, 7, 6, 5, 0.1, 0.2, 0.3, 0.4, 0.5])
+    pairs = steps.repeat_interleave(5, 0).T
+    monkeypatch.setattr("tiltflow.methods.adjoint_matching.choose_timesteps", lambda *_, **__: pairs)
+    method = AdjointMatching(preset="official-code", num_inference_steps=20)
+    chain, state = method.chain(), State()
+    tuned = Controlled(chain)
+    (measured,) = one_iteration(method, tuned, lambda x: slope * x[:, 0], batch=15, state=state)
+
+    target = -(chain.std * adjoints(chain, "before"))[pairs] * slope / affine.LINEAR
+    thresholds, mean = [], 0.0
+    for decay, group in zip((0, 0.5, 0.9), target.abs().split(5, 1), strict=True):
+        ordered = group.flatten().sort().values
+        mean = decay * mean + (1 - decay) * (0.9 * ordered[17] + 0.1 * ordered[18]).item()  # 0.9 of the way from 1st to 20th
+        thresholds.append(mean)
+    assert state.threshold == pytest.approx(mean)
+    kept = target.abs() < torch.tensor(thresholds).repeat_interleave(5)
+    assert kept[:, :5].sum() == 18
+    assert measured["clipped"] == pytest.approx(1 - kept.double().mean().item())
+    expected = torch.zeros(20).index_add(0, pairs.flatten(), (-2 * target * kept / 15).flatten())
+    assert_close(tuned.shift.grad, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_term_at_the_limit_is_kept() -> None:
     """Only terms above it are clipped. In two steps without drift the one term is (s a)^2 = (1 / 2)^2, in exact binary."""
 
@@ -521,6 +547,21 @@ def test_strata_choose_their_number_of_different_steps(share: bool) -> None:
     assert z.abs().max() < 4
 
 
+def test_steps_can_be_shared_by_groups_of_samples() -> None:
+    """The preset draws them anew for each five pictures, as the authors' code does for each batch that it accumulates."""
+    method = AdjointMatching(preset="official-code", num_inference_steps=20, num_passes=10)
+    agreed = 0
+    for count in regressed(method, batch=12):
+        assert (count[:12].sum(0) == 2).all()
+        assert (count[12:].sum(0) == 2).all()
+        groups = count.split(5, 1)
+        assert [group.shape[1] for group in groups] == [5, 5, 2]
+        for group in groups:
+            assert (group == group[:, :1]).all()
+        agreed += int(torch.equal(groups[0][:, 0], groups[1][:, 0]))
+    assert agreed < 3  # one in 66 x 21
+
+
 def test_steps_outside_the_strata_cost_nothing_and_change_nothing() -> None:
     """The adjoint stops at the first step that is regressed on; the gradient of the steps that stay is the same."""
     some = AdjointMatching(num_inference_steps=9, train_timesteps=(Stratum(start=0.5, count=9),))
@@ -606,7 +647,7 @@ def test_official_code_preset_has_the_published_numbers() -> None:
     method = AdjointMatching(preset="official-code")
     assert (method.solver, method.num_inference_steps, method.pairing, method.reward_at) == ("ddpm", 50, "before", "end")
     assert method.train_timesteps == (Stratum(start=0, end=0.6, count=2), Stratum(start=0.6, end=1, count=2))
-    assert method.share_timesteps
+    assert method.share_timesteps == 5  # the batches of 5 pictures that they accumulate 25 of
     assert (method.loss_clip, method.drop_quantile) == (None, 0.9)
     assert (method.learning_rate, method.adam_beta1, method.adam_beta2) == (3e-6, 0.9, 0.95)
     assert (method.adam_weight_decay, method.max_grad_norm, method.lr_warmup_steps) == (0, None, 20)

@@ -23,18 +23,20 @@ class Stratum(Settings):
 
 
 def choose_timesteps(
-    strata: Sequence[Stratum] | None, steps: int, total: int, batch: int, generator: torch.Generator, *, share: bool = False
+    strata: Sequence[Stratum] | None, steps: int, total: int, batch: int, generator: torch.Generator, *, share: int = 1
 ) -> Tensor:
-    """[count, batch]: the steps that enter the loss, different ones for each sample unless they are shared.
+    """[count, batch]: the steps that enter the loss.
 
     Args:
         strata: so many steps from each part of the grid of `total` steps; None for all.
         steps: of the grid, only the first so many can be chosen.
+        share: so many samples in a row have the same steps.
     """
     rows = []
     for stratum in strata or (Stratum(count=steps),):
         low, high = round(stratum.start * total), round(stratum.end * total)
         inside = max(min(high, steps) - low, 0)
-        keys = torch.rand(inside, 1 if share else batch, generator=generator, device=generator.device)
-        rows.append(low + keys.argsort(dim=0)[: min(stratum.count, inside)].expand(-1, batch))
+        keys = torch.rand(inside, -(-batch // share), generator=generator, device=generator.device)
+        chosen = low + keys.argsort(dim=0)[: min(stratum.count, inside)]
+        rows.append(chosen.repeat_interleave(share, dim=1)[:, :batch])
     return torch.cat(rows)

@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_at": "end",
         "drop_quantile": 0.9,
         "train_timesteps": [{"start": 0, "end": 0.6, "count": 2}, {"start": 0.6, "end": 1, "count": 2}],
-        "share_timesteps": True,
+        "share_timesteps": 5,
         "learning_rate": 3e-6,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -75,12 +75,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Regression(NamedTuple):
-    """The regression of the steps from `first` on: [steps, batch, *event], and the limits of their terms [steps, 1]."""
+    """The regression of the steps from `first` on: [steps, batch, *event]."""
 
     states: Tensor
     base_velocities: Tensor
     targets: Tensor
-    limit: Tensor
     first: int
 
 
@@ -110,12 +109,13 @@ class AdjointMatching(Tilting):
     fixed point with far less noise near t = 0, where most of the noise is. 0 is the paper."""
     train_timesteps: tuple[Stratum, ...] | None = None
     """Which steps enter the loss: all, or so many from each part of the grid."""
-    share_timesteps: bool = False
-    """One draw of steps for the whole batch instead of one for each sample."""
+    share_timesteps: bool | Count = False
+    """One draw of steps for the whole batch instead of one for each sample; or for each group of so many samples in a row."""
     loss_clip: Positive | None = None
     """Clip each term, in the paper's units |w|^2 / h, at loss_clip / beta^2. A clipped term has no gradient."""
     drop_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Drop the terms whose root is above a running mean (decay 0.9) of this quantile over the batch."""
+    """Drop the terms in the loss whose root is above a running mean (decay 0.9) of their quantile: over the batch, or over each
+    group of `share_timesteps`, one after another."""
     num_passes: Count = 1
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
 
@@ -188,7 +188,7 @@ class AdjointMatching(Tilting):
                 self.num_inference_steps,
                 len(x),
                 generator,
-                share=self.share_timesteps,
+                share=self._group_size(len(x), alone=1),
             ).to(x.device)
             for _ in range(self.num_passes)
         ]
@@ -203,19 +203,24 @@ class AdjointMatching(Tilting):
         gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
         control = gain * (velocities[steps] - base_velocities)
         terms = (control + std * targets).flatten(2).square().sum(2)
-        regression = Regression(
-            torch.stack(path.states[steps]), base_velocities, targets, self._limit(chain, steps, terms, state), first
-        )
+        regression = Regression(torch.stack(path.states[steps]), base_velocities, targets, first)
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "loss": terms.sum(0).mean().item(),
             "path_kl": control.flatten(2).square().sum(2).sum(0).mean().item() / 2,
-            "clipped": (terms > regression.limit).double().mean().item(),
         }
         for pairs in chosen:
-            self._regress(tuned, chain, regression, pairs, micro_batch_size)
-            yield measured
+            in_loss = terms.gather(0, pairs - first)
+            limits = self._limits(chain, pairs, in_loss, state)
+            self._regress(tuned, chain, regression, pairs, limits, micro_batch_size)
+            yield {**measured, "clipped": (in_loss > limits).double().mean().item()}
+
+    def _group_size(self, batch: int, *, alone: int) -> int:
+        """How many samples in a row share their steps; `alone` where each one has its own."""
+        if isinstance(self.share_timesteps, bool):
+            return batch if self.share_timesteps else alone
+        return self.share_timesteps
 
     def _adjoints(
         self,
@@ -252,28 +257,38 @@ class AdjointMatching(Tilting):
         rewards = processes.gathered([part.rewards for part in parts], size)
         return processes.gathered(targets, size, dim=1), processes.gathered(velocities, size, dim=1), rewards
 
-    def _limit(self, chain: Chain, steps: slice, terms: Tensor, state: State) -> Tensor:
-        """[steps, 1]: the size above which a term of each step is clipped (or dropped), infinite where neither is asked for."""
-        limit = terms.new_full((len(terms), 1), float("inf"))
+    def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
+        """[count, batch]: the size above which each of the `terms` of (step, sample) `pairs` [count, batch] is clipped (or
+        dropped), infinite where neither is asked for."""
+        limits = torch.full_like(terms, float("inf"))
         if self.loss_clip is not None:
-            h = chain.times.diff()[steps, None].to(terms)
-            limit = torch.minimum(limit, h * self.loss_clip / self.beta**2)
+            h = chain.times.diff().to(terms)[pairs]
+            limits = torch.minimum(limits, h * self.loss_clip / self.beta**2)
         if self.drop_quantile is not None:
-            quantile = torch.quantile(terms.sqrt().flatten()[: 2**24], self.drop_quantile).item()
-            seen = state.updates
-            # the first two updates are a plain mean, then an exponential one, as in the authors' code
-            decay = seen / (seen + 1) if seen < 2 else 0.9
-            state.threshold = decay * state.threshold + (1 - decay) * quantile
-            state.updates = seen + 1
-            limit = limit.clamp(max=state.threshold**2)
-        return limit
+            size = self._group_size(terms.shape[1], alone=terms.shape[1])
+            for of_group, limit in zip(terms.split(size, 1), limits.split(size, 1), strict=True):
+                quantile = torch.quantile(of_group.sqrt().flatten()[: 2**24], self.drop_quantile).item()
+                seen = state.updates
+                # the first two updates are a plain mean, then an exponential one, as in the authors' code
+                decay = seen / (seen + 1) if seen < 2 else 0.9
+                state.threshold = decay * state.threshold + (1 - decay) * quantile
+                state.updates = seen + 1
+                limit.clamp_(max=state.threshold**2)  # a view of `limits`
+        return limits
 
     def _regress(
-        self, tuned: VelocityField, chain: Chain, regression: Regression, pairs: Tensor, micro_batch_size: int | None
+        self,
+        tuned: VelocityField,
+        chain: Chain,
+        regression: Regression,
+        pairs: Tensor,
+        limits: Tensor,
+        micro_batch_size: int | None,
     ) -> None:
-        """Accumulate the gradient of the mean over the batch of sum_k |w_k + s_k a|^2 over the chosen (step, sample) pairs."""
+        """Accumulate the gradient of the mean over the batch of sum_k |w_k + s_k a|^2 over the chosen (step, sample) pairs
+        whose term is not above its limit, both [count, batch]."""
         batch = regression.states.shape[1]
-        k = pairs.flatten()
+        k, limit = pairs.flatten(), limits.flatten()
         i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
         counted = torch.arange(len(k), device=k.device) >= processes.first_counted(len(k))
         for part in processes.shares(len(k), micro_batch_size or processes.share_of(batch)):
@@ -283,7 +298,7 @@ class AdjointMatching(Tilting):
             v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
-            kept = (terms.detach() <= regression.limit[row, 0]) & counted[part]
+            kept = (terms.detach() <= limit[part]) & counted[part]
             ((kept * terms).sum() / batch).backward()
 
 
