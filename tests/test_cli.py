@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from tiny import tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow.cli
 from tiltflow.errors import TiltflowError
+from tiltflow.settings import parse_yaml
 
 
 def tiltflow_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -144,7 +144,7 @@ def test_help_teaches_by_example_and_lists_are_complete() -> None:
     listed: dict[str, Any] = json.loads(runner.invoke(tiltflow.cli.app, ["recipes", "--json"]).stdout.splitlines()[-1])
     assert {entry["name"] for entry in listed["recipes"]} >= {"digits-even", "digits-flow", "digits-judge"}
     assert all(entry["description"] for entry in listed["recipes"])
-    assert yaml.safe_load(runner.invoke(tiltflow.cli.app, ["recipes", "digits-even"]).output)["model"] == "digits-flow"
+    assert parse_yaml(runner.invoke(tiltflow.cli.app, ["recipes", "digits-even"]).output, "recipe")["model"] == "digits-flow"
 
 
 def test_errors_of_ours_are_the_only_ones_caught() -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_http_reward import serving
@@ -401,9 +400,3 @@ def test_any_answer_is_numbers_or_refused(answer: bytes) -> None:
 def test_answers_that_break_parsers(answer: bytes) -> None:
     with pytest.raises(InputError):
         rewards_in(answer, 2, "url")
-
-
-def test_yaml_is_the_safe_one() -> None:
-    from tiltflow.settings import _StrictLoader
-
-    assert issubclass(_StrictLoader, yaml.SafeLoader)

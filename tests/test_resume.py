@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from tiny import tiny_recipe
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_check
 from tiltflow.errors import InputError, Interrupted
 from tiltflow.run import Recipe, run
 from tiltflow.run_folder import RunFolder, read_records
-from tiltflow.settings import read_yaml, validate
+from tiltflow.settings import dump_yaml, read_yaml, validate
 
 SHORT = {"num_inference_steps": 4, "learning_rate": 1e-3}
 CRITIC = {"num_steps": 2, "train_batch_size": 2}
@@ -243,7 +242,7 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run" / "recipe.yaml"
     tree = read_yaml(path)
     del tree["training"]["deterministic"], tree["method"]["bootstrap"]
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(dump_yaml(tree))
     assert RunFolder.begin(tmp_path / "run", resuming(recipe)).state is not None
     bootstrapped = recipe.model_copy(update={"method": recipe.method.model_copy(update={"bootstrap": 0.5})})
     with pytest.raises(InputError, match=r"method\.bootstrap 0\.0 -> 0\.5"):
@@ -454,7 +453,7 @@ def test_killed_at_random_moments_and_resumed_it_is_bitwise_the_same(kills: int,
 def test_the_recipe_on_disk_says_nothing_of_the_resume(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "adjoint-matching")
     run(resuming(recipe), tmp_path / "run")
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["resume_from_checkpoint"] is None
+    assert read_yaml(tmp_path / "run" / "recipe.yaml")["training"]["resume_from_checkpoint"] is None
 
 
 def test_global_randomness_is_not_touched(tmp_path: Path) -> None:

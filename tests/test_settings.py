@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +14,9 @@ from pydantic import BeforeValidator, Field
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.interpolant import Cosine, DiscreteVariancePreserving, Interpolant
 from tiltflow.plugins import find, names, part_of
-from tiltflow.settings import Settings, apply_overrides, parse_yaml, read_yaml, validate
+from tiltflow.recipe import find_recipe
+from tiltflow.run import Recipe
+from tiltflow.settings import Settings, apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
 
 class Inner(Settings):
@@ -35,7 +40,7 @@ class Outer(Settings):
         ({"inner": {"rate": -1}}, "here: inner.rate must be greater than 0 (got -1)"),
         ({"inner": {"kind": "cosin"}}, "here: inner.kind must be 'constant' or 'cosine', did you mean 'cosine'? (got 'cosin')"),
         ({"many": [{"rate": 1}, {"rats": 2}]}, "here: many.1.rats is not a setting, did you mean 'rate'?"),
-        ({"count": "many"}, "here: count must be a valid integer, unable to parse string as an integer (got 'many')"),
+        ({"count": "many"}, "here: count must be a valid integer (got 'many')"),
         ({"count": 0}, "here: count must be greater than or equal to 1 (got 0)"),
         ({"cuont": 3}, "here: cuont is not a setting, did you mean 'count'?"),
         ({"path": {"name": "linear", "beta_min": 1}}, "here: path.beta_min is not a setting; known: name"),
@@ -68,20 +73,138 @@ def test_settings_are_frozen_and_reject_nan() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("-2.5E+3", -2500.0), (".5", 0.5), ("3", 3), ("no", "no"), ("on", "on"), ("true", True), ("1_000", 1000)],
+    [
+        ("1e-4", 1e-4),
+        ("-2.5E+3", -2500.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("3", 3),
+        ("-0", 0),
+        ("0.5", 0.5),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("0o17", 15),
+        ("no", "no"),
+        ("on", "on"),
+        ("y", "y"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("0b11", "0b11"),
+        ("1__0", "1__0"),
+        ("_1", "_1"),
+        ("=", "="),
+        ("<<", "<<"),
+        ("true", True),
+        ("null", None),
+        ("'3'", "3"),
+        ("007 times", "007 times"),
+    ],
 )
 def test_yaml_scalars_mean_what_they_look_like(text: str, value: object) -> None:
     parsed = parse_yaml(text, "here")
     assert parsed == value
     assert type(parsed) is type(value)
+    assert parse_yaml(dump_yaml({"a": [value]}), "here") == {"a": [value]}
+
+
+@pytest.mark.parametrize("text", ["010", "0755", "-01", "00", "01.5", "0_1", "1:30", "true", "1.5", "10.0", "'10'", "1e1"])
+def test_what_is_no_integer_is_not_taken_for_one(text: str) -> None:
+    with pytest.raises(InputError, match=r"^here: (0|-01).* begins with a zero|^here: count must be a valid integer \(got"):
+        validate(Outer, {"needed": "x", "count": parse_yaml(text, "here")}, "here")
+
+
+def test_a_number_is_no_word_and_a_word_no_number() -> None:
+    for tree in (
+        {"needed": 3},
+        {"needed": True},
+        {"inner": {"rate": "1"}},
+        {"inner": {"rate": True}},
+        {"inner": {"kind": ["cosine"]}},
+    ):
+        with pytest.raises(InputError, match="must be"):
+            validate(Outer, {"needed": "x"} | tree, "here")
+    assert validate(Outer, {"needed": "x", "inner": {"rate": 1}}, "here").inner.rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", "r:1: anchors and aliases are not read; write out what 'x' stands for"),
+        ("a: [1]\nb: *x", "r:2: anchors and aliases are not read"),
+        ("&x a: 1", "r: a key must be a word"),
+        ("a: !!int ''", "r: tags are not read; leave 'tag:yaml.org,2002:int' out"),
+        ("a: 1\nb: !!float x", "r:2: tags are not read"),
+        ("? [a, b]\n: c", "r:1: a key must be a word"),
+        ("a: 1\n---\nb: 2", "r:2: must be one document"),
+        ("%YAML 1.1\n---\na: 1", r"r:\d: must be YAML 1.2"),
+        ("[" * 2000, "r: nested deeper than 64 levels"),
+        ("a:\n  b: 1\n  b: 2", "r:3: 'b' is given twice"),
+        ("a: 1\n'a': 2", "r:2: 'a' is given twice"),
+        ('a: "\\U00110000"', "r: not valid YAML"),
+        ("a: " + "9" * 6000, "r: not valid YAML"),
+        ("x" * (1 << 20) + "y", "r: is longer than 1048576 characters"),
+    ],
+)
+def test_yaml_that_is_refused_says_the_line(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}") as error:
+        parse_yaml(text, "r")
+    assert "\n" not in str(error.value)
+
+
+def test_written_yaml_means_the_same_to_every_reader() -> None:
+    """To ours, to one of YAML 1.1 (PyYAML), and, in one line, to one of JSON."""
+    yaml = pytest.importorskip("yaml")
+    words = ["no", "y", "ON", "1:30", "010", "1e-4", "0o17", "1_0", "2024-01-01", "~", "", "<<", "=", "null", "a: b", "# a"]
+    words += ["@x", "two\nlines\n", " lead", "trail ", "tab\there", "\x1b[31m", "\u2028", "\x85", "\ufeff", "é", "long " * 60]
+    words += ["- a", "[x", "!x", "&x"]
+    shared = [1, 2]
+    tree = {"words": {word: word for word in words}, "numbers": [1, -2, 1e-5, 1e300, 0.5, -0.0], "rest": [None, True, [], {}]}
+    tree |= {"b": shared, "a": shared}
+    text = dump_yaml(tree)
+    assert parse_yaml(text, "r") == tree == yaml.safe_load(text)
+    assert list(parse_yaml(text, "r")) == list(tree)
+    assert parse_yaml(json.dumps(tree), "r") == tree
+
+
+def test_a_recipe_can_be_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    thread = threading.Thread(target=(tmp_path / "pipe").write_text, args=("\ufeffa: 1\n",), kwargs={"encoding": "utf-8"})
+    thread.start()
+    assert find_recipe(str(tmp_path / "pipe"), "train") == tmp_path / "pipe"
+    assert read_yaml(tmp_path / "pipe") == {"a": 1}
+    thread.join()
+    with pytest.raises(InputError, match="is longer than"):
+        read_yaml(Path("/dev/zero"))
+
+
+def test_no_problem_of_a_recipe_is_a_traceback() -> None:
+    """What a check of a setting meets before its type is checked."""
+    recipes = [
+        {"method": {"name": "adjoint-matching", "preset": ["a"]}},
+        {"method": {"name": "score-as-action", "preset": {}, "solver": 3}},
+        {"method": {"name": "score-as-action", "solver": []}},
+        {"reward": {"name": "ink", "ink": 3}},
+        {"training": {"trainable": "(" * 5000 + ")" * 5000}},
+        {"training": {"trainable": "a)"}},
+        {"evaluation": {"group": [0, 0, 0, 0]}},
+        {"evaluation": {"group": [-1]}},
+        {"reward": {"name": "class-log-odds", "classes": [1, 1]}},
+        {"reward": {"name": "class-probability", "classes": [-1]}},
+    ]
+    whole = {"model": "digits-flow", "reward": "ink", "method": {"name": "adjoint-matching"}}
+    for tree in recipes:
+        with pytest.raises(InputError, match=f"^r: {next(iter(tree))}") as error:
+            validate(Recipe, whole | tree, "r")
+        assert len(str(error.value).splitlines()) == 1
+        assert len(str(error.value)) < 400
 
 
 def test_yaml_refuses_repeated_keys_bad_syntax_and_objects(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="here: line 2: 'a' is given twice"):
+    with pytest.raises(InputError, match="here:2: 'a' is given twice"):
         parse_yaml("a: 1\na: 2\n", "here")
     with pytest.raises(InputError, match="here:2: not valid YAML"):
         parse_yaml("a: 1\n  b: [2\n", "here")
-    with pytest.raises(InputError, match="not valid YAML"):
+    with pytest.raises(InputError, match="tags are not read"):
         parse_yaml("!!python/object/apply:os.system ['true']", "here")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match="must be a mapping"):
@@ -94,6 +217,10 @@ def test_overrides_change_a_copy_and_are_read_as_yaml() -> None:
     tree = {"a": {"b": 1}, "c": [1]}
     changed = apply_overrides(tree, ["a.b=1e-4", "a.new=[0, 2]", "d.e.f=true"])
     assert changed == {"a": {"b": 1e-4, "new": [0, 2]}, "c": [1], "d": {"e": {"f": True}}}
+    for text, value in {"1,3": [1, 3], "1,": [1], "-1, 0.5,1e-3": [-1, 0.5, 1e-3], "1,a": "1,a", "a,1": "a,1", "1": 1}.items():
+        assert apply_overrides(tree, [f"c={text}"])["c"] == value
+    with pytest.raises(InputError, match="--set c: 000 begins with a zero"):
+        apply_overrides(tree, ["c=1,000"])
     assert tree == {"a": {"b": 1}, "c": [1]}
     with pytest.raises(InputError, match="must read key=value"):
         apply_overrides(tree, ["a.b"])

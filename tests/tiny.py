@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tiltflow.flow import Flow
 from tiltflow.model import ClassifierConfig, Model, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.networks.unet import Unet
 from tiltflow.sampler import Sampling
+from tiltflow.settings import dump_yaml
 from tiltflow.streams import new_network
 
 UNET = Unet(channels=(8, 8), blocks=(1, 1), embedding=8)
@@ -48,5 +47,5 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
         },
     } | changes
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(dump_yaml(tree))
     return path

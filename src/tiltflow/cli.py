@@ -71,7 +71,7 @@ def train(
     [dim]tiltflow train digits-even --output runs/even[/dim]
     [dim]tiltflow train digits-even --output runs/even --resume[/dim]
     [dim]accelerate launch -m tiltflow train mine.yaml --output runs/mine[/dim]
-    [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=[1,7][/dim]
+    [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
     """
     from tiltflow import processes
     from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
@@ -505,21 +505,23 @@ def pretrain(
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
     """
-    from tiltflow.pretrain import read_pretraining, run_pretraining
+    from tiltflow.pretrain import pretraining_of, run_pretraining
     from tiltflow.recipe import find_recipe, read_recipe_tree
 
     changes = _with_seed(overrides, seed)
     chosen = _device(device, threads)
     console = _console(as_json)
-    if read_recipe_tree(find_recipe(recipe, "pretrain"), changes).get("task") == "text-to-image":
-        from tiltflow.pretrain_pipeline import read_pipeline_pretraining, run_pipeline_pretraining
+    tree = read_recipe_tree(find_recipe(recipe, "pretrain"), changes)
+    if tree.get("task") == "text-to-image":
+        from tiltflow.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
+        from tiltflow.settings import validate
 
-        pipeline = read_pipeline_pretraining(recipe, changes)
+        pipeline = validate(PipelinePretraining, tree, recipe)
         steps = pipeline.autoencoder.max_train_steps + pipeline.training.max_train_steps
         with _progress(console, quiet, steps, pipeline.training.train_batch_size) as watch:
             scores = run_pipeline_pretraining(pipeline, data, output, name=recipe, device=chosen, watch=watch)
     else:
-        settings = read_pretraining(recipe, changes)
+        settings = pretraining_of(tree, recipe)
         with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
             scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
     if not quiet:

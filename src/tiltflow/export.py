@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tiltflow.errors import InputError
 from tiltflow.plots import curves
 from tiltflow.run_folder import claim, read_records
 from tiltflow.run_text_to_image import TextToImageRecipe, load_run, read_run
+from tiltflow.settings import dump_yaml, parse_yaml
 
 KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
 
@@ -70,7 +69,7 @@ def card(recipe: TextToImageRecipe, run: Path) -> str:
         loading = 'pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")'
     lines = [
         "---",
-        yaml.safe_dump(about, sort_keys=False).strip(),
+        dump_yaml(about).strip(),
         "---",
         "",
         f"# {base}, tuned by {recipe.method.name}",
@@ -120,8 +119,8 @@ def licence(folder: Path) -> str | None:
         return None
     head = path.read_text(encoding="utf-8", errors="replace").split("---")
     try:
-        found = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
-    except yaml.YAMLError:
+        found = parse_yaml(head[1], str(path)) if len(head) > 2 and not head[0].strip() else None
+    except InputError:
         return None
     return str(found["license"]) if isinstance(found, dict) and "license" in found else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -137,7 +137,11 @@ def learn(
 
 def read_pretraining(recipe: str, overrides: Sequence[str]) -> Pretraining:
     """A checked pretraining recipe, shipped or the user's own."""
-    tree = read_recipe_tree(find_recipe(recipe, "pretrain"), overrides)
+    return pretraining_of(read_recipe_tree(find_recipe(recipe, "pretrain"), overrides), recipe)
+
+
+def pretraining_of(tree: Mapping[str, Any], recipe: str) -> Pretraining:
+    """The pretraining that a recipe describes, checked."""
     match tree.get("task"):
         case "flow":
             return validate(FlowPretraining, tree, recipe)

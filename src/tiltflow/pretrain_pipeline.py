@@ -6,7 +6,7 @@ result is a folder of diffusers' own classes, which `DiffusionPipeline.from_pret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,10 +19,9 @@ from torch import Tensor
 from tiltflow.data import CaptionedImages, fingerprint, load_captioned
 from tiltflow.interpolant import expand, interior, mixture_weights
 from tiltflow.pretrain import Optimization, Progress, learn
-from tiltflow.recipe import find_recipe, read_recipe_tree
 from tiltflow.run_folder import claim
 from tiltflow.schedules import path_of
-from tiltflow.settings import Settings, validate
+from tiltflow.settings import Settings
 from tiltflow.streams import stream
 
 Count = Annotated[int, Field(ge=1)]
@@ -57,11 +56,6 @@ class PipelinePretraining(Settings):
     autoencoder: Optimization = Optimization(max_train_steps=1500, train_batch_size=32, learning_rate=2e-3)
     training: Optimization = Optimization()
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-def read_pipeline_pretraining(recipe: str, overrides: Sequence[str]) -> PipelinePretraining:
-    """A checked recipe of a pipeline, shipped or the user's own."""
-    return validate(PipelinePretraining, read_recipe_tree(find_recipe(recipe, "pretrain"), overrides), recipe)
 
 
 def caption(words: str, background: str) -> str:

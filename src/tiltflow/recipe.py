@@ -27,8 +27,8 @@ def find_recipe(name_or_path: str, kind: Kind) -> Path:
     path = Path(name_or_path)
     if path.is_dir() and (path / "recipe.yaml").exists():
         return path / "recipe.yaml"
-    if path.is_file():
-        return path
+    if path.exists() and not path.is_dir():
+        return path  # a pipe too
     if path.suffix in (".yaml", ".yml"):
         raise InputError(f"{path}: no such file")
     other: Kind = "pretrain" if kind == "train" else "train"

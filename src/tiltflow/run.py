@@ -53,7 +53,7 @@ from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
-from tiltflow.settings import Settings, validate
+from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 
@@ -73,7 +73,7 @@ class Training(Survival):
     """How many samples a network sees at once; changes the memory needed, not the result."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the moving average of the weights, which draws the trajectories and is what is saved; 0 for none."""
-    trainable: re.Pattern[str] = re.compile("")
+    trainable: Pattern = re.compile("")
     """Train only the parameters in whose name this regular expression is found, "^middle" for example."""
     calibration_samples: Annotated[int, Field(ge=0)] = 0
     """From how many base samples the mean reward of the target law is estimated, to which the working temperature is then
@@ -90,7 +90,7 @@ class Evaluation(Settings):
     batch_size: Count = 256
     judge: str | None = None
     """A classifier that was never part of the reward: its class histogram is compared with the target's."""
-    group: tuple[int, ...] = ()
+    group: Labels = ()
     """Classes of the judge to report together."""
     data: str | None = None
     """Real images, an .npz file or a folder: samples are then compared with them, in the judge's features, by the Frechet

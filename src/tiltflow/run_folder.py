@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
-import yaml
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +30,7 @@ from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, CollapseError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
-from tiltflow.settings import Settings, read_yaml, validate
+from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
 from tiltflow.signals import noted
 from tiltflow.trackers import Name, Tracker, check_tracker
 from tiltflow.trainer import BatchEnd, NonFiniteRewards, Record
@@ -447,7 +446,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_yaml(path: Path, tree: Any) -> None:
     """Write at once or not at all."""
-    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_text(path, dump_yaml(tree))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,81 +6,224 @@ A typo, a wrong type or a value out of range is one line that names the key and 
 from __future__ import annotations
 
 import copy
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+)
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from tiltflow.errors import InputError, did_you_mean
 
+MOST_CHARACTERS, MOST_DEPTH = 1 << 20, 64
+"""Of a YAML file, and of what is nested in it: far more than any recipe has, and read in about a second."""
+
 
 class Settings(BaseModel):
-    """Frozen, unknown keys forbidden. Construct it in Python, or from a recipe; both are checked alike."""
+    """Frozen, unknown keys forbidden, no value taken for one of another type: "3" and true are no integers. Construct it in
+    Python, or from a recipe; both are checked alike."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        """YAML and JSON have lists, settings have tuples."""
+        return _tuples(values) if isinstance(values, dict) else values
 
 
 S = TypeVar("S", bound=Settings)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without its three traps: `1e-4` is a number, `no` and `on` are words, a repeated key is an error."""
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
+def _compiled(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression ({type(error).__name__}: {error})") from None
 
 
-def _no_repeated_keys(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise InputError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
-        seen.add(key)
-    return dict(loader.construct_pairs(node, deep=True))
+Pattern = Annotated[re.Pattern[str], BeforeValidator(_compiled)]
+"""A regular expression."""
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _no_repeated_keys)
+def _different(labels: tuple[int, ...]) -> tuple[int, ...]:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{label} is given twice")
+    return labels
+
+
+Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_different)]
+"""Classes of a classifier, by index from 0, each once."""
+
+# the core schema of YAML 1.2, with `_` between digits
+WORDS: dict[str, Any] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
+WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
+INTEGER = re.compile(r"[-+]?\d+(?:_\d+)*|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
+FLOAT = re.compile(r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", re.ASCII)
+NUMBERS = re.compile(r"(?:\s*[-+]?[\d.][\w.+-]*\s*,)+(?:\s*[-+]?[\d.][\w.+-]*\s*)?", re.ASCII)
+ZERO_LED = re.compile(r"[-+]?0[\d_]+(?:\.\d*)?(?:[eE][-+]?\d+)?", re.ASCII)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The content of strict YAML. Raises InputError, naming `where`, if it is not valid."""
+    """The content of one YAML 1.2 document: mappings with text as keys, lists, and the scalars of the core schema.
+
+    `1e-4` is a number, `no`, `on` and `1:30` are words. Refused are what could mean something else than it looks like, numbers
+    with a leading zero and repeated keys, and what recipes have no use for, tags, anchors and aliases.
+
+    Raises InputError, with `where` and the line, if it is not valid.
+    """
+    line = 1
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{where}: is longer than {MOST_CHARACTERS} characters")
+
+    def events() -> Iterator[Event]:
+        nonlocal line
+        for event in YAML(typ="safe", pure=True).parse(text):
+            line = event.start_mark.line + 1
+            yield event
+
     try:
-        return _StrictLoader(text).get_single_data()
+        return _document(events())
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:  # PyYAML raises all of them
+        problem = str(error)
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error).splitlines()
-        raise InputError(f"{where}{line}: not valid YAML ({problem[0] if problem else type(error).__name__})") from None
+        line = mark.line + 1 if mark else line
+        said = str(getattr(error, "problem", None) or error).splitlines()
+        problem = f"not valid YAML ({said[0] if said else type(error).__name__})"
+    except (ValueError, OverflowError) as error:  # of \\U00110000, and of numbers with thousands of digits
+        problem = f"not valid YAML ({error})"
+    raise InputError(f"{where}:{line}: {problem}" if "\n" in text.strip() else f"{where}: {problem}")
+
+
+def _document(events: Iterator[Event]) -> Any:
+    content = None
+    for event in events:
+        if isinstance(event, DocumentStartEvent):
+            if event.version not in (None, (1, 2)):
+                raise InputError("must be YAML 1.2; leave %YAML out")
+            content = _node(next(events), events, 0)
+            next(events)  # the end of the document
+            if not isinstance(next(events), StreamEndEvent):
+                raise InputError("must be one document; a second one begins here")
+    return content
+
+
+def _node(event: Event, events: Iterator[Event], depth: int) -> Any:
+    """The value that begins with `event`, and whose other events come next."""
+    if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
+        raise InputError(f"anchors and aliases are not read; write out what {event.anchor!r} stands for, or quote it")
+    if isinstance(event, (ScalarEvent, MappingStartEvent, SequenceStartEvent)) and event.ctag is not None:
+        raise InputError(f"tags are not read; leave {str(event.ctag)[:40]!r} out, or quote it")
+    if depth > MOST_DEPTH:
+        raise InputError(f"nested deeper than {MOST_DEPTH} levels")
+    if isinstance(event, SequenceStartEvent):
+        items = []
+        while not isinstance(item := next(events), SequenceEndEvent):
+            items.append(_node(item, events, depth + 1))
+        return items
+    if isinstance(event, MappingStartEvent):
+        tree: dict[str, Any] = {}
+        while not isinstance(key := next(events), MappingEndEvent):
+            if not isinstance(key, ScalarEvent) or key.anchor is not None or key.ctag is not None:
+                raise InputError("a key must be a word, without tags and anchors")
+            if key.value in tree:
+                raise InputError(f"{key.value!r} is given twice")
+            tree[key.value] = _node(next(events), events, depth + 1)
+        return tree
+    assert isinstance(event, ScalarEvent)
+    return event.value if event.style else _scalar(event.value)
+
+
+def _scalar(text: str) -> Any:
+    """What a word without quotes means."""
+    if text in WORDS:
+        return WORDS[text]
+    if ZERO_LED.fullmatch(text):
+        raise InputError(f"{text[:40]} begins with a zero; write it without, 0o.. if it is octal, or in quotes if it is a word")
+    if INTEGER.fullmatch(text):
+        return int(text, 0)
+    if FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+class _Representer(SafeRepresenter):
+    """Writes what readers of YAML 1.1, of 1.2 and of `parse_yaml` understand alike."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> ScalarNode:
+        plain = data[:1] not in AMBIGUOUS_BEGINNINGS and data.lower() not in AMBIGUOUS
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+
+    def represent_float(self, data: float) -> ScalarNode:
+        text = super().represent_float(data).value
+        return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+_Representer.add_representer(float, _Representer.represent_float)
+AMBIGUOUS_BEGINNINGS = ("", *"0123456789+-.~=<")
+AMBIGUOUS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
+
+
+def dump_yaml(tree: Any) -> str:
+    """Mappings, lists and scalars as YAML; a text that a reader could take for anything else is in quotes."""
+    writer = YAML(typ="safe", pure=True)
+    writer.Representer = _Representer
+    writer.default_flow_style = writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    writer.dump(tree, text)
+    return text.getvalue()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError if the file is missing, unreadable or not a mapping."""
+    """The mapping in a YAML file, a pipe or whatever else opens; read once.
+
+    Raises InputError if it is missing, unreadable or no mapping.
+    """
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be a mapping of settings, got {type(content).__name__}")
     return content
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work."""
+    """A copy of `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work, and `0,2` is a
+    list of numbers too: no shell needs it in quotes. `0,` is a list of one."""
     result = copy.deepcopy(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -93,7 +236,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise InputError(f"--set {override}: {name!r} has no settings below it")
             node = child
-        node[last] = parse_yaml(text, f"--set {key}")
+        node[last] = parse_yaml(f"[{text}]" if NUMBERS.fullmatch(text) else text, f"--set {key}")
     return result
 
 
@@ -110,40 +253,49 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # an unknown key is most often the cause of the other complaints
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path, models = _walk(kind, problem["loc"])
+    path, _ = _walk(kind, problem["loc"])
     dotted, message = ".".join(path), problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     match problem["type"]:
         case "part":
             return f"{dotted}.{message}"
         case "extra_forbidden":
-            return (
-                f"{dotted} is not a setting{did_you_mean(path[-1], [name for model in models for name in model.model_fields])}"
-            )
+            key = str(problem["loc"][-1])
+            path, models = _walk(kind, problem["loc"][:-1])
+            return f"{'.'.join([*path, key])} is not a setting{did_you_mean(key, [n for m in models for n in m.model_fields])}"
         case "missing":
             return f"{dotted} is missing"
         case "value_error":
             return f"{dotted}: {message}" if dotted else message
         case "literal_error" | "union_tag_invalid":
             near = did_you_mean(str(problem["input"]), re.findall(r"'([^']*)'", message))
-            return f"{dotted} must be {message}{near if near.startswith(', did') else ''} (got {problem['input']!r})"
+            return f"{dotted} must be {message}{near if near.startswith(', did') else ''} (got {shown(problem['input'])})"
         case _:
-            return f"{dotted} must be {message} (got {problem['input']!r})"
+            return f"{dotted} must be {message} (got {shown(problem['input'])})"
+
+
+def shown(value: Any) -> str:
+    """A value as an error says it: as it was written, and not longer than a line.
+
+    >>> shown((1, "a"))
+    "[1, 'a']"
+    """
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _walk(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The settings along a location, without the tags that pydantic adds for unions, and the models that hold the last."""
+    """The settings along a location, without the tags of unions, and the models that the last one may be."""
     path: list[str] = []
-    models, holders = [kind], [kind]
+    models = [kind]
     for part in location:
         fields = [model.model_fields[str(part)].annotation for model in models if str(part) in model.model_fields]
         named = [model for model in models if model.model_fields.get("name") and model.model_fields["name"].default == part]
         if named and not fields:
-            models = holders = named
+            models = named
             continue
         path.append(str(part))
-        holders = models
         models = [model for annotation in fields for model in _models_in(annotation)] if fields else models
-    return path, holders
+    return path, models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -124,7 +124,7 @@ class AdjointMatching(Tilting):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        preset = PRESETS.get(values.get("preset") or "", {}) if isinstance(values, dict) else {}
+        preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
         return {**preset, **values} if preset else values
 
     @model_validator(mode="after")

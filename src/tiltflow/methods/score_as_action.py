@@ -36,11 +36,12 @@ still holds signal) reaches it only up to the initial-value bias: paths can be t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from tiltflow import processes
@@ -182,10 +183,11 @@ class ScoreAsAction(Tilting):
     def _start_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = {**PRESETS.get(values.get("preset") or "", {}), **values}
+        values = {**PRESETS.get(str(values.get("preset")), {}), **values}
         if "estimator" not in values:
             sampler = {key: values[key] for key in ("solver", "eta") if key in values}
-            values["estimator"] = "return-minus-value" if Sampling.model_validate(sampler).has_noise else "closed-form"
+            with suppress(ValidationError):  # said of the sampler's own setting
+                values["estimator"] = "return-minus-value" if Sampling.model_validate(sampler).has_noise else "closed-form"
         return values
 
     @model_validator(mode="after")

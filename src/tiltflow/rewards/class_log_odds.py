@@ -11,19 +11,16 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.model import load_classifier
 from tiltflow.reward import Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import Labels, Settings
 
 
-def _some_and_different(classes: tuple[int, ...]) -> tuple[int, ...]:
+def _some(classes: tuple[int, ...]) -> tuple[int, ...]:
     if not classes:
         raise ValueError("needs at least one class, for example [0, 2, 4]")
-    for label in classes:
-        if classes.count(label) > 1:
-            raise ValueError(f"{label} is given twice")
     return classes
 
 
-Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some_and_different)]
+Classes = Annotated[Labels, AfterValidator(_some)]
 
 
 def either(classes: tuple[int, ...]) -> str:
