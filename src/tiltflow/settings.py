@@ -181,7 +181,7 @@ class _Representer(SafeRepresenter):
         return True
 
     def represent_str(self, data: str) -> ScalarNode:
-        plain = data[:1] not in AMBIGUOUS_BEGINNINGS and data.lower() not in AMBIGUOUS
+        plain = data.isprintable() and data[:1] not in AMBIGUOUS_BEGINNINGS and data.lower() not in AMBIGUOUS
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
 
     def represent_float(self, data: float) -> ScalarNode:
