@@ -59,6 +59,58 @@ def test_parity_with_the_pipeline(name: str, steps: int, scale: float, tmp_path:
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)  # the latents and the prompts matter
 
 
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "flux"])
+def test_guidance_at_and_below_1_is_none(name: str, tmp_path: Path) -> None:
+    """As in diffusers: no guidance, not the negative prompt. In flux the scale is an input of the network, 0 too."""
+    pipeline = tiny_pipeline(name, tmp_path)
+    latents = None
+    for scale in (0.0, 0.5, 1.0):
+        model = from_diffusers(pipeline, guidance_scale=scale)
+        assert model.guidance_scale == scale
+        latents = latents_of(model)
+        expected = theirs(pipeline, latents, 4, scale)
+        for given in (None, scale):  # the model's own, and one that is asked for
+            found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=given, latents=latents)
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_guidance_of_0_as_an_input_of_the_network(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("flux", tmp_path)
+    model = from_diffusers(pipeline, guidance_scale=0.0)
+    latents = latents_of(model)
+    expected = theirs(pipeline, latents, 4, 0.0)
+    found = model.sample_latents(PROMPTS, sampling=euler(4), latents=latents)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not torch.equal(found, model.sample_latents(PROMPTS, sampling=euler(4), latents=latents, guidance_scale=3.5))
+
+
+@pytest.mark.parametrize("scale", [-3.0, float("nan"), float("inf")])
+def test_guidance_that_cannot_be(scale: float, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    with pytest.raises(InputError, match=r"guidance_scale .*: must be a number from 0 on"):
+        from_diffusers(pipeline, guidance_scale=scale)
+    with pytest.raises(InputError, match=r"guidance_scale .*: must be a number from 0 on"):
+        from_diffusers(pipeline).sample(PROMPTS[:1], sampling=euler(2), guidance_scale=scale)
+
+
+def test_the_decoder_is_not_rounded(tmp_path: Path) -> None:
+    """Not even where everything else is in 16 bits: bfloat16 keeps 8 of the 24 bits of a weight."""
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    for key in ("dtype", "torch_dtype"):
+        model = from_diffusers(tmp_path / "pipeline", **{key: torch.bfloat16})
+        assert model.pipeline.unet.dtype == model.pipeline.text_encoder.dtype == torch.bfloat16
+        for ours, exact in zip(model.pipeline.vae.parameters(), pipeline.vae.parameters(), strict=True):
+            assert torch.equal(ours, exact)
+
+
+def test_a_network_that_takes_the_scale_in_its_own_way_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(InputError, match="distilled to take the guidance scale as an input"):
+        from_diffusers(pipeline)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -262,6 +314,7 @@ def test_weights_that_are_pickles_are_refused(tmp_path: Path) -> None:
     ("name", "options", "message"),
     [
         ("stable-diffusion", {"height": 17}, "multiples of 2, got 17 and 16"),
+        ("stable-diffusion", {"height": 0}, "multiples of 2, got 0 and 16"),
         ("flux", {"width": 18}, "multiples of 4, got 16 and 18"),
     ],
 )

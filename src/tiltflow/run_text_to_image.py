@@ -257,7 +257,7 @@ def batches(
         told = Decoded(model, given(reward, some), size)
 
         def guide(flow: VelocityField) -> Guided:
-            return Guided(flow, bind(flow, negative), model.guidance_scale)
+            return Guided(flow, bind(flow, negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
 
         def bound(flow: VelocityField) -> VelocityField:
             conditional = bind(flow, condition)
@@ -518,7 +518,7 @@ def evaluate_text_to_image(
             row: dict[str, Any] = {
                 "model": name,
                 **point.model_dump(),
-                "guidance_scale": point.guidance_scale or model.guidance_scale,
+                "guidance_scale": model.guidance_scale if point.guidance_scale is None else point.guidance_scale,
             }
             for key, value in values.items():
                 row |= over_groups(value, settings.num_generations).named(key)

@@ -7,6 +7,7 @@ the pipeline's own; what is particular to a family of pipelines is one file in `
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,8 @@ class TextToImage:
         family: the file in `tiltflow.pipelines` that knows it.
         flow: on the latents, bound to no condition; that of `base` may be the same with its adapter off.
         size: height and width of the pictures.
-        guidance_scale: of classifier-free guidance, or the input of a network that was distilled from it.
+        guidance_scale: of classifier-free guidance, 1 or less for none, as in diffusers; or the input of a network that was
+            distilled from it.
         own_grid: num_inference_steps -> the times of the pipeline's scheduler [K + 1], linear, from noise to data, float64.
         sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
     """
@@ -182,10 +184,13 @@ class TextToImage:
         return torch.cat([images(part) for part in parts])
 
     def guided(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Callable[[VelocityField], VelocityField]:
-        """What gives a flow these prompts, one for each sample, and guides it; by default at the model's own scale."""
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        """What gives a flow these prompts, one for each sample, and guides it; by default at the model's own scale.
+
+        Raises InputError for a scale that is negative or not finite.
+        """
+        scale = self.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
         condition, negative = self.encode(prompts, scale)
-        if negative is None or scale == 1:
+        if negative is None or scale <= 1:
             return lambda flow: bind(flow, condition)
         return lambda flow: Guided(bind(flow, condition), bind(flow, negative), scale)
 
@@ -205,7 +210,9 @@ class TextToImage:
 
         Args:
             latents: the pipeline's starting latents [len(prompts), *event]; drawn from the seed otherwise.
-            guidance_scale: 1 for none; the model's own by default.
+            guidance_scale: 1 or less for none, as in diffusers; the model's own by default.
+
+        Raises InputError for a guidance scale that is negative or not finite.
         """
         drawn = self.sample_latents(
             prompts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, latents=latents, batch_size=batch_size
@@ -247,6 +254,13 @@ class TextToImage:
         return torch.cat(parts)
 
 
+def checked_scale(guidance_scale: float) -> float:
+    """`guidance_scale`. Raises InputError if it is negative or not finite."""
+    if not 0 <= guidance_scale < math.inf:
+        raise InputError(f"guidance_scale {guidance_scale:g}: must be a number from 0 on; 1 or less is no guidance")
+    return guidance_scale
+
+
 def in_dtype(condition: Any, dtype: torch.dtype) -> Any:
     """Conditions in the dtype of the network that reads them, which may be a copy in another than the text encoders'."""
     if isinstance(condition, Mapping):
@@ -283,12 +297,13 @@ def from_diffusers(
 
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
-        guidance_scale: 7.5 by default, 3.5 where it is an input of the network.
+        guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
         options: of `DiffusionPipeline.from_pretrained`, such as `dtype`, `revision` and `variant`.
 
-    The decoder is kept in float32. Weights are read from safetensors only, and no code of the repository is run.
+    The decoder is read and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
 
-    Raises InputError if there is no such pipeline, if its class is not known, or if a component is missing.
+    Raises InputError if there is no such pipeline, if its class is not known, if a component is missing, or for a size or a
+    guidance scale that cannot be.
     """
     pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
     known, name = families(), type(pipeline).__name__
@@ -301,9 +316,9 @@ def from_diffusers(
     if missing := [part for part in family.NEEDED if getattr(pipeline, part, None) is None]:
         raise InputError(f"pipeline {name}: has no {missing[0]}")
     own = family.default_size(pipeline)
-    size = (height or own[0], width or own[1])
+    size = (own[0] if height is None else height, own[1] if width is None else width)
     factor = pipeline.vae_scale_factor * (2 if is_flow(pipeline.scheduler) else 1)
-    if any(side % factor for side in size):
+    if any(side < 1 or side % factor for side in size):
         raise InputError(f"height and width must be multiples of {factor}, got {size[0]} and {size[1]}")
     pipeline.to(device)
     if pipeline.vae.dtype != torch.float32:
@@ -314,14 +329,22 @@ def from_diffusers(
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
     path, prediction = path_of(pipeline.scheduler)
-    denoiser = Denoiser(getattr(pipeline, family.DENOISER), family.predictor(pipeline, size))
-    default = 3.5 if hasattr(family, "distilled_guidance") else 7.5
+    network = getattr(pipeline, family.DENOISER)
+    if network.config.get("time_cond_proj_dim") is not None:
+        raise InputError(
+            f"pipeline {name}: its {family.DENOISER} was distilled to take the guidance scale as an input (time_cond_proj_dim),"
+            " which is known here for FLUX alone"
+        )
+    denoiser = Denoiser(network, family.predictor(pipeline, size))
+    scale = (
+        checked_scale(guidance_scale) if guidance_scale is not None else 3.5 if hasattr(family, "distilled_guidance") else 7.5
+    )
     scheduler = pipeline.scheduler
     if is_flow(scheduler):
         grid = flow_grid(scheduler, family.image_tokens(pipeline, *size), getattr(family, "sigmas", None))
     else:
         grid = diffusion_grid(scheduler)
-    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, guidance_scale or default, cache(grid))
+    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, scale, cache(grid))
     if guidance_scale is not None and model.distilled and not family.distilled_guidance(pipeline):
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
     return model
@@ -337,8 +360,12 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
         path = ASSETS / path
     if Path(path).is_dir() and not (Path(path) / INDEX).exists():
         raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
+    options = {"use_safetensors": True, **options}
+    dtype = options.pop("torch_dtype", options.get("dtype"))  # the older name too
+    if dtype is not None:  # a decoder that is rounded to 16 bits first stays so
+        options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
     try:
-        return DiffusionPipeline.from_pretrained(str(path), **{"use_safetensors": True, **options})
+        return DiffusionPipeline.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise InputError(f"model.diffusers {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
@@ -365,8 +392,10 @@ def with_adapter(
     except ImportError:
         raise InputError("peft is not installed: pip install 'tiltflow[diffusers]'") from None
     network: Any = model.denoiser.network
-    targets = list(target_modules or model.family.TARGET_MODULES)
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, init_lora_weights="gaussian", target_modules=targets)
+    targets = list(model.family.TARGET_MODULES if target_modules is None else target_modules)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, init_lora_weights="gaussian", target_modules=targets
+    )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, "adapter").initial_seed())
