@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,16 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
+from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import PIPELINES, tiny_pipeline
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
-from tiltflow.flow import AdapterOff, Guided, base_of, bind
+from tiltflow.flow import AdapterOff, Guided, base_of, bind, linearize
+from tiltflow.run_text_to_image import tuned_copy
 from tiltflow.sampler import Sampling
 from tiltflow.streams import stream
-from tiltflow.text_to_image import TextToImage, families, with_adapter
+from tiltflow.text_to_image import TextToImage, families, load_tuned, save_tuned, with_adapter
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
 
@@ -278,6 +283,141 @@ def test_a_guided_adapter_is_off_on_both_sides(tmp_path: Path) -> None:
     with off.disabled():  # as during a pullback
         assert torch.equal(off(x, t), plain(x, t))
     assert not torch.equal(model.guided(PROMPTS, 3.0)(model.flow)(x, t), plain(x, t))
+
+
+def style(folder: Path, name: str = "stable-diffusion") -> Path:
+    """A LoRA that changes the pictures, as others train it."""
+    pipeline = tiny_pipeline(name, folder)
+    network = getattr(pipeline, DENOISERS[name])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_k", "to_q"]))
+    layers = {f"{DENOISERS[name]}_lora_layers": get_peft_model_state_dict(network)}
+    type(pipeline).save_lora_weights(folder / "style", **layers)
+    return folder / "style"
+
+
+DENOISERS = {"stable-diffusion": "unet", "stable-diffusion-3": "transformer"}
+STATES: dict[str, Callable[[Any], None]] = {
+    "as it was loaded": lambda pipeline: None,
+    "at half strength": lambda pipeline: pipeline.set_adapters(pipeline.get_active_adapters(), [0.5]),
+    "switched off": lambda pipeline: pipeline.disable_lora(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "state"),
+    [
+        *(("stable-diffusion", adapter, state) for adapter in (None, "default") for state in STATES),
+        ("stable-diffusion-3", None, "as it was loaded"),
+    ],
+)
+def test_a_lora_that_is_there_already_stays(name: str, adapter: str | None, state: str, tmp_path: Path) -> None:
+    """Below the new adapter, in base and tuned alike: a fresh one changes nothing, a trained one leaves its base alone, and
+    both files together, in plain diffusers, are the tuned model."""
+    place, named = style(tmp_path, name), {} if adapter is None else {"adapter_name": adapter}
+    pipeline = tiny_pipeline(name, tmp_path)
+    plain = from_diffusers(pipeline)
+    latents = latents_of(plain)
+
+    def draw(model: TextToImage) -> Tensor:
+        return model.sample_latents(PROMPTS, sampling=euler(3), latents=latents, guidance_scale=2.0)
+
+    without = draw(plain)
+    pipeline.load_lora_weights(place, **named)
+    STATES[state](pipeline)
+    model = from_diffusers(pipeline)
+    before = draw(model)
+    assert torch.equal(before, without) == (state == "switched off")
+    tuned = with_adapter(model, rank=2)
+    assert torch.equal(draw(tuned), before)
+    assert torch.equal(draw(tuned.base()), before)
+    trained = dict(tuned.flow.named_parameters())  # type: ignore[union-attr]
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.2
+    after = draw(tuned)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.equal(draw(tuned.base()), before)
+    assert torch.equal(draw(tuned), after)
+    assert dict(tuned.flow.named_parameters()).keys() == trained.keys()  # type: ignore[union-attr]
+    own = [key for key in trained if "lora_A" in key]
+    assert len(trained) == 2 * len(own)
+    assert all(trained[key].shape[0] == 2 for key in own)  # those of the new one alone, whose rank is 2
+
+    said = pytest.warns(UserWarning, match="was trained on top of 'default.*load that too")
+    with nullcontext() if state == "switched off" else said:
+        save_tuned(tuned, tmp_path / "new")
+    strength = {"as it was loaded": 1.0, "at half strength": 0.5, "switched off": 0.0}[state]
+    fresh = tiny_pipeline(name, tmp_path)
+    fresh.load_lora_weights(place, adapter_name="style")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft: there is one already
+        fresh.load_lora_weights(tmp_path / "new", adapter_name="new")
+    fresh.set_adapters(["style", "new"], [strength, 1.0])
+    assert (draw(from_diffusers(fresh)) - after).abs().max() < 1e-5
+
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter *= 0
+    load_tuned(tuned, tmp_path / "new")
+    assert torch.equal(draw(tuned), after)
+
+
+def test_an_adapter_above_ours(tmp_path: Path) -> None:
+    """A tuned model can be tuned on: its own adapter is that of the base."""
+    model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)), rank=2)
+    with torch.no_grad():
+        for parameter in model.flow.parameters():  # type: ignore[union-attr]
+            parameter += 0.2
+    before = model.sample_latents(PROMPTS, sampling=euler(2), latents=latents_of(model))
+    above = with_adapter(model, rank=3)
+    for one in (above, above.base()):
+        assert torch.equal(one.sample_latents(PROMPTS, sampling=euler(2), latents=latents_of(model)), before)
+    assert all(3 in parameter.shape for parameter in above.flow.parameters())  # type: ignore[union-attr]
+
+
+def test_the_gradient_of_an_adapter_above_another(tmp_path: Path) -> None:
+    """It is there for the new one alone, and the pullback of the base is that of the model before."""
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.load_lora_weights(style(tmp_path))
+    model = from_diffusers(pipeline)
+    x, t, condition = latents_of(model), torch.tensor(0.4), model.encode(PROMPTS)[0]
+    v, pullback = linearize(bind(model.flow, condition), x, t)
+    expected = pullback(v)
+    tuned = with_adapter(model)
+    with torch.no_grad():
+        for parameter in tuned.flow.parameters():  # type: ignore[union-attr]
+            parameter += 0.2
+    found, back = linearize(bind(base_of(tuned.flow), condition), x, t)  # type: ignore[arg-type]
+    assert torch.equal(found, v)
+    assert torch.equal(back(found), expected)
+    bind(tuned.flow, condition)(x, t).square().sum().backward()
+    with_gradient = {name for name, p in tuned.denoiser.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in tuned.flow.named_parameters()}  # type: ignore[union-attr]
+
+
+def test_a_lora_that_is_fused(tmp_path: Path) -> None:
+    """Unloaded it is part of the weights; still loaded, peft would take it out of them, so it is refused."""
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.load_lora_weights(style(tmp_path))
+    pipeline.fuse_lora()
+    model = from_diffusers(pipeline)
+    before = model.sample_latents(PROMPTS, sampling=euler(2), latents=latents_of(model))
+    with pytest.raises(InputError, match=r"call pipeline.unload_lora_weights\(\) first"):
+        with_adapter(model)
+    pipeline.unload_lora_weights()
+    model = from_diffusers(pipeline)
+    tuned = with_adapter(model)
+    for one in (tuned, tuned.base()):
+        assert torch.equal(one.sample_latents(PROMPTS, sampling=euler(2), latents=latents_of(model)), before)
+
+
+def test_a_lora_in_a_network_that_is_tuned_in_full_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.load_lora_weights(style(tmp_path), adapter_name="style")
+    with pytest.raises(InputError, match=r"it has a LoRA loaded \(style\): call pipeline.fuse_lora"):
+        tuned_copy(from_diffusers(pipeline), None, 0)
 
 
 # ---- what cannot work ----

@@ -218,8 +218,16 @@ class Decoded:
 
 
 def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextToImage:
-    """What is going to be trained: the model with a new adapter, or a copy of its denoiser beside it."""
+    """What is going to be trained: the model with a new adapter, or a copy of its denoiser beside it.
+
+    Raises InputError for a copy of a denoiser with a LoRA in it, which plain diffusers could not load again.
+    """
     if adapter is None:
+        if loaded := getattr(model.denoiser.network, "peft_config", {}):
+            raise InputError(
+                f"adapter null tunes the whole {model.family.DENOISER}, and it has a LoRA loaded ({', '.join(loaded)}): call"
+                " pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
+            )
         copy = trainable_copy(cast(Flow, model.flow))
         cast(Any, copy.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
         return replace(model, flow=copy)

@@ -7,6 +7,7 @@ the pipeline's own; what is particular to a family of pipelines is one file in `
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import pkgutil
 import warnings
@@ -58,16 +59,39 @@ class Denoiser(nn.Module):
 
 
 class AdaptedDenoiser(Denoiser):
-    """The network of a pipeline with an adapter that can be switched off."""
+    """The network of a pipeline with a new adapter, which can be switched off.
+
+    Args:
+        adapter: its name in the network. It alone requires gradients.
+        below: the names of the adapters that were active before, and stay so when the new one is off.
+    """
+
+    def __init__(self, network: nn.Module, predict: Callable[..., Tensor], adapter: str, below: Sequence[str] = ()):
+        super().__init__(network, predict)
+        self.adapter, self.below = adapter, tuple(below)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         network: Any = self.network
-        network.disable_adapters()
+        if self.below:
+            self.activate(self.below)
+        else:
+            network.disable_adapters()
         try:
             yield
         finally:
-            network.enable_adapters()
+            if self.below:
+                self.activate((*self.below, self.adapter))
+            else:
+                network.enable_adapters()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """These adapters are on, and no other. peft makes all that are on trainable: those below are frozen again."""
+        network: Any = self.network
+        network.set_adapter(list(names))
+        if self.below:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and self.adapter in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -378,65 +402,90 @@ def with_adapter(
     target_modules: Sequence[str] | None = None,
     seed: int = 0,
 ) -> TextToImage:
-    """`model` with a new LoRA in its own denoiser, in float32: only the LoRA requires gradients, and without it the network is
-    the base.
+    """`model` with a new LoRA in its own denoiser, in float32: only the new one requires gradients, and without it the network
+    is what it was. A LoRA that is loaded and active already stays so below the new one, at its strength.
 
     Args:
         lora_alpha: as in peft, the adapter's output is scaled by lora_alpha / rank; by default `rank`.
         target_modules: the ends of the names of the layers; the attention of the family by default.
 
-    Raises InputError if peft is not installed or no layer has such a name.
+    Raises InputError if peft is not installed, no layer has such a name, or a LoRA is fused into the weights and still loaded.
     """
     try:
         from peft import LoraConfig
     except ImportError:
         raise InputError("peft is not installed: pip install 'tiltflow[diffusers]'") from None
     network: Any = model.denoiser.network
+    below, taken = active_adapters(network), getattr(network, "peft_config", {})
+    adapter = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
     targets = list(model.family.TARGET_MODULES if target_modules is None else target_modules)
-    config = LoraConfig(
-        r=rank, lora_alpha=rank if lora_alpha is None else lora_alpha, init_lora_weights="gaussian", target_modules=targets
-    )
+    alpha = rank if lora_alpha is None else lora_alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
             torch.manual_seed(stream(seed, "adapter").initial_seed())
-            network.add_adapter(config)
+            network.add_adapter(config, adapter)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    denoiser = AdaptedDenoiser(network, model.denoiser.predict, adapter, below)
+    network.enable_adapters()
+    denoiser.activate((*below, adapter))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             if network.dtype == torch.float16:
                 parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
     assert isinstance(model.flow, Flow)
-    return replace(model, flow=replace(model.flow, network=AdaptedDenoiser(network, model.denoiser.predict)))
+    return replace(model, flow=replace(model.flow, network=denoiser))
+
+
+def active_adapters(network: nn.Module) -> list[str]:
+    """The names of the adapters that a network is evaluated with. Raises InputError if one is fused into the weights and still
+    loaded: peft would take it out of them again when another one is added."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise InputError(
+            "a LoRA is fused into the pipeline and still loaded: call pipeline.unload_lora_weights() first; it stays fused"
+        )
+    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
 
 INDEX, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
 
 
 def save_tuned(model: TextToImage, folder: Path) -> None:
-    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does."""
+    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does. Of
+    an adapter above others it is the new one alone, and a warning says what it needs below it."""
     network: Any = model.denoiser.network
     if not isinstance(model.denoiser, AdaptedDenoiser):
         network.save_pretrained(folder / model.family.DENOISER)
         return
     from peft import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(network)
-    metadata = {f"{model.family.DENOISER}_lora_adapter_metadata": network.peft_config["default"].to_dict()}
+    adapter, below = model.denoiser.adapter, model.denoiser.below
+    layers = get_peft_model_state_dict(network, adapter_name=adapter)
+    metadata = {f"{model.family.DENOISER}_lora_adapter_metadata": network.peft_config[adapter].to_dict()}
     model.pipeline.save_lora_weights(folder, **{f"{model.family.DENOISER}_lora_layers": layers}, **metadata)
+    if below:
+        warnings.warn(
+            f"{folder}: holds the new adapter alone, which was trained on top of {', '.join(map(repr, below))}: load that too",
+            stacklevel=2,
+        )
 
 
 def load_tuned(model: TextToImage, folder: Path) -> None:
     """Put what `save_tuned` wrote into a model made in the same way. Raises InputError if it is not there, or is another."""
     network: Any = model.denoiser.network
-    adapted = isinstance(model.denoiser, AdaptedDenoiser)
-    path = folder / LORA if adapted else folder / model.family.DENOISER / "diffusion_pytorch_model.safetensors"
+    adapter = model.denoiser.adapter if isinstance(model.denoiser, AdaptedDenoiser) else None
+    path = folder / (f"{model.family.DENOISER}/diffusion_pytorch_model.safetensors" if adapter is None else LORA)
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be read ({error})") from None
-    if not adapted:
+    if adapter is None:
         network.load_state_dict(weights)
         return
     from peft import set_peft_model_state_dict
@@ -444,8 +493,9 @@ def load_tuned(model: TextToImage, folder: Path) -> None:
     prefix = f"{model.family.DENOISER}."
     wrong = f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?"
     try:
-        result: Any = set_peft_model_state_dict(network, {key.removeprefix(prefix): value for key, value in weights.items()})
+        own = {key.removeprefix(prefix): value for key, value in weights.items()}
+        result: Any = set_peft_model_state_dict(network, own, adapter_name=adapter)
     except RuntimeError:  # torch's word for a wrong shape
         raise InputError(wrong) from None
-    if result.unexpected_keys or any("lora" in key for key in result.missing_keys):
+    if result.unexpected_keys or any(adapter in key.split(".") for key in result.missing_keys):
         raise InputError(wrong)
