@@ -27,6 +27,20 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
         assert prompts[0].metadata == ({} if name == "p.txt" else {"tag": 1})
 
 
+def test_a_line_ends_where_it_ends(tmp_path: Path) -> None:
+    """Not at the other characters that str.splitlines splits at; a byte order mark is no letter; space around is none."""
+    for code in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"):
+        prompt = f"a red{code}cat"
+        (tmp_path / "p.txt").write_bytes(f"\ufeff  {prompt} \r\n\r\na blue dog\n{prompt}".encode())
+        rows = [{"prompt": f" {prompt}"}, {"prompt": ""}, {"prompt": "a blue dog\t"}, {"prompt": prompt}]
+        lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "p.jsonl").write_bytes(f"\ufeff{lines}".encode())
+        (tmp_path / "p.json").write_bytes(f"\ufeff{json.dumps(rows, ensure_ascii=False, indent=1)}".encode())
+        for name in ("p.txt", "p.jsonl", "p.json"):
+            assert texts(Prompts(path=str(tmp_path / name), validation=0))[0] == [prompt, "a blue dog"]
+    assert texts(Prompts(texts=(" a", "a\n", " "), validation=0))[0] == ["a"]
+
+
 def test_a_data_set_of_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([{"text": "a cat"}, {"text": "a dog"}]).save_to_disk(tmp_path / "set")
@@ -62,6 +76,9 @@ def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
         ("p.json", "{}", "must be a list"),
         ("p.json", "[1]", "row 1: has no 'prompt'"),
         ("p.json", "[", "is not JSON"),
+        ("p.json", "[" * 100_000, "is not JSON"),
+        ("p.jsonl", "[" * 100_000, "line 1: is not JSON"),
+        ("p.json", '[{"prompt": "\\ud800"}]', "row 1: '.ud800' has half a character"),
     ],
 )
 def test_mistakes(name: str, content: str, message: str, tmp_path: Path) -> None:

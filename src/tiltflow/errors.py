@@ -60,4 +60,5 @@ def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(wrong, names, n=1)
     if near:
         return f", did you mean {near[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    listed = ", ".join(names[:40] + [".."] * (len(names) > 40))
+    return f"; known: {listed}" if names else ""

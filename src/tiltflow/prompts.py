@@ -15,12 +15,15 @@ from tiltflow.settings import Settings
 from tiltflow.streams import stream
 
 
+MOST_CHARACTERS = 1 << 28  # of a file
+
+
 class Prompts(Settings):
     """Where prompts come from."""
 
     path: str | None = None
     """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
-    folder of `Dataset.save_to_disk`."""
+    folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is not part of it."""
     texts: tuple[str, ...] = ()
     """Or the prompts themselves."""
     column: str = "prompt"
@@ -44,8 +47,10 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
     """
     if (settings.path is None) == (not settings.texts):
         raise InputError("prompts: give either a path or texts")
-    texts = [Prompt(text) for text in settings.texts]
-    prompts = unique(texts if settings.path is None else read_file(Path(settings.path), settings.column))
+    texts = [{settings.column: text} for text in settings.texts]
+    prompts = unique(
+        from_rows(texts, settings.column, "texts") if settings.path is None else read_file(Path(settings.path), settings.column)
+    )
     if not prompts:
         raise InputError(f"prompts: there are none in {settings.path or 'texts'}")
     if isinstance(settings.validation, str):
@@ -65,7 +70,7 @@ def unique(prompts: list[Prompt]) -> list[Prompt]:
     """The first of each text, in order, without those that are blank."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        if prompt.text.strip():
+        if prompt.text:
             first.setdefault(prompt.text, prompt)
     return list(first.values())
 
@@ -74,31 +79,33 @@ def read_file(path: Path, column: str) -> list[Prompt]:
     """The prompts of one file or folder."""
     if path.is_dir():
         return from_rows(_data_set(path), column, str(path))
+    if path.suffix not in (".txt", ".json", ".jsonl"):
+        raise InputError(f"prompts {path}: must be a .txt, .jsonl or .json file, or a folder of a data set")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if path.suffix == ".txt":
-        return [Prompt(line.strip()) for line in lines]
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"prompts {path}: is longer than {MOST_CHARACTERS} characters")
     if path.suffix == ".json":
-        try:
-            tree = json.loads("\n".join(lines))
-        except ValueError as error:
-            raise InputError(f"prompts {path}: is not JSON ({error})") from None
-        if not isinstance(tree, list):
+        rows = from_json(text, str(path))
+        if not isinstance(rows, list):
             raise InputError(f"prompts {path}: must be a list of objects")
-        return from_rows(tree, column, str(path))
-    if path.suffix != ".jsonl":
-        raise InputError(f"prompts {path}: must be a .txt, .jsonl or .json file, or a folder of a data set")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"prompts {path}, line {number}: is not JSON ({error})") from None
+        return from_rows(rows, column, str(path))
+    lines = text.split("\n")  # splitlines() would split at U+2028 and others too, which are part of a prompt
+    if path.suffix == ".txt":
+        return from_rows([{column: line} for line in lines], column, str(path))
+    rows = [from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     return from_rows(rows, column, str(path))
+
+
+def from_json(text: str, where: str) -> Any:
+    """The value that a text is in JSON. Raises InputError if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"prompts {where}: is not JSON ({error})") from None
 
 
 def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
@@ -109,7 +116,10 @@ def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
             known = list(row) if isinstance(row, dict) else []
             hint = did_you_mean(column, known) if column not in known else ", it must be a text"
             raise InputError(f"prompts {where}, row {number}: has no {column!r}{hint}; set prompts.column")
-        prompts.append(Prompt(row[column], {key: value for key, value in row.items() if key != column}))
+        text = row[column].strip()
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"prompts {where}, row {number}: {ascii(text)[:60]} has half a character, which UTF-8 cannot write")
+        prompts.append(Prompt(text, {key: value for key, value in row.items() if key != column}))
     return prompts
 
 
