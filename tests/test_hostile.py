@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -10,7 +11,6 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_http_reward import serving
+from test_http_reward import npy, npy_header, png, raw_answers
 from tiny import UNET, tiny_flow, tiny_recipe
-from torch import Tensor
 
 from tiltflow.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
 from tiltflow.data import load_captioned, load_images
@@ -29,9 +28,10 @@ from tiltflow.errors import CheckpointError, InputError, TiltflowError
 from tiltflow.model import load, read_tensors
 from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.reward import given as told
-from tiltflow.rewards.http import Http, rewards_in
+from tiltflow.rewards.http import Http
 from tiltflow.run import Recipe, run
 from tiltflow.run_text_to_image import TextToImageRecipe
+from tiltflow.serve_reward import BadRequestError, read_request
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml, validate
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -335,68 +335,114 @@ def test_a_forged_checkpoint_is_an_error_and_not_a_traceback(tmp_path: Path) -> 
 
 # ---- reward servers ----
 
-
-class Server(BaseHTTPRequestHandler):
-    """Says what the test wants."""
-
-    say: Callable[[Any], None]
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            type(self).say(self)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def saying(say: Callable[[Any], None]) -> Iterator[str]:
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), type("Says", (Server,), {"say": say}))) as url:
-        yield url
+words = st.sampled_from([
+    b"HTTP/1.1 ", b"200", b" OK", b"\r\n", b"\r\n\r\n", b"Content-Length: ", b"Transfer-Encoding: chunked", b"4", b"-1",
+    b"\xc2\xb2", b"0\r\n", b"429", b"500 ", b"302 Found", b"Retry-After: ", b"Location: http://127.0.0.1:1/", b"HTTP/9.9 ",
+    b"Content-Encoding: gzip", b'{"rewards": [', b"1, ", b"2]}", b"NaN", b"null", b'{"error": "\x1b[2J"}', b"[" * 3000,
+])  # fmt: skip
+answers = (
+    st.lists(words | st.binary(max_size=6), max_size=12).map(b"".join)
+    | st.binary(max_size=60)
+    | (st.binary(max_size=60) | values.map(lambda v: json.dumps({"rewards": v}).encode())).map(
+        b"HTTP/1.1 200 OK\r\n\r\n".__add__
+    )
+)
 
 
-def drip(server: Any) -> None:
-    """A byte now and then, within the socket's timeout each time."""
-    server.send_response(200)
-    server.end_headers()
-    for _ in range(200):
-        server.wfile.write(b" ")
-        server.wfile.flush()
-        time.sleep(0.05)
+@pytest.fixture(scope="module")
+def says() -> Iterator[tuple[str, list[bytes]]]:
+    """The address of a server that answers with the first of these bytes."""
+    answer = [b""]
+    with raw_answers(lambda handler: handler.wfile.write(answer[0])) as url:
+        yield url, answer
 
 
-def flood(server: Any) -> None:
-    server.send_response(200)
-    server.end_headers()
+def any_answer(says: tuple[str, list[bytes]], answer: bytes) -> None:
+    url, says[1][0] = says[0], answer
+    try:
+        found = told(Http(url=url, timeout=5, retries=0).build(), ["a", "b"])(torch.zeros(2, 3, 4, 4))
+    except InputError as error:
+        assert str(error).isprintable()  # noqa: PT017
+    else:
+        assert found.shape == (2,)
+
+
+@FEW
+@given(answer=answers)
+def test_any_answer_is_numbers_or_refused(says: tuple[str, list[bytes]], answer: bytes) -> None:
+    any_answer(says, answer)
+
+
+@pytest.mark.slow
+@MANY
+@given(answer=answers)
+def test_any_answer_is_numbers_or_refused_fuzz(says: tuple[str, list[bytes]], answer: bytes) -> None:
+    any_answer(says, answer)
+
+
+def flood(handler: Any) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
     for _ in range(5000):
-        server.wfile.write(b"x" * (1 << 16))
+        handler.wfile.write(b"x" * (1 << 16))
 
 
-@pytest.mark.parametrize(("say", "message"), [(drip, "has not ended after 0.5 s"), (flood, "is longer than")])
-def test_an_answer_without_end(say: Callable[[Any], None], message: str) -> None:
-    with saying(say) as url:
-        reward = told(Http(url=url, timeout=0.5, retries=0).build(), ["a"])
+def test_an_answer_without_end() -> None:
+    with raw_answers(flood) as url:
+        reward = told(Http(url=url, retries=0).build(), ["a"])
         began = time.monotonic()
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match="is longer than 1048576 bytes"):
             reward(torch.zeros(1, 3, 8, 8))
         assert time.monotonic() - began < 5
 
 
-@FEW
-@given(answer=st.binary(max_size=80) | values.map(lambda v: json.dumps({"rewards": v}).encode()))
-def test_any_answer_is_numbers_or_refused(answer: bytes) -> None:
-    try:
-        found = rewards_in(answer, 2, "url")
-    except InputError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-    else:
-        assert bool(Tensor.isfinite(torch.tensor(found, dtype=torch.float64)).all())
+# ---- requests of a reward ----
 
-
-@pytest.mark.parametrize(
-    "answer", [b"[" * 100_000, b'{"rewards": [1' + b"0" * 400 + b", 1]}", b'{"rewards": [NaN, 1]}', b'{"rewards": [true, 1]}']
+arrays = st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(0, 5), st.integers(0, 5)).map(
+    lambda shape: npy(np.zeros(shape, np.float32))
 )
-def test_answers_that_break_parsers(answer: bytes) -> None:
-    with pytest.raises(InputError):
-        rewards_in(answer, 2, "url")
+headers = st.builds(
+    lambda descr, order, shape, more: npy_header(f"{{'descr': {descr!r}, 'fortran_order': {order}, 'shape': {shape}{more}}}"),
+    st.sampled_from(["<f4", ">f4", "|O", "<f8", "|V0", "x", ["a"], ("<f4", (2,)), "<U999999999"]),
+    st.sampled_from([True, False, 1, "x"]),
+    st.lists(st.integers(-2, 10**12), max_size=4).map(tuple) | st.just("x"),
+    st.sampled_from(["", ", 'x': 1", "}", ", **{}"]),
+)
+pictures_sent = st.lists(st.just(png()) | arrays | headers | st.text(max_size=20) | values, min_size=1, max_size=3)
+requests = (
+    st.binary(max_size=80)
+    | values.map(lambda v: json.dumps(v).encode())
+    | st.fixed_dictionaries(
+        {"images": pictures_sent}, optional={"prompts": st.lists(st.text(max_size=5), max_size=3) | values}
+    ).map(lambda tree: json.dumps(tree).encode())
+)
+
+
+def any_request(body: bytes) -> None:
+    try:
+        images, prompts = read_request(body)
+    except BadRequestError:
+        return
+    assert images.ndim == 4
+    assert len(prompts) in (0, len(images))
+
+
+@FEW
+@given(body=requests)
+def test_any_request_is_pictures_or_refused(body: bytes) -> None:
+    any_request(body)
+
+
+@pytest.mark.slow
+@MANY
+@given(body=requests)
+def test_any_request_is_pictures_or_refused_fuzz(body: bytes) -> None:
+    any_request(body)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=3000)
+@given(**harm)
+def test_any_damage_to_a_picture_sent_is_found_or_harmless_fuzz(cut: int, flips: list[tuple[int, int]]) -> None:
+    for file in (png(), npy(np.ones((3, 4, 4), np.float32))):
+        sent = base64.b64encode(damaged(base64.b64decode(file), cut, flips)).decode()
+        any_request(json.dumps({"images": [sent]}).encode())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -12,13 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from tiltflow.errors import InputError
 
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What NumPy raises for an archive that is damaged, or was made to do damage."""
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, OverflowError, SyntaxError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+"""What NumPy and Pillow raise for an archive that is damaged, or was made to do damage."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -77,7 +82,7 @@ def _from_folder(folder: Path) -> ImageData:
         try:
             with Image.open(file) as image:
                 arrays.append(np.asarray(image if image.mode == "L" else image.convert("RGB")))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise InputError(f"{file}: not a readable image ({error})") from None
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:

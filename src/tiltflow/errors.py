@@ -48,6 +48,15 @@ class CollapseError(TiltflowError):
     """So few samples carry the weight that nothing can be learned: training stops, the weights as before. Exit code 1."""
 
 
+def visible(text: str) -> str:
+    """`text` in one line, with what a terminal would not print but obey written out: control characters, marks of direction.
+
+    >>> visible("red\\x1b[31m\\n\\u202e")
+    'red\\\\x1b[31m\\\\n\\\\u202e'
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """`", did you mean 'right'?"` for the nearest allowed name, the list of names if none is near.
 

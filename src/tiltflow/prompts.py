@@ -14,7 +14,6 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
 
-
 MOST_CHARACTERS = 1 << 28  # of a file
 
 
@@ -118,7 +117,9 @@ def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
             raise InputError(f"prompts {where}, row {number}: has no {column!r}{hint}; set prompts.column")
         text = row[column].strip()
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise InputError(f"prompts {where}, row {number}: {ascii(text)[:60]} has half a character, which UTF-8 cannot write")
+            raise InputError(
+                f"prompts {where}, row {number}: {ascii(text)[:60]} has half a character, which UTF-8 cannot write"
+            )
         prompts.append(Prompt(text, {key: value for key, value in row.items() if key != column}))
     return prompts
 

@@ -7,6 +7,7 @@ import binascii
 import hmac
 import io
 import json
+import math
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
@@ -14,18 +15,18 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, visible
 from tiltflow.plugins import part_of
 from tiltflow.reward import Reward, evaluate, given
 from tiltflow.settings import Settings
 
 HOST = "127.0.0.1"
 MOST_BYTES = 1 << 28  # of a request
-MOST_PIXELS = 1 << 24  # of a picture
+MOST_PIXELS = 1 << 24  # of all pictures of a request together
 
 
 class Served(Settings):
@@ -46,16 +47,19 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
 
     Raises InputError if the port is taken.
     """
-    lock = Lock()  # one batch at a time: the reward may hold a network
+    lock = Lock()  # one batch at a time: the reward may hold a network, and pictures may be large
 
-    def score(body: bytes) -> list[float]:
-        images, prompts = read_request(body)
-        try:
-            with lock, torch.no_grad():
-                values: list[float] = evaluate(given(reward, prompts), images.to(device)).tolist()
-        except (InputError, NonFiniteError, RuntimeError) as error:
-            raise BadRequestError(str(error).splitlines()[0]) from None
-        return values
+    def score(body: bytes) -> list[float | None]:
+        with lock:
+            images, prompts = read_request(body)
+            try:
+                with torch.no_grad():
+                    values = evaluate(given(reward, prompts) if prompts else reward, images.to(device))
+            except NonFiniteError as error:
+                values = error.tensors["rewards"]  # the client decides what becomes of the others
+            except (InputError, RuntimeError) as error:
+                raise BadRequestError(str(error)) from None
+        return [value if math.isfinite(value) else None for value in values.tolist()]
 
     try:
         return ThreadingHTTPServer((HOST, port), handler(score, token))
@@ -63,7 +67,7 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
         raise InputError(f"--port {port}: {error.strerror}") from None
 
 
-def handler(score: Callable[[bytes], list[float]], token: str | None) -> type[BaseHTTPRequestHandler]:
+def handler(score: Callable[[bytes], list[float | None]], token: str | None) -> type[BaseHTTPRequestHandler]:
     """The class that answers requests."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -73,16 +77,18 @@ def handler(score: Callable[[bytes], list[float]], token: str | None) -> type[Ba
             if self.path != "/score":
                 return self._answer(404, {"error": "there is only /score"})
             if token is not None and not hmac.compare_digest(
-                self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()
+                self.headers.get("Authorization", "").encode("utf-8", "replace"), f"Bearer {token}".encode()
             ):
                 return self._answer(401, {"error": "the token is missing or wrong"})
             length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or int(length) > MOST_BYTES:
-                return self._answer(413, {"error": f"a request has a length, of {MOST_BYTES} bytes at most"})
+            if not (length.isascii() and length.isdigit()):
+                return self._answer(400, {"error": "a request has a Content-Length"})
+            if len(length) > 12 or int(length) > MOST_BYTES:
+                return self._answer(413, {"error": f"a request has {MOST_BYTES} bytes at most"})
             try:
                 return self._answer(200, {"rewards": score(self.rfile.read(int(length)))})
             except BadRequestError as error:
-                return self._answer(400, {"error": str(error)})
+                return self._answer(400, {"error": visible(str(error).splitlines()[0])[:400]})
 
         def _answer(self, code: int, tree: dict[str, Any]) -> None:
             body = json.dumps(tree).encode()
@@ -99,38 +105,61 @@ def handler(score: Callable[[bytes], list[float]], token: str | None) -> type[Ba
 
 
 def read_request(body: bytes) -> tuple[Tensor, list[str]]:
-    """Images [batch, 3, height, width] in [-1, 1] and their prompts. Raises BadRequestError if they are anything else."""
+    """Images [batch, channels, height, width] in [-1, 1] and their prompts, which may be none. Raises BadRequestError if they
+    are anything else; nothing is unpacked before all pictures together are known to be small enough."""
     try:
         tree = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRequestError("the request is not JSON") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("images"), list) or not isinstance(tree.get("prompts"), list):
+    images, prompts = (tree.get("images"), tree.get("prompts", [])) if isinstance(tree, dict) else (None, None)
+    if not isinstance(images, list) or not isinstance(prompts, list):
         raise BadRequestError('the request must be {"images": [..], "prompts": [..]}')
-    images, prompts = tree["images"], tree["prompts"]
-    if not images or len(images) != len(prompts) or not all(isinstance(part, str) for part in (*images, *prompts)):
-        raise BadRequestError("images and prompts must be texts, as many of the one as of the other, at least one")
-    pictures = [read_image(text, i) for i, text in enumerate(images)]
-    if len({picture.shape for picture in pictures}) > 1:
+    if not images or len(prompts) not in (0, len(images)) or not all(isinstance(part, str) for part in (*images, *prompts)):
+        raise BadRequestError("images and prompts must be texts, at least one image, and as many prompts or none")
+    files = [read_base64(text, i) for i, text in enumerate(images)]
+    sizes = [size_of(file, i) for i, file in enumerate(files)]
+    if len(set(sizes)) > 1:
         raise BadRequestError("the images of a request must be of one size")
-    return torch.stack(pictures), prompts
+    channels, height, width = sizes[0]
+    if len(files) * height * width > MOST_PIXELS:
+        raise BadRequestError(f"{len(files)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
+    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts
 
 
-def read_image(text: str, number: int) -> Tensor:
-    """[3, height, width] in [-1, 1], of the base64 of a .png or .npy file."""
+def read_base64(text: str, number: int) -> bytes:
+    """The file that is image `number` of a request."""
     try:
-        file = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequestError(f"image {number}: is not base64") from None
+
+
+def size_of(file: bytes, number: int) -> tuple[int, int, int]:
+    """(channels, height, width) of a .png or .npy file, by its header alone."""
     try:
-        if file.startswith(b"\x93NUMPY"):
-            array = np.load(io.BytesIO(file), allow_pickle=False)
-            if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] != 3 or array.size > 3 * MOST_PIXELS:
-                raise BadRequestError(f"image {number}: must be float32 [3, height, width], got {array.dtype} {array.shape}")
-            return torch.from_numpy(array)
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise BadRequestError(f"image {number}: has more than {MOST_PIXELS} pixels")
-            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
-            return pixels.permute(2, 0, 1).float() / 127.5 - 1
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError) as error:
+        if not file.startswith(NPY):
+            with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+                return (1 if image.mode == "L" else 3), image.height, image.width
+        content = io.BytesIO(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[np.lib.format.read_magic(content)](content, max_header_size=1000)
+    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
         raise BadRequestError(f"image {number}: cannot be read ({error})") from None
+    if dtype != np.float32 or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
+        raise BadRequestError(f"image {number}: must be float32 [1 or 3, height, width], got {dtype} {shape}")
+    return shape[0], shape[1], shape[2]
+
+
+def read_image(file: bytes, channels: int, number: int) -> Tensor:
+    """[channels, height, width] in [-1, 1], of a .png or .npy file."""
+    try:
+        if file.startswith(NPY):
+            return torch.from_numpy(np.ascontiguousarray(np.load(io.BytesIO(file), allow_pickle=False)))
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+            pixels = torch.from_numpy(np.array(image if channels == 1 else image.convert("RGB")))
+            return pixels.reshape(*pixels.shape[:2], channels).permute(2, 0, 1).float() / 127.5 - 1
+    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
+        raise BadRequestError(f"image {number}: cannot be read ({error})") from None
+
+
+NPY = b"\x93NUMPY"  # how a .npy file begins

@@ -1,21 +1,29 @@
 """A reward on another machine, or in another environment, over HTTP.
 
 POST JSON {"images": [base64 of .png or .npy files], "prompts": [texts]}, answered by JSON {"rewards": [numbers]}, or by
-{"error": text}. Nothing is ever unpickled. `tiltflow serve-reward` is such a server.
+{"error": text}. A picture that cannot be scored has null in place of a number. Models without prompts send none. Nothing is
+ever unpickled. `tiltflow serve-reward` is such a server.
 """
 
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
+import math
 import os
-import sys
+import re
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import numpy as np
 import torch
@@ -24,11 +32,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tiltflow.data import to_pixels
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, visible
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
 
 MOST_BYTES = 1 << 20  # of an answer
+LONGEST_WAIT = 60.0  # seconds, before a server is asked again
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+SECRET = re.compile(r"key|token|secret|pass|auth|credential|^sig", re.IGNORECASE)
 
 
 class Http(Settings):
@@ -39,23 +50,32 @@ class Http(Settings):
 
     name: Literal["http"] = "http"
     url: str
-    """Such as http://127.0.0.1:8777/score."""
+    """Such as http://127.0.0.1:8777/score. What is secret in it stands in the environment: `https://host/score?key=${API_KEY}`
+    or `https://user:${PASSWORD}@host/score`; files and messages of a run have the name of the variable alone."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Pictures in a request."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds for an answer, from the connection to its last byte."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often to ask again, after 1, 2, 4 .. seconds, a server that does not answer or is busy (429, 5xx)."""
+    """How often a request is made again, after 1, 2, 4 .. seconds or as many as the server asks for (`Retry-After`), if there
+    is no answer, a broken one, or the server is busy (429, 5xx). In all it takes (retries + 1) * timeout seconds at most."""
     format: Literal["png", "npy"] = "png"
-    """png: rounded to 8 bits; npy: float32 [3, height, width] in [-1, 1]."""
+    """png: rounded to 8 bits; npy: float32 [channels, height, width] in [-1, 1]."""
     token_variable: str | None = None
     """The environment variable with the token that is sent as `Authorization: Bearer ..`; it is not written anywhere."""
 
     @field_validator("url")
     @classmethod
-    def _http(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"must begin with http:// or https://, got {url!r}")
+    def _usable(cls, url: str) -> str:
+        check_url(VARIABLE.sub("x", url), url)
+        user, _, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
+        if user and not VARIABLE.fullmatch(password or user):
+            raise ValueError("a password does not belong into a recipe; write ${NAME}, and set NAME in the environment")
+        for key, value in parse_qsl(urlsplit(url).query):
+            if SECRET.search(key) and not VARIABLE.fullmatch(value):
+                raise ValueError(
+                    f"a secret does not belong into a recipe; write {key}=${{NAME}}, and set NAME in the environment"
+                )
         return url
 
     @property
@@ -63,12 +83,22 @@ class Http(Settings):
         return f"what the server at {self.url} says; higher is better"
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        """Raises InputError if the token is asked for and not there."""
+        """Raises InputError if the token, or another variable of the environment, is asked for and not there."""
         headers = {"Content-Type": "application/json", "User-Agent": "tiltflow"}
+        names = [*VARIABLE.findall(self.url), *([self.token_variable] if self.token_variable is not None else [])]
+        for name in names:
+            if not os.environ.get(name):
+                raise InputError(f"reward http: the environment has no {name}")
         if self.token_variable is not None:
-            if self.token_variable not in os.environ:
-                raise InputError(f"reward.token_variable: the environment has no {self.token_variable}")
             headers["Authorization"] = f"Bearer {os.environ[self.token_variable]}"
+        url = VARIABLE.sub(lambda match: quote(os.environ[match[1]], safe=""), self.url)
+        if login := urlsplit(url).netloc.rpartition("@")[0]:
+            headers["Authorization"] = f"Basic {base64.b64encode(unquote(login).encode()).decode()}"
+            url = url.replace(f"{login}@", "", 1)
+        if not all(value.isascii() and value.isprintable() for value in headers.values()):
+            raise InputError(f"reward http: {self.token_variable} is no token, it has characters that a header cannot have")
+        secrets = [os.environ[name] for name in names] + headers.get("Authorization", "").split()[1:]
+        server = Server(f"reward server {self.url}", url, headers, self.timeout, self.retries, tuple(secrets))
 
         def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
             values: list[float] = []
@@ -78,33 +108,103 @@ class Http(Settings):
                     "images": [base64.b64encode(file).decode() for file in files_of(part, self.format)],
                     "prompts": list(prompts[i : i + self.batch_size]),
                 }
-                values += rewards_in(self._ask(json.dumps(body).encode(), headers), len(part), self.url)
+                values += rewards_in(server.ask(json.dumps(body).encode()), len(part), server)
             return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-        return OfPrompts(score)
+        return WithOrWithoutPrompts(score)
 
-    def _ask(self, body: bytes, headers: dict[str, str]) -> bytes:
-        """The answer. Raises InputError if there is none."""
+
+class WithOrWithoutPrompts(OfPrompts):
+    """A reward that is told the prompts, if there are any."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) if self.prompts else self.score(x, ())
+
+
+class NoAnswerError(Exception):
+    """There is no answer, or not a whole one: what to say of it, and how many seconds the server wants to be left alone."""
+
+    def __init__(self, message: str, wait: float = 0.0, final: bool = False):
+        super().__init__(message)
+        self.wait, self.final = wait, final
+
+
+@dataclass(frozen=True)
+class Server:
+    """What answers requests.
+
+    Args:
+        name: how messages call it.
+        url: where it is; secret, as are the headers.
+        timeout: seconds for an answer.
+        retries: how often it is asked again.
+        secrets: what no message may repeat.
+    """
+
+    name: str
+    url: str
+    headers: Mapping[str, str]
+    timeout: float
+    retries: int
+    secrets: tuple[str, ...]
+
+    def ask(self, body: bytes) -> Any:
+        """The JSON that it answers. Raises InputError, with its last reason, if it does not."""
+        deadline = time.monotonic() + (self.retries + 1) * self.timeout
         for attempt in range(self.retries + 1):
             try:
-                request = urllib.request.Request(self.url, body, headers)
-                began, answer = time.monotonic(), b""
-                with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
-                    while part := response.read1(1 << 16):
-                        answer += part
-                        if len(answer) > MOST_BYTES:
-                            raise InputError(f"reward server {self.url}: its answer is longer than {MOST_BYTES} bytes")
-                        if time.monotonic() - began > self.timeout:  # that of the socket begins anew with every byte
-                            raise TimeoutError(f"its answer has not ended after {self.timeout:g} s")
-                return answer
-            except urllib.error.HTTPError as error:
-                reason, final = f"{error.code} {error.reason}{_detail(error)}", error.code < 500 and error.code != 429
-            except (urllib.error.URLError, OSError, ValueError) as error:
-                reason, final = str(getattr(error, "reason", error)), False
-            if final or attempt == self.retries:
-                raise InputError(f"reward server {self.url}: {reason}, asked {attempt + 1} times")
-            time.sleep(2**attempt)
+                return self._in_time(body, min(self.timeout, deadline - time.monotonic()))
+            except NoAnswerError as error:
+                wait = min(max(2.0**attempt, error.wait), LONGEST_WAIT, (deadline - time.monotonic()) / 2)
+                if error.final or attempt == self.retries or wait <= 0:
+                    raise InputError(f"{self.name}: {self.shown(str(error))}, asked {attempt + 1} times") from None
+            time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def shown(self, text: str) -> str:
+        """What the server said, as a message can repeat it."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
+        return visible(text)[:400]
+
+    def _in_time(self, body: bytes, seconds: float) -> Any:
+        """`_once`, left alone after so many seconds: the timeout of a socket begins anew with every byte."""
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((self._once(body), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=seconds)
+        except Empty:
+            raise NoAnswerError(f"no whole answer after {seconds:.3g} s") from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _once(self, body: bytes) -> Any:
+        try:
+            request = urllib.request.Request(self.url, body, dict(self.headers))
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout + 1) as response:
+                answer = response.read(MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                said, final = f"{error.code} {error.reason}{_detail(error)}", error.code < 500 and error.code != 429
+                raise NoAnswerError(said, seconds_in(error.headers.get("Retry-After", "")), final) from None
+        except http.client.HTTPException as error:
+            raise NoAnswerError(f"its answer is broken ({type(error).__name__})") from None
+        except (OSError, ValueError) as error:
+            raise NoAnswerError(str(getattr(error, "reason", error))) from None
+        if len(answer) > MOST_BYTES:
+            raise NoAnswerError(f"its answer is longer than {MOST_BYTES} bytes", final=True)
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            raise NoAnswerError(f"its answer is not JSON: {answer[:60]!r}") from None
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -112,6 +212,33 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *arguments: Any, **options: Any) -> None:
         return None
+
+
+def check_url(url: str, name: str) -> None:
+    """Raises ValueError, which calls it by `name`, if it is no URL that can be asked."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"must begin with http:// or https://, got {name!r}")
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
+    except ValueError:  # of the port, of brackets, of a name too long
+        usable = False
+    if not usable or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f"is no URL: {name!r}")
+
+
+def seconds_in(text: str) -> float:
+    """The seconds of a header `Retry-After`, which may be a date.
+
+    >>> seconds_in("7"), seconds_in("soon")
+    (7.0, 0.0)
+    """
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def files_of(images: Tensor, format: str) -> list[bytes]:
@@ -128,21 +255,27 @@ def files_of(images: Tensor, format: str) -> list[bytes]:
     return files
 
 
-def rewards_in(answer: bytes, count: int, url: str) -> list[float]:
-    """The numbers of an answer. Raises InputError if it is anything else."""
-    try:
-        tree: Any = json.loads(answer)
-    except (ValueError, RecursionError):
-        raise InputError(f"reward server {url}: its answer is not JSON: {answer[:60]!r}") from None
+def rewards_in(tree: Any, count: int, server: Server) -> list[float]:
+    """The numbers of an answer, NaN where there is none. Raises InputError if it is anything else."""
     values = tree.get("rewards") if isinstance(tree, dict) else None
-    if not isinstance(values, list) or len(values) != count or not all(map(is_finite, values)):
-        raise InputError(f"reward server {url}: must answer {{'rewards': [{count} finite numbers]}}, got {str(tree)[:80]}")
-    return [float(value) for value in values]
+    if not isinstance(values, list) or len(values) != count or not all(map(is_number_or_null, values)):
+        raise InputError(
+            f"{server.name}: must answer {{'rewards': [{count} numbers or null]}}, got {server.shown(str(tree))[:80]}"
+        )
+    return [math.nan if value is None else to_float(value) for value in values]
 
 
-def is_finite(value: Any) -> bool:
-    """Whether it is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def is_number_or_null(value: Any) -> bool:
+    """true and false are neither."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def to_float(value: float) -> float:
+    """Infinite, if it is an integer that no float can hold."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
@@ -150,5 +283,5 @@ def _detail(error: urllib.error.HTTPError) -> str:
     try:
         tree = json.loads(error.read(MOST_BYTES))
         return f" ({tree['error']})" if isinstance(tree, dict) and isinstance(tree.get("error"), str) else ""
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError, http.client.HTTPException):
         return ""
