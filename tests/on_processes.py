@@ -84,12 +84,12 @@ def not_finite(folder: Path) -> None:
         import tiltflow.run
 
         before, tiltflow.run.build_reward = tiltflow.run.build_reward, lambda *arguments: reward
-        check, tiltflow.run.check_fit = tiltflow.run.check_fit, lambda *arguments: None
+        check, tiltflow.run.rehearse = tiltflow.run.rehearse, lambda *arguments: None
         try:
             run(recipe, folder / f"{method}-{policy}")
         except NonFiniteError as error:
             (folder / f"said-by-{processes.index()}").write_text(f"{error} {error.where}")
-        tiltflow.run.build_reward, tiltflow.run.check_fit = before, check
+        tiltflow.run.build_reward, tiltflow.run.rehearse = before, check
 
 
 def dies(folder: Path) -> None:

@@ -17,13 +17,13 @@ def texts(settings: Prompts, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
-    rows = [{"prompt": "a cat", "tag": 1}, {"prompt": "a dog", "tag": 2}, {"prompt": "a cat", "tag": 3}]
+    rows = [{"prompt": "a cat", "tag": 1}, {"prompt": "a dog", "tag": 2}, {"prompt": "a cat", "tag": 1}]
     (tmp_path / "p.txt").write_text("a cat\n\n  a dog  \na cat\n")
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "p.json").write_text(json.dumps(rows))
     for name in ("p.txt", "p.jsonl", "p.json"):
         prompts, _ = read_prompts(Prompts(path=str(tmp_path / name), validation=0))
-        assert [p.text for p in prompts] == ["a cat", "a dog"]  # each once, the first one's metadata
+        assert [p.text for p in prompts] == ["a cat", "a dog"]  # each once
         assert prompts[0].metadata == ({} if name == "p.txt" else {"tag": 1})
 
 
@@ -39,6 +39,18 @@ def test_a_line_ends_where_it_ends(tmp_path: Path) -> None:
         for name in ("p.txt", "p.jsonl", "p.json"):
             assert texts(Prompts(path=str(tmp_path / name), validation=0))[0] == [prompt, "a blue dog"]
     assert texts(Prompts(texts=(" a", "a\n", " "), validation=0))[0] == ["a"]
+
+
+def test_a_prompt_with_other_metadata_is_another_and_held_out_with_its_text(tmp_path: Path) -> None:
+    rows = [{"prompt": f"prompt {i}", "tags": [j]} for i in range(20) for j in (1, 1, 2)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held = read_prompts(Prompts(path=str(tmp_path / "p.jsonl"), validation=0.25))
+    assert len(held) == 2 * 5
+    assert len(train) == 2 * 15
+    assert [p.metadata["tags"] for p in train[:4]] == [[1], [2], [1], [2]]
+    assert not {p.text for p in train} & {p.text for p in held}
+    alone = texts(Prompts(texts=tuple(f"prompt {i}" for i in range(20)), validation=0.25))[1]
+    assert list(dict.fromkeys(p.text for p in held)) == alone
 
 
 def test_a_data_set_of_datasets(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tiltflow.export import export_run
 from tiltflow.features import distances_to_reference
 from tiltflow.flow import Flow, bind
 from tiltflow.monitor import over_groups, read_looks
+from tiltflow.prompts import Prompt
 from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.reward import PerPrompt, given
 from tiltflow.rewards.function import Function
@@ -109,7 +110,7 @@ def test_guidance_modes(mode: str, tmp_path: Path) -> None:
     """What acts and what learns: the velocities of a batch, against the guided and the unguided field by hand."""
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
     training = TextToImageTraining(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
-    batch = batches(model, ["a red cat"], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(stream(0, "b"))
+    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(stream(0, "b"))
     condition, negative = model.encode(["a red cat"] * 3)
     assert isinstance(model.flow, Flow)
     plain, empty = (model.flow.bind(part)(batch.x, torch.tensor(0.4)) for part in (condition, negative))
@@ -135,7 +136,7 @@ def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path)
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
     training = TextToImageTraining(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
     sampling = Sampling(num_inference_steps=3)
-    batch = batches(model, ["a red cat"], lambda x: x.flatten(1).mean(1), training, sampling)(stream(0, "b"))
+    batch = batches(model, [Prompt("a red cat")], lambda x: x.flatten(1).mean(1), training, sampling)(stream(0, "b"))
     assert isinstance(model.flow, Flow)
     tuned, base = batch.bind(model.flow), batch.bind(model.base().flow)
     for micro in (None, 1):
@@ -267,14 +268,14 @@ def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Told:
-        def given(self, prompts: list[str]) -> Told:
+        def given(self, prompts: list[str], metadata: Any) -> Told:
             seen.append(prompts)
             return self
 
         def __call__(self, x: Tensor) -> Tensor:
             return x.flatten(1).mean(1)
 
-    draw = batches(model, ["a", "b", "c"], Told(), training, Sampling(num_inference_steps=3))
+    draw = batches(model, [Prompt("a"), Prompt("b"), Prompt("c")], Told(), training, Sampling(num_inference_steps=3))
     batch = draw(stream(0, "one"))
     assert [seen[0][0]] * 3 + [seen[0][3]] * 3 == list(seen[0])
     assert seen[0][0] != seen[0][3]
@@ -598,7 +599,7 @@ def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
     assert {p.dtype for p in tuned.denoiser.parameters()} == {torch.float32}
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     batch = batches(
-        tuned, ["a"], lambda x: x.mean((1, 2, 3)), TextToImageTraining(guidance_mode="none"), Sampling(num_inference_steps=3)
+        tuned, [Prompt("a")], lambda x: x.mean((1, 2, 3)), TextToImageTraining(guidance_mode="none"), Sampling(num_inference_steps=3)
     )(stream(0, "b"))
     a, b = (batch.bind(one.flow)(batch.x, torch.tensor(0.5)) for one in (tuned, model))  # type: ignore[arg-type]
     assert a.dtype == b.dtype == torch.float32

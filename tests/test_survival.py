@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint
 from tiltflow.cli import app
-from tiltflow.errors import NonFiniteError, OutOfMemoryError
+from tiltflow.errors import NonFiniteError, OutOfMemoryError, UserCodeError
 from tiltflow.optimization import all_finite
 from tiltflow.run import Recipe, run
 from tiltflow.run_folder import read_records
@@ -225,7 +225,7 @@ def test_out_of_memory_says_what_to_lower(
 ) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING | {"train_batch_size": 12, "micro_batch_size": 6}, evaluation=MEASURED)
     monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: says)
-    monkeypatch.setattr("tiltflow.run.check_fit", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.run.rehearse", lambda *arguments: None)
     with pytest.raises(
         OutOfMemoryError, match=r"out of memory \(.*training.micro_batch_size=3 \(now 6\) gives the same result"
     ):
@@ -235,7 +235,7 @@ def test_out_of_memory_says_what_to_lower(
 
 def test_another_runtime_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_with(tmp_path, monkeypatch, "{3}", "torch.zeros(3) + torch.zeros(4)")
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(UserCodeError, match=r"the reward raised RuntimeError: The size of tensor"):
         run(recipe, tmp_path / "run")
 
 
@@ -260,6 +260,6 @@ def test_gradients_of_a_split_batch_are_those_of_the_whole_one(method: str, tmp_
 def test_the_command_line_shows_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING, evaluation=MEASURED)
     monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: cuda_says)
-    monkeypatch.setattr("tiltflow.run.check_fit", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.run.rehearse", lambda *arguments: None)
     result = CliRunner().invoke(app, ["train", str(path), "-o", str(tmp_path / "run")])
     assert isinstance(result.exception, OutOfMemoryError)

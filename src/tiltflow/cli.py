@@ -1,7 +1,8 @@
 """The command line: parse, build, loop, write. Each command does what one function of the library does.
 
 With --json the last line on standard output is one JSON object and all else goes to standard error. Exit code 0 is
-success, 2 wrong input, 1 failure, 130 Ctrl-C, 143 SIGTERM.
+success, 2 wrong input, 1 failure, 130 Ctrl-C, 143 SIGTERM. TILTFLOW_TRACEBACK=1 in the environment shows where an error
+comes from, beside its one line.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -571,6 +573,8 @@ def main() -> None:
     try:
         app()
     except TiltflowError as error:
+        if os.environ.get("TILTFLOW_TRACEBACK"):
+            traceback.print_exc()
         code = 2 if isinstance(error, InputError) else 1
         if not _speaks():
             time.sleep(3)  # what all processes find, the first one says; its end then takes this one down

@@ -19,7 +19,7 @@ from tiltflow.evaluation import ImportanceWeights
 from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
-from tiltflow.run import Recipe, build_judge, build_reward, check_fit, prepare
+from tiltflow.run import Recipe, build_reward, prepare, rehearse
 from tiltflow.run_text_to_image import TextToImageRecipe
 from tiltflow.run_text_to_image import prepare as prepare_text_to_image
 from tiltflow.sampler import Sampling, Start, rollout, sample
@@ -121,9 +121,7 @@ def admit(recipe: Any, device: str) -> Patient:
 
     model = load(recipe.model, device)
     reward = build_reward(recipe.reward, recipe.method, device)
-    check_fit("reward", reward, model, device)
-    if recipe.evaluation.judge is not None:
-        check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], model, device)
+    rehearse(recipe, model, reward, device)
     tuned, loop = prepare(model, reward, recipe.method, recipe.training, seed=recipe.seed)
     x = model.start(recipe.training.train_batch_size, stream(recipe.seed, "start", 0, device=model.device))
     return Patient(recipe, tuned.flow, model.flow, reward, Batch(x), model.flow.noise_time, model.device, loop)

@@ -31,6 +31,19 @@ class Interrupted(TiltflowError):
         self.signal = signal
 
 
+class UserCodeError(TiltflowError):
+    """A function of the user raised an exception: one line that says what, and in which function, line and file. Exit code 1;
+    what is tried before the first step raises InputError instead.
+
+    Args:
+        traceback: the whole of it, as Python prints it.
+    """
+
+    def __init__(self, message: str, traceback: str = ""):
+        super().__init__(message)
+        self.traceback = traceback
+
+
 class NonFiniteError(TiltflowError):
     """A number that must be finite is not: training stops before the weights are touched. Exit code 1.
 

@@ -200,8 +200,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int, device: str = "cpu") -> Tensor:
-    """`function` over x, by all processes and a batch at a time on `device`; the results on the CPU, without gradients."""
-    found = [function(x[part].to(device)) for part in processes.shares(len(x), size)]
+    """`function` over copies of x, by all processes and a batch at a time on `device`; the results on the CPU, without
+    gradients."""
+    found = [function(x[part].to(device, copy=True)).clone() for part in processes.shares(len(x), size)]
     return processes.gathered(found, len(x)).cpu()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation import in_batches
 from tiltflow.plugins import import_function
 from tiltflow.streams import stream
+from tiltflow.user_code import explained
 
 MOST_KID = 1000
 """Pictures of a subset of KID, as its authors have it (1801.01401)."""
@@ -37,11 +39,20 @@ def feature_extractor(name: str, device: str = "cpu") -> Features:
 
 
 def features_of(images: Tensor, extract: Features, batch_size: int, device: str) -> Tensor:
-    """[n, width], float64, on the CPU. Raises InputError if a function of the user returns something else."""
-    found = in_batches(extract, images, batch_size, device)
-    if found.ndim != 2 or len(found) != len(images):
-        raise InputError(f"evaluation.features must return [batch, width], got {list(found.shape)} for {len(images)} pictures")
-    return found.double()
+    """[n, width], float64, on the CPU. Raises InputError if a function of the user returns something else, UserCodeError if it
+    raises an exception."""
+
+    def checked(part: Tensor) -> Tensor:
+        with explained("evaluation.features"):
+            found: Any = extract(part)
+        if not isinstance(found, Tensor):
+            raise InputError(f"evaluation.features must return a tensor [batch, width], got {type(found).__name__}")
+        if found.ndim != 2 or len(found) != len(part):
+            got = f"{list(found.shape)} for {len(part)} pictures"
+            raise InputError(f"evaluation.features must return [batch, width], got {got}")
+        return found
+
+    return in_batches(checked, images, batch_size, device).double()
 
 
 class _AsTheyAre(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ class Prompt:
 
 
 def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
-    """(for training, held out), each prompt once. Held out are those that a seeded shuffle puts first; a single prompt is both.
+    """(for training, held out), each prompt once. Held out are texts that a seeded shuffle puts first; a single one is both.
 
     Raises InputError if there are none, or if a line or a column is not what it should be.
     """
@@ -57,21 +58,31 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
         if not held_out:
             raise InputError(f"prompts.validation: there are none in {settings.validation}")
         return prompts, held_out
-    if len(prompts) == 1 or settings.validation == 0:
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    if len(texts) == 1 or settings.validation == 0:
         return prompts, prompts
-    count = min(max(1, round(settings.validation * len(prompts))), len(prompts) - 1)
-    order = torch.randperm(len(prompts), generator=stream(seed, "held out")).tolist()
-    held = set(order[:count])
-    return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
+    count = min(max(1, round(settings.validation * len(texts))), len(texts) - 1)
+    order = torch.randperm(len(texts), generator=stream(seed, "held out")).tolist()
+    held = {texts[i] for i in order[:count]}
+    return [p for p in prompts if p.text not in held], [p for p in prompts if p.text in held]
 
 
 def unique(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of each text, in order, without those that are blank."""
-    first: dict[str, Prompt] = {}
+    """The first of each text with the same metadata, in order, without those that are blank."""
+    first: dict[Any, Prompt] = {}
     for prompt in prompts:
         if prompt.text:
-            first.setdefault(prompt.text, prompt)
+            first.setdefault((prompt.text, key_of(prompt.metadata)), prompt)
     return list(first.values())
+
+
+def key_of(metadata: Mapping[str, Any]) -> str:
+    """A text that tells metadata apart.
+
+    >>> key_of({"b": [1], "a": 2})
+    '{"a": 2, "b": [1]}'
+    """
+    return json.dumps(metadata, sort_keys=True, default=repr)
 
 
 def read_file(path: Path, column: str) -> list[Prompt]:

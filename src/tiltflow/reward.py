@@ -3,20 +3,32 @@
 A reward takes x [batch, *event] and returns [batch]: finite, one number per sample, no sample looking at its neighbours.
 Methods that need a gradient say so, and get it from autograd. A plain function is a reward. A reward may learn while a method
 trains: from the samples that it is shown after each iteration. A reward of a text-to-image model may be told the prompts.
+
+A reward is code of the user: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from inspect import Parameter
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tiltflow import processes
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flow import rows
+from tiltflow.user_code import explained
+
+Metadata = Mapping[str, Any]
+"""What the file of prompts says of one beside its text: its other columns."""
+NonFiniteRewards = Literal["error", "drop"]
+"""What happens to samples whose reward is NaN or infinite: the run ends, or they are left out."""
+Told = TypeVar("Told")
 
 
 class Reward(Protocol):
@@ -48,23 +60,63 @@ class LearnedReward(Protocol):
 
 @dataclass(frozen=True)
 class OfPrompts:
-    """A reward of a picture and the prompt that it was made for: score(images [batch, ..], prompts) -> [batch]."""
+    """A reward of pictures that is told what they were made for.
 
-    score: Callable[[Tensor, Sequence[str]], Tensor]
+    Args:
+        score: called score(images [batch, ..], **those that it asks for) -> [batch].
+        asks: `prompts`, a text for each picture, `metadata`, a mapping for each, or both.
+    """
+
+    score: Callable[..., Tensor]
+    asks: tuple[str, ...] = ("prompts",)
     prompts: tuple[str, ...] = ()
+    metadata: tuple[Metadata, ...] = ()
 
-    def given(self, prompts: Sequence[str]) -> OfPrompts:
+    def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> OfPrompts:
         """The reward of pictures of these prompts, one for each."""
-        return replace(self, prompts=tuple(prompts))
+        return replace(self, prompts=tuple(prompts), metadata=tuple(metadata or ({} for _ in prompts)))
 
     def rows(self, which: Tensor | slice) -> OfPrompts:
         """The same for those samples of the batch."""
-        return self.given(chosen(self.prompts, which))
+        return self.given(chosen(self.prompts, which), chosen(self.metadata, which))
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self.prompts) != len(x):
             raise InputError(f"the reward is of pictures and their prompts, and has {len(self.prompts)} prompts for {len(x)}")
-        return self.score(x, self.prompts)
+        return self.score(x, **{name: getattr(self, name) for name in self.asks})
+
+
+def from_function(function: Callable[..., Any], name: str = "the reward") -> Reward:
+    """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts` and
+    `metadata`: they are passed by name, so their order does not matter. It returns [batch] floats, or that and anything, as
+    DDPO's rewards do.
+
+    Raises InputError, naming it as `name`, if it needs any other argument.
+    """
+    if not callable(function):
+        raise InputError(f"{name} must be a function of samples [batch, ..] -> [batch], is {type(function).__name__}")
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # written in C: it takes the images
+        return cast(Reward, function)
+    parameters = [p for p in signature.parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+    asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata"))
+    others = [p for p in parameters if p.name not in asks]
+    images = next((p for p in others if p.name == "images"), others[0] if others else None)
+    needed = [p.name for p in others if p is not images and p.default is Parameter.empty]
+    any_number = any(p.kind is Parameter.VAR_POSITIONAL for p in signature.parameters.values())
+    if needed or (images is None and not any_number):
+        got = ", ".join(signature.parameters) or "none"
+        raise InputError(f"{name} has the arguments ({got}); it can have the images, under any name, `prompts` and `metadata`")
+    if not asks and (images is None or images is parameters[0]):
+        return cast(Reward, function)
+
+    def score(x: Tensor, **told: Any) -> Any:
+        values = told if images is None else {images.name: x, **told}
+        ordered = [values.pop(p.name) for p in parameters if p.kind is Parameter.POSITIONAL_ONLY and p.name in values]
+        return function(*([x] if images is None else []), *ordered, **values)
+
+    return OfPrompts(score, asks) if asks else score
 
 
 @dataclass(frozen=True)
@@ -73,19 +125,19 @@ class PerPrompt:
     as hard as any other, however far apart its pictures are. A fixed reward, unlike one that is standardised in its batch.
 
     Args:
-        statistics: prompts -> (mean, std), both [len(prompts)].
+        statistics: prompts and their metadata -> (mean, std), both [len(prompts)].
     """
 
     reward: Reward
-    statistics: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    statistics: Callable[[Sequence[str], Sequence[Metadata] | None], tuple[Tensor, Tensor]]
     prompts: tuple[str, ...] = ()
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     std: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def given(self, prompts: Sequence[str]) -> PerPrompt:
+    def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> PerPrompt:
         """The reward of samples of these prompts, whose statistics are asked for now: by all processes together."""
-        mean, std = self.statistics(prompts)
-        return replace(self, reward=given(self.reward, prompts), prompts=tuple(prompts), mean=mean, std=std)
+        mean, std = self.statistics(prompts, metadata)
+        return replace(self, reward=given(self.reward, prompts, metadata), prompts=tuple(prompts), mean=mean, std=std)
 
     def rows(self, which: Tensor | slice) -> PerPrompt:
         """The same for those samples of the batch."""
@@ -98,14 +150,14 @@ class PerPrompt:
         return (values - self.mean.to(values)) / self.std.to(values)
 
 
-def chosen(prompts: Sequence[str], which: Tensor | slice) -> Sequence[str]:
-    """Those of the prompts, one for each sample."""
-    return prompts[which] if isinstance(which, slice) else [prompts[i] for i in which.tolist() if prompts]
+def chosen(told: Sequence[Told], which: Tensor | slice) -> Sequence[Told]:
+    """Those of the prompts, or of their metadata, one for each sample."""
+    return told[which] if isinstance(which, slice) else [told[i] for i in which.tolist() if told]
 
 
-def given(reward: Reward, prompts: Sequence[str]) -> Reward:
+def given(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> Reward:
     """The reward of samples of these prompts, one for each; one that does not ask for prompts is the same for all."""
-    told: Reward = reward.given(prompts) if hasattr(reward, "given") else reward
+    told: Reward = reward.given(prompts, metadata) if hasattr(reward, "given") else reward
     return told
 
 
@@ -122,7 +174,7 @@ class Shared:
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = processes.shares(len(x))
-        return processes.gathered([_values(rows(self.reward, part), x[part]) for part in parts], len(x))
+        return processes.gathered([values_of(rows(self.reward, part), x[part]) for part in parts], len(x))
 
 
 def shared(reward: Reward) -> Reward:
@@ -130,10 +182,17 @@ def shared(reward: Reward) -> Reward:
     return reward if processes.count() == 1 else Shared(reward)
 
 
-def evaluate(reward: Reward, x: Tensor) -> Tensor:
-    """`reward(x)`, checked. Raises InputError for a wrong shape or type, NonFiniteError, in all processes, for NaN or infinity
-    in one."""
-    value = _values(reward, x)
+def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") -> Tensor:
+    """`reward(x)`, checked: [batch].
+
+    Args:
+        non_finite: `drop` gives NaN where the reward is NaN or infinite, for the caller to leave out.
+
+    Raises what `values_of` raises, and NonFiniteError, in all processes, for NaN or infinity in one.
+    """
+    value = values_of(reward, x)
+    if non_finite == "drop":
+        return torch.where(value.isfinite(), value, torch.nan)
     bad = (~torch.isfinite(value.detach())).nonzero()[:, 0]
     if processes.greatest(len(bad), x.device):
         raise NonFiniteError(
@@ -148,29 +207,64 @@ def evaluate(reward: Reward, x: Tensor) -> Tensor:
     return value
 
 
-def _values(reward: Reward, x: Tensor) -> Tensor:
-    """`reward(x)` [batch]. Raises InputError for a wrong shape or type."""
-    value = reward(x)
+def values_of(reward: Reward, x: Tensor) -> Tensor:
+    """`reward(x)` [batch], of a copy of x through which gradients pass. NaN and infinity are not looked for.
+
+    Raises InputError for a wrong shape or type, or if the reward hides from autograd that it changes its copy; UserCodeError if
+    it raises an exception.
+    """
+    handed = x.clone()
+    with explained("the reward"):
+        value: Any = reward(handed)
+    if isinstance(value, tuple) and len(value) == 2:
+        value = value[0]  # (rewards, info), as in DDPO
     if not isinstance(value, Tensor):
-        raise InputError(f"the reward must return a tensor, got {type(value).__name__}")
+        hint = "; torch.as_tensor(values) makes one" if isinstance(value, (list, np.ndarray)) else ""
+        raise InputError(f"the reward must return a tensor, got {type(value).__name__}{hint}")
     if value.shape != x.shape[:1]:
         raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
     if not value.dtype.is_floating_point:
         raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
-    return value
+    # what autograd sees is counted in _version: its gradient is right, or torch refuses it
+    if value.requires_grad and handed._version == 0 and not torch.allclose(handed, x, rtol=0, atol=0, equal_nan=True):
+        raise InputError(
+            "the reward changes its argument through .data or NumPy, which makes its gradient wrong; use a clone()"
+        )
+    return value.clone()
+
+
+def try_reward(
+    reward: Reward, x: Tensor, what: str = "the reward", *, gradient: bool = False, non_finite: NonFiniteRewards = "error"
+) -> None:
+    """Raises InputError, of one line, if the reward does not work for samples x [batch, *event] as a method will use it: shape,
+    type, an exception; with `gradient`, that too; and, unless they are going to be dropped, numbers that are not finite."""
+    try:
+        with torch.set_grad_enabled(gradient):
+            finite = values_of(reward, x).isfinite() if non_finite == "drop" else torch.ones(len(x), dtype=torch.bool)
+            kept = finite.nonzero()[:, 0]
+            if len(kept):
+                (value_and_gradient if gradient else evaluate)(rows(reward, kept), x[kept])
+    except NonFiniteError as error:
+        raise InputError(str(error)) from error
+    except UserCodeError as error:
+        unfit = isinstance(error.__cause__, RuntimeError)  # torch's word for a wrong shape
+        fit = f"{what} does not take samples of shape {list(x.shape[1:])}: " if unfit else ""
+        raise InputError(f"{fit}{error}") from error
 
 
 def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
     """(r [batch], gradient of r with respect to x [batch, *event]), both detached and in float32 or better.
 
-    Raises InputError if the reward has no gradient, NonFiniteError if it is not finite.
+    Raises InputError if the reward has no gradient, or what it writes in place is needed for it; NonFiniteError if it is not
+    finite.
     """
     with torch.enable_grad():
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         value = evaluate(reward, x)
         if not value.requires_grad:
             raise InputError("the reward has no gradient with respect to the sample, and this method needs one")
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        with explained("the gradient of the reward"):
+            (gradient,) = torch.autograd.grad(value.sum(), x)
     bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[:, 0]
     if processes.greatest(len(bad), x.device):
         raise NonFiniteError(

@@ -28,7 +28,7 @@ from tiltflow.calibration import Calibration, target_reward
 from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
@@ -50,12 +50,13 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
-from tiltflow.reward import LearnedReward, Reward, evaluate
+from tiltflow.reward import LearnedReward, Reward, evaluate, from_function, try_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
+from tiltflow.user_code import tried
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"
@@ -133,7 +134,7 @@ def tune(
 
     Returns a tuned copy, `model` being the base; a model with a peft adapter is its own base and is tuned in place.
     """
-    tuned, records = steps(model, reward, method, training or Training(), seed=seed)
+    tuned, records = steps(model, from_function(reward), method, training or Training(), seed=seed)
     for record in records:
         watch(record)
     return tuned
@@ -234,15 +235,7 @@ def run(
         place = RunFolder.begin(folder, recipe, note)
         base = load(recipe.model, device)
         reward = build_reward(recipe.reward, recipe.method, device)
-        check_fit("reward", reward, base, device)
-        # a solver of the user's that does not work is found out now, not after training
-        base.sample(2, sampling=recipe.sampling)
-        if recipe.evaluation.judge is not None:
-            check_fit("evaluation.judge", build_judge(recipe.evaluation, device)[0], base, device)
-        if recipe.evaluation.data is not None:
-            if recipe.evaluation.judge is None:
-                raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
-            evaluation_images(recipe.evaluation)
+        rehearse(recipe, base, reward, device)
 
         began = time.perf_counter()
         tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
@@ -491,20 +484,33 @@ def build_judge(settings: Evaluation, device: str) -> tuple[nn.Module, Classifie
     return network, config
 
 
-def check_fit(what: str, function: Callable[[Tensor], Tensor], model: Model, device: str) -> None:
-    """Raises InputError if a reward or judge cannot take what the model makes; a reward must also be finite, one per sample."""
-    x = model.start(2, stream(0, "check", device=device))
-    try:
-        if what == "reward":
-            evaluate(function, x)
-        else:
-            function(x)
-    except NonFiniteError as error:
-        raise InputError(str(error)) from None
-    except RuntimeError as error:  # torch's word for a wrong shape
-        raise InputError(
-            f"{what} does not take samples of shape {list(model.event_shape)}: {str(error).splitlines()[0]}"
-        ) from None
+def rehearse(recipe: Recipe, base: Model, reward: Reward, device: str) -> None:
+    """Try on two samples of the base all that the training and the evaluation will need of others. Raises InputError, of one
+    line, for what does not work: now, and not after the training."""
+    settings = recipe.evaluation
+    with tried():
+        x = base.sample(2, seed=recipe.seed, sampling=recipe.sampling).to(device)
+    gradient = getattr(recipe.method, "needs_reward_gradient", False)
+    try_reward(reward, x, gradient=gradient, non_finite=recipe.training.non_finite_rewards)
+    if settings.judge is None:
+        if settings.data is not None:
+            raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
+        return
+    judge = build_judge(settings, device)[0]
+    seen = (
+        {"samples": x}
+        if settings.data is None
+        else {"samples": x, "evaluation.data": evaluation_images(settings)[:2].to(device)}
+    )
+    for name, images in seen.items():
+        try:
+            with torch.no_grad():
+                judge(images)
+                cast(Callable[[Tensor], Tensor], judge.features)(images)
+        except RuntimeError as error:  # torch's word for a wrong shape
+            raise InputError(
+                f"evaluation.judge does not take {name} of shape {list(images.shape[1:])}: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def read_recipe(folder: Path) -> Recipe:

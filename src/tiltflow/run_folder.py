@@ -5,7 +5,7 @@ metrics.jsonl    one line per optimizer step
 checkpoints/     what training goes on from; see `tiltflow.checkpoint`
 monitor.jsonl    one line per look at the model while it trained; see `tiltflow.monitor`
 best/            the model at the best of these looks
-diagnostics/     for each number that was not finite: what it was and what it came from
+diagnostics/     for each number that was not finite: what it was and what it came from; the traceback of what user code raised
 """
 
 from __future__ import annotations
@@ -27,17 +27,27 @@ from torch import Tensor
 
 from tiltflow import checkpoint, processes
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import CheckpointError, CollapseError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
+from tiltflow.errors import (
+    CheckpointError,
+    CollapseError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    OutOfMemoryError,
+    UserCodeError,
+)
 from tiltflow.evaluation import Estimate
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
+from tiltflow.reward import NonFiniteRewards
 from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
 from tiltflow.signals import noted
 from tiltflow.trackers import Name, Tracker, check_tracker
-from tiltflow.trainer import BatchEnd, NonFiniteRewards, Record
+from tiltflow.trainer import BatchEnd, Record
+from tiltflow.user_code import out_of_memory
 
 Count = Annotated[int, Field(ge=1)]
 ECHO = 5.0  # seconds
-RECIPE, METRICS, DIAGNOSTICS = "recipe.yaml", "metrics.jsonl", "diagnostics"
+RECIPE, METRICS, DIAGNOSTICS, TRACEBACK = "recipe.yaml", "metrics.jsonl", "diagnostics", "traceback.txt"
 
 FREE_TO_CHANGE = (
     "description",
@@ -249,8 +259,8 @@ class RunFolder:
             watcher: how to look at the model while it trains, if the recipe has a monitor.
             handle_signals: whether SIGINT and SIGTERM ask the loop to stop while it runs; not for threads.
 
-        Raises what the loop raises: NonFiniteError, with what is known of it in diagnostics/; Interrupted, with a checkpoint
-        to go on from.
+        Raises what the loop raises: NonFiniteError and UserCodeError, with what is known of them in diagnostics/, the latter
+        with a checkpoint to go on from, as Interrupted.
         """
 
         def heard(number: int) -> None:
@@ -318,15 +328,15 @@ class RunFolder:
                 if error.where.get("process", 0) == processes.index():
                     diagnose(self.path, error)
                 raise
+            except UserCodeError as error:
+                (self.path / DIAGNOSTICS).mkdir(parents=True, exist_ok=True)
+                write_text(self.path / DIAGNOSTICS / TRACEBACK, error.traceback)
+                self.note(f"the traceback is in {self.path / DIAGNOSTICS / TRACEBACK}")
+                raise
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
                 raise OutOfMemoryError(self._remedy(error)) from None
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether that is what went wrong; on the CPU torch has no type for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def claim(folder: Path) -> None:

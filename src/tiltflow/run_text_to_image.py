@@ -37,10 +37,10 @@ from tiltflow.optimization import adamw
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
-from tiltflow.prompts import Prompts, read_prompts
+from tiltflow.prompts import Prompt, Prompts, key_of, read_prompts
 from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
-from tiltflow.reward import PerPrompt, Reward, evaluate, given, shared
+from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, values_of
 from tiltflow.run import VARIETY, build_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling, rollout
@@ -214,7 +214,7 @@ class Decoded:
         return replace(self, reward=rows(self.reward, which))
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.reward(self.model.decode(latents, batch_size=self.batch_size))
+        return values_of(self.reward, self.model.decode(latents, batch_size=self.batch_size))
 
 
 def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextToImage:
@@ -237,7 +237,7 @@ def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextTo
 
 def batches(
     model: TextToImage,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     reward: Reward,
     training: TextToImageTraining,
     sampling: Sampling,
@@ -260,9 +260,9 @@ def batches(
         some = [
             prompts[order[i % len(order)]] for i in range(training.prompts_per_step) for _ in range(training.num_generations)
         ]
-        condition, negative = model.encode(some)
+        condition, negative = model.encode([prompt.text for prompt in some])
         x = model.start(len(some), generator, first)
-        told = Decoded(model, given(reward, some), size)
+        told = Decoded(model, told_of(reward, some), size)
 
         def guide(flow: VelocityField) -> Guided:
             return Guided(flow, bind(flow, negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
@@ -321,13 +321,12 @@ class Prepared:
 def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
-    texts = [prompt.text for prompt in prompts]
     model = recipe.model.load(device)
     if getattr(recipe.reward, "learned", False):
         raise InputError(f"reward {recipe.reward.name!r} learns from samples, which it cannot from those of a pipeline")
     measures = Measures.build(recipe, device)
     reward = measures.rewards[recipe.reward.name]
-    check_reward(model, reward, texts[0])
+    check_reward(model, reward, prompts[0])
     if measures.extract is not None:
         check_features(model, recipe.evaluation, measures.extract, device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
@@ -338,7 +337,7 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if recipe.model.adapter else frozen
 
-    draw = batches(tuned, texts, reward, recipe.training, recipe.method.sampling)
+    draw = batches(tuned, prompts, reward, recipe.training, recipe.method.sampling)
     loop = partial(
         train,
         flow,
@@ -397,7 +396,7 @@ def make_watcher(recipe: TextToImageRecipe, parts: Prepared, save_best: Callable
 
     def look(step: int, model: TextToImage = parts.tuned) -> Look:
         images = model.sample(
-            prompts,
+            [prompt.text for prompt in prompts],
             seed=stream(recipe.seed, "monitor").initial_seed(),
             sampling=point.sampling,
             guidance_scale=point.guidance_scale,
@@ -418,11 +417,16 @@ def make_watcher(recipe: TextToImageRecipe, parts: Prepared, save_best: Callable
     )
 
 
-def evaluation_prompts(recipe: TextToImageRecipe) -> list[str]:
+def evaluation_prompts(recipe: TextToImageRecipe) -> list[Prompt]:
     """The held-out prompts, each as often as it has pictures."""
     _, held_out = read_prompts(recipe.prompts, recipe.seed)
     settings = recipe.evaluation
-    return [prompt.text for prompt in held_out[: settings.num_prompts] for _ in range(settings.num_generations)]
+    return [prompt for prompt in held_out[: settings.num_prompts] for _ in range(settings.num_generations)]
+
+
+def told_of(reward: Reward, prompts: Sequence[Prompt]) -> Reward:
+    """The reward of pictures of these prompts, one for each, told their texts and their metadata."""
+    return given(reward, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
 
 
 def compared(images: Tensor, extract: Features | None, batch_size: int, device: str) -> Tensor:
@@ -440,12 +444,12 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
     return optimizer
 
 
-def check_reward(model: TextToImage, reward: Reward, prompt: str) -> None:
+def check_reward(model: TextToImage, reward: Reward, prompt: Prompt) -> None:
     """Raises InputError if the reward cannot take what the model makes, or is not finite."""
     latents = torch.randn(2, *model.event_shape, generator=stream(0, "check", device=model.device), device=model.device)
     try:
         with torch.no_grad():
-            evaluate(given(reward, [prompt, prompt]), model.decode(latents))
+            evaluate(told_of(reward, [prompt, prompt]), model.decode(latents))
     except NonFiniteError as error:
         raise InputError(str(error)) from None
     except RuntimeError as error:  # torch's word for a wrong shape
@@ -499,7 +503,8 @@ def evaluate_text_to_image(
 ) -> dict[str, Any]:
     """Measure a run on held-out prompts; writes summary.json, the pictures and report.html."""
     settings, method = recipe.evaluation, recipe.method
-    prompts = evaluation_prompts(recipe)
+    told = evaluation_prompts(recipe)
+    prompts = [prompt.text for prompt in told]
     texts = prompts[:: settings.num_generations]
     measures = measures or Measures.build(recipe, device)
     extract = measures.extract
@@ -521,7 +526,7 @@ def evaluate_text_to_image(
                 batch_size=settings.batch_size,
             )
             values = {
-                key: scores(reward, images, prompts, settings.batch_size, device) for key, reward in measures.rewards.items()
+                key: scores(reward, images, told, settings.batch_size, device) for key, reward in measures.rewards.items()
             }
             row: dict[str, Any] = {
                 "model": name,
@@ -541,7 +546,9 @@ def evaluate_text_to_image(
     taken = rows_of_metrics[-1]["step"]
     tilted = rewards["base"]
     if recipe.training.per_prompt_normalization:
-        mean, std = base_statistics(recipe, base, measures.rewards[recipe.reward.name])(prompts)
+        mean, std = base_statistics(recipe, base, measures.rewards[recipe.reward.name])(
+            prompts, [prompt.metadata for prompt in told]
+        )
         tilted = (tilted - mean) / std
     tilt = method.log_tilt(tilted, taken).reshape(len(texts), -1)
     weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
@@ -607,12 +614,12 @@ def labels(names: Sequence[str]) -> list[str]:
     return [name if count == 1 else f"{name} {count}" for name, count in zip(names, counts, strict=True)]
 
 
-def scores(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int, device: str) -> Tensor:
+def scores(reward: Reward, images: Tensor, prompts: Sequence[Prompt], batch_size: int, device: str) -> Tensor:
     """[len(prompts)] on the CPU, float64."""
     parts = []
     for i in range(0, len(prompts), batch_size):
         part = images[i : i + batch_size].to(device)
-        parts.append(evaluate(shared(given(reward, prompts[i : i + batch_size])), part).double().cpu())
+        parts.append(evaluate(shared(told_of(reward, prompts[i : i + batch_size])), part).double().cpu())
     return torch.cat(parts)
 
 
@@ -671,28 +678,31 @@ def reference_images(path: str) -> Tensor:
 
 def base_statistics(
     recipe: TextToImageRecipe, base: TextToImage, reward: Reward
-) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
-    """The mean and the standard deviation of the base's rewards for prompts; each prompt is sampled once, as in training."""
-    training, known = recipe.training, dict[str, tuple[float, float]]()
+) -> Callable[[Sequence[str], Sequence[Metadata] | None], tuple[Tensor, Tensor]]:
+    """The mean and the standard deviation of the base's rewards for prompts, of these metadata; each prompt is sampled once, as
+    in training."""
+    training, known = recipe.training, dict[tuple[str, str], tuple[float, float]]()
     assert training.per_prompt_normalization is not None
     size = training.micro_batch_size or training.train_batch_size
 
-    def statistics(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in known:
-                several = [prompt] * cast(int, training.per_prompt_normalization)
+    def statistics(prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> tuple[Tensor, Tensor]:
+        several = [Prompt(text, dict(more)) for text, more in zip(prompts, metadata or [{}] * len(prompts), strict=True)]
+        keys = [(prompt.text, key_of(prompt.metadata)) for prompt in several]
+        for key, prompt in dict(zip(keys, several, strict=True)).items():
+            if key not in known:
+                count = cast(int, training.per_prompt_normalization)
                 images = base.sample(
-                    several,
-                    seed=stream(recipe.seed, "baseline", prompt).initial_seed(),
+                    [prompt.text] * count,
+                    seed=stream(recipe.seed, "baseline", prompt.text).initial_seed(),
                     sampling=recipe.method.sampling,
                     guidance_scale=1 if training.guidance_mode == "none" else None,
                     batch_size=size,
                 )
                 with torch.no_grad():
-                    values = scores(reward, images, several, size, str(base.device))
+                    values = scores(reward, images, [prompt] * count, size, str(base.device))
                 # a prompt whose rewards are all alike has nothing to tell: it must not divide by zero
-                known[prompt] = values.mean().item(), values.std().item() + LEAST_STD
-        mean, std = zip(*(known[prompt] for prompt in prompts), strict=True)
+                known[key] = values.mean().item(), values.std().item() + LEAST_STD
+        mean, std = zip(*(known[key] for key in keys), strict=True)
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
     return statistics

@@ -34,6 +34,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import Flow, VelocityField
 from tiltflow.plugins import import_function
 from tiltflow.settings import Settings
+from tiltflow.user_code import explained
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,10 @@ def dpm_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor
 
 
 def solve(solver: OdeSolver, velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
-    """The states of `solver`. Raises InputError if it does not return a state, of the shape of x, for every time."""
-    states = solver(velocity, x, times)
+    """The states of `solver`, which gets copies. Raises InputError if it does not return a state of its own, of the shape of x,
+    for every time; UserCodeError if it raises an exception."""
+    with explained("the solver"):
+        states = solver(velocity, x.clone(), times.clone())
     if not isinstance(states, list) or len(states) != len(times):
         got = f"{len(states)} states" if isinstance(states, list) else type(states).__name__
         raise InputError(f"the solver must return a list of {len(times)} states, one for each time, got {got}")
@@ -279,6 +282,8 @@ def solve(solver: OdeSolver, velocity: VelocityField, x: Tensor, times: Tensor) 
         if not isinstance(state, Tensor) or state.shape != x.shape:
             got = f"shape {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise InputError(f"the solver's state at t = {t:.4g} must be a tensor of shape {list(x.shape)}, got {got}")
+    if len({state.data_ptr() for state in states}) < len(states):
+        raise InputError("the solver returns one tensor for several times: x = x + h * v makes a new one, x += h * v does not")
     return states
 
 
@@ -294,7 +299,7 @@ def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Te
 
     def recorded(x: Tensor, t: Tensor) -> Tensor:
         asked.append((x, t, velocity(x, t)))
-        return asked[-1][2]
+        return asked[-1][2].clone()  # the solver may write into it
 
     states = solve(solver, recorded, x, times)
     known = {(id(x), float(t)): v for x, t, v in asked}

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from tiltflow.errors import InputError, NonFiniteError, visible
+from tiltflow.errors import InputError, NonFiniteError, UserCodeError, visible
 from tiltflow.plugins import part_of
 from tiltflow.reward import Reward, evaluate, given
 from tiltflow.settings import Settings
@@ -51,13 +51,13 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
 
     def score(body: bytes) -> list[float | None]:
         with lock:
-            images, prompts = read_request(body)
+            images, prompts, metadata = read_request(body)
             try:
                 with torch.no_grad():
-                    values = evaluate(given(reward, prompts) if prompts else reward, images.to(device))
+                    values = evaluate(given(reward, prompts, metadata) if prompts else reward, images.to(device))
             except NonFiniteError as error:
                 values = error.tensors["rewards"]  # the client decides what becomes of the others
-            except (InputError, RuntimeError) as error:
+            except (InputError, UserCodeError, RuntimeError) as error:
                 raise BadRequestError(str(error)) from None
         return [value if math.isfinite(value) else None for value in values.tolist()]
 
@@ -104,9 +104,9 @@ def handler(score: Callable[[bytes], list[float | None]], token: str | None) -> 
     return Handler
 
 
-def read_request(body: bytes) -> tuple[Tensor, list[str]]:
-    """Images [batch, channels, height, width] in [-1, 1] and their prompts, which may be none. Raises BadRequestError if they
-    are anything else; nothing is unpacked before all pictures together are known to be small enough."""
+def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """Images [batch, channels, height, width] in [-1, 1], their prompts, which may be none, and the metadata of these. Raises
+    BadRequestError if they are anything else; nothing is unpacked before all pictures together are known to be small enough."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -116,6 +116,9 @@ def read_request(body: bytes) -> tuple[Tensor, list[str]]:
         raise BadRequestError('the request must be {"images": [..], "prompts": [..]}')
     if not images or len(prompts) not in (0, len(images)) or not all(isinstance(part, str) for part in (*images, *prompts)):
         raise BadRequestError("images and prompts must be texts, at least one image, and as many prompts or none")
+    metadata = tree.get("metadata", [{} for _ in prompts])
+    if not isinstance(metadata, list) or len(metadata) != len(prompts) or not all(isinstance(part, dict) for part in metadata):
+        raise BadRequestError("metadata must be mappings, as many as prompts")
     files = [read_base64(text, i) for i, text in enumerate(images)]
     sizes = [size_of(file, i) for i, file in enumerate(files)]
     if len(set(sizes)) > 1:
@@ -123,7 +126,7 @@ def read_request(body: bytes) -> tuple[Tensor, list[str]]:
     channels, height, width = sizes[0]
     if len(files) * height * width > MOST_PIXELS:
         raise BadRequestError(f"{len(files)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
-    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts
+    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts, metadata
 
 
 def read_base64(text: str, number: int) -> bytes:

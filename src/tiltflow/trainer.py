@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from tiltflow import processes
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
-from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError
+from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
 from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, prediction_scale, rows
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
-from tiltflow.reward import LearnedReward, Reward
+from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
 
 MOST_ATTEMPTS, FEWEST = 3, 2
 """How often a batch is drawn again without the samples whose reward is not finite, and how many must be left."""
-NonFiniteRewards = Literal["error", "drop"]
 
 
 class Method(Protocol):
@@ -113,7 +112,7 @@ class BatchEnd:
         step: optimizer steps taken so far.
         state: gives what `train(resume_from=..)` takes.
         averaged: the context in which the weights are their moving average.
-        stopping: whether Interrupted is raised next.
+        stopping: whether Interrupted, or what user code has raised, is raised next.
     """
 
     step: int
@@ -178,8 +177,8 @@ def train(
         stop: asked at every evaluation of a network; the number of the signal that asks to stop, if one does.
 
     Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted, with the
-    state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; InputError if
-    `resume_from` is of another model or method.
+    state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; UserCodeError,
+    likewise, if a function of the user raises an exception; InputError if `resume_from` is of another model or method.
     """
     processes.distribute(*networks_of(tuned, base))
     trained = dict(tuned.named_parameters())
@@ -218,6 +217,10 @@ def train(
                     yield from loop.batch(draw)
                 except Interrupted:
                     on_batch_end(end(loop.step, stopping=True))
+                    raise
+                except UserCodeError:
+                    if loop.as_before and processes.count() == 1:  # several may not all be here
+                        on_batch_end(end(loop.step, stopping=True))
                     raise
                 except NonFiniteError:
                     if loop.skipped > max_skipped_steps:
@@ -261,6 +264,8 @@ class _Loop:
     """What learns while trajectories are drawn, as it was before the batch."""
     moved: bool = True
     """Whether the weights have changed since the batch began, so that it is taken to its end."""
+    as_before: bool = True
+    """Whether all is as it was before the batch that has been left."""
 
     def __post_init__(self) -> None:
         self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
@@ -355,11 +360,12 @@ class _Loop:
                 last, measured = measured, next(updates, None)
             if self.calibration is not None:
                 self.calibration.update(last["reward"])
-        except (Interrupted, NonFiniteError) as error:
+        except (Interrupted, NonFiniteError, UserCodeError) as error:
             self.optimizer.zero_grad()
             if not self.moved and self.before is not None:
                 self.put_back(self.before)
-            if isinstance(error, Interrupted):
+            self.as_before = not self.moved
+            if not isinstance(error, NonFiniteError):
                 self.count.total = evaluated
             else:
                 self.step += not self.moved  # else it is counted already

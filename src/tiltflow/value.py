@@ -37,6 +37,7 @@ from tiltflow.reward import Reward, evaluate
 from tiltflow.reward import value_and_gradient as reward_and_gradient
 from tiltflow.settings import Settings
 from tiltflow.streams import Buildable, new_network, stream
+from tiltflow.user_code import explained
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -80,7 +81,7 @@ class Critic(Settings):
     def build(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Value:
         """An untrained value function. Raises InputError if the form cannot be imported or breaks the boundary condition
         V(1, x) = r(x), or if no network fits the samples."""
-        form = FORMS.get(self.form) or cast(Form, import_function(self.form, "critic.form"))
+        form = FORMS.get(self.form) or _form_of_the_user(self.form)
         skip, out = (float(part) for part in form(torch.ones((), dtype=torch.float64)))
         if abs(skip - 1) > 1e-6 or abs(out) > 1e-6:
             raise InputError(
@@ -88,6 +89,17 @@ class Critic(Settings):
             )
         network = new_network(cast(Buildable, self.network or default_network(event_shape)), stream_seed(seed)).to(device)
         return Value(network, form)
+
+
+def _form_of_the_user(path: str) -> Form:
+    function = import_function(path, "critic.form")
+
+    def form(t: Tensor) -> tuple[Tensor, Tensor]:
+        with explained(f"critic.form {path}"):
+            skip, out = function(t.clone())
+        return skip, out
+
+    return form
 
 
 def stream_seed(seed: int) -> int:

@@ -52,6 +52,7 @@ from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate, shared
 from tiltflow.sampler import Sampling, Start, sample, spread_times
+from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
 WeightMode = Literal["normalized", "raw", "both-terms"]
@@ -365,7 +366,9 @@ class OrwCfmW2(Optimization):
             return self.tau * rewards.double()
         raw: Any = rewards
         if self.weight != "reward":
-            raw = import_function(self.weight, "method.weight")(rewards)
+            function = import_function(self.weight, "method.weight")
+            with explained(f"method.weight {self.weight}"):
+                raw = function(rewards.clone())
             if not isinstance(raw, Tensor) or raw.shape != rewards.shape:
                 shape = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
                 raise InputError(f"method.weight {self.weight}: must return weights {list(rewards.shape)}, got {shape}")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import field_validator
 
 from tiltflow.plugins import import_function
-from tiltflow.reward import OfPrompts, Reward
+from tiltflow.reward import Reward, from_function
 from tiltflow.settings import Settings
 
 
 class Function(Settings):
     """Your function gets x [batch, *event] and returns [batch] floats, higher is better, in any unit. If it has an argument
-    `prompts`, it gets those of a text-to-image model, one for each picture.
+    `prompts`, or `metadata`, it gets those of a text-to-image model, one for each picture, by name: a text, and a mapping of
+    what else the file of prompts says of it. It may return (rewards, info) as DDPO's do; the second is not looked at.
 
-    Whether it has a gradient shows when a method that needs one asks for it.
+    x is a copy, about [-1, 1] for pictures. Whether it has a gradient shows when a method that needs one asks for it.
     """
 
     differentiable: ClassVar[bool] = True
@@ -40,8 +40,6 @@ class Function(Settings):
         return f"value of {self.path}; higher is better"
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        """Import the function. Raises InputError if the module, the function or something they import is missing."""
-        function = import_function(self.path, "reward")
-        if "prompts" in inspect.signature(function).parameters:
-            return OfPrompts(function)
-        return cast(Reward, function)
+        """Import the function. Raises InputError if the module, the function or something they import is missing, or if it has
+        other arguments."""
+        return from_function(import_function(self.path, "reward"), f"reward {self.path}")

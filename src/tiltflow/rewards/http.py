@@ -1,8 +1,8 @@
 """A reward on another machine, or in another environment, over HTTP.
 
-POST JSON {"images": [base64 of .png or .npy files], "prompts": [texts]}, answered by JSON {"rewards": [numbers]}, or by
-{"error": text}. A picture that cannot be scored has null in place of a number. Models without prompts send none. Nothing is
-ever unpickled. `tiltflow serve-reward` is such a server.
+POST JSON {"images": [base64 of .png or .npy files], "prompts": [texts]}, and "metadata": [mappings] where the prompts have any,
+answered by JSON {"rewards": [numbers]}, or by {"error": text}. A picture that cannot be scored has null in place of a number.
+Models without prompts send none. Nothing is ever unpickled. `tiltflow serve-reward` is such a server.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError, visible
-from tiltflow.reward import OfPrompts, Reward
+from tiltflow.reward import Metadata, OfPrompts, Reward
 from tiltflow.settings import Settings
 
 MOST_BYTES = 1 << 20  # of an answer
@@ -100,25 +100,27 @@ class Http(Settings):
         secrets = [os.environ[name] for name in names] + headers.get("Authorization", "").split()[1:]
         server = Server(f"reward server {self.url}", url, headers, self.timeout, self.retries, tuple(secrets))
 
-        def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
             values: list[float] = []
             for i in range(0, len(images), self.batch_size):
                 part = images[i : i + self.batch_size]
-                body = {
+                body: dict[str, Any] = {
                     "images": [base64.b64encode(file).decode() for file in files_of(part, self.format)],
                     "prompts": list(prompts[i : i + self.batch_size]),
                 }
-                values += rewards_in(server.ask(json.dumps(body).encode()), len(part), server)
+                if any(metadata):
+                    body["metadata"] = list(metadata[i : i + self.batch_size])
+                values += rewards_in(server.ask(json.dumps(body, default=str).encode()), len(part), server)
             return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-        return WithOrWithoutPrompts(score)
+        return WithOrWithoutPrompts(score, ("prompts", "metadata"))
 
 
 class WithOrWithoutPrompts(OfPrompts):
     """A reward that is told the prompts, if there are any."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self.prompts else self.score(x, ())
+        return super().__call__(x) if self.prompts else self.score(x, prompts=(), metadata=())
 
 
 class NoAnswerError(Exception):

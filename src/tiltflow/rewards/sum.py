@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltflow.flow import rows
 from tiltflow.plugins import part_of
-from tiltflow.reward import Reward, evaluate, given
+from tiltflow.reward import Metadata, Reward, evaluate, given
 from tiltflow.settings import Settings
 
 
@@ -64,9 +64,9 @@ class WeightedSum:
 
     parts: tuple[tuple[Term, Reward], ...]
 
-    def given(self, prompts: Sequence[str]) -> WeightedSum:
+    def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> WeightedSum:
         """The sum for samples of these prompts."""
-        return WeightedSum(tuple((term, given(part, prompts)) for term, part in self.parts))
+        return WeightedSum(tuple((term, given(part, prompts, metadata)) for term, part in self.parts))
 
     def rows(self, which: Tensor | slice) -> WeightedSum:
         """The same for those samples of the batch."""

@@ -1,0 +1,365 @@
+"""Code of the user is a guest: it gets copies, what it raises is one line, and what it cannot do is known before training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_recipe
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import tiltflow
+from tiltflow.checkpoint import FOLDER, checkpoints
+from tiltflow.cli import app
+from tiltflow.errors import InputError, UserCodeError
+from tiltflow.features import features_of
+from tiltflow.flow import Flow
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.reward import evaluate, from_function, given, try_reward, value_and_gradient
+from tiltflow.run import Recipe, run
+from tiltflow.sampler import heun, rollout_ode, time_grid
+from tiltflow.settings import read_yaml, validate
+from tiltflow.streams import stream
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Write a module of the user, and get its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def module(code: str) -> str:
+        name = f"mine_{abs(hash(request.node.name))}_{len(list(tmp_path.glob('mine_*')))}"
+        (tmp_path / f"{name}.py").write_text("import torch\n" + code, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return name
+
+    return module
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.layer(torch.cat([x, t[:, None]], 1))
+        return out
+
+
+# ---- its own copy ----
+
+
+def pure(x: Tensor) -> Tensor:
+    return -x.square().sum(1)
+
+
+def detached(x: Tensor) -> Tensor:
+    value = pure(x)
+    x.detach().mul_(0.5).add_(0.5)
+    return value
+
+
+def through_data(x: Tensor) -> Tensor:
+    value = pure(x)
+    x.data.mul_(0.5)
+    return value
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    value = pure(x)
+    x.detach().numpy()[:] = 7
+    return value
+
+
+class Buffered:
+    """Gives the same tensor each time, with new numbers in it."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.values.resize_(len(x)).copy_(pure(x))
+        return self.values
+
+
+METHODS = {
+    "orw": tiltflow.OrwCfmW2(num_inference_steps=4, learning_rate=1e-2),
+    "saa": tiltflow.ScoreAsAction(num_inference_steps=4, learning_rate=1e-2),
+    "am": tiltflow.AdjointMatching(num_inference_steps=4, learning_rate=1e-2),
+}
+
+
+def weights(reward: Any, method: Any) -> Tensor:
+    base = tiltflow.Model(Flow(Net()), (2,))
+    tuned = tiltflow.tune(base, reward, method, tiltflow.Training(max_train_steps=3, train_batch_size=8, calibration_samples=0))
+    return torch.cat([p.detach().flatten() for p in tuned.flow.parameters()])
+
+
+@pytest.mark.parametrize("reward", [detached, through_data, through_numpy, Buffered()])
+@pytest.mark.parametrize("method", ["orw", "saa"])
+def test_a_reward_that_writes_into_its_samples_changes_nothing(method: str, reward: Any) -> None:
+    assert torch.equal(weights(reward, METHODS[method]), weights(pure, METHODS[method]))
+
+
+def test_a_gradient_is_right_or_refused() -> None:
+    def clamped(x: Tensor) -> Tensor:
+        x.clamp_(-0.5, 0.5)
+        return pure(x)
+
+    def clamp(x: Tensor) -> Tensor:
+        return pure(x.clamp(-0.5, 0.5))
+
+    assert torch.equal(weights(clamped, METHODS["am"]), weights(clamp, METHODS["am"]))
+    with pytest.raises(
+        UserCodeError, match=r"^the gradient of the reward raised RuntimeError: .* modified by an inplace operation"
+    ):
+        weights(detached, METHODS["am"])
+    for reward in (through_data, through_numpy):
+        with pytest.raises(InputError, match=r"changes its argument through \.data or NumPy"):
+            weights(reward, METHODS["am"])
+
+
+def test_evaluation_monitor_and_calibration_are_those_of_the_pure_reward(tmp_path: Path, write: Callable[[str], str]) -> None:
+    name = write(
+        "def pure(x): return x.mean((1, 2, 3))\n"
+        "def guilty(x):\n    v = x.mean((1, 2, 3))\n    x.detach().add_(1).div_(2)\n    return v\n"
+    )
+    found = []
+    for function in ("pure", "guilty"):
+        (tmp_path / function).mkdir()
+        training = {
+            "max_train_steps": 4,
+            "train_batch_size": 16,
+            "calibration_samples": 0,
+            "monitor": {"steps": 2, "num_samples": 8},
+        }
+        method = {"name": "score-as-action", "num_inference_steps": 3, "learning_rate": 1e-3, "beta": 0.5}
+        changes = {"reward": {"name": "function", "path": f"{name}:{function}"}, "method": method}
+        changes["training"] = training | {"calibration_samples": 64}
+        recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path / function, **changes)), "recipe")
+        summary = run(recipe, tmp_path / function / "run")
+        looks = (tmp_path / function / "run" / "monitor.jsonl").read_text()
+        rows = [json.loads(line) for line in (tmp_path / function / "run" / "metrics.jsonl").read_text().splitlines()]
+        other = ("seconds", "seconds_total", "reward_description", "model")
+        summary = {key: value for key, value in summary.items() if key not in other}
+        summary["judge"] = {key: value for key, value in summary["judge"].items() if key != "model"}
+        summary.pop("w2_space")
+        found.append((looks, [row | {"seconds": 0} for row in rows], summary))
+    assert found[0] == found[1]
+
+
+def test_features_get_copies() -> None:
+    images = torch.rand(5, 3, 4, 4, generator=stream(0, "images"))
+    before, buffer = images.clone(), torch.zeros(2, 3)
+
+    def guilty(part: Tensor) -> Tensor:
+        buffer.resize_(len(part), 3).copy_(part.mean((2, 3)))
+        part.zero_()
+        return buffer
+
+    found = features_of(images, guilty, 2, "cpu")
+    assert torch.equal(images, before)
+    torch.testing.assert_close(found, images.mean((2, 3)).double())
+
+
+def test_a_solver_gets_copies() -> None:
+    x, times = torch.randn(3, 2, generator=stream(0, "x")), time_grid(3)
+    x_before, times_before = x.clone(), times.clone()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return -x + t.to(x)
+
+    def guilty(velocity: Any, x: Tensor, times: Tensor) -> list[Tensor]:
+        states = [x.clone()]
+        for t, s in zip(times.tolist(), times[1:].tolist(), strict=False):
+            v = velocity(x, torch.tensor(t))
+            x += v.mul_(s - t)
+            states.append(x.clone())
+        times.zero_()
+        return states
+
+    path = rollout_ode(guilty, times, velocity, x)
+    assert torch.equal(x, x_before)
+    assert torch.equal(times, times_before)
+    for state, v, t in zip(path.states, path.velocities, times, strict=False):
+        assert torch.equal(v, velocity(state, t))
+    assert torch.equal(rollout_ode(heun, times, velocity, x).states[0], x)
+
+    def repeats(velocity: Any, x: Tensor, times: Tensor) -> list[Tensor]:
+        states = []
+        for _ in times:
+            states.append(x)
+            x += 1
+        return states
+
+    with pytest.raises(InputError, match="one tensor for several times"):
+        rollout_ode(repeats, times, velocity, x)
+
+
+def test_a_weight_of_the_user_gets_a_copy(write: Callable[[str], str]) -> None:
+    name = write("def weight(r):\n    w = r.exp()\n    r.zero_()\n    return w\ndef broken(r): raise KeyError('no')\n")
+    rewards = torch.tensor([0.0, 1.0, 2.0])
+    found = OrwCfmW2(weight=f"{name}:weight").weights(rewards)
+    torch.testing.assert_close(found, 3 * torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0))
+    assert rewards.tolist() == [0, 1, 2]
+    with pytest.raises(
+        UserCodeError, match=rf"^method\.weight {name}:broken raised KeyError: 'no' \(in broken, line 6 of .*{name}\.py\)$"
+    ):
+        OrwCfmW2(weight=f"{name}:broken").weights(rewards)
+
+
+# ---- what it raises ----
+
+
+def no_face(x: Tensor) -> Tensor:
+    raise ValueError("no face found\nand more")
+
+
+def test_an_exception_is_one_line_with_its_place() -> None:
+    line = no_face.__code__.co_firstlineno + 1
+    expected = f"the reward raised ValueError: no face found (in no_face, line {line} of {__file__})"
+    with pytest.raises(UserCodeError) as caught:
+        evaluate(no_face, torch.zeros(2, 3))
+    assert str(caught.value) == expected
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "and more" in caught.value.traceback
+    with pytest.raises(InputError) as refused:
+        try_reward(no_face, torch.zeros(2, 3))
+    assert str(refused.value) == expected
+    with pytest.raises(
+        InputError, match=r"^my reward does not take samples of shape \[3\]: the reward raised RuntimeError: .*size of tensor"
+    ):
+        try_reward(lambda x: (x + x.new_zeros(7)).sum(1), torch.zeros(2, 3), "my reward")
+
+
+def test_memory_and_our_own_errors_pass_through() -> None:
+    def out_of_memory(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def ours(x: Tensor) -> Tensor:
+        raise tiltflow.CollapseError("ours")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(out_of_memory, torch.zeros(2, 3))
+    with pytest.raises(tiltflow.CollapseError) as caught:
+        evaluate(ours, torch.zeros(2, 3))
+    assert caught.value.__cause__ is None
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """The command in this process: (exit code as `tiltflow.cli.main` has it, what was said)."""
+    result = CliRunner().invoke(app, list(arguments))
+    error = result.exception
+    if isinstance(error, tiltflow.TiltflowError):
+        return (2 if isinstance(error, InputError) else 1), str(error)
+    return result.exit_code, result.output
+
+
+def test_an_exception_at_the_start_is_wrong_input_and_leaves_nothing(tmp_path: Path, write: Callable[[str], str]) -> None:
+    name = write("def raises(x): raise ValueError('no face found')\n")
+    recipe = str(tiny_recipe(tmp_path, reward={"name": "function", "path": f"{name}:raises"}))
+    code, said = call("train", recipe, "--output", str(tmp_path / "run"))
+    assert code == 2
+    assert said == f"the reward raised ValueError: no face found (in raises, line 2 of {tmp_path / name}.py)"
+    assert not (tmp_path / "run").exists()
+    code, said = call("doctor", recipe)
+    assert code == 1
+    assert "no face found (in raises, line 2" in said
+
+
+def test_an_exception_in_the_middle_saves_and_the_run_goes_on_from_there(tmp_path: Path, write: Callable[[str], str]) -> None:
+    name = write(
+        "calls = 0\nbroken = True\n"
+        "def sometimes(x):\n"
+        "    global calls\n    calls += 1\n"
+        "    if broken and calls == 5: raise ValueError('no face found')\n"
+        "    return x.mean((1, 2, 3))\n"
+    )
+    training = {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 0}
+    recipe = str(tiny_recipe(tmp_path, reward={"name": "function", "path": f"{name}:sometimes"}, training=training))
+    run_folder, whole = tmp_path / "run", tmp_path / "whole"
+    code, said = call("train", recipe, "--output", str(run_folder), "--quiet")
+    assert code == 1
+    assert "no face found (in sometimes, line 7" in said
+    assert "Traceback" in (run_folder / "diagnostics" / "traceback.txt").read_text()
+    saved = int(checkpoints(run_folder / FOLDER)[-1].name.removeprefix("step-"))
+    assert 1 <= saved == len((run_folder / "metrics.jsonl").read_text().splitlines()) < 4
+    assert tiltflow.load(run_folder).sample(2).shape == (2, 1, 8, 8)
+    sys.modules[name].broken = False  # type: ignore[attr-defined]
+    assert call("train", recipe, "--output", str(run_folder), "--resume", "--quiet")[0] == 0
+    assert call("train", recipe, "--output", str(whole), "--quiet")[0] == 0
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run_folder, whole))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---- what it is told ----
+
+
+def told(*arguments: Any) -> Callable[..., Tensor]:
+    """A reward's prompts and metadata as numbers."""
+    images, prompts, metadata = arguments
+    return images[:, 0] + torch.tensor([10.0 * len(p) + m.get("count", 0) for p, m in zip(prompts, metadata, strict=True)])
+
+
+def test_prompts_and_metadata_come_by_name() -> None:
+    x, prompts, metadata = torch.tensor([[0.1], [0.2]]), ["a", "bb"], [{"count": 3}, {"count": 4}]
+    plain, both = torch.tensor([0.1, 0.2]), torch.tensor([13.1, 24.2])
+    rewards: list[tuple[Any, Tensor]] = [
+        (lambda images: images[:, 0], plain),
+        (lambda anything: anything[:, 0], plain),
+        (lambda x, scale=1.0: scale * x[:, 0], plain),
+        (lambda images, prompts, metadata: told(images, prompts, metadata), both),
+        (lambda prompts, images, metadata: told(images, prompts, metadata), both),
+        (lambda metadata, prompts, pictures: told(pictures, prompts, metadata), both),
+        (lambda images, /, metadata, prompts: told(images, prompts, metadata), both),
+        (lambda images, prompts, metadata, /: told(images, prompts, metadata), both),
+        (lambda images, *, prompts, metadata: (told(images, prompts, metadata), {"info": 1}), both),
+        (lambda images, prompts: told(images, prompts, [{}] * len(images)), torch.tensor([10.1, 20.2])),
+        (lambda images, metadata: told(images, [""] * len(images), metadata), torch.tensor([3.1, 4.2])),
+        (lambda *anything: anything[0][:, 0], plain),
+    ]
+    for function, expected in rewards:
+        reward = given(from_function(function), prompts, metadata)
+        torch.testing.assert_close(evaluate(reward, x), expected)
+        torch.testing.assert_close(evaluate(tiltflow.flow.rows(reward, torch.tensor([1])), x[1:]), expected[1:])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda images, captions: images,
+            r"mine has the arguments \(images, captions\); it can have the images, under any name",
+        ),
+        (lambda: 0, r"mine has the arguments \(none\)"),
+        (lambda prompts, metadata: 0, r"mine has the arguments \(prompts, metadata\)"),
+        ("ink", "mine must be a function of samples .*, is str"),
+    ],
+)
+def test_other_arguments_are_refused(function: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_function(function, "mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.0, 1.0], r"must return a tensor, got list; torch.as_tensor\(values\) makes one"),
+        (torch.zeros(2).numpy(), "got ndarray; torch.as_tensor"),
+        ((torch.zeros(2), {}, 1), "got tuple"),
+        ((torch.zeros(3), {}), r"shape \[2\], got \[3\]"),
+    ],
+)
+def test_other_values_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(lambda x: value, torch.zeros(2, 1))
+    value_and_gradient(lambda x: (x.sum(1), None), torch.zeros(2, 1))
