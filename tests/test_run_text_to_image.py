@@ -110,7 +110,9 @@ def test_guidance_modes(mode: str, tmp_path: Path) -> None:
     """What acts and what learns: the velocities of a batch, against the guided and the unguided field by hand."""
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
     training = TextToImageTraining(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
-    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(stream(0, "b"))
+    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(
+        stream(0, "b")
+    )
     condition, negative = model.encode(["a red cat"] * 3)
     assert isinstance(model.flow, Flow)
     plain, empty = (model.flow.bind(part)(batch.x, torch.tensor(0.4)) for part in (condition, negative))
@@ -599,7 +601,11 @@ def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
     assert {p.dtype for p in tuned.denoiser.parameters()} == {torch.float32}
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     batch = batches(
-        tuned, [Prompt("a")], lambda x: x.mean((1, 2, 3)), TextToImageTraining(guidance_mode="none"), Sampling(num_inference_steps=3)
+        tuned,
+        [Prompt("a")],
+        lambda x: x.mean((1, 2, 3)),
+        TextToImageTraining(guidance_mode="none"),
+        Sampling(num_inference_steps=3),
     )(stream(0, "b"))
     a, b = (batch.bind(one.flow)(batch.x, torch.tensor(0.5)) for one in (tuned, model))  # type: ignore[arg-type]
     assert a.dtype == b.dtype == torch.float32
