@@ -58,12 +58,12 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
         if not held_out:
             raise InputError(f"prompts.validation: there are none in {settings.validation}")
         return prompts, held_out
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    if len(texts) == 1 or settings.validation == 0:
+    different = list(dict.fromkeys(prompt.text for prompt in prompts))
+    if len(different) == 1 or settings.validation == 0:
         return prompts, prompts
-    count = min(max(1, round(settings.validation * len(texts))), len(texts) - 1)
-    order = torch.randperm(len(texts), generator=stream(seed, "held out")).tolist()
-    held = {texts[i] for i in order[:count]}
+    count = min(max(1, round(settings.validation * len(different))), len(different) - 1)
+    order = torch.randperm(len(different), generator=stream(seed, "held out")).tolist()
+    held = {different[i] for i in order[:count]}
     return [p for p in prompts if p.text not in held], [p for p in prompts if p.text in held]
 
 
