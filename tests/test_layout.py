@@ -16,7 +16,20 @@ MODULES = {
 # the mathematics, and what sits above it
 OUTSIDE = {
     f"tiltflow.{name}"
-    for name in ("__main__", "cli", "model", "plots", "pretrain", "recipe", "report", "run", "sweep", "verify", "verify_lqg")
+    for name in (
+        "__main__",
+        "cli",
+        "entry",
+        "model",
+        "plots",
+        "pretrain",
+        "recipe",
+        "report",
+        "run",
+        "sweep",
+        "verify",
+        "verify_lqg",
+    )
 }
 CORE = [
     f"tiltflow.{name}"

@@ -93,7 +93,7 @@ def test_the_shipped_models_load_and_have_cards() -> None:
     for name in ("digits-classifier", "digits-judge"):
         network, config = load_classifier(name)
         assert network(torch.zeros(2, 1, 28, 28)).shape == (2, len(config.class_names))
-    from tiltflow.model import ASSETS
+    from tiltflow.shipped import ASSETS
 
     for name in shipped_models():
         assert f"tiltflow pretrain {name}" in (ASSETS / name / "README.md").read_text()

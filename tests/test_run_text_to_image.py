@@ -48,7 +48,7 @@ from tiltflow.run_text_to_image import (
 from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.text_to_image import from_diffusers, with_adapter
+from tiltflow.text_to_image import TextToImage, from_diffusers, with_adapter
 
 SHORT = {"num_inference_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -219,13 +219,15 @@ def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, 
         tree["model"]["adapter"] = None
     train(tree, tmp_path / "run")
     tuned = load_text_to_image(tmp_path / "run")
-    with pytest.raises(InputError, match="`load_text_to_image` reads runs of a diffusers pipeline"):
-        load(tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    assert isinstance(loaded, TextToImage)
+    assert loaded.sampling == tuned.sampling == Sampling(solver="euler", num_inference_steps=2)  # the evaluation's first point
     latents = torch.randn(1, *tuned.event_shape, generator=stream(0, "latents"))
     result = export_run(tmp_path / "run", tmp_path / "exported")
     assert result["kind"] == kind
     sampling = Sampling(solver="euler", num_inference_steps=3)
     ours = tuned.sample(["a red cat"], latents=latents, sampling=sampling, guidance_scale=3.0)
+    assert torch.equal(ours, loaded.sample(["a red cat"], latents=latents, sampling=sampling))  # type: ignore[arg-type]
     theirs = drawn_by_diffusers(tmp_path, tmp_path / name, tmp_path / "exported", latents, kind)
     assert (ours.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
     untuned = from_diffusers(tmp_path / name, height=16, width=16, guidance_scale=3.0)

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from tiltflow.cli import app
 from tiltflow.errors import InputError
+from tiltflow.plots import pareto
 from tiltflow.settings import read_yaml
-from tiltflow.sweep import beats, parse_grid, points_of, sweep
+from tiltflow.sweep import DISTANCES, beats, collect, parse_grid, points_of, run_point, sweep
 
 METHOD = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "min_effective_sample_size": 1}
 
@@ -107,10 +108,39 @@ def test_wrong_grids_are_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:
+    """Its points are recipes of pipelines, and what reward costs is the FID where there is a reference, else the path KL."""
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for
+
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["training"] |= {"max_train_steps": 1}
+    points = points_of(tree, {"method.beta": [0.5, 1], "seed": [0]}, "tiny")
+    assert [point.recipe.prompts.texts[0] for point in points] == ["a red cat", "a red cat"]
+    folder = tmp_path / "sweep"
+    assert [run_point(point, folder, "cpu", 1) for point in points] == [None, None]
+    result = collect(points, folder, {})
+    assert result["distance"] == "path_kl"
+    for point, row in zip(points, result["points"], strict=True):
+        summary = json.loads((folder / point.name / "summary.json").read_text())
+        assert row["path_kl"] == summary["path_kl"] > 0
+        assert row["reward_tuned"] == summary["reward_tuned"]
+        assert (row["vendi_base"], row["vendi_tuned"]) == tuple(each["vendi"] for each in summary["table"][:2])
+        (folder / point.name / "summary.json").write_text(
+            json.dumps(summary | {"table": [each | {"fid": 10.0 - i} for i, each in enumerate(summary["table"])]})
+        )
+    drawn = collect(points, folder, {})
+    assert drawn["distance"] == "fid_tuned"
+    assert drawn["points"][0]["fid_tuned"] == 9
+    title = DISTANCES["fid_tuned"]
+    assert title in pareto(drawn["points"], ["beta"], "fid_tuned", title).replace("&amp;", "&")
+
+
 def test_what_beats_what() -> None:
     def row(reward: float, distance: float) -> dict[str, float]:
         return {"reward_tuned": reward, "w2_base": distance}
 
+    assert beats({"reward_tuned": 1, "kl": 0.1}, {"reward_tuned": 1, "kl": 0.2}, "kl")
     assert beats(row(2, 1), row(1, 1))
     assert beats(row(1, 0.5), row(1, 1))
     assert not beats(row(1, 1), row(1, 1))

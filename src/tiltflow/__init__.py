@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tiltflow.entry import load, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError
     from tiltflow.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.score_as_action import ScoreAsAction
-    from tiltflow.model import Model, load
-    from tiltflow.run import Training, tune
-    from tiltflow.run_text_to_image import load_text_to_image
+    from tiltflow.model import Model
+    from tiltflow.run import Training
+    from tiltflow.run_text_to_image import TextToImageTraining, load_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.text_to_image import from_diffusers
 
@@ -35,12 +36,13 @@ _HOME = {
     "OrwCfmW2": "methods.orw_cfm_w2",
     "Sampling": "sampler",
     "ScoreAsAction": "methods.score_as_action",
+    "TextToImageTraining": "run_text_to_image",
     "TiltflowError": "errors",
     "Training": "run",
     "from_diffusers": "text_to_image",
-    "load": "model",
+    "load": "entry",
     "load_text_to_image": "run_text_to_image",
-    "tune": "run",
+    "tune": "entry",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "OrwCfmW2",
     "Sampling",
     "ScoreAsAction",
+    "TextToImageTraining",
     "TiltflowError",
     "Training",
     "from_diffusers",

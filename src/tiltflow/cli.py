@@ -12,8 +12,10 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from tiltflow import __version__
-from tiltflow.errors import InputError, Interrupted, TiltflowError, did_you_mean
+from tiltflow.errors import InputError, Interrupted, Note, TiltflowError, did_you_mean
 
 app = typer.Typer(
     name="tiltflow",
@@ -76,16 +78,12 @@ def train(
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
     """
     from tiltflow import processes
-    from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
-    from tiltflow.run import Recipe, run
-    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
-    from tiltflow.settings import validate
+    from tiltflow.entry import read_recipe, run
+    from tiltflow.recipe import find_recipe, read_recipe_tree
 
     path = find_recipe(recipe, "train")
     going_on = ["training.resume_from_checkpoint=latest"] if resume else []
-    tree = read_recipe_tree(path, [*_with_seed(overrides, seed), *going_on])
-    of_pipeline = is_text_to_image(tree)
-    settings: Any = validate(TextToImageRecipe if of_pipeline else Recipe, tree, recipe)
+    settings = read_recipe(read_recipe_tree(path, [*_with_seed(overrides, seed), *going_on]), recipe)
     console, quiet = _console(as_json), quiet or not _speaks()
 
     def note(text: str) -> None:
@@ -94,7 +92,6 @@ def train(
     chosen = processes.begin(_device(device, threads), note)
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
-    train_it: Any = run_text_to_image if of_pipeline else run
 
     batch, several = settings.training.train_batch_size, processes.count()
     if batch % several:
@@ -105,7 +102,7 @@ def train(
         )
     try:
         with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-            summary = train_it(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
+            summary = run(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
     except Interrupted as error:
         console.print(f"{escape(str(error))}; the same command with --resume goes on")
         processes.end()
@@ -133,10 +130,8 @@ def doctor(
     from dataclasses import asdict
 
     from tiltflow.doctor import Finding, examine, refuse, verdict
-    from tiltflow.recipe import find_recipe, is_text_to_image, read_recipe_tree
-    from tiltflow.run import Recipe
-    from tiltflow.run_text_to_image import TextToImageRecipe
-    from tiltflow.settings import validate
+    from tiltflow.entry import read_recipe
+    from tiltflow.recipe import find_recipe, read_recipe_tree
 
     console, found = _console(as_json), list[Finding]()
     colours = {"green": "green", "amber": "yellow", "red": "red bold"}
@@ -151,8 +146,7 @@ def doctor(
 
     path = find_recipe(recipe, "train")
     try:
-        tree = read_recipe_tree(path, _with_seed(overrides, seed))
-        settings: Any = validate(TextToImageRecipe if is_text_to_image(tree) else Recipe, tree, recipe)
+        settings = read_recipe(read_recipe_tree(path, _with_seed(overrides, seed)), recipe)
     except InputError as error:
         show(refuse(error))
     else:
@@ -254,20 +248,12 @@ def evaluate(
 
     [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
     """
-    from tiltflow.recipe import is_text_to_image
-    from tiltflow.run import evaluate_run
-    from tiltflow.run_text_to_image import evaluate_text_to_image, load_run, read_run
+    from tiltflow.entry import evaluate as evaluate_it
 
     console = _console(as_json)
     chosen = _device(device, threads)
     with _spinner(console, quiet, "sampling the base and the tuned model"):
-        if is_text_to_image(_recipe_of(folder)):
-            if num_samples is not None:
-                raise InputError("--num-samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
-            settings = read_run(folder)
-            summary = evaluate_text_to_image(settings, folder, *load_run(settings, folder, chosen), device=chosen)
-        else:
-            summary = evaluate_run(folder, device=chosen, num_samples=num_samples)
+        summary = evaluate_it(folder, device=chosen, num_samples=num_samples)
     _show_summary(console, summary, folder)
     _finish(as_json, summary)
 
@@ -336,13 +322,21 @@ def sample(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
         "samples.png"
     ),
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt, 4.")] = 64,
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt.", show_default="64; 4 of a prompt"),
+    ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For a pipeline; may be repeated.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=1, help="For a pipeline.", show_default="the recipe's")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="For a pipeline; 1 is none.", show_default="the model's")
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help="memoryless, ddpm, ddim, euler or heun.", show_default="the model's")
     ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.", show_default="the model's")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples at a time; part of what they depend on.", show_default="the model's")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -353,89 +347,50 @@ def sample(
 
     [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
+    [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
     """
     import numpy as np
 
-    from tiltflow.model import load
+    from tiltflow.entry import load
     from tiltflow.plots import image_grid
-    from tiltflow.recipe import is_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.settings import validate
+    from tiltflow.text_to_image import TextToImage
 
     if output.suffix not in (".png", ".npz"):
         raise InputError(f"--output {output}: must end in .png or .npz")
-    if prompts or is_text_to_image(_recipe_of(Path(model))):
-        _sample_pipeline(
-            Path(model), output, prompts or [], solver, num_inference_steps, guidance_scale, seed, _device(device, threads),
-            quiet, as_json,
-        )  # fmt: skip
-        return
-    loaded = load(model, _device(device, threads))
-    is_image = len(loaded.event_shape) == 3 and loaded.event_shape[0] in (1, 3)
-    if output.suffix == ".png" and not is_image:
-        raise InputError(f"--output {output}: samples of shape {list(loaded.event_shape)} are no pictures; use .npz")
+    loaded, console = load(model, _device(device, threads)), _console(as_json)
     changes = {"solver": solver, "num_inference_steps": num_inference_steps}
     tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
     sampling = validate(Sampling, tree, "--solver" if solver else "sampling")
-    console = _console(as_json)
-    with _spinner(console, quiet, f"sampling {num_samples}"):
-        x = loaded.sample(num_samples, seed=seed, sampling=sampling)
+    options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
+    told: dict[str, Any] = {}
+    if isinstance(loaded, TextToImage):
+        if not prompts:
+            raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
+        each = num_samples or 4
+        several, columns = [prompt for prompt in prompts for _ in range(each)], each
+        count, what = len(several), "pictures"
+        told = {"prompts": prompts, "guidance_scale": loaded.guidance_scale if guidance_scale is None else guidance_scale}
+        draw = partial(loaded.sample, several, guidance_scale=guidance_scale, **options)
+    else:
+        for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
+            if value:
+                raise InputError(f"{option}: {model} is no text-to-image model; --num-samples says how many samples it draws")
+        shape, count, what = loaded.event_shape, num_samples or 64, "samples"
+        if output.suffix == ".png" and not (len(shape) == 3 and shape[0] in (1, 3)):
+            raise InputError(f"--output {output}: samples of shape {list(shape)} are no pictures; use .npz")
+        columns, draw = max(1, round(count**0.5)), partial(loaded.sample, count, **options)
+    with _spinner(console, quiet, f"sampling {count}"):
+        x = draw()
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
-        image_grid(x, max(1, round(num_samples**0.5))).save(output)
+        image_grid(x, columns).save(output)
     else:
         np.savez_compressed(output, samples=x.numpy())
     if not quiet:
-        console.print(f"{num_samples} samples in {output}")
-    _finish(as_json, {"output": str(output), "num_samples": num_samples, "seed": seed, **sampling.model_dump()})
-
-
-def _recipe_of(folder: Path) -> Any:
-    """The recipe of a run as it was written, or None."""
-    from tiltflow.settings import read_yaml
-
-    path = folder / "recipe.yaml"
-    return read_yaml(path) if path.is_file() else None
-
-
-def _sample_pipeline(
-    run: Path,
-    output: Path,
-    prompts: list[str],
-    solver: str | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    seed: int,
-    device: str,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Pictures of prompts by a tuned pipeline, four of each."""
-    import numpy as np
-
-    from tiltflow.plots import image_grid
-    from tiltflow.run_text_to_image import Point, load_text_to_image, read_run
-    from tiltflow.settings import validate
-
-    if not prompts:
-        raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
-    recipe, console = read_run(run), _console(as_json)
-    changes = {"solver": solver, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    tree = recipe.evaluation.points[0].model_dump() | {key: value for key, value in changes.items() if value is not None}
-    point = validate(Point, tree, "--solver" if solver else "sampling")
-    several = [prompt for prompt in prompts for _ in range(4)]
-    with _spinner(console, quiet, f"sampling {len(several)}"):
-        x = load_text_to_image(run, device).sample(
-            several, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".png":
-        image_grid(x, 4).save(output)
-    else:
-        np.savez_compressed(output, samples=x.numpy())
-    if not quiet:
-        console.print(f"{len(several)} pictures in {output}")
-    _finish(as_json, {"output": str(output), "prompts": prompts, "seed": seed, **point.model_dump()})
+        console.print(f"{count} {what} in {output}")
+    _finish(as_json, {"output": str(output), "num_samples": count, "seed": seed, **told, **sampling.model_dump()})
 
 
 @app.command()
@@ -569,7 +524,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line; errors that a user can cause are one line."""
+    """Run the command line; errors that a user can cause, and notes, are one line."""
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         app()
     except TiltflowError as error:
@@ -590,6 +546,15 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """One of tiltflow's as a line of its own."""
+    if issubclass(category, Note):
+        if _speaks():
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]{escape(str(message))}[/yellow]")
+    else:
+        otherwise(message, category, *where)
 
 
 def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
@@ -727,11 +692,11 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
 
 def _show_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> None:
     """A line for each point of the grid, its seeds together."""
-    from tiltflow.sweep import short_names
+    from tiltflow.sweep import DISTANCES, short_names
 
-    names = list(short_names(keys).values())
+    names, cost = list(short_names(keys).values()), result["distance"]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in (*names, "reward", "W2 to base", "entropy", "runs", ""):
+    for column in (*names, "reward", DISTANCES[cost], "entropy", "runs", ""):
         table.add_column(column, no_wrap=column in (*names, "runs"))
     for row in result["points"]:
         values = [escape(str(row[name])) for name in names]
@@ -739,7 +704,7 @@ def _show_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> No
             table.add_row(*values, f"[yellow]{escape(row['error'])}[/yellow]", "", "", str(row["runs"]), "")
             continue
         entropy = f"{row['entropy_tuned']:.2f}" if "entropy_tuned" in row else ""
-        reward, distance = (f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("reward_tuned", "w2_base"))
+        reward, distance = (f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("reward_tuned", cost))
         table.add_row(*values, reward, distance, entropy, str(row["runs"]), "front" if row["on_front"] else "")
     console.print(table)
 

@@ -70,6 +70,10 @@ def visible(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+class Note(UserWarning):
+    """A warning of tiltflow about what it does instead of what may have been meant. The command line prints it as one line."""
+
+
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """`", did you mean 'right'?"` for the nearest allowed name, the list of names if none is near.
 

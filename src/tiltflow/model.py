@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,10 +23,10 @@ from tiltflow.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.plugins import part_of
 from tiltflow.sampler import Sampling, noise, sample
 from tiltflow.settings import Settings, validate
+from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-ASSETS = Path(str(resources.files("tiltflow"))) / "assets"
 
 NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
 
@@ -127,18 +126,23 @@ def load_classifier(name_or_path: str | Path, device: torch.device | str = "cpu"
 
 def shipped_models() -> list[str]:
     """The names of the models inside the package."""
-    return sorted(folder.name for folder in ASSETS.iterdir() if (folder / CONFIG).exists())
+    return list(assets(CONFIG))
 
 
 def model_folder(name_or_path: str | Path) -> Path:
     """The folder of a shipped model by name, or of a model or run on disk. Raises InputError if there is none."""
+    if shipped := by_name(name_or_path, assets(CONFIG), "model"):
+        return shipped
     path = Path(name_or_path)
-    candidates = [path, path / "model"] if len(path.parts) != 1 else [ASSETS / path, path, path / "model"]
-    for folder in candidates:
+    for folder in (path, path / "model"):
         if (folder / CONFIG).exists():
             return folder
+    if by_name(name_or_path, assets(INDEX), "pipeline") or (path / INDEX).exists():
+        raise InputError(f"{path}: is a pipeline of diffusers; in a recipe it is `model: {{diffusers: {path}}}`")
     if (path / "model").is_dir():
-        raise InputError(f"{path}: its model/ has no {CONFIG}; `load_text_to_image` reads runs of a diffusers pipeline")
+        raise InputError(
+            f"{path}: its model/ has no {CONFIG}: it is of a diffusers pipeline, or of a network that tiltflow cannot describe"
+        )
     if path.exists():
         raise InputError(f"{path}: neither a model folder nor a run, it has no {CONFIG} and no model/{CONFIG}")
     raise InputError(

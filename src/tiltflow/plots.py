@@ -186,33 +186,40 @@ def class_histogram(
         return _svg(figure)
 
 
-def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    """Mean reward against W2 distance to the base, one dot for each row, with its spread over seeds; a line joins those that no
-    other beats in both. Beside each dot, its values of `keys`."""
-    finished = sorted((row for row in rows if "error" not in row), key=lambda row: row["w2_base"])
+AT_BASE = {"w2_base": ("w2_floor", "between two samples of the base"), "fid_tuned": ("fid_base", "the base's own")}
+"""The measure that says what a distance is where nothing differs, and what it is in words."""
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], distance: str, title: str) -> str:
+    """Mean reward against the measure `distance`, called `title`: one dot for each row, with its spread over seeds. A line
+    joins those that no other beats in both. Beside each dot, its values of `keys`."""
+    finished = sorted((row for row in rows if "error" not in row), key=lambda row: row[distance])
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.6, 4.2), layout="constrained")
         axes = figure.subplots()
         front = [row for row in finished if row["on_front"]]
-        axes.plot([row["w2_base"] for row in front], [row["reward_tuned"] for row in front], color=COLOURS["tuned"], alpha=0.4)
+        axes.plot([row[distance] for row in front], [row["reward_tuned"] for row in front], color=COLOURS["tuned"], alpha=0.4)
         for row in finished:
             colour = COLOURS["tuned" if row["on_front"] else "base"]
             axes.errorbar(
-                row["w2_base"],
+                row[distance],
                 row["reward_tuned"],
                 row["reward_tuned_std"],
-                row["w2_base_std"],
+                row[f"{distance}_std"],
                 fmt="o",
                 color=colour,
                 elinewidth=1,
                 markersize=5,
             )
             text = ", ".join(f"{key} = {row[key]}" for key in keys)
-            axes.annotate(text, (row["w2_base"], row["reward_tuned"]), (6, -10), textcoords="offset points", fontsize=8)
+            axes.annotate(text, (row[distance], row["reward_tuned"]), (6, -10), textcoords="offset points", fontsize=8)
+        dashed: dict[str, Any] = {"color": COLOURS["base"], "linewidth": 1.2, "linestyle": (0, (4, 3))}
+        at_base, meaning = AT_BASE.get(distance, ("", ""))
         if finished:
-            axes.axhline(finished[0]["reward_base"], color=COLOURS["base"], linewidth=1.2, linestyle=(0, (4, 3)))
-            axes.axvline(finished[0]["w2_floor"], color=COLOURS["base"], linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xlabel("W2 to the base (dashed: between two samples of the base)")
+            axes.axhline(finished[0]["reward_base"], **dashed)
+            if at_base:
+                axes.axvline(finished[0][at_base], **dashed)
+        axes.set_xlabel(f"{title} (dashed: {meaning})" if at_base else title)
         axes.set_ylabel("mean reward (dashed: base)")
         axes.grid(color=COLOURS["line"], linewidth=0.8)
         axes.tick_params(length=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.settings import apply_overrides, read_yaml
+from tiltflow.shipped import by_name
 
 Kind = Literal["train", "pretrain"]
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
@@ -22,8 +23,8 @@ def shipped_recipes(kind: Kind) -> dict[str, Path]:
 def find_recipe(name_or_path: str, kind: Kind) -> Path:
     """The file of a shipped recipe by name, or the user's own by path. Raises InputError if there is none."""
     shipped = shipped_recipes(kind)
-    if name_or_path in shipped:
-        return shipped[name_or_path]
+    if found := by_name(name_or_path, shipped, "recipe"):
+        return found
     path = Path(name_or_path)
     if path.is_dir() and (path / "recipe.yaml").exists():
         return path / "recipe.yaml"

@@ -44,7 +44,7 @@ from tiltflow.evaluation import (
     total_variation_floor,
 )
 from tiltflow.flow import CountEvaluations, base_of, eval_mode
-from tiltflow.model import ASSETS, ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
+from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import FEWEST, Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
@@ -54,6 +54,7 @@ from tiltflow.reward import LearnedReward, Reward, evaluate, from_function, try_
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Labels, Pattern, Settings, validate
+from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 from tiltflow.user_code import tried
@@ -114,30 +115,6 @@ class Recipe(Settings):
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-def tune(
-    model: Model,
-    reward: Reward,
-    method: Any,
-    training: Training | None = None,
-    *,
-    seed: int = 0,
-    watch: Callable[[Record], None] = lambda record: None,
-) -> Model:
-    """Fine-tune `model` toward p_base(x) exp(r(x) / beta).
-
-    Args:
-        reward: x [batch, *event] -> [batch], higher is better.
-        method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
-        watch: is shown every training record.
-
-    Returns a tuned copy, `model` being the base; a model with a peft adapter is its own base and is tuned in place.
-    """
-    tuned, records = steps(model, from_function(reward), method, training or Training(), seed=seed)
-    for record in records:
-        watch(record)
-    return tuned
 
 
 def steps(

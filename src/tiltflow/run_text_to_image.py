@@ -483,11 +483,16 @@ def load_run(recipe: TextToImageRecipe, folder: Path, device: str = "cpu") -> tu
 
 
 def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
-    """The tuned model of a run of a pipeline, to sample from: `load_text_to_image("runs/ir").sample(["a red cat"])`.
+    """The tuned model of a run of a pipeline, to sample from: `load_text_to_image("runs/ir").sample(["a red cat"])`. It is
+    sampled, where nothing else is asked for, as the evaluation's first point says.
 
     Raises InputError if it is no such run or its base cannot be had.
     """
-    return load_run(read_run(Path(run)), Path(run), device)[1]
+    recipe = read_run(Path(run))
+    _, tuned = load_run(recipe, Path(run), device)
+    point = recipe.evaluation.points[0]
+    scale = tuned.guidance_scale if point.guidance_scale is None else point.guidance_scale
+    return replace(tuned, sampling=point.sampling, guidance_scale=scale)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 sweep.yaml       the recipe and the grid: the same command goes on where it was stopped
 <point>/         a finished run, as `tiltflow train` makes it; `<point>.partial` while it is under way
-sweep.json       one row for each point: its values, reward, and distance to the base
-pareto.svg       reward against distance to the base
+sweep.json       one row for each point: its values, reward, and what else was measured; `distance` names the cost of reward
+pareto.svg       reward against that cost: for image models the distance to the base in W2; for pipelines the FID to the
+                 reference where there is one, else the path KL to the base
 """
 
 from __future__ import annotations
@@ -22,14 +23,25 @@ from typing import Any
 
 import torch
 
+from tiltflow.entry import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.plots import pareto
-from tiltflow.run import Recipe, run
 from tiltflow.run_folder import write_json, write_text, write_yaml
-from tiltflow.settings import apply_overrides, parse_yaml, read_yaml, validate
+from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
-MEASURES = ("reward_base", "reward_tuned", "w2_base", "w2_floor", "target_distance", "effective_sample_size", "seconds")
+MEASURES = ("reward_base", "reward_tuned", "target_distance", "effective_sample_size", "seconds")
+"""Of every run."""
+OF_BASE = ("w2_base", "w2_floor", "path_kl")
+"""Distances to the base, of which a run has some."""
 JUDGED = ("entropy_base", "entropy_tuned", "variance_base", "variance_tuned", "sure_tuned", "frechet_tuned")
+OF_PICTURES = ("variance", "vendi", "fid", "kid")
+"""Of a pipeline, for the base and the tuned model at the evaluation's first point."""
+DISTANCES = {
+    "w2_base": "W2 to the base",
+    "fid_tuned": "FID to the reference",
+    "path_kl": "path KL to the base, in nats",
+}
+"""What may be the cost of reward, the first one that was measured."""
 SEED = "seed"
 
 
@@ -39,7 +51,7 @@ class Point:
 
     name: str
     values: dict[str, Any]
-    recipe: Recipe
+    recipe: AnyRecipe
 
 
 def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
@@ -68,7 +80,7 @@ def points_of(tree: Mapping[str, Any], grid: Mapping[str, list[Any]], where: str
         chosen = dict(zip(grid, values, strict=True))
         overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
         name = ",".join(f"{names[key]}={_word(value)}" for key, value in chosen.items())
-        found.append(Point(name, chosen, validate(Recipe, apply_overrides(dict(tree), overrides), f"{where}, {name}")))
+        found.append(Point(name, chosen, read_recipe(apply_overrides(dict(tree), overrides), f"{where}, {name}")))
     if len({point.name for point in found}) != len(found):
         raise InputError("--over: two combinations would have folders of the same name")
     return found
@@ -133,9 +145,9 @@ def sweep(
             raise
     result = collect(points, folder, failures)
     write_json(folder / "sweep.json", result)
-    write_text(
-        folder / "pareto.svg", pareto(result["points"], list(short_names([key for key in grid if key != SEED]).values()))
-    )
+    shown = list(short_names([key for key in grid if key != SEED]).values())
+    distance = result["distance"]
+    write_text(folder / "pareto.svg", pareto(result["points"], shown, distance, DISTANCES[distance]))
     return result
 
 
@@ -153,25 +165,35 @@ def run_point(point: Point, folder: Path, device: str, threads: int) -> str | No
     return None
 
 
-def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """At least as much reward, at most as far from the base, and not the same."""
-    gain, nearer = one["reward_tuned"] - other["reward_tuned"], other["w2_base"] - one["w2_base"]
+def beats(one: Mapping[str, Any], other: Mapping[str, Any], distance: str = "w2_base") -> bool:
+    """At least as much reward, at most as far by the measure `distance`, and not the same."""
+    gain, nearer = one["reward_tuned"] - other["reward_tuned"], other[distance] - one[distance]
     return bool(gain >= 0 and nearer >= 0 and gain + nearer > 0)
 
 
+def measured(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a sweep compares, from the summary of a run."""
+    judge = summary["judge"] or {}
+    found = {key: summary[key] for key in MEASURES}
+    found |= {key: summary[key] for key in OF_BASE if summary.get(key) is not None}
+    found |= {key: judge[key] for key in JUDGED if key in judge}
+    if "group" in judge:
+        found |= {"group_base": judge["group"]["base"], "group_tuned": judge["group"]["tuned"]}
+    for row in summary.get("table", [])[:2]:  # the base and the tuned model at the first point
+        found |= {f"{key}_{row['model']}": row[key] for key in OF_PICTURES if key in row}
+    return found
+
+
 def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
-    """One row for each point, and one for each combination of the other values over its seeds, with mean and spread."""
+    """One row for each point, and one for each combination of the other values over its seeds, with mean and spread; and which
+    of their measures is the cost of reward, a key of `DISTANCES` that all have."""
     names = short_names(list(points[0].values))
     rows = []
     for point in points:
         row: dict[str, Any] = {"name": point.name, **{names[key]: value for key, value in point.values.items()}}
         path = folder / point.name / "summary.json"
         if path.exists():
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            judge = summary["judge"] or {}
-            row |= {key: summary[key] for key in MEASURES} | {key: judge[key] for key in JUDGED if key in judge}
-            if "group" in judge:
-                row |= {"group_base": judge["group"]["base"], "group_tuned": judge["group"]["tuned"]}
+            row |= measured(json.loads(path.read_text(encoding="utf-8")))
         else:
             row["error"] = failures.get(point.name, "not run")
         rows.append(row)
@@ -185,13 +207,14 @@ def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) 
         finished = [row for row in members if "error" not in row]
         merged: dict[str, Any] = {key: members[0][key] for key in others} | {"runs": len(finished)}
         for key in finished[0] if finished else ():
-            if key not in (*others, "name", SEED):
+            if key not in (*others, "name", SEED) and all(key in row for row in finished):
                 values = [row[key] for row in finished]
                 merged[key], merged[f"{key}_std"] = statistics.mean(values), statistics.pstdev(values)
         if not finished:
             merged["error"] = members[0]["error"]
         summaries.append(merged)
     finished = [row for row in summaries if "error" not in row]
+    distance = next((key for key in DISTANCES if all(key in row for row in finished)), next(iter(DISTANCES)))
     for row in finished:
-        row["on_front"] = not any(beats(other, row) for other in finished)
-    return {"runs": rows, "points": summaries}
+        row["on_front"] = not any(beats(other, row, distance) for other in finished)
+    return {"distance": distance, "runs": rows, "points": summaries}

@@ -29,10 +29,10 @@ from tiltflow import pipelines, processes
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
-from tiltflow.model import ASSETS
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.sampler import Sampling, sample
 from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
+from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 
 GuidanceMode = Literal["none", "rollout", "full"]
@@ -322,7 +322,7 @@ def from_diffusers(
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
         guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
-        options: of `DiffusionPipeline.from_pretrained`, such as `dtype`, `revision` and `variant`.
+        options: of `DiffusionPipeline.from_pretrained`, such as `dtype` (float32 by default), `revision` and `variant`.
 
     The decoder is read and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
 
@@ -380,14 +380,14 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
         from diffusers import DiffusionPipeline
     except ImportError:
         raise InputError("diffusers is not installed: pip install 'tiltflow[diffusers]'") from None
-    if (ASSETS / path / INDEX).exists():
-        path = ASSETS / path
+    path = by_name(path, assets(INDEX), "pipeline") or path
     if Path(path).is_dir() and not (Path(path) / INDEX).exists():
         raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
     options = {"use_safetensors": True, **options}
-    dtype = options.pop("torch_dtype", options.get("dtype"))  # the older name too
-    if dtype is not None:  # a decoder that is rounded to 16 bits first stays so
-        options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
+    # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
+    dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))
+    # a decoder that is rounded to 16 bits first stays so
+    options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
     try:
         return DiffusionPipeline.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
@@ -453,7 +453,7 @@ def active_adapters(network: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
 
-INDEX, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def save_tuned(model: TextToImage, folder: Path) -> None:
