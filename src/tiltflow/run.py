@@ -50,7 +50,7 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
-from tiltflow.reward import LearnedReward, Reward, evaluate, from_function, try_reward
+from tiltflow.reward import LearnedReward, Reward, evaluate, try_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
 from tiltflow.sampler import Sampling
 from tiltflow.settings import Labels, Pattern, Settings, validate
