@@ -1,4 +1,4 @@
-# Every target makes its own set-up: on a fresh machine with Python 3.10 or newer, `make demo` is the only command to type.
+# Every target makes its own set-up: on a fresh machine with Python 3.11 or newer, `make demo` is the only command to type.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,16 +7,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := .venv/.core-installed
 DEV := .venv/.dev-installed
 DEFINED_BY := pyproject.toml constraints.txt
+NEWEST_BIN := .venv-newest/bin
+NEWEST := .venv-newest/.installed
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 MODELS := digits-flow digits-classifier digits-judge digits-diffusion
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format mutants bench pretrain clean
+.PHONY: help demo test test-slow test-newest lint format mutants bench pretrain clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(CORE) ## tune the digit model toward even digits, from install to report
 	rm -rf runs/demo
@@ -29,10 +31,15 @@ test: $(DEV) ## run the fast tests and the doctests
 test-slow: $(DEV) ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-lint: $(DEV) ## check formatting, lint and types
+test-newest: $(NEWEST) ## run the fast tests with the newest torch that pip finds, in .venv-newest
+	@$(NEWEST_BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+lint: $(DEV) ## check formatting, lint, types, and that every extra can be installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
+	$(BIN)/python scripts/check_install.py
 
 format: $(DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
@@ -52,12 +59,12 @@ pretrain: $(CORE) ## train the shipped models again into runs/pretrain: make pre
 	done
 
 clean: ## remove caches and build output; .venv and runs stay
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "tiltflow needs Python 3.10 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tiltflow needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv && $(PIP) --version >/dev/null || \
 		{ rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment with pip (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
@@ -74,4 +81,12 @@ $(CORE): $(DEFINED_BY) | $(BIN)/python
 $(DEV): $(CORE)
 	@echo "Installing the tools for development"
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The pinned set, but for torch and what it brings. It may be gigabytes: pip takes the default build of torch here.
+$(NEWEST): $(DEFINED_BY) $(DEV)
+	@echo "Installing the newest torch into .venv-newest"
+	@$(BIN)/python -m venv --clear .venv-newest
+	@sed -E '/^(torch|setuptools)==/d' constraints.txt > .venv-newest/constraints.txt
+	@$(NEWEST_BIN)/python -m pip --disable-pip-version-check install --quiet -c .venv-newest/constraints.txt -e '.[dev]'
 	@touch $@

@@ -109,7 +109,7 @@ def test_a_tracker_that_refuses_leaves_nothing_behind(tmp_path: Path, monkeypatc
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None if module == "wandb" else types.SimpleNamespace())
-    with pytest.raises(InputError, match=r"training\.report_to wandb: wandb is not installed: pip install wandb"):
+    with pytest.raises(InputError, match=r"training\.report_to wandb: wandb is not installed: pip install '\.\[wandb\]'"):
         run(recipe_for(tmp_path, report_to="wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"training\.report_to"):

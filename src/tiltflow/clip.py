@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, not_installed
 from tiltflow.model import read_tensors
 from tiltflow.precision import at_least_float32
 
@@ -109,7 +109,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise InputError("transformers is not installed: pip install 'tiltflow[diffusers]'") from None
+        raise not_installed("transformers", "diffusers") from None
     return transformers
 
 

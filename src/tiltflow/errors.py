@@ -88,3 +88,12 @@ def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
         return f", did you mean {near[0]!r}?"
     listed = ", ".join(names[:40] + [".."] * (len(names) > 40))
     return f"; known: {listed}" if names else ""
+
+
+def not_installed(package: str, extra: str) -> InputError:
+    """The error for a part that an extra of pyproject.toml brings.
+
+    >>> print(not_installed("peft", "adapters"))
+    peft is not installed: pip install '.[adapters]' in tiltflow's source folder
+    """
+    return InputError(f"{package} is not installed: pip install '.[{extra}]' in tiltflow's source folder")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.clip import Clip
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, not_installed
 from tiltflow.evaluation import in_batches
 from tiltflow.plugins import import_function
 from tiltflow.streams import stream
@@ -77,7 +77,7 @@ def distances_to_reference(features: Tensor, reference: Tensor, seed: int = 0) -
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError:
-        raise InputError("evaluation.reference: torchmetrics is not installed: pip install 'tiltflow[diffusers]'") from None
+        raise not_installed("evaluation.reference: torchmetrics", "diffusers") from None
     network, fewest = _AsTheyAre(features.shape[1]), min(len(features), len(reference))
     whole = fewest <= MOST_KID
     fid = FrechetInceptionDistance(feature=network)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, not_installed
 
 _SHARDED: WeakSet[Any] = WeakSet()
 """The modules whose weights are sharded."""
@@ -48,7 +48,7 @@ def begin(device: str, note: Callable[[str], None] = lambda text: None) -> str:
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise InputError("several processes need accelerate: pip install 'tiltflow[accelerate]'") from None
+        raise not_installed("several processes: accelerate", "accelerate") from None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         _do_as_deepspeed_would(note)
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
-from tiltflow.errors import InputError, NonFiniteError, did_you_mean
+from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
@@ -439,7 +439,7 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InputError("training.use_8bit_adam: bitsandbytes is not installed: pip install bitsandbytes") from None
+        raise not_installed("training.use_8bit_adam: bitsandbytes", "bitsandbytes") from None
     optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
     return optimizer
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow import pipelines, processes
-from tiltflow.errors import InputError, did_you_mean
+from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
@@ -379,7 +379,7 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError:
-        raise InputError("diffusers is not installed: pip install 'tiltflow[diffusers]'") from None
+        raise not_installed("diffusers", "diffusers") from None
     path = by_name(path, assets(INDEX), "pipeline") or path
     if Path(path).is_dir() and not (Path(path) / INDEX).exists():
         raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
@@ -414,7 +414,7 @@ def with_adapter(
     try:
         from peft import LoraConfig
     except ImportError:
-        raise InputError("peft is not installed: pip install 'tiltflow[diffusers]'") from None
+        raise not_installed("peft", "diffusers") from None
     network: Any = model.denoiser.network
     below, taken = active_adapters(network), getattr(network, "peft_config", {})
     adapter = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, not_installed
 
 Name = Literal["tensorboard", "trackio", "wandb"]
 LOGS, PROJECT = "logs", "tiltflow"
@@ -28,9 +28,9 @@ MODULES: dict[Name, tuple[str, ...]] = {
 
 def check_tracker(name: Name) -> None:
     """Raises InputError if what the tracker needs is not installed."""
-    for needed, extra in ((("accelerate",), "'tiltflow[accelerate]'"), (MODULES[name], MODULES[name][0])):
+    for needed in (("accelerate",), MODULES[name]):
         if not any(importlib.util.find_spec(module) for module in needed):
-            raise InputError(f"training.report_to {name}: {needed[0]} is not installed: pip install {extra}")
+            raise not_installed(f"training.report_to {name}: {needed[0]}", name)
 
 
 @dataclass

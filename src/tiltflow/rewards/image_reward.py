@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.clip import depth, resized
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, not_installed
 from tiltflow.model import read_tensors
 from tiltflow.precision import Dtype, at_least_float32
 from tiltflow.reward import OfPrompts, Reward
@@ -73,7 +73,7 @@ class Scorer:
         try:
             from transformers import AutoTokenizer
         except ImportError:
-            raise InputError("transformers is not installed: pip install 'tiltflow[diffusers]'") from None
+            raise not_installed("transformers", "diffusers") from None
         vision, text, layers = (part.to(device, dtype).requires_grad_(False).eval() for part in networks(read_weights(path)))
         try:
             return cls(vision, text, layers, AutoTokenizer.from_pretrained(tokenizer))
