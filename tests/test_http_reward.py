@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -231,7 +231,7 @@ def test_a_broken_answer_is_asked_for_again(name: str) -> None:
 
 
 def test_the_server_says_when_to_ask_again(no_waiting: list[float]) -> None:
-    later = (datetime.now(timezone.utc) + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    later = (datetime.now(UTC) + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S GMT")
     busy = [b"HTTP/1.1 429 Busy\r\nRetry-After: %s\r\n\r\n" % wait.encode() for wait in ("7", later, "999999999", "soon", "²")]
     with raw_answers(*busy, b"HTTP/1.1 200 OK\r\n\r\n" + GOOD) as url:
         assert ask(url, 2, retries=8).tolist() == [1, 2.5]
