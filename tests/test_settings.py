@@ -142,7 +142,7 @@ def test_a_number_is_no_word_and_a_word_no_number() -> None:
         ("a: 1\n'a': 2", "r:2: 'a' is given twice"),
         ('a: "\\U00110000"', "r: not valid YAML"),
         ("a: " + "9" * 6000, "r: not valid YAML"),
-        ("x" * (1 << 20) + "y", "r: is longer than 1048576 characters"),
+        ("x" * (1 << 18) + "y", "r: is longer than 262144 characters"),
     ],
 )
 def test_yaml_that_is_refused_says_the_line(text: str, message: str) -> None:

@@ -32,8 +32,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from tiltflow.errors import InputError, did_you_mean
 
-MOST_CHARACTERS, MOST_DEPTH = 1 << 20, 64
-"""Of a YAML file, and of what is nested in it: far more than any recipe has, and read in about a second."""
+MOST_CHARACTERS, MOST_DEPTH = 1 << 18, 64
+"""Of a YAML file, and of what is nested in it: far more than any recipe has, and read in seconds."""
 
 
 class Settings(BaseModel):
@@ -138,7 +138,7 @@ def _document(events: Iterator[Event]) -> Any:
 def _node(event: Event, events: Iterator[Event], depth: int) -> Any:
     """The value that begins with `event`, and whose other events come next."""
     if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
-        raise InputError(f"anchors and aliases are not read; write out what {event.anchor!r} stands for, or quote it")
+        raise InputError(f"anchors and aliases are not read; write out what {shown(event.anchor)} stands for, or quote it")
     if isinstance(event, (ScalarEvent, MappingStartEvent, SequenceStartEvent)) and event.ctag is not None:
         raise InputError(f"tags are not read; leave {str(event.ctag)[:40]!r} out, or quote it")
     if depth > MOST_DEPTH:
@@ -154,7 +154,7 @@ def _node(event: Event, events: Iterator[Event], depth: int) -> Any:
             if not isinstance(key, ScalarEvent) or key.anchor is not None or key.ctag is not None:
                 raise InputError("a key must be a word, without tags and anchors")
             if key.value in tree:
-                raise InputError(f"{key.value!r} is given twice")
+                raise InputError(f"{shown(key.value)} is given twice")
             tree[key.value] = _node(next(events), events, depth + 1)
         return tree
     assert isinstance(event, ScalarEvent)
