@@ -155,3 +155,43 @@ def test_errors_of_ours_are_the_only_ones_caught() -> None:
 def test_importing_tiltflow_imports_nothing_heavy() -> None:
     code = "import sys, tiltflow; print([m for m in ('torch', 'pydantic', 'matplotlib', 'typer', 'ot') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_what_is_not_ours_is_shown_and_not_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markup, control characters and marks of direction in paths, descriptions, names of classes, keys and files' contents."""
+    odd = "[red]a[/b] \x1b[2J\u202e\\"
+    shown = "[red]a[/b] \\x1b[2J\\u202e\\"
+    recipe = tiny_recipe(tmp_path, description=odd, training={"max_train_steps": 1, "train_batch_size": 4})
+    judge = tmp_path / "judge" / "config.json"
+    judge.write_text(json.dumps(json.loads(judge.read_text()) | {"class_names": [odd, "b", "c"]}))
+    folder = tmp_path / odd
+    said = ""
+    for arguments in (
+        ["train", str(recipe), "--output", str(folder)],
+        ["train", str(recipe), "--output", str(folder)],
+        ["evaluate", str(folder), "--num-samples", "4"],
+        ["sample", str(folder), "-n", "4", "-o", str(folder / "new" / "x.png")],
+        ["verify-checkpoint", str(folder)],
+        ["verify-checkpoint", str(tmp_path / "none" / odd)],
+        ["train", str(recipe), "--output", str(tmp_path / "n"), "--set", f"{odd}=1"],
+        ["train", str(recipe), "--output", str(tmp_path / "n"), "--set", f"model={odd}"],
+        ["train", str(recipe), "--output", str(tmp_path / "n"), "--set", "reward={name: http, url: 'http://me:s3cret@h'}"],
+        ["train", str(recipe), "--output", str(tmp_path / "n"), "--set", "reward={name: http, url: 'http://h?key=s3cret'}"],
+        ["train", str(recipe), "--output", str(tmp_path / "n"), "--set", "reward.url:http://me:s3cret@h"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["tiltflow", *arguments])
+        monkeypatch.setenv("COLUMNS", "400")
+        with pytest.raises(SystemExit):
+            tiltflow.cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        said += out + err
+    assert all(letter.isprintable() or letter == "\n" for letter in said), said
+    assert "s3cret" not in said
+    assert f"report: {tmp_path}/{shown}/report.html" in said
+    assert f"4 samples in {tmp_path}/{shown}/new/x.png" in said
+    assert f"judge sees {shown}, c" in said
+    assert f"{shown} is not a setting" in said
+    assert said.count(shown) >= 9

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tiltflow import __version__
-from tiltflow.errors import InputError, Interrupted, Note, TiltflowError, did_you_mean
+from tiltflow.errors import InputError, Interrupted, Note, TiltflowError, did_you_mean, redacted, visible
 
 app = typer.Typer(
     name="tiltflow",
@@ -38,6 +38,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def escape(text: object) -> str:
+    """What is not ours, in a line of ours: no markup, no control characters, no passwords. Nothing else is printed without."""
+    return markup.escape(visible(redacted(str(text))))
+
 
 Set = Annotated[
     list[str] | None,
@@ -229,7 +235,7 @@ def sweep(
 
         result = run_sweep(tree, grid, output, processes=processes, device=chosen, watch=watch)
     _show_sweep(console, result, [key for key in grid if key != "seed"])
-    console.print(f"front: {output / 'pareto.svg'}")
+    console.print(f"front: {escape(output / 'pareto.svg')}")
     _finish(as_json, result)
     if any("error" in row for row in result["runs"]):
         raise typer.Exit(1)
@@ -275,7 +281,8 @@ def export(
 
     result = export_run(folder, output, push_to_hub=push_to_hub)
     loads = "pipeline.load_lora_weights" if result["kind"] == "lora" else "DiffusionPipeline.from_pretrained"
-    _console(as_json).print(f'{loads}("{output}") loads it' + (f"; uploaded to {result['url']}" if result["url"] else ""))
+    uploaded = f"; uploaded to {result['url']}" if result["url"] else ""
+    _console(as_json).print(escape(f'{loads}("{output}") loads it{uploaded}'))
     _finish(as_json, result)
 
 
@@ -307,7 +314,7 @@ def serve_reward(
     chosen = _device(device, threads)
     token = os.environ[token_variable] if token_variable else None
     server = make_server(settings.reward.build(chosen), port, token=token, device=chosen)
-    _console(False).print(f"{settings.reward.name} at http://{HOST}:{server.server_address[1]}/score, Ctrl-C ends it")
+    _console(False).print(f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score, Ctrl-C ends it")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -389,7 +396,7 @@ def sample(
     else:
         np.savez_compressed(output, samples=x.numpy())
     if not quiet:
-        console.print(f"{count} {what} in {output}")
+        console.print(f"{count} {what} in {escape(output)}")
     _finish(as_json, {"output": str(output), "num_samples": count, "seed": seed, **told, **sampling.model_dump()})
 
 
@@ -485,7 +492,7 @@ def pretrain(
         _list(
             console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"
         )
-        console.print(f"model in {output}")
+        console.print(f"model in {escape(output)}")
     _finish(as_json, {"output": str(output), **scores})
 
 
@@ -661,10 +668,10 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     if judge and "frechet_base" in judge:
         rows["Frechet distance to real images"] = (
             f"{judge['frechet_base']:.1f} before, {judge['frechet_tuned']:.1f} after"
-            f" (features of {judge['model']}; two halves of the real ones {judge['frechet_real']:.1f})"
+            f" (features of {escape(judge['model'])}; two halves of the real ones {judge['frechet_real']:.1f})"
         )
     rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
-    rows[""] = f"[dim]{summary['target_distance_kind']}[/dim]"
+    rows[""] = f"[dim]{escape(summary['target_distance_kind'])}[/dim]"
     if "own_law_balance" in summary:
         rows["pull over penalty"] = f"{pm('own_law_balance')}   (1 where the rounds settle; below it, noise was learned)"
     if summary["working_beta"] is not None:
@@ -680,14 +687,14 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     if summary.get("alarm"):
         console.print(f"[red bold]ALARM[/red bold] {escape(summary['alarm'])}")
     if summary.get("best_step"):
-        console.print(f"best by {summary['best_by']}: step {summary['best_step']}, kept in {folder / 'best'}")
+        console.print(f"best by {escape(summary['best_by'])}: step {summary['best_step']}, kept in {escape(folder / 'best')}")
     for limit in summary["limits"]:
         console.print(f"[yellow]{escape(limit)}[/yellow]")
     if summary["effective_sample_size"] < 30:
         console.print(
             "[yellow]The effective sample size is below 30: the target is not known well; raise beta or num_samples.[/yellow]"
         )
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"report: {escape(folder / 'report.html')}")
 
 
 def _show_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> None:

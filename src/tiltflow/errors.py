@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+SECRET = r"[\w.-]*(?:key|token|secret|pass|auth|credential|sig)[\w.-]*"
+"""Names of parameters whose values are nobody's business."""
+KEY = re.compile(rf"([?&;]{SECRET}=)(?!\$\{{)[^&#\s'\"]+", re.IGNORECASE)
+LOGIN = re.compile(r"(?<=://)(?![^/?#\s@]*\$\{)(?:[^/?#\s@:]*:[^\s]*|[^/?#\s]*)(?=@)")
 
 
 class TiltflowError(Exception):
@@ -72,6 +78,15 @@ def visible(text: str) -> str:
 
 class Note(UserWarning):
     """A warning of tiltflow about what it does instead of what may have been meant. The command line prints it as one line."""
+
+
+def redacted(text: str) -> str:
+    """`text` without the passwords and keys of the URLs in it; names of variables stay.
+
+    >>> redacted("http://me:pw@host/?api_key=1&n=2 and https://host/?key=${KEY}")
+    'http://***@host/?api_key=***&n=2 and https://host/?key=${KEY}'
+    """
+    return LOGIN.sub("***", KEY.sub(r"\1***", text))
 
 
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:

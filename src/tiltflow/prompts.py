@@ -47,9 +47,9 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
     """
     if (settings.path is None) == (not settings.texts):
         raise InputError("prompts: give either a path or texts")
-    texts = [{settings.column: text} for text in settings.texts]
+    given = [{settings.column: text} for text in settings.texts]
     prompts = unique(
-        from_rows(texts, settings.column, "texts") if settings.path is None else read_file(Path(settings.path), settings.column)
+        from_rows(given, settings.column, "texts") if settings.path is None else read_file(Path(settings.path), settings.column)
     )
     if not prompts:
         raise InputError(f"prompts: there are none in {settings.path or 'texts'}")

@@ -30,7 +30,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from tiltflow.errors import InputError, did_you_mean
+from tiltflow.errors import InputError, did_you_mean, redacted
 
 MOST_CHARACTERS, MOST_DEPTH = 1 << 18, 64
 """Of a YAML file, and of what is nested in it: far more than any recipe has, and read in seconds."""
@@ -274,12 +274,12 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error says it: as it was written, and not longer than a line.
+    """A value as an error says it: as it was written, without secrets, and not longer than a line.
 
     >>> shown((1, "a"))
     "[1, 'a']"
     """
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = redacted(repr(list(value) if isinstance(value, tuple) else value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

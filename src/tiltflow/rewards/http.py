@@ -32,14 +32,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tiltflow.data import to_pixels
-from tiltflow.errors import InputError, visible
+from tiltflow.errors import SECRET, InputError, redacted, visible
 from tiltflow.reward import Metadata, OfPrompts, Reward
 from tiltflow.settings import Settings
 
 MOST_BYTES = 1 << 20  # of an answer
 LONGEST_WAIT = 60.0  # seconds, before a server is asked again
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-SECRET = re.compile(r"key|token|secret|pass|auth|credential|^sig", re.IGNORECASE)
 
 
 class Http(Settings):
@@ -72,7 +71,7 @@ class Http(Settings):
         if user and not VARIABLE.fullmatch(password or user):
             raise ValueError("a password does not belong into a recipe; write ${NAME}, and set NAME in the environment")
         for key, value in parse_qsl(urlsplit(url).query):
-            if SECRET.search(key) and not VARIABLE.fullmatch(value):
+            if re.fullmatch(SECRET, key, re.IGNORECASE) and not VARIABLE.fullmatch(value):
                 raise ValueError(
                     f"a secret does not belong into a recipe; write {key}=${{NAME}}, and set NAME in the environment"
                 )
@@ -219,14 +218,14 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def check_url(url: str, name: str) -> None:
     """Raises ValueError, which calls it by `name`, if it is no URL that can be asked."""
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"must begin with http:// or https://, got {name!r}")
+        raise ValueError(f"must begin with http:// or https://, got {redacted(name)!r}")
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
     except ValueError:  # of the port, of brackets, of a name too long
         usable = False
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"is no URL: {name!r}")
+        raise ValueError(f"is no URL: {redacted(name)!r}")
 
 
 def seconds_in(text: str) -> float:
