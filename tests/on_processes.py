@@ -125,7 +125,7 @@ def shared_recipe(folder: Path, method: str, **training: Any) -> Recipe:
     place = folder / "parts" / method
     processes.by_main(lambda: recipe_for(place, method) and None)
     tree = read_yaml(place / "recipe.yaml")
-    tree["training"] |= training
+    tree["training"] |= {"monitor": None, "non_finite_rewards": "error"} | training
     return validate(Recipe, tree, "recipe")
 
 

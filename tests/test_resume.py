@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,11 @@ from torch import Tensor
 
 from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from tiltflow.errors import InputError, Interrupted
+from tiltflow.monitor import read_looks
 from tiltflow.run import Recipe, run
 from tiltflow.run_folder import RunFolder, read_records
 from tiltflow.settings import dump_yaml, read_yaml, validate
+from tiltflow.signals import noted
 
 SHORT = {"num_inference_steps": 4, "learning_rate": 1e-3}
 CRITIC = {"num_steps": 2, "train_batch_size": 2}
@@ -38,7 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "orw-cfm-w2": {"alpha": 0.3, "num_passes": 3, "min_effective_sample_size": 1},
     "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},
 }
-TRAINING = {"max_train_steps": 12, "train_batch_size": 4, "ema_decay": 0.5, "checkpointing_steps": 3}
+TRAINING = {
+    "max_train_steps": 12,
+    "train_batch_size": 4,
+    "ema_decay": 0.5,
+    "checkpointing_steps": 3,
+    "monitor": {"steps": 2, "num_samples": 8},
+    "non_finite_rewards": "drop",
+}
 NO_JUDGE = {"num_samples": 8, "grid": 4, "batch_size": 8}
 
 
@@ -96,7 +109,8 @@ def same(one: Any, other: Any, path: str = "") -> None:
 def same_runs(one: Path, other: Path) -> None:
     same(final(one), final(other))
     assert rows(one) == rows(other)
-    for name in ("model/model.safetensors", "before.png", "after.png"):
+    assert read_looks(one) == read_looks(other)
+    for name in ("model/model.safetensors", "best/model.safetensors", "before.png", "after.png"):
         assert (one / name).exists() == (other / name).exists()
         assert not (one / name).exists() or (one / name).read_bytes() == (other / name).read_bytes(), name
     if not (one / "summary.json").exists():
@@ -130,6 +144,7 @@ def test_resume_is_bitwise(method: str, tmp_path: Path) -> None:
         {"calibration_samples": 64},
         {"trainable": "middle"},
         {"checkpointing_steps": 1, "checkpoints_total_limit": 1},
+        {"report_to": "tensorboard", "calibration_samples": 64, "micro_batch_size": 2, "deterministic": True},
     ],
     ids=lambda training: next(iter(training)),
 )
@@ -143,13 +158,37 @@ def test_resume_is_bitwise_with(training: dict[str, Any], tmp_path: Path) -> Non
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_resume_is_bitwise_where_samples_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sometimes.py").write_text(
+        "import torch\n"
+        "def reward(x):\n"
+        "    values = x.mean((1, 2, 3))\n"
+        "    return torch.where((values * 1e4).frac().abs() > 0.95, torch.nan, values)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"name": "adjoint-matching"} | SHORT | METHODS["adjoint-matching"]
+    training = TRAINING | {"monitor": None, "train_batch_size": 8}  # a look has no samples to spare
+    reward = {"name": "function", "path": "sometimes:reward"}
+    path = tiny_recipe(tmp_path, method=settings, training=training, evaluation=NO_JUDGE, reward=reward)
+    monkeypatch.setattr("tiltflow.run.check_fit", lambda *arguments: None)
+    recipe = validate(Recipe, read_yaml(path), "recipe")
+    run(recipe, tmp_path / "whole")
+    assert any(row.get("dropped") for row in rows(tmp_path / "whole")[6:])
+    with pytest.raises(Killed):
+        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+    run(resuming(recipe), tmp_path / "parts")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_resume_is_bitwise_with_a_reward_that_learns(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (16, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x_train=images, y_train=np.arange(16) % 2, x_test=images, y_test=np.arange(16) % 2)
     network = {"name": "residual-classifier", "channels": [8, 8], "classes": 1}
     reward = {"name": "energy", "data": str(tmp_path / "data.npz"), "network": network}
     method = {"name": "score-as-action", "preset": "dxmi", "critic_warmup_steps": 2} | SHORT
-    path = tiny_recipe(tmp_path, method=method, training=TRAINING, evaluation=NO_JUDGE, reward=reward)
+    training = TRAINING | {"monitor": None}  # the reward of one look is not that of another
+    path = tiny_recipe(tmp_path, method=method, training=training, evaluation=NO_JUDGE, reward=reward)
     recipe = validate(Recipe, read_yaml(path), "recipe")
     run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -366,7 +405,67 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[bytes]) -
     raise AssertionError("the run makes no progress")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_all_signals_that_ask_to_stop_are_noted_but_for_those_that_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        before, told = signal.signal(number, signal.SIG_DFL), list[int]()
+        try:
+            with noted(told.append) as stop:
+                assert stop() is None
+                os.kill(os.getpid(), number)
+                assert stop() == number
+                with pytest.raises(SystemExit) as left:
+                    os.kill(os.getpid(), number)
+            assert left.value.code == 128 + number
+            assert told == [number]
+            assert signal.getsignal(number) == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN)  # as nohup does
+            with noted(told.append) as stop:
+                os.kill(os.getpid(), number)
+                assert stop() is None
+        finally:
+            signal.signal(number, before)
+
+
+def test_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path) -> None:
+    """SIGHUP comes from the kernel, and writing to the terminal fails from then on."""
+    training = TRAINING | {"max_train_steps": 100_000, "checkpointing_steps": 0}
+    recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE)
+    master, slave = pty.openpty()
+
+    def in_a_session_of_its_own() -> None:
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    arguments = [part for part in command(recipe, tmp_path / "run") if part != "--quiet"]  # the progress bar writes too
+    process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=in_a_session_of_its_own)
+    reader = threading.Thread(target=read_all, args=(master,), daemon=True)
+    reader.start()
+    try:
+        os.close(slave)
+        wait_for_steps(tmp_path / "run", 4, process)
+        os.close(master)
+        assert process.wait(timeout=60) == 129
+    finally:
+        process.kill()
+    (saved,) = checkpoints(tmp_path / "run" / FOLDER)
+    assert load_checkpoint(saved)["loop"]["step"] == rows(tmp_path / "run")[-1]["step"]
+
+
+def read_all(fd: int) -> None:
+    """So that who writes does not wait for a reader."""
+    with suppress(OSError):
+        while os.read(fd, 1 << 16):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), *(pytest.param(n, 128 + n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_saves_and_leaves_with_its_code(number: int, code: int, tmp_path: Path) -> None:
     training = TRAINING | {"max_train_steps": 100_000, "checkpointing_steps": 0}
     recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 from tiltflow import load, load_text_to_image
 from tiltflow.cli import app
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, Interrupted
 from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
 from tiltflow.features import distances_to_reference
@@ -32,10 +33,11 @@ from tiltflow.prompts import Prompt
 from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.reward import PerPrompt, given
 from tiltflow.rewards.function import Function
+from tiltflow.run_folder import read_records
 from tiltflow.run_text_to_image import (
+    BaseStatistics,
     TextToImageRecipe,
     TextToImageTraining,
-    base_statistics,
     batches,
     diversity,
     load_run,
@@ -431,7 +433,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
 def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
     training = recipe_for(tmp_path, "stable-diffusion")["training"] | {"max_train_steps": 5, "checkpointing_steps": 2}
-    training |= {"ema_decay": 0.5, "monitor": {"steps": 2}}
+    training |= {"ema_decay": 0.5, "monitor": {"steps": 2}, "per_prompt_normalization": 2, "non_finite_rewards": "drop"}
     tree = recipe_for(tmp_path, "stable-diffusion", training=training)
 
     class Killed(BaseException):
@@ -446,12 +448,22 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     recipe = validate(TextToImageRecipe, tree, "recipe")
     with pytest.raises(Killed):
         run_text_to_image(recipe, tmp_path / "parts", watch=watch)
+    patience = iter(range(100))  # a signal in the middle of a batch, which is then begun again
+    with monkeypatch.context() as patch:
+        patch.setattr("tiltflow.run_folder.noted", lambda heard, echo: nullcontext(lambda: 15 if next(patience) >= 6 else None))
+        with pytest.raises(Interrupted):
+            run_text_to_image(recipe, tmp_path / "parts", handle_signals=True)
     run_text_to_image(recipe, tmp_path / "parts")
     for name in ("model", "best"):
         parts, whole = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("parts", "whole"))
         assert parts.keys() == whole.keys()
         assert all(torch.equal(parts[key], whole[key]) for key in parts)
     assert (tmp_path / "parts" / "monitor.jsonl").read_bytes() == (tmp_path / "whole" / "monitor.jsonl").read_bytes()
+    rows = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in read_records(tmp_path / run)]
+        for run in ("parts", "whole")
+    ]
+    assert rows[0] == rows[1]
     looks = read_looks(tmp_path / "parts")
     assert [row["step"] for row in looks] == [0, 2, 4, 5]
     assert set(looks[0]["measures"]) == {"reward", "variety"}
@@ -475,7 +487,7 @@ def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch
     told = {}
     for function in ("plain", "moved"):
         reward = validate(Function, {"path": f"my_rewards:{function}"}, "reward").build()
-        statistics = base_statistics(recipe, model.base(), reward)
+        statistics = BaseStatistics(recipe, model.base(), reward)
         mean, std = statistics(["a red cat", "a blue dog", "a red cat"])
         images = model.base().sample(["a red cat"] * 64, seed=5, sampling=recipe.method.sampling, batch_size=32)
         values = given(reward, ["a red cat"] * 64)(images).double()

@@ -1,8 +1,8 @@
 """The command line: parse, build, loop, write. Each command does what one function of the library does.
 
 With --json the last line on standard output is one JSON object and all else goes to standard error. Exit code 0 is
-success, 2 wrong input, 1 failure, 130 Ctrl-C, 143 SIGTERM. TILTFLOW_TRACEBACK=1 in the environment shows where an error
-comes from, beside its one line.
+success, 2 wrong input, 1 failure, and 128 + n after signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1.
+TILTFLOW_TRACEBACK=1 in the environment shows where an error comes from, beside its one line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +75,8 @@ def train(
 ) -> None:
     """Tune a model toward a reward, and report how far it is from its target law.
 
-    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C and SIGTERM save;
-    the same command with --resume then goes on, bit for bit as if it had never stopped.
+    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C, SIGTERM,
+    SIGHUP and SIGUSR1 save; the same command with --resume then goes on, bit for bit as if it had never stopped.
 
     [dim]tiltflow train digits-even --output runs/even[/dim]
     [dim]tiltflow train digits-even --output runs/even --resume[/dim]
@@ -93,7 +93,8 @@ def train(
     console, quiet = _console(as_json), quiet or not _speaks()
 
     def note(text: str) -> None:
-        console.print(f"[yellow]{escape(text)}[/yellow]")
+        with suppress(OSError):  # of a terminal that was closed: no reason to stop
+            console.print(f"[yellow]{escape(text)}[/yellow]")
 
     chosen = processes.begin(_device(device, threads), note)
     if not quiet:
@@ -186,6 +187,9 @@ def verify_checkpoint(
             found[folder.name] = None
             console.print(f"[green]good[/green] {escape(folder.name)}")
         except CheckpointError as error:
+            if not folder.exists():  # the run that it belongs to has written newer ones
+                console.print(f"[dim]gone[/dim] {escape(folder.name)}: deleted meanwhile")
+                continue
             found[folder.name] = str(error)
             console.print(f"[red]bad[/red]  {escape(str(error))}")
     _finish(
@@ -627,9 +631,10 @@ def _progress(console: Console, quiet: bool, total: int, batch: int) -> Iterator
             parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
             text = "  ".join([*parts, f"{record.step * batch / max(record.seconds, 1e-9):.0f} samples/s"])
             stage = "left" if record.step < total else "now evaluating"
-            bar.update(task, completed=record.step, metrics=text, stage=stage)
-            if not console.is_terminal and record.step % max(total // 10, 1) == 0:
-                console.print(f"{record.step}/{total}  {text}  {record.seconds:.0f} s")
+            with suppress(OSError):  # of a terminal that was closed
+                bar.update(task, completed=record.step, metrics=text, stage=stage)
+                if not console.is_terminal and record.step % max(total // 10, 1) == 0:
+                    console.print(f"{record.step}/{total}  {text}  {record.seconds:.0f} s")
 
         yield watch
 

@@ -320,7 +320,7 @@ class CountEvaluations:
     def __init__(self, *networks: object, poll: Callable[[], None] = lambda: None):
         self.poll = poll
         self.networks = {id(network): network for network in networks if isinstance(network, nn.Module)}
-        self.total = 0
+        self.total, self.counting = 0, True
 
     def __enter__(self) -> CountEvaluations:
         self.hooks = [network.register_forward_pre_hook(self._count) for network in self.networks.values()]
@@ -328,14 +328,17 @@ class CountEvaluations:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is evaluated in this context is not counted."""
-        total = self.total
-        yield
-        self.total = total
+        """What is evaluated in this context is not counted, and `total` is right inside it too."""
+        self.counting = False
+        try:
+            yield
+        finally:
+            self.counting = True
 
     def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.poll()
-        self.total += len(arguments[0])
+        if self.counting:
+            self.total += len(arguments[0])
 
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:

@@ -119,20 +119,42 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
     return OfPrompts(score, asks) if asks else score
 
 
+class Statistics(Protocol):
+    """Prompts and their metadata -> (mean, standard deviation) of the base's rewards, both [len(prompts)] in float64; each is
+    found out when it is first asked for, and kept."""
+
+    def __call__(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None, /) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known so far; what `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from there."""
+        ...
+
+
 @dataclass(frozen=True)
 class PerPrompt:
     """(r - mean) / std, with the mean and the standard deviation of the base's rewards for the prompt: every prompt is tilted
     as hard as any other, however far apart its pictures are. A fixed reward, unlike one that is standardised in its batch.
 
-    Args:
-        statistics: prompts and their metadata -> (mean, std), both [len(prompts)].
+    The statistics are kept, and are part of a checkpoint: a run that goes on neither draws nor counts their samples again.
     """
 
     reward: Reward
-    statistics: Callable[[Sequence[str], Sequence[Metadata] | None], tuple[Tensor, Tensor]]
+    statistics: Statistics
     prompts: tuple[str, ...] = ()
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     std: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics that are known so far; what `load_state_dict` takes."""
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.statistics.load_state_dict(state)
 
     def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> PerPrompt:
         """The reward of samples of these prompts, whose statistics are asked for now: by all processes together."""

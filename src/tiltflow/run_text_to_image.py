@@ -7,10 +7,11 @@ before.png, after.png, summary.json, report.html      written by the evaluation,
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -332,7 +333,7 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
     untuned = tuned.base() if recipe.model.adapter else model
     if recipe.training.per_prompt_normalization:
-        reward = PerPrompt(reward, base_statistics(recipe, untuned, reward))
+        reward = PerPrompt(reward, BaseStatistics(recipe, untuned, reward))
     dtype = autocast_dtype(recipe.training.mixed_precision, model.device)
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if recipe.model.adapter else frozen
@@ -551,7 +552,7 @@ def evaluate_text_to_image(
     taken = rows_of_metrics[-1]["step"]
     tilted = rewards["base"]
     if recipe.training.per_prompt_normalization:
-        mean, std = base_statistics(recipe, base, measures.rewards[recipe.reward.name])(
+        mean, std = BaseStatistics(recipe, base, measures.rewards[recipe.reward.name])(
             prompts, [prompt.metadata for prompt in told]
         )
         tilted = (tilted - mean) / std
@@ -681,36 +682,51 @@ def reference_images(path: str) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def base_statistics(
-    recipe: TextToImageRecipe, base: TextToImage, reward: Reward
-) -> Callable[[Sequence[str], Sequence[Metadata] | None], tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class BaseStatistics:
     """The mean and the standard deviation of the base's rewards for prompts, of these metadata; each prompt is sampled once, as
     in training."""
-    training, known = recipe.training, dict[tuple[str, str], tuple[float, float]]()
-    assert training.per_prompt_normalization is not None
-    size = training.micro_batch_size or training.train_batch_size
 
-    def statistics(prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> tuple[Tensor, Tensor]:
+    recipe: TextToImageRecipe
+    base: TextToImage
+    reward: Reward
+    known: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> tuple[Tensor, Tensor]:
+        """(means, standard deviations), both [len(prompts)] in float64."""
         several = [Prompt(text, dict(more)) for text, more in zip(prompts, metadata or [{}] * len(prompts), strict=True)]
-        keys = [(prompt.text, key_of(prompt.metadata)) for prompt in several]
+        keys = [json.dumps([prompt.text, key_of(prompt.metadata)]) for prompt in several]
         for key, prompt in dict(zip(keys, several, strict=True)).items():
-            if key not in known:
-                count = cast(int, training.per_prompt_normalization)
-                images = base.sample(
-                    [prompt.text] * count,
-                    seed=stream(recipe.seed, "baseline", prompt.text).initial_seed(),
-                    sampling=recipe.method.sampling,
-                    guidance_scale=1 if training.guidance_mode == "none" else None,
-                    batch_size=size,
-                )
-                with torch.no_grad():
-                    values = scores(reward, images, [prompt] * count, size, str(base.device))
-                # a prompt whose rewards are all alike has nothing to tell: it must not divide by zero
-                known[key] = values.mean().item(), values.std().item() + LEAST_STD
-        mean, std = zip(*(known[key] for key in keys), strict=True)
+            if key not in self.known:
+                self.known[key] = self.measured(prompt)
+        mean, std = zip(*(self.known[key] for key in keys), strict=True)
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
-    return statistics
+    @torch.no_grad()
+    def measured(self, prompt: Prompt) -> tuple[float, float]:
+        """(mean, standard deviation) of one prompt."""
+        training = self.recipe.training
+        count, size = training.per_prompt_normalization, training.micro_batch_size or training.train_batch_size
+        assert count is not None
+        images = self.base.sample(
+            [prompt.text] * count,
+            seed=stream(self.recipe.seed, "baseline", prompt.text).initial_seed(),
+            sampling=self.recipe.method.sampling,
+            guidance_scale=1 if training.guidance_mode == "none" else None,
+            batch_size=size,
+        )
+        values = scores(self.reward, images, [prompt] * count, size, str(self.base.device))
+        # a prompt whose rewards are all alike has nothing to tell: it must not divide by zero
+        return values.mean().item(), values.std().item() + LEAST_STD
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `tiltflow.reward.Statistics`."""
+        return {key: list(both) for key, both in self.known.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.known.clear()
+        self.known.update({key: (mean, std) for key, (mean, std) in state.items()})
 
 
 def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed: int, batch_size: int) -> Estimate:

@@ -21,7 +21,7 @@ from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
 from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, prediction_scale, rows
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
-from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward
+from tiltflow.reward import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
 
@@ -289,17 +289,23 @@ class _Loop:
 
     def learners(self) -> Tree:
         """What may change while trajectories are drawn, before the weights do."""
-        return {
-            "method": self.of_method.state_dict() if hasattr(self.of_method, "state_dict") else {},
-            "reward": self.reward.state_dict() if isinstance(self.reward, LearnedReward) else {},
-        }
+        method = self.of_method.state_dict() if hasattr(self.of_method, "state_dict") else {}
+        return {"method": method, "reward": self.of_reward()}
+
+    def of_reward(self) -> Tree:
+        """What a reward keeps, if it is one that learns or that is told of the base."""
+        return self.reward.state_dict() if isinstance(self.reward, LearnedReward | PerPrompt) else {}
 
     def put_back(self, tree: Tree) -> None:
         """`learners` as they were."""
         if hasattr(self.of_method, "load_state_dict"):
             self.of_method.load_state_dict(tree["method"])
-        if isinstance(self.reward, LearnedReward):
-            self.reward.load_state_dict(tree["reward"])
+        self.put_reward_back(tree["reward"])
+
+    def put_reward_back(self, tree: Tree) -> None:
+        """`of_reward` as it was."""
+        if isinstance(self.reward, LearnedReward | PerPrompt):
+            self.reward.load_state_dict(tree)
 
     def state_dict(self) -> Tree:
         """What `load_state_dict` takes."""
@@ -324,6 +330,7 @@ class _Loop:
             self.average.load_state_dict(state["average"])
             if self.calibration is not None:
                 self.calibration.load_state_dict(state["calibration"])
+            self.put_reward_back(state["reward"])
             self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
             self.began -= float(state["seconds"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -336,13 +343,14 @@ class _Loop:
         """All the optimizer steps on a batch. Raises NonFiniteError and Interrupted, what was not yet learned from being as
         before."""
         evaluated, self.moved, self.before = self.count.total, False, None
+        reward = copy.deepcopy(self.of_reward())  # drawing the batch may ask what the base's rewards are
         try:
             drawn = draw(stream(self.seed, "start", self.step, device=self.device))
             batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
             if self.of_method is None:
                 self.of_method = self.method.new_state(tuple(batch.x.shape[1:]), self.seed, self.device)
-                if self.resumed is not None:
-                    self.put_back(self.resumed)
+                if self.resumed is not None and hasattr(self.of_method, "load_state_dict"):
+                    self.of_method.load_state_dict(self.resumed["method"])
             self.before = copy.deepcopy(self.learners())
             self.poll()
             updates, measured, dropped = self.first_gradient(batch)
@@ -367,6 +375,8 @@ class _Loop:
             self.as_before = not self.moved
             if not isinstance(error, NonFiniteError):
                 self.count.total = evaluated
+                if self.as_before:
+                    self.put_reward_back(reward)
             else:
                 self.step += not self.moved  # else it is counted already
                 self.skipped += 1
