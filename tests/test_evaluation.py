@@ -20,12 +20,14 @@ from tiltflow.evaluation import (
     kolmogorov_smirnov,
     mean_estimate,
     one_hot,
+    random_directions,
     reward_distance,
     sliced_w2,
     total_variance,
     total_variation,
     total_variation_floor,
 )
+from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -59,16 +61,27 @@ def test_sliced_w2_in_one_dimension_is_exact() -> None:
     """From N(0, 1) to N(m, s^2): W2^2 = m^2 + (s - 1)^2, on points at equal mass with the variance that they have."""
     x = quantiles(500)[:, None]
     expected = math.sqrt(0.7**2 + 0.5**2 * x.square().mean())
-    assert sliced_w2(x, 0.7 + 1.5 * x.flip(0)) == pytest.approx(expected)
+    assert sliced_w2(x, 0.7 + 1.5 * x.flip(0), -torch.ones(1, 1)) == pytest.approx(expected)
 
 
 def test_sliced_w2_of_a_translation_is_its_length_over_root_dimension(generator: torch.Generator) -> None:
     """Its square is the mean of (5 cos)^2 over directions: 25 / 2, of standard deviation 25 / sqrt(8)."""
     x, n = torch.randn(20, 2, generator=generator), 2000
-    squared = sliced_w2(x, x + torch.tensor([3.0, -4.0]), projections=n) ** 2
+    moved = x + torch.tensor([3.0, -4.0])
+    squared = sliced_w2(x, moved, random_directions(2, generator, n)) ** 2
     assert abs(squared - 12.5) < 4 * 25 / math.sqrt(8 * n)
-    few = [sliced_w2(x, x + torch.tensor([3.0, -4.0]), seed=seed) for seed in (0, 0, 1)]
-    assert few[0] == few[1] != few[2]
+    for direction, length in (([0.6, -0.8], 5.0), ([0.8, 0.6], 0.0), ([0.0, 1.0], 4.0)):
+        assert sliced_w2(x, moved, torch.tensor([direction])) == pytest.approx(length, abs=1e-12)
+
+
+def test_directions_are_uniform_and_those_of_the_generator() -> None:
+    """E u u^T = 1 / d; a component squared has variance 2 (d - 1) / (d^2 (d + 2))."""
+    directions = random_directions(5, stream(0, "directions"), 4000)
+    assert_close(directions.norm(dim=1), torch.ones(4000))
+    squares = (directions.T @ directions / 4000 - torch.eye(5) / 5).abs()
+    assert squares.max() < 4.5 * math.sqrt(2 * 4 / (25 * 7) / 4000)
+    assert torch.equal(directions, random_directions(5, stream(0, "directions"), 4000))
+    assert not torch.equal(directions[:50], random_directions(5, stream(1, "directions")))
 
 
 def test_distance_to_law_averages_distances_and_floors() -> None:
@@ -78,7 +91,9 @@ def test_distance_to_law_averages_distances_and_floors() -> None:
     def exact(count: int, generator: torch.Generator) -> Tensor:
         return torch.full((count, 1), next(draws))
 
-    result = distance_to_law(torch.full((5, 1), 10.0), exact, torch.Generator(), distance=exact_w2, draws=3)
+    result = distance_to_law(
+        torch.full((5, 1), 10.0), exact, torch.Generator(), directions=torch.Generator(), distance=exact_w2, draws=3
+    )
     assert (result.distance, result.floor, result.floor_std) == pytest.approx((25 / 3, 3, 2))
 
 
@@ -86,10 +101,26 @@ def test_distance_of_an_exact_sample_is_the_floor(generator: torch.Generator) ->
     def exact(count: int, generator: torch.Generator) -> Tensor:
         return torch.randn(count, 2, generator=generator)
 
-    result = distance_to_law(exact(400, generator), exact, generator)
+    result = distance_to_law(exact(400, generator), exact, generator, directions=stream(0, "directions"))
     assert abs(result.distance - result.floor) < 4 * result.floor_std
-    moved = distance_to_law(exact(400, generator) + 1, exact, generator)
+    moved = distance_to_law(exact(400, generator) + 1, exact, generator, directions=stream(0, "directions"))
     assert moved.distance > moved.floor + 10 * moved.floor_std
+
+
+def test_directions_are_new_for_each_draw_and_shared_with_its_floor() -> None:
+    """Exact samples and x are points moved along the first axis: each distance is |move| |u_1|, with the u of its draw."""
+    moves = iter([0.0, 1.0, 3.0])
+
+    def exact(count: int, generator: torch.Generator) -> Tensor:
+        return torch.zeros(count, 3) + next(moves) * torch.tensor([1.0, 0, 0])
+
+    x, generator = torch.zeros(4, 3) + torch.tensor([7.0, 0, 0]), stream(3, "directions")
+    result = distance_to_law(x, exact, torch.Generator(), directions=generator, draws=2)
+    again = stream(3, "directions")
+    first, second = (random_directions(3, again)[:, 0].square().mean().sqrt().item() for _ in range(2))
+    assert first != second
+    assert result.distance == pytest.approx((7 * first + 6 * second) / 2)
+    assert result.floor == pytest.approx((1 * first + 2 * second) / 2)
 
 
 def test_frechet_distance_of_a_scaled_and_moved_sample(generator: torch.Generator) -> None:

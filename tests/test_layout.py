@@ -45,6 +45,7 @@ CORE = [
         "value",
         "lqg",
         "timesteps",
+        "chain_optimum",
     )
 ]
 CORE += [name for name in MODULES if name.startswith("tiltflow.methods")]

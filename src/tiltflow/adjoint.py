@@ -11,9 +11,13 @@ w_k = -std_k E[a_{k+1} | x_k], the learned control can stand in for part of it, 
 
     a_k = J_{m_k}(x_k)^T (lambda_k a_{k+1} - (1 - lambda_k) w_k / std_k),      lambda_k = exp(-bootstrap std_k^2).
 
-The fixed point of the regression is the same for every lambda_k: there both terms have the same expectation given x_k. Less
-is carried on where a step adds much noise, and what is left after a stretch of time does not depend on the step size.
+At the optimal control both terms have the same expectation given x_k, so a network that can represent it has the same fixed
+point for every lambda_k. One that cannot hands its own errors on to the earlier steps instead of the adjoint's noise, and ends
+elsewhere. Less is carried on where a step adds much noise, and what is left after a stretch of time does not depend on the
+step size.
 """
+
+# Mutation tests: test_adjoint.py test_adjoint_matching.py
 
 from __future__ import annotations
 

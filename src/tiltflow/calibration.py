@@ -7,9 +7,12 @@ at beta / gain and raise the gain while the mean reward is too low, lower it whi
 
     log gain <- log gain + RATE (E_target[r] - mean reward of this batch) / beta,      1 / LIMIT <= gain <= LIMIT.
 
-A flow that samples the target exactly has its mean reward, so the fixed point is then gain = 1: nothing changes for a method
-that converges, and one that falls short is moved to the tilt whose mean reward is right. It cannot repair more than the mean.
+A flow that samples the target exactly has its mean reward, and would be left at gain = 1. What falls short, be it a network or
+the best control of a chain of few steps (1.08 at 40 steps, 1.23 at 15, on two modes: `tiltflow.chain_optimum`), is moved to the
+tilt whose mean reward is right. It cannot repair more than the mean.
 """
+
+# Mutation tests: test_calibration.py
 
 from __future__ import annotations
 

@@ -807,11 +807,26 @@ def _lost(at: dict[str, float]) -> float:
     return (at["optimum"] - at["objective"]) / abs(at["optimum"])
 
 
+def _span_row(result: dict[str, Any]) -> dict[str, str]:
+    where = "one dimension" if result["span"] == 1 else f"{result['span']} dimensions"
+    ratio = result["distance_span"] / result["floor_span"]
+    return {f"within the {where} of the tilt": f"{result['distance_span']:.4f}   ({ratio:.2f} x its floor)"}
+
+
+def _best_of_chain(result: dict[str, Any]) -> str:
+    best = result["chain_optimum"]
+    if best is None:
+        return str(result["chain_optimum_missing"])
+    return f"{best['distance']:.4f}, mean reward {best['reward']:.4f}   (exact, {best['num_inference_steps']} steps)"
+
+
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
     ratio = result["distance"] / result["floor"]
     rows = {
         "sliced W2 to the exact target": f"{result['distance']:.4f}   ({ratio:.2f} x the Monte-Carlo floor)",
         "floor": f"{result['floor']:.4f} ± {result['floor_std']:.4f}",
+        **(_span_row(result) if "span" in result else {}),
+        **({"best that this chain can": _best_of_chain(result)} if "chain_optimum" in result else {}),
         "untuned base": f"{result['distance_base']:.4f}",
         **({"sampled by the ODE": f"{result['distance_ode']:.4f}"} if "distance_ode" in result else {}),
         **({"exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})"} if "w2" in result else {}),

@@ -5,10 +5,13 @@ between two exact samples of the same size. Where it cannot, base samples weight
 for any model and any reward as long as enough of the weight is shared (the effective sample size says so).
 """
 
+# Mutation tests: test_evaluation.py
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import ot
@@ -18,10 +21,20 @@ from torch import Tensor
 from tiltflow import processes
 
 
-def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 50, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance of two samples [n, d] and [m, d]: root mean square over random directions."""
+def random_directions(dimension: int, generator: torch.Generator, count: int = 50) -> Tensor:
+    """[count, dimension] unit vectors, uniform on the sphere, float64."""
+    normal = torch.randn(count, dimension, generator=generator, dtype=torch.float64)
+    unit: Tensor = normal / normal.norm(dim=1, keepdim=True)
+    return unit
+
+
+def sliced_w2(x: Tensor, y: Tensor, directions: Tensor) -> float:
+    """Sliced 2-Wasserstein distance of two samples [n, d] and [m, d]: root mean square over the `directions` [count, d].
+
+    In many dimensions a random direction hardly sees a difference in few of them: it shrinks by 1 / sqrt(d), and the floor does
+    not. Measure such a difference in its own subspace."""
     a, b = x.double().cpu().numpy(), y.double().cpu().numpy()
-    return float(ot.sliced_wasserstein_distance(a, b, n_projections=projections, seed=seed, p=2))
+    return float(ot.sliced_wasserstein_distance(a, b, projections=directions.double().T.numpy(), p=2))
 
 
 def exact_w2(x: Tensor, y: Tensor) -> float:
@@ -59,14 +72,23 @@ def distance_to_law(
     exact: Callable[[int, torch.Generator], Tensor],
     generator: torch.Generator,
     *,
-    distance: Callable[[Tensor, Tensor], float] = sliced_w2,
+    directions: torch.Generator,
+    distance: Callable[[Tensor, Tensor], float] | None = None,
     draws: int = 10,
 ) -> DistanceToLaw:
-    """Distance of x [n, d] to a law, averaged over `draws` samples exact(n, generator) of it."""
+    """Distance of x [n, d] to a law, averaged over `draws` samples exact(n, generator) of it.
+
+    Args:
+        directions: of the sliced distance, new ones for each of the draws, the same for its distance and its floor.
+        distance: another one than the sliced.
+    """
     samples = [exact(len(x), generator) for _ in range(draws + 1)]
-    floors = torch.tensor([distance(a, b) for a, b in pairwise(samples)])
-    distances = [distance(x, sample) for sample in samples[:-1]]
-    return DistanceToLaw(sum(distances) / draws, floors.mean().item(), floors.std().item())
+    floors, distances = [], []
+    for one, other in pairwise(samples):
+        measure = distance or partial(sliced_w2, directions=random_directions(x.shape[1], directions))
+        floors.append(measure(one, other))
+        distances.append(measure(x, one))
+    return DistanceToLaw(sum(distances) / draws, sum(floors) / draws, torch.tensor(floors).std().item())
 
 
 @dataclass(frozen=True)

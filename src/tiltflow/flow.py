@@ -5,6 +5,8 @@ t is [] or [batch] in [0, 1] from noise to data, v has the shape of x. Nothing d
 discrete timesteps or prompts.
 """
 
+# Mutation tests: test_flow.py
+
 from __future__ import annotations
 
 import copy

@@ -12,6 +12,8 @@ known.
 The law is the same for every Gaussian path, so the linear one serves all.
 """
 
+# Mutation tests: test_induced_law.py
+
 from __future__ import annotations
 
 import math

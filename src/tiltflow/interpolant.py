@@ -13,6 +13,8 @@ interpolant has only to say how its own time and coordinates map to it. On the l
 v = x_1 - x_0 (both as posterior means), x_1 = z + (1 - t) v and x_0 = z - t v: singular nowhere.
 """
 
+# Mutation tests: test_interpolant.py test_flow.py
+
 from __future__ import annotations
 
 import math

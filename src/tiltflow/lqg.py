@@ -12,6 +12,8 @@ quadratic: V(tau, x) = -P x^2 / 2 + p x + c. So is that of the Euler-Maruyama ch
 program optimises. Both are solved here, for constant or time-dependent K and k, and for the optimal ones.
 """
 
+# Mutation tests: test_lqg.py
+
 from __future__ import annotations
 
 import math

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import NonFiniteError
+from tiltflow.sampler import Chain, Start
 from tiltflow.settings import Settings
 
 Positive = Annotated[float, Field(gt=0)]
@@ -46,6 +47,11 @@ class Tilting(Optimization):
     def target_law(self, steps: int) -> str:
         """The law that the method aims at, in words."""
         return "p_base(x) exp(r(x) / beta)"
+
+    def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
+        """The chain from time `start` whose control is what is optimised, and the price of a change of its velocities, [K], as
+        `Chain.energy` says it, 0 where a step is not controlled. None where there is no such chain."""
+        return None
 
 
 class Numbers:

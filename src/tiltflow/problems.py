@@ -5,6 +5,8 @@ hides the error of a method. The reward is r(x) = c.x - q |x|^2 / 2, whose tilt 
 target law, optimal control and value function are closed forms.
 """
 
+# Mutation tests: test_problems.py
+
 from __future__ import annotations
 
 import math
@@ -72,6 +74,10 @@ class GaussianMixture:
         log_weights = self.log_weights + self._log_tilts(self.means, self.variances, reward, beta)
         return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, variances)
 
+    def projected(self, basis: Tensor) -> GaussianMixture:
+        """The law of the coordinates x @ basis, for orthonormal columns [dimension, k]: again such a mixture."""
+        return GaussianMixture(self.log_weights, self.means @ basis, self.variances)
+
     @staticmethod
     def _log_tilts(means: Tensor, variances: Tensor, reward: QuadraticReward, beta: float) -> Tensor:
         """log E exp(r / beta) under N(means, variances): [.., dimension] and [..] -> [..]."""
@@ -113,6 +119,15 @@ class GaussianMixture:
         """V(x, t) = -log E[exp(r(x_1) / beta) | x_t = x] (2409.08861, eq. 14): [batch]. The optimal control: -sigma grad V."""
         log_responsibility, means, variances = self.posterior(x, t)
         return -torch.logsumexp(log_responsibility + self._log_tilts(means, variances, reward, beta), 1)
+
+
+def span_of_tilt(base: GaussianMixture, target: GaussianMixture, reward: QuadraticReward) -> Tensor:
+    """Orthonormal columns [dimension, k] that span the means of both laws and the direction of the reward: across it all
+    components are centred, and the tilt shows in their widths alone. A coordinate axis where all of these are 0."""
+    vectors = torch.cat([base.means, target.means, reward.linear.double()[None]])
+    left, sizes, _ = torch.linalg.svd(vectors.T, full_matrices=False)
+    basis: Tensor = left[:, : max(int((sizes > 1e-9 * sizes[0]).sum()), 1)]
+    return basis
 
 
 def optimal_control(base: GaussianMixture, target: GaussianMixture, x: Tensor, t: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ Solvers that are no such chain (several evaluations a step, several steps of mem
 ODE. Of their trajectories too the visited states and velocities are kept, which is all that a policy gradient needs.
 """
 
+# Mutation tests: test_sampler.py
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Which steps of a trajectory enter a loss: fewer of them are a cheaper estimate of the same sum."""
 
+# Mutation tests: test_adjoint_matching.py
+
 from __future__ import annotations
 
 from collections.abc import Sequence

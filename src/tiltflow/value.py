@@ -17,6 +17,8 @@ function but the V with the least quadratic variation: the noise of a step is of
 (Losses and this remark: Jia & Zhou, Policy evaluation and temporal-difference learning in continuous time, JMLR 2022.)
 """
 
+# Mutation tests: test_value.py
+
 from __future__ import annotations
 
 import math

@@ -15,7 +15,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from tiltflow.evaluation import distance_to_law, mean_estimate, sliced_w2
+from tiltflow.evaluation import distance_to_law, mean_estimate
 from tiltflow.flow import Flow
 from tiltflow.interpolant import VariancePreserving
 from tiltflow.lqg import Lqg, Solution, chain_optimum, evaluate_chain, evaluate_policy, optimum
@@ -253,7 +253,12 @@ def verify_lqg(settings: LqgVerification, watch: Callable[[Record], None] = lamb
         x: Tensor = best_chain.mean + best_chain.variance**0.5 * noise
         return x
 
-    law = distance_to_law(x, exact, generator, draws=settings.draws)
+    law, before = (
+        distance_to_law(
+            y, exact, stream(settings.seed, "exact"), directions=stream(settings.seed, "directions"), draws=settings.draws
+        )
+        for y in (x, x_base)
+    )
     reward = reward_of(problem)
     tilt_mean, tilt_variance = problem.tilted(beta)
     size, mean = problem.dimension, mean_estimate(reward(x))
@@ -263,7 +268,7 @@ def verify_lqg(settings: LqgVerification, watch: Callable[[Record], None] = lamb
         "distance": law.distance,
         "floor": law.floor,
         "floor_std": law.floor_std,
-        "distance_base": sliced_w2(x_base, exact(len(x_base), generator)),
+        "distance_base": before.distance,
         "initial_value_bias": float(
             ((best.mean - tilt_mean) ** 2 + (best.variance**0.5 - tilt_variance**0.5) ** 2) ** 0.5 * size**0.5
         ),

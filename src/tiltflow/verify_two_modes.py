@@ -78,7 +78,8 @@ def verify_two_modes(settings: TwoModesVerification, watch: Callable[[Record], N
     noise = torch.randn(settings.num_samples, 1, generator=generator)
     x = sample(tuned, noise, settings.sampling, generator)
     x_base = sample(base, noise, settings.sampling, generator)
-    to_own = distance_to_law(x, sampler(own), generator, draws=settings.draws)
+    directions = stream(settings.seed, "directions")
+    to_own = distance_to_law(x, sampler(own), generator, directions=directions, draws=settings.draws)
     mean = mean_estimate(reward(x))
     return {
         "problem": problem.name,
@@ -90,14 +91,14 @@ def verify_two_modes(settings: TwoModesVerification, watch: Callable[[Record], N
             "variance": x.var().item(),
             "reward": mean.value,
             "positive": (x > 0).double().mean().item(),
-            "w2_to_base": distance_to_law(x, sampler(law), generator, draws=settings.draws).distance,
+            "w2_to_base": distance_to_law(x, sampler(law), generator, directions=directions, draws=settings.draws).distance,
         },
         "reward_error": mean.standard_error,
         "distance": to_own.distance,
         "floor": to_own.floor,
         "floor_std": to_own.floor_std,
-        "distance_tilted": distance_to_law(x, sampler(tilted), generator, draws=settings.draws).distance,
-        "distance_base": sliced_w2(x_base, sampler(own)(len(x_base), generator)),
+        "distance_tilted": distance_to_law(x, sampler(tilted), generator, directions=directions, draws=settings.draws).distance,
+        "distance_base": sliced_w2(x_base, sampler(own)(len(x_base), generator), torch.ones(1, 1)),
         "own_to_tilted": own.w2(tilted),
         "effective_sample_size": record.metrics.get("effective_sample_size"),
         "iterations": settings.iterations,

@@ -6,12 +6,16 @@ with steps N(m_k(x) + s_k w_k, s_k^2) is w_k = -s_k E[a_{k+1} | x_k], a the lean
     loss = E sum_k | w_k(x_k) + s_k a_{k+1} |^2,    w_k = v_scale_k (v_tuned - v_base)(x_k, t_k) / s_k,
 
 with trajectories of the tuned chain, held fixed. Its only critical point is the optimal control, whose terminal law
-is p_base(x) exp(r(x) / beta) up to the O(h) that a chain of Gaussian steps leaves in the variance. One iteration is
+is p_base(x) exp(r(x) / beta) up to what K steps of Gaussian noise cannot do, of order h: on one Gaussian that is in the
+variance alone, on a mixture in the weights of the modes and the mean reward as well (`tiltflow.chain_optimum`). One
+iteration is
 
     1.  roll the tuned chain out, without gradients
     2.  run the lean adjoint back along it: vector-Jacobian products of the base
     3.  regress the control of some of the steps on it.
 """
+
+# Mutation tests: test_adjoint_matching.py
 
 from __future__ import annotations
 
@@ -106,7 +110,8 @@ class AdjointMatching(Tilting):
     reward_at: Literal["end", "denoised"] = "end"
     bootstrap: Annotated[float, Field(ge=0)] = 0.0
     """Above 0, the learned control stands in for part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k: the same
-    fixed point with far less noise near t = 0, where most of the noise is. 0 is the paper."""
+    fixed point, for a network that can represent it, with far less noise near t = 0, where most of the noise is; one that
+    cannot ends at a weaker tilt. 0 is the paper."""
     train_timesteps: tuple[Stratum, ...] | None = None
     """Which steps enter the loss: all, or so many from each part of the grid."""
     share_timesteps: bool | Count = False
@@ -138,6 +143,11 @@ class AdjointMatching(Tilting):
     def chain(self, start: Start = 0.0) -> Chain:
         """The chain that is tuned, from time `start`."""
         return self.sampling.chain(start)
+
+    def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor]:
+        """The chain that is tuned, and the path KL of a change of its velocities."""
+        chain = self.chain(start)
+        return chain, chain.control_scale**2
 
     @property
     def sampling(self) -> Sampling:

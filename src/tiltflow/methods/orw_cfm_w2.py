@@ -29,6 +29,8 @@ network. What `weight_mode` does to them:
                 are not bounded above: for a Gaussian base and a linear reward exactly p_base exp(tau r / alpha).
 """
 
+# Mutation tests: test_orw_cfm_w2.py
+
 from __future__ import annotations
 
 import math

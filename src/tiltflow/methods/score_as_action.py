@@ -33,6 +33,8 @@ p_base exp(r / beta). And a process that remembers its start (an SDE that is not
 still holds signal) reaches it only up to the initial-value bias: paths can be tilted, but not the points that they start from.
 """
 
+# Mutation tests: test_score_as_action.py
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -213,6 +215,16 @@ class ScoreAsAction(Tilting):
         if self.running_reward == "transition-kl":
             reasons.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
         return reasons
+
+    def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
+        """The chain of the policy and the energy of a change of its velocities; None for other solvers, and without a price."""
+        if not self.sampling.is_chain or self.running_reward == "none":
+            return None
+        chain = self.sampling.chain(start)
+        energy = self._energy(chain)
+        if self.sampling.has_noise and chain.std[-1] == 0:  # the base takes that step
+            energy = torch.cat([energy[:-1], torch.zeros_like(energy[-1:])])
+        return chain, energy
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """What is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
