@@ -186,7 +186,8 @@ class Step:
             flat = self.smoothing[i].T @ moved.reshape(len(moved), -1)
             moved = axis.coefficients(flat.reshape(moved.shape), transposed=True)
             weights = np.moveaxis(moved, 0, i)
-        return weights.ravel()
+        after: Array = weights.ravel()
+        return after
 
     def best(self, value: Array, mean: Array, width: float) -> Array:
         """The y that maximises E f(y + std eps) - |y - mean|^2 / (2 width^2) for each mean [points, dimension]: from the best
