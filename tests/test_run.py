@@ -127,7 +127,7 @@ def test_every_shipped_recipe_is_valid() -> None:
 def test_tune_in_five_lines() -> None:
     base = tiltflow.Model(tiltflow.Flow(torch.nn.Linear(2, 2)), (2,))
     base.flow.network.forward = lambda x, time: -x  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError):  # a network whose output ignores its parameters cannot be tuned
+    with pytest.raises(InputError, match="does not depend on its parameters"):
         tiltflow.tune(base, lambda x: x.sum(1), tiltflow.AdjointMatching(), tiltflow.Training(max_train_steps=1))
 
 

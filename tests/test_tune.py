@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiltflow
+from tiltflow.errors import UserCodeError
 from tiltflow.flow import Flow, eval_mode
 
 METHODS: dict[str, tuple[Any, str]] = {
@@ -106,7 +107,7 @@ def test_an_error_puts_the_modes_back_too() -> None:
     def broken(x: Tensor) -> Tensor:
         raise KeyError
 
-    with pytest.raises(KeyError):
+    with pytest.raises(UserCodeError, match="the reward raised KeyError"):
         tiltflow.tune(tiltflow.Model(Flow(network), (2,)), broken, METHODS["score-as-action"][0])
     assert modes(network) == before
 

@@ -10,17 +10,21 @@ discrete timesteps or prompts.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from tiltflow import processes
+from tiltflow.errors import InputError, did_you_mean
 from tiltflow.interpolant import (
     Coefficients,
+    DiscreteVariancePreserving,
     Interpolant,
     Linear,
     PredictionType,
@@ -30,6 +34,11 @@ from tiltflow.interpolant import (
     mixture_weights,
 )
 from tiltflow.precision import autocast
+from tiltflow.user_code import explanation, passes_through
+
+TimeDirection = Literal["noise-to-data", "data-to-noise"]
+TIMES = ("t", "ts", "tau", "time", "times", "timestep", "timesteps", "sigma", "sigmas")
+"""What a network calls its time."""
 
 
 class VelocityField(Protocol):
@@ -53,14 +62,18 @@ def prediction_scale(flow: VelocityField, t: Tensor) -> Tensor:
     return flow.prediction_scale(t) if isinstance(flow, Prediction) else torch.ones_like(t)
 
 
+class AnyFloats(nn.Module):
+    """A network that takes samples of any float dtype, whatever that of its weights, and predicts in theirs."""
+
+
 @dataclass(frozen=True)
 class Flow:
     """A network, what it predicts and the interpolant it was trained on: together a velocity field on the linear path.
 
     Args:
         network: called as network(x, time) or, with a condition, network(x, time, condition); x is [batch, *event] in
-            the interpolant's own coordinates, time is [batch] in the unit that the interpolant says (its own time, or
-            a diffusion timestep).
+            the interpolant's own coordinates and in the dtype of the network's weights, time is [batch], float32 or better, in
+            the unit that the interpolant says (its own time, or a diffusion timestep). It returns a tensor of the shape of x.
         prediction: "velocity", "epsilon", "v" (diffusion v-prediction) or "x1" (the denoised sample).
         interpolant: the path of the training.
         condition: anything the network takes as a third argument. A tensor [batch, ..], or a mapping of such tensors, is one
@@ -68,6 +81,13 @@ class Flow:
             all, and only passed on. Bind a new one for each batch with `bind`.
         autocast: the dtype in which the network is evaluated, torch.bfloat16 for mixed precision; None is its own. What it
             predicts comes back in the dtype of x.
+        time_scale: what the network's time is multiplied with: 1000 for one that was trained with times from 0 to 1000. Its
+            velocity is per unit of time before that: x_1 - x_0 on the linear path.
+        time_direction: "data-to-noise" if time 0 was data when the network was trained, and time 1 (or `time_scale`) noise; its
+            velocity then points to the noise: x_0 - x_1 on the linear path.
+
+    Raises InputError, when made, for a prediction, scale or direction that there is not; when called, if the network returns
+    anything but floats of the shape of x, or changes x; UserCodeError if it raises an exception.
     """
 
     network: Callable[..., Tensor]
@@ -75,18 +95,42 @@ class Flow:
     interpolant: Interpolant = field(default_factory=Linear)
     condition: Any = None
     autocast: torch.dtype | None = None
+    time_scale: float = 1.0
+    time_direction: TimeDirection = "noise-to-data"
+
+    def __post_init__(self) -> None:
+        if not callable(self.network):
+            raise InputError(f"Flow: the network must be callable as network(x, time), is {type(self.network).__name__}")
+        for name, kind in (("prediction", PredictionType), ("time_direction", TimeDirection)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise InputError(f"Flow: there is no {name} {value!r}{did_you_mean(str(value), get_args(kind))}")
+        if not isinstance(self.interpolant, Interpolant):
+            hint = "an instance, such as Cosine()" if isinstance(self.interpolant, type) else "one of tiltflow.interpolant"
+            raise InputError(f"Flow: interpolant must be {hint}, is {self.interpolant!r}")
+        if not isinstance(self.time_scale, (int, float)) or not 0 < self.time_scale < math.inf:
+            raise InputError(f"Flow: time_scale must be a number above 0, is {self.time_scale!r}")
+        if isinstance(self.interpolant, DiscreteVariancePreserving) and (self.time_scale != 1 or self._is_reversed):
+            raise InputError("Flow: a discrete schedule has its own timesteps; leave time_scale and time_direction out")
+
+    @property
+    def _is_reversed(self) -> bool:
+        return self.time_direction == "data-to-noise"
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity x1hat - x0hat at x on the linear path: with p = a x_1 + b x_0 the prediction and X = (alpha + beta) x
         the state in the interpolant's coordinates, v = (alpha + beta) ((a + b) x - p) / (alpha b - beta a) solves the
         2x2 system of `interpolant.convert`. Linear paths with velocity prediction reduce to v = p, exactly."""
         s = self.interpolant.own_time(t.double() if t.device.type == "cpu" else t)
-        time = self.interpolant.network_time(s).to(x).expand(len(x))
+        time = self.interpolant.network_time(s)
+        if self._is_reversed:
+            time = 1 - time
+        time = (self.time_scale * time).to(x).expand(len(x))
         arguments = (time,) if self.condition is None else (time, self.condition)
         if isinstance(self.interpolant, Linear) and self.prediction == "velocity":
-            return self._predict(x, *arguments)
+            v = self._predict(x, *arguments)
+            return -v if self._is_reversed else v
         c = self.interpolant(interior(s))
-        a, b = mixture_weights(self.prediction, c)
+        a, b = self._mixture_weights(c)
         predicted = self._predict(x * expand(c.alpha + c.beta, x), *arguments)
         gain = self._gain(c, a, b)
         return x * expand(gain * (a + b), x) - predicted * expand(gain, x)
@@ -100,11 +144,58 @@ class Flow:
         if isinstance(self.interpolant, Linear) and self.prediction == "velocity":
             return torch.ones_like(t)
         c = self.interpolant(interior(self.interpolant.own_time(t.double() if t.device.type == "cpu" else t)))
-        return 1 / self._gain(c, *mixture_weights(self.prediction, c)).abs()
+        return 1 / self._gain(c, *self._mixture_weights(c)).abs()
+
+    def _mixture_weights(self, c: Coefficients) -> tuple[Tensor, Tensor]:
+        a, b = mixture_weights(self.prediction, c)
+        return (-a, -b) if self._is_reversed and self.prediction == "velocity" else (a, b)
 
     def _predict(self, x: Tensor, *arguments: Any) -> Tensor:
-        with autocast(self.autocast, x.device):
-            return self.network(x, *arguments).to(x.dtype)
+        handed = x if (dtype := self.dtype) is None else x.to(dtype)
+        version = 0 if x.is_inference() else x._version
+        try:
+            with autocast(self.autocast, x.device):
+                predicted: Any = self.network(handed, *arguments)
+        except Exception as error:
+            if passes_through(error):
+                raise
+            hint = "" if handed.dtype == x.dtype else "; its time comes in float32: does it need time.to(x.dtype)?"
+            raise explanation(
+                f"the network, called with {_described(handed, *arguments)},", error, self._order() or hint
+            ) from error
+        if not isinstance(predicted, Tensor) or predicted.shape != x.shape or not predicted.dtype.is_floating_point:
+            raise InputError(f"the network must return floats of the shape of x, {list(x.shape)}{self._unlike(predicted, x)}")
+        if not x.is_inference() and x._version != version:
+            raise InputError("the network changes its argument x in place, as a first layer with inplace=True does")
+        return predicted.to(x.dtype)
+
+    def _order(self) -> str:
+        """What is most likely wrong with the arguments of the network, going by their names; nothing if they look right."""
+        network: Any = self.network
+        try:
+            names = list(inspect.signature(network.forward if isinstance(network, nn.Module) else network).parameters)
+        except (TypeError, ValueError):
+            return ""
+        if names[:1] and names[0].lower() in TIMES:
+            return f"; its arguments are ({', '.join(names)}): wrap it to be called as network(x, time)"
+        return ""
+
+    def _unlike(self, predicted: Any, x: Tensor) -> str:
+        """In what a prediction differs from what it should be, and the likely cause."""
+        if not isinstance(predicted, Tensor):
+            return f", and returns {type(predicted).__name__}; wrap it to return the tensor in there"
+        if predicted.shape == x.shape:
+            return f", and returns {str(predicted.dtype).removeprefix('torch.')}"
+        twice = x.ndim > 1 and predicted.ndim == x.ndim and predicted.shape[1] == 2 * x.shape[1]
+        hint = "; are the other channels a variance (learn_sigma)? wrap it to return the first ones" if twice else ""
+        return f", and returns {list(predicted.shape)}{self._order() or hint}"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights of the network; None if it has none, or takes any."""
+        if not isinstance(self.network, nn.Module) or isinstance(self.network, AnyFloats):
+            return None
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
     def bind(self, condition: Any) -> Flow:
         """The same flow given `condition`."""
@@ -128,6 +219,26 @@ class Flow:
         """The trainable parameters of the network and their names."""
         network = cast(nn.Module, self.network)
         return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+
+
+def _described(*arguments: Any) -> str:
+    """Shapes and dtypes of tensors.
+
+    >>> _described(torch.zeros(2, 3), torch.zeros(2), "red")
+    '[2, 3] float32, [2] float32, str'
+    """
+    return ", ".join(
+        f"{list(a.shape)} {str(a.dtype).removeprefix('torch.')}" if isinstance(a, Tensor) else type(a).__name__
+        for a in arguments
+    )
+
+
+def in_float32(flow: Flow) -> Flow:
+    """`flow`, or if its weights are in 16 bits, with a copy of its network in float32: the small updates of a training would be
+    lost in rounding."""
+    if flow.dtype not in (torch.float16, torch.bfloat16):
+        return flow
+    return replace(flow, network=cast(nn.Module, copy.deepcopy(flow.network)).float())
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flow import Flow, eval_mode, in_chunks
+from tiltflow.flow import Flow, TimeDirection, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.plugins import part_of
 from tiltflow.sampler import Sampling, noise, sample
 from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
+from tiltflow.user_code import tried
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -38,6 +39,8 @@ class FlowConfig(Settings):
     network: NetworkSettings
     prediction: PredictionType = "velocity"
     interpolant: Annotated[Interpolant, Field(discriminator="name")] = Linear()
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
+    time_direction: TimeDirection = "noise-to-data"
     event_shape: tuple[Annotated[int, Field(ge=1)], ...]
     sampling: Sampling = Sampling()
     """How to sample it where nothing else is asked for."""
@@ -73,14 +76,15 @@ class Model:
         return torch.device("cpu") if parameter is None else parameter.device
 
     def start(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Starting points [num_samples, *event] at the model's noise end."""
-        return noise(self.flow, (num_samples, *self.event_shape), generator)
+        """Starting points [num_samples, *event] at the model's noise end, in float32 or, if its weights are, in float64."""
+        x = noise(self.flow, (num_samples, *self.event_shape), generator)
+        return x.double() if self.flow.dtype == torch.float64 else x
 
     def sample(self, num_samples: int, *, seed: int = 0, sampling: Sampling | None = None, batch_size: int = 256) -> Tensor:
         """[num_samples, *event] samples on the CPU, from the network in eval mode. A sample depends on the seed, its number and
         `batch_size` alone."""
         parts = []
-        with eval_mode(self.flow.network):
+        with tried(), eval_mode(self.flow.network):
             for i, begin in enumerate(range(0, num_samples, batch_size)):
                 generator = stream(seed, "sample", i, device=self.device)
                 x = self.start(min(batch_size, num_samples - begin), generator)
@@ -96,6 +100,8 @@ class Model:
             network=self.network_settings,
             prediction=self.flow.prediction,
             interpolant=self.flow.interpolant,
+            time_scale=self.flow.time_scale,
+            time_direction=self.flow.time_direction,
             event_shape=self.event_shape,
             sampling=self.sampling,
         )
@@ -111,7 +117,13 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
     config = read_config(folder)
     if not isinstance(config, FlowConfig):
         raise InputError(f"{name_or_path}: is a classifier, a flow is needed here")
-    flow = Flow(_load_network(folder, config, device), config.prediction, config.interpolant)
+    flow = Flow(
+        _load_network(folder, config, device),
+        config.prediction,
+        config.interpolant,
+        time_scale=config.time_scale,
+        time_direction=config.time_direction,
+    )
     return Model(flow, config.event_shape, config.sampling, config.network)
 
 

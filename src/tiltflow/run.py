@@ -43,7 +43,7 @@ from tiltflow.evaluation import (
     total_variance,
     total_variation_floor,
 )
-from tiltflow.flow import CountEvaluations, base_of, eval_mode
+from tiltflow.flow import CountEvaluations, base_of, eval_mode, in_float32
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import FEWEST, Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.plots import image_grid
@@ -137,7 +137,10 @@ def prepare(
         raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
     if training.calibration_samples and not hasattr(method, "beta"):
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
+    if not adapter:
+        model = replace(model, flow=in_float32(model.flow))
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
+    try_network(tuned)
     dtype = autocast_dtype(training.mixed_precision, model.device)
     frozen = replace(model.flow, autocast=dtype)
     base = base_of(frozen) if adapter else frozen
@@ -186,6 +189,20 @@ def prepare(
         )
 
     return tuned, loop
+
+
+def try_network(model: Model) -> None:
+    """Raises InputError, of one line, if the network of a model cannot be called as it will be, or learns nothing."""
+    x = model.start(2, stream(0, "check", device=model.device))
+    with tried(), eval_mode(model.flow.network), torch.enable_grad():
+        v = model.flow(x, torch.tensor(0.5))
+    if not any(True for _ in model.flow.parameters()):
+        raise InputError("nothing can be trained: no parameter of the network requires a gradient (is the adapter frozen?)")
+    if not v.requires_grad:
+        raise InputError(
+            "nothing can be trained: what the network returns does not depend on its parameters, or is cut off from them by"
+            " torch.no_grad() or detach()"
+        )
 
 
 def run(

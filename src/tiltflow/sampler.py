@@ -36,6 +36,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import Flow, VelocityField
 from tiltflow.plugins import import_function
 from tiltflow.settings import Settings
+from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
 
@@ -232,7 +233,7 @@ def step(chain: Chain, k: int, x: Tensor, v: Tensor, generator: torch.Generator)
     mean, std = chain.mean(k, x, v), chain.std[k].item()
     if std == 0:
         return mean
-    return mean + std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return mean + std * normal(x.shape, generator, x.dtype)
 
 
 OdeSolver = Callable[[VelocityField, Tensor, Tensor], list[Tensor]]
@@ -416,7 +417,7 @@ class Sampling(Settings):
 
 def noise(flow: Flow, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Starting points [batch, *event] on the linear path: standard normal in the coordinates of the flow's interpolant."""
-    draw = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    draw = normal(shape, generator, dtype)
     c = flow.interpolant(torch.zeros((), dtype=torch.float64))
     return draw / (c.alpha + c.beta).item()
 

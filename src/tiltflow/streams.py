@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def stream(seed: int, *name: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -18,6 +19,12 @@ def stream(seed: int, *name: str | int, device: torch.device | str = "cpu") -> t
     """
     digest = hashlib.blake2b(repr((seed, *name)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers on the device of the generator, drawn in float32 and then put in `dtype`: a model gets the same
+    noise in whatever floats it computes."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
 
 class Buildable(Protocol):

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow import pipelines, processes
 from tiltflow.errors import InputError, did_you_mean, not_installed
-from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
+from tiltflow.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.sampler import Sampling, sample
@@ -39,7 +39,7 @@ GuidanceMode = Literal["none", "rollout", "full"]
 Condition = Mapping[str, Any]
 
 
-class Denoiser(nn.Module):
+class Denoiser(AnyFloats):
     """The network of a pipeline, called as (x [batch, *event], time [batch], condition) -> prediction, in the dtype of x.
 
     Gradients are larger inside a network in float16 (`tiltflow.precision`), and as they should be outside and in its adapter.

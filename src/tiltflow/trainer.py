@@ -183,7 +183,7 @@ def train(
     processes.distribute(*networks_of(tuned, base))
     trained = dict(tuned.named_parameters())
     if not trained:
-        raise ValueError("the tuned network has no parameter that requires a gradient")
+        raise InputError("nothing can be trained: no parameter of the network requires a gradient")
     optimizer = adam(
         trained.values(),
         lr=method.learning_rate,
@@ -462,13 +462,17 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
     """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
-    expression `trainable` is found. Raises InputError if it is found in none."""
-    network = copy.deepcopy(flow.network)
-    if isinstance(network, nn.Module):
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(re.search(trainable, name) is not None)
-        if not any(parameter.requires_grad for parameter in network.parameters()):
-            parts = ", ".join(name for name, _ in network.named_children())
-            pattern = re.compile(trainable).pattern
-            raise InputError(f"training.trainable: {pattern!r} is in the name of no parameter; the network's parts are {parts}")
+    expression `trainable` is found. Raises InputError if it is found in none, or if there is nothing that could be trained."""
+    if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
+        raise InputError("nothing can be trained: the network is no torch module with parameters")
+    try:
+        network = copy.deepcopy(flow.network)
+    except Exception as error:  # of a module of the user, which may hold anything
+        raise InputError(f"the network cannot be copied, and is tuned as a copy ({str(error).splitlines()[0]})") from error
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(re.search(trainable, name) is not None)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        parts = ", ".join(name for name, _ in network.named_children())
+        pattern = re.compile(trainable).pattern
+        raise InputError(f"training.trainable: {pattern!r} is in the name of no parameter; the network's parts are {parts}")
     return replace(flow, network=network)

@@ -152,7 +152,8 @@ class Value:
     def learned(self, x: Tensor, t: Tensor) -> Tensor:
         """out(t) (shift + scale F(x, t)): [batch], for t [] or [batch]."""
         out = self.form(t)[1].to(x)
-        free: Tensor = self.network(x, t.to(x).expand(len(x))).reshape(len(x))
+        own = next((p.dtype for p in self.network.parameters()), x.dtype)
+        free: Tensor = self.network(x.to(own), t.to(x.device, own).expand(len(x))).reshape(len(x)).to(x.dtype)
         return out * (self.shift + self.scale * free)
 
     def gradient(self, x: Tensor, t: Tensor, flow: VelocityField, reward: Reward) -> Tensor:

@@ -54,6 +54,7 @@ from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate, shared
 from tiltflow.sampler import Sampling, Start, sample, spread_times
+from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
@@ -214,7 +215,7 @@ class OrwCfmW2(Optimization):
         pull, leash = torch.zeros_like(weights), torch.zeros_like(weights)
         for _ in range(draws):
             for i in torch.arange(len(x1), device=x1.device).split(batch_size or len(x1)):
-                x0 = torch.randn(x1[i].shape, generator=generator, device=x1.device, dtype=x1.dtype)
+                x0 = normal(x1[i].shape, generator, x1.dtype)
                 uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
                 t = spread_times(uniform, start=self.sampling.times(start)[0].item(), shift=self.shift)
                 x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
@@ -403,7 +404,7 @@ class OrwCfmW2(Optimization):
         else:
             which = torch.multinomial(weights, size, replacement=True, generator=generator)
             of_fit = of_penalty = torch.ones_like(weights[which])
-        x0 = torch.randn(size, *x1.shape[1:], generator=generator, device=device, dtype=x1.dtype)
+        x0 = normal((size, *x1.shape[1:]), generator, x1.dtype)
         if self.coupling == "optimal-transport":
             x0 = x0[cheapest_pairing(x0, x1[which])]
         # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
