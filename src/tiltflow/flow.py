@@ -99,8 +99,9 @@ class Flow:
     time_direction: TimeDirection = "noise-to-data"
 
     def __post_init__(self) -> None:
-        if not callable(self.network):
-            raise InputError(f"Flow: the network must be callable as network(x, time), is {type(self.network).__name__}")
+        network: Any = self.network
+        if not callable(network):
+            raise InputError(f"Flow: the network must be callable as network(x, time), is {type(network).__name__}")
         for name, kind in (("prediction", PredictionType), ("time_direction", TimeDirection)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise InputError(f"Flow: there is no {name} {value!r}{did_you_mean(str(value), get_args(kind))}")
