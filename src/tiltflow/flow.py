@@ -99,18 +99,19 @@ class Flow:
     time_direction: TimeDirection = "noise-to-data"
 
     def __post_init__(self) -> None:
-        network: Any = self.network
-        if not callable(network):
-            raise InputError(f"Flow: the network must be callable as network(x, time), is {type(network).__name__}")
+        given: dict[str, Any] = vars(self)  # whatever the annotations say
+        if not callable(given["network"]):
+            raise InputError(f"Flow: the network must be callable as network(x, time), is {type(given['network']).__name__}")
         for name, kind in (("prediction", PredictionType), ("time_direction", TimeDirection)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise InputError(f"Flow: there is no {name} {value!r}{did_you_mean(str(value), get_args(kind))}")
-        if not isinstance(self.interpolant, Interpolant):
-            hint = "an instance, such as Cosine()" if isinstance(self.interpolant, type) else "one of tiltflow.interpolant"
-            raise InputError(f"Flow: interpolant must be {hint}, is {self.interpolant!r}")
-        if not isinstance(self.time_scale, (int, float)) or not 0 < self.time_scale < math.inf:
-            raise InputError(f"Flow: time_scale must be a number above 0, is {self.time_scale!r}")
-        if isinstance(self.interpolant, DiscreteVariancePreserving) and (self.time_scale != 1 or self._is_reversed):
+            if given[name] not in get_args(kind):
+                raise InputError(f"Flow: there is no {name} {given[name]!r}{did_you_mean(str(given[name]), get_args(kind))}")
+        path, scale = given["interpolant"], given["time_scale"]
+        if not isinstance(path, Interpolant):
+            hint = "an instance, such as Cosine()" if isinstance(path, type) else "one of tiltflow.interpolant"
+            raise InputError(f"Flow: interpolant must be {hint}, is {path!r}")
+        if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise InputError(f"Flow: time_scale must be a number above 0, is {scale!r}")
+        if isinstance(path, DiscreteVariancePreserving) and (scale != 1 or self._is_reversed):
             raise InputError("Flow: a discrete schedule has its own timesteps; leave time_scale and time_direction out")
 
     @property
