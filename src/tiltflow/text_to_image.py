@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from tiltflow.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, ba
 from tiltflow.interpolant import Interpolant
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.sampler import Sampling, sample
-from tiltflow.schedules import diffusion_grid, flow_grid, is_flow, path_of, starting_scale
+from tiltflow.schedules import Schedule, schedule_of
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 
@@ -105,7 +104,7 @@ class TextToImage:
         size: height and width of the pictures.
         guidance_scale: of classifier-free guidance, 1 or less for none, as in diffusers; or the input of a network that was
             distilled from it.
-        own_grid: num_inference_steps -> the times of the pipeline's scheduler [K + 1], linear, from noise to data, float64.
+        schedule: what the pipeline's scheduler says.
         sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
     """
 
@@ -114,7 +113,7 @@ class TextToImage:
     flow: Flow | AdapterOff
     size: tuple[int, int]
     guidance_scale: float
-    own_grid: Callable[[int], Tensor]
+    schedule: Schedule
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
     encoded: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     """The conditions of the prompts seen so far: they are computed once."""
@@ -150,6 +149,10 @@ class TextToImage:
         """Whether there are no negative prompts: the guidance scale is an input of the network, or there is none."""
         return hasattr(self.family, "distilled_guidance")
 
+    def own_grid(self, num_inference_steps: int) -> Tensor:
+        """The times of the pipeline's scheduler [K + 1], linear, from noise to data, float64."""
+        return self.schedule.times(num_inference_steps)
+
     def grid(self, num_inference_steps: int) -> Tensor:
         """`own_grid`, to the end: clean data. What is tuned."""
         times = self.own_grid(num_inference_steps)
@@ -159,7 +162,7 @@ class TextToImage:
         """Starting points [num_samples, *event] on the linear path, at the first time t of a grid: the pipeline's latents."""
         shape = (num_samples, *self.event_shape)
         latents = torch.randn(shape, generator=generator, device=generator.device)
-        return latents * starting_scale(self.interpolant, t)
+        return latents * self.schedule.start_scale(t)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> tuple[Condition, Condition | None]:
         """The conditions of prompts and the negative ones, where the family has them; each tensor is [batch, ..].
@@ -263,7 +266,8 @@ class TextToImage:
         """`sample`, before the decoder: [len(prompts), *event] in the pipeline's own coordinates."""
         sampling = sampling or self.sampling
         times = sampling.times(self.own_grid)
-        ends = [starting_scale(self.interpolant, t) for t in (times[0], times[-1])]
+        if sampling.solver == "euler":
+            self.schedule.warn_of_difference(sampling.num_inference_steps)
         parts = []
         for i, begin in enumerate(range(0, len(prompts), batch_size)):
             some = prompts[begin : begin + batch_size]
@@ -271,10 +275,10 @@ class TextToImage:
             if latents is None:
                 x = self.start(len(some), generator, times[0])
             else:
-                x = latents[begin : begin + batch_size].to(self.device) * ends[0]
+                x = latents[begin : begin + batch_size].to(self.device) * self.schedule.start_scale(times[0])
             flow = in_chunks(self.guided(some, guidance_scale)(self.flow))
             with eval_mode(self.denoiser):
-                parts.append(sample(flow, x, sampling, generator, start=self.own_grid) / ends[1])
+                parts.append(sample(flow, x, sampling, generator, start=self.own_grid) * self.schedule.end_scale(times[-1]))
         return torch.cat(parts)
 
 
@@ -341,7 +345,7 @@ def from_diffusers(
         raise InputError(f"pipeline {name}: has no {missing[0]}")
     own = family.default_size(pipeline)
     size = (own[0] if height is None else height, own[1] if width is None else width)
-    factor = pipeline.vae_scale_factor * (2 if is_flow(pipeline.scheduler) else 1)
+    factor = pipeline.vae_scale_factor * (2 if hasattr(family, "image_tokens") else 1)
     if any(side < 1 or side % factor for side in size):
         raise InputError(f"height and width must be multiples of {factor}, got {size[0]} and {size[1]}")
     pipeline.to(device)
@@ -352,7 +356,6 @@ def from_diffusers(
             part.requires_grad_(False).eval()
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
-    path, prediction = path_of(pipeline.scheduler)
     network = getattr(pipeline, family.DENOISER)
     if network.config.get("time_cond_proj_dim") is not None:
         raise InputError(
@@ -363,12 +366,10 @@ def from_diffusers(
     scale = (
         checked_scale(guidance_scale) if guidance_scale is not None else 3.5 if hasattr(family, "distilled_guidance") else 7.5
     )
-    scheduler = pipeline.scheduler
-    if is_flow(scheduler):
-        grid = flow_grid(scheduler, family.image_tokens(pipeline, *size), getattr(family, "sigmas", None))
-    else:
-        grid = diffusion_grid(scheduler)
-    model = TextToImage(pipeline, family, Flow(denoiser, prediction, path), size, scale, cache(grid))
+    tokens = family.image_tokens(pipeline, *size) if hasattr(family, "image_tokens") else 0
+    schedule = schedule_of(pipeline.scheduler, tokens, getattr(family, "sigmas", None))
+    model = TextToImage(pipeline, family, Flow(denoiser, schedule.prediction, schedule.path), size, scale, schedule)
+    schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
     if guidance_scale is not None and model.distilled and not family.distilled_guidance(pipeline):
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
     return model
