@@ -8,6 +8,9 @@ import io
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,20 +22,24 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_cli import call
 from test_http_reward import npy, npy_header, png, raw_answers
 from tiny import UNET, tiny_flow, tiny_recipe
+from typer.testing import CliRunner
 
+import tiltflow.cli
 from tiltflow.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
 from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
 from tiltflow.model import load, read_tensors
+from tiltflow.plugins import allow_code, code_allowed, import_function
 from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.reward import given as told
 from tiltflow.rewards.http import Http
 from tiltflow.run import Recipe, run
 from tiltflow.run_text_to_image import TextToImageRecipe
 from tiltflow.serve_reward import BadRequestError, read_request
-from tiltflow.settings import apply_overrides, parse_yaml, read_yaml, validate
+from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 MANY = settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
@@ -176,6 +183,127 @@ def test_a_checkpoint_is_looked_for_inside_its_run_alone(tmp_path: Path) -> None
         training = recipe.training.model_copy(update={"resume_from_checkpoint": wanted})
         with pytest.raises(TiltflowError, match=r"has no checkpoint|no checkpoint, or not a whole one"):
             run(recipe.model_copy(update={"training": training}), tmp_path / "run")
+
+
+# ---- code ----
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_suffix(".ran").write_text("")
+def f(x, *rest):
+    return x.flatten(1).sum(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    training = {"max_train_steps": 1, "train_batch_size": 4}
+    run(validate(Recipe, read_yaml(tiny_recipe(folder, training=training)), "recipe"), folder / "run")
+    return folder / "run"
+
+
+def plant(trained: Path, to: Path, function: str) -> Path:
+    """A copy of a run whose recipe names a function that lies beside it."""
+    shutil.copytree(trained, to)
+    (to / "evil.py").write_text(EVIL)
+    (to / "package").mkdir()
+    (to / "package" / "__init__.py").write_text(EVIL)
+    tree = read_yaml(to / "recipe.yaml")
+    tree["reward"] = {"name": "function", "path": function}
+    (to / "recipe.yaml").write_text(dump_yaml(tree))
+    return to
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", "."],
+    "doctor": ["doctor", "recipe.yaml"],
+    "doctor of a folder": ["doctor", "."],
+    "train": ["train", "recipe.yaml", "--output", "../again"],
+    "resume": ["train", ".", "--output", ".", "--resume"],
+    "sample": ["sample", ".", "-n", "1", "-o", "../x.png", "--solver", "evil:f"],
+    "serve-reward": ["serve-reward", "recipe.yaml", "--port", "0"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("function", ["evil:f", "package:f"])
+def test_code_that_came_with_a_run_is_not_run(
+    name: str, function: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = plant(trained, tmp_path / "run", function)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(run_folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, out, err = call(monkeypatch, capsys, *COMMANDS[name])
+    assert code == (1 if name.startswith("doctor") else 2)
+    assert f"{tmp_path}/run/{'package' if 'package' in function and name != 'sample' else 'evil.py'}" in out + err
+    assert "--allow-code" in out + err
+    assert str(run_folder) not in sys.path
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before  # nothing ran, nothing written
+
+
+def test_wherever_it_is_found_code_of_a_run_needs_consent(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a package below the current directory, on the Python path, by a link into a run, and deep inside one."""
+    planted = plant(trained, tmp_path / "run", "evil:f")
+    (planted / "package" / "deep.py").write_text(EVIL)
+    (tmp_path / "inward.py").symlink_to(planted / "evil.py")
+    (planted / "outward.py").symlink_to(tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(EVIL)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    for path in ("run.evil:f", "run.package.deep:f", "inward:f"):
+        with pytest.raises(InputError, match=r"^reward .* would run code .*/run.* if you trust it, add --allow-code"):
+            import_function(path, "reward")
+    for inside in (planted, planted / "package"):
+        monkeypatch.setattr(sys, "path", [str(inside), *sys.path])
+        for path in ("evil:f", "package:f", "deep:f", "outward:f"):
+            with pytest.raises(InputError, match=r"would run|there is no module"):
+                import_function(path, "reward")
+    assert not list(tmp_path.rglob("*.ran"))
+    assert import_function("mine:f", "reward")
+    with allow_code():
+        assert import_function("run.evil:f", "reward")
+    assert sorted(path.name for path in tmp_path.rglob("*.ran")) == ["evil.ran", "mine.ran"]
+    assert not code_allowed()
+
+
+def test_with_consent_the_code_of_a_run_is_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(trained, tmp_path / "run", "consented:f")
+    (tmp_path / "run" / "consented.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["tiltflow", "evaluate", ".", "--num-samples", "4", "--allow-code", "-q"])
+    with pytest.raises(SystemExit) as stop:
+        tiltflow.cli.main()
+    assert not stop.value.code, capsys.readouterr().err
+    assert (tmp_path / "run" / "consented.ran").exists()
+    assert not code_allowed()
+
+
+def test_nothing_in_the_current_directory_hides_a_package(trained: Path, tmp_path: Path) -> None:
+    """`python -m` puts it first."""
+    planted = plant(trained, tmp_path / "run", "evil:f")
+    for name in ("torch", "typer", "rich", "pydantic", "matplotlib", "flash_attn"):
+        (planted / f"{name}.py").write_text(EVIL)
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltflow", "evaluate", "."], cwd=planted, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--allow-code" in done.stderr
+    assert not list(tmp_path.rglob("*.ran"))
+
+
+def test_help_says_that_a_recipe_can_run_code() -> None:
+    for command in ("train", "doctor", "sweep", "evaluate"):
+        said = " ".join(CliRunner().invoke(tiltflow.cli.app, [command, "--help"]).output.split())
+        assert "A recipe can run code, the Python functions that it names" in said
+        assert "--allow-code" in said
 
 
 # ---- files ----

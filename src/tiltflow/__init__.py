@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.model import Model
+    from tiltflow.plugins import allow_code
     from tiltflow.run import Training
     from tiltflow.run_text_to_image import TextToImageTraining, load_text_to_image
     from tiltflow.sampler import Sampling
@@ -39,6 +40,7 @@ _HOME = {
     "TextToImageTraining": "run_text_to_image",
     "TiltflowError": "errors",
     "Training": "run",
+    "allow_code": "plugins",
     "from_diffusers": "text_to_image",
     "load": "entry",
     "load_text_to_image": "run_text_to_image",
@@ -58,6 +60,7 @@ __all__ = [
     "TextToImageTraining",
     "TiltflowError",
     "Training",
+    "allow_code",
     "from_diffusers",
     "load",
     "load_text_to_image",

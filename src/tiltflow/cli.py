@@ -56,6 +56,22 @@ Seed = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the best there is.")]
+
+
+def _consent(context: typer.Context, given: bool) -> bool:
+    if given:
+        from tiltflow.plugins import allow_code
+
+        context.with_resource(allow_code())
+    return given
+
+
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", callback=_consent, help="Run code that lies in the folder of a run, if its recipe names some."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
 
 
@@ -70,10 +86,14 @@ def train(
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tune a model toward a reward, and report how far it is from its target law.
+
+    A recipe can run code, the Python functions that it names: use those of people whom you trust. Code in the folder of a run
+    is not run without --allow-code.
 
     Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C, SIGTERM,
     SIGHUP and SIGUSR1 save; the same command with --resume then goes on, bit for bit as if it had never stopped.
@@ -126,10 +146,11 @@ def doctor(
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Find out what would go wrong with a recipe, and what it will cost, before it runs. Trains for an iteration or two, and
-    writes nothing. Exit code 1 if something is red.
+    writes nothing. Exit code 1 if something is red. A recipe can run code, the Python functions that it names.
 
     [dim]tiltflow doctor digits-even[/dim]
     [dim]tiltflow doctor mine.yaml --set training.micro_batch_size=4 --device cuda[/dim]
@@ -208,13 +229,14 @@ def sweep(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     overrides: Set = None,
     device: Device = "auto",
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train on a grid of settings, and draw what reward costs in distance to the base.
 
     Each point is a run in a folder of its own. Started again, it goes on with the points that are missing. Points that differ
-    in `seed` alone are shown as one, with their spread.
+    in `seed` alone are shown as one, with their spread. A recipe can run code, the Python functions that it names.
 
     [dim]tiltflow sweep digits-even-orw --over method.alpha=0,0.3,1 --over method.tau=1,3 --output runs/sweep[/dim]
     [dim]tiltflow sweep digits-even --over method.beta=1,2,4 --over seed=0,1,2 --processes 2 --output runs/betas[/dim]
@@ -251,10 +273,13 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(min=2, help="Samples of each model.", show_default="the recipe's")] = None,
     device: Device = "auto",
     threads: Threads = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
+
+    A recipe can run code, the Python functions that it names; code in the folder of the run is not run without --allow-code.
 
     [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
     """
@@ -275,6 +300,7 @@ def export(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
     ] = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a tuned pipeline for plain diffusers: a LoRA for `load_lora_weights`, or a whole pipeline, and its model card.
@@ -300,6 +326,7 @@ def serve_reward(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Serve a reward to other processes of this machine, for reward `http`. Listens on 127.0.0.1 alone; Ctrl-C ends it.
 
@@ -351,6 +378,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = "auto",
     threads: Threads = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -417,6 +445,7 @@ def verify(
     iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the problem's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     threads: Threads = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

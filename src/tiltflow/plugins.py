@@ -9,7 +9,12 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,13 +63,50 @@ def part_of(package: str) -> Callable[[Any], Any]:
     return build
 
 
+@contextmanager
+def allow_code() -> Iterator[None]:
+    """Within it, functions that a recipe names may lie in the folder of a run. Otherwise they never do: who looks at a run that
+    somebody else made does not run code that came with it.
+
+    >>> with allow_code():
+    ...     pass
+    """
+    token = _CODE_OF_RUNS.set(True)
+    try:
+        yield
+    finally:
+        _CODE_OF_RUNS.reset(token)
+
+
+_CODE_OF_RUNS: ContextVar[bool] = ContextVar("code of runs", default=False)
+
+
+def code_allowed() -> bool:
+    """Whether this is within `allow_code`."""
+    return _CODE_OF_RUNS.get()
+
+
+def run_around(path: Path) -> Path | None:
+    """The folder of the run that `path` is or lies in, if there is one."""
+    for folder in (path, *path.parents):
+        if (folder / "recipe.yaml").exists() and any((folder / name).exists() for name in PARTS_OF_RUNS):
+            return folder
+    return None
+
+
+PARTS_OF_RUNS = ("metrics.jsonl", "checkpoints", "summary.json", "report.html")
+
+
 def import_function(path: str, what: str) -> Callable[..., Any]:
     """The user's function at `package.module:function`, from the Python path or the current directory.
 
-    Raises InputError, naming it as `what`, if the module, the function or something they import is missing.
+    Raises InputError, naming it as `what`, if the module, the function or something they import is missing, or if it lies in
+    the folder of a run (see `allow_code`).
     """
     module_name, _, name = path.partition(":")
-    module = import_module(module_name)
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise InputError(f"{what}: must read package.module:function, got {path!r}")
+    module = import_module(module_name, f"{what} {path}")
     if not hasattr(module, name):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"{what} {path}: {module_name} has no {name!r}{did_you_mean(name, known)}")
@@ -74,16 +116,41 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def import_module(name: str) -> ModuleType:
-    """The module called `name`. The current directory is searched last, so that nothing in it hides an installed package."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for good: the function may import its neighbours when it is called
+def import_module(name: str, what: str) -> ModuleType:
+    """The module called `name`. The current directory is searched last, so that nothing in it hides an installed package, and
+    not at all if it is that of a run."""
+    here = os.getcwd()
+    if here not in sys.path and (code_allowed() or run_around(Path(here)) is None):
+        sys.path.append(here)  # for good: the function may import its neighbours when it is called
     importlib.invalidate_caches()
+    parts = name.split(".")
     try:
-        return importlib.import_module(name)
+        for i in range(1, len(parts) + 1):  # a package is looked at before its own code runs
+            part = ".".join(parts[:i])
+            if part not in sys.modules:
+                _refuse_code_of_runs(find_spec(part) or (PathFinder.find_spec(part, [here]) if i == 1 else None), what)
+            importlib.import_module(part)
+        return sys.modules[name]
+    except InputError:
+        raise
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
-            raise InputError(f"there is no module {error.name!r} on the Python path or in {os.getcwd()}") from None
+            raise InputError(f"there is no module {error.name!r} on the Python path or in {here}") from None
         raise InputError(f"module {name!r} cannot be imported ({error})") from error
     except Exception as error:  # whatever the user's code does while it is imported
         raise InputError(f"module {name!r} cannot be imported ({type(error).__name__}: {error})") from error
+
+
+def _refuse_code_of_runs(spec: ModuleSpec | None, what: str) -> None:
+    """Raises InputError if the code lies in a run, by its name or by where a link leads, and nobody has consented."""
+    if spec is None or code_allowed():
+        return
+    for place in map(
+        Path, [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location and spec.origin else [])]
+    ):
+        for path in (place.absolute(), place.resolve()):
+            if (run := run_around(path)) is not None:
+                raise InputError(
+                    f"{what} would run code that lies in the run {run} ({path}); if you trust it, add --allow-code, or in Python"
+                    " with tiltflow.allow_code():"
+                )

@@ -16,6 +16,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from tiltflow.entry import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.plots import pareto
+from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.run_folder import write_json, write_text, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
@@ -133,7 +135,7 @@ def sweep(
     failures: dict[str, str] = {}
     threads = max(1, (os.cpu_count() or 1) // max(processes, 1))
     with ProcessPoolExecutor(min(processes, max(len(todo), 1)), multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(run_point, point, folder, device, threads): point for point in todo}
+        jobs = {pool.submit(run_point, point, folder, device, threads, code_allowed()): point for point in todo}
         try:
             for job in as_completed(jobs):
                 point = jobs[job]
@@ -151,14 +153,15 @@ def sweep(
     return result
 
 
-def run_point(point: Point, folder: Path, device: str, threads: int) -> str | None:
+def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool) -> str | None:
     """Train and evaluate one point. Returns what went wrong, if something of its own did."""
     torch.set_num_threads(threads)
     partial = folder / f"{point.name}.partial"
     if partial.exists():
         shutil.rmtree(partial)
     try:
-        run(point.recipe, partial, device=device)
+        with allow_code() if code_of_runs else nullcontext():
+            run(point.recipe, partial, device=device)
     except TiltflowError as error:
         return str(error)
     partial.rename(folder / point.name)
