@@ -540,17 +540,19 @@ requests = (
     st.binary(max_size=80)
     | values.map(lambda v: json.dumps(v).encode())
     | st.fixed_dictionaries(
-        {"images": pictures_sent}, optional={"prompts": st.lists(st.text(max_size=5), max_size=3) | values}
+        {"images": pictures_sent},
+        optional={"prompts": st.lists(st.text(max_size=5), max_size=3) | values, "metadata": st.lists(values) | values},
     ).map(lambda tree: json.dumps(tree).encode())
 )
 
 
 def any_request(body: bytes) -> None:
     try:
-        images, prompts = read_request(body)
+        images, prompts, metadata = read_request(body)
     except BadRequestError:
         return
     assert images.ndim == 4
+    assert len(prompts) == len(metadata)
     assert len(prompts) in (0, len(images))
 
 
