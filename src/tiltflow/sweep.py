@@ -153,7 +153,7 @@ def sweep(
     return result
 
 
-def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool) -> str | None:
+def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool = False) -> str | None:
     """Train and evaluate one point. Returns what went wrong, if something of its own did."""
     torch.set_num_threads(threads)
     partial = folder / f"{point.name}.partial"
