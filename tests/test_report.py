@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,9 +15,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tiltflow import plots
-from tiltflow.report import verdict, write_report
+from tiltflow.report import TEMPLATE, headline, verdict, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 SUMMARY: dict[str, Any] = {
@@ -76,6 +80,72 @@ def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
     text = re.sub(r"<[^>]*>", " ", page)
     for number in ("91", "48", "94", "0.06", "81"):
         assert number in text
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.1, relative luminance."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(
+        weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+        for weight, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+    )
+
+
+def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
+    """WCAG 2.1 AA: 4.5 for text, 3 for what must be seen of a picture."""
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in TEMPLATE.read_text().split("@media (prefers")[:2])
+    assert len(light) == len(dark) == 12
+    assert {name: light[name] for name in plots.COLOURS if name != "line"} | {"line": plots.COLOURS["line"]} == plots.COLOURS
+    assert (1 + 0.05) / (luminance("#767676") + 0.05) == pytest.approx(4.54, abs=0.01)  # the usual example
+    for scheme in (light, dark):
+        for least, names in ((4.5, ("ink", "soft")), (3.0, ("base", "tuned", "target", "good", "fair", "poor"))):
+            for name in names:
+                for background in ("paper", "card", "warm"):
+                    low, high = sorted((luminance(scheme[name]), luminance(scheme[background])))
+                    assert (high + 0.05) / (low + 0.05) >= least, (name, background)
+    used = set(re.findall(r"[^-]color: ([^;]*)", TEMPLATE.read_text()))
+    assert used <= {"var(--ink)", "var(--soft)"}  # of text
+
+
+def test_each_row_of_pictures_stands_above_the_same_row_after_tuning_with_its_prompt(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write(folder, SUMMARY)
+    pictures = torch.linspace(-1, 1, 12).reshape(12, 1, 1, 1).expand(12, 3, 8, 8)
+    for name, images in (("before", pictures), ("after", pictures.flip(0))):
+        plots.image_grid(images, 4).save(folder / f"{name}.png")
+    prompts = ["a <red> cat", "a dog & a fox", "rain"]
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"pictures": {"rows": 3, "prompts": prompts}}))
+    page = write_report(folder).read_text()
+    shown = re.findall(r'<figcaption>([^<]*)</figcaption>|class="(before|after)" src="data:image/png;base64,([^"]*)"', page)
+    order = [html.unescape(prompt) or side for prompt, side, _ in shown]
+    assert order == [word for prompt in prompts for word in (prompt, "before", "after")]
+    grey = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[4:18, 4:18, 0].mean() for _, side, data in shown if side]
+    first = (np.arange(0, 12, 4) / 11 * 255).round()  # of each row
+    assert np.allclose(grey[::2], first, atol=1)
+    assert np.allclose(grey[1::2], 255 - first, atol=1)
+
+
+def test_every_class_stands_in_a_table_with_its_error(tmp_path: Path) -> None:
+    page = write(tmp_path / "run", SUMMARY)
+    rows = re.findall(r'<tr><th scope="row">(\w)</th><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td></tr>', page)
+    assert rows == [("0", "50.0 ± 5.0%", "90.0 ± 3.0%", "94.0 ± 1.0%"), ("1", "50.0 ± 5.0%", "10.0 ± 3.0%", "6.0 ± 1.0%")]
+
+
+def test_words(tmp_path: Path) -> None:
+    """No capital of a symbol, no raw name of a key, no change where none can be read, one iteration."""
+    extra = {"max_train_steps": 2, "working_beta": 1.4, "w2_base": 3.0, "w2_space": "samples", "some_count": 4}
+    page = write(tmp_path / "run", SUMMARY | extra)
+    text = re.sub(r"<[^>]*>", " ", page.partition("</style>")[2])
+    assert "Β" not in text  # a Greek capital
+    assert "β" in text
+    assert "Some count" in text
+    assert not re.findall(r"\b(?!p_base|target_kl)[A-Za-z]\w*_\w+", text.replace("digits_", ""))
+    same = {"reward_base": 0.431, "reward_tuned": 0.434, "judge": None, "iterations": 1}
+    assert headline(SUMMARY | same) == "The mean reward stayed at 0.43; the target law asks for 3.50."
+    page = write(tmp_path / "run", SUMMARY | same)
+    assert "0.43 →" not in page
+    assert "1 iteration<" in page
+    assert "2 iterations<" in write(tmp_path / "run", SUMMARY)
 
 
 def test_the_same_run_is_the_same_page(tmp_path: Path) -> None:

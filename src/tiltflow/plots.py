@@ -25,8 +25,9 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 
-COLOURS = {"ink": "#26303c", "soft": "#68737f", "line": "#dfe2e7", "base": "#a3adb8", "tuned": "#2f6fd0", "target": "#d9822b"}
+COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
 """The CSS variable of each colour, and its value where the page does not set it."""
+PADDING = 2  # pixels around each image of a grid
 
 STYLE = {
     "axes.axisbelow": True,
@@ -46,7 +47,7 @@ STYLE = {
 }
 
 
-def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = 2, background: int = 128) -> Image.Image:
+def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = PADDING, background: int = 128) -> Image.Image:
     """Images [count, 1 or 3, height, width] in [-1, 1] row by row, each pixel `scale` wide, `padding` around each image.
 
     Cells that no image fills have the grey level `background`, as the padding has.
@@ -63,6 +64,12 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = 2
         top, left = padding + i // columns * high, padding + i % columns * wide
         canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+
+
+def grid_rows(picture: Image.Image, count: int) -> list[Image.Image]:
+    """The rows of a picture of `image_grid` that has `count` of them, each with the padding around it."""
+    high = (picture.height - PADDING) // count
+    return [picture.crop((0, i * high, picture.width, (i + 1) * high + PADDING)) for i in range(count)]
 
 
 def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("before", "after")) -> Image.Image:

@@ -7,6 +7,7 @@ the look of the page, this file the words.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from PIL import Image
 
 from tiltflow import plots
 from tiltflow.errors import InputError
@@ -148,6 +151,7 @@ MEASURES = {
         "network_evaluations": ("Network evaluations", "Samples that the two networks saw in training, counted together."),
         "evaluations_per_iteration": ("Evaluations per iteration", "The same for one step of the optimizer."),
         "iterations": ("Iterations", "Steps of the optimizer."),
+        "max_train_steps": ("Iterations asked for", "Fewer were done where the run was interrupted."),
     },
     "What was run": {
         "model": ("Base model", "The model that was tuned; p_base is the law of its samples."),
@@ -162,8 +166,8 @@ MEASURES = {
         "seed": ("Seed", "The same seed, software and machine give the same run."),
         "device": ("Device", "Where it ran."),
         "threads": ("Threads", "CPU threads that torch used."),
-        "torch": ("torch", "Version."),
-        "tiltflow": ("tiltflow", "Version."),
+        "torch": ("PyTorch", "Its version."),
+        "tiltflow": ("Version", "Of tiltflow."),
     },
 }
 """Of each key of the summary (dotted into its mappings): title, what it is."""
@@ -193,6 +197,8 @@ TOLD_ELSEWHERE = {
     "alarm_step",
     "best_step",
     "best_by",
+    "pictures",
+    "w2_space",
 }
 
 
@@ -249,7 +255,7 @@ def render(
     sections = [
         _alarm(s),
         _tiles(s),
-        _pictures(pictures),
+        _pictures(s, pictures),
         _closeness(s),
         _histogram(s),
         _law(s),
@@ -257,7 +263,7 @@ def render(
         _looks(s, looks),
         _table(s),
         _measures(s),
-        _commands(folder),
+        _commands(s, folder),
         _section("The recipe", f"<pre>{escape(recipe)}</pre>") if recipe else "",
     ]
     facts = [name, *(str(s[key]) for key in ("model", "method") if s.get(key))]
@@ -308,7 +314,8 @@ def headline(s: Tree) -> str:
     if not changes:
         return f"A run of {s.get('method') or 'tiltflow'}"
     c = changes[0]
-    change = f"is {c.form(c.tuned)}" if c.base is None else f"went from {c.form(c.base)} to {c.form(c.tuned)}"
+    before, after = None if c.base is None else c.form(c.base), c.form(c.tuned)
+    change = f"is {after}" if before is None else f"stayed at {after}" if before == after else f"went from {before} to {after}"
     return _sentence(
         f"{c.subject} {change}" + (f"; the target law asks for {c.form(c.target)}" if c.target is not None else "")
     )
@@ -345,36 +352,50 @@ def _tiles(s: Tree) -> str:
     for key, title, note in (
         ("effective_sample_size", "effective sample size", _with(s, "num_samples", "of {} base samples")),
         ("path_kl", "path KL from the base", "nats per sample"),
-        ("seconds", "training time", _with(s, "iterations", "{} iterations")),
+        ("seconds", "training time", f"{show(s, 'iterations')} iteration{'' if get(s, 'iterations') == 1 else 's'}"),
     ):
-        if number(s, key) is not None:
-            tiles.append((title, show(s, key), note))
+        if (value := number(s, key)) is not None:
+            tiles.append((title, decimal(value) if key == "path_kl" else show(s, key), note))
     cells = "".join(
-        f'<div class="tile"><h3>{escape(title[:1].upper() + title[1:])}</h3><p class="big">{value}</p><p>{note}</p></div>'
+        f'<div class="tile"><h3>{escape(capital(title))}</h3><p class="big">{value}</p><p>{note}</p></div>'
         for title, value, note in tiles
     )
     return f'<section class="tiles">{cells}</section>' if tiles else ""
 
 
 def _arrow(base: float | None, tuned: float, form: Callable[..., str]) -> str:
-    return form(tuned) if base is None else f"<i>{form(base)} →</i> {form(tuned)}"
+    """What was, and what is; once where both read alike."""
+    return form(tuned) if base is None or form(base) == form(tuned) else f"<i>{form(base)} →</i> {form(tuned)}"
 
 
-def _pictures(pictures: Sequence[bytes]) -> str:
+def _pictures(s: Tree, pictures: Sequence[bytes]) -> str:
+    """Each row of samples before tuning, right above the same row after it: one looks from a cell to the one below."""
     if len(pictures) != 2:
         return ""
-    shown = "".join(
-        f'<figure class="{name}"><img src="data:image/png;base64,{base64.b64encode(data).decode()}" '
-        f'alt="Grid of samples {name} tuning"><figcaption>{name}</figcaption></figure>'
-        for name, data in zip(("before", "after"), pictures, strict=True)
-    )
-    return _section(
-        "Before and after",
-        f'<div class="compare">{shown}<span class="handle"></span>'
-        '<input type="range" min="0" max="100" value="50" autocomplete="off" hidden '
-        'aria-label="How much of the picture shows the samples before tuning"></div>',
-        "The same cell has the same starting noise: what changed in it is what the tuning did.",
-    )
+    opened = [Image.open(io.BytesIO(data)) for data in pictures]
+    rows, prompts = get(s, "pictures.rows"), get(s, "pictures.prompts") or []
+    count = rows if isinstance(rows, int) and 0 < rows <= min(picture.height for picture in opened) else 1
+    pairs = zip(*(plots.grid_rows(picture, count) for picture in opened), strict=True)
+    shown = ""
+    for i, pair in enumerate(pairs):
+        prompt = str(prompts[i]) if i < len(prompts) else ""
+        what = escape(prompt or f"Row {i + 1} of the samples")
+        caption = f"<figcaption>{escape(prompt)}</figcaption>" if prompt else ""
+        strips = "".join(
+            f'<img class="{name}" src="data:image/png;base64,{_png(strip)}" width="{strip.width}" height="{strip.height}"'
+            f' alt="{what}, {name} tuning">'
+            for name, strip in zip(("before", "after"), pair, strict=True)
+        )
+        shown += f'<figure class="pair">{caption}{strips}</figure>'
+    key = '<b class="before">before</b> tuning, and right below it the same <b class="after">after</b>'
+    note = f"Each row {key}: from the same noise, so that what differs between the two is what the tuning did."
+    return _section("Before and after", f'<div class="pairs">{shown}</div>', note)
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _closeness(s: Tree) -> str:
@@ -420,9 +441,10 @@ def _closeness(s: Tree) -> str:
 
 def _scale(tuned: float, base: float, floor: float | None) -> str:
     longest = 1.04 * max(tuned, base, floor or 0.0)
+    crowded = floor is not None and abs(base - floor) < longest / 2  # both have their words below the line
     marks = "".join(
-        f'<span class="mark {name}{" left" if value > longest / 2 else ""}" style="left:{100 * value / longest:.2f}%">'
-        f"<b>{label} {decimal(value)}</b></span>"
+        f'<span class="mark {name}{" left" if value > longest / 2 else ""}{" low" if crowded else ""}"'
+        f' style="left:{100 * value / longest:.2f}%"><b>{label} {decimal(value)}</b></span>'
         for name, label, value in (("base", "base", base), ("floor", "exact sample", floor), ("tuned", "tuned", tuned))
         if value is not None
     )
@@ -447,14 +469,39 @@ def _histogram(s: Tree) -> str:
     )
     if not names or not len(base) == len(tuned) == len(target) == len(names):
         return ""
-    svg = plots.class_histogram(base, tuned, target, error if len(error) == len(names) else None, [str(name) for name in names])
+    errors = error if len(error) == len(names) else None
+    svg = plots.class_histogram(base, tuned, target, errors, [str(name) for name in names])
     before, after = number(s, "judge.confidence_base"), number(s, "judge.confidence_tuned")
     sure = ""
     if before is not None and after is not None:
         fell = " A fall like this often means samples that look less like the data." if after < before - 0.05 else ""
         sure = f"<p>It is {percent(after)} sure of the tuned samples; of the base samples it was {percent(before)}.{fell}</p>"
     note = "The judge is a classifier that was never part of the reward. Error bars are one standard error."
-    return _section("What the judge sees", _plot(svg, "Share of each class", "alone") + sure, note)
+    shown = _plot(svg, "Share of each class", "alone") + _classes(names, base, tuned, target, errors, number(s, "num_samples"))
+    return _section("What the judge sees", shown + sure, note)
+
+
+def _classes(
+    names: Sequence[str],
+    base: Sequence[float],
+    tuned: Sequence[float],
+    target: Sequence[float],
+    target_error: Sequence[float] | None,
+    count: float | None,
+) -> str:
+    """The share of each class in numbers; that of `count` independent samples has the error of a proportion."""
+
+    def shares(values: Sequence[float], errors: Sequence[float] | None) -> list[str]:
+        return [percent(value, errors[i] if errors else None) for i, value in enumerate(values)]
+
+    of_samples = [[math.sqrt(p * (1 - p) / count) for p in values] if count else None for values in (base, tuned)]
+    columns = [shares(base, of_samples[0]), shares(tuned, of_samples[1]), shares(target, target_error)]
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th>' + "".join(f"<td>{value}</td>" for value in row) + "</tr>"
+        for name, *row in zip(names, *columns, strict=True)
+    )
+    table = _numbers(("Class", "Base", "Tuned", "Target"), body)
+    return f"<details><summary>Each class in numbers</summary>{table}</details>"
 
 
 def _law(s: Tree) -> str:
@@ -464,7 +511,7 @@ def _law(s: Tree) -> str:
     reward = ": ".join(escape(str(s[key])) for key in ("reward", "reward_description") if s.get(key))
     model = f", {escape(str(s['model']))}" if s.get("model") else ""
     terms = [("p<sub>base</sub>", f"the law of the base model{model}. What it never makes, the target never asks for.")]
-    terms += [("r(x)", f"the reward of a sample, {_sentence(reward)}")] if reward else []
+    terms += [("r(x)", f"the reward of a sample, {reward}.")] if reward else []
     if (beta := number(s, "beta")) is not None:
         terms.append(
             (f"β = {beta:g}", f"the exchange rate: {beta:g} more reward makes a sample e ≈ 2.7 times as likely as before.")
@@ -508,7 +555,7 @@ def _looks(s: Tree, looks: Sequence[Tree]) -> str:
     if len(looks) < 2:
         return ""
     cards = "".join(
-        f'<figure class="card"><h3>{escape(name[:1].upper() + name[1:])}</h3>{_plot(plots.looks(looks, name), name)}</figure>'
+        f'<figure class="card"><h3>{escape(capital(name))}</h3>{_plot(plots.looks(looks, name), name)}</figure>'
         for name in looks[0]["measures"]
     )
     note = (
@@ -526,19 +573,28 @@ def _table(s: Tree) -> str:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return ""
     columns = [key for key in rows[0] if not key.endswith("_error")]
-    heads = "".join(f"<th>{escape(POINTS.get(key, key))}</th>" for key in columns)
     body = "".join("<tr>" + "".join(f"<td>{show(row, key) or '–'}</td>" for key in columns) + "</tr>" for row in rows)
     note = (
         f"Held-out prompts: {s.get('num_prompts')}. After ± stands one standard error over prompts. Variance and Vendi score,"
         f" the effective number of different pictures of a prompt, in {s.get('diversity_in')}."
     )
-    table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    return _section("Rewards and diversity", table, escape(note))
+    return _section("Rewards and diversity", _numbers([POINTS.get(key, key) for key in columns], body), escape(note))
+
+
+def _numbers(heads: Sequence[str], body: str) -> str:
+    """A table that keeps its columns, and is scrolled where the screen is narrow."""
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    table = f'<table class="numbers"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def _measures(s: Tree) -> str:
     known = {key for measures in MEASURES.values() for key in measures}
-    rest = {key: (key, "") for key in s if key.removesuffix("_error") not in known and key not in TOLD_ELSEWHERE}
+    rest = {
+        key: (key.replace("_", " "), "")
+        for key in s
+        if key.removesuffix("_error") not in known and key not in TOLD_ELSEWHERE and number(s, key) is not None
+    }
     words = {
         "{group}": _group(s),
         "{sure}": str(get(s, "judge.sure_above")),
@@ -557,15 +613,23 @@ def _measures(s: Tree) -> str:
     return _section("Everything measured", f"<table>{''.join(bodies)}</table>", "After ± stands one standard error.")
 
 
-def _commands(folder: str) -> str:
-    run = shlex.quote(folder)
-    commands = {
-        "new samples": f"tiltflow sample {run}",
-        "measure it again": f"tiltflow evaluate {run}",
-        "train it again": f"tiltflow train {shlex.quote(folder + '/recipe.yaml')}",
-        "in Python": f"model = tiltflow.load({folder!r})",
+def commands(s: Tree, folder: str) -> dict[str, str]:
+    """What can be done with a run, as typed in the folder that holds its folder: what it is for, and the command."""
+    run, prompts = f"./{folder}", get(s, "pictures.prompts")
+    prompt = ["--prompt", str(prompts[0])] if prompts else []
+    typed = {
+        "new samples": ["sample", run, *prompt, "--output", f"{run}-samples.png"],
+        "measure it again": ["evaluate", run],
+        "train it again": ["train", f"{run}/recipe.yaml", "--output", f"{run}-again"],
     }
-    listed = "".join(f"<dt>{what}</dt><dd><code>{escape(command)}</code></dd>" for what, command in commands.items())
+    if prompts:
+        typed["for plain diffusers"] = ["export", run, "--output", f"{run}-exported"]
+    return {what: shlex.join(["tiltflow", *words]) for what, words in typed.items()}
+
+
+def _commands(s: Tree, folder: str) -> str:
+    typed = commands(s, folder) | {"in Python": f"model = tiltflow.load({f'./{folder}'!r})"}
+    listed = "".join(f"<dt>{what}</dt><dd><code>{escape(command)}</code></dd>" for what, command in typed.items())
     return _section("Use it", f'<dl class="commands">{listed}</dl>', "From the folder that holds this run's folder:")
 
 
@@ -575,12 +639,13 @@ def _section(title: str, body: str, note: str = "") -> str:
 
 
 def _plot(svg: str, label: str, kind: str = "") -> str:
-    return f'<div class="plot {kind}" role="img" aria-label="{escape(label)}">{svg}</div>'
+    scrolls = ' tabindex="0"' if kind else ""
+    return f'<div class="plot {kind}" role="img" aria-label="{escape(label)}"{scrolls}>{svg}</div>'
 
 
 def _sentence(text: object) -> str:
     words = str(text).strip()
-    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
+    return capital(words) + ("" if words.endswith((".", "!", "?")) else ".")
 
 
 def _with(s: Tree, key: str, words: str) -> str:
@@ -591,7 +656,16 @@ def _with(s: Tree, key: str, words: str) -> str:
 def _filled(text: str, words: Mapping[str, str]) -> str:
     for place, word in words.items():
         text = text.replace(place, word)
-    return escape(text[:1].upper() + text[1:])
+    return escape(capital(text))
+
+
+def capital(text: str) -> str:
+    """With a capital, but for what is a symbol: the capital of β is no sign of the temperature.
+
+    >>> capital("share of 0"), capital("β, fixed"), capital("reward-weighted base")
+    ('Share of 0', 'β, fixed', 'Reward-weighted base')
+    """
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
 def get(s: Tree, key: str) -> Any:

@@ -9,6 +9,7 @@ before.png, after.png, summary.json, report.html      written by the evaluation,
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -376,10 +377,13 @@ def evaluate_run(
             summary |= balance.named("own_law_balance") | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
+    columns = max(1, round(settings.grid**0.5))
+    of_images = len(base.event_shape) == 3 and base.event_shape[0] in (1, 3)
+    if of_images:
+        summary["pictures"] = {"rows": math.ceil(min(settings.grid, count) / columns)}
     if not processes.is_main():
         return summary
-    if len(base.event_shape) == 3 and base.event_shape[0] in (1, 3):
-        columns = max(1, round(settings.grid**0.5))
+    if of_images:
         for name, images in (("before.png", x_base), ("after.png", x)):
             image_grid(images[: settings.grid], columns).save(folder / name)
     write_json(folder / "summary.json", summary)

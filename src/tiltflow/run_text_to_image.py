@@ -600,10 +600,13 @@ def evaluate_text_to_image(
         "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
     }
     summary["seconds_total"] = (seconds or rows_of_metrics[-1]["seconds"]) + time.perf_counter() - began
+    columns = settings.num_generations if len(texts) > 1 else 8
+    rows = math.ceil(min(len(prompts), 64) / columns)
+    summary["pictures"] = {"rows": rows, "prompts": texts[:rows]}
     if not processes.is_main():
         return summary
     for name, images in (("before", pictures["base"]), ("after", pictures["tuned"])):
-        image_grid(images[:64], settings.num_generations if len(texts) > 1 else 8).save(folder / f"{name}.png")
+        image_grid(images[:64], columns).save(folder / f"{name}.png")
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     write_json(folder / "summary.json", summary)
     write_report(folder)
