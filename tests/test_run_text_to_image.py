@@ -487,7 +487,7 @@ def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch
     told = {}
     for function in ("plain", "moved"):
         reward = validate(Function, {"path": f"my_rewards:{function}"}, "reward").build()
-        statistics = BaseStatistics(recipe, model.base(), reward)
+        statistics = BaseStatistics(recipe.training, recipe.method.sampling, model.base(), reward, recipe.seed)
         mean, std = statistics(["a red cat", "a blue dog", "a red cat"])
         images = model.base().sample(["a red cat"] * 64, seed=5, sampling=recipe.method.sampling, batch_size=32)
         values = given(reward, ["a red cat"] * 64)(images).double()

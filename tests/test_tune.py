@@ -1,16 +1,26 @@
-"""`tune` and `sample` on networks as they come out of a user's own training loop."""
+"""`tune` on a user's own networks: whatever mode they are in, and every setting is honoured or refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import tiny_flow
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.errors import UserCodeError
+from tiltflow.checkpoint import checkpoints
+from tiltflow.entry import read_recipe, training_of
+from tiltflow.errors import InputError, UserCodeError
 from tiltflow.flow import Flow, eval_mode
+from tiltflow.monitor import read_looks
+from tiltflow.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.settings import read_yaml
 
 METHODS: dict[str, tuple[Any, str]] = {
     "adjoint-matching": (tiltflow.AdjointMatching(num_inference_steps=4), "path_kl"),
@@ -131,3 +141,211 @@ def test_a_reward_in_train_mode_is_one_function() -> None:
         found.append(rows[0].metrics)
     assert found[0] == found[1] == found[2]
     assert score.drop.training
+
+
+# ---- every setting is honoured or refused ----
+
+SHORT = tiltflow.AdjointMatching(num_inference_steps=4, learning_rate=1e-2, lr_scheduler="constant", lr_warmup_steps=0)
+
+
+@dataclass
+class Tuned:
+    """What came of `tune` with some settings."""
+
+    model: Any
+    rows: list[dict[str, float]]
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.flow.network.parameters()])
+
+
+def tuned(reward: Any = reward, method: Any = SHORT, seed: int = 0, **settings: Any) -> Tuned:
+    output = settings.pop("output", None)
+    rows: list[Any] = []
+    training = tiltflow.Training(**{"max_train_steps": 4, "train_batch_size": 8} | settings)
+    base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
+    model = tiltflow.tune(base, reward, method, training, output=output, seed=seed, watch=rows.append)
+    return Tuned(model, [row.metrics for row in rows])
+
+
+def differs(**settings: Any) -> None:
+    assert not torch.equal(tuned(**settings).weights, tuned().weights)
+
+
+def check_resume(folder: Path) -> None:
+    whole = tuned(max_train_steps=6)
+    tuned(output=folder / "run", checkpointing_steps=2)
+    on = tuned(output=folder / "run", checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest")
+    assert torch.equal(on.weights, whole.weights)
+    assert on.rows == whole.rows[4:]
+    assert [row["step"] for row in read_records(folder / "run")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(InputError, match=r"the run was begun with another recipe: seed 0 -> 1"):
+        tuned(output=folder / "run", seed=1, resume_from_checkpoint="latest")
+
+
+def check_checkpoints(folder: Path, limit: int | None, expected: list[str]) -> None:
+    tuned(output=folder / f"{limit}", checkpointing_steps=1, checkpoints_total_limit=limit)
+    assert [path.name for path in checkpoints(folder / f"{limit}" / "checkpoints")] == expected
+
+
+def check_deterministic(folder: Path) -> None:
+    seen = []
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return reward(x)
+
+    for wanted in (False, True):
+        seen.clear()
+        tuned(watched, deterministic=wanted)
+        assert set(seen) == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def check_monitor(folder: Path) -> None:
+    run = tuned(output=folder, monitor={"steps": 2, "num_samples": 16})
+    assert [look["step"] for look in read_looks(folder)] == [0, 2, 4]
+    assert torch.equal(run.weights, tuned().weights)
+    assert (folder / "best" / "model.safetensors").exists()
+
+
+def check_report(folder: Path) -> None:
+    tuned(output=folder, report_to="tensorboard")
+    assert list((folder / "logs").rglob("*tfevents*"))
+
+
+def check_micro_batches(folder: Path) -> None:
+    whole, parts = tuned(), tuned(micro_batch_size=3)
+    torch.testing.assert_close(parts.weights, whole.weights)
+    assert not torch.equal(parts.weights, whole.weights)  # sums in another order
+
+
+def check_trainable(folder: Path) -> None:
+    network, before = tuned(trainable="leave").model.flow.network, Net()
+    assert torch.equal(network.enter.weight, before.enter.weight)
+    assert not torch.equal(network.leave.weight, before.leave.weight)
+
+
+def check_non_finite(folder: Path) -> None:
+    def broken(x: Tensor) -> Tensor:  # for one of eight samples, of seven for none
+        return torch.where((torch.arange(len(x)) == 1) & (len(x) == 8), torch.nan, -x.square().sum(1))
+
+    with pytest.raises(tiltflow.NonFiniteError):
+        tuned(broken)
+    assert tuned(broken, non_finite_rewards="drop").rows[0]["dropped"] == 1
+
+
+def check_skipped(folder: Path) -> None:
+    calls = iter(range(1000))
+
+    def once_broken(x: Tensor) -> Tensor:
+        return -x.square().sum(1) * (torch.nan if next(calls) == 1 else 1.0)
+
+    assert "skipped" in tuned(once_broken, max_skipped_steps=1).rows[1]
+
+
+def check_calibration(folder: Path) -> None:
+    beta = tiltflow.AdjointMatching(num_inference_steps=4, beta=50.0)
+    assert "beta" in tuned(method=beta, calibration_samples=64).rows[0]
+    assert "beta" not in tuned(method=beta).rows[0]
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "max_train_steps": lambda folder: differs(max_train_steps=5),
+    "train_batch_size": lambda folder: differs(train_batch_size=9),
+    "micro_batch_size": check_micro_batches,
+    "ema_decay": lambda folder: differs(ema_decay=0.5),
+    "trainable": check_trainable,
+    "calibration_samples": check_calibration,
+    "mixed_precision": lambda folder: differs(mixed_precision="bf16"),
+    "deterministic": check_deterministic,
+    "non_finite_rewards": check_non_finite,
+    "max_skipped_steps": check_skipped,
+    "checkpointing_steps": lambda folder: check_checkpoints(folder, None, [f"step-0000000{i}" for i in (1, 2, 3, 4)]),
+    "checkpoints_total_limit": lambda folder: check_checkpoints(folder, 3, [f"step-0000000{i}" for i in (2, 3, 4)]),
+    "resume_from_checkpoint": check_resume,
+    "report_to": check_report,
+    "monitor": check_monitor,
+}
+
+
+def test_no_setting_is_forgotten() -> None:
+    assert set(CHECKS) == set(tiltflow.Training.model_fields)
+
+
+@pytest.mark.parametrize("name", tiltflow.Training.model_fields)
+def test_every_setting_is_honoured(name: str, tmp_path: Path) -> None:
+    """Each changes what `tune` does, as it says; with a folder where it needs one."""
+    CHECKS[name](tmp_path / "run")
+
+
+OTHER = {
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": "latest",
+    "report_to": "tensorboard",
+    "monitor": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_needs_a_folder_is_refused_without_one(name: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^training\.{name} \(.*\) needs a folder to write to: give tune\(\.\., output=\.\.\)$"
+    ):
+        tuned(**{name: OTHER[name]})
+    assert set(OTHER) == set(NEED_A_FOLDER)
+
+
+def test_the_folder_of_tune(tmp_path: Path) -> None:
+    """The same run as without it; a network of the user's leaves its weights, one of tiltflow's a model that loads."""
+    run = tuned(output=tmp_path / "mine")
+    assert torch.equal(run.weights, tuned().weights)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "model"}
+    saved = load_file(tmp_path / "mine" / "model" / "model.safetensors")
+    assert torch.equal(saved["enter.weight"], run.model.flow.network.enter.weight)
+    with pytest.raises(InputError, match="already holds something"):
+        tuned(output=tmp_path / "mine")
+    with pytest.raises(InputError, match="began this run, in a program that has its model and reward"):
+        read_recipe(read_yaml(tmp_path / "mine" / "recipe.yaml"), "recipe.yaml")
+
+    base = tiltflow.load(tiny_flow(tmp_path / "flow"))
+    training = tiltflow.Training(max_train_steps=2, train_batch_size=4)
+    model = tiltflow.tune(base, lambda x: x.mean((1, 2, 3)), SHORT, training, output=tmp_path / "own")
+    assert torch.equal(tiltflow.load(tmp_path / "own").sample(2), model.sample(2))
+
+
+def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
+    def stop(record: Any) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    base = tiltflow.Model(Flow(Net()), (2,))
+    training = tiltflow.Training(max_train_steps=9, train_batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        tiltflow.tune(base, reward, SHORT, training, output=tmp_path, watch=stop)
+    two = tuned(max_train_steps=2)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(saved["leave.weight"], two.model.flow.network.leave.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"prompts_per_step": 3},
+            r"training.prompts_per_step \(3\) is a setting of TextToImageTraining, and this model is trained",
+        ),
+        ({"guidance_mode": "none"}, r"training.guidance_mode \('none'\) is a setting of TextToImageTraining"),
+    ],
+)
+def test_settings_of_the_other_kind_of_model(settings: dict[str, Any], message: str) -> None:
+    base = tiltflow.Model(Flow(Net()), (2,))
+    with pytest.raises(InputError, match=message):
+        tiltflow.tune(base, reward, SHORT, tiltflow.TextToImageTraining(**settings))
+    shared = tiltflow.TextToImageTraining(max_train_steps=1, ema_decay=0.5)
+    assert training_of(tiltflow.Training, shared) == tiltflow.Training(max_train_steps=1, ema_decay=0.5)
+    for options in ({"prompts": ["a"]}, {"adapter": None}):
+        with pytest.raises(InputError, match="prompts and adapter are for a pipeline"):
+            tiltflow.tune(base, reward, SHORT, shared, **options)  # type: ignore[call-overload]

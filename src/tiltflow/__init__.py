@@ -2,7 +2,7 @@
 
 >>> import tiltflow
 >>> sorted(tiltflow.__all__)[:3]
-['AdjointMatching', 'CollapseError', 'Flow']
+['Adapter', 'AdjointMatching', 'CollapseError']
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from tiltflow.model import Model
     from tiltflow.plugins import allow_code
     from tiltflow.run import Training
-    from tiltflow.run_text_to_image import TextToImageTraining, load_text_to_image
+    from tiltflow.run_text_to_image import Adapter, TextToImageTraining, load_text_to_image
     from tiltflow.sampler import Sampling
     from tiltflow.text_to_image import from_diffusers
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
+    "Adapter": "run_text_to_image",
     "AdjointMatching": "methods.adjoint_matching",
     "CollapseError": "errors",
     "Flow": "flow",
@@ -48,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Adapter",
     "AdjointMatching",
     "CollapseError",
     "Flow",

@@ -20,8 +20,7 @@ from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.run import Recipe, build_reward, prepare, rehearse
-from tiltflow.run_text_to_image import TextToImageRecipe
-from tiltflow.run_text_to_image import prepare as prepare_text_to_image
+from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
 from tiltflow.sampler import Sampling, Start, rollout, sample
 from tiltflow.schedules import TOLERANCE
 from tiltflow.streams import stream
@@ -112,7 +111,7 @@ def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
 def admit(recipe: Any, device: str) -> Patient:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     if isinstance(recipe, TextToImageRecipe):
-        parts = prepare_text_to_image(recipe, device)
+        parts, _ = prepare_recipe(recipe, device)
         batch = parts.draw(stream(recipe.seed, "start", 0, device=parts.model.device))
         return Patient(
             recipe, parts.flow, parts.base, parts.reward, batch, parts.model.grid, parts.model.device, parts.loop, parts.model

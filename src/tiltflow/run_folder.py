@@ -87,6 +87,16 @@ class Survival(Settings):
     first."""
 
 
+NEED_A_FOLDER = ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "monitor")
+
+
+def refuse_what_needs_a_folder(training: Survival) -> None:
+    """Raises InputError for a setting that means nothing where nothing is written, unless it is as by default."""
+    for name in NEED_A_FOLDER:
+        if (value := getattr(training, name)) != Survival.model_fields[name].default:
+            raise InputError(f"training.{name} ({value!r}) needs a folder to write to: give tune(.., output=..)")
+
+
 class Loop(Protocol):
     """A training loop that is ready to begin; see `tiltflow.trainer.train`."""
 

@@ -48,6 +48,7 @@ from tiltflow.sampler import Sampling, rollout
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import (
+    AdaptedDenoiser,
     GuidanceMode,
     TextToImage,
     from_diffusers,
@@ -297,14 +298,13 @@ class Measures:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its parts in memory.
+    """A run that can begin.
 
     Args:
-        model: as it was loaded; after `tuned` has got an adapter, they share their network.
+        model: as it was; after `tuned` has got an adapter, they share their network.
         tuned: what is going to be trained, with its flow.
         untuned: the model without what is trained, whatever that has become, with its flow `base`.
         reward: as training sees it.
-        measures: the reward as it is, and what else is measured.
         loop: takes the arguments of `train` about where to go on from and when to stop.
     """
 
@@ -314,12 +314,11 @@ class Prepared:
     flow: Flow
     base: Flow | AdapterOff
     reward: Reward
-    measures: Measures
     draw: Callable[[torch.Generator], Batch]
     loop: Callable[..., Generator[Record, None, None]]
 
 
-def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
+def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared, Measures]:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
     model = recipe.model.load(device)
@@ -331,31 +330,49 @@ def prepare(recipe: TextToImageRecipe, device: str) -> Prepared:
     if measures.extract is not None:
         check_features(model, recipe.evaluation, measures.extract, device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
-    untuned = tuned.base() if recipe.model.adapter else model
-    if recipe.training.per_prompt_normalization:
-        reward = PerPrompt(reward, BaseStatistics(recipe, untuned, reward))
-    dtype = autocast_dtype(recipe.training.mixed_precision, model.device)
-    flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
-    base = base_of(flow) if recipe.model.adapter else frozen
+    return prepare(model, tuned, prompts, reward, recipe.method, recipe.training, seed=recipe.seed), measures
 
-    draw = batches(tuned, prompts, reward, recipe.training, recipe.method.sampling)
+
+def prepare(
+    model: TextToImage,
+    tuned: TextToImage,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    method: Any,
+    training: TextToImageTraining,
+    *,
+    seed: int = 0,
+) -> Prepared:
+    """What trains `tuned`, which is `model` with an adapter, or with a copy of its denoiser, toward the tilt of `model`.
+
+    Raises InputError if the method, the model and the settings do not fit.
+    """
+    adapted = isinstance(tuned.denoiser, AdaptedDenoiser)
+    untuned = tuned.base() if adapted else model
+    if training.per_prompt_normalization:
+        reward = PerPrompt(reward, BaseStatistics(training, method.sampling, untuned, reward, seed))
+    dtype = autocast_dtype(training.mixed_precision, model.device)
+    flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
+    base = base_of(flow) if adapted else frozen
+
+    draw = batches(tuned, prompts, reward, training, method.sampling)
     loop = partial(
         train,
         flow,
         base,
-        recipe.method,
+        method,
         reward,
         draw,
-        max_train_steps=recipe.training.max_train_steps,
-        seed=recipe.seed,
+        max_train_steps=training.max_train_steps,
+        seed=seed,
         start=model.grid,
-        ema_decay=recipe.training.ema_decay,
-        micro_batch_size=recipe.training.micro_batch_size,
-        adam=eight_bit_adam() if recipe.training.use_8bit_adam else adamw,
-        max_skipped_steps=recipe.training.max_skipped_steps,
-        non_finite_rewards=recipe.training.non_finite_rewards,
+        ema_decay=training.ema_decay,
+        micro_batch_size=training.micro_batch_size,
+        adam=eight_bit_adam() if training.use_8bit_adam else adamw,
+        max_skipped_steps=training.max_skipped_steps,
+        non_finite_rewards=training.non_finite_rewards,
     )
-    return Prepared(model, tuned, untuned, flow, base, reward, measures, draw, loop)
+    return Prepared(model, tuned, untuned, flow, base, reward, draw, loop)
 
 
 def run_text_to_image(
@@ -370,29 +387,33 @@ def run_text_to_image(
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
     with deterministic(recipe.training.deterministic):
         place = RunFolder.begin(folder, recipe, note)
-        parts, began = prepare(recipe, device), time.perf_counter()
+        (parts, measures), began = prepare_recipe(recipe, device), time.perf_counter()
 
         def save(to: str = "model") -> None:
             with processes.whole(parts.tuned.denoiser):
                 processes.by_main(lambda: save_tuned(parts.tuned, folder / to))
 
-        watcher = None if recipe.training.monitor is None else make_watcher(recipe, parts, partial(save, "best"), device)
+        watcher = None
+        if recipe.training.monitor is not None:
+            watcher = make_watcher(recipe, parts, measures, partial(save, "best"), device)
 
         place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
         seconds = time.perf_counter() - began
         summary = evaluate_text_to_image(
-            recipe, folder, parts.model, parts.tuned, device=device, measures=parts.measures, seconds=seconds
+            recipe, folder, parts.model, parts.tuned, device=device, measures=measures, seconds=seconds
         )
         place.end(summary)
         return summary
 
 
 @torch.no_grad()
-def make_watcher(recipe: TextToImageRecipe, parts: Prepared, save_best: Callable[[], None], device: str) -> Watcher:
+def make_watcher(
+    recipe: TextToImageRecipe, parts: Prepared, measures: Measures, save_best: Callable[[], None], device: str
+) -> Watcher:
     """How the recipe's monitor looks at the model: on the evaluation's held-out prompts, by the reward, by the held-out ones,
     and by how much the pictures of a prompt differ."""
     settings = recipe.evaluation
-    prompts, measures = evaluation_prompts(recipe), parts.measures
+    prompts = evaluation_prompts(recipe)
     point, count = settings.points[0], settings.num_generations
 
     def look(step: int, model: TextToImage = parts.tuned) -> Look:
@@ -552,9 +573,9 @@ def evaluate_text_to_image(
     taken = rows_of_metrics[-1]["step"]
     tilted = rewards["base"]
     if recipe.training.per_prompt_normalization:
-        mean, std = BaseStatistics(recipe, base, measures.rewards[recipe.reward.name])(
-            prompts, [prompt.metadata for prompt in told]
-        )
+        reward = measures.rewards[recipe.reward.name]
+        statistics = BaseStatistics(recipe.training, method.sampling, base, reward, recipe.seed)
+        mean, std = statistics(prompts, [prompt.metadata for prompt in told])
         tilted = (tilted - mean) / std
     tilt = method.log_tilt(tilted, taken).reshape(len(texts), -1)
     weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
@@ -690,9 +711,11 @@ class BaseStatistics:
     """The mean and the standard deviation of the base's rewards for prompts, of these metadata; each prompt is sampled once, as
     in training."""
 
-    recipe: TextToImageRecipe
+    training: TextToImageTraining
+    sampling: Sampling
     base: TextToImage
     reward: Reward
+    seed: int
     known: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> tuple[Tensor, Tensor]:
@@ -708,13 +731,13 @@ class BaseStatistics:
     @torch.no_grad()
     def measured(self, prompt: Prompt) -> tuple[float, float]:
         """(mean, standard deviation) of one prompt."""
-        training = self.recipe.training
+        training = self.training
         count, size = training.per_prompt_normalization, training.micro_batch_size or training.train_batch_size
         assert count is not None
         images = self.base.sample(
             [prompt.text] * count,
-            seed=stream(self.recipe.seed, "baseline", prompt.text).initial_seed(),
-            sampling=self.recipe.method.sampling,
+            seed=stream(self.seed, "baseline", prompt.text).initial_seed(),
+            sampling=self.sampling,
             guidance_scale=1 if training.guidance_mode == "none" else None,
             batch_size=size,
         )

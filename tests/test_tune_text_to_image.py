@@ -1,0 +1,289 @@
+"""`tune` on a pipeline: the run of a recipe from Python, and every setting is honoured or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+from test_run_text_to_image import recipe_for
+from tiny_pipelines import tiny_pipeline
+
+import tiltflow
+from tiltflow.checkpoint import checkpoints
+from tiltflow.entry import training_of
+from tiltflow.errors import InputError
+from tiltflow.optimization import adamw
+from tiltflow.rewards.named_colour import NamedColour
+from tiltflow.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+from tiltflow.settings import validate
+from tiltflow.text_to_image import TextToImage, with_adapter
+
+PROMPTS = ["a red cat", "a blue dog", "a green hat"]
+METHOD = tiltflow.AdjointMatching(num_inference_steps=3, learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
+SMALL = {"max_train_steps": 1, "prompts_per_step": 2, "num_generations": 2, "guidance_mode": "none"}
+
+
+def pipeline(folder: Path) -> TextToImage:
+    """A small one, the same each time, as nothing has been added to it yet."""
+    model = tiny_pipeline("stable-diffusion", folder)
+    return tiltflow.from_diffusers(model, height=16, width=16, guidance_scale=3.0)
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+@dataclass
+class Tuned:
+    """What came of `tune` with some settings."""
+
+    model: TextToImage
+    rows: list[dict[str, float]]
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.denoiser.parameters() if p.requires_grad])
+
+
+Run = Callable[..., Tuned]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("tokenizer")
+
+    def run(
+        reward: Any = brightness, *, model: TextToImage | None = None, output: Path | None = None, **settings: Any
+    ) -> Tuned:
+        rows: list[Any] = []
+        training = tiltflow.TextToImageTraining.model_validate(SMALL | settings)
+        model = tiltflow.tune(
+            model or pipeline(folder), reward, METHOD, training, prompts=PROMPTS, output=output, watch=rows.append
+        )
+        return Tuned(model, [row.metrics for row in rows])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tuned: Run) -> Tensor:
+    """The weights of a run with no setting but the small ones."""
+    return tuned().weights
+
+
+def test_tune_is_the_run_of_the_recipe(tmp_path: Path) -> None:
+    """Bit for bit: metrics, weights, and what it leaves in its folder."""
+    tree = recipe_for(tmp_path, "stable-diffusion", prompts={"texts": PROMPTS, "validation": 0})
+    recipe = validate(TextToImageRecipe, tree, "recipe")
+    run_text_to_image(recipe, tmp_path / "recipe")
+    model = tiltflow.from_diffusers(tmp_path / "stable-diffusion", height=16, width=16, guidance_scale=3.0)
+    before = model.sample(PROMPTS[:1])
+    tuned = tiltflow.tune(
+        model,
+        NamedColour().build(),
+        recipe.method,
+        recipe.training,
+        prompts=PROMPTS,
+        adapter=recipe.model.adapter,
+        output=tmp_path / "tune",
+    )
+    ours, theirs = (load_file(tmp_path / name / "model" / "pytorch_lora_weights.safetensors") for name in ("tune", "recipe"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    rows, others = ([row | {"seconds": 0} for row in read_records(tmp_path / name)] for name in ("tune", "recipe"))
+    assert rows == others
+    assert isinstance(tuned, TextToImage)
+    assert torch.equal(tuned.base().sample(PROMPTS[:1]), before)
+    assert not torch.equal(tuned.sample(PROMPTS[:1]), before)
+    run = tiltflow.load(tmp_path / "recipe")
+    assert isinstance(run, TextToImage)
+    assert torch.equal(tuned.sample(PROMPTS[:1], sampling=run.sampling), run.sample(PROMPTS[:1]))
+
+
+def test_what_is_tuned(tmp_path: Path, tuned: Run) -> None:
+    """A new LoRA; the one that the model has; or the whole denoiser, in a copy."""
+    ranks = {p.shape[0] for name, p in tuned().model.denoiser.named_parameters() if "lora_A" in name}
+    assert ranks == {16}
+    own = with_adapter(pipeline(tmp_path), rank=2)
+    again = tuned(model=own).model
+    assert again.denoiser is own.denoiser
+    assert {p.shape[0] for name, p in again.denoiser.named_parameters() if "lora_A" in name} == {2}
+    model = pipeline(tmp_path)
+    before = [p.clone() for p in model.denoiser.parameters()]
+    training = tiltflow.TextToImageTraining.model_validate(SMALL)
+    full = tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS, adapter=None, output=tmp_path / "full")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, full.denoiser.parameters(), strict=True))
+    assert (tmp_path / "full" / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_rewards_are_told_prompts_and_metadata(tmp_path: Path) -> None:
+    seen = []
+
+    def of_both(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        seen.extend(zip(prompts, metadata, strict=True))
+        return images.mean((1, 2, 3))
+
+    prompts = [{"prompt": "a red cat", "colour": "red"}, "a dog"]
+    training = tiltflow.TextToImageTraining.model_validate(SMALL)
+    tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, prompts=prompts)
+    assert {(prompt, tuple(more.items())) for prompt, more in seen} == {("a red cat", (("colour", "red"),)), ("a dog", ())}
+
+
+# ---- every setting is honoured or refused ----
+
+
+def check_resume(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    whole = tuned(max_train_steps=2)
+    tuned(output=folder, checkpointing_steps=1)
+    on = tuned(output=folder, checkpointing_steps=1, max_train_steps=2, resume_from_checkpoint="latest")
+    assert torch.equal(on.weights, whole.weights)
+    assert on.rows == whole.rows[1:]
+
+
+def check_deterministic(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(images: Tensor) -> Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return brightness(images)
+
+    tuned(watched, deterministic=True)
+    assert set(seen) == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def check_checkpoints(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for limit, expected in ((None, ["step-00000001", "step-00000002"]), (1, ["step-00000002"])):
+        tuned(output=folder / str(limit), checkpointing_steps=1, checkpoints_total_limit=limit, max_train_steps=2)
+        assert [path.name for path in checkpoints(folder / str(limit) / "checkpoints")] == expected
+
+
+def check_report(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    tuned(output=folder, report_to="tensorboard")
+    assert list((folder / "logs").rglob("*tfevents*"))
+
+
+def check_monitor(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"training\.monitor: looks at held-out prompts, which a recipe has"):
+        tuned(output=folder, monitor={"steps": 1})
+    assert not folder.exists()
+
+
+def check_non_finite(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def broken(images: Tensor) -> Tensor:  # for one of four pictures, of three for none
+        return torch.where((torch.arange(len(images)) == 1) & (len(images) == 4), torch.nan, brightness(images))
+
+    with pytest.raises(tiltflow.NonFiniteError):
+        tuned(broken)
+    assert tuned(broken, non_finite_rewards="drop").rows[0]["dropped"] == 1
+
+
+def check_skipped(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+
+    def once_broken(images: Tensor) -> Tensor:
+        return brightness(images) * (torch.nan if next(calls) == 1 else 1.0)
+
+    assert "skipped" in tuned(once_broken, max_skipped_steps=1, max_train_steps=2).rows[0]
+
+
+def check_micro_batches(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    whole, parts = tuned(max_train_steps=1), tuned(max_train_steps=1, micro_batch_size=2)
+    torch.testing.assert_close(parts.rows[0]["loss"], whole.rows[0]["loss"], rtol=1e-4, atol=0)
+    assert parts.rows[0]["gradient_norm"] != whole.rows[0]["gradient_norm"]  # sums in another order
+
+
+def check_8bit_adam(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def eight_bit_adam() -> Any:
+        asked.append(True)
+        return adamw
+
+    patch.setattr("tiltflow.run_text_to_image.eight_bit_adam", eight_bit_adam)
+    tuned(use_8bit_adam=True)
+    assert asked
+
+
+DIFFERENT: dict[str, Any] = {
+    "max_train_steps": 2,
+    "prompts_per_step": 3,
+    "num_generations": 3,
+    "guidance_mode": "rollout",
+    "per_prompt_normalization": 2,
+    "ema_decay": 0.5,
+    "mixed_precision": "bf16",
+}
+"""Settings that change the weights."""
+
+CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
+    "micro_batch_size": check_micro_batches,
+    "use_8bit_adam": check_8bit_adam,
+    "deterministic": check_deterministic,
+    "non_finite_rewards": check_non_finite,
+    "max_skipped_steps": check_skipped,
+    "checkpointing_steps": check_checkpoints,
+    "checkpoints_total_limit": check_checkpoints,
+    "resume_from_checkpoint": check_resume,
+    "report_to": check_report,
+    "monitor": check_monitor,
+}
+
+
+def test_no_setting_is_forgotten() -> None:
+    assert {*DIFFERENT, *CHECKS} == set(tiltflow.TextToImageTraining.model_fields)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_every_setting_that_changes_the_weights(name: str, tuned: Run, plain: Tensor) -> None:
+    assert not torch.equal(tuned(**{name: DIFFERENT[name]}).weights, plain)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "checkpoints_total_limit"])
+def test_every_setting_is_honoured(name: str, tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CHECKS[name](tuned, tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"checkpointing_steps": 1}, {"resume_from_checkpoint": "latest"}, {"monitor": {"steps": 1}}]
+)
+def test_what_needs_a_folder_is_refused_before_the_pipeline_is_touched(settings: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = settings
+    assert name in NEED_A_FOLDER
+    model = pipeline(tmp_path)
+    training = tiltflow.TextToImageTraining.model_validate(SMALL | settings)
+    with pytest.raises(InputError, match=rf"training\.{name} \(.*\) needs a folder to write to"):
+        tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS)
+    assert not hasattr(model.denoiser.network, "peft_config")
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    model = pipeline(tmp_path)
+    for options, message in (
+        ({}, "a pipeline needs prompts"),
+        ({"prompts": [" "]}, "all prompts are blank"),
+        ({"prompts": [{"text": "a cat"}]}, "row 1: has no 'prompt'"),
+        (
+            {"prompts": PROMPTS, "training": tiltflow.Training(calibration_samples=8)},
+            r"training.calibration_samples \(8\) is a",
+        ),
+        (
+            {"prompts": PROMPTS, "training": tiltflow.Training(train_batch_size=8)},
+            r"training.train_batch_size \(8\) is a setting of",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            tiltflow.tune(model, brightness, METHOD, **options)  # type: ignore[call-overload]
+    assert not hasattr(model.denoiser.network, "peft_config")
+    shared = training_of(tiltflow.TextToImageTraining, tiltflow.Training(max_train_steps=7, ema_decay=0.5))
+    assert shared == tiltflow.TextToImageTraining(max_train_steps=7, ema_decay=0.5)
