@@ -151,6 +151,6 @@ def _refuse_code_of_runs(spec: ModuleSpec | None, what: str) -> None:
         for path in (place.absolute(), place.resolve()):
             if (run := run_around(path)) is not None:
                 raise InputError(
-                    f"{what} would run code that lies in the run {run} ({path}); if you trust it, add --allow-code, or in Python"
-                    " with tiltflow.allow_code():"
+                    f"{what} would run code that lies in the run {run} ({path}); if you trust it, add --allow-code,"
+                    " or in Python with tiltflow.allow_code():"
                 )
