@@ -8,12 +8,14 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,14 @@ import tiltflow.cli
 from tiltflow.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
 from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
+from tiltflow.export import export_run
 from tiltflow.model import load, read_tensors
 from tiltflow.plugins import allow_code, code_allowed, import_function
 from tiltflow.prompts import Prompts, read_prompts
 from tiltflow.reward import given as told
 from tiltflow.rewards.http import Http
-from tiltflow.run import Recipe, run
-from tiltflow.run_text_to_image import TextToImageRecipe
+from tiltflow.run import Recipe, evaluate_run, run
+from tiltflow.run_text_to_image import TextToImageRecipe, load_text_to_image
 from tiltflow.serve_reward import BadRequestError, read_request
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
@@ -304,6 +307,53 @@ def test_help_says_that_a_recipe_can_run_code() -> None:
         said = " ".join(CliRunner().invoke(tiltflow.cli.app, [command, "--help"]).output.split())
         assert "A recipe can run code, the Python functions that it names" in said
         assert "--allow-code" in said
+
+
+# ---- links ----
+
+PLACES = [
+    "recipe.yaml", "metrics.jsonl", "summary.json", "report.html", "before.png", "after.png", "model", "best", "base",
+    "model/model.safetensors", "model/README.md", "checkpoints", "monitor.jsonl", "diagnostics", ".summary.json.tmp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_links_are_not_followed_out_of_a_run(name: str, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    outside, place = tmp_path / "outside", tmp_path / "run" / name
+    if place.exists():
+        place.rename(outside)
+    elif "." in name:
+        outside.write_text("mine")
+    else:
+        outside.mkdir()
+    place.symlink_to(outside)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for use in (evaluate_run, load_text_to_image, partial(export_run, output=tmp_path / "exported"), resume):
+        with pytest.raises(InputError, match=rf"/run/{re.escape(name)}: is a link, and links are not followed"):
+            use(tmp_path / "run")
+    place.unlink()
+    place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"is a link|not a run folder, it has no"):
+        evaluate_run(tmp_path / "run")
+    assert not (tmp_path / "exported").exists()
+    place.unlink()
+    before.pop(place, None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def resume(folder: Path) -> None:
+    recipe = validate(Recipe, read_yaml(folder / "recipe.yaml"), "recipe")
+    training = recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})
+    run(recipe.model_copy(update={"training": training}), folder)
+
+
+def test_a_run_that_is_reached_by_a_link_is_one(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "wandb").mkdir()
+    (tmp_path / "run" / "wandb" / "latest-run").symlink_to(tmp_path)  # as its tracker makes them
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert evaluate_run(tmp_path / "link", num_samples=4)["num_samples"] == 4
 
 
 # ---- files ----

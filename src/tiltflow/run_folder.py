@@ -165,6 +165,7 @@ class RunFolder:
             processes.wait()
             note("there is no run to go on with yet: a new one begins")
             return cls(path, recipe, note=note)
+        refuse_links(path)
         refuse_changes(path, recipe)
         root = path / checkpoint.FOLDER
         processes.by_main(lambda: checkpoint.remove_litter(root))
@@ -456,7 +457,23 @@ def read_run_tree(folder: Path) -> dict[str, Any]:
     for needed in (RECIPE, "model", METRICS):
         if not (folder / needed).exists():
             raise InputError(f"{folder}: not a run folder, it has no {needed}")
+    refuse_links(folder)
     return read_yaml(folder / RECIPE)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError if something in a run is a link: it would be written through, or uploaded, without being in the run."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in OF_TRACKERS]
+        for name in (*folders, *files):
+            if (path := Path(place, name)).is_symlink():
+                raise InputError(
+                    f"{path}: is a link, and links are not followed out of a run; put what it leads to in its place"
+                )
+
+
+OF_TRACKERS = ("logs", "wandb")
+"""Folders in a run that are written by others."""
 
 
 def write_json(path: Path, content: Any) -> None:
