@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
-from tiny_pipelines import PIPELINES, tiny_pipeline
+from tiny_pipelines import PIPELINES, STABLE_DIFFUSION, tiny_pipeline
 from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
@@ -187,57 +189,89 @@ def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
 
 SEPARATE = """
 import sys, torch
-from diffusers import DiffusionPipeline
-base, adapter, out, kind = sys.argv[1:]
-pipeline = DiffusionPipeline.from_pretrained(base if kind == "lora" else adapter)
-if kind == "lora":
-    pipeline.load_lora_weights(adapter)
-latents = torch.load(out + "/latents.pt", weights_only=True)
-how = dict(num_inference_steps=3, guidance_scale=3.0, output_type="pt", height=16, width=16)
-image = pipeline("a red cat", latents=latents, **how).images
-torch.save(image, out + "/image.pt")
-assert "tiltflow" not in sys.modules
+sys.modules["tiltflow"] = None  # an import of it fails
+code, latents, out = sys.argv[1:]
+said = {}
+exec(open(code).read(), said)
+latents = torch.load(latents, weights_only=True)
+pipeline, sampling = said["pipeline"], said["sampling"]
+torch.save(pipeline("a red cat", latents=latents, output_type="pt", **sampling).images, out)
 """
+EXPORTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # family, changes of the recipe's model, and the pipeline's own scheduler where it is not the usual one
+    "stable-diffusion": ("stable-diffusion", {"scheduler": {"timestep_spacing": "trailing"}}, {"scheduler": "PNDM"}),
+    "stable-diffusion, euler": ("stable-diffusion", {"scheduler": {"timestep_spacing": "linspace"}}, {"scheduler": "Euler"}),
+    "stable-diffusion, all of it": ("stable-diffusion", {"scheduler": {"timestep_spacing": "trailing"}, "adapter": None}, {}),
+    "stable-diffusion-xl": ("stable-diffusion-xl", {"scheduler": {"timestep_spacing": "trailing"}}, {}),
+    "stable-diffusion-3": ("stable-diffusion-3", {"scheduler": {"shift": 1.5}}, {}),
+    "flux": ("flux", {"scheduler": {"base_shift": 0.9}, "width": 32}, {}),
+}
+QUICK_EXPORTS = ("stable-diffusion", "stable-diffusion-3")
 
 
-def drawn_by_diffusers(folder: Path, base: Path, exported: Path, latents: Tensor, kind: str) -> Tensor:
-    torch.save(latents, folder / "latents.pt")
-    arguments = [str(base), str(exported), str(folder), kind]
-    subprocess.run([sys.executable, "-c", SEPARATE, *arguments], check=True, capture_output=True)
-    image: Tensor = torch.load(folder / "image.pt", weights_only=True)
-    return image
+@pytest.mark.filterwarnings("ignore:scheduler PNDMScheduler")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK_EXPORTS)) for name in EXPORTED])
+def test_the_code_of_an_exported_card_draws_what_the_run_measured(name: str, tmp_path: Path) -> None:
+    """In a process without tiltflow, from its folder: with a scheduler that the recipe changed, and the size, the steps and the
+    guidance of the evaluation."""
+    from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *(pytest.param(name, "lora", marks=slow_unless(name == "stable-diffusion-3")) for name in PIPELINES),
-        pytest.param("stable-diffusion", "full", marks=pytest.mark.slow),
-    ],
-)
-def test_what_is_exported_draws_the_same_pictures_in_plain_diffusers(name: str, kind: str, tmp_path: Path) -> None:
-    tree = recipe_for(tmp_path, name)
-    if kind == "full":
-        tree["model"]["adapter"] = None
+    family, changes, base = EXPORTED[name]
+    tree = recipe_for(tmp_path, family)
+    if base:
+        kind = {"PNDM": PNDMScheduler, "Euler": EulerDiscreteScheduler}[base["scheduler"]]
+        pipeline = tiny_pipeline(family, tmp_path)
+        pipeline.scheduler = kind(**STABLE_DIFFUSION)
+        pipeline.save_pretrained(tmp_path / family)
+    tree["model"] |= changes
+    tree["evaluation"]["points"] = [{"num_inference_steps": 5, "guidance_scale": 2.5}]
     train(tree, tmp_path / "run")
-    tuned = load_text_to_image(tmp_path / "run")
-    loaded = load(tmp_path / "run")
-    assert isinstance(loaded, TextToImage)
-    assert loaded.sampling == tuned.sampling == Sampling(solver="euler", num_inference_steps=2)  # the evaluation's first point
-    latents = torch.randn(1, *tuned.event_shape, generator=stream(0, "latents"))
     result = export_run(tmp_path / "run", tmp_path / "exported")
-    assert result["kind"] == kind
-    sampling = Sampling(solver="euler", num_inference_steps=3)
-    ours = tuned.sample(["a red cat"], latents=latents, sampling=sampling, guidance_scale=3.0)
-    assert torch.equal(ours, loaded.sample(["a red cat"], latents=latents, sampling=sampling))  # type: ignore[arg-type]
-    theirs = drawn_by_diffusers(tmp_path, tmp_path / name, tmp_path / "exported", latents, kind)
-    assert (ours.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
-    untuned = from_diffusers(tmp_path / name, height=16, width=16, guidance_scale=3.0)
-    before = untuned.sample(["a red cat"], latents=latents, sampling=sampling, guidance_scale=3.0)
-    assert (ours - before).abs().max() > 1e-3
+    assert result["kind"] == ("full" if tree["model"]["adapter"] is None else "lora")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "base_model:" in card
     assert "mean reward, held-out prompts" in card
+    assert "other latents" not in card
+
+    recipe = read_run(tmp_path / "run")
+    point, tuned = recipe.evaluation.points[0], load_text_to_image(tmp_path / "run")
+    latents = torch.randn(2, *tuned.event_shape, generator=stream(recipe.seed, "sample", 0))  # those of the evaluation
+    drawn = {"seed": recipe.seed, "sampling": point.sampling, "guidance_scale": point.guidance_scale, "batch_size": 2}
+    ours = tuned.sample(["a red cat"] * 2, **drawn)
+    (tmp_path / "card.py").write_text(card.split("```python\n")[1].split("```")[0])
+    torch.save(latents[:1], tmp_path / "latents.pt")
+    arguments = [str(tmp_path / file) for file in ("card.py", "latents.pt", "image.pt")]
+    path = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    exported = tmp_path / "exported"
+    subprocess.run([sys.executable, "-c", SEPARATE, *arguments], check=True, capture_output=True, cwd=exported, env=path)
+    theirs = torch.load(tmp_path / "image.pt", weights_only=True)
+    assert theirs.shape == ours[:1].shape
+    assert (ours[:1].clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
+    before = tuned.base().sample(["a red cat"] * 2, **drawn) if tree["model"]["adapter"] else None
+    assert before is None or (ours - before).abs().max() > 1e-3
+
+
+def test_an_export_says_where_it_draws_other_pictures(tmp_path: Path) -> None:
+    """Three steps do not divide a thousand, which DDIMScheduler's own steps need with this spacing."""
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["model"]["scheduler"] = {"timestep_spacing": "trailing"}
+    tree["evaluation"]["points"] = [{"num_inference_steps": 3, "solver": "memoryless"}]
+    train(tree, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model" / "scheduler")  # as an earlier version wrote it
+    (tmp_path / "run" / "model" / "sampling.json").unlink()
+    export_run(tmp_path / "run", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "drawn by the solver memoryless, which diffusers does not have" in card
+    assert "At 3 steps DDIMScheduler draws other latents than were measured, by 0." in card
+
+
+def test_a_run_reads_like_a_pipeline(tmp_path: Path) -> None:
+    train(recipe_for(tmp_path, "stable-diffusion"), tmp_path / "run")
+    tuned, loaded = load_text_to_image(tmp_path / "run"), load(tmp_path / "run")
+    assert isinstance(loaded, TextToImage)
+    assert loaded.sampling == tuned.sampling == Sampling(solver="euler", num_inference_steps=2)  # the evaluation's first point
+    a, b = (one.sample(["a red cat"], seed=1) for one in (tuned, loaded))
+    assert torch.equal(a, b)
 
 
 # ---- evaluation ----

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import InputError
 from tiltflow.plots import curves
 from tiltflow.run_folder import claim, read_records
-from tiltflow.run_text_to_image import TextToImageRecipe, load_run, read_run
+from tiltflow.run_text_to_image import Point, TextToImageRecipe, load_run, read_run
+from tiltflow.schedules import TOLERANCE, schedule_of
 from tiltflow.settings import dump_yaml, parse_yaml
+from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.text_to_image import SAMPLING, save_sampling, save_tuned
 
 KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
 
 
 def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """Write what a run tuned into `output`, which must be new or empty: `pytorch_lora_weights.safetensors`, which
-    `pipeline.load_lora_weights(output)` accepts, or the whole pipeline where all of the denoiser was tuned.
+    `pipeline.load_lora_weights(output)` accepts, or the whole pipeline where all of the denoiser was tuned. With it come the
+    scheduler, in scheduler/, and the arguments, in sampling.json, with which plain diffusers draws what the run measured; the
+    card, README.md, has the code.
 
     Args:
         push_to_hub: the name of a repository on the hub to upload the folder to.
@@ -27,17 +33,27 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     """
     recipe = read_run(run)
     claim(output)
-    if recipe.model.adapter is not None:
+    if recipe.model.adapter is not None and (run / "model" / SAMPLING).exists():
         shutil.copytree(run / "model", output, dirs_exist_ok=True)
     else:
         _, tuned = load_run(recipe, run, device)
-        setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
-        tuned.pipeline.save_pretrained(output)
+        if recipe.model.adapter is not None:  # of a run that an earlier version made
+            save_tuned(tuned, output)
+        else:
+            setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
+            tuned.pipeline.scheduler = tuned.schedule.plain
+            tuned.pipeline.save_pretrained(output)
+            save_sampling(tuned, output)
+    point, sampling = measured_at(recipe), json.loads((output / SAMPLING).read_text(encoding="utf-8"))
+    if point.guidance_scale is not None and "guidance_scale" in sampling:
+        sampling["guidance_scale"] = point.guidance_scale
+    sampling["num_inference_steps"] = point.num_inference_steps
+    (output / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
     for name in KEPT:
         if (run / name).exists():
             shutil.copy(run / name, output / name)
     (output / "curves.svg").write_text(curves(read_records(run), ["reward"]), encoding="utf-8")
-    (output / "README.md").write_text(card(recipe, run), encoding="utf-8")
+    (output / "README.md").write_text(card(recipe, run, output, push_to_hub or "."), encoding="utf-8")
     result: dict[str, Any] = {"output": str(output), "kind": "full" if recipe.model.adapter is None else "lora", "url": None}
     if push_to_hub is not None:
         from huggingface_hub import HfApi
@@ -53,7 +69,72 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     return result
 
 
-def card(recipe: TextToImageRecipe, run: Path) -> str:
+def measured_at(recipe: TextToImageRecipe) -> Point:
+    """The point of the evaluation that plain diffusers can repeat: the first one of the solver euler, or else the first one."""
+    points = recipe.evaluation.points
+    return next((point for point in points if point.solver == "euler"), points[0])
+
+
+def scheduler_of(output: Path) -> Any:
+    """The scheduler that an export comes with. Raises InputError if it is none of diffusers'."""
+    import diffusers
+
+    path = output / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(f"{path}: {config.get('_class_name')!r} is no scheduler of diffusers")
+    return kind.from_config(config)
+
+
+def usage(recipe: TextToImageRecipe, output: Path, place: str) -> str:
+    """Python code, of diffusers alone, that draws what the run measured, from what `export_run` has written into `output`.
+
+    Args:
+        place: the folder, or its name on the hub, as the code says it.
+    """
+    model, quoted = recipe.model, partial(json.dumps, ensure_ascii=False)
+    scheduler = type(scheduler_of(output)).__name__
+    sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
+    lines = ["import torch"] if model.adapter is not None and model.dtype != "float32" else []
+    lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}", ""]
+    if model.adapter is None:
+        lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
+    else:
+        if by_name(model.diffusers, assets(INDEX), "pipeline"):
+            lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
+        options = [f"{key}={quoted(value)}" for key in ("revision", "variant") if (value := getattr(model, key)) is not None]
+        options += [f"dtype=torch.{model.dtype}"] if model.dtype != "float32" else []
+        lines += [
+            f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
+            f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
+            f"pipeline.load_lora_weights({quoted(place)})",
+        ]
+    prompt = (recipe.prompts.texts or ["a photograph"])[0]
+    lines += [f"sampling = {quoted(sampling)}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
+    return "\n".join(lines)
+
+
+def reservations(recipe: TextToImageRecipe, output: Path) -> list[str]:
+    """Why plain diffusers may draw other pictures than those that were measured: one sentence for each reason."""
+    scheduler, point, reasons = scheduler_of(output), measured_at(recipe), []
+    if point.solver != "euler":
+        reasons.append(
+            f"The pictures that were measured were drawn by the solver {point.solver}, which diffusers does not have."
+        )
+    if (apart := schedule_of(scheduler).own_difference(point.num_inference_steps)) > TOLERANCE:
+        reasons.append(
+            f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
+            f" {apart:.2g} of the largest on a normal law."
+        )
+    if recipe.model.dtype != "float32":
+        reasons.append(
+            f"The run decoded pictures, and kept its adapter, in float32; this pipeline is all in {recipe.model.dtype}."
+        )
+    return reasons
+
+
+def card(recipe: TextToImageRecipe, run: Path, output: Path, place: str) -> str:
     """README.md, with the front matter that the hub reads."""
     base, adapter = recipe.model.diffusers, recipe.model.adapter
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8")) if (run / "summary.json").exists() else {}
@@ -64,9 +145,6 @@ def card(recipe: TextToImageRecipe, run: Path) -> str:
     }
     if found := licence(Path(base)):
         about["license"] = found
-    loading = f'pipeline = DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("path/of/this/folder")'
-    if adapter is None:
-        loading = 'pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")'
     lines = [
         "---",
         dump_yaml(about).strip(),
@@ -80,12 +158,13 @@ def card(recipe: TextToImageRecipe, run: Path) -> str:
         + (f" with beta = {summary['beta']:g}." if summary.get("beta") is not None else "."),
         *(f"{limit}" for limit in summary.get("limits", [])),
         "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
+        "What the run measured, in this folder:" if place == "." else "What the run measured:",
         "",
-        loading,
+        "```python",
+        usage(recipe, output, place),
         "```",
         "",
+        *(f"{reason}\n" for reason in reservations(recipe, output)),
     ]
     if summary:
         lines += [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import pkgutil
 import warnings
@@ -454,12 +455,13 @@ def active_adapters(network: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
 
-LORA = "pytorch_lora_weights.safetensors"
+LORA, SAMPLING = "pytorch_lora_weights.safetensors", "sampling.json"
 
 
 def save_tuned(model: TextToImage, folder: Path) -> None:
-    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does. Of
-    an adapter above others it is the new one alone, and a warning says what it needs below it."""
+    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does; and
+    `save_sampling`. Of an adapter above others it is the new one alone, and a warning says what it needs below it."""
+    save_sampling(model, folder)
     network: Any = model.denoiser.network
     if not isinstance(model.denoiser, AdaptedDenoiser):
         network.save_pretrained(folder / model.family.DENOISER)
@@ -475,6 +477,15 @@ def save_tuned(model: TextToImage, folder: Path) -> None:
             f"{folder}: holds the new adapter alone, which was trained on top of {', '.join(map(repr, below))}: load that too",
             stacklevel=2,
         )
+
+
+def save_sampling(model: TextToImage, folder: Path) -> None:
+    """Write what plain diffusers draws the same pictures with: a scheduler, and arguments of the pipeline in sampling.json."""
+    model.schedule.plain.save_pretrained(folder / "scheduler")
+    options: dict[str, float] = dict(zip(("height", "width"), model.size, strict=True))
+    if not model.distilled or model.family.distilled_guidance(model.pipeline):
+        options["guidance_scale"] = model.guidance_scale
+    (folder / SAMPLING).write_text(json.dumps(options) + "\n", encoding="utf-8")
 
 
 def load_tuned(model: TextToImage, folder: Path) -> None:
