@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import mpmath
 import numpy as np
 import pytest
 
 from tiltflow.lqg import Lqg, chain_optimum, evaluate_chain, evaluate_policy, optimum
+from tiltflow.verify import read_verification, run_verification
 
 UNIT, BETA = Lqg(), 0.5
 Q, q, T, K, k = UNIT.Q, UNIT.q, UNIT.T, UNIT.K, UNIT.k
@@ -221,3 +223,92 @@ def test_coordinates_add_up() -> None:
     chain, chains = evaluate_chain(UNIT, BETA, *constant(4)), evaluate_chain(Lqg(dimension=3), BETA, *constant(4))
     assert (chains.objective, chains.path_kl) == pytest.approx((3 * chain.objective, 3 * chain.path_kl))
     assert chains.gradient == pytest.approx([3 * part for part in chain.gradient])
+
+
+# ---- a second derivation, to thirty digits ----
+
+POINTS = {
+    "strong": "Q=2.7 q=0.2 lambda=0.15 T=3.1 K=0.6 k=0.3 N=23 mean=0 variance=1 eta=1 dimension=1",
+    "off-centre": "Q=0.9 q=-0.5 lambda=0.3 T=1.8 K=0.15 k=-0.4 N=12 mean=-1.3 variance=2.2 eta=0.6 dimension=1",
+    "little-noise": "Q=1.7 q=0.9 lambda=0.45 T=2 K=-0.4 k=0.2 N=17 mean=0.5 variance=0.6 eta=0.35 dimension=3",
+    "plane": "Q=1.3 q=0.7 lambda=0.5 T=2 K=0.5 k=0.1 N=40 mean=0 variance=1 eta=1 dimension=2",
+}
+
+
+class Precise:
+    """The problem in mpmath, written from its definition: moments forward for a policy, no value function; quadratics about
+    their peak for the best chain; and Gaussian integrals for the best continuous policy, E exp(r / lambda) under the base."""
+
+    def __init__(self, point: str):
+        numbers = dict(part.split("=") for part in point.split())
+        self.N, self.d = int(numbers.pop("N")), int(numbers.pop("dimension"))
+        self.Q, self.q, self.cost, self.T, self.K, self.k, self.m, self.S, self.eta = map(mpmath.mpf, numbers.values())
+        self.e, self.D = (1 + self.eta**2) / 2, self.T / self.N
+
+    def base(self, tau: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+        """(F, h) of the drift X / 2 - e (X - a m) / v."""
+        a = mpmath.exp((tau - self.T) / 2)
+        v = a**2 * self.S + 1 - a**2
+        return mpmath.mpf(1) / 2 - self.e / v, self.e * a * self.m / v
+
+    def start(self) -> tuple[mpmath.mpf, mpmath.mpf]:
+        a = mpmath.exp(-self.T / 2)
+        return a * self.m, a**2 * self.S + 1 - a**2
+
+    def objective(self, K: mpmath.mpf, k: mpmath.mpf) -> mpmath.mpf:
+        first, variance = self.start()
+        second, paid = first**2 + variance, mpmath.mpf(0)
+        for n in range(self.N):
+            F, h = self.base(n * self.D)
+            u_square = K**2 * second + 2 * K * k * first + k**2
+            paid += self.cost / 2 * (self.e / self.eta) ** 2 * u_square * self.D
+            A, B = 1 + (F + self.e * K) * self.D, (h + self.e * k) * self.D
+            first, second = A * first + B, A**2 * second + 2 * A * B * first + B**2 + self.eta**2 * self.D
+        return self.d * (self.q * first - self.Q / 2 * second - paid)
+
+    def gradient(self) -> list[mpmath.mpf]:
+        at = (self.K, self.k)
+        return [mpmath.diff(self.objective, at, order) for order in ((1, 0), (0, 1))]
+
+    def best_chain(self) -> mpmath.mpf:
+        """V = height - P (x - peak)^2 / 2. A step's noise lowers the height; the best shift of its mean, at the price of
+        lambda / (2 eta^2 D) a unit squared, adds eta^2 D / lambda to 1 / P; and the base's affine map moves the peak."""
+        P, peak, height = self.Q, self.q / self.Q, self.q**2 / (2 * self.Q)
+        for n in range(self.N - 1, -1, -1):
+            F, h = self.base(n * self.D)
+            height -= P * self.eta**2 * self.D / 2
+            P = 1 / (1 / P + self.eta**2 * self.D / self.cost)
+            A, B = 1 + F * self.D, h * self.D
+            P, peak = A**2 * P, (peak - B) / A
+        mean, variance = self.start()
+        return self.d * (height - P * ((mean - peak) ** 2 + variance) / 2)
+
+    def best_value(self) -> list[mpmath.mpf]:
+        """(P, p, c) at tau = 0: X_T given X_0 = x is N(grown x + shift, spread) under the base."""
+
+        def grown(tau: mpmath.mpf) -> mpmath.mpf:  # exp of the integral of F to the end, as d(tau - log v) / dtau = 1 / v
+            v = 1 + (self.S - 1) * mpmath.exp(tau - self.T)
+            whole = self.T - mpmath.log(self.S) - (tau - mpmath.log(v))
+            return mpmath.exp((self.T - tau) / 2 - self.e * whole)
+
+        shift = mpmath.quad(lambda tau: grown(tau) * self.base(tau)[1], [0, self.T / 2, self.T])
+        spread = mpmath.quad(lambda tau: (self.eta * grown(tau)) ** 2, [0, self.T / 2, self.T])
+        widened, gain = 1 + self.Q * spread / self.cost, grown(mpmath.mpf(0))
+        P = gain**2 * self.Q / widened
+        p = gain * (self.q - self.Q * shift) / widened
+        c = (self.q * shift - self.Q * shift**2 / 2 + self.q**2 * spread / (2 * self.cost)) / widened
+        return [P, p, c - self.cost / 2 * mpmath.log(widened)]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_what_verify_reports_is_what_mpmath_derives(point: str) -> None:
+    overrides = [*POINTS[point].split(), "iterations=1", "trajectories=2", "num_samples=100", "train_batch_size=4", "draws=2"]
+    result = run_verification(read_verification("lqg", "score-as-action", overrides))
+    with mpmath.workdps(30):
+        precise = Precise(POINTS[point])
+        assert result["policy"]["gradient_of_chain"] == pytest.approx(list(map(float, precise.gradient())), rel=1e-11)
+        assert result["policy"]["objective_of_chain"] == pytest.approx(
+            float(precise.objective(precise.K, precise.k)), rel=1e-12
+        )
+        assert result["objective_exact"] == pytest.approx(float(precise.best_chain()), rel=1e-12)
+        assert list(result["optimum"]["value"].values()) == pytest.approx(list(map(float, precise.best_value())), abs=1e-11)

@@ -28,6 +28,7 @@ from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odd
 from tiltflow.rewards.function import Function
 from tiltflow.rewards.ink import Ink
 from tiltflow.rewards.jpeg_size import JpegSize
+from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.png_size import PngSize
 from tiltflow.rewards.stroke_thickness import StrokeThickness, thickness
 from tiltflow.rewards.sum import Sum
@@ -308,6 +309,17 @@ def test_ink(channels: int) -> None:
     torch.testing.assert_close(Ink().build()(y), ((y + 1) / 2).mean((1, 2, 3)))
     _, gradient = value_and_gradient(Ink(sign="less").build(), y * 3)
     torch.testing.assert_close(gradient, torch.full_like(y, -1 / (2 * channels * 20)))
+
+
+def test_named_colour_is_a_bell_around_the_colour_of_the_prompt() -> None:
+    """exp(-|rgb - colour|^2 / 2 width^2) of each pixel, rgb in [0, 1]: 1 at the colour, by hand elsewhere."""
+    reward = NamedColour(width=0.2).build()
+    picture = torch.tensor([[0.3, -0.1], [1.0, -1.0], [-1.0, -1.0]])[None, :, :, None]  # two pixels, one above the other
+    squares = (0.65 - 1) ** 2 + 1, (0.45 - 1) ** 2
+    expected = sum(math.exp(-square / (2 * 0.2**2)) for square in squares) / 2
+    assert given(reward, ["a red, blue hat"])(picture).tolist() == pytest.approx([expected])
+    red = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 4, 4)
+    assert given(reward, ["a hat that is red"])(red).tolist() == [1]
 
 
 def test_wrong_sign() -> None:

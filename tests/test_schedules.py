@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def test_a_perfect_prediction_is_that_of_the_law() -> None:
         (lambda: make("FlowMatchHeunDiscrete", shift=3.0), "FlowMatchHeunDiscreteScheduler: its noise schedule is not known"),
         (lambda: make("FlowMatchLCM"), "FlowMatchLCMScheduler: its noise schedule is not known"),
         (lambda: make("UniPCMultistep", prediction_type="flow_prediction"), "or flow_prediction with use_flow_sigmas"),
+        (lambda: make("DDPM", trained_betas=[0.1, 0.2, 0.3]), "DDPMScheduler: its noise schedule is not known"),
+        (lambda: make("DDPM", beta_schedule="sigmoid"), "DDPMScheduler: its noise schedule is not known"),
     ],
 )
 def test_schedulers_that_are_not_known(scheduler: Any, message: str) -> None:
@@ -168,3 +171,19 @@ def test_all_timesteps_are_a_grid() -> None:
     assert len(times) == 1001
     torch.testing.assert_close(square[:-1], make("DDIM").alphas_cumprod.flip(0).double(), rtol=1e-5, atol=1e-7)
     assert times[-1] == 1
+
+
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825)])
+def test_a_dynamic_shift_is_linear_in_the_tokens(tokens: int, mu: float) -> None:
+    """sigma -> e^mu / (e^mu + 1 / sigma - 1), mu from 0.5 at 256 tokens to 1.15 at 4096."""
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
+    schedule = schedule_of(make("FlowMatchEulerDiscrete", use_dynamic_shifting=True), tokens, lambda steps: sigmas[:steps])
+    expected = 1 - math.exp(mu) / (math.exp(mu) + 1 / sigmas - 1)
+    torch.testing.assert_close(schedule.times(4)[:-1], expected, rtol=0, atol=1e-6)
+
+
+def test_noise_in_the_coordinates_of_a_diffusion_is_longer_on_the_linear_path() -> None:
+    """x / (alpha + beta), with alpha / beta = t / (1 - t) and alpha^2 + beta^2 = 1."""
+    t, beta = torch.tensor(0.3, dtype=torch.float64), 0.7 / math.hypot(0.3, 0.7)
+    assert schedule_of(make("DDIM")).start_scale(t) == pytest.approx(1 / (0.3 / 0.7 * beta + beta))
+    assert schedule_of(make("FlowMatchEulerDiscrete")).start_scale(t) == 1

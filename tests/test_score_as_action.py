@@ -18,7 +18,7 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flow import Flow
 from tiltflow.lqg import Lqg, evaluate_chain, evaluate_policy
 from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
-from tiltflow.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture
+from tiltflow.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture, TwoModes
 from tiltflow.sampler import rollout
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train
@@ -501,3 +501,52 @@ def test_a_broken_critic_is_refused_before_the_first_update() -> None:
     method = ScoreAsAction(num_inference_steps=3, critic=Critic(form="test_value:broken_at_the_end"))
     with pytest.raises(InputError, match=r"V\(1, x\) must be r\(x\)"):
         training(method, 1)
+
+
+# ---- gradients through the reward ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"estimator": "pathwise"}, True),
+        ({"estimator": "closed-form"}, False),
+        ({"estimator": "closed-form", "critic": {"form": "cos-sin"}}, True),
+        ({"estimator": "return-minus-value", "critic": {"form": "cos-sin"}}, False),
+        ({"estimator": "return"}, False),
+    ],
+)
+def test_who_needs_the_gradient_of_the_reward(settings: dict[str, Any], needed: bool) -> None:
+    assert ScoreAsAction(**settings).needs_reward_gradient is needed
+
+
+def test_pathwise_pulls_the_reward_back_through_the_last_step_of_the_base() -> None:
+    """The default chain ends in a noiseless step of the base: the last vector is the gradient of r(that step), by autograd."""
+    base = GaussianMixture(torch.tensor([0.6, 0.4]).log(), torch.tensor([[-1.5, 0.0], [1.5, 0.5]]), torch.tensor([0.15, 0.3]))
+    shift = nn.Parameter(torch.zeros(5, 2))
+    method = ScoreAsAction(estimator="pathwise", num_inference_steps=5, num_passes=1, beta=0.7, critic={"num_steps": 0})
+    chain = method.sampling.chain()
+
+    def tuned(x: Tensor, t: Tensor) -> Tensor:
+        k = (t.reshape(-1, 1) - chain.times).abs().argmin(1)
+        return base.velocity(x, t) + shift[k]
+
+    def reward(x: Tensor) -> Tensor:
+        return x[:, 0].sin() + (x[:, 1] ** 3) / 3
+
+    x, state = torch.randn(6, 2, generator=stream(3)), method.new_state((2,), 0, torch.device("cpu"))
+    list(method.gradients(tuned, base.velocity, reward, x, stream(4), state))
+    before = rollout(chain, base.velocity, x, stream(4)).states[4].requires_grad_()
+    end = chain.mean(4, before, base.velocity(before, chain.times[4]))
+    (vectors,) = torch.autograd.grad(reward(end).sum(), before)
+    assert shift.grad is not None
+    assert_close(shift.grad[3], -chain.v_scale[3] * vectors.mean(0) / 0.7)
+
+
+def test_the_law_aimed_at_is_the_reward_over_the_temperature() -> None:
+    """On two modes under tanh x: the mean reward of the tilt by quadrature, 0.61689 at beta = 1 and 0.89566 at 0.3."""
+    problem = TwoModes()
+    law = problem.law()
+    for beta, mean_reward in ((1.0, 0.61689), (0.3, 0.89566)):
+        log_tilt = ScoreAsAction(beta=beta).log_tilt(torch.from_numpy(problem.reward_at(law.points)), 1)
+        assert law.tilt(log_tilt.numpy()).expectation(problem.reward_at) == pytest.approx(mean_reward, abs=5e-6)

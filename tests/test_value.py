@@ -258,6 +258,51 @@ def test_the_mean_square_td_error_would_be_wrong(generator: torch.Generator) -> 
     assert losses[0] < losses[1]
 
 
+class Sketch:
+    """Four trajectories of three steps that begin at t = 0.2, with a value in units of 2.5 and costs, and what Affine says."""
+
+    def __init__(self, generator: torch.Generator):
+        self.value = Value(Affine(), FORMS["reward-free"])
+        self.value.shift, self.value.scale, self.value.fitted = 0.7, 2.5, True
+        states, self.times = torch.randn(3, 4, 2, generator=generator), torch.tensor([0.2, 0.5, 0.6, 1.0])
+        self.costs, self.rewards = torch.rand(3, 4, generator=generator), torch.randn(4, generator=generator)
+        self.batch = Batch(states, self.times, torch.zeros(3, 4), self.costs, self.rewards)
+        t = self.times[:3, None, None].expand(3, 4, 1)
+        self.features = torch.cat([states, t], 2)  # dV / d(a, b), over the scale
+        inside = 0.7 + 2.5 * (self.features @ torch.tensor([0.5, -1.0, 2.0]))
+        self.values = torch.cat([inside, self.rewards[None]])
+
+    def gradient(self) -> Tensor:
+        network = self.value.network
+        return torch.cat([network.a.grad, network.b.grad[None]])
+
+
+def test_the_td_loss_by_hand(generator: torch.Generator) -> None:
+    """Half the square of the TD error in units of the scale, weighted by the steps' shares 3/8, 1/8 and 4/8 of the way."""
+    sketch = Sketch(generator)
+    error = (sketch.values[1:] - sketch.costs - sketch.values[:-1]) / 2.5
+    weights = torch.tensor([3.0, 1.0, 4.0])[:, None] / 8
+    loss = critic_loss(sketch.value, sketch.batch, Critic(loss="td"))
+    assert loss.item() == pytest.approx(((weights * error**2).sum(0).mean() / 2).item())
+    loss.backward()
+    expected = -((weights * error)[..., None] * sketch.features).sum(0).mean(0)
+    assert_close(sketch.gradient(), expected)
+
+
+def test_the_orthogonality_loss_by_hand(generator: torch.Generator) -> None:
+    """The moments of two halves, multiplied; the gradient is of the second, along the first, through the increments alone."""
+    sketch = Sketch(generator)
+    increments = (sketch.values.diff(dim=0) - sketch.costs) / 2.5
+    moments = [(increments[:, half, None] * sketch.features[:, half]).sum(0).mean(0) for half in (slice(2), slice(2, 4))]
+    loss = critic_loss(sketch.value, sketch.batch, Critic(loss="orthogonality"))
+    assert loss.item() == pytest.approx((moments[0] @ moments[1]).item())
+    loss.backward()
+    after = torch.cat([sketch.features[1:], torch.zeros(1, 4, 3)])  # the reward at the end does not depend on the weights
+    along = sketch.features @ moments[0]
+    change = (along[..., None] * (after - sketch.features))[:, 2:]
+    assert_close(sketch.gradient(), change.sum(0).mean(0))
+
+
 def test_the_trace_lies_between_td_and_martingale(generator: torch.Generator) -> None:
     batch, exact = lqg_batch(64, generator)
     value = per_step(exact + 0.3)
