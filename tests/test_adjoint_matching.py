@@ -242,13 +242,13 @@ def test_bootstrapping_moves_the_fixed_point_of_a_network_that_cannot_be_optimal
     for seed in range(20):
         for value, found in gradients.items():
             method, tuned = AdjointMatching(num_inference_steps=12, beta=0.6, bootstrap=value), AffineShift(*weights)
-            x = torch.randn(1500, 1, generator=stream(seed, "start"))
+            x = torch.randn(3000, 1, generator=stream(seed, "start"))
             (measured,) = method.gradients(tuned, AffineShift.law.velocity, reward, x, stream(seed, "noise"), State())
             found.append(tuned.weights.grad)
         rewards.append(measured["reward"])
     z = {value: torch.stack(found).mean(0) / torch.stack(found).std(0) * 20**0.5 for value, found in gradients.items()}
     assert z[bootstrap].abs().max() < 4
-    assert z[more].abs().max() > 8
+    assert z[more].abs().max() > 5
     error = torch.tensor(rewards).std() / 20**0.5
     assert abs(torch.tensor(rewards).mean() - mean_reward) < 4 * error
 
