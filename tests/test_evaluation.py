@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.stats import genpareto, t
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -13,19 +15,22 @@ from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
     distance_to_law,
+    drawn_again,
     entropy,
     exact_w2,
     frechet_distance,
     histogram_distance,
+    histogram_masses,
     kolmogorov_smirnov,
     mean_estimate,
     one_hot,
+    pareto_tail,
     random_directions,
     reward_distance,
+    reward_masses,
     sliced_w2,
     total_variance,
     total_variation,
-    total_variation_floor,
 )
 from tiltflow.streams import stream
 
@@ -192,6 +197,196 @@ def test_weighted_mean_is_covered_by_its_error(generator: torch.Generator) -> No
     assert hits / 400 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 400))
 
 
+# ---- weights in groups ----
+
+
+def left_out(log_tilt: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The jackknife by its definition, G m - (G - 1) times the mean of what each G - 1 of the samples say; of log_tilt [G]."""
+    size = len(log_tilt)
+    without = [of(torch.cat([torch.arange(i), torch.arange(i + 1, size)])) for i in range(size)]
+    return size * of(torch.arange(size)) - (size - 1) * torch.stack(without).mean(0)
+
+
+def test_means_in_groups_are_those_of_the_jackknife_by_definition(generator: torch.Generator) -> None:
+    groups, size = 5, 7
+    tilt, values = torch.randn(groups, size, generator=generator), torch.randn(groups, size, 2, generator=generator)
+    weights = ImportanceWeights.from_log_tilt(tilt.flatten() + torch.arange(groups).repeat_interleave(size), groups)
+    expected = torch.stack(
+        [left_out(tilt[c], lambda i, c=c: torch.softmax(tilt[c, i], 0) @ values[c, i]) for c in range(groups)]  # type: ignore[misc]
+    )
+    assert_close(weights.group_means(values.flatten(0, 1)), expected)
+    mean, error = weights.mean(values.flatten(0, 1))
+    assert_close(mean, expected.mean(0))
+    plain = torch.einsum("cg,cgk->k", torch.softmax(tilt, 1), values) / groups
+    assert_close(weights.bias(values.flatten(0, 1)), plain - mean)
+    assert_close(error, (expected.std(0).square() / groups + ((plain - mean) / 3).square()).sqrt())
+
+    def divergence(c: int) -> Callable[[Tensor], Tensor]:
+        return lambda i: (w := torch.softmax(tilt[c, i], 0)) @ (w * len(i)).log()
+
+    by_group = torch.stack([left_out(tilt[c], divergence(c)) for c in range(groups)])
+    assert weights.divergence().value == pytest.approx(by_group.mean().item())
+
+
+EXACT_TARGET = 1.0
+SAID_WITHOUT_CORRECTION = {4: 0.589, 8: 0.765, 16: 0.869, 64: 0.962}
+"""Of a self-normalised mean of r ~ N(0, 1) tilted by one standard deviation, from so many samples of each group."""
+
+
+@pytest.mark.parametrize("size", SAID_WITHOUT_CORRECTION)
+def test_the_bias_of_small_groups_is_seen_and_declared(size: int, generator: torch.Generator) -> None:
+    """More groups do not remove it; the jackknife says how large it is, and below ten effective samples in a group the target
+    counts as unknown."""
+    groups = 100_000 // size
+    r = torch.randn(groups * size, generator=generator)
+    weights = ImportanceWeights.from_log_tilt(r, groups)
+    mean, error = weights.mean(r)
+    bias = weights.bias(r)
+    assert (mean + bias).item() == pytest.approx(SAID_WITHOUT_CORRECTION[size], abs=0.03)
+    assert bias < -(EXACT_TARGET - SAID_WITHOUT_CORRECTION[size]) / 2
+    assert (weights.unknown("prompt") is None) == (size == 64)
+    if size == 64:
+        assert abs(mean - EXACT_TARGET) < 2 * error
+    else:
+        assert "of a prompt weigh as much as" in str(weights.unknown("prompt"))
+
+
+LAWS: dict[str, tuple[Callable[[tuple[int, ...], torch.Generator], Tensor], float, float]] = {
+    "normal": (lambda shape, g: torch.randn(shape, generator=g), 1.0, 1.0),
+    "weak": (lambda shape, g: torch.randn(shape, generator=g), 0.5, 0.5),
+    # a reward of 0 or 1, and one with a lower bound, tilted by e^1.5 and by e^3
+    "binary": (lambda shape, g: (torch.rand(shape, generator=g) < 0.2).double(), 1.5, 1 / (1 + 4 * math.exp(-1.5))),
+    "bounded": (lambda shape, g: torch.rand(shape, generator=g).log(), 3.0, -0.25),
+}
+
+
+@pytest.mark.parametrize(("law", "groups"), [(law, groups) for law in LAWS for groups in (4, 20, 200)])
+def test_a_target_of_groups_that_is_known_is_covered_by_its_error(law: str, groups: int, generator: torch.Generator) -> None:
+    """At 32 samples a group, 95 % of intervals by Student's law, four standard errors allowed, and a fiftieth for what is left
+    of the bias."""
+    draw, tilt, truth = LAWS[law]
+    repeats, hits, known = 300, 0, 0
+    for _ in range(repeats):
+        r = draw((groups * 32,), generator)
+        weights = ImportanceWeights.from_log_tilt(tilt * r, groups)
+        if weights.unknown() is not None:
+            continue
+        known += 1
+        mean, error = weights.mean(r)
+        hits += int(abs(mean - truth) < t.ppf(0.975, groups - 1) * error)
+    assert known > 0.8 * repeats or groups == 4
+    assert known == 0 or hits / known > 0.95 - 0.02 - 4 * math.sqrt(0.95 * 0.05 / known)
+
+
+def test_correcting_the_bias_pays(generator: torch.Generator) -> None:
+    """Its price is variance: from 16 groups on the mean square error is lower with it."""
+    errors = []
+    for _ in range(300):
+        r = torch.randn(16 * 32, generator=generator)
+        weights = ImportanceWeights.from_log_tilt(r, 16)
+        mean = weights.mean(r)[0]
+        errors.append([(mean - 1).square().item(), (mean + weights.bias(r) - 1).square().item()])
+    corrected, plain = torch.tensor(errors).mean(0)
+    assert corrected < plain
+
+
+# ---- where the target is not known ----
+
+
+@pytest.mark.parametrize("k", [-0.3, 0.3, 0.7, 1.0])
+def test_the_tail_of_exact_pareto_samples(k: float, generator: torch.Generator) -> None:
+    """By inversion of the distribution function, 1 - (1 + k x)^(-1 / k); and beside the maximum likelihood of scipy."""
+    x = (torch.rand(40, 2000, generator=generator) ** -k - 1) / k
+    found = torch.tensor([pareto_tail(row) for row in x])
+    # a shape from m = 3 sqrt(n) points has standard error (1 + k) / sqrt(m); its bias is of the order 1 / m
+    m = math.floor(3 * math.sqrt(2000))
+    assert abs(found.mean() - k) < 4 * (1 + abs(k)) / math.sqrt(m * 40) + 2 / m
+    ordered = x[0].sort().values
+    other = genpareto.fit((ordered[-m:] - ordered[-m - 1]).numpy(), floc=0)[0]
+    assert found[0].item() == pytest.approx(other, abs=0.05)
+
+
+def test_weights_that_are_cut_off_have_no_tail() -> None:
+    assert pareto_tail(torch.ones(500)) == 0
+    assert pareto_tail(torch.cat([torch.ones(500), 2 * torch.ones(500)])) == 0
+    assert pareto_tail(torch.ones(1)) == 0
+
+
+Law = Callable[[int, torch.Generator], Tensor]
+
+
+def normal(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, generator=generator)
+
+
+def exponential(count: int, generator: torch.Generator) -> Tensor:
+    """Its tilts have weights of Pareto's law, k = tilt."""
+    return -torch.rand(count, generator=generator).log()
+
+
+def claims(law: Law, tilt: float, truth: float, count: int, generator: torch.Generator) -> tuple[float, float, float]:
+    """How often the target is called known from `count` samples of the reward, and in how many of all runs it is so though it
+    lies outside one and two standard errors."""
+    known, outside, repeats = 0, [0, 0], 250
+    for _ in range(repeats):
+        r = law(count, generator)
+        weights = ImportanceWeights.from_rewards(r, 1 / tilt)
+        if weights.unknown() is None:
+            mean, error = weights.mean(r)
+            known += 1
+            outside = [n + int(abs(mean - truth) > k * error) for n, k in zip(outside, (1, 2), strict=True)]
+    return known / repeats, outside[0] / repeats, outside[1] / repeats
+
+
+@pytest.mark.parametrize(("tilt", "count"), [(0.7, 500), (1.0, 1024), (1.0, 4096)])
+def test_a_target_within_reach_is_known_and_covered(tilt: float, count: int, generator: torch.Generator) -> None:
+    known, beyond_one, beyond_two = claims(normal, tilt, tilt, count, generator)
+    assert known > 0.9
+    assert beyond_one < 0.32 + 0.05 + 4 * math.sqrt(0.32 * 0.68 / 250)
+    assert beyond_two < 0.05 + 0.02 + 4 * math.sqrt(0.05 * 0.95 / 250)
+
+
+@pytest.mark.parametrize(
+    ("law", "tilt", "truth", "count"),
+    [
+        (normal, 1.5, 1.5, 500), (normal, 1.75, 1.75, 1024), (normal, 2.0, 2.0, 2048), (normal, 2.34, 2.34, 4096),
+        (exponential, 0.7, 1 / 0.3, 1024), (exponential, 0.7, 1 / 0.3, 4096),
+    ],
+)  # fmt: skip
+def test_a_target_out_of_reach_is_seldom_called_known(
+    law: Law, tilt: float, truth: float, count: int, generator: torch.Generator
+) -> None:
+    """Of the normal ones the median of what is said of the effective sample size is 70 to 90, the truth 52 to 16; at 30 nearly
+    all would pass, and two standard errors hold the truth in .67 to .87 of them. Those that pass are the lucky ones, whose
+    errors are the smallest: by the effective sample size alone up to a fifth of all runs would say something false, and half of
+    those whose weights are of Pareto's law."""
+    known, _, beyond_two = claims(law, tilt, truth, count, generator)
+    assert known < 0.35
+    assert beyond_two < 0.18
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
+def test_a_class_that_few_base_samples_have_leaves_a_target_known(share: float, generator: torch.Generator) -> None:
+    """Its samples have 18 times the weight of the others, all alike: a jump is no tail."""
+    seen = [
+        ImportanceWeights.from_log_tilt(
+            torch.where(torch.rand(2048, generator=generator) < share, 2.9, 0.0) + 0.05 * torch.randn(2048, generator=generator)
+        ).unknown()
+        for _ in range(20)
+    ]
+    assert seen == [None] * 20
+
+
+def test_the_divergence_of_a_tilted_normal_law(generator: torch.Generator) -> None:
+    """Of N(m + s^2 c, s^2) from N(m, s^2): s^2 c^2 / 2; covered as it should be."""
+    truth, hits = (SCALE * 1.2) ** 2 / 2, 0
+    for _ in range(300):
+        x = MEAN + SCALE * torch.randn(800, generator=generator)
+        found = ImportanceWeights.from_rewards(x, 1 / 1.2).divergence()
+        hits += int(abs(found.value - truth) < 1.96 * found.standard_error)
+    assert hits / 300 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 300))
+
+
 # ---- histograms ----
 
 
@@ -199,19 +394,65 @@ def test_total_variation_is_the_mass_that_must_move() -> None:
     assert total_variation(torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.4, 0.5])) == pytest.approx(0.4)
 
 
+def floor(weights: ImportanceWeights, count: int, distance: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    return weights.null_distances(count, [distance], generator, draws=4000)[0]
+
+
 def test_floor_of_one_sample_each_is_the_chance_that_they_differ(generator: torch.Generator) -> None:
-    p, draws = torch.tensor([0.5, 0.3, 0.2]), 4000
-    differ = 1 - p.square().sum().item()
-    floor = total_variation_floor(p, 1, 0.2, generator, draws=draws)
-    assert abs(floor - differ) < 4 * math.sqrt(differ * (1 - differ) / draws)
+    """One sample of the target against a base of one sample: they are the same."""
+    labels, p = torch.arange(3), torch.tensor([0.5, 0.3, 0.2])
+    alone = floor(ImportanceWeights(torch.ones(1)), 1, histogram_masses(labels[:1], 3), generator)
+    assert alone.tolist() == [0.0] * 4000
+    # of many samples in the base, the chance that one drawn from it is not of the class of most weight, and so on
+    base = torch.repeat_interleave(labels, torch.tensor([5000, 3000, 2000]))
+    one = ImportanceWeights(torch.full((10_000,), 1e-4)).null_distances(1, [histogram_masses(base, 3)], generator, draws=400)[0]
+    # the distance of a unit mass on class i is 1 - p_i
+    expected, spread = 1 - p.square().sum().item(), (p * (1 - p).square()).sum().item() - (1 - p.square().sum().item()) ** 2
+    assert abs(one.mean().item() - expected) < 4 * math.sqrt(spread / 400) + 0.01
 
 
-def test_floor_of_two_classes_is_that_of_a_normal_difference(generator: torch.Generator) -> None:
-    """E |N(0, v)| = sqrt(2 v / pi) with v = p (1 - p) (1 / n + 1 / m)."""
-    draws, std = 4000, math.sqrt(0.21 * (1 / 400 + 1 / 100))
-    floor = total_variation_floor(torch.tensor([0.7, 0.3]), 400, 100.3, generator, draws=draws)
-    # |N| has standard deviation 0.6; the normal approximation is off by a relative 1 / m at most
-    assert abs(floor - math.sqrt(2 / math.pi) * std) < std * (4 * 0.6 / math.sqrt(draws) + 1 / 100)
+@pytest.mark.parametrize("odds", [1.0, 20.0])
+def test_floor_of_two_classes_is_that_of_a_normal_difference(odds: float, generator: torch.Generator) -> None:
+    """E |N(0, v)| = sqrt(2 v / pi) with v = p (1 - p) / n + sum w^2 (f - p)^2. Where the weights differ by class, the second
+    part is not p (1 - p) over the effective sample size: at odds of 20 it is a sixth of that. Both distances see the same."""
+    labels = weighted_labels(500, 0.3)
+    raw = torch.where(labels == 1, odds, 1.0) * (1 + torch.rand(500, generator=generator))
+    weights = ImportanceWeights(raw / raw.sum())
+    p = weights.weights @ labels.double()
+    error = (weights.weights.square() * (labels - p).square()).sum()
+    kong = (p * (1 - p) * (1 / 150 + 1 / 350) / (p**2 / 150 + (1 - p) ** 2 / 350)).item()
+    assert (error * weights.effective_sample_size / (p * (1 - p))).item() == pytest.approx(kong, abs=0.02)
+    assert kong == pytest.approx(1.0 if odds == 1 else 0.165, abs=0.01)
+    std = math.sqrt(p * (1 - p) / 400 + error)
+    for distance in (histogram_masses(labels, 2), reward_masses(labels.double())):
+        # |N| has standard deviation 0.6; the normal approximation is off by a relative 1 / n at most
+        found = floor(weights, 400, distance, generator).mean().item()
+        assert abs(found - math.sqrt(2 / math.pi) * std) < std * (4 * 0.6 / math.sqrt(4000) + 1 / 100)
+
+
+def test_floor_of_the_reward_is_what_an_exact_model_shows(generator: torch.Generator) -> None:
+    """Base N(0, 1), tilted by one standard deviation: the target is N(1, 1), and an exact sample of it is as far away as the
+    floor says. At 1,000 samples that is .05, which a report must not take for a distance."""
+    floors, shown = [], []
+    for _ in range(40):
+        base, exact = torch.randn(1000, generator=generator), 1 + torch.randn(1000, generator=generator)
+        weights = ImportanceWeights.from_rewards(base, 1.0)
+        floors.append(weights.null_distances(1000, [reward_masses(base)], generator, draws=50)[0].mean())
+        shown.append(torch.tensor(kolmogorov_smirnov(exact, base, weights.weights)))
+    difference = torch.stack(shown) - torch.stack(floors)
+    assert torch.stack(floors).mean().item() == pytest.approx(0.05, abs=0.01)
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(40)
+
+
+def test_groups_stay_in_their_groups(generator: torch.Generator) -> None:
+    """Where each of three groups holds one reward, nothing that is drawn inside of them moves any mass."""
+    rewards = torch.arange(3.0).repeat_interleave(4)
+    weights = ImportanceWeights.from_log_tilt(torch.randn(12, generator=generator), 3)
+    assert float(floor(weights, 6, reward_masses(rewards), generator).max()) < 1e-12
+    which = drawn_again(12, 3, generator).reshape(3, 4)
+    assert (which % 4).tolist() == [[0, 1, 2, 3]] * 3
+    with pytest.raises(ValueError, match="groups of equal size"):
+        ImportanceWeights.from_log_tilt(torch.zeros(10), 3)
 
 
 def weighted_labels(n: int, share: float) -> Tensor:

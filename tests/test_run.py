@@ -13,7 +13,7 @@ from tiny import tiny_flow, tiny_recipe
 
 import tiltflow
 from tiltflow.errors import InputError
-from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance, total_variation_floor
+from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance
 from tiltflow.recipe import is_text_to_image, shipped_recipes
 from tiltflow.run import Recipe, distance_to_base, evaluate_run, read_recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
@@ -147,13 +147,6 @@ def test_kolmogorov_smirnov_with_ties() -> None:
     assert kolmogorov_smirnov(x, y, torch.full((3,), 1 / 3, dtype=torch.float64)) == pytest.approx(1 / 3)
     assert kolmogorov_smirnov(x, x, torch.full((3,), 1 / 3, dtype=torch.float64)) == pytest.approx(0)
     assert kolmogorov_smirnov(torch.tensor([0.0]), torch.tensor([1.0]), torch.ones(1)) == 1
-
-
-def test_the_floor_of_the_total_variation_is_the_mean_absolute_normal_difference() -> None:
-    target = torch.tensor([0.5, 0.5])
-    # two classes: |p - q| with variance p (1 - p) (1/n + 1/m), whose mean is sqrt(2 variance / pi)
-    exact = (2 * 0.25 * (1 / 1000 + 1 / 500) / torch.pi) ** 0.5
-    assert total_variation_floor(target, 1000, 500, stream(0, "floor"), draws=2000) == pytest.approx(exact, rel=0.08)
 
 
 def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from tiltflow.sampler import Sampling, Start, sample
 from tiltflow.streams import stream
 
 RATE, LIMIT = 0.1, 3.0
-FEWEST = 30  # effective samples; below it a weighted mean and its standard error say little
+NEAR = 0.95
+"""A gain beyond this part of its limit is at it: the noise of the batches keeps it from resting there."""
 
 
 class Calibration:
@@ -48,6 +49,11 @@ class Calibration:
         self.target_reward, self.log_gain = state["target_reward"], state["log_gain"]
 
     @property
+    def at_limit(self) -> bool:
+        """Whether the gain is held back by its limit: the mean reward is then not the target's."""
+        return gain_at_limit(math.exp(self.log_gain))
+
+    @property
     def working_beta(self) -> float:
         """The temperature to run at, in units of reward."""
         return self.beta / math.exp(self.log_gain)
@@ -57,6 +63,15 @@ class Calibration:
         most = math.log(LIMIT)
         self.log_gain += RATE * (self.target_reward - reward) / self.beta
         self.log_gain = min(max(self.log_gain, -most), most)
+
+
+def gain_at_limit(gain: float) -> bool:
+    """Whether the gain beta / working beta is at LIMIT or at 1 / LIMIT.
+
+    >>> gain_at_limit(2.97), gain_at_limit(1 / 2.97), gain_at_limit(2.5)
+    (True, True, False)
+    """
+    return max(gain, 1 / gain) >= NEAR * LIMIT
 
 
 @torch.no_grad()
@@ -78,7 +93,7 @@ def target_reward(
         draw: starting points [batch, *event] at time `start`, from a generator.
         num_samples: at least so many; a whole number of batches is drawn.
 
-    Raises InputError if the weights leave fewer than 30 effective samples.
+    Raises InputError if too few of them carry the weight of the target law to know it; see `ImportanceWeights.unknown`.
     """
     rewards: list[Tensor] = []
     while sum(map(len, rewards)) < num_samples:
@@ -87,10 +102,10 @@ def target_reward(
         rewards.append(evaluate(shared(reward), x).cpu())
     r = torch.cat(rewards)
     weights = ImportanceWeights.from_rewards(r, beta)
-    if weights.effective_sample_size < FEWEST:
+    if (why := weights.unknown()) is not None:
         raise InputError(
-            f"calibration: {len(r)} base samples weigh as much as {weights.effective_sample_size:.1f} of the target law, too"
-            " few to know its mean reward; raise method.beta or training.calibration_samples, or set the latter to 0"
+            f"calibration: the mean reward of the target law is not known. {why} Raise method.beta or"
+            " training.calibration_samples, or set the latter to 0"
         )
     mean, error = weights.mean(r)
     return Estimate(mean.item(), error.item())

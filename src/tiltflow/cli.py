@@ -683,17 +683,16 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     def pm(key: str) -> str:
         return f"{summary[key]:.3f} ± {summary[key + '_error']:.3f}"
 
-    rows = {
-        "reward, base": pm("reward_base"),
-        "reward, tuned": pm("reward_tuned"),
-        "reward, target": f"{pm('reward_target')}   (importance-weighted base)",
-    }
+    known = summary["target_unknown"] is None
+    rows = {"reward, base": pm("reward_base"), "reward, tuned": pm("reward_tuned")}
+    if known:
+        rows["reward, target"] = f"{pm('reward_target')}   (importance-weighted base)"
     judge = summary["judge"]
     if judge and "group" in judge:
         group = judge["group"]
+        aim = f"; the target has {group['target']:.1%} ± {group['target_error']:.1%}" if known else ""
         rows[f"judge sees {group['label']}"] = (
-            f"{group['base']:.1%} before, {group['tuned']:.1%} after; "
-            f"the target has {group['target']:.1%} ± {group['target_error']:.1%}"
+            f"{group['base']:.1%} before, {group['tuned']:.1%} ± {group['tuned_error']:.1%} after{aim}"
         )
     if judge:
         rows["judge is sure of"] = (
@@ -704,8 +703,15 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
             f"{judge['frechet_base']:.1f} before, {judge['frechet_tuned']:.1f} after"
             f" (features of {escape(judge['model'])}; two halves of the real ones {judge['frechet_real']:.1f})"
         )
-    rows["distance to target"] = f"{pm('target_distance')}   (base {summary['target_distance_base']:.3f})"
-    rows[""] = f"[dim]{escape(summary['target_distance_kind'])}[/dim]"
+    if known:
+        rows["distance to target"] = (
+            f"{summary['target_distance']:.3f}   (base {summary['target_distance_base']:.3f};"
+            f" {summary['target_distance_floor']:.3f} is left where nothing is wrong)"
+        )
+        rows[""] = f"[dim]{escape(summary['target_distance_kind'])}[/dim]"
+    if summary["path_kl"] is not None:
+        aim = f"   (KL of the target law: {pm('path_kl_target')})" if summary["path_kl_target"] is not None else ""
+        rows["path KL"] = f"{pm('path_kl')} nats{aim}"
     if "own_law_balance" in summary:
         rows["pull over penalty"] = f"{pm('own_law_balance')}   (1 where the rounds settle; below it, noise was learned)"
     if summary["working_beta"] is not None:
@@ -713,6 +719,8 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
             f"{summary['beta']:g}; calibrated on the mean reward, the run worked at {summary['working_beta']:.3g}"
         )
     rows["effective sample size"] = f"{summary['effective_sample_size']:.0f} of {summary['num_samples']}"
+    if "effective_sample_size_of_group" in summary:
+        rows["effective sample size"] += f", {summary['effective_sample_size_of_group']:.1f} of each prompt"
     rows["time"] = f"{summary['seconds']:.0f} s training, {summary['seconds_total']:.0f} s in all"
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, text in rows.items():
@@ -724,10 +732,8 @@ def _show_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         console.print(f"best by {escape(summary['best_by'])}: step {summary['best_step']}, kept in {escape(folder / 'best')}")
     for limit in summary["limits"]:
         console.print(f"[yellow]{escape(limit)}[/yellow]")
-    if summary["effective_sample_size"] < 30:
-        console.print(
-            "[yellow]The effective sample size is below 30: the target is not known well; raise beta or num_samples.[/yellow]"
-        )
+    colour = {"good": "green", "poor": "red"}.get(summary["verdict"]["tone"], "yellow")
+    console.print(f"[{colour}]{escape(summary['verdict']['text'])}[/{colour}]")
     console.print(f"report: {escape(folder / 'report.html')}")
 
 

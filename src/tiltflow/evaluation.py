@@ -2,14 +2,15 @@ r"""Evaluation: how far samples are from the law they should follow, and how sur
 
 Where the target law can be sampled, Wasserstein distances to it stand beside their Monte-Carlo floor: the same distance
 between two exact samples of the same size. Where it cannot, base samples weighted by exp(r / beta) stand for it: that works
-for any model and any reward as long as enough of the weight is shared (the effective sample size says so).
+for any model and any reward as long as enough of the weight is shared: `ImportanceWeights.unknown` says where it is not.
 """
 
 # Mutation tests: test_evaluation.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -91,28 +92,187 @@ def distance_to_law(
     return DistanceToLaw(sum(distances) / draws, sum(floors) / draws, torch.tensor(floors).std().item())
 
 
+FEW = 100
+"""Effective samples below which the target law is not known: a standard error from fewer is too small far too often.
+`test_evaluation.py` measures how often."""
+FEW_IN_GROUP = 10
+"""The same of each group: below it the bias of a self-normalised mean is too large to be corrected."""
+TAIL = 0.5
+"""Pareto k above which weights have no variance, and the standard error of a weighted mean no meaning. A tail is not looked at
+while no sample has more than 1 / FEW of the weight: a reward of few values, whose weights jump, has none."""
+
+
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """Self-normalised weights of base samples toward p_base exp(r / beta): `weights` [n] sum to one."""
+    """Self-normalised weights of base samples toward p_base exp(tilt): `weights` [n] sum to one.
+
+    Samples can come in `groups` of equal size, one after the other, each with a base law of its own: pictures of one prompt,
+    samples of one class. The weights of each group then sum to 1 / groups, and what is estimated is the mean over the groups
+    of what each target law has. A self-normalised mean of G samples is biased toward the base by O(1 / G), which does not go
+    away with more groups, so over several groups it is corrected by the jackknife (Quenouille 1956).
+    """
 
     weights: Tensor
+    groups: int = 1
 
     @classmethod
     def from_rewards(cls, rewards: Tensor, beta: float) -> ImportanceWeights:
         """From the rewards [n] of base samples."""
-        return cls(torch.softmax(rewards.double() / beta, 0))
+        return cls.from_log_tilt(rewards.double() / beta)
+
+    @classmethod
+    def from_log_tilt(cls, log_tilt: Tensor, groups: int = 1) -> ImportanceWeights:
+        """From the log weights [n], each up to a constant of its group. Raises ValueError if groups are not of equal size."""
+        if len(log_tilt) % groups:
+            raise ValueError(f"{len(log_tilt)} samples do not make {groups} groups of equal size")
+        return cls(torch.softmax(log_tilt.double().reshape(groups, -1), 1).flatten() / groups, groups)
+
+    @property
+    def in_groups(self) -> Tensor:
+        """[groups, size], each row summing to one."""
+        return self.weights.double().reshape(self.groups, -1) * self.groups
 
     @property
     def effective_sample_size(self) -> float:
         """1 / sum w^2 (Kong): the number of equally weighted samples that would tell as much."""
         return float(1 / self.weights.square().sum())
 
+    @property
+    def effective_group_size(self) -> float:
+        """The same of a group: the harmonic mean over the groups."""
+        return self.effective_sample_size / self.groups
+
+    def unknown(self, group: str = "group") -> str | None:
+        """Why the target law cannot be known from these weights, as a sentence, if it cannot.
+
+        Args:
+            group: what a group is, in a word.
+        """
+        n, size = len(self.weights), self.effective_sample_size
+        if self.groups > 1 and self.effective_group_size < FEW_IN_GROUP:
+            return (
+                f"The {n // self.groups} base samples of a {group} weigh as much as {self.effective_group_size:.1f} of its"
+                f" target law, fewer than {FEW_IN_GROUP}: what they say of it is pulled toward the base, by more than can be"
+                " corrected."
+            )
+        if size < FEW:
+            return (
+                f"{n} base samples weigh as much as {size:.0f} of the target law, fewer than {FEW}: its numbers would be rough,"
+                " and their standard errors too small."
+            )
+        largest = float(self.weights.max())
+        if self.groups == 1 and largest > 1 / FEW and (k := pareto_tail(self.weights)) > TAIL:
+            return (
+                f"The largest weights of the {n} base samples fall off like a power law without a variance (Pareto k ="
+                f" {k:.2f}, above {TAIL}), and one sample has {largest:.1%} of all the weight: the numbers of the target law"
+                " would rest on a few samples, and their standard errors be too small."
+            )
+        return None
+
     def mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean of values [n, ...] over the samples, and its standard error by the delta method, both [...]."""
+        """Weighted mean of values [n, ...] over the samples, and its standard error, both [...].
+
+        Of one group: by the delta method. Of several: over the groups, with a third of the jackknife's correction added in
+        quadrature, which is what remains of a bias in the worst of the laws tried that `unknown` lets pass.
+        """
         w = self.weights.to(values.device).reshape(-1, *(1 for _ in values.shape[1:]))
         values = values.double()
         mean = (w * values).sum(0)
-        return mean, (w * (values - mean)).square().sum(0).sqrt()
+        if self.groups == 1:
+            return mean, (w * (values - mean)).square().sum(0).sqrt()
+        corrected = self.group_means(values)
+        error = (corrected.var(0) / self.groups + (corrected.mean(0) - mean).square() / 9).sqrt()
+        return corrected.mean(0), error
+
+    def bias(self, values: Tensor) -> Tensor:
+        """Of the plain weighted mean of values [n, ...], by the jackknife; [...]."""
+        return self._raw(values).mean(0) - self.group_means(values).mean(0)
+
+    def group_means(self, values: Tensor) -> Tensor:
+        """The weighted mean of values [n, ...] in each group, less its bias of order 1 / size: [groups, ...]."""
+        values, raw = values.double(), self._raw(values)
+        w = self.in_groups.to(values.device).reshape(self.groups, -1, *(1 for _ in values.shape[1:]))
+        size, each = w.shape[1], values.reshape(self.groups, -1, *values.shape[1:])
+        # without sample i the mean is m - w_i (x_i - m) / (1 - w_i); one that holds all the weight says nothing of the rest
+        shift = w * (each - raw[:, None]) / (1 - w).clamp(min=1e-12)
+        return raw + (size - 1) / size * shift.sum(1)
+
+    def _raw(self, values: Tensor) -> Tensor:
+        values = values.double()
+        w = self.in_groups.to(values.device).reshape(self.groups, -1, *(1 for _ in values.shape[1:]))
+        return (w * values.reshape(self.groups, -1, *values.shape[1:])).sum(1)
+
+    def divergence(self) -> Estimate:
+        """KL(p* || p_base) in nats, E*[log w] - log E[w], and its standard error: the mean over the groups, as in `mean`."""
+        w = self.in_groups
+        size = w.shape[1]
+        terms = torch.special.xlogy(w, w * size)
+        raw = terms.sum(1)
+        if self.groups == 1:
+            error = (terms - w * (raw[:, None] + 1) + 1 / size).square().sum().sqrt()
+            return Estimate(raw.item(), error.item())
+        rest = (1 - w).clamp(min=1e-12)
+        without = (raw[:, None] - terms) / rest + torch.log((size - 1) / size / rest)
+        corrected = size * raw - (size - 1) * without.mean(1)
+        error = (corrected.var() / self.groups + (corrected.mean() - raw.mean()).square() / 9).sqrt()
+        return Estimate(corrected.mean().item(), error.item())
+
+    def null_distances(
+        self,
+        count: int,
+        distances: Sequence[Callable[[Tensor], Tensor]],
+        generator: torch.Generator,
+        *,
+        draws: int = 1000,
+    ) -> list[Tensor]:
+        """Distances that remain where nothing is wrong: between `count` samples of the target law, drawn from the weighted base
+        samples, and base samples that are drawn again and keep their weights. [draws] for each distance.
+
+        Args:
+            distances: of signed masses on the base samples [draws, n], the first law's less the second's.
+        """
+        w = self.in_groups.cpu()
+        size, each = w.shape[1], count // self.groups
+        found: list[list[Tensor]] = [[] for _ in distances]
+        for _ in range(0, draws, PART):
+            ours = torch.multinomial(w, PART * each, replacement=True, generator=generator).reshape(self.groups, PART, each)
+            again = torch.randint(size, (self.groups, PART, size), generator=generator)
+            theirs = _counts(again, size) * w[:, None]
+            theirs = theirs / theirs.sum(2, keepdim=True).clamp(min=1e-300)
+            masses = (_counts(ours, size) / each - theirs) / self.groups
+            for values, distance in zip(found, distances, strict=True):
+                values.append(distance(masses.transpose(0, 1).reshape(PART, -1)))
+        return [torch.cat(values)[:draws] for values in found]
+
+
+PART = 50
+"""Draws at a time."""
+
+
+def _counts(which: Tensor, size: int) -> Tensor:
+    """How often each of `size` indices comes in which [groups, draws, n]: [groups, draws, size], float64."""
+    zeros = torch.zeros(*which.shape[:2], size, dtype=torch.float64)
+    return zeros.scatter_add_(2, which, torch.ones(which.shape, dtype=torch.float64))
+
+
+def pareto_tail(weights: Tensor) -> float:
+    """k of the generalised Pareto law of the largest weights, min(n / 5, 3 sqrt(n)) of them (1507.02646): moments from order
+    1 / k on are infinite. 0 where these are all equal.
+
+    By the estimator of Zhang and Stephens (Technometrics 51, 2009): the mean of k over a profile posterior.
+    """
+    ordered = weights.detach().double().cpu().sort().values
+    count = min(len(ordered) // 5, math.floor(3 * len(ordered) ** 0.5))
+    excess = ordered[-count:] - ordered[-count - 1] if count else ordered[:0]
+    quarter = excess[int(count / 4 + 0.5) - 1] if count else excess.sum()
+    if not float(quarter) > 0:
+        return 0.0
+    grid = 20 + math.floor(count**0.5)
+    steps = torch.arange(1, grid + 1, dtype=torch.float64) - 0.5
+    rate = 1 / excess[-1] + (1 - (grid / steps).sqrt()) / (3 * quarter)
+    log_likelihood = count * ((-rate / (k := torch.log1p(-rate[:, None] * excess).mean(1))).log() - k - 1)
+    best = torch.softmax(log_likelihood, 0) @ rate
+    return float(torch.log1p(-best * excess).mean())
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
@@ -120,17 +280,17 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 
 
-def total_variation_floor(
-    target: Tensor, count: int, target_count: float, generator: torch.Generator, *, draws: int = 200
-) -> float:
-    """Mean total variation between two histograms drawn from `target` [classes]: of `count` samples, and of `target_count`
-    (the effective sample size of the weights). What is left when there is nothing wrong but finite samples."""
+def histogram_masses(labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """The total variation of signed masses [draws, n] on samples with these classes [n]; see `null_distances`."""
+    members = one_hot(labels, classes)
+    return lambda masses: (masses @ members).abs().sum(1) / 2
 
-    def draw(size: int) -> Tensor:
-        labels = torch.multinomial(target, draws * size, replacement=True, generator=generator).reshape(draws, size)
-        return torch.stack([(labels == i).double().mean(1) for i in range(len(target))], 1)
 
-    return float((draw(count) - draw(max(round(target_count), 1))).abs().sum(1).mean() / 2)
+def reward_masses(rewards: Tensor) -> Callable[[Tensor], Tensor]:
+    """The Kolmogorov-Smirnov distance of signed masses [draws, n] on samples with these rewards [n]."""
+    values, order = rewards.double().sort()
+    last = torch.cat([values.diff() > 0, torch.ones(1, dtype=torch.bool)])
+    return lambda masses: masses[:, order].cumsum(1)[:, last].abs().amax(1)
 
 
 def entropy(histogram: Tensor) -> float:
@@ -165,7 +325,8 @@ def histogram_distance(
     Args:
         labels: classes of the tuned samples, [n], integers.
         base_labels: classes of the base samples, [m], with `weights` [m].
-        resamples: bootstrap resamples of both sides, for the standard error.
+        resamples: bootstrap resamples of both sides. Their spread is the estimate's `standard_error`: how far the estimate
+            moves from sample to sample, and no interval for the distance, which is biased upward by about its floor.
 
     Returns: (distance, histogram [classes] of the samples, target histogram [classes]).
     """
@@ -175,8 +336,7 @@ def histogram_distance(
 
     distances = []
     for _ in range(resamples):
-        a = torch.randint(len(labels), (len(labels),), generator=generator)
-        b = torch.randint(len(base_labels), (len(base_labels),), generator=generator)
+        a, b = (drawn_again(len(both), weights.groups, generator) for both in (labels, base_labels))
         w = weights.weights[b]
         distances.append(total_variation(one_hot(labels[a], classes).mean(0), (w @ base[b]) / w.sum()))
     return Estimate(total_variation(ours, target), torch.tensor(distances).std().item()), ours, target
@@ -193,14 +353,21 @@ def reward_distance(
     Args:
         rewards: of the tuned samples, [n].
         base_rewards: of the base samples, [m], with `weights` [m].
-        resamples: bootstrap resamples of both sides, for the standard error.
+        resamples: bootstrap resamples of both sides; see `histogram_distance` for what their spread is.
     """
     distances = []
     for _ in range(resamples):
-        a = torch.randint(len(rewards), (len(rewards),), generator=generator)
-        b = torch.randint(len(base_rewards), (len(base_rewards),), generator=generator)
+        a, b = (drawn_again(len(both), weights.groups, generator) for both in (rewards, base_rewards))
         distances.append(kolmogorov_smirnov(rewards[a], base_rewards[b], weights.weights[b] / weights.weights[b].sum()))
     return Estimate(kolmogorov_smirnov(rewards, base_rewards, weights.weights), torch.tensor(distances).std().item())
+
+
+def drawn_again(count: int, groups: int, generator: torch.Generator) -> Tensor:
+    """The indices of a bootstrap resample of samples [count]: of the samples, or, where there are several, of whole groups."""
+    if groups == 1:
+        return torch.randint(count, (count,), generator=generator)
+    which = torch.randint(groups, (groups,), generator=generator)
+    return torch.arange(count).reshape(groups, -1)[which].flatten()
 
 
 def kolmogorov_smirnov(x: Tensor, y: Tensor, y_weights: Tensor) -> float:

@@ -29,8 +29,6 @@ Count = Annotated[int, Field(ge=1)]
 LOOKS = "monitor.jsonl"
 BEYOND = 3.0
 """Standard errors of a difference that count as more than noise."""
-FEWEST = 30
-"""Effective samples below which the target's measures are not known."""
 
 
 class Monitor(Settings):
@@ -69,15 +67,17 @@ def over_groups(values: Tensor, group: int) -> Estimate:
     return mean_estimate(means if len(means) > 1 else values)
 
 
-def target_measures(base: Samples, log_tilt: Tensor) -> tuple[dict[str, Estimate], float]:
-    """What each measure is under the target law, from base samples whose log weights are `log_tilt` [n], and the effective
-    sample size of that."""
-    weights = ImportanceWeights(torch.softmax(log_tilt.double(), 0))
+def target_measures(base: Samples, log_tilt: Tensor) -> dict[str, Estimate] | None:
+    """What each measure is under the target law, from base samples whose log weights are `log_tilt` [n]; None where they cannot
+    say it, see `ImportanceWeights.unknown`."""
+    weights = ImportanceWeights.from_log_tilt(log_tilt)
+    if weights.unknown() is not None:
+        return None
     found = {}
     for name, values in base.items():
         mean, error = weights.mean(values.double())
         found[name] = Estimate(mean.item(), error.item())
-    return found, weights.effective_sample_size
+    return found
 
 
 def spread(features: Tensor) -> Tensor:

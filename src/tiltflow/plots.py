@@ -168,11 +168,13 @@ def class_histogram(
     target_error: Sequence[float] | None,
     names: Sequence[str],
 ) -> str:
-    """Share of each class under the base, the tuned model and the target law, the last with error bars."""
+    """Share of each class under the base, the tuned model and the target law, the last with error bars, if it is known."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(max(6.6, 0.66 * len(names)), 2.9), layout="constrained")
         axes, places = figure.subplots(), np.arange(len(names))
         for offset, label, heights in ((-0.27, "base", base), (0.0, "tuned", tuned), (0.27, "target", target)):
+            if len(heights) == 0:  # the target law is not always known
+                continue
             axes.bar(places + offset, 100 * np.asarray(heights, float), 0.25, color=COLOURS[label], label=label)
         if target_error is not None:
             bars = 100 * np.asarray(target_error, float)

@@ -27,9 +27,6 @@ from tiltflow.errors import InputError
 Tree = Mapping[str, Any]
 TEMPLATE = Path(__file__).with_suffix(".html")
 
-FEW = 30
-"""Below this effective sample size the target law is known from a handful of samples, and its standard errors are too small."""
-
 CURVES = {
     "reward": (
         "Reward",
@@ -38,8 +35,9 @@ CURVES = {
     ),
     "path_kl": (
         "Distance from the base",
-        "How far the sampler has moved away from the base model's, in nats per sample (path KL).",
-        "starts at 0, rises with the reward and settles. At the target law it is the KL divergence of p* from p_base.",
+        "How far the sampler has moved away from the base model's, in nats per sample (path KL): one batch each, of the chain"
+        " that is trained. The dashed line is the KL divergence of the target law from the base's.",
+        "starts at 0, rises with the reward and settles near the dashed line, or above it where the temperature was lowered.",
     ),
     "loss": (
         "Loss",
@@ -93,13 +91,26 @@ MEASURES = {
         "reward_tuned": ("Mean reward, tuned", "Mean of r over samples of the tuned model, drawn afresh after training."),
         "reward_gain": ("Gain in reward", "Tuned minus base, picture by picture: of the same prompts and noise."),
         "reward_target": ("Mean reward, target", "Mean of r under the target law: neither less nor more is asked for."),
-        "target_distance": ("Distance to the target law", "{kind}."),
+        "reward_target_bias": (
+            "Bias taken from it",
+            "By how much the weighted mean was off, as few samples of a group pull it toward the base (jackknife).",
+        ),
+        "target_distance": (
+            "Distance to the target law",
+            "{kind}. After ± stands how much it varies from sample to sample: no interval for the distance, which finite"
+            " samples make larger, by about the floor.",
+        ),
         "target_distance_base": ("Distance of the base", "The same for the untouched model: where the run began."),
-        "target_distance_floor": ("Floor", "The same between two exact samples of this size. No model can be measured closer."),
+        "target_distance_floor": (
+            "Floor",
+            "The mean of the same where nothing is wrong: between samples drawn from the weighted base samples, and these drawn"
+            " again.",
+        ),
         "reward_distance": (
             "Distance in reward",
             "Largest gap between the cumulative curves of r, tuned against target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
         ),
+        "reward_distance_floor": ("Distance in reward, floor", "The mean of the same where nothing is wrong."),
         "own_law_balance": (
             "Balance",
             "Pull of the reward over the penalty: 1 at the law at which the rounds settle. Above: on its way. Below: noise.",
@@ -108,12 +119,23 @@ MEASURES = {
             "Balance, expected",
             "Of so many rounds, each fitted perfectly, to first order.",
         ),
-        "path_kl": ("Path KL", "How far the tuned sampler has moved away from the base sampler, in nats per sample."),
+        "path_kl": (
+            "Path KL",
+            "How far the tuned memoryless sampler has moved away from the base's, in nats per sample, on fresh paths.",
+        ),
+        "path_kl_target": (
+            "KL of the target",
+            "Of the target law from the base's, in nats, from the weights: what the path KL is at an exact tilt in many steps.",
+        ),
     },
     "How sure": {
         "effective_sample_size": (
             "Effective sample size",
             "Samples of equal weight that would tell as much about the target law.",
+        ),
+        "effective_sample_size_of_group": (
+            "Effective sample size of a group",
+            "The same of one prompt, or one condition: the harmonic mean over all of them.",
         ),
         "num_samples": ("Samples", "Drawn from each of the two models for this evaluation."),
         "num_prompts": ("Prompts", "Held out from training."),
@@ -199,6 +221,11 @@ TOLD_ELSEWHERE = {
     "best_by",
     "pictures",
     "w2_space",
+    "verdict",
+    "tests",
+    "target_unknown",
+    "path_kl_absent",
+    "calibration_at_limit",
 }
 
 
@@ -257,6 +284,7 @@ def render(
         _tiles(s),
         _pictures(s, pictures),
         _closeness(s),
+        _tests(s),
         _histogram(s),
         _law(s),
         _curves(s, records),
@@ -321,26 +349,6 @@ def headline(s: Tree) -> str:
     )
 
 
-def verdict(s: Tree) -> tuple[str, str]:
-    """("good", "fair" or "poor", one sentence) on the distance to the target law; two empty strings if it was not measured."""
-    distance, base, floor = (number(s, f"target_distance{part}") for part in ("", "_base", "_floor"))
-    if distance is None:
-        return "", ""
-    if (size := number(s, "effective_sample_size")) is not None and size < FEW:
-        return "fair", f"Only {decimal(size)} base samples carry the target law's weight: too few to say how close this is."
-    floor, slack = floor or 0.0, 2 * (number(s, "target_distance_error") or 0.0)
-    if base is not None and base <= floor + slack:
-        return "fair", "This distance, at this sample size, cannot tell even the base model from the target law."
-    if distance <= floor + slack:
-        return "good", "At this sample size, the tuned model cannot be told from the target law."
-    if base is None:
-        return "fair", "The tuned model can be told from the target law."
-    if distance >= base - slack:
-        return "poor", "The tuned model is not measurably closer to the target law than the base model."
-    way = (base - distance) / (base - floor)
-    return ("good" if way > 0.9 else "fair"), f"The tuned model has come {min(way, 0.99):.0%} of the way to the target law."
-
-
 def _tiles(s: Tree) -> str:
     tiles = []
     for c in _changes(s):
@@ -348,10 +356,10 @@ def _tiles(s: Tree) -> str:
         tiles.append((c.subject, _arrow(c.base, c.tuned, c.form), aim))
     if (distance := number(s, "target_distance")) is not None:
         title, change = "distance to the target law", _arrow(number(s, "target_distance_base"), distance, decimal)
-        tiles.append((title, change, _with(s, "target_distance_floor", "two exact samples: {}")))
+        tiles.append((title, change, _with(s, "target_distance_floor", "if nothing is wrong: {}")))
     for key, title, note in (
         ("effective_sample_size", "effective sample size", _with(s, "num_samples", "of {} base samples")),
-        ("path_kl", "path KL from the base", "nats per sample"),
+        ("path_kl", "path KL from the base", _with(s, "path_kl_target", "target {}, ") + "nats per sample"),
         ("seconds", "training time", f"{show(s, 'iterations')} iteration{'' if get(s, 'iterations') == 1 else 's'}"),
     ):
         if (value := number(s, key)) is not None:
@@ -399,18 +407,21 @@ def _png(picture: Image.Image) -> str:
 
 
 def _closeness(s: Tree) -> str:
-    """The verdict and the numbers behind it, in words and on a scale; whether the mean reward agrees; how sure all that is."""
-    (tone, sentence), (distance, base, floor) = verdict(s), (number(s, f"target_distance{x}") for x in ("", "_base", "_floor"))
+    """The verdict and the numbers behind it, in words and on a scale; how far the paths went; what is not exact by itself."""
+    distance, base, floor = (number(s, f"target_distance{x}") for x in ("", "_base", "_floor"))
+    tone, sentence = get(s, "verdict.tone"), get(s, "verdict.text")
     parts = []
+    if isinstance(sentence, str):
+        parts.append(f'<p class="verdict {tone if tone in ("good", "fair", "poor") else "fair"}">{escape(sentence)}</p>')
     if distance is not None:
-        parts.append(f'<p class="verdict {tone}">{sentence}</p>')
         said = [f"The distance is <b>{decimal(distance, number(s, 'target_distance_error'))}</b>"]
         said += [f"the base model began at {decimal(base)}"] if base is not None else []
-        said += [f"two exact samples of this size differ by {decimal(floor)}"] if floor is not None else []
+        said += [f"where nothing is wrong, samples of this size leave {decimal(floor)}"] if floor is not None else []
         kind = f" It is the {escape(str(s['target_distance_kind']))}." if s.get("target_distance_kind") else ""
         parts.append(f"<p>{'; '.join(said)}.{kind} Zero means equal by this measure, not equal in every respect.</p>")
         parts.append(_scale(distance, base, floor) if base else "")
-    parts.append(_reward_agrees(s))
+    parts.append(_mean_reward(s))
+    parts.append(_paths(s))
     if (balance := number(s, "own_law_balance")) is not None:
         error = number(s, "own_law_balance_error") or 0.0
         if balance < 1 - 2 * error:
@@ -430,13 +441,73 @@ def _closeness(s: Tree) -> str:
         parts.append(
             f'<p class="warning"><b>Not exact by construction.</b> {" ".join(escape(str(limit)) for limit in limits)}</p>'
         )
-    size = number(s, "effective_sample_size")
-    if size is not None and size < FEW:
+    if s.get("target_unknown"):
         parts.append(
-            f'<p class="warning"><b>Only {decimal(size)} effective samples.</b> Every number of the target law is rough here, '
-            f"and its standard error too small. Below {FEW}, evaluate with more samples or choose a larger β.</p>"
+            '<p class="warning"><b>The target law is not known.</b> Evaluate with more samples, or choose a weaker tilt (a'
+            " larger β): until then no number of this run says how close it came.</p>"
         )
     return _section("How close to the target law?", "".join(parts)) if any(parts) else ""
+
+
+def _mean_reward(s: Tree) -> str:
+    tuned, target = number(s, "reward_tuned"), number(s, "reward_target")
+    if tuned is None or target is None:
+        return ""
+    errors = [number(s, f"reward_{which}_error") or 0.0 for which in ("tuned", "target")]
+    bias = number(s, "reward_target_bias")
+    noted = "" if bias is None else f", from which a bias of {decimal(bias)} toward the base has been taken"
+    return f"<p>The mean reward is {decimal(tuned, errors[0])}; the target law has {decimal(target, errors[1])}{noted}.</p>"
+
+
+def _paths(s: Tree) -> str:
+    paths, target = number(s, "path_kl"), number(s, "path_kl_target")
+    if paths is None:
+        absent = s.get("path_kl_absent")
+        return f"<p>There is no path KL. {escape(str(absent))}</p>" if absent else ""
+    said = f"The path KL from the base is {decimal(paths, number(s, 'path_kl_error'))} nats"
+    if target is not None:
+        said += (
+            f"; the target law itself is {decimal(target, number(s, 'path_kl_target_error'))} nats from the base, and no path"
+            " that leads to it costs less"
+        )
+    return f"<p>{said}.</p>"
+
+
+def _tests(s: Tree) -> str:
+    """Each test as a row: what was measured, what the target law has, and whether they differ by more than chance."""
+    tests = s.get("tests")
+    if not isinstance(tests, list) or not tests or not all(isinstance(row, Mapping) for row in tests):
+        return ""
+    rows = []
+    for row in tests:
+        form = percent if row.get("unit") == "share" else decimal
+        base, tuned, target = (
+            "–" if (value := number(row, key)) is None else form(value, number(row, f"{key}_error"))
+            for key in ("base", "tuned", "target")
+        )
+        z, p = (number(row, key) for key in ("z", "p_holm"))
+        seen = number(row, "detectable")
+        off = "–" if seen is None else f"{decimal(100 * seen)} points" if row.get("unit") == "share" else decimal(seen)
+        says = "not counted" if not row.get("counted") else "differs" if row.get("rejected") else "not told apart"
+        cells = [
+            base,
+            tuned,
+            target,
+            "–" if z is None else f"{z:+.1f}".replace("-", "−"),
+            "–" if p is None else decimal(p),
+            off,
+            says,
+        ]
+        name = escape(str(row.get("statistic", "")))
+        rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    heads = "".join(f"<th>{head}</th>" for head in ("", "Base", "Tuned", "Target", "z", "p", "Would see", ""))
+    note = (
+        "Tuned against target, with the errors of both. p is corrected for the number of tests (Holm): below 0.05 they differ"
+        " by more than chance. Would see: the deviation that is found four times in five; of a distance, the smallest that is"
+        " found. The target of a distance is what is left where nothing is wrong."
+    )
+    table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _section("What was tested", table, note)
 
 
 def _scale(tuned: float, base: float, floor: float | None) -> str:
@@ -451,23 +522,11 @@ def _scale(tuned: float, base: float, floor: float | None) -> str:
     return f'<div class="scale" aria-hidden="true">{marks}</div>'
 
 
-def _reward_agrees(s: Tree) -> str:
-    tuned, target = number(s, "reward_tuned"), number(s, "reward_target")
-    if tuned is None or target is None:
-        return ""
-    errors = [number(s, f"reward_{which}_error") or 0.0 for which in ("tuned", "target")]
-    both = f"{decimal(tuned, errors[0])} against {decimal(target, errors[1])} under the target law"
-    if abs(tuned - target) <= 2 * math.hypot(*errors):
-        return f"<p>The mean reward agrees, within two standard errors: {both}.</p>"
-    says = "lower, the tuning stopped short" if tuned < target else "higher, the tuning went further than asked"
-    return f"<p>The mean reward is measurably {says}: {both}.</p>"
-
-
 def _histogram(s: Tree) -> str:
     base, tuned, target, names, error = (
         get(s, f"judge.{key}") or [] for key in ("base", "tuned", "target", "class_names", "target_error")
     )
-    if not names or not len(base) == len(tuned) == len(target) == len(names):
+    if not names or not len(base) == len(tuned) == len(names) or len(target) not in (0, len(names)):
         return ""
     errors = error if len(error) == len(names) else None
     svg = plots.class_histogram(base, tuned, target, errors, [str(name) for name in names])
@@ -530,8 +589,8 @@ def _law(s: Tree) -> str:
 
 
 def _curves(s: Tree, records: Sequence[Tree]) -> str:
-    target = number(s, "reward_target")
-    references = {} if target is None else {"reward": target}
+    targets = {"reward": number(s, "reward_target"), "path_kl": number(s, "path_kl_target")}
+    references = {key: value for key, value in targets.items() if value is not None}
     cards = "".join(
         f'<figure class="card"><h3>{title}</h3>{_plot(plots.curves(records, [key], references=references), title)}'
         f"<figcaption>{meaning} <b>Expect:</b> {expect}</figcaption></figure>"
@@ -610,7 +669,11 @@ def _measures(s: Tree) -> str:
             if (value := show(s, key))
         )
         bodies.append(f'<tbody><tr><th colspan="3" class="group">{heading}</th></tr>{rows}</tbody>' if rows else "")
-    return _section("Everything measured", f"<table>{''.join(bodies)}</table>", "After ± stands one standard error.")
+    return _section(
+        "Everything measured",
+        f"<table>{''.join(bodies)}</table>",
+        "After ± stands one standard error; after that of a distance to the target, how much it varies from sample to sample.",
+    )
 
 
 def commands(s: Tree, folder: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow import __version__, processes
-from tiltflow.calibration import Calibration, target_reward
+from tiltflow.calibration import LIMIT, Calibration, gain_at_limit, target_reward
 from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
@@ -37,28 +37,30 @@ from tiltflow.evaluation import (
     exact_w2,
     frechet_distance,
     histogram_distance,
+    histogram_masses,
     in_batches,
     mean_estimate,
     one_hot,
-    reward_distance,
     total_variance,
-    total_variation_floor,
+    total_variation,
 )
-from tiltflow.flow import CountEvaluations, base_of, eval_mode, in_float32
+from tiltflow.flow import CountEvaluations, base_of, eval_mode, in_chunks, in_float32
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
-from tiltflow.monitor import FEWEST, Look, look_at, spread, spread_of_target, target_measures
+from tiltflow.monitor import Look, look_at, spread, spread_of_target, target_measures
+from tiltflow.optimization import Tilting
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate, try_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
-from tiltflow.sampler import Sampling
+from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
 from tiltflow.trainer import Record, train, trainable_copy
 from tiltflow.user_code import tried
+from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"
@@ -293,13 +295,12 @@ def make_watcher(
 
     of_base, features = measure(base)
     tilt = recipe.method.log_tilt(of_base["reward"], recipe.training.max_train_steps)
-    target, effective = target_measures(of_base | {VARIETY: spread_of_target(features, tilt)}, tilt)
     return Watcher(
         first=look_at(0, of_base | {VARIETY: spread(features)}),
         look=look,
         save_best=save_best,
         best_by=best_by,
-        target=target if effective >= FEWEST else None,
+        target=target_measures(of_base | {VARIETY: spread_of_target(features, tilt)}, tilt),
     )
 
 
@@ -328,10 +329,11 @@ def evaluate_run(
     r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))
     rows = read_records(folder)
     taken = rows[-1]["step"]
-    weights = ImportanceWeights(torch.softmax(recipe.method.log_tilt(r_base, taken), 0))
-    target_mean, target_error = weights.mean(r_base)
+    weights = ImportanceWeights.from_log_tilt(recipe.method.log_tilt(r_base, taken))
     generator = stream(recipe.seed, "bootstrap")
-    of_reward = reward_distance(r, r_base, weights, generator)
+    calibrated = calibration_in_words(getattr(recipe.method, "beta", None), rows[-1].get("beta"))
+    # a gain at its limit has not made the mean reward what it should be
+    of_reward, tests = of_rewards(r, r_base, weights, generator, counted=calibrated["calibration_at_limit"] is not False)
 
     summary: dict[str, Any] = {
         "tiltflow": __version__,
@@ -344,8 +346,9 @@ def evaluate_run(
         "method": recipe.method.name,
         "beta": getattr(recipe.method, "beta", None),
         "working_beta": rows[-1].get("beta"),
+        "calibration_at_limit": calibrated["calibration_at_limit"],
         "target_law": recipe.method.target_law(taken),
-        "limits": recipe.method.limits(base.flow.noise_time),
+        "limits": [*recipe.method.limits(base.flow.noise_time), *calibrated["limits"]],
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
         "iterations": taken,
@@ -354,14 +357,9 @@ def evaluate_run(
         "num_samples": count,
         **mean_estimate(r_base).named("reward_base"),
         **mean_estimate(r).named("reward_tuned"),
-        **Estimate(target_mean.item(), target_error.item()).named("reward_target"),
-        **of_reward.named("reward_distance"),
-        **of_reward.named("target_distance"),
-        "target_distance_base": reward_distance(r_base, r_base, weights, generator).value,
-        "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the importance-weighted base's",
-        "effective_sample_size": weights.effective_sample_size,
+        **of_reward,
         "judge": None,
-        "path_kl": rows[-1].get("path_kl"),
+        **path_kl(recipe, tuned, base),
         "seconds": rows[-1]["seconds"],
         "network_evaluations": rows[-1]["network_evaluations"],
         **of_monitor(folder),
@@ -369,12 +367,14 @@ def evaluate_run(
     if settings.judge is None:
         summary |= distance_to_base(x.flatten(1), x_base.flatten(1), "samples")
     else:
-        summary |= judged(settings, x_base, x, weights, generator, device)
+        of_judge, its_tests = judged(settings, x_base, x, weights, generator, device)
+        summary, tests = summary | of_judge, tests + its_tests
     if hasattr(recipe.method, "balance"):
         generator, start = stream(recipe.seed, "balance", device=device), base.flow.noise_time
         balance = recipe.method.balance(tuned.flow, base.flow, x, r, generator, start=start, batch_size=settings.batch_size)
         if balance is not None:
             summary |= balance.named("own_law_balance") | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
+    summary |= conclude(tests, summary)
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
     columns = max(1, round(settings.grid**0.5))
@@ -391,40 +391,74 @@ def evaluate_run(
     return summary
 
 
+def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
+    """Of a run that worked at `working_beta` at its end: whether that is at its limit (`calibration_at_limit`, None if it was
+    not calibrated), and the sentence that says so (`limits`)."""
+    if beta is None or working_beta is None:
+        return {"calibration_at_limit": None, "limits": []}
+    at_limit = gain_at_limit(beta / working_beta)
+    sentence = (
+        f"Calibration ended at its limit: the run worked at a temperature of {working_beta:.3g} where {beta:g} was asked for,"
+        f" and may not go beyond {LIMIT:g} times. So the mean reward is not made right by it, and the run is far from"
+        " converged, or its chain cannot reach the target."
+    )
+    return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+MOST_PATHS = 256
+"""For the path KL, each of which costs as much as two samples."""
+
+
+@torch.no_grad()
+def path_kl(recipe: Recipe, tuned: Model, base: Model) -> dict[str, Any]:
+    """`path_kl` of the summary, fresh and with its standard error: of the memoryless samplers of both models, on the grid that
+    the evaluation samples on. None, and `path_kl_absent` says why, for a method that tunes a solver without noise."""
+    start, tuned_chain = base.flow.noise_time, recipe.method.sampling
+    if isinstance(recipe.method, Tilting) and not tuned_chain.has_noise:
+        return dict.fromkeys(("path_kl", "path_kl_error")) | {"path_kl_absent": tuned_chain.limits(start)[0]}
+    steps = max(2, recipe.sampling.num_inference_steps)  # the last one is not controlled
+    chain = Sampling(num_inference_steps=steps, shift=recipe.sampling.shift).chain(start)
+    generator = stream(recipe.seed, "path kl", device=base.device)
+    x = base.start(max(2, min(MOST_PATHS, recipe.evaluation.num_samples)), generator)
+    ours, theirs = (in_chunks(model.flow, recipe.evaluation.batch_size) for model in (tuned, base))
+    return {**mean_estimate(path_costs(chain, ours, theirs, x, generator)).named("path_kl"), "path_kl_absent": None}
+
+
 def judged(
     settings: Evaluation, x_base: Tensor, x: Tensor, weights: ImportanceWeights, generator: torch.Generator, device: str
-) -> dict[str, Any]:
-    """What an independent classifier sees: class histograms of base, tuned and target, and their total variation."""
+) -> tuple[dict[str, Any], list[Row]]:
+    """What an independent classifier sees: class histograms of base, tuned and target, their total variation, and tests of all
+    of it against the target. What is of the target is None where that is not known."""
     network, config = build_judge(settings, device)
-    classes = len(config.class_names)
+    names = config.class_names
     with torch.no_grad():
         p_base, p = (in_batches(lambda part: network(part).softmax(1), y, settings.batch_size, device) for y in (x_base, x))
     labels_base, labels = p_base.argmax(1), p.argmax(1)
-    distance, ours, target = histogram_distance(labels, labels_base, weights, classes, generator)
-    base_distance, base_histogram, _ = histogram_distance(labels_base, labels_base, weights, classes, generator)
-    _, target_error = weights.mean(one_hot(labels_base, classes))
+    base_histogram, ours = (one_hot(each, len(names)).mean(0) for each in (labels_base, labels))
+    sure_base, sure = ((each.amax(1) > settings.confidence).double() for each in (p_base, p))
     judge: dict[str, Any] = {
         "model": settings.judge,
-        "class_names": list(config.class_names),
+        "class_names": list(names),
         "base": base_histogram.tolist(),
         "tuned": ours.tolist(),
-        "target": target.tolist(),
-        "target_error": target_error.tolist(),
+        "target": None,
+        "target_error": None,
         "sure_above": settings.confidence,
-        **mean_estimate((p_base.amax(1) > settings.confidence).double()).named("sure_base"),
-        **mean_estimate((p.amax(1) > settings.confidence).double()).named("sure_tuned"),
+        **mean_estimate(sure_base).named("sure_base"),
+        **mean_estimate(sure).named("sure_tuned"),
         "confidence_base": p_base.amax(1).mean().item(),
         "confidence_tuned": p.amax(1).mean().item(),
     }
+    members = torch.tensor(settings.group, dtype=torch.long)
+    of_group, of_group_base = (torch.isin(each, members).double() for each in (labels, labels_base))
+    label = ", ".join(names[i] for i in settings.group)
     if settings.group:
-        members = torch.tensor(settings.group)
-        in_group = torch.isin(labels, members).double()
-        group_target, group_error = weights.mean(torch.isin(labels_base, members).double())
         judge["group"] = {
-            "label": ", ".join(config.class_names[i] for i in settings.group),
-            "base": torch.isin(labels_base, members).double().mean().item(),
-            **mean_estimate(in_group).named("tuned"),
-            **Estimate(group_target.item(), group_error.item()).named("target"),
+            "label": label,
+            "base": of_group_base.mean().item(),
+            **mean_estimate(of_group).named("tuned"),
+            "target": None,
+            "target_error": None,
         }
     features = cast(Callable[[Tensor], Tensor], network.features)
     f_base, f = (in_batches(features, y, settings.batch_size, device) for y in (x_base, x))
@@ -438,14 +472,31 @@ def judged(
         f_real = in_batches(features, evaluation_images(settings), settings.batch_size, device)
         judge["frechet_base"], judge["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
         judge["frechet_real"] = frechet_distance(*f_real.chunk(2))
-    return {
-        **distance_to_base(f, f_base, f"features of {settings.judge}"),
+    entries = {**distance_to_base(f, f_base, f"features of {settings.judge}"), "judge": judge}
+    if weights.unknown() is not None:
+        return entries, []
+
+    distance, _, target = histogram_distance(labels, labels_base, weights, len(names), generator)
+    of_base = total_variation(base_histogram, target)
+    null = weights.null_distances(len(labels), [histogram_masses(labels_base, len(names))], generator)[0]
+    judge |= {"target": target.tolist(), "target_error": weights.mean(one_hot(labels_base, len(names)))[1].tolist()}
+    group_test = share_test(f"share of classes {label}", of_group, of_group_base, weights) if settings.group else None
+    if settings.group:
+        share, error = map(float, weights.mean(of_group_base))
+        judge["group"] |= Estimate(share, error).named("target")
+    tests = [
+        group_test,
+        *class_tests(labels, labels_base, weights, names, settings.group),
+        share_test(f"share of which the judge is sure above {settings.confidence:g}", sure, sure_base, weights),
+        distance_test("total variation of the classes", distance.value, of_base, null),
+    ]
+    entries |= {
         **distance.named("target_distance"),
-        "target_distance_base": base_distance.value,
-        "target_distance_floor": total_variation_floor(target, len(labels), weights.effective_sample_size, generator),
+        "target_distance_base": of_base,
+        "target_distance_floor": null.mean().item(),
         "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
-        "judge": judge,
     }
+    return entries, [row for row in tests if row is not None]
 
 
 def distance_to_base(tuned: Tensor, base: Tensor, space: str) -> dict[str, Any]:

@@ -24,17 +24,11 @@ from tiltflow import __version__, processes
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
-from tiltflow.evaluation import (
-    Estimate,
-    ImportanceWeights,
-    effective_number,
-    mean_estimate,
-    reward_distance,
-)
+from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
-from tiltflow.optimization import adamw
+from tiltflow.optimization import Tilting, adamw
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -44,7 +38,7 @@ from tiltflow.report import write_report
 from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, values_of
 from tiltflow.run import VARIETY, build_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
-from tiltflow.sampler import Sampling, rollout
+from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import (
@@ -58,7 +52,10 @@ from tiltflow.text_to_image import (
     with_adapter,
 )
 from tiltflow.trainer import Batch, Record, train, trainable_copy
+from tiltflow.verdict import conclude, mean_test, of_rewards
 
+PATHS = 32
+"""Pictures of the path KL, at least."""
 LEAST_STD = 1e-4
 """Added to the standard deviation that a reward is divided by."""
 
@@ -542,8 +539,9 @@ def evaluate_text_to_image(
     reference = reference_features(settings, base, prompts, extract, recipe.seed, device)
     table: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
-    rewards: dict[str, Tensor] = {}
+    rewards: dict[str, dict[str, Tensor]] = {}
     for i, point in enumerate(settings.points):
+        scale = None
         for name, one in (("base", base), ("tuned", tuned)):
             images = one.sample(
                 prompts,
@@ -563,25 +561,30 @@ def evaluate_text_to_image(
             for key, value in values.items():
                 row |= over_groups(value, settings.num_generations).named(key)
             found = compared(images, extract, settings.batch_size, device)
-            row |= diversity(found, settings.num_generations)
+            if scale is None:  # of the base, which comes first
+                scale = squared_distance(found, settings.num_generations)
+            row |= diversity(found, settings.num_generations, scale if extract is None else None)
             if reference is not None:
                 row |= distances_to_reference(found, reference, recipe.seed)
             table.append(row)
             if i == 0:
-                pictures[name], rewards[name] = images, values[recipe.reward.name]
+                pictures[name], rewards[name] = images, values
 
     taken = rows_of_metrics[-1]["step"]
-    tilted = rewards["base"]
+    tilted = rewards["base"][recipe.reward.name]
     if recipe.training.per_prompt_normalization:
         reward = measures.rewards[recipe.reward.name]
         statistics = BaseStatistics(recipe.training, method.sampling, base, reward, recipe.seed)
         mean, std = statistics(prompts, [prompt.metadata for prompt in told])
         tilted = (tilted - mean) / std
-    tilt = method.log_tilt(tilted, taken).reshape(len(texts), -1)
-    weights = ImportanceWeights(torch.softmax(tilt, 1).flatten() / len(texts))
-    target, target_error = weights.mean(rewards["base"])
-    generator = stream(recipe.seed, "bootstrap")
-    of_reward = reward_distance(rewards["tuned"], rewards["base"], weights, generator)
+    weights = ImportanceWeights.from_log_tilt(method.log_tilt(tilted, taken), len(texts))
+    own = recipe.reward.name
+    of_reward, tests = of_rewards(
+        rewards["tuned"][own], rewards["base"][own], weights, stream(recipe.seed, "bootstrap"), group="prompt"
+    )
+    if of_reward["target_unknown"] is None:
+        others = [name for name in measures.rewards if name != own]
+        tests += [mean_test(f"mean {name}", rewards["tuned"][name], rewards["base"][name], weights) for name in others]
     summary: dict[str, Any] = {
         "tiltflow": __version__,
         "torch": torch.__version__,
@@ -603,23 +606,22 @@ def evaluate_text_to_image(
         "seed": recipe.seed,
         "num_samples": len(prompts),
         "num_prompts": len(texts),
-        **over_groups(rewards["base"], settings.num_generations).named("reward_base"),
-        **over_groups(rewards["tuned"], settings.num_generations).named("reward_tuned"),
-        **over_groups(rewards["tuned"] - rewards["base"], settings.num_generations).named("reward_gain"),
-        **Estimate(target.item(), target_error.item()).named("reward_target"),
-        **of_reward.named("reward_distance"),
-        **of_reward.named("target_distance"),
-        "target_distance_base": reward_distance(rewards["base"], rewards["base"], weights, generator).value,
-        "target_distance_kind": "Kolmogorov-Smirnov distance of the reward's law to the base's, weighted for each prompt",
-        "effective_sample_size": weights.effective_sample_size,
+        **over_groups(rewards["base"][own], settings.num_generations).named("reward_base"),
+        **over_groups(rewards["tuned"][own], settings.num_generations).named("reward_tuned"),
+        **over_groups(rewards["tuned"][own] - rewards["base"][own], settings.num_generations).named("reward_gain"),
+        **of_reward,
         "judge": None,
-        **path_kl(tuned, base, prompts[: settings.batch_size * 2], recipe.seed, settings.batch_size).named("path_kl"),
+        **of_paths(recipe, tuned, base, texts),
         "diversity_in": "pixels" if extract is None else f"features of {settings.features}",
         "table": table,
         **of_monitor(folder),
         "seconds": rows_of_metrics[-1]["seconds"],
         "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
     }
+    if not model.distilled and (settings.points[0].guidance_scale or model.guidance_scale) != 1:
+        # of the law of guided pictures: not to be held against paths without guidance
+        summary |= dict.fromkeys(("path_kl_target", "path_kl_target_error"))
+    summary |= conclude(tests, summary)
     summary["seconds_total"] = (seconds or rows_of_metrics[-1]["seconds"]) + time.perf_counter() - began
     columns = settings.num_generations if len(texts) > 1 else 8
     rows = math.ceil(min(len(prompts), 64) / columns)
@@ -653,19 +655,31 @@ def scores(reward: Reward, images: Tensor, prompts: Sequence[Prompt], batch_size
     return torch.cat(parts)
 
 
-def diversity(pictures: Tensor, num_generations: int) -> dict[str, float]:
+def squared_distance(pictures: Tensor, num_generations: int) -> float:
+    """Mean squared distance between two pictures of one prompt: twice the variance of [n, ...], `num_generations` of each."""
+    groups = pictures.flatten(1).double().reshape(-1, num_generations, pictures[0].numel())
+    return 2 * float(groups.var(1).sum(1).mean())
+
+
+def diversity(pictures: Tensor, num_generations: int, scale: float | None = None) -> dict[str, float]:
     """How much pictures of one prompt differ, with its standard error over prompts: the sum of the variances of their features,
     and the Vendi score (2210.02410), the effective number of different pictures among `num_generations`.
 
     Args:
-        pictures: features [n, width], whose directions say how alike two are; or images [n, 3, height, width], whose directions
-            from the mean of all do.
+        pictures: features [n, width] or images [n, ...], those of a prompt side by side.
+        scale: for images, whose similarity is exp(-d^2 / scale), d their distance. One scale for all that is compared, so that
+            the score falls to 1 as pictures become one, whichever that is. None for features, whose directions say how alike
+            two are.
     """
     x = pictures.flatten(1).double()
     groups = x.reshape(-1, num_generations, x.shape[1])
     variance = groups.var(1).sum(1)
-    directions = torch.nn.functional.normalize(groups - (x.mean(0) if pictures.ndim > 2 else 0), dim=2)
-    vendi = torch.stack([effective_number(kernel) for kernel in directions @ directions.mT])
+    if scale is None:
+        directions = torch.nn.functional.normalize(groups, dim=2)
+        kernels = directions @ directions.mT
+    else:
+        kernels = torch.exp(-torch.cdist(groups, groups).square() / max(scale, 1e-12))
+    vendi = torch.stack([effective_number(kernel) for kernel in kernels])
     return _estimate(variance).named("variance") | _estimate(vendi).named("vendi")
 
 
@@ -755,22 +769,30 @@ class BaseStatistics:
         self.known.update({key: (mean, std) for key, (mean, std) in state.items()})
 
 
-def path_kl(tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed: int, batch_size: int) -> Estimate:
-    """KL of the trajectories of the tuned memoryless sampler from those of the base, without guidance, in nats per picture."""
+def of_paths(recipe: TextToImageRecipe, tuned: TextToImage, base: TextToImage, texts: Sequence[str]) -> dict[str, Any]:
+    """`path_kl` of the summary, as in `tiltflow.run.path_kl`, of a few pictures of as many of the prompts as possible."""
+    size, chain = recipe.evaluation.batch_size, recipe.method.sampling
+    if isinstance(recipe.method, Tilting) and not chain.has_noise:
+        return dict.fromkeys(("path_kl", "path_kl_error")) | {"path_kl_absent": chain.limits(tuned.grid)[0]}
+    each = max(2, PATHS // len(texts)) if len(texts) < PATHS else 1
+    prompts = [text for text in texts[:PATHS] for _ in range(each)]
+    return {**path_kl(tuned, base, prompts, recipe.seed, size, each).named("path_kl"), "path_kl_absent": None}
+
+
+def path_kl(
+    tuned: TextToImage, base: TextToImage, prompts: Sequence[str], seed: int, batch_size: int, each: int = 1
+) -> Estimate:
+    """KL of the trajectories of the tuned memoryless sampler from those of the base, without guidance, in nats per picture; its
+    standard error over prompts, which come `each` times one after the other."""
     sampler = Sampling(num_inference_steps=tuned.sampling.num_inference_steps).chain(tuned.grid)
     parts = []
     for i in range(0, len(prompts), batch_size):
         some = prompts[i : i + batch_size]
         generator = stream(seed, "path kl", i, device=tuned.device)
         condition, _ = tuned.encode(some)
-        bound = [in_chunks(bind(one.flow, condition)) for one in (tuned, base)]
-        path = rollout(sampler, bound[0], tuned.start(len(some), generator, sampler.times[0]), generator)
-        costs = [
-            gain**2 / 2 * (v - bound[1](x, t)).flatten(1).square().sum(1)
-            for gain, t, x, v in zip(sampler.control_scale.tolist(), sampler.times, path.states, path.velocities, strict=False)
-        ]
-        parts.append(torch.stack(costs).sum(0).cpu())
-    return mean_estimate(torch.cat(parts).double())
+        ours, theirs = (in_chunks(bind(one.flow, condition)) for one in (tuned, base))
+        parts.append(path_costs(sampler, ours, theirs, tuned.start(len(some), generator, sampler.times[0]), generator))
+    return over_groups(torch.cat(parts), each)
 
 
 def guidance_limits(mode: GuidanceMode) -> list[str]:

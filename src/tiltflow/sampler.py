@@ -228,6 +228,18 @@ def rollout(
     return Trajectory(chain, states, velocities)
 
 
+@torch.no_grad()
+def path_costs(chain: Chain, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator) -> Tensor:
+    """sum_k |w_k|^2 / 2 along fresh paths of the tuned chain from x [batch, *event], in nats: [batch], float64. Its mean is the
+    KL divergence of the tuned paths from those of the base, which is at least that of the samples they end in."""
+    path = rollout(chain, tuned, x, generator)
+    costs = torch.zeros(len(x), dtype=torch.float64)
+    for k, (state, v) in enumerate(zip(path.states, path.velocities, strict=False)):
+        change = v - base(state, chain.times[k])
+        costs += chain.control_scale[k].item() ** 2 / 2 * change.flatten(1).double().square().sum(1).cpu()
+    return costs
+
+
 def step(chain: Chain, k: int, x: Tensor, v: Tensor, generator: torch.Generator) -> Tensor:
     """x_{k+1} from x_k = x and its velocity."""
     mean, std = chain.mean(k, x, v), chain.std[k].item()

@@ -212,7 +212,9 @@ def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) 
         for key in finished[0] if finished else ():
             if key not in (*others, "name", SEED) and all(key in row for row in finished):
                 values = [row[key] for row in finished]
-                merged[key], merged[f"{key}_std"] = statistics.mean(values), statistics.pstdev(values)
+                known = None not in values  # of a target law that is not known there is no distance
+                merged[key] = statistics.mean(values) if known else None
+                merged[f"{key}_std"] = statistics.pstdev(values) if known else None
         if not finished:
             merged["error"] = members[0]["error"]
         summaries.append(merged)
