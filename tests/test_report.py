@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tiltflow import plots
-from tiltflow.report import TEMPLATE, headline, verdict, write_report
+from tiltflow.report import TEMPLATE, headline, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 SUMMARY: dict[str, Any] = {
@@ -29,7 +29,18 @@ SUMMARY: dict[str, Any] = {
     "reward_target_error": 0.15,
     "target_distance": 0.0625, "target_distance_error": 0.01, "target_distance_base": 0.47, "target_distance_floor": 0.03,
     "target_distance_kind": "total variation", "reward_distance": 0.05, "reward_distance_error": 0.01,
-    "effective_sample_size": 81.0, "path_kl": 0.9, "seconds": 12.0, "network_evaluations": 1234,
+    "effective_sample_size": 81.0, "path_kl": 0.9, "path_kl_error": 0.02, "path_kl_target": 0.8, "path_kl_target_error": 0.03,
+    "verdict": {"tone": "fair", "text": "1 of 3 tests tells <b>them</b> apart: share of class 0 & 1."},
+    "tests": [
+        {"statistic": "share of <class> 0", "unit": "share", "base": 0.48, "tuned": 0.91, "tuned_error": 0.01, "target": 0.95,
+         "target_error": 0.01, "z": -2.83, "p": 0.005, "p_base": 0.0, "counted": True, "p_holm": 0.015, "rejected": True,
+         "detectable": 0.043},
+        {"statistic": "mean reward", "unit": "", "base": -0.4, "tuned": 3.25, "tuned_error": 0.1, "target": 3.5,
+         "target_error": 0.15, "z": -1.4, "p": 0.16, "p_base": 0.0, "counted": False, "p_holm": None, "rejected": False,
+         "detectable": 0.6},
+    ],
+    "target_unknown": None, "seconds": 12.0,
+    "network_evaluations": 1234,
     "judge": {
         "model": "judge", "class_names": ["0", "1"], "base": [0.5, 0.5], "tuned": [0.9, 0.1], "target": [0.94, 0.06],
         "target_error": [0.01, 0.01], "confidence_base": 0.98, "confidence_tuned": 0.97,
@@ -160,9 +171,35 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: list[str]) -
     assert "<html" in write(tmp_path / "bare", SUMMARY | {"judge": None}, rows=False)
 
 
-def test_a_target_known_from_few_samples_is_marked(tmp_path: Path) -> None:
-    few, many = (write(tmp_path / "run", SUMMARY | {"effective_sample_size": size}) for size in (12.0, 500.0))
-    assert few.count("warn") > many.count("warn")
+def test_the_verdict_and_the_tests_of_the_summary_are_on_the_page(tmp_path: Path) -> None:
+    """Word for word, escaped, with both numbers of each test: the page has no opinion of its own."""
+    page = write(tmp_path / "run", SUMMARY)
+    assert '<p class="verdict fair">1 of 3 tests tells &lt;b&gt;them&lt;/b&gt; apart: share of class 0 &amp; 1.</p>' in page
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in page.split("What was tested")[1].split("</table>")[0].split("<tr>")]
+    differs, aside = rows[2:]
+    for cell in ("share of &lt;class&gt; 0", "48%", "91.0 ± 1.0%", "95.0 ± 1.0%", "−2.8", "0.015", "4.30 points", "differs"):
+        assert f"|{cell}|" in differs, cell
+    assert "|not counted|" in aside
+    assert "0.900 ± 0.020 nats; the target law itself is 0.800 ± 0.030 nats" in page
+
+
+def test_a_target_that_is_not_known_is_marked_and_has_no_numbers(tmp_path: Path) -> None:
+    numbers = [key for key in SUMMARY if key.startswith(("reward_target", "target_distance", "reward_distance", "path_kl_t"))]
+    judge = SUMMARY["judge"] | {"target": None, "target_error": None}
+    judge["group"] = judge["group"] | {"target": None, "target_error": None}
+    verdict = {"tone": "fair", "text": "No verdict: the target law is not known."}
+    unknown = {"target_unknown": "Too few.", "verdict": verdict, "tests": [], "judge": judge}
+    page = write(tmp_path / "run", SUMMARY | dict.fromkeys(numbers) | unknown)
+    assert "The target law is not known." in page
+    assert "No verdict" in page
+    assert "What was tested" not in page
+    assert "target 9" not in page
+    assert "What the judge sees" in page  # base and tuned, without the target
+
+
+def test_no_path_kl_says_why(tmp_path: Path) -> None:
+    absent = {"path_kl": None, "path_kl_error": None, "path_kl_absent": "The solver <euler> has no noise."}
+    assert "There is no path KL. The solver &lt;euler&gt; has no noise." in write(tmp_path / "run", SUMMARY | absent)
 
 
 def test_a_grid_puts_each_image_in_its_cell() -> None:
@@ -178,12 +215,3 @@ def test_a_grid_puts_each_image_in_its_cell() -> None:
 def test_plots_are_valid_svg() -> None:
     names = ["0", "1"]
     ElementTree.fromstring(plots.class_histogram([0.5, 0.5], [0.9, 0.1], [0.94, 0.06], [0.01, 0.01], names))
-
-
-def test_what_too_few_samples_say_of_the_target_is_no_good_verdict() -> None:
-    """One sample that carries all the weight is near anything."""
-    measured = {"target_distance": 0.01, "target_distance_base": 0.8, "target_distance_error": 0.1}
-    assert verdict({**measured, "effective_sample_size": 500.0})[0] == "good"
-    level, words = verdict({**measured, "effective_sample_size": 1.0})
-    assert level == "fair"
-    assert "too few to say" in words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tiny import tiny_flow, tiny_recipe
 import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance
+from tiltflow.problems import ExactVelocity, Gaussian, GaussianMixture
 from tiltflow.recipe import is_text_to_image, shipped_recipes
-from tiltflow.run import Recipe, distance_to_base, evaluate_run, read_recipe, run
+from tiltflow.run import Recipe, calibration_in_words, distance_to_base, evaluate_run, path_kl, read_recipe, run
+from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.trainer import Record
@@ -27,7 +30,9 @@ def recipe_of(path: Path, *overrides: str) -> Recipe:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    return tmp_path / "run", run(recipe_of(tiny_recipe(tmp_path)), tmp_path / "run")
+    """Of a tilt that 256 base samples know well."""
+    recipe = recipe_of(tiny_recipe(tmp_path), "evaluation.num_samples=256", "method.beta=0.5")
+    return tmp_path / "run", run(recipe, tmp_path / "run")
 
 
 def test_everything_a_run_makes_lies_in_its_folder(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -46,6 +51,73 @@ def test_everything_a_run_makes_lies_in_its_folder(finished: tuple[Path, dict[st
         assert isinstance(summary[key], float)
     for key in ("base", "tuned", "target"):
         assert sum(summary["judge"][key]) == pytest.approx(1)
+    assert summary["target_unknown"] is None
+    names = {row["statistic"] for row in summary["tests"]}
+    assert {"mean reward", "distance in reward", "total variation of the classes"} <= names
+    assert 0 < summary["reward_distance_floor"] < 1
+    assert summary["path_kl"] > 0
+    assert summary["path_kl_error"] > 0
+    assert summary["path_kl_target"] > 0
+    assert summary["verdict"]["text"] in (folder / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_a_target_that_is_not_known_is_said_to_be(tmp_path: Path) -> None:
+    """32 samples, which cannot weigh as much as 100: no number of the target law, no verdict, in every place the same words."""
+    summary = run(recipe_of(tiny_recipe(tmp_path)), tmp_path / "run")
+    assert "32 base samples weigh as much as" in summary["target_unknown"]
+    of_target = [key for key in summary if key.startswith(("reward_target", "target_distance", "reward_distance", "path_kl_t"))]
+    assert len(of_target) >= 9
+    assert {summary[key] for key in of_target} == {None}
+    assert summary["judge"]["target"] is summary["judge"]["group"]["target"] is None
+    assert summary["tests"] == []
+    assert summary["verdict"]["text"].startswith("No verdict: the target law is not known.")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert summary["target_unknown"] in page
+
+
+def test_the_path_kl_is_fresh_and_bounds_the_divergence_of_the_samples(tmp_path: Path) -> None:
+    """Of two flows that differ by a constant velocity it is that of the definition, without noise; where a method tunes a
+    solver without noise there is none, and the reason."""
+    recipe = recipe_of(tiny_recipe(tmp_path), "sampling.shift=2.0", "evaluation.num_samples=16")
+    base = tiltflow.load(tmp_path / "flow")
+    network = base.flow.network
+
+    class Moved(torch.nn.Module):
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return network(x, time) + 0.03
+
+    found = path_kl(recipe, replace(base, flow=replace(base.flow, network=Moved())), base)
+    chain = Sampling(num_inference_steps=4, shift=2.0).chain()
+    assert found["path_kl"] == pytest.approx((chain.control_scale**2).sum().item() / 2 * 0.03**2 * 64, rel=1e-3)
+    assert found["path_kl_error"] < 1e-3 * found["path_kl"]
+    assert path_kl(recipe, base, base)["path_kl"] == 0
+    ode = recipe_of(tmp_path / "recipe.yaml", "method={name: score-as-action, solver: euler, estimator: pathwise}")
+    absent = path_kl(ode, base, base)
+    assert absent["path_kl"] is None
+    assert "no noise" in absent["path_kl_absent"]
+
+
+def test_the_path_kl_of_a_tilted_normal_law_is_that_of_the_law(generator: torch.Generator) -> None:
+    """N(0, 1) tilted by exp(c x) is N(c, 1): KL c^2 / 2. In many steps the memoryless paths of the two exact velocities are as
+    far apart, and never nearer."""
+    base, shift = Gaussian(dimension=1, mean=0.0, scale=1.0).base(), 0.8
+    tilted = GaussianMixture(base.log_weights, base.means + shift, base.variances)
+    x = torch.randn(4000, 1, generator=generator)
+    for steps, slack in ((40, 0.15), (320, 0.03)):
+        chain = Sampling(num_inference_steps=steps).chain()
+        costs = path_costs(chain, ExactVelocity(tilted), ExactVelocity(base), x, generator)
+        error = 4 * costs.std().item() / len(costs) ** 0.5
+        assert costs.mean().item() == pytest.approx(shift**2 / 2, rel=slack, abs=error)
+
+
+@pytest.mark.parametrize(("working", "at_limit"), [(0.701, True), (0.72, True), (1.2, False), (2.1, False), (6.2, True)])
+def test_calibration_at_its_limit_is_said(working: float, at_limit: bool) -> None:
+    found = calibration_in_words(2.1, working)
+    assert found["calibration_at_limit"] is at_limit
+    assert bool(found["limits"]) is at_limit
+    if at_limit:
+        assert f"a temperature of {working:.3g} where 2.1 was asked for" in found["limits"][0]
+    assert calibration_in_words(2.1, None) == {"calibration_at_limit": None, "limits": []}
 
 
 def test_the_folder_alone_is_enough(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -152,10 +224,12 @@ def test_kolmogorov_smirnov_with_ties() -> None:
 def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:
     path = tiny_recipe(tmp_path)
     overrides = ["method.beta=0.5", "training.trainable=^leave"]
-    summary = run(recipe_of(path, *overrides, "training.calibration_samples=64"), tmp_path / "run")
+    summary = run(recipe_of(path, *overrides, "training.calibration_samples=256"), tmp_path / "run")
     plain = run(recipe_of(path, *overrides), tmp_path / "plain")
-    assert summary["network_evaluations"] - plain["network_evaluations"] == 64 * 4  # the chain has four steps
+    assert summary["network_evaluations"] - plain["network_evaluations"] == 256 * 4  # the chain has four steps
     assert summary["beta"] == 0.5
+    assert summary["calibration_at_limit"] is False
+    assert plain["calibration_at_limit"] is None
     assert 0.5 / 3 <= summary["working_beta"] <= 0.5 * 3
     assert summary["working_beta"] != 0.5
     before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "flow", tmp_path / "run" / "model"))

@@ -264,6 +264,7 @@ def test_the_method_works_at_the_calibrated_temperature() -> None:
     calibration = Calibration(target_reward=100.0, beta=1.0)
     _, records = run(3, calibration=calibration)
     assert [record.metrics["beta"] for record in records] == [1.0, pytest.approx(1 / 3), pytest.approx(1 / 3)]
+    assert [record.metrics["beta_at_limit"] for record in records] == [0.0, 1.0, 1.0]
     plain = run(3)[1]
     assert records[0].metrics["loss"] == plain[0].metrics["loss"]
     # two steps in, the control is still small: the loss is close to the square of the adjoint

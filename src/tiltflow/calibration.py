@@ -103,9 +103,6 @@ def target_reward(
     r = torch.cat(rewards)
     weights = ImportanceWeights.from_rewards(r, beta)
     if (why := weights.unknown()) is not None:
-        raise InputError(
-            f"calibration: the mean reward of the target law is not known. {why} Raise method.beta or"
-            " training.calibration_samples, or set the latter to 0"
-        )
+        raise InputError(f"calibration: {why} Raise method.beta or training.calibration_samples, or set the latter to 0")
     mean, error = weights.mean(r)
     return Estimate(mean.item(), error.item())

@@ -360,6 +360,7 @@ class _Loop:
                 metrics = {**measured, **self.optimize(measured)}
                 if self.calibration is not None:
                     metrics["beta"] = self.calibration.working_beta
+                    metrics["beta_at_limit"] = float(self.calibration.at_limit)
                 if dropped:
                     metrics["dropped"] = float(dropped)
                 yield self.record(metrics)

@@ -169,6 +169,7 @@ def of_rewards(
     *,
     counted: bool = True,
     group: str = "group",
+    draws: int = 1000,
 ) -> tuple[dict[str, Any], list[Row]]:
     """What the rewards of tuned samples [n] and of the weighted base samples [m] say: entries of the summary, and tests.
 
@@ -177,6 +178,7 @@ def of_rewards(
     Args:
         counted: whether the mean reward counts as a test; not where training was steered by it.
         group: what a group of the weights is, in a word.
+        draws: resamples of two samples between which nothing is wrong, for the distance's test.
     """
     why = weights.unknown(group)
     entries: dict[str, Any] = {"target_unknown": why, "effective_sample_size": weights.effective_sample_size}
@@ -188,7 +190,7 @@ def of_rewards(
         return entries | dict.fromkeys([*absent, *FLOORS, "target_distance_base", "target_distance_kind"]), []
     distance = reward_distance(tuned, base, weights, generator)
     of_base = kolmogorov_smirnov(base, base, weights.weights)
-    null = weights.null_distances(len(tuned), [reward_masses(base)], generator)[0]
+    null = weights.null_distances(len(tuned), [reward_masses(base)], generator, draws=draws)[0]
     rows = [
         mean_test("mean reward", tuned, base, weights, counted=counted),
         distance_test("distance in reward", distance.value, of_base, null),
