@@ -499,14 +499,13 @@ def _tests(s: Tree) -> str:
             says,
         ]
         name = escape(str(row.get("statistic", "")))
-        rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = "".join(f"<th>{head}</th>" for head in ("", "Base", "Tuned", "Target", "z", "p", "Would see", ""))
+        rows.append(f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     note = (
         "Tuned against target, with the errors of both. p is corrected for the number of tests (Holm): below 0.05 they differ"
         " by more than chance. Would see: the deviation that is found four times in five; of a distance, the smallest that is"
         " found. The target of a distance is what is left where nothing is wrong."
     )
-    table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    table = _numbers(("Statistic", "Base", "Tuned", "Target", "z", "p", "Would see", "Result"), "".join(rows))
     return _section("What was tested", table, note)
 
 
@@ -554,7 +553,8 @@ def _classes(
         return [percent(value, errors[i] if errors else None) for i, value in enumerate(values)]
 
     of_samples = [[math.sqrt(p * (1 - p) / count) for p in values] if count else None for values in (base, tuned)]
-    columns = [shares(base, of_samples[0]), shares(tuned, of_samples[1]), shares(target, target_error)]
+    known = shares(target, target_error) or ["–"] * len(names)
+    columns = [shares(base, of_samples[0]), shares(tuned, of_samples[1]), known]
     body = "".join(
         f'<tr><th scope="row">{escape(str(name))}</th>' + "".join(f"<td>{value}</td>" for value in row) + "</tr>"
         for name, *row in zip(names, *columns, strict=True)
