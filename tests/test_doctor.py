@@ -248,3 +248,39 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert the(findings, "parity").level == "green"
     assert the(findings, "ratio").level == "green"
     assert the(findings, "iteration").level == "green", the(findings, "iteration")
+
+
+def patient_of(family: str, folder: Path, **changes: Any) -> doctor.Patient:
+    """A pipeline, for checks of its own."""
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for as pipeline_recipe
+
+    from tiltflow.run_text_to_image import TextToImageRecipe
+
+    tree = pipeline_recipe(folder, family)
+    for key, value in changes.items():
+        tree[key] |= value
+    return doctor.admit(validate(TextToImageRecipe, tree, "recipe"), "cpu")
+
+
+def test_parity_is_at_equal_guidance(tmp_path: Path) -> None:
+    """FLUX.1-dev takes the scale as an input: at 3 on both sides the latents, so the pictures, are the same."""
+    finding = the(doctor.parity(patient_of("flux", tmp_path)), "parity")
+    assert finding.level == "green"
+    assert float(finding.text.split()[-1]) < 1e-5
+
+
+def test_parity_in_16_bits(tmp_path: Path) -> None:
+    """The decoder stays in float32, which the pipeline itself could not use: what is compared is before it."""
+    assert the(doctor.parity(patient_of("stable-diffusion", tmp_path, model={"dtype": "bfloat16"})), "parity").level == "green"
+
+
+@pytest.mark.filterwarnings("ignore:scheduler DDIMScheduler")
+def test_parity_of_a_scheduler_with_other_steps(tmp_path: Path) -> None:
+    """Two and four steps divide a thousand, six do not; a solver with noise is none of the pipeline's anyway."""
+    points = [{"num_inference_steps": 2}, {"num_inference_steps": 6}, {"solver": "memoryless", "num_inference_steps": 7}]
+    changes = {"model": {"scheduler": {"timestep_spacing": "trailing"}}, "evaluation": {"points": points}}
+    finding = the(doctor.parity(patient_of("stable-diffusion", tmp_path, **changes)), "parity")
+    assert finding.level == "amber"
+    assert "of the largest at 6" in finding.text
+    assert not any(f"of the largest at {steps}" in finding.text for steps in (2, 3, 7))
