@@ -3,7 +3,8 @@
     python scripts/mutants.py                            every mutant of every file that asks for it
     python scripts/mutants.py --file sampler.py --sample 20
 
-A file of src/tiltflow asks for it by a line `# Mutation tests: test_this.py test_that.py`, the tests that must notice.
+A file of src/tiltflow asks for it by a line `# Mutation tests: test_this.py test_that.py`, the tests that must notice, the
+fastest first; `# Mutation tests: none: ..` says why it does not.
 
 Each mutant runs in a forked child that compiles the changed syntax tree in place of the module, so nothing on disk
 changes and PyTorch is imported only once. A mutant is killed if a test fails or if the tests run far longer than they

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -105,3 +106,18 @@ def test_methods_know_nothing_of_each_other_or_of_rewards_and_networks() -> None
     for module in (name for name in MODULES if name.startswith("tiltflow.methods.")):
         others = {name for name in MODULES if name.startswith(("tiltflow.methods.", "tiltflow.rewards", "tiltflow.networks"))}
         assert not reach(module) & (others - {module})
+
+
+def test_a_file_with_formulas_says_which_tests_notice_a_mistake_in_them() -> None:
+    """In a line `# Mutation tests: test_this.py`, for scripts/mutants.py; `# Mutation tests: none: why` where it has none."""
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        marker = re.search(r"^# Mutation tests: (.+)$", text, re.MULTILINE)
+        products = sum(
+            isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Pow)) for node in ast.walk(ast.parse(text))
+        )
+        assert marker or products < 8, (
+            f"{name} has {products} products and powers, and no line '# Mutation tests: test_this.py ..'"
+        )
+        for file in marker[1].split() if marker and not marker[1].startswith("none: ") else ():
+            assert (Path(__file__).parent / file).exists(), f"{name} names {file}, which is not in tests/"

@@ -1,5 +1,7 @@
 """CLIP models of transformers, as rewards and judges need them: features of pictures, with gradient, and of prompts."""
 
+# Mutation tests: test_scorers.py
+
 from __future__ import annotations
 
 import re

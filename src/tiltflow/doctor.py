@@ -4,6 +4,8 @@ Each check is a function of a `Patient` and gives findings: green, amber (it run
 amber and red with a remedy. The last check is one real iteration.
 """
 
+# Mutation tests: none: forecasts, and words for them
+
 from __future__ import annotations
 
 import time

@@ -10,6 +10,8 @@ base samples weighted by exp(r / beta) say how much is left when nothing is wron
 say so, the rule is its first two lines.
 """
 
+# Mutation tests: test_monitor.py
+
 from __future__ import annotations
 
 import json

@@ -1,6 +1,8 @@
 """What every training loop here shares: the optimizer's settings, the learning rate, the moving average of weights, and the
 refusal of bad numbers."""
 
+# Mutation tests: test_optimization.py test_trainer.py
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,8 @@ The colours of an SVG are CSS variables with a fallback, so that it follows the 
 and still looks right as a file of its own.
 """
 
+# Mutation tests: none: pictures
+
 from __future__ import annotations
 
 import io

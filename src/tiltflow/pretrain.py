@@ -1,5 +1,7 @@
 """Pretraining: the small models that tiltflow ships, and yours of the same kind, from an .npz file or a folder of images."""
 
+# Mutation tests: test_pretrain.py
+
 from __future__ import annotations
 
 import time

@@ -4,6 +4,8 @@ A byte-pair tokenizer is learned from the captions, then an autoencoder, then th
 result is a folder of diffusers' own classes, which `DiffusionPipeline.from_pretrained` reads without tiltflow.
 """
 
+# Mutation tests: none: a model for the tests, made once
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -4,6 +4,8 @@ It is written from the files of the run folder alone; what a run did not measure
 the look of the page, this file the words.
 """
 
+# Mutation tests: none: words and pages
+
 from __future__ import annotations
 
 import base64

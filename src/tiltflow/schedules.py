@@ -5,6 +5,8 @@ of Euler's method for flow matching: both are Euler's method on the linear path.
 `Schedule.difference` runs the scheduler's own steps beside ours on a law whose prediction is known.
 """
 
+# Mutation tests: test_schedules.py
+
 from __future__ import annotations
 
 import copy

@@ -6,6 +6,8 @@ test that rejects. A test that does not reject proves nothing: beside it stands 
 more than the tests do.
 """
 
+# Mutation tests: test_verdict.py
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,8 @@ function of the chain, from many trajectories at once, against the exact gradien
 optimum? From the base, with a linear policy whose slope and intercept are polynomials of time, the critic being learned.
 """
 
+# Mutation tests: test_lqg.py test_score_as_action.py
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A value function of images: strided convolutions, with time as a scale and a shift after each, and one number at the end."""
 
+# Mutation tests: test_value.py
+
 from __future__ import annotations
 
 from itertools import pairwise

@@ -1,5 +1,7 @@
 """A quadratic function of x whose coefficients are polynomials of time: the value function of linear-quadratic problems."""
 
+# Mutation tests: test_value.py
+
 from __future__ import annotations
 
 from typing import Annotated, Literal

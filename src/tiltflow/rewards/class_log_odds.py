@@ -1,5 +1,7 @@
 """What a classifier thinks: the log-odds that an image belongs to one of the wanted classes."""
 
+# Mutation tests: test_rewards.py
+
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal

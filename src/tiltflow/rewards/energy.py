@@ -1,5 +1,7 @@
 """How much a sample looks like data: minus an energy that learns, while a method trains, to tell the samples from data."""
 
+# Mutation tests: test_energy.py
+
 from __future__ import annotations
 
 from pathlib import Path

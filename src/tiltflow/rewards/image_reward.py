@@ -1,5 +1,7 @@
 """How well people would rate a picture of its prompt, by ImageReward."""
 
+# Mutation tests: test_scorers.py
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,7 @@
 """How much ink there is: the mean brightness of an image."""
 
+# Mutation tests: test_rewards.py
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal

@@ -1,5 +1,7 @@
 """Whether a picture has the colour that its prompt names."""
 
+# Mutation tests: test_rewards.py
+
 from __future__ import annotations
 
 from collections.abc import Sequence

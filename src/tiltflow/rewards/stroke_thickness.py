@@ -1,5 +1,7 @@
 """How thick the strokes are: area over half the perimeter, in pixels."""
 
+# Mutation tests: test_rewards.py
+
 from __future__ import annotations
 
 from typing import ClassVar, Literal

@@ -1,5 +1,7 @@
 """Several rewards at once: their weighted sum."""
 
+# Mutation tests: test_rewards.py
+
 from __future__ import annotations
 
 from collections.abc import Sequence

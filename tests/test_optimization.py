@@ -1,0 +1,83 @@
+"""What all training loops share: the learning rate, the average of weights, norms of gradients, and where numbers went bad."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tiltflow.errors import NonFiniteError
+from tiltflow.optimization import Tilting, WeightAverage, all_finite, finite, gradient_norm, learning_rate_factor, located
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def test_the_log_tilt_is_the_reward_over_the_temperature() -> None:
+    assert Tilting(beta=0.25).log_tilt(torch.tensor([1.0, -0.5], dtype=torch.float32), 7).tolist() == [4, -2]
+    assert Tilting().priced_chain() is None
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    """Linear to 1 over 4 steps, then half a cosine over the 6 that are left: a third of the way 3/4, half way 1/2."""
+    factors = [learning_rate_factor(step, warmup=4, total=10) for step in range(1, 11)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1]
+    assert factors[4:] == pytest.approx([(1 + math.sqrt(0.75)) / 2, 0.75, 0.5, 0.25, (1 - math.sqrt(0.75)) / 2, 0])
+    assert [learning_rate_factor(step, warmup=4, total=10, scheduler="constant") for step in (2, 4, 5, 10)] == [0.5, 1, 1, 1]
+    assert learning_rate_factor(1, warmup=0, total=1) == pytest.approx(0)
+    assert learning_rate_factor(5, warmup=5, total=5) == 1
+
+
+def test_the_average_of_weights_by_hand() -> None:
+    """The memory is 1/11, 2/12, .. of an update until that is longer than the decay asked for."""
+    weight = nn.Parameter(torch.zeros(1))
+    average = WeightAverage([weight], decay=0.15)
+    expected = 0.0
+    for update, decay in enumerate((1 / 11, 0.15, 0.15), start=1):
+        with torch.no_grad():
+            weight.fill_(update)
+        average.update()
+        expected = decay * expected + (1 - decay) * update
+        assert_close(average.values[0], torch.tensor([expected]))
+    with average.applied():
+        assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 3
+
+
+def test_without_a_decay_there_is_nothing_to_average() -> None:
+    average = WeightAverage([nn.Parameter(torch.ones(2))], decay=0)
+    average.update()
+    assert average.parameters == average.values == []
+
+
+def test_gradients_are_clipped_to_a_common_norm() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for limit, after in ((None, [3.0, -4.0]), (10.0, [3.0, -4.0]), (0.5, [0.3, -0.4])):
+        for parameter, value in zip(parameters, (3.0, -4.0), strict=True):
+            parameter.grad = torch.tensor([value])
+        assert gradient_norm(parameters, limit, 1) == pytest.approx(5)
+        assert [p.grad.item() for p in parameters if p.grad is not None] == pytest.approx(after, abs=1e-6)
+    parameters[1].grad = torch.tensor([math.inf])
+    with pytest.raises(NonFiniteError, match="step 7: the gradient norm is inf") as caught:
+        gradient_norm(parameters, 1.0, 7, ["first", "second"])
+    assert caught.value.where["parameters"] == ["second"]
+
+
+def test_bad_numbers_are_found_by_step_time_and_sample() -> None:
+    values = torch.zeros(3, 4, 2)
+    values[1, 2, 0], values[2, 3, 1] = math.nan, math.inf
+    times = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    with pytest.raises(
+        NonFiniteError, match=r"velocity is not finite at 2 of 3 steps \(t = 0.25 to 0.5\) for 2 of 4 samples"
+    ) as caught:
+        all_finite(values, "velocity", times)
+    assert (caught.value.where["sampler_steps"], caught.value.where["samples"]) == ([1, 2], [2, 3])
+    with pytest.raises(NonFiniteError) as caught, located(slice(10, 14)):
+        all_finite(values, "velocity", times)
+    assert caught.value.where["samples"] == [12, 13]
+    assert all_finite(values[:1], "velocity", times) is not None
+    assert finite(torch.tensor(2.0), "loss", 3) == 2
+    with pytest.raises(NonFiniteError, match="step 3: loss is nan"):
+        finite(math.nan, "loss", 3)
