@@ -23,7 +23,7 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
-from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
+from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
@@ -35,10 +35,10 @@ from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompt, Prompts, key_of, read_prompts
 from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
-from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, values_of
+from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
 from tiltflow.run import VARIETY, build_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
-from tiltflow.sampler import Sampling, path_costs
+from tiltflow.sampler import Sampling, Solver, path_costs
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import (
@@ -52,6 +52,7 @@ from tiltflow.text_to_image import (
     with_adapter,
 )
 from tiltflow.trainer import Batch, Record, train, trainable_copy
+from tiltflow.user_code import explained, tried
 from tiltflow.verdict import conclude, mean_test, of_rewards
 
 PATHS = 32
@@ -152,7 +153,7 @@ class TextToImageTraining(Survival):
 class Point(Settings):
     """A way to sample, of which there is a row in the table."""
 
-    solver: str = "euler"
+    solver: Solver = "euler"
     num_inference_steps: Count = 50
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
     """The model's own by default; 1 is none."""
@@ -323,9 +324,7 @@ def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared, Me
         raise InputError(f"reward {recipe.reward.name!r} learns from samples, which it cannot from those of a pipeline")
     measures = Measures.build(recipe, device)
     reward = measures.rewards[recipe.reward.name]
-    check_reward(model, reward, prompts[0])
-    if measures.extract is not None:
-        check_features(model, recipe.evaluation, measures.extract, device)
+    rehearse(recipe, model, measures, prompts[0], device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
     return prepare(model, tuned, prompts, reward, recipe.method, recipe.training, seed=recipe.seed), measures
 
@@ -463,26 +462,37 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
     return optimizer
 
 
-def check_reward(model: TextToImage, reward: Reward, prompt: Prompt) -> None:
-    """Raises InputError if the reward cannot take what the model makes, or is not finite."""
-    latents = torch.randn(2, *model.event_shape, generator=stream(0, "check", device=model.device), device=model.device)
-    try:
-        with torch.no_grad():
-            evaluate(told_of(reward, [prompt, prompt]), model.decode(latents))
-    except NonFiniteError as error:
-        raise InputError(str(error)) from None
-    except RuntimeError as error:  # torch's word for a wrong shape
-        raise InputError(f"the reward does not take pictures of {model.size}: {str(error).splitlines()[0]}") from None
+def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, prompt: Prompt, device: str) -> None:
+    """Try on two pictures of each way to sample, drawn in two steps, all that the training and the evaluation will need of
+    others. Raises InputError, of one line, for what does not work: now, and not after the training.
 
-
-def check_features(model: TextToImage, settings: TextToImageEvaluation, extract: Features, device: str) -> None:
-    """Raises InputError if the pictures cannot be compared as `settings` say."""
-    images = torch.zeros(2, 3, *model.size)
-    found = features_of(images, extract, settings.batch_size, device)
-    if settings.reference is not None:
-        distances_to_reference(found, found)
-        if settings.reference != "base":
-            reference_images(settings.reference)
+    Rewards need not be finite for such pictures: a detector may see nothing in them.
+    """
+    settings, two, pictures = recipe.evaluation, [prompt, prompt], torch.zeros(0)
+    with tried("method"), explained("the scheduler"):
+        recipe.method.sampling.times(model.grid)
+    for i, point in reversed(list(enumerate(settings.points))):
+        with tried(f"evaluation.points[{i}]"):
+            with explained("the scheduler"):
+                point.sampling.times(model.own_grid)
+            pictures = model.sample(
+                [each.text for each in two],
+                seed=recipe.seed,
+                sampling=Sampling(solver=point.solver, num_inference_steps=2),
+                guidance_scale=point.guidance_scale,
+            )
+    for name, reward in measures.rewards.items():
+        own = name == recipe.reward.name
+        gradient = own and getattr(recipe.method, "needs_reward_gradient", False)
+        with tried("" if own else f"evaluation.rewards {name}"):
+            try_reward(told_of(reward, two), pictures.to(device), gradient=gradient, non_finite="drop")
+    if measures.extract is None:
+        return
+    with tried():
+        found = features_of(pictures, measures.extract, settings.batch_size, device)
+        if settings.reference is not None:
+            real = pictures if settings.reference == "base" else reference_images(settings.reference)[:2]
+            distances_to_reference(found, features_of(real, measures.extract, settings.batch_size, device))
 
 
 def read_run(folder: Path) -> TextToImageRecipe:

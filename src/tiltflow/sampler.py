@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, cast
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from tiltflow import processes
@@ -329,24 +329,27 @@ CHAINS = ("memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-mar
 ODE_SOLVERS: dict[str, OdeSolver] = {"heun": heun, "dpm-solver++": dpm_solver}
 
 
+def _known(solver: str) -> str:
+    known = (*CHAINS, *ODE_SOLVERS)
+    if solver not in known and ":" not in solver:
+        raise ValueError(f"there is no solver {solver!r}{did_you_mean(solver, known)}")
+    return solver
+
+
+Solver = Annotated[str, AfterValidator(_known)]
+"""The name of a solver, or `package.module:function`."""
+
+
 class Sampling(Settings):
     """How to sample: which solver, on which grid."""
 
-    solver: str = "memoryless"
+    solver: Solver = "memoryless"
     """memoryless, memoryless-offset, ddpm, ddim, euler, euler-maruyama, heun, dpm-solver++, or `package.module:function`, an
     `OdeSolver` of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     shift: Annotated[float, Field(gt=0)] = 1.0
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The noise of the `ddim` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
-
-    @field_validator("solver")
-    @classmethod
-    def _known(cls, solver: str) -> str:
-        known = (*CHAINS, *ODE_SOLVERS)
-        if solver not in known and ":" not in solver:
-            raise ValueError(f"there is no solver {solver!r}{did_you_mean(solver, known)}")
-        return solver
 
     @property
     def is_chain(self) -> bool:

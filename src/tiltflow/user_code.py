@@ -66,8 +66,10 @@ def out_of_memory(error: Exception) -> bool:
 @contextmanager
 def tried(where: str = "") -> Iterator[None]:
     """In this context user code runs to see whether it works at all: what it raises, or a number that is not finite, is wrong
-    input, and the message begins with `where`, if anything."""
+    input. The message begins with `where`, if anything."""
     try:
         yield
-    except (UserCodeError, NonFiniteError) as error:
+    except (UserCodeError, NonFiniteError, InputError) as error:
+        if isinstance(error, InputError) and not where:
+            raise
         raise InputError(f"{where}: {error}" if where else str(error)) from error

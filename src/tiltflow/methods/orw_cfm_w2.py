@@ -53,7 +53,7 @@ from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, evaluate, shared
-from tiltflow.sampler import Sampling, Start, sample, spread_times
+from tiltflow.sampler import Sampling, Solver, Start, sample, spread_times
 from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
@@ -90,7 +90,7 @@ class OrwCfmW2(Optimization):
     the two the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
     data: str | None = None
     """Where the other samples come from: an .npz file with x_train, or a folder of images; without it, from the base."""
-    solver: str = "heun"
+    solver: Solver = "heun"
     """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned
     again in every round: euler with few steps narrows the law a little more each time."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20

@@ -52,7 +52,7 @@ from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, ob
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting, all_finite, load_optimizer, located
 from tiltflow.reward import LearnedReward, Reward, evaluate, shared, value_and_gradient
-from tiltflow.sampler import Chain, Sampling, Start, Trajectory, rollout, rollout_ode, unguided
+from tiltflow.sampler import Chain, Sampling, Solver, Start, Trajectory, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import FORMS, Batch, Critic, Value, improve, returns
 
@@ -136,7 +136,7 @@ class ScoreAsAction(Tilting):
     preset: Literal["ddpo", "dxmi"] | None = None
     """Start from the settings of a published method; keys given beside it win."""
 
-    solver: str = "memoryless"
+    solver: Solver = "memoryless"
     """Any solver of `Sampling`; `package.module:function` for one of your own."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
     shift: Positive = 1.0

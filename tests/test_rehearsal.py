@@ -1,0 +1,178 @@
+"""What only the evaluation needs is built and tried before the first step, by `tiltflow doctor` too."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_recipe
+
+from tiltflow.doctor import examine, verdict
+from tiltflow.errors import InputError
+from tiltflow.run import Recipe, run
+from tiltflow.settings import read_yaml, validate
+
+MINE = """
+import torch
+
+def good(x): return x.mean((1, 2, 3))
+def column(x): return x.mean((1, 2, 3))[:, None]
+def raises(x): raise ValueError("no face found")
+def nothing_in_noise(x): return good(x).fill_(torch.nan)
+def integers(x): return good(x).long()
+def cut(x): return good(x.detach())
+def features(x): return x.mean((2, 3))
+def pictures(x): return x
+def numbers(x): return x.mean((2, 3)).tolist()
+def fails(x): raise KeyError("layer")
+def solver(velocity, x, times): return [x for _ in times]
+def refuses(velocity, x, times): raise RuntimeError("not this one")
+"""
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module `mine_of_rehearsal`."""
+    (tmp_path / "mine_of_rehearsal.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_of_rehearsal", raising=False)
+
+
+def function(name: str) -> dict[str, str]:
+    return {"name": "function", "path": f"mine_of_rehearsal:{name}"}
+
+
+def assert_refused(recipe: Callable[[], Any], train: Callable[[Any, Path], Any], folder: Path, message: str) -> None:
+    """By training, with nothing written, and by the doctor, in the same words of one line."""
+    with pytest.raises(InputError) as caught:
+        train(recipe(), folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not folder.exists()
+    try:
+        read = recipe()
+    except InputError:
+        return  # the doctor says so too: tests/test_doctor.py
+    findings = list(examine(read))
+    assert verdict(findings) == "red"
+    assert any(message in finding.text for finding in findings if finding.level == "red")
+
+
+IMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "a solver": ({"sampling": {"solver": "eular"}}, "sampling.solver: there is no solver 'eular', did you mean 'euler'?"),
+    "a solver of the user": (
+        {"sampling": {"solver": "mine_of_rehearsal:refuses"}},
+        "the solver raised RuntimeError: not this one (in refuses, line 15 of",
+    ),
+    "its states": ({"sampling": {"solver": "mine_of_rehearsal:solver"}}, "returns one tensor for several times"),
+    "a reward": ({"reward": function("column")}, "one number per sample, shape [2], got [2, 1]"),
+    "no gradient": ({"reward": function("cut")}, "the reward has no gradient"),
+    "a judge of other images": ({"evaluation": {"judge": "digits-judge", "data": "DATA"}}, "evaluation.judge does not take"),
+    "data without a judge": ({"evaluation": {"data": "DATA"}}, "set evaluation.judge too"),
+    "data that are not there": ({"evaluation": {"judge": "digits-judge", "data": "none.npz"}}, "none.npz"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_models(name: str, tmp_path: Path) -> None:
+    changes, message = copy.deepcopy(IMAGES[name])
+    if changes.get("evaluation", {}).get("data") == "DATA":
+        np.savez(tmp_path / "data.npz", x_test=np.zeros((4, 3, 8, 8), dtype=np.uint8), x_train=np.zeros((4, 3, 8, 8), np.uint8))
+        changes["evaluation"]["data"] = str(tmp_path / "data.npz")
+    path = tiny_recipe(tmp_path, **changes)
+    assert_refused(lambda: validate(Recipe, read_yaml(path), "recipe"), run, tmp_path / "run", message)
+
+
+POINT = {"num_inference_steps": 2}
+PICTURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a solver": ({"points": [POINT | {"solver": "eular"}]}, "evaluation.points.0.solver: there is no solver 'eular'"),
+    "a second solver": (
+        {"points": [POINT, POINT | {"solver": "mine_of_rehearsal:refuses"}]},
+        "evaluation.points[1]: the solver raised RuntimeError: not this one (in refuses",
+    ),
+    "more steps than there are": ({"points": [POINT, {"num_inference_steps": 1001}]}, "evaluation.points[1]: "),
+    "a held-out reward of the wrong shape": (
+        {"rewards": [function("good"), function("column")]},
+        "evaluation.rewards function 3: the reward must return one number per sample, shape [2], got [2, 1]",
+    ),
+    "a held-out reward that raises": (
+        {"rewards": [function("raises")]},
+        "evaluation.rewards function 2: the reward raised ValueError: no face found (in raises, line 6 of",
+    ),
+    "a held-out reward of integers": ({"rewards": [function("integers")]}, "must return floats, got int64"),
+    "features of the wrong shape": (
+        {"features": "mine_of_rehearsal:pictures"},
+        "evaluation.features must return [batch, width]",
+    ),
+    "features that are no tensor": ({"features": "mine_of_rehearsal:numbers"}, "must return a tensor [batch, width], got list"),
+    "features that fail": ({"features": "mine_of_rehearsal:fails"}, "evaluation.features raised KeyError: 'layer' (in fails"),
+    "no reference": ({"features": "mine_of_rehearsal:features", "reference": "nowhere"}, "nowhere"),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline("stable-diffusion", folder).save_pretrained(folder / "pipe")
+    return folder / "pipe"
+
+
+def tree_for(pipeline: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"diffusers": str(pipeline), "height": 16, "width": 16, "adapter": {"rank": 2}},
+        "prompts": {"texts": ["a red cat", "a blue dog"], "validation": 0.5},
+        "reward": function("good"),
+        "method": {"name": "adjoint-matching", "num_inference_steps": 3},
+        "training": {"max_train_steps": 1, "prompts_per_step": 1, "num_generations": 2},
+        "evaluation": {"num_prompts": 1, "num_generations": 2, "points": [POINT]},
+    } | changes
+
+
+def refused(tree: dict[str, Any], folder: Path, message: str) -> None:
+    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+
+    assert_refused(lambda: validate(TextToImageRecipe, tree, "recipe"), run_text_to_image, folder, message)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pipelines(name: str, pipeline: Path, tmp_path: Path) -> None:
+    changes, message = PICTURES[name]
+    refused(tree_for(pipeline, evaluation=tree_for(pipeline)["evaluation"] | changes), tmp_path / "run", message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "adjoint-matching", "num_inference_steps": 1001}}, "method: the scheduler raised"),
+        ({"reward": function("raises")}, "the reward raised ValueError: no face found (in raises, line 6 of"),
+        ({"reward": function("cut")}, "the reward has no gradient"),
+    ],
+)
+def test_what_the_training_needs(changes: dict[str, Any], message: str, pipeline: Path, tmp_path: Path) -> None:
+    refused(tree_for(pipeline, **changes), tmp_path / "run", message)
+
+
+def test_reference_pictures_of_another_size_that_the_features_do_not_take(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "mine_of_rehearsal.py").write_text(MINE + "def flat(x): return x[:, :, :16].reshape(len(x), 768)\n")
+    changes = {"features": "mine_of_rehearsal:flat", "reference": str(tmp_path / "real")}
+    tree = tree_for(pipeline, evaluation=tree_for(pipeline)["evaluation"] | changes)
+    refused(tree, tmp_path / "run", "evaluation.features raised RuntimeError: shape '[2, 768]' is invalid")
+
+
+def test_a_reward_that_sees_nothing_in_rough_pictures_may_start(pipeline: Path) -> None:
+    """A detector finds nothing in what is drawn in two steps; the first batch decides."""
+    from tiltflow.run_text_to_image import TextToImageRecipe, prepare
+
+    prepare(validate(TextToImageRecipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")
