@@ -36,6 +36,7 @@ from tiltflow.run_text_to_image import (
     load_run,
     load_text_to_image,
     read_run,
+    rough_pictures,
     run_text_to_image,
     tuned_copy,
 )
@@ -307,7 +308,7 @@ def _of_pipeline(
     )
     if not texts:
         raise InputError("tune: all prompts are blank")
-    check_reward(model, reward, texts[0])
+    check_reward(reward, method, rough_pictures(model, texts[0]).to(model.device), texts[0])
     own = adapter is NEW_ADAPTER and isinstance(model.denoiser, AdaptedDenoiser)
     tuned = model if own else tuned_copy(model, adapter, seed)
     parts = prepare_pipeline(model, tuned, texts, reward, method, training, seed=seed)

@@ -462,30 +462,39 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
     return optimizer
 
 
+def rough_pictures(model: TextToImage, prompt: Prompt, solver: str = "euler", guidance_scale: float | None = None) -> Tensor:
+    """Two pictures [2, 3, height, width] of a prompt, drawn in two steps: to try what looks at pictures."""
+    sampling = Sampling(solver=solver, num_inference_steps=2)
+    return model.sample([prompt.text, prompt.text], sampling=sampling, guidance_scale=guidance_scale)
+
+
+def check_reward(reward: Reward, method: Any, pictures: Tensor, prompt: Prompt) -> None:
+    """Raises InputError, of one line, if a reward does not take these two pictures of a prompt, or has no gradient where the
+    method needs one. It need not be finite for rough pictures."""
+    gradient = getattr(method, "needs_reward_gradient", False)
+    try_reward(told_of(reward, [prompt, prompt]), pictures, gradient=gradient, non_finite="drop")
+
+
 def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, prompt: Prompt, device: str) -> None:
     """Try on two pictures of each way to sample, drawn in two steps, all that the training and the evaluation will need of
     others. Raises InputError, of one line, for what does not work: now, and not after the training.
 
     Rewards need not be finite for such pictures: a detector may see nothing in them.
     """
-    settings, two, pictures = recipe.evaluation, [prompt, prompt], torch.zeros(0)
+    settings, pictures = recipe.evaluation, torch.zeros(0)
     with tried("method"), explained("the scheduler"):
         recipe.method.sampling.times(model.grid)
     for i, point in reversed(list(enumerate(settings.points))):
         with tried(f"evaluation.points[{i}]"):
             with explained("the scheduler"):
                 point.sampling.times(model.own_grid)
-            pictures = model.sample(
-                [each.text for each in two],
-                seed=recipe.seed,
-                sampling=Sampling(solver=point.solver, num_inference_steps=2),
-                guidance_scale=point.guidance_scale,
-            )
+            pictures = rough_pictures(model, prompt, point.solver, point.guidance_scale)
     for name, reward in measures.rewards.items():
-        own = name == recipe.reward.name
-        gradient = own and getattr(recipe.method, "needs_reward_gradient", False)
-        with tried("" if own else f"evaluation.rewards {name}"):
-            try_reward(told_of(reward, two), pictures.to(device), gradient=gradient, non_finite="drop")
+        if name == recipe.reward.name:
+            check_reward(reward, recipe.method, pictures.to(device), prompt)
+        else:
+            with tried(f"evaluation.rewards {name}"):
+                check_reward(reward, None, pictures.to(device), prompt)
     if measures.extract is None:
         return
     with tried():
