@@ -96,7 +96,10 @@ PICTURES: dict[str, tuple[dict[str, Any], str]] = {
         {"points": [POINT, POINT | {"solver": "mine_of_rehearsal:refuses"}]},
         "evaluation.points[1]: the solver raised RuntimeError: not this one (in refuses",
     ),
-    "more steps than there are": ({"points": [POINT, {"num_inference_steps": 1001}]}, "evaluation.points[1]: "),
+    "more steps than there are": (
+        {"points": [POINT, {"num_inference_steps": 1001}]},
+        "evaluation.points[1]: num_inference_steps 1001",
+    ),
     "a held-out reward of the wrong shape": (
         {"rewards": [function("good"), function("column")]},
         "evaluation.rewards function 3: the reward must return one number per sample, shape [2], got [2, 1]",
@@ -152,7 +155,10 @@ def test_pipelines(name: str, pipeline: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {"name": "adjoint-matching", "num_inference_steps": 1001}}, "method: the scheduler raised"),
+        (
+            {"method": {"name": "adjoint-matching", "num_inference_steps": 1001}},
+            "method: num_inference_steps 1001: DDIMScheduler refuses it",
+        ),
         ({"reward": function("raises")}, "the reward raised ValueError: no face found (in raises, line 6 of"),
         ({"reward": function("cut")}, "the reward has no gradient"),
     ],

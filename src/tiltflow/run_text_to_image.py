@@ -52,7 +52,7 @@ from tiltflow.text_to_image import (
     with_adapter,
 )
 from tiltflow.trainer import Batch, Record, train, trainable_copy
-from tiltflow.user_code import explained, tried
+from tiltflow.user_code import tried
 from tiltflow.verdict import conclude, mean_test, of_rewards
 
 PATHS = 32
@@ -482,12 +482,11 @@ def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, 
     Rewards need not be finite for such pictures: a detector may see nothing in them.
     """
     settings, pictures = recipe.evaluation, torch.zeros(0)
-    with tried("method"), explained("the scheduler"):
+    with tried("method"):
         recipe.method.sampling.times(model.grid)
     for i, point in reversed(list(enumerate(settings.points))):
         with tried(f"evaluation.points[{i}]"):
-            with explained("the scheduler"):
-                point.sampling.times(model.own_grid)
+            point.sampling.times(model.own_grid)
             pictures = rough_pictures(model, prompt, point.solver, point.guidance_scale)
     for name, reward in measures.rewards.items():
         if name == recipe.reward.name:
