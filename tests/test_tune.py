@@ -247,7 +247,7 @@ def check_skipped(folder: Path) -> None:
 
 def check_calibration(folder: Path) -> None:
     beta = tiltflow.AdjointMatching(num_inference_steps=4, beta=50.0)
-    assert "beta" in tuned(method=beta, calibration_samples=64).rows[0]
+    assert "beta" in tuned(method=beta, calibration_samples=256).rows[0]
     assert "beta" not in tuned(method=beta).rows[0]
 
 

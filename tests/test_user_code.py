@@ -144,7 +144,7 @@ def test_evaluation_monitor_and_calibration_are_those_of_the_pure_reward(tmp_pat
         }
         method = {"name": "score-as-action", "num_inference_steps": 3, "learning_rate": 1e-3, "beta": 0.5}
         changes = {"reward": {"name": "function", "path": f"{name}:{function}"}, "method": method}
-        changes["training"] = training | {"calibration_samples": 64}
+        changes["training"] = training | {"calibration_samples": 256}
         recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path / function, **changes)), "recipe")
         summary = run(recipe, tmp_path / function / "run")
         looks = (tmp_path / function / "run" / "monitor.jsonl").read_text()
