@@ -203,3 +203,11 @@ def test_the_last_step_of_the_base_has_no_price_but_that_of_an_ode_has() -> None
     assert energy[-1] == 0
     chain, energy = ScoreAsAction(num_inference_steps=5, solver="euler").priced_chain()
     assert torch.equal(energy, euler(time_grid(5)).energy)
+
+
+@pytest.mark.parametrize(("steps", "gain"), [(15, 1.2275), (40, 1.0824)])
+def test_the_gain_at_which_a_calibrated_run_settles_is_above_one(steps: int, gain: float) -> None:
+    """Where the best control at beta / gain has the mean reward of the tilt at beta."""
+    method = AdjointMatching(num_inference_steps=steps, beta=BETA)
+    best = best_of_chain(method, TWO, REWARD, BETA / gain)["chain_optimum"]
+    assert best["reward"] == pytest.approx(TWO.tilt(REWARD, BETA).expectation(REWARD), abs=2e-4)

@@ -84,6 +84,20 @@ def test_verify_prints_one_json_object_with_the_promised_keys() -> None:
     assert result["reward_exact"] == pytest.approx(1.7 * (0.7 + 0.3**2 * 1.7))  # N(m + c s^2, s^2)
 
 
+@pytest.mark.parametrize(("dimension", "said"), [(1, "mean reward 0."), (3, "not computed above two dimensions")])
+def test_verify_says_what_the_chain_can_reach(dimension: int, said: str) -> None:
+    arguments = ["verify", "gaussian", "--iterations", "1", "--set", f"dimension={dimension}", "--set", "linear=0.5", "--json"]
+    small = ["num_samples=100", "num_samples_w2=100", "method.num_inference_steps=5", "draws=2", "train_batch_size=4"]
+    done = CliRunner().invoke(tiltflow.cli.app, [*arguments, *(part for one in small for part in ("--set", one))])
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert f"best that this chain can reach {'' if dimension > 1 else '0.'}" in words
+    assert said in words
+    assert ("within the one dimension of the tilt" in words) == (dimension > 1)
+    best = json.loads(done.stdout.splitlines()[-1])["chain_optimum"]
+    assert best is None if dimension > 1 else set(best) == {"distance", "reward", "path_kl", "num_inference_steps"}
+
+
 def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     recipe = str(tiny_recipe(tmp_path))
     new = ["--output", str(tmp_path / "new")]

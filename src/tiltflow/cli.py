@@ -860,8 +860,8 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
     rows = {
         "sliced W2 to the exact target": f"{result['distance']:.4f}   ({ratio:.2f} x the Monte-Carlo floor)",
         "floor": f"{result['floor']:.4f} ± {result['floor_std']:.4f}",
-        **(_span_row(result) if "span" in result else {}),
-        **({"best that this chain can": _best_of_chain(result)} if "chain_optimum" in result else {}),
+        **(_span_row(result) if "span" in result and result["span"] < result["dimension"] else {}),
+        **({"best that this chain can reach": _best_of_chain(result)} if "chain_optimum" in result else {}),
         "untuned base": f"{result['distance_base']:.4f}",
         **({"sampled by the ODE": f"{result['distance_ode']:.4f}"} if "distance_ode" in result else {}),
         **({"exact W2": f"{result['w2']:.4f}   (floor {result['w2_floor']:.4f})"} if "w2" in result else {}),

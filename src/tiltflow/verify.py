@@ -202,6 +202,7 @@ def verify(settings: Verification, watch: Callable[[Record], None] = lambda reco
         "floor_span": spanned.floor,
         "floor_span_std": spanned.floor_std,
         "span": span.shape[1],
+        "dimension": problem.dimension,
         "w2": w2.distance,
         "w2_floor": w2.floor,
         "reward": mean.value,
