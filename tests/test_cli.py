@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from tiny import tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow.cli
 from tiltflow.errors import TiltflowError
 from tiltflow.settings import parse_yaml
+from tiltflow.trainer import Record
 
 
 def tiltflow_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -68,6 +70,13 @@ def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
     assert tiltflow_command("sample", str(folder), "-o", str(arrays), "-n", "4", "--solver", "heun").returncode == 0
     with np.load(arrays) as archive:
         assert archive["samples"].shape == (4, 1, 8, 8)
+
+
+def test_the_rate_is_of_samples_that_were_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    """64 samples in four steps on each, eight seconds: eight a second, not 32."""
+    with tiltflow.cli._progress(Console(width=200), False, 4, 64) as watch:
+        watch(Record(4, {"reward": 1.0}, 8.0, 0, samples_drawn=64))
+    assert "8 samples/s" in capsys.readouterr().out
 
 
 def test_verify_prints_one_json_object_with_the_promised_keys() -> None:

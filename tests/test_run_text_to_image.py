@@ -42,11 +42,13 @@ from tiltflow.run_text_to_image import (
     TextToImageTraining,
     batches,
     diversity,
+    evaluate_text_to_image,
     load_run,
     path_kl,
     read_run,
     reference_images,
     run_text_to_image,
+    squared_distance,
     tuned_copy,
 )
 from tiltflow.sampler import Sampling, rollout
@@ -183,6 +185,7 @@ def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
     exact = (chain.control_scale**2).sum().item() * shift**2 * size / 2
     found = path_kl(moved, model, ["a"] * 2, 0, 2)
     assert found.value == pytest.approx(exact, rel=1e-3)
+    assert path_kl(moved, model, ["a", "a", "b", "b"], 0, 4, 2).value == pytest.approx(exact, rel=1e-3)
 
 
 # ---- export ----
@@ -300,6 +303,46 @@ def test_pictures_that_are_all_alike_have_no_variance() -> None:
     features = diversity(torch.nn.functional.normalize(other.flatten(1), dim=1), 3)
     assert 0 < features["variance"] < 2
     assert 1 < features["vendi"] < 3
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_the_vendi_score_of_pixels_falls_as_pictures_become_one(prompts: int) -> None:
+    """Towards their own mean, which is the base's, and towards another picture; with one prompt as with several."""
+    count = 16
+    base = torch.rand(prompts * count, 3, 4, 4, generator=stream(0, "x"), dtype=torch.float64)
+    scale = squared_distance(base, count)
+    assert scale == pytest.approx(2 * diversity(base, count)["variance"])
+    own = base.reshape(prompts, count, -1).mean(1).repeat_interleave(count, 0).reshape(base.shape)
+    for end in (own, torch.zeros_like(base)):
+        scores = [diversity(end + contrast * (base - end), count, scale)["vendi"] for contrast in (1, 0.5, 0.1, 1e-4)]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[0] > 7
+        assert scores[2] < 1.2
+        assert scores[3] == pytest.approx(1, abs=1e-4)
+    # two kinds of picture far apart: two, whatever the scale
+    two = torch.cat([torch.zeros(8, 3, 4, 4), 1e3 * torch.ones(8, 3, 4, 4)])
+    assert diversity(two, 16, scale)["vendi"] == pytest.approx(2)
+
+
+def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> None:
+    """56 pictures of each of two held-out prompts say what a weak tilt is; two of each do not, and then nothing is said."""
+    texts = {"texts": ["a red cat", "a blue dog", "a green hat", "a red hat"], "validation": 0.5}
+    evaluation = {"num_prompts": 2, "num_generations": 56, "batch_size": 112, "points": [SHORT], "rewards": ["png-size"]}
+    tree = recipe_for(tmp_path, "stable-diffusion", prompts=texts, evaluation=evaluation)
+    summary = train(tree, tmp_path / "run")
+    assert summary["target_unknown"] is None
+    assert {row["statistic"] for row in summary["tests"]} == {"mean reward", "distance in reward", "mean png-size"}
+    assert summary["effective_sample_size_of_group"] == pytest.approx(summary["effective_sample_size"] / 2)
+    assert abs(summary["reward_target_bias"]) < summary["reward_target_error"] + 1e-3
+    assert summary["reward_distance_floor"] == summary["target_distance_floor"] > 0
+    assert summary["path_kl_target"] is None  # of the guided law, beside unguided paths
+    assert summary["path_kl_error"] > 0
+    few = validate(TextToImageRecipe, {**tree, "evaluation": {**evaluation, "num_generations": 2}}, "recipe")
+    unknown = evaluate_text_to_image(few, tmp_path / "run", *load_run(few, tmp_path / "run"))
+    assert "The 2 base samples of a prompt weigh as much as" in unknown["target_unknown"]
+    assert unknown["reward_target"] is unknown["target_distance"] is unknown["reward_distance"] is None
+    assert unknown["verdict"]["text"].startswith("No verdict")
+    assert unknown["reward_gain"] is not None
 
 
 def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:

@@ -180,6 +180,11 @@ def test_loop_stops_in_the_middle_of_a_batch() -> None:
     assert [r.network_evaluations for r in records] == [64, 128, 192]
 
 
+def test_samples_are_counted_once_however_often_they_are_learned_from() -> None:
+    _, records, _ = run_given(GivenGradients([[0.3, -0.5, 0.2], [2.0, 0.1]]), 5)
+    assert [r.samples_drawn for r in records] == [64, 64, 64, 128, 128]
+
+
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     factors = [learning_rate_factor(step, warmup=4, total=10) for step in range(1, 11)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1]

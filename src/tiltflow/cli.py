@@ -640,7 +640,10 @@ def _spinner(console: Console, quiet: bool, text: str) -> Iterator[None]:
 
 @contextmanager
 def _progress(console: Console, quiet: bool, total: int, batch: int) -> Iterator[Callable[[Any], None]]:
-    """A progress bar that is shown training records; without a terminal, a line for each tenth of the work."""
+    """A progress bar that is shown training records; without a terminal, a line for each tenth of the work. Samples are those
+    that were drawn; in pretraining, `batch` real ones a step."""
+    from tiltflow.trainer import Record
+
     if quiet:
         yield lambda record: None
         return
@@ -658,7 +661,8 @@ def _progress(console: Console, quiet: bool, total: int, batch: int) -> Iterator
         def watch(record: Any) -> None:
             shown = record.metrics if hasattr(record, "metrics") else {"loss": record.loss}
             parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
-            text = "  ".join([*parts, f"{record.step * batch / max(record.seconds, 1e-9):.0f} samples/s"])
+            done = record.samples_drawn if isinstance(record, Record) else record.step * batch
+            text = "  ".join([*parts, f"{done / max(record.seconds, 1e-9):.0f} samples/s"])
             stage = "left" if record.step < total else "now evaluating"
             with suppress(OSError):  # of a terminal that was closed
                 bar.update(task, completed=record.step, metrics=text, stage=stage)

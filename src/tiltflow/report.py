@@ -173,6 +173,7 @@ MEASURES = {
         "seconds": ("Training time", "Wall-clock time of the training loop."),
         "seconds_total": ("Total time", "With loading, sampling and evaluation."),
         "network_evaluations": ("Network evaluations", "Samples that the two networks saw in training, counted together."),
+        "samples_drawn": ("Samples drawn", "By the model in training, to learn from; each counted once."),
         "evaluations_per_iteration": ("Evaluations per iteration", "The same for one step of the optimizer."),
         "iterations": ("Iterations", "Steps of the optimizer."),
         "max_train_steps": ("Iterations asked for", "Fewer were done where the run was interrupted."),

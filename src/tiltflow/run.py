@@ -362,6 +362,7 @@ def evaluate_run(
         **path_kl(recipe, tuned, base),
         "seconds": rows[-1]["seconds"],
         "network_evaluations": rows[-1]["network_evaluations"],
+        "samples_drawn": rows[-1].get("samples_drawn"),
         **of_monitor(folder),
     }
     if settings.judge is None:

@@ -436,7 +436,8 @@ def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record],
         return
     with open(folder / METRICS, "a", encoding="utf-8") as lines:
         for record in records:
-            row = {"step": record.step, "seconds": round(record.seconds, 3), "network_evaluations": record.network_evaluations}
+            row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
+            row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
             lines.write(json.dumps(row | record.metrics) + "\n")
             lines.flush()
             watch(record)

@@ -635,6 +635,7 @@ def evaluate_text_to_image(
         **of_monitor(folder),
         "seconds": rows_of_metrics[-1]["seconds"],
         "network_evaluations": rows_of_metrics[-1]["network_evaluations"],
+        "samples_drawn": rows_of_metrics[-1].get("samples_drawn"),
     }
     if not model.distilled and (settings.points[0].guidance_scale or model.guidance_scale) != 1:
         # of the law of guided pictures: not to be held against paths without guidance

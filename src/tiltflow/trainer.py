@@ -102,6 +102,8 @@ class Record:
     seconds: float
     network_evaluations: int
     """Samples that the tuned and the base network have been evaluated on, counted together."""
+    samples_drawn: int = 0
+    """Samples that the model has drawn to learn from, each counted once, however many steps it is learned from in."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,8 @@ class _Loop:
     """Network evaluations before this loop began."""
 
     step: int = 0
+    drawn: int = 0
+    """Samples learned from."""
     skipped: int = 0
     """Batches in a row that were left out."""
     of_method: Any = None
@@ -278,7 +282,7 @@ class _Loop:
 
     def record(self, metrics: dict[str, float]) -> Record:
         """What is known after an optimizer step."""
-        return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations)
+        return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations, self.drawn)
 
     @property
     def evaluations(self) -> int:
@@ -313,6 +317,7 @@ class _Loop:
             "step": self.step,
             "seconds": time.perf_counter() - self.began,
             "network_evaluations": self.evaluations,
+            "samples_drawn": self.drawn,
             "skipped": self.skipped,
             "parameters": self.trained,
             "buffers": buffers_of(self.tuned.network),
@@ -333,6 +338,7 @@ class _Loop:
             self.put_reward_back(state["reward"])
             self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
             self.began -= float(state["seconds"])
+            self.drawn = int(state.get("samples_drawn", 0))  # which earlier versions did not count
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
         self.resumed = state
@@ -354,6 +360,7 @@ class _Loop:
             self.before = copy.deepcopy(self.learners())
             self.poll()
             updates, measured, dropped = self.first_gradient(batch)
+            self.drawn += len(batch.x) - dropped
             while measured is not None:
                 self.moved = True
                 self.step += 1
