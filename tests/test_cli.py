@@ -18,8 +18,11 @@ from typer.testing import CliRunner
 
 import tiltflow.cli
 from tiltflow.errors import TiltflowError
+from tiltflow.plugins import names
+from tiltflow.sampler import CHAINS, ODE_SOLVERS
 from tiltflow.settings import parse_yaml
 from tiltflow.trainer import Record
+from tiltflow.verify import PROBLEMS
 
 
 def tiltflow_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -168,6 +171,56 @@ def test_help_teaches_by_example_and_lists_are_complete() -> None:
     assert {entry["name"] for entry in listed["recipes"]} >= {"digits-even", "digits-flow", "digits-judge"}
     assert all(entry["description"] for entry in listed["recipes"])
     assert parse_yaml(runner.invoke(tiltflow.cli.app, ["recipes", "digits-even"]).output, "recipe")["model"] == "digits-flow"
+
+
+def test_choices_are_shown_and_are_those_of_the_library() -> None:
+    assert list(tiltflow.cli.METHODS) == names("methods")
+    assert sorted(tiltflow.cli.SOLVERS) == sorted([*CHAINS, *ODE_SOLVERS])
+    assert list(tiltflow.cli.PROBLEMS) == sorted(PROBLEMS)
+    runner = CliRunner(env={"COLUMNS": "300"})
+    shown = {command: runner.invoke(tiltflow.cli.app, [command, "--help"]).output for command in ("verify", "sample")}
+    assert all(name in shown["verify"] for name in (*tiltflow.cli.METHODS, *tiltflow.cli.PROBLEMS))
+    assert all(name in shown["sample"] for name in tiltflow.cli.SOLVERS)
+
+
+def completed(line: str) -> list[str]:
+    """What bash would be offered at the end of a line."""
+    words = line.split(" ")
+    asked = {"_TILTFLOW_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['tiltflow']; from tiltflow.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    return done.stdout.split()
+
+
+def test_the_shell_completes_names() -> None:
+    assert completed("tiltflow ver") == ["verify-checkpoint", "verify"]
+    assert completed("tiltflow verify mixture --method ") == list(tiltflow.cli.METHODS)
+    assert completed("tiltflow sample digits-flow --solver euler") == ["euler", "euler-maruyama"]
+    assert completed("tiltflow train digits-even-") == ["digits-even-long", "digits-even-orw", "digits-even-reweighted"]
+    assert completed("tiltflow settings adj") == ["adjoint-matching"]
+    assert "tiles-pipeline" in completed("tiltflow sample tiles")
+    assert "complete -o default -F _tiltflow_completion tiltflow" in shell_script()
+
+
+def shell_script() -> str:
+    code = "import sys; sys.argv = ['tiltflow', '--show-completion']; from tiltflow.cli import main; main()"
+    asked = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code.replace("'--show-completion'", "'--show-completion', 'bash'")],
+        capture_output=True, text=True, env=os.environ | asked,
+    ).stdout  # fmt: skip
+
+
+def test_settings_are_listed_for_people_and_for_programs() -> None:
+    runner = CliRunner(env={"COLUMNS": "200"})
+    assert "temperature" in runner.invoke(tiltflow.cli.app, ["settings", "adjoint-matching"]).output.lower()
+    done = runner.invoke(tiltflow.cli.app, ["settings", "training", "--json"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2  # image models, pipelines
+    (first, *_), *_ = (kind["settings"] for kind in found.values())
+    assert set(first) == {"name", "type", "default", "description"}
+    assert first["name"].startswith("training.")
+    assert "adjoint-matching" in runner.invoke(tiltflow.cli.app, ["settings"]).output
 
 
 def test_errors_of_ours_are_the_only_ones_caught() -> None:

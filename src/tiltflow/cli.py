@@ -13,11 +13,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import markup
@@ -33,7 +33,6 @@ app = typer.Typer(
     help="Fine-tune flow-matching and diffusion models so that they sample [bold]p_base(x) exp(r(x) / beta)[/bold], "
     "and see how close it came.\n\nStart with: [cyan]tiltflow train digits-even --output runs/even[/cyan]",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,9 +44,46 @@ def escape(text: object) -> str:
     return markup.escape(visible(redacted(str(text))))
 
 
+def _completes(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What the shell offers for a word that has begun; names are looked up then, not when the program starts."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _recipes(kind: Literal["train", "pretrain"]) -> Callable[[], Iterable[str]]:
+    def names() -> Iterable[str]:
+        from tiltflow.recipe import shipped_recipes
+
+        return shipped_recipes(kind)
+
+    return names
+
+
+def _topics() -> Iterable[str]:
+    from tiltflow.describe import topics
+
+    return topics()
+
+
+def _models() -> Iterable[str]:
+    from tiltflow.model import CONFIG
+    from tiltflow.shipped import INDEX, assets
+
+    return assets(INDEX) | assets(CONFIG)
+
+
+METHODS = ("adjoint-matching", "orw-cfm-w2", "score-as-action")
+SOLVERS = ("memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-maruyama", "heun", "dpm-solver++")
+PROBLEMS = ("gaussian", "lqg", "mixture", "two-modes")
+"""Copies of the library's names: to import it takes seconds, which --help and the shell do not have. A test compares them."""
+
+TrainRecipe = Annotated[
+    str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.", autocompletion=_completes(_recipes("train")))
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting, checked like the recipe itself."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a setting, checked like the recipe itself; see `tiltflow settings`."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -77,7 +113,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_de
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    recipe: TrainRecipe,
     output: Output,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output from its latest checkpoint, or begin it.")
@@ -141,7 +177,7 @@ def train(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    recipe: TrainRecipe,
     overrides: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -223,7 +259,7 @@ def verify_checkpoint(
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.")],
+    recipe: TrainRecipe,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or this sweep's own.")],
     over: Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; several make a grid.")],
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
@@ -356,7 +392,10 @@ def serve_reward(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.", autocompletion=_completes(_models)),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
         "samples.png"
     ),
@@ -369,7 +408,12 @@ def sample(
         float | None, typer.Option(min=1, help="For a pipeline; 1 is none.", show_default="the model's")
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="memoryless, ddpm, ddim, euler or heun.", show_default="the model's")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(SOLVERS)}, or package.module:function.",
+            show_default="the model's",
+            autocompletion=_completes(lambda: SOLVERS),
+        ),
     ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.", show_default="the model's")] = None,
     batch_size: Annotated[
@@ -435,11 +479,16 @@ def sample(
 @app.command()
 def verify(
     problem: Annotated[
-        str | None, typer.Argument(help="gaussian, mixture, two-modes or lqg; leave it out for the list.")
+        str | None,
+        typer.Argument(help=f"{', '.join(PROBLEMS)}; leave it out for the list.", autocompletion=_completes(lambda: PROBLEMS)),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="The method to verify.", show_default="adjoint-matching; score-as-action for lqg"),
+        typer.Option(
+            help=f"{', '.join(METHODS)}.",
+            show_default="adjoint-matching; score-as-action for lqg",
+            autocompletion=_completes(lambda: METHODS),
+        ),
     ] = None,
     overrides: Set = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the problem's")] = None,
@@ -487,7 +536,12 @@ def verify(
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A pretraining recipe of `tiltflow recipes`, or a .yaml file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A pretraining recipe of `tiltflow recipes`, or a .yaml file.", autocompletion=_completes(_recipes("pretrain"))
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="An .npz file with x_train, y_train, .. or a folder of images.")],
     output: Output,
     overrides: Set = None,
@@ -554,6 +608,49 @@ def recipes(
     ]
     _list(console, {f"{entry['command']} {entry['name']}": entry["description"] for entry in entries}, "recipe")
     _finish(as_json, {"recipes": entries})
+
+
+@app.command()
+def settings(
+    topic: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A method, reward, network, problem, or part of a recipe; leave it out for the list.",
+            autocompletion=_completes(_topics),
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every setting with its type, its default and what it does: of a method or a reward, or of a part of a recipe.
+
+    [dim]tiltflow settings adjoint-matching[/dim]
+    [dim]tiltflow settings class-log-odds[/dim]
+    [dim]tiltflow settings training[/dim]
+    """
+    from dataclasses import asdict
+
+    from tiltflow.describe import settings_of, topics
+
+    console = _console(as_json)
+    if topic is None:
+        listed = {name: [title for title, _ in kinds] for name, kinds in topics().items()}
+        _list(console, {name: "; ".join(titles) for name, titles in listed.items()}, "settings of")
+        _finish(as_json, {"topics": listed})
+        return
+    found = settings_of(topic)
+    for title, (said, keys) in found.items():
+        console.print(f"[bold]{escape(title)}[/bold]  {escape(said)}")
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("setting", "type", "default", ""):
+            table.add_column(column, style="cyan" if column == "setting" else None, overflow="fold")
+        for key in keys:
+            table.add_row(*(escape(text) for text in (key.name, key.type, key.default, key.description)))
+        console.print(table)
+    _finish(
+        as_json,
+        {title: {"description": said, "settings": [asdict(key) for key in keys]} for title, (said, keys) in found.items()},
+    )
 
 
 @app.callback(invoke_without_command=True)

@@ -57,9 +57,11 @@ class Lqg(Settings):
 
     name: Literal["lqg"] = "lqg"
     dimension: Annotated[int, Field(ge=1)] = 1
+    """Of x; the coordinates are independent and alike."""
     Q: Annotated[float, Field(ge=0)] = 1.3
     """Of the reward q x - Q x^2 / 2, for each coordinate."""
     q: float = 0.7
+    """Of the reward q x - Q x^2 / 2, for each coordinate."""
     T: Positive = 2.0
     """Length of the diffusion in its own time: at its noise end exp(-T) of the data's variance is left."""
     K: float = 0.2

@@ -27,12 +27,19 @@ class Optimization(Settings):
     """AdamW and its schedule: part of the settings of every method."""
 
     learning_rate: Positive = 1e-4
+    """Of AdamW, after the warm-up."""
     lr_scheduler: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: flat, or down to 0 along a cosine."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps over which the learning rate grows from 0, linearly."""
     adam_beta1: Decay = 0.9
+    """Memory of AdamW's mean of the gradients."""
     adam_beta2: Decay = 0.99
+    """Memory of AdamW's mean of their squares."""
     adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW, decoupled from the gradient; 0 for none."""
     max_grad_norm: Positive | None = 1.0
+    """A longer gradient is shortened to this length; null for none."""
 
 
 class Tilting(Optimization):

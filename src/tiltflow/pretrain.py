@@ -38,12 +38,19 @@ class Optimization(Settings):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
     max_train_steps: Annotated[int, Field(ge=1)] = 6000
+    """Optimizer steps."""
     train_batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images in each of them."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of AdamW, after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate grows from 0, linearly."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW, decoupled from the gradient; 0 for none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is shortened to this length."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of the moving average of the weights, which is what is saved."""
     mixed_precision: MixedPrecision = "no"
     """How the network is evaluated: "bf16", "no", or "auto", which is bf16 where the hardware multiplies it."""
 
@@ -52,26 +59,38 @@ class FlowPretraining(Settings):
     """Regress the prediction of a generative model at a uniform time of the interpolant's own clock."""
 
     task: Literal["flow"] = "flow"
+    """What is trained."""
     description: str = ""
+    """A line for people: it is shown when the run begins."""
     network: NetworkSettings
+    """What is trained: `tiltflow settings` lists the networks."""
     prediction: PredictionType = "velocity"
+    """What the network says: the velocity, the noise, v = alpha noise - beta data, or the data."""
     interpolant: Annotated[Interpolant, Field(discriminator="name")] = Linear()
+    """The path from noise to data."""
     training: Optimization = Optimization()
+    """The optimizer and its schedule."""
     sampling: Sampling = Sampling()
     """How the model is sampled where nothing else is asked for."""
     judge: str | None = None
     """A classifier whose features and classes score the samples on the card."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
 
 
 class ClassifierPretraining(Settings):
     """Cross-entropy on shifted and noisy images, with label smoothing."""
 
     task: Literal["classifier"] = "classifier"
+    """What is trained."""
     description: str = ""
+    """A line for people: it is shown when the run begins."""
     network: NetworkSettings
+    """What is trained: `tiltflow settings` lists the networks."""
     training: Optimization = Optimization()
+    """The optimizer and its schedule."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the label that is spread evenly over all classes."""
     noise: tuple[Deviation, Deviation] = (0.0, 0.0)
     """Gaussian noise of a standard deviation uniform between these two is added to each image. From 0 up makes a classifier
     robust. Two equal values that are large make one that does not know clean images from noisy ones: the log-odds of a blurred
@@ -79,6 +98,7 @@ class ClassifierPretraining(Settings):
     max_shift: Annotated[int, Field(ge=0)] = 2
     """Images are shifted by up to this many pixels."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
 
 
 Pretraining = FlowPretraining | ClassifierPretraining

@@ -34,7 +34,9 @@ class PipelinePretraining(Settings):
     """A text-to-image pipeline on captioned pictures with transparent parts."""
 
     task: Literal["text-to-image"] = "text-to-image"
+    """What is trained."""
     description: str = ""
+    """A line for people: it is shown when the run begins."""
     include: tuple[str, ...] = ()
     """Only pictures whose name begins so."""
     least_opaque: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -45,19 +47,26 @@ class PipelinePretraining(Settings):
     vocabulary: Count = 1024
     """Tokens of the byte-pair encoding."""
     latent_channels: Count = 4
+    """Of the autoencoder's code."""
     vae_channels: tuple[Count, ...] = (32, 64)
     """Of the autoencoder's levels; each but the first halves the picture."""
     unet_channels: tuple[Count, ...] = (64, 128)
     """Of the denoiser's levels, all but the first with cross-attention."""
     layers_per_block: Count = 1
+    """Residual layers at each level of the denoiser."""
     text_width: Count = 128
+    """Of the text encoder."""
     text_layers: Count = 2
+    """Of the text encoder."""
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the captions that are left empty, for classifier-free guidance."""
 
     autoencoder: Optimization = Optimization(max_train_steps=1500, train_batch_size=32, learning_rate=2e-3)
+    """Optimizer and schedule of the autoencoder, which is trained first."""
     training: Optimization = Optimization()
+    """Those of the denoiser and the text encoder."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
 
 
 def caption(words: str, background: str) -> str:

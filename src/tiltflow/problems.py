@@ -167,6 +167,7 @@ class Problem(Settings):
     """A reward on a base law of some dimension; the laws are below."""
 
     dimension: Annotated[int, Field(ge=1)] = 2
+    """Of x."""
     linear: Vector = 0.0
     """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list whose missing numbers are 0."""
     quadratic: NotNegative = 0.0
@@ -189,7 +190,9 @@ class Gaussian(Problem):
 
     name: Literal["gaussian"] = "gaussian"
     mean: Vector = 0.7
+    """Of the base: one number for all coordinates, or a list whose missing numbers are 0."""
     scale: Positive = 0.5
+    """Standard deviation of the base."""
     linear: Vector = 1.7
 
     def base(self) -> GaussianMixture:
@@ -201,6 +204,7 @@ class Mixture(Problem):
 
     name: Literal["mixture"] = "mixture"
     modes: Annotated[int, Field(ge=1)] = 8
+    """How many are on the ring."""
     radius: NotNegative = 2.0
     """Of the ring, in the first two coordinates."""
     means: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)] | None = None
@@ -240,6 +244,7 @@ class TwoModes(Settings):
     separation: Positive = 1.5
     """The modes are at -separation and separation."""
     scale: Positive = 0.5
+    """Standard deviation of each."""
 
     def base(self) -> GaussianMixture:
         return _mixture(torch.tensor([[-self.separation], [self.separation]], dtype=torch.float64), (1.0, 1.0), self.scale)

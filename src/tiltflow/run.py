@@ -73,7 +73,9 @@ class Training(Survival):
     """The loop; the optimizer's settings belong to the method."""
 
     max_train_steps: Count = 100
+    """Optimizer steps."""
     train_batch_size: Count = 64
+    """Samples in an iteration."""
     micro_batch_size: Count | None = None
     """How many samples a network sees at once; changes the memory needed, not the result."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -92,7 +94,9 @@ class Evaluation(Settings):
     """What is measured after training, on the base and the tuned model alike."""
 
     num_samples: Annotated[int, Field(ge=2)] = 1024
+    """Of each of the two models."""
     batch_size: Count = 256
+    """Samples at a time. It is part of what they depend on."""
     judge: str | None = None
     """A classifier that was never part of the reward: its class histogram is compared with the target's."""
     group: Labels = ()
@@ -110,14 +114,21 @@ class Recipe(Settings):
     """A training run, complete."""
 
     description: str = ""
+    """A line for people: it is shown when the run begins, and in its report."""
     model: str
     """A model that ships with tiltflow, or a model folder."""
     reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    """How it is tuned: `tiltflow settings` lists the methods."""
     training: Training = Training()
+    """The loop."""
     sampling: Sampling = Sampling()
+    """How the models are sampled for the evaluation."""
     evaluation: Evaluation = Evaluation()
+    """What is measured after training."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
 
 
 def steps(

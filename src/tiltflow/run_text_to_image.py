@@ -68,6 +68,7 @@ class Adapter(Settings):
     """A LoRA in the denoiser, by peft."""
 
     rank: Count = 16
+    """Of the LoRA's matrices."""
     lora_alpha: Count | None = None
     """The adapter's output is scaled by lora_alpha / rank; by default `rank`."""
     target_modules: tuple[str, ...] | None = None
@@ -80,11 +81,15 @@ class DiffusersModel(Settings):
     diffusers: str
     """A folder, or a name: in tiltflow, `tiles-pipeline`, or on the hub."""
     revision: str | None = None
+    """Of a model on the hub: a branch, a tag or a commit."""
     variant: str | None = None
+    """Of its files, such as fp16."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
     height: Count | None = None
+    """Of the pictures, in pixels; the pipeline's own by default."""
     width: Count | None = None
+    """Of the pictures, in pixels; the pipeline's own by default."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
     """By default 7.5, or 3.5 where it is an input of the network."""
     adapter: Adapter | None = Adapter()
@@ -116,6 +121,7 @@ class TextToImageTraining(Survival):
     """The loop, in global numbers."""
 
     max_train_steps: Count = 100
+    """Optimizer steps."""
     prompts_per_step: Count = 4
     """Different prompts in an iteration."""
     num_generations: Count = 4
@@ -130,7 +136,10 @@ class TextToImageTraining(Survival):
     """Pictures of the base for each prompt, drawn when it first comes, that say what its rewards are like: the reward is then
     (r - mean) / std of its prompt. The temperature is in these units."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the moving average of the weights, which draws the pictures and is what is saved; 0 for none."""
     mixed_precision: MixedPrecision = "no"
+    """How the denoiser is evaluated, in training and in the evaluation: "bf16", "no", or "auto": bf16 where the hardware
+    multiplies it."""
     use_8bit_adam: bool = False
     """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
 
@@ -154,7 +163,9 @@ class Point(Settings):
     """A way to sample, of which there is a row in the table."""
 
     solver: Solver = "euler"
+    """Any solver of `Sampling`."""
     num_inference_steps: Count = 50
+    """Steps from noise to data."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
     """The model's own by default; 1 is none."""
 
@@ -171,6 +182,7 @@ class TextToImageEvaluation(Settings):
     num_generations: Annotated[int, Field(ge=2)] = 4
     """Pictures of each of them."""
     batch_size: Count = 8
+    """Pictures at a time. It is part of what they depend on."""
     rewards: tuple[RewardSettings, ...] = ()
     """Held-out rewards, which training has not seen."""
     features: str | None = None
@@ -192,13 +204,21 @@ class TextToImageRecipe(Settings):
     """A training run of a pipeline, complete."""
 
     description: str = ""
+    """A line for people: it is shown when the run begins, and in its report."""
     model: DiffusersModel
+    """The pipeline."""
     prompts: Prompts
+    """What it is asked for."""
     reward: RewardSettings
+    """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    """How it is tuned: `tiltflow settings` lists the methods."""
     training: TextToImageTraining = TextToImageTraining()
+    """The loop."""
     evaluation: TextToImageEvaluation = TextToImageEvaluation()
+    """What is measured after training."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
 
 
 @dataclass(frozen=True)

@@ -347,7 +347,9 @@ class Sampling(Settings):
     """memoryless, memoryless-offset, ddpm, ddim, euler, euler-maruyama, heun, dpm-solver++, or `package.module:function`, an
     `OdeSolver` of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
+    """Steps from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, steps are smaller near the noise; see `time_grid`."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The noise of the `ddim` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
 

@@ -20,8 +20,11 @@ class Stratum(Settings):
     """`count` different steps, drawn anew at each iteration from the part [start, end) of the grid."""
 
     start: Fraction = 0.0
+    """Where the part begins: 0 is noise."""
     end: Fraction = 1.0
+    """Where it ends: 1 is data."""
     count: Annotated[int, Field(ge=1)]
+    """How many of its steps."""
 
 
 def choose_timesteps(

@@ -65,9 +65,11 @@ class Critic(Settings):
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
     """F: (x [batch, *event], time [batch]) -> [batch, 1]. By default a perceptron for vectors, convolutions for images."""
     loss: Literal["martingale", "td", "td-lambda", "orthogonality"] = "martingale"
+    """What makes it the value function: see the top of `tiltflow.value`."""
     trace: Positive = 0.2
     """Of td-lambda: the time, of the 1 between noise and data, over which a target forgets the return."""
     learning_rate: Positive = 1e-3
+    """Of its own Adam."""
     num_steps: Annotated[int, Field(ge=0)] = 4
     """Optimizer steps on each batch of trajectories; 0 leaves the value function as it is."""
     train_batch_size: Count | None = None

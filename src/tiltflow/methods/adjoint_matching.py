@@ -103,11 +103,15 @@ class AdjointMatching(Tilting):
     """Start from a published setting; keys given beside it win."""
 
     solver: Literal["memoryless", "memoryless-offset", "ddpm", "euler-maruyama"] = "memoryless"
+    """The chain that is tuned; memoryless is exact in the limit of small steps."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
+    """Steps of the chain, from noise to data."""
     shift: Positive = 1.0
+    """Above 1, the chain's steps are smaller near the noise; see `time_grid`."""
     pairing: Pairing = "after"
     """Which adjoint step k regresses on: a_{k+1} (exact), a_k of the same chain, or a_k as printed in the paper."""
     reward_at: Literal["end", "denoised"] = "end"
+    """Where the reward's gradient is taken if the last step is noisy: at its end, or at the base's denoised start."""
     bootstrap: Annotated[float, Field(ge=0)] = 0.0
     """Above 0, the learned control stands in for part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k: the same
     fixed point, for a network that can represent it, with far less noise near t = 0, where most of the noise is; one that

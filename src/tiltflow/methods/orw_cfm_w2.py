@@ -94,6 +94,7 @@ class OrwCfmW2(Optimization):
     """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned
     again in every round: euler with few steps narrows the law a little more each time."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20
+    """Of the solver, from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
     """As in the sampler, above 1 for more steps near the noise. The times of the regression are spread in the same way."""
 

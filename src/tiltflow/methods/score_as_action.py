@@ -139,8 +139,11 @@ class ScoreAsAction(Tilting):
     solver: Solver = "memoryless"
     """Any solver of `Sampling`; `package.module:function` for one of your own."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
+    """Steps of the sampler that is tuned, from noise to data."""
     shift: Positive = 1.0
+    """Above 1, its steps are smaller near the noise; see `time_grid`."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The noise of `ddim` and `euler-maruyama`, as in `Sampling`."""
 
     estimator: Estimator = "return-minus-value"
     """Which form of the policy gradient; see the top of this file. Solvers without noise have closed-form by default."""
@@ -160,6 +163,7 @@ class ScoreAsAction(Tilting):
     """sqrt-step multiplies clip_range by the square root of the length of the step, as the ratio's spread is, so that it means
     the same on every grid."""
     critic: Critic = Critic()
+    """The value function, for the estimators that have one."""
 
     train_timesteps: tuple[Stratum, ...] | None = None
     """Which steps enter the loss of the policy: all, or so many from each part of the grid."""

@@ -17,10 +17,13 @@ Count = Annotated[int, Field(ge=1)]
 class Mlp(Settings):
     name: Literal["mlp"] = "mlp"
     dimension: Count = 2
+    """Of x."""
     outputs: Count | None = None
     """As many as `dimension` unless given; 1 for a value function."""
     hidden: Count = 128
+    """Width of the layers."""
     layers: Count = 3
+    """How many of that width."""
 
     def build(self) -> nn.Module:
         return MlpModule(self)

@@ -16,11 +16,17 @@ Count = Annotated[int, Field(ge=1)]
 class PlainClassifier(Settings):
     name: Literal["plain-classifier"] = "plain-classifier"
     image_channels: Count = 1
+    """1 or 3."""
     image_size: Count = 28
+    """Height, and width, in pixels."""
     classes: Count = 10
+    """How many it tells apart."""
     channels: tuple[Count, Count] = (32, 64)
+    """Of the two convolutions."""
     hidden: Count = 64
+    """Width of the features."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Share of the features that training leaves out."""
 
     def build(self) -> nn.Module:
         return PlainClassifierModule(self)

@@ -17,8 +17,11 @@ Count = Annotated[int, Field(ge=1)]
 class ResidualClassifier(Settings):
     name: Literal["residual-classifier"] = "residual-classifier"
     image_channels: Count = 1
+    """1 or 3."""
     classes: Count = 10
+    """How many it tells apart."""
     channels: tuple[Count, ...] = (24, 48, 96)
+    """Of its stages; each halves the picture."""
 
     def build(self) -> nn.Module:
         return ResidualClassifierModule(self)

@@ -20,10 +20,15 @@ class Unet(Settings):
 
     name: Literal["unet"] = "unet"
     image_channels: Count = 1
+    """1 or 3."""
     patch: Count = 2
+    """Side of the squares of pixels that become channels first."""
     channels: tuple[Count, Count] = (32, 96)
+    """At full and at half resolution."""
     blocks: tuple[Count, Count] = (1, 3)
+    """Residual blocks on each side, and at half resolution."""
     embedding: Count = 64
+    """Width of the embedding of time."""
     time_scale: Annotated[float, Field(gt=0)] = 1000.0
     """What the network time is multiplied by before its sinusoidal embedding: 1000 for t in [0, 1], 1 for timesteps."""
 

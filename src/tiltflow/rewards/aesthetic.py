@@ -28,6 +28,7 @@ class Aesthetic(Settings):
     head: str
     """The file `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor, or its tensors as safetensors."""
     dtype: Dtype = "float32"
+    """Of its weights."""
 
     @property
     def description(self) -> str:

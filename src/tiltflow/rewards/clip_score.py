@@ -22,6 +22,7 @@ class ClipScore(Settings):
     model: str = "openai/clip-vit-large-patch14"
     """A folder or a name on the hub."""
     dtype: Dtype = "float32"
+    """Of its weights."""
 
     @property
     def description(self) -> str:

@@ -37,10 +37,13 @@ class Energy(Settings):
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
     """Images [batch, channels, height, width] -> [batch, 1]; by default a residual classifier with one class."""
     learning_rate: Positive = 3e-4
+    """Of its own Adam."""
     num_steps: Annotated[int, Field(ge=1)] = 2
     """Optimizer steps on each batch of samples."""
     regularization: Positive = 1.0
+    """How strongly energies are held near 0."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the network's first weights."""
 
     @property
     def description(self) -> str:

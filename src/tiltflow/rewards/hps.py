@@ -27,6 +27,7 @@ class Hps(Settings):
     tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Where its tokenizer is; null for the folder of the model."""
     dtype: Dtype = "float32"
+    """Of its weights."""
 
     @property
     def description(self) -> str:

@@ -50,6 +50,7 @@ class ImageReward(Settings):
     tokenizer: str = "google-bert/bert-base-uncased"
     """A folder or a name on the hub."""
     dtype: Dtype = "float32"
+    """Of its weights."""
 
     @property
     def description(self) -> str:

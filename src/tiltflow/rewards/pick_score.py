@@ -24,6 +24,7 @@ class PickScore(Settings):
     tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Where its tokenizer is, if not in the same place: null."""
     dtype: Dtype = "float32"
+    """Of its weights."""
 
     @property
     def description(self) -> str:

@@ -22,6 +22,7 @@ class Term(Settings):
     """One reward and what a unit of it is worth."""
 
     reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    """Any of the rewards; `tiltflow settings` lists them."""
     weight: float = 1.0
     """Units of the sum per unit of this reward; below 0 for a penalty."""
     clip: tuple[float | None, float | None] = (None, None)

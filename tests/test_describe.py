@@ -1,0 +1,81 @@
+"""Every setting is there, under the name that a recipe takes, with its type, default and sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tiltflow.describe import PROBLEMS, listed, sentences, settings_of, topics
+from tiltflow.errors import InputError
+from tiltflow.lqg import Lqg
+from tiltflow.recipe import shipped_recipes
+from tiltflow.rewards.sum import Sum
+from tiltflow.run import Recipe
+from tiltflow.settings import read_yaml
+from tiltflow.verify import PROBLEMS as VERIFIED
+
+
+def test_every_setting_has_a_type_and_a_sentence() -> None:
+    for topic in topics():
+        for title, (said, settings) in settings_of(topic).items():
+            assert said.endswith((".", ")")) or title.startswith("network"), title
+            for setting in settings:
+                assert setting.type, (title, setting)
+                assert setting.description.endswith((".", ";", ")")), (title, setting)
+                assert "\n" not in setting.description
+
+
+def test_every_key_of_the_shipped_recipes_is_listed() -> None:
+    """Nothing that a recipe can say is missing."""
+    for name, path in shipped_recipes("train").items():
+        tree = read_yaml(path)
+        kind = "recipe of pipelines" if isinstance(tree["model"], dict) else "recipe of image models"
+        known = {setting.name.replace("[]", "") for setting in settings_of("recipe")[kind][1]}
+        for part in ("method", "reward"):
+            chosen = tree[part] if isinstance(tree[part], dict) else {"name": tree[part]}
+            (_, inner), *_ = settings_of(chosen["name"]).values()
+            known |= {f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
+        loose = ("model.scheduler.", "reward.rewards.reward.", "evaluation.rewards.", "reward.network.")
+        for key in keys(tree):
+            assert key in known or key.startswith(loose), (name, key)
+
+
+def keys(tree: object, prefix: str = "") -> set[str]:
+    if isinstance(tree, dict):
+        return {key for name, value in tree.items() for key in {prefix + name, *keys(value, f"{prefix}{name}.")}}
+    if isinstance(tree, list):
+        return {key for value in tree for key in keys(value, prefix)}
+    return set()
+
+
+def test_types_and_defaults_are_those_of_the_code() -> None:
+    found = {setting.name: setting for setting in listed(Recipe)}
+    assert found["model"].default == "required"
+    assert found["training.train_batch_size"].type == "integer >= 1"
+    assert found["training.micro_batch_size"].type == "integer >= 1, or null"
+    assert found["training.micro_batch_size"].default == "null"
+    assert found["training.mixed_precision"].type == "no | bf16 | auto"
+    assert found["training.ema_decay"].type == "number >= 0 and < 1"
+    assert found["training.monitor.stop"].default == "false"
+    assert found["evaluation.group"].type == "list of integer >= 0"
+    assert found["training.trainable"].type == "regular expression"
+    of_sum = {setting.name: setting for setting in listed(Sum)}
+    assert of_sum["rewards[].clip"].type == "[number, or null, number, or null]"
+    for setting in found.values():
+        if setting.default != "required":
+            json.loads(setting.default)
+
+
+def test_every_problem_is_there() -> None:
+    assert {name: kind.__name__ for name, kind in VERIFIED.items()} == {name: kind for name, (_, kind) in PROBLEMS.items()}
+
+
+def test_a_sentence_is_the_one_below_its_field() -> None:
+    assert sentences(Lqg)["k"] == "Its intercept."
+    assert "name" not in sentences(Lqg)
+
+
+def test_an_unknown_name_is_met_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="there are no settings of 'adjoint-macthing', did you mean 'adjoint-matching'"):
+        settings_of("adjoint-macthing")
