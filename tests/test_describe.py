@@ -28,10 +28,11 @@ def test_every_setting_has_a_type_and_a_sentence() -> None:
 
 def test_every_key_of_the_shipped_recipes_is_listed() -> None:
     """Nothing that a recipe can say is missing."""
+    recipes = {title: {setting.name for setting in settings} for title, (_, settings) in settings_of("recipe").items()}
     for name, path in shipped_recipes("train").items():
         tree = read_yaml(path)
         kind = "recipe of pipelines" if isinstance(tree["model"], dict) else "recipe of image models"
-        known = {setting.name.replace("[]", "") for setting in settings_of("recipe")[kind][1]}
+        known = {key.replace("[]", "") for key in recipes[kind]}
         for part in ("method", "reward"):
             chosen = tree[part] if isinstance(tree[part], dict) else {"name": tree[part]}
             (_, inner), *_ = settings_of(chosen["name"]).values()

@@ -8,7 +8,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, get_args, get_origin
@@ -95,6 +95,7 @@ def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
             yield from listed(inner, f"{prefix}{name}{'[]' if several else ''}.")
 
 
+@cache
 def sentences(kind: type[Settings]) -> dict[str, str]:
     """The string below each field, of the class and of those that it is made of."""
     found: dict[str, str] = {}
