@@ -251,6 +251,11 @@ def check_calibration(folder: Path) -> None:
     assert "beta" not in tuned(method=beta).rows[0]
 
 
+def check_classes(folder: Path) -> None:  # what it does for a class-conditional model: see test_labels
+    with pytest.raises(InputError, match=r"training\.classes: this model is not class-conditional"):
+        tuned(classes=[0])
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "max_train_steps": lambda folder: differs(max_train_steps=5),
     "train_batch_size": lambda folder: differs(train_batch_size=9),
@@ -258,6 +263,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "ema_decay": lambda folder: differs(ema_decay=0.5),
     "trainable": check_trainable,
     "calibration_samples": check_calibration,
+    "classes": check_classes,
     "mixed_precision": lambda folder: differs(mixed_precision="bf16"),
     "deterministic": check_deterministic,
     "non_finite_rewards": check_non_finite,

@@ -404,6 +404,12 @@ def sample(
         typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt.", show_default="64; 4 of a prompt"),
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For a pipeline; may be repeated.")] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", help="For a class-conditional model, a class by number or name; several in turn.", show_default="all"
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=1, help="For a pipeline; 1 is none.", show_default="the model's")
     ] = None,
@@ -430,6 +436,7 @@ def sample(
 
     [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
+    [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
     [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
     """
     import numpy as np
@@ -449,6 +456,8 @@ def sample(
     options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
     told: dict[str, Any] = {}
     if isinstance(loaded, TextToImage):
+        if labels is not None:
+            raise InputError(f"--label: {model} is a pipeline; --prompt says what its pictures are of")
         if not prompts:
             raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
         each = num_samples or 4
@@ -458,12 +467,15 @@ def sample(
         draw = partial(loaded.sample, several, guidance_scale=guidance_scale, **options)
     else:
         for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
-            if value:
+            if value is not None:
                 raise InputError(f"{option}: {model} is no text-to-image model; --num-samples says how many samples it draws")
         shape, count, what = loaded.event_shape, num_samples or 64, "samples"
         if output.suffix == ".png" and not (len(shape) == 3 and shape[0] in (1, 3)):
             raise InputError(f"--output {output}: samples of shape {list(shape)} are no pictures; use .npz")
-        columns, draw = max(1, round(count**0.5)), partial(loaded.sample, count, **options)
+        columns, chosen = max(1, round(count**0.5)), None
+        if labels is not None:
+            chosen, told = [labels[i % len(labels)] for i in range(count)], {"labels": labels}
+        draw = partial(loaded.sample, count, labels=chosen, **options)
     with _spinner(console, quiet, f"sampling {count}"):
         x = draw()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ The digit models that ship with the package are such folders, and so is the `mod
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import Flow, TimeDirection, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant, Linear, PredictionType
+from tiltflow.labels import as_labels
 from tiltflow.plugins import part_of
 from tiltflow.sampler import Sampling, noise, sample
 from tiltflow.settings import Settings, validate
@@ -42,6 +44,8 @@ class FlowConfig(Settings):
     time_scale: Annotated[float, Field(gt=0)] = 1.0
     time_direction: TimeDirection = "noise-to-data"
     event_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    class_names: tuple[str, ...] = ()
+    """Of a class-conditional model."""
     sampling: Sampling = Sampling()
     """How to sample it where nothing else is asked for."""
 
@@ -58,7 +62,9 @@ class ClassifierConfig(Settings):
 class Model:
     """A generative model that can be sampled, tuned and saved: a flow, the shape of one sample, and how to sample it.
 
-    Any `network(x, time) -> prediction` can be one; only models with `network_settings` can be saved as a folder.
+    Any `network(x, time) -> prediction` can be one; only models with `network_settings` can be saved as a folder. With
+    `class_names` it is class-conditional: its network is called as network(x, time, labels), labels int64 [batch] being the
+    numbers of these names from 0, and each class has a law of its own.
 
     >>> Model(Flow(lambda x, time: -x), event_shape=(2,)).sample(5).shape
     torch.Size([5, 2])
@@ -68,6 +74,7 @@ class Model:
     event_shape: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     network_settings: Settings | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -80,16 +87,44 @@ class Model:
         x = noise(self.flow, (num_samples, *self.event_shape), generator)
         return x.double() if self.flow.dtype == torch.float64 else x
 
-    def sample(self, num_samples: int, *, seed: int = 0, sampling: Sampling | None = None, batch_size: int = 256) -> Tensor:
-        """[num_samples, *event] samples on the CPU, from the network in eval mode. A sample depends on the seed, its number and
-        `batch_size` alone."""
-        parts = []
+    def bound(self, labels: Tensor | None) -> Flow:
+        """The flow of samples with these labels [batch]; for an unconditional model, of any."""
+        return self.flow if labels is None else self.flow.bind(labels.to(self.device))
+
+    def labels(self, num_samples: int, labels: Any = None) -> Tensor | None:
+        """Labels [num_samples] of the samples of a class-conditional model, see `tiltflow.labels.as_labels`; None for another.
+
+        Raises InputError for labels of a model without classes, or a class that it does not have.
+        """
+        if self.class_names:
+            return as_labels(labels, num_samples, self.class_names)
+        if labels is not None:
+            raise InputError("labels: this model is not class-conditional; leave them out")
+        return None
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: int | str | Sequence[int | str] | Tensor | None = None,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """[num_samples, *event] samples on the CPU, from the network in eval mode. A sample depends on the seed, its number,
+        its label and `batch_size` alone.
+
+        Args:
+            labels: of a class-conditional model: a class, by number or name, for all samples, or one for each; by default each
+                class in turn.
+        """
+        parts, known = [], self.labels(num_samples, labels)
         with tried(), eval_mode(self.flow.network):
             for i, begin in enumerate(range(0, num_samples, batch_size)):
                 generator = stream(seed, "sample", i, device=self.device)
                 x = self.start(min(batch_size, num_samples - begin), generator)
-                x = sample(in_chunks(self.flow), x, sampling or self.sampling, generator, start=self.flow.noise_time)
-                parts.append(x.cpu())
+                flow = in_chunks(self.bound(None if known is None else known[begin : begin + batch_size]))
+                parts.append(sample(flow, x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
         return torch.cat(parts)
 
     def save(self, folder: str | Path, card: str = "") -> None:
@@ -103,6 +138,7 @@ class Model:
             time_scale=self.flow.time_scale,
             time_direction=self.flow.time_direction,
             event_shape=self.event_shape,
+            class_names=self.class_names,
             sampling=self.sampling,
         )
         save_model(Path(folder), config, self.flow.network, card)
@@ -124,7 +160,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
         time_scale=config.time_scale,
         time_direction=config.time_direction,
     )
-    return Model(flow, config.event_shape, config.sampling, config.network)
+    return Model(flow, config.event_shape, config.sampling, config.network, config.class_names)
 
 
 def load_classifier(name_or_path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ClassifierConfig]:

@@ -64,7 +64,8 @@ class OfPrompts:
 
     Args:
         score: called score(images [batch, ..], **those that it asks for) -> [batch].
-        asks: `prompts`, a text for each picture, `metadata`, a mapping for each, or both.
+        asks: which of these: `prompts`, a text for each picture; `metadata`, a mapping for each; `labels`, int64 [batch], the
+            classes that a class-conditional model was asked for.
     """
 
     score: Callable[..., Tensor]
@@ -82,14 +83,24 @@ class OfPrompts:
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self.prompts) != len(x):
-            raise InputError(f"the reward is of pictures and their prompts, and has {len(self.prompts)} prompts for {len(x)}")
-        return self.score(x, **{name: getattr(self, name) for name in self.asks})
+            raise InputError(
+                f"the reward asks for {' and '.join(self.asks)}, and has {len(self.prompts)} for {len(x)} samples"
+                + ("" if self.prompts else ": this model is not asked for anything")
+            )
+        told: dict[str, Any] = {"prompts": self.prompts, "metadata": self.metadata}
+        if "labels" in self.asks:
+            if not all("label" in more for more in self.metadata):
+                raise InputError(
+                    "the reward asks for labels, which are those of a class-conditional model; this one has prompts"
+                )
+            told["labels"] = torch.tensor([more["label"] for more in self.metadata], device=x.device)
+        return self.score(x, **{name: told[name] for name in self.asks})
 
 
 def from_function(function: Callable[..., Any], name: str = "the reward") -> Reward:
-    """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts` and
-    `metadata`: they are passed by name, so their order does not matter. It returns [batch] floats, or that and anything, as
-    DDPO's rewards do.
+    """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts`,
+    `metadata` and `labels`: they are passed by name, so their order does not matter. It returns [batch] floats, or that and
+    anything, as DDPO's rewards do.
 
     Raises InputError, naming it as `name`, if it needs any other argument.
     """
@@ -100,14 +111,15 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
     except (TypeError, ValueError):  # written in C: it takes the images
         return cast(Reward, function)
     parameters = [p for p in signature.parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
-    asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata"))
+    asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata", "labels"))
     others = [p for p in parameters if p.name not in asks]
     images = next((p for p in others if p.name == "images"), others[0] if others else None)
     needed = [p.name for p in others if p is not images and p.default is Parameter.empty]
     any_number = any(p.kind is Parameter.VAR_POSITIONAL for p in signature.parameters.values())
     if needed or (images is None and not any_number):
         got = ", ".join(signature.parameters) or "none"
-        raise InputError(f"{name} has the arguments ({got}); it can have the images, under any name, `prompts` and `metadata`")
+        can = "the images, under any name, `prompts`, `metadata` and `labels`"
+        raise InputError(f"{name} has the arguments ({got}); it can have {can}")
     if not asks and (images is None or images is parameters[0]):
         return cast(Reward, function)
 

@@ -44,7 +44,8 @@ from tiltflow.evaluation import (
     total_variance,
     total_variation,
 )
-from tiltflow.flow import CountEvaluations, base_of, eval_mode, in_chunks, in_float32
+from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32
+from tiltflow.labels import draw_labels, told
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.optimization import Tilting
@@ -58,7 +59,7 @@ from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
-from tiltflow.trainer import Record, train, trainable_copy
+from tiltflow.trainer import Batch, Record, train, trainable_copy
 from tiltflow.user_code import tried
 from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
 
@@ -85,6 +86,9 @@ class Training(Survival):
     calibration_samples: Annotated[int, Field(ge=0)] = 0
     """From how many base samples the mean reward of the target law is estimated, to which the working temperature is then
     adapted (see `tiltflow.calibration`); 0 to run at the method's beta throughout."""
+    classes: Labels = ()
+    """Of a class-conditional model: the classes whose samples are tuned, as many of one as of another; all by default. Each has
+    a target law of its own."""
     mixed_precision: MixedPrecision = "no"
     """How the flow is evaluated, in training and for the samples of the evaluation: "bf16", "no", or "auto": bf16 where the
     hardware multiplies it."""
@@ -151,6 +155,7 @@ def prepare(
         raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
     if training.calibration_samples and not hasattr(method, "beta"):
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
+    classes = check_classes(model, method, training)
     if not adapter:
         model = replace(model, flow=in_float32(model.flow))
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
@@ -160,8 +165,14 @@ def prepare(
     base = base_of(frozen) if adapter else frozen
     start = model.flow.noise_time
 
-    def draw(generator: torch.Generator) -> Tensor:
-        return model.start(training.train_batch_size, generator)
+    def draw(generator: torch.Generator) -> Batch:
+        count = training.train_batch_size
+        if not classes:
+            return Batch(model.start(count, generator))
+        labels = draw_labels(classes, count, generator)
+        return Batch(
+            model.start(count, generator), lambda flow: bind(flow, labels), reward=told(reward, labels, model.class_names)
+        )
 
     def calibrate() -> tuple[Calibration, int]:
         with eval_mode(model.flow.network, reward), CountEvaluations(model.flow.network) as evaluations:
@@ -169,7 +180,7 @@ def prepare(
                 base,
                 reward,
                 method.beta,
-                draw,
+                lambda generator: draw(generator).x,
                 method.sampling,
                 training.calibration_samples,
                 seed=seed,
@@ -205,11 +216,40 @@ def prepare(
     return tuned, loop
 
 
+def check_classes(model: Model, method: Any, training: Training) -> tuple[int, ...]:
+    """The classes that are tuned, in order; none of an unconditional model. Raises InputError for what does not fit them."""
+    count = len(model.class_names)
+    classes = tuple(sorted(training.classes)) or tuple(range(count))
+    if not count and classes:
+        raise InputError("training.classes: this model is not class-conditional; leave them out")
+    if classes and classes[-1] >= count:
+        raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
+    if not classes:
+        return ()
+    if training.calibration_samples:
+        raise InputError(
+            "training.calibration_samples: there is one working temperature, and each class would need its own; set it to 0"
+        )
+    if len(classes) > 1 and getattr(method, "needs_critic_of_condition", False):
+        raise InputError(
+            f"method.estimator {method.estimator!r} needs a critic that knows the class, and it does not see labels; use"
+            " return-minus-value, which is right with any critic, or return"
+        )
+    if getattr(method, "data", None) is not None:
+        raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
+    if training.train_batch_size < 2 * len(classes):
+        raise InputError(
+            f"training.train_batch_size {training.train_batch_size} is fewer than 2 samples for each of {len(classes)} classes,"
+            f" which are compared with each other; give {2 * len(classes)} or more, or fewer training.classes"
+        )
+    return classes
+
+
 def try_network(model: Model) -> None:
     """Raises InputError, of one line, if the network of a model cannot be called as it will be, or learns nothing."""
     x = model.start(2, stream(0, "check", device=model.device))
     with tried(), eval_mode(model.flow.network), torch.enable_grad():
-        v = model.flow(x, torch.tensor(0.5))
+        v = model.bound(model.labels(2))(x, torch.tensor(0.5))
     if not any(True for _ in model.flow.parameters()):
         raise InputError("nothing can be trained: no parameter of the network requires a gradient (is the adapter frozen?)")
     if not v.requires_grad:

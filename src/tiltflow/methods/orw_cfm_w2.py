@@ -220,8 +220,8 @@ class OrwCfmW2(Optimization):
                 uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
                 t = spread_times(uniform, start=self.sampling.times(start)[0].item(), shift=self.shift)
                 x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
-                v = tuned(x, t)
-                d = v - base(x, t)
+                v = rows(tuned, i)(x, t)
+                d = v - rows(base, i)(x, t)
                 scale = prediction_scale(tuned, t).double() ** 2
                 pull[i] += scale * ((x1[i] - x0 - v) * d).flatten(1).sum(1).double()
                 leash[i] += scale * d.flatten(1).square().sum(1).double()

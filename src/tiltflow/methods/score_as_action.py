@@ -181,6 +181,12 @@ class ScoreAsAction(Tilting):
         return self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free")
 
     @property
+    def needs_critic_of_condition(self) -> bool:
+        """Whether the gradient is wrong where the critic is not told what a sample is asked for: the others are right with any
+        baseline."""
+        return self.estimator in ("temporal-difference", "closed-form", "pathwise")
+
+    @property
     def _uses_value_gradient(self) -> bool:
         return self.estimator in ("closed-form", "pathwise")
 

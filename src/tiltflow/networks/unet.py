@@ -31,6 +31,8 @@ class Unet(Settings):
     """Width of the embedding of time."""
     time_scale: Annotated[float, Field(gt=0)] = 1000.0
     """What the network time is multiplied by before its sinusoidal embedding: 1000 for t in [0, 1], 1 for timesteps."""
+    num_classes: Count | None = None
+    """Of a class-conditional network, which takes labels too: their embedding is added to that of the time."""
 
     def build(self) -> nn.Module:
         return UnetModule(self)
@@ -54,7 +56,8 @@ class ResidualBlock(nn.Module):
 
 
 class UnetModule(nn.Module):
-    """(images [batch, image_channels, height, width], time [batch]) -> the shape of the images."""
+    """(images [batch, image_channels, height, width], time [batch]) -> the shape of the images; with `num_classes`, of
+    labels [batch] int64 too."""
 
     def __init__(self, settings: Unet):
         super().__init__()
@@ -62,6 +65,7 @@ class UnetModule(nn.Module):
         pixels = settings.image_channels * settings.patch**2
         self.settings = settings
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.classes = None if settings.num_classes is None else nn.Embedding(settings.num_classes, width)
         self.enter = nn.Conv2d(pixels, c1, 3, padding=1)
         self.down = nn.ModuleList(ResidualBlock(c1, width) for _ in range(n1))
         self.shrink = nn.Conv2d(c1, c2, 2, stride=2)
@@ -72,8 +76,11 @@ class UnetModule(nn.Module):
         nn.init.zeros_(last.weight)
         self.leave = nn.Sequential(nn.SiLU(), last)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         embedding = self.time(sinusoids(time * self.settings.time_scale, self.settings.embedding))
+        if self.classes is not None:
+            assert labels is not None
+            embedding = embedding + self.classes(labels)
         h = self.enter(F.pixel_unshuffle(x, self.settings.patch).contiguous(memory_format=torch.channels_last))
         for block in self.down:
             h = block(h, embedding)
