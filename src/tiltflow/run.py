@@ -589,6 +589,8 @@ def rehearse(recipe: Recipe, base: Model, reward: Reward, device: str) -> None:
     """Try on two samples of the base all that the training and the evaluation will need of others. Raises InputError, of one
     line, for what does not work: now, and not after the training."""
     settings = recipe.evaluation
+    if base.class_names:
+        raise InputError(f"model {recipe.model}: a recipe cannot evaluate a class-conditional model; tiltflow.tune tunes it")
     with tried():
         x = base.sample(2, seed=recipe.seed, sampling=recipe.sampling).to(device)
     gradient = getattr(recipe.method, "needs_reward_gradient", False)
