@@ -121,6 +121,27 @@ def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path
         run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
 
 
+def test_a_class_conditional_flow_learns_a_law_for_each_class(npz: Path, tmp_path: Path) -> None:
+    """Dark and bright images: mean -.61 and .57 of the pixels; the wrong number of classes, or no labels, is one line."""
+    unet = {"name": "unet", "channels": [8, 8], "blocks": [1, 1], "embedding": 8}
+    training = {"max_train_steps": 250, "train_batch_size": 32, "learning_rate": 1e-2, "lr_warmup_steps": 5, "ema_decay": 0.9}
+
+    def recipe(classes: int) -> FlowPretraining:
+        return FlowPretraining.model_validate({"network": unet | {"num_classes": classes}, "training": training})
+
+    run_pretraining(recipe(2), npz, tmp_path / "m", name="mine")
+    model = load(tmp_path / "m")
+    assert model.class_names == ("0", "1")
+    data = load_images(npz)
+    assert data.labels is not None
+    for label in (0, 1):
+        x = model.sample(64, labels=label, sampling=Sampling(solver="heun", num_inference_steps=10))
+        assert abs(x.mean() - data.images[data.labels == label].mean()) < 0.25
+    with pytest.raises(InputError, match=r"network\.num_classes is 3, .* has 2 classes"):
+        run_pretraining(recipe(3), npz, tmp_path / "n", name="mine")
+    assert not (tmp_path / "n").exists()
+
+
 def test_the_same_seed_is_the_same_network_bit_for_bit(npz: Path) -> None:
     recipe = read_pretraining("digits-judge", ["training.max_train_steps=3", "network.image_size=8", "network.classes=2"])
     networks = []

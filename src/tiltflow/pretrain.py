@@ -77,6 +77,11 @@ class FlowPretraining(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """The same seed, recipe, software and machine give the same result, bit for bit."""
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network is told the class of each image."""
+        return getattr(self.network, "num_classes", None) is not None
+
 
 class ClassifierPretraining(Settings):
     """Cross-entropy on shifted and noisy images, with label smoothing."""
@@ -123,7 +128,8 @@ def pretrain(recipe: Pretraining, data: ImageData, network: nn.Module) -> Iterat
     def loss_of() -> Tensor:
         index = next(batches).to(device)
         if isinstance(recipe, FlowPretraining):
-            return flow_loss(recipe, network, data.images[index], draws)
+            labels = _labels(data)[index] if recipe.is_conditional else None
+            return flow_loss(recipe, network, data.images[index], draws, labels)
         return classifier_loss(recipe, network, data.images[index], _labels(data)[index], draws)
 
     torch_state = torch.random.get_rng_state()  # dropout has no generator of its own: give it a seed, then put ours back
@@ -190,6 +196,11 @@ def run_pretraining(
     data = load_images(path, "train")
     if isinstance(recipe, ClassifierPretraining) and data.labels is None:
         raise InputError(f"{path}: has no labels to train a classifier on")
+    class_names: tuple[str, ...] = ()
+    if isinstance(recipe, FlowPretraining) and recipe.is_conditional:
+        class_names = data.class_names
+        if len(class_names) != recipe.network.num_classes:
+            raise InputError(f"network.num_classes is {recipe.network.num_classes}, {path} has {len(class_names)} classes")
     network = new_network(recipe.network, recipe.seed).to(device)
     last = None
     for last in pretrain(recipe, data.to(device), network):
@@ -199,13 +210,15 @@ def run_pretraining(
     test = load_images(path, "test")
     event_shape = tuple(data.images.shape[1:])
     if isinstance(recipe, FlowPretraining):
-        model = Model(Flow(network, recipe.prediction, recipe.interpolant), event_shape, recipe.sampling, recipe.network)
+        flow = Flow(network, recipe.prediction, recipe.interpolant)
+        model = Model(flow, event_shape, recipe.sampling, recipe.network, class_names)
         scores = flow_scores(recipe, model, test)
         config: FlowConfig | ClassifierConfig = FlowConfig(
             network=recipe.network,
             prediction=recipe.prediction,
             interpolant=recipe.interpolant,
             event_shape=event_shape,
+            class_names=class_names,
             sampling=recipe.sampling,
         )
     else:
@@ -245,7 +258,10 @@ def flow_scores(recipe: FlowPretraining, model: Model, test: ImageData) -> dict[
         probabilities, real = judge(x).softmax(1), test.images[:5000]
         scores[f"judge_confidence_{solver}"] = probabilities.amax(1).mean().item()
         scores[f"frechet_distance_{solver}"] = frechet_distance(in_batches(features, x, 500), in_batches(features, real, 500))
-        counts = probabilities.argmax(1).bincount(minlength=len(config.class_names))
+        seen = probabilities.argmax(1)
+        if model.class_names == config.class_names:
+            scores[f"label_agreement_{solver}"] = (seen == model.labels(len(x))).double().mean().item()
+        counts = seen.bincount(minlength=len(config.class_names))
         scores[f"class_fractions_{solver}"] = [round(fraction, 3) for fraction in (counts / 1000).tolist()]
     scores["judge_confidence_test"] = judge(test.images[:1000]).softmax(1).amax(1).mean().item()
     scores["frechet_distance_test"] = frechet_distance(*(in_batches(features, half, 500) for half in test.images.chunk(2)))
@@ -287,15 +303,18 @@ def card(
     return "\n".join(lines if isinstance(recipe, FlowPretraining) else lines[:-2])
 
 
-def flow_loss(recipe: FlowPretraining, network: nn.Module, x1: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the network's own prediction, a x_1 + b x_0, at one uniform time per sample."""
+def flow_loss(
+    recipe: FlowPretraining, network: nn.Module, x1: Tensor, generator: torch.Generator, labels: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of the network's own prediction, a x_1 + b x_0, at one uniform time per sample; given their labels
+    [batch], of a class-conditional network."""
     s = interior(torch.rand(len(x1), generator=generator, device=x1.device))
     x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
     c = recipe.interpolant(s.double())
     a, b = mixture_weights(recipe.prediction, c)
     x = expand(c.alpha, x1) * x1 + expand(c.beta, x1) * x0
     target = expand(a, x1) * x1 + expand(b, x1) * x0
-    predicted: Tensor = network(x, recipe.interpolant.network_time(s))
+    predicted: Tensor = network(x, recipe.interpolant.network_time(s), *(() if labels is None else (labels,)))
     return F.mse_loss(predicted, target)
 
 
