@@ -144,7 +144,7 @@ def test_resume_is_bitwise(method: str, tmp_path: Path) -> None:
         {"calibration_samples": 256},
         {"trainable": "middle"},
         {"checkpointing_steps": 1, "checkpoints_total_limit": 1},
-        {"report_to": "tensorboard", "calibration_samples": 64, "micro_batch_size": 2, "deterministic": True},
+        {"report_to": "tensorboard", "calibration_samples": 256, "micro_batch_size": 2, "deterministic": True},
     ],
     ids=lambda training: next(iter(training)),
 )
