@@ -441,9 +441,7 @@ def _closeness(s: Tree) -> str:
         )
     limits = s.get("limits")
     if isinstance(limits, list) and limits:
-        parts.append(
-            f'<p class="warning"><b>Not exact by construction.</b> {" ".join(escape(str(limit)) for limit in limits)}</p>'
-        )
+        parts.append(f'<p class="warning"><b>Limits of this run.</b> {" ".join(escape(str(limit)) for limit in limits)}</p>')
     if s.get("target_unknown"):
         parts.append(
             '<p class="warning"><b>The target law is not known.</b> Evaluate with more samples, or choose a weaker tilt (a'
@@ -458,7 +456,7 @@ def _mean_reward(s: Tree) -> str:
         return ""
     errors = [number(s, f"reward_{which}_error") or 0.0 for which in ("tuned", "target")]
     bias = number(s, "reward_target_bias")
-    noted = "" if bias is None else f", from which a bias of {decimal(bias)} toward the base has been taken"
+    noted = "" if bias is None else f", from which a bias of {decimal(bias)} by too few samples of each has been taken"
     return f"<p>The mean reward is {decimal(tuned, errors[0])}; the target law has {decimal(target, errors[1])}{noted}.</p>"
 
 
@@ -484,20 +482,19 @@ def _tests(s: Tree) -> str:
     rows = []
     for row in tests:
         form = percent if row.get("unit") == "share" else decimal
-        base, tuned, target = (
+        tuned, target = (
             "–" if (value := number(row, key)) is None else form(value, number(row, f"{key}_error"))
-            for key in ("base", "tuned", "target")
+            for key in ("tuned", "target")
         )
         z, p = (number(row, key) for key in ("z", "p_holm"))
         seen = number(row, "detectable")
         off = "–" if seen is None else f"{decimal(100 * seen)} points" if row.get("unit") == "share" else decimal(seen)
-        says = "not counted" if not row.get("counted") else "differs" if row.get("rejected") else "not told apart"
+        says = "not counted" if not row.get("counted") else "yes" if row.get("rejected") else "not seen"
         cells = [
-            base,
             tuned,
             target,
             "–" if z is None else f"{z:+.1f}".replace("-", "−"),
-            "–" if p is None else decimal(p),
+            "–" if p is None else "&lt; 0.001" if p < 1e-3 else decimal(p),
             off,
             says,
         ]
@@ -508,7 +505,7 @@ def _tests(s: Tree) -> str:
         " by more than chance. Would see: the deviation that is found four times in five; of a distance, the smallest that is"
         " found. The target of a distance is what is left where nothing is wrong."
     )
-    table = _numbers(("Statistic", "Base", "Tuned", "Target", "z", "p", "Would see", "Result"), "".join(rows))
+    table = _numbers(("Statistic", "Tuned", "Target", "z", "p", "Would see", "Differs"), "".join(rows))
     return _section("What was tested", table, note)
 
 
@@ -518,7 +515,7 @@ def _scale(tuned: float, base: float, floor: float | None) -> str:
     marks = "".join(
         f'<span class="mark {name}{" left" if value > longest / 2 else ""}{" low" if crowded else ""}"'
         f' style="left:{100 * value / longest:.2f}%"><b>{label} {decimal(value)}</b></span>'
-        for name, label, value in (("base", "base", base), ("floor", "exact sample", floor), ("tuned", "tuned", tuned))
+        for name, label, value in (("base", "base", base), ("floor", "floor", floor), ("tuned", "tuned", tuned))
         if value is not None
     )
     return f'<div class="scale" aria-hidden="true">{marks}</div>'

@@ -451,8 +451,8 @@ def calibration_in_words(beta: float | None, working_beta: float | None) -> dict
     at_limit = gain_at_limit(beta / working_beta)
     sentence = (
         f"Calibration ended at its limit: the run worked at a temperature of {working_beta:.3g} where {beta:g} was asked for,"
-        f" and may not go beyond {LIMIT:g} times. So the mean reward is not made right by it, and the run is far from"
-        " converged, or its chain cannot reach the target."
+        f" and it may not be more than {LIMIT:g} times lower or higher. The mean reward is then not made right: the run is far"
+        " from converged, or its sampler cannot reach the target."
     )
     return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
 

@@ -275,9 +275,9 @@ def _in_words(tests: Sequence[Row], size: int, summary: dict[str, Any]) -> tuple
 
 def _told(row: Row) -> str:
     if row["tuned_error"] is None:
-        return f"{row['statistic']} {decimal(row['tuned'])}, where {decimal(row['target'])} is left if nothing is wrong"
+        return f"{row['statistic']}: {decimal(row['tuned'])}, where {decimal(row['target'])} is left if nothing is wrong"
     both = (_form(row, row[key], row[f"{key}_error"]) for key in ("tuned", "target"))
-    return f"{row['statistic']} {' against '.join(both)}{_z(row, ' (', ')')}"
+    return f"{row['statistic']}: {' against '.join(both)}{_z(row, ' (', ')')}"
 
 
 def _z(row: Row, before: str, after: str) -> str:
