@@ -18,6 +18,7 @@ from tiltflow.cli import app
 from tiltflow.doctor import Finding, Patient, admit, examine, verdict
 from tiltflow.flow import Flow
 from tiltflow.run import Recipe
+from tiltflow.run_text_to_image import TextToImageEvaluation
 from tiltflow.settings import read_yaml, validate
 
 TRAINING = {"max_train_steps": 4, "train_batch_size": 8}
@@ -164,6 +165,24 @@ def test_too_strong_and_too_weak_a_tilt(tmp_path: Path) -> None:
     assert "nearly the base" in found[1e9].text
     constant = replace(patient, reward=lambda x: torch.ones(len(x)))
     assert the(doctor.temperature(constant), "temperature").level == "red"
+
+
+def test_an_evaluation_too_small_to_know_its_target(tmp_path: Path) -> None:
+    """A share of the base's samples carries the weight; so many of them are needed for 100 of the target, and for ten of each
+    prompt: what the evaluation itself asks for."""
+    pixels = recipe_for(tmp_path).evaluation.model_copy(update={"num_samples": 300})
+    assert doctor.too_few_to_know(pixels, 0.4, of_pictures=False) is None
+    said, remedy = doctor.too_few_to_know(pixels, 0.25, of_pictures=False) or ("", "")
+    assert "evaluation's 300 that would be 75" in said
+    assert remedy.startswith("evaluation.num_samples=400 ")
+    pictures = TextToImageEvaluation(num_generations=16)
+    assert doctor.too_few_to_know(pictures, 0.7, of_pictures=True) is None
+    said, remedy = doctor.too_few_to_know(pictures, 0.5, of_pictures=True) or ("", "")
+    assert "16 pictures of a prompt that would be 8.0" in said
+    assert remedy.startswith("evaluation.num_generations=20 ")
+    tiny = patient_for(tmp_path)  # 32 samples can never weigh as much as 100
+    finding = the(doctor.temperature(tiny), "temperature")
+    assert finding.level == "amber"
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

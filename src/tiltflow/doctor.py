@@ -8,6 +8,7 @@ amber and red with a remedy. The last check is one real iteration.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, TiltflowError
-from tiltflow.evaluation import ImportanceWeights
+from tiltflow.evaluation import FEW, FEW_IN_GROUP, ImportanceWeights
 from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
@@ -144,13 +145,15 @@ def geometry(recipe: Any) -> Finding:
 
 
 def temperature(patient: Patient) -> Iterator[Finding]:
-    """Whether the target law is within reach of the base at all."""
-    method = patient.recipe.method
+    """Whether the target law is within reach of the base at all, and whether the evaluation has samples enough to know it."""
+    method, of_pictures = patient.recipe.method, isinstance(patient.recipe, TextToImageRecipe)
     if not hasattr(method, "log_tilt") or isinstance(patient.reward, LearnedReward):
         return
     rewards = evaluate(patient.told, patient.ends()).detach().cpu()
     tilt = method.log_tilt(rewards, patient.recipe.training.max_train_steps)
-    effective = ImportanceWeights(torch.softmax(tilt, 0)).effective_sample_size
+    effective = ImportanceWeights.from_log_tilt(
+        tilt, patient.recipe.training.prompts_per_step if of_pictures else 1
+    ).effective_sample_size
     share, count = effective / len(rewards), len(rewards)
     law = method.target_law(patient.recipe.training.max_train_steps)
     text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {law}"
@@ -162,8 +165,26 @@ def temperature(patient: Patient) -> Iterator[Finding]:
         yield Finding("temperature", "amber", f"{text}: so strong a tilt that few base samples resemble its target", weaker)
     elif share > 0.98:
         yield Finding("temperature", "amber", text + ": the target is nearly the base", "a smaller beta tilts more")
+    elif (unknown := too_few_to_know(patient.recipe.evaluation, share, of_pictures)) is not None:
+        yield Finding("temperature", "amber", f"{text}. {unknown[0]}: the report will have no verdict", unknown[1])
     else:
         yield Finding("temperature", "green", text)
+
+
+def too_few_to_know(evaluation: Any, share: float, of_pictures: bool) -> tuple[str, str] | None:
+    """Why an evaluation will not know the target law, if this share of its base samples carries its weight; and the remedy."""
+    if not of_pictures:
+        expected, needed = share * evaluation.num_samples, math.ceil(FEW / share)
+        if expected >= FEW:
+            return None
+        remedy = f"evaluation.num_samples={needed} or more, or a weaker tilt"
+        return f"Of the evaluation's {evaluation.num_samples} that would be {expected:.0f}, and {FEW} are needed", remedy
+    count, needed = evaluation.num_generations, math.ceil(FEW_IN_GROUP / share)
+    if share * count >= FEW_IN_GROUP:
+        return None
+    remedy = f"evaluation.num_generations={needed} or more, or a weaker tilt"
+    said = f"Of the evaluation's {count} pictures of a prompt that would be {share * count:.1f}, and {FEW_IN_GROUP} are needed"
+    return said, remedy
 
 
 def reward_itself(patient: Patient) -> Iterator[Finding]:
