@@ -293,6 +293,30 @@ def test_correcting_the_bias_pays(generator: torch.Generator) -> None:
 # ---- where the target is not known ----
 
 
+def test_what_differs_between_strata_is_no_error(generator: torch.Generator) -> None:
+    """Three laws N(m, 1) far apart, each tilted by exp(x / 2): N(m + 1/2, 1). The mean over them is 1/2, the divergence 1/8;
+    their z-scores are standard normal, though the means differ by ten."""
+    centres, z = torch.tensor([-10.0, 0.0, 10.0], dtype=torch.float64), torch.zeros(400, 2)
+    for i in range(len(z)):
+        x = centres[:, None] + torch.randn(3, 300, generator=generator, dtype=torch.float64)
+        weights = ImportanceWeights.from_log_tilt(x.flatten() / 2, 3, strata=True)
+        mean, error = weights.mean(x.flatten())
+        divergence = weights.divergence()
+        z[i] = torch.tensor([(mean - 0.5) / error, (divergence.value - 1 / 8) / divergence.standard_error])
+    assert (z.mean(0).abs() < 4 / len(z) ** 0.5).all()
+    assert ((z.std(0) - 1).abs() < 0.15).all()
+    assert not ImportanceWeights.from_log_tilt(x.flatten(), 1, strata=True).strata  # one group is no stratum
+
+
+def test_resamples_of_strata_stay_in_them(generator: torch.Generator) -> None:
+    strata = ImportanceWeights.from_log_tilt(torch.zeros(12), 3, strata=True)
+    for _ in range(20):
+        which = drawn_again(6, strata, generator)
+        assert (which // 2).tolist() == [0, 0, 1, 1, 2, 2]
+    of_groups = drawn_again(6, ImportanceWeights.from_log_tilt(torch.zeros(12), 3), generator)
+    assert of_groups.reshape(3, 2).diff(dim=1).tolist() == [[1]] * 3
+
+
 @pytest.mark.parametrize("k", [-0.3, 0.3, 0.7, 1.0])
 def test_the_tail_of_exact_pareto_samples(k: float, generator: torch.Generator) -> None:
     """By inversion of the distribution function, 1 - (1 + k x)^(-1 / k); and beside the maximum likelihood of scipy."""
@@ -449,7 +473,7 @@ def test_groups_stay_in_their_groups(generator: torch.Generator) -> None:
     rewards = torch.arange(3.0).repeat_interleave(4)
     weights = ImportanceWeights.from_log_tilt(torch.randn(12, generator=generator), 3)
     assert float(floor(weights, 6, reward_masses(rewards), generator).max()) < 1e-12
-    which = drawn_again(12, 3, generator).reshape(3, 4)
+    which = drawn_again(12, weights, generator).reshape(3, 4)
     assert (which % 4).tolist() == [[0, 1, 2, 3]] * 3
     with pytest.raises(ValueError, match="groups of equal size"):
         ImportanceWeights.from_log_tilt(torch.zeros(10), 3)

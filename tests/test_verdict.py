@@ -70,6 +70,26 @@ def test_groups_are_compared_within_themselves(generator: torch.Generator) -> No
     assert found["tuned_error"] == pytest.approx(means[0].std(ddof=1) / math.sqrt(12))
 
 
+def test_strata_are_compared_within_themselves(generator: torch.Generator) -> None:
+    """Two laws far apart, each tilted to its own: exact samples have standard normal z-scores, in the mean and in a share; one
+    that is off in one stratum alone is seen, which Student's t of two differences never would."""
+    centres = torch.tensor([-10.0, 10.0], dtype=torch.float64)
+    z, share, off = (torch.zeros(300) for _ in range(3))
+    for i in range(len(z)):
+        base, tuned = (centres[:, None] + torch.randn(2, 400, generator=generator, dtype=torch.float64) for _ in range(2))
+        weights = ImportanceWeights.from_log_tilt(base.flatten() / 2, 2, strata=True)
+        tuned = tuned + 0.5
+        z[i] = mean_test("mean", tuned.flatten(), base.flatten(), weights)["z"]
+        above = [(x > centres[:, None]).double().flatten() for x in (tuned, base)]
+        share[i] = mean_test("share", *above, weights, unit="share")["z"]
+        tuned[0] += 0.6
+        off[i] = mean_test("mean", tuned.flatten(), base.flatten(), weights)["p"]
+    for each in (z, share):
+        assert abs(each.mean()) < 4 / len(each) ** 0.5
+        assert abs(each.std() - 1) < 0.17
+    assert (off < 1e-3).double().mean() > 0.9
+
+
 def test_holms_correction_by_hand() -> None:
     """Sorted .004, .013, .03, .5 times 4, 3, 2, 1, never falling; what is not counted takes no part."""
     rows = [row(0.03), row(0.004), row(0.5), row(0.0001, counted=False), row(0.013)]

@@ -114,6 +114,9 @@ class ImportanceWeights:
 
     weights: Tensor
     groups: int = 1
+    strata: bool = False
+    """Whether the groups are all that there are, as the classes of a model are, and not a sample of more, as prompts are. What
+    differs between them is then no error."""
 
     @classmethod
     def from_rewards(cls, rewards: Tensor, beta: float) -> ImportanceWeights:
@@ -121,11 +124,11 @@ class ImportanceWeights:
         return cls.from_log_tilt(rewards.double() / beta)
 
     @classmethod
-    def from_log_tilt(cls, log_tilt: Tensor, groups: int = 1) -> ImportanceWeights:
+    def from_log_tilt(cls, log_tilt: Tensor, groups: int = 1, *, strata: bool = False) -> ImportanceWeights:
         """From the log weights [n], each up to a constant of its group. Raises ValueError if groups are not of equal size."""
         if len(log_tilt) % groups:
             raise ValueError(f"{len(log_tilt)} samples do not make {groups} groups of equal size")
-        return cls(torch.softmax(log_tilt.double().reshape(groups, -1), 1).flatten() / groups, groups)
+        return cls(torch.softmax(log_tilt.double().reshape(groups, -1), 1).flatten() / groups, groups, strata and groups > 1)
 
     @property
     def in_groups(self) -> Tensor:
@@ -172,8 +175,9 @@ class ImportanceWeights:
     def mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean of values [n, ...] over the samples, and its standard error, both [...].
 
-        Of one group: by the delta method. Of several: over the groups, with a third of the jackknife's correction added in
-        quadrature, which is what remains of a bias in the worst of the laws tried that `unknown` lets pass.
+        Of one group, and within each stratum: by the delta method. Of several others: over them. Where there are several, with
+        a third of the jackknife's correction added in quadrature, which is what remains of a bias in the worst of the laws
+        tried that `unknown` lets pass.
         """
         w = self.weights.to(values.device).reshape(-1, *(1 for _ in values.shape[1:]))
         values = values.double()
@@ -181,7 +185,12 @@ class ImportanceWeights:
         if self.groups == 1:
             return mean, (w * (values - mean)).square().sum(0).sqrt()
         corrected = self.group_means(values)
-        error = (corrected.var(0) / self.groups + (corrected.mean(0) - mean).square() / 9).sqrt()
+        variance = corrected.var(0)
+        if self.strata:
+            within = self.in_groups.to(values.device).reshape(self.groups, -1, *(1 for _ in values.shape[1:]))
+            away = values.reshape(self.groups, -1, *values.shape[1:]) - corrected[:, None]
+            variance = (within * away).square().sum(1).mean(0)
+        error = (variance / self.groups + (corrected.mean(0) - mean).square() / 9).sqrt()
         return corrected.mean(0), error
 
     def bias(self, values: Tensor) -> Tensor:
@@ -208,13 +217,14 @@ class ImportanceWeights:
         size = w.shape[1]
         terms = torch.special.xlogy(w, w * size)
         raw = terms.sum(1)
+        within = (terms - w * (raw[:, None] + 1) + 1 / size).square().sum(1)
         if self.groups == 1:
-            error = (terms - w * (raw[:, None] + 1) + 1 / size).square().sum().sqrt()
-            return Estimate(raw.item(), error.item())
+            return Estimate(raw.item(), within.sqrt().item())
         rest = (1 - w).clamp(min=1e-12)
         without = (raw[:, None] - terms) / rest + torch.log((size - 1) / size / rest)
         corrected = size * raw - (size - 1) * without.mean(1)
-        error = (corrected.var() / self.groups + (corrected.mean() - raw.mean()).square() / 9).sqrt()
+        variance = within.mean() if self.strata else corrected.var()
+        error = (variance / self.groups + (corrected.mean() - raw.mean()).square() / 9).sqrt()
         return Estimate(corrected.mean().item(), error.item())
 
     def null_distances(
@@ -336,7 +346,7 @@ def histogram_distance(
 
     distances = []
     for _ in range(resamples):
-        a, b = (drawn_again(len(both), weights.groups, generator) for both in (labels, base_labels))
+        a, b = (drawn_again(len(both), weights, generator) for both in (labels, base_labels))
         w = weights.weights[b]
         distances.append(total_variation(one_hot(labels[a], classes).mean(0), (w @ base[b]) / w.sum()))
     return Estimate(total_variation(ours, target), torch.tensor(distances).std().item()), ours, target
@@ -357,15 +367,18 @@ def reward_distance(
     """
     distances = []
     for _ in range(resamples):
-        a, b = (drawn_again(len(both), weights.groups, generator) for both in (rewards, base_rewards))
+        a, b = (drawn_again(len(both), weights, generator) for both in (rewards, base_rewards))
         distances.append(kolmogorov_smirnov(rewards[a], base_rewards[b], weights.weights[b] / weights.weights[b].sum()))
     return Estimate(kolmogorov_smirnov(rewards, base_rewards, weights.weights), torch.tensor(distances).std().item())
 
 
-def drawn_again(count: int, groups: int, generator: torch.Generator) -> Tensor:
-    """The indices of a bootstrap resample of samples [count]: of the samples, or, where there are several, of whole groups."""
-    if groups == 1:
-        return torch.randint(count, (count,), generator=generator)
+def drawn_again(count: int, weights: ImportanceWeights, generator: torch.Generator) -> Tensor:
+    """The indices of a bootstrap resample of samples [count]: of the samples, within each stratum if there are such; or, where
+    there are several, of whole groups."""
+    groups, size = weights.groups, count // weights.groups
+    if groups == 1 or weights.strata:
+        which = torch.randint(size, (groups, size), generator=generator)
+        return (which + size * torch.arange(groups)[:, None]).flatten()
     which = torch.randint(groups, (groups,), generator=generator)
     return torch.arange(count).reshape(groups, -1)[which].flatten()
 

@@ -55,13 +55,14 @@ def mean_test(
     """Whether the mean of `tuned` [n] is that of the target law, known from `base` [m] with its `weights`.
 
     Of one group: z = (tuned - target) / error, the errors of both added in quadrature and that of a share of tuned samples
-    being what the target's share makes it. Of several: Student's t of the differences within the groups, in which what is
-    special to a group cancels.
+    being what the target's share makes it. Of several strata: the same within each. Of several other groups: Student's t of the
+    differences within the groups, in which what is special to a group cancels.
     """
     tuned, base = tuned.double(), base.double()
     here, there, target = _over_groups(tuned, weights), _over_groups(base, weights), Estimate(*map(float, weights.mean(base)))
     ours, theirs = (_difference(values, base, weights, unit == "share") for values in (tuned, base))
-    return _row(statistic, unit, here, there, target, ours, theirs, weights.groups, counted)
+    groups = 1 if weights.strata else weights.groups
+    return _row(statistic, unit, here, there, target, ours, theirs, groups, counted)
 
 
 def _difference(values: Tensor, base: Tensor, weights: ImportanceWeights, share: bool) -> Estimate:
@@ -70,12 +71,19 @@ def _difference(values: Tensor, base: Tensor, weights: ImportanceWeights, share:
     if weights.groups == 1:
         variance = target * (1 - target) if share else values.var()
         return Estimate((values.mean() - target).item(), math.sqrt(variance / len(values) + error**2))
+    if weights.strata:
+        shares = weights.group_means(base).clamp(0, 1)
+        variance = (shares * (1 - shares)).mean() if share else values.reshape(weights.groups, -1).var(1).mean()
+        return Estimate((values.mean() - target).item(), math.sqrt(variance / len(values) + error**2))
     each = values.reshape(weights.groups, -1).mean(1) - weights.group_means(base)
     return Estimate(each.mean().item(), math.sqrt(each.var() / len(each) + weights.bias(base) ** 2 / 9))
 
 
 def _over_groups(values: Tensor, weights: ImportanceWeights) -> Estimate:
-    return mean_estimate(values if weights.groups == 1 else values.reshape(weights.groups, -1).mean(1))
+    each = values.reshape(weights.groups, -1)
+    if weights.strata:
+        return Estimate(values.mean().item(), math.sqrt(each.var(1).mean() / len(values)))
+    return mean_estimate(values if weights.groups == 1 else each.mean(1))
 
 
 def _row(
