@@ -4,7 +4,7 @@
     python scripts/mutants.py --file sampler.py --sample 20
 
 A file of src/tiltflow asks for it by a line `# Mutation tests: test_this.py test_that.py`, the tests that must notice, the
-fastest first; `# Mutation tests: none: ..` says why it does not.
+fastest first, beside its doctests; `# Mutation tests: none: ..` says why it does not.
 
 Each mutant runs in a forked child that compiles the changed syntax tree in place of the module, so nothing on disk
 changes and PyTorch is imported only once. A mutant is killed if a test fails or if the tests run far longer than they
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import doctest
 import importlib
 import os
 import random
@@ -153,6 +154,8 @@ class Module:
             scratch = f"--basetemp={self.scratch / str(os.getpid())}"
             code = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", scratch, *self.tests]))
             code = UNUSED if code == 0 and not loader.used else code
+            if code == 0:
+                code = int(doctest.testmod(sys.modules[self.name]).failed > 0)
         finally:
             os._exit(code)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.calibration import Calibration, target_reward
+from tiltflow.calibration import LIMIT, NEAR, Calibration, gain_at_limit, target_reward
 from tiltflow.errors import InputError
 from tiltflow.problems import ExactVelocity, Gaussian
 from tiltflow.sampler import Sampling
@@ -74,3 +74,9 @@ def test_too_few_effective_samples_are_refused() -> None:
     problem = Gaussian(dimension=1, linear=1.0)
     with pytest.raises(InputError, match=r"calibration: 100 base samples weigh as much as .* Raise method.beta"):
         target_reward(ExactVelocity(problem.base()), problem.reward(), 0.2, draw, Sampling(num_inference_steps=4), 100)
+
+
+def test_a_gain_is_at_its_limit_from_a_little_before() -> None:
+    for gain, near in ((2.97, True), (1 / 2.97, True), (2.5, False), (1 / 2.5, False), (1.0, False), (3.0, True)):
+        assert gain_at_limit(gain) is near
+    assert gain_at_limit(NEAR * LIMIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from tiltflow.errors import NonFiniteError
-from tiltflow.optimization import Tilting, WeightAverage, all_finite, finite, gradient_norm, learning_rate_factor, located
+from tiltflow.optimization import (
+    Tilting,
+    WeightAverage,
+    adamw,
+    all_finite,
+    finite,
+    gradient_norm,
+    learning_rate_factor,
+    load_optimizer,
+    located,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -78,6 +89,24 @@ def test_bad_numbers_are_found_by_step_time_and_sample() -> None:
         all_finite(values, "velocity", times)
     assert caught.value.where["samples"] == [12, 13]
     assert all_finite(values[:1], "velocity", times) is not None
+    with pytest.raises(NonFiniteError, match=r"advantage is not finite at 1 of 3 steps .* for 1 of 4 samples"):
+        all_finite(values[:, :, 1], "advantage", times)
     assert finite(torch.tensor(2.0), "loss", 3) == 2
     with pytest.raises(NonFiniteError, match="step 3: loss is nan"):
         finite(math.nan, "loss", 3)
+
+
+def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
+    """Its moments have the shape of their parameter, its count of steps has not."""
+    weights = [nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]])) for _ in range(2)]
+    optimizers = [adamw([weight], lr=0.1) for weight in weights]
+    for step in range(4):
+        if step == 2:
+            load_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+            with torch.no_grad():
+                weights[1].copy_(weights[0])
+        for weight, optimizer in list(zip(weights, optimizers, strict=True))[: 1 if step < 2 else 2]:
+            weight.grad = torch.full((2, 2), 1.0 + step)
+            optimizer.step()
+    assert torch.equal(*weights)
+    assert [state["step"].shape for state in optimizers[1].state.values()] == [torch.Size([])]
