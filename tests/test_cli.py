@@ -223,6 +223,28 @@ def test_settings_are_listed_for_people_and_for_programs() -> None:
     assert "adjoint-matching" in runner.invoke(tiltflow.cli.app, ["settings"]).output
 
 
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asks.py").write_text(
+        "import os, signal\n"
+        "def reward(x):\n"
+        "    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL and not os.path.exists('asked'):\n"
+        "        open('asked', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return x.mean((1, 2, 3))\n"
+    )
+    recipe = tiny_recipe(tmp_path, reward={"name": "function", "path": "asks:reward"}, evaluation={"num_samples": 4})
+    code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json")
+    assert code == 143
+    assert "asked to stop: no step is done yet" in err
+    assert "stopped by signal 15 at step 0; the same command with --resume begins; nothing was saved" in err
+    assert "saving" not in err
+    code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json", "--resume")
+    assert code == 0, err
+
+
 def test_errors_of_ours_are_the_only_ones_caught() -> None:
     assert issubclass(tiltflow.InputError, TiltflowError)
     assert not issubclass(ValueError, TiltflowError)

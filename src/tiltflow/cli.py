@@ -140,6 +140,7 @@ def train(
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
     """
     from tiltflow import processes
+    from tiltflow.checkpoint import FOLDER, checkpoints
     from tiltflow.entry import read_recipe, run
     from tiltflow.recipe import find_recipe, read_recipe_tree
 
@@ -167,7 +168,8 @@ def train(
         with _progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
             summary = run(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
     except Interrupted as error:
-        console.print(f"{escape(str(error))}; the same command with --resume goes on")
+        does = "goes on" if checkpoints(output / FOLDER) else "begins; nothing was saved"
+        console.print(f"{escape(str(error))}; the same command with --resume {does}")
         processes.end()
         raise typer.Exit(128 + error.signal) from None
     processes.end()

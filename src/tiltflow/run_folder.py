@@ -274,12 +274,19 @@ class RunFolder:
         with a checkpoint to go on from, as Interrupted.
         """
 
+        unsaved = False
+
+        def shown(record: Record) -> None:
+            nonlocal unsaved
+            unsaved = True
+            watch(record)
+
         def heard(number: int) -> None:
-            self.note("asked to stop: saving; once more leaves at once")
+            self.note(f"asked to stop: {'saving' if unsaved else 'no step is done yet'}; once more leaves at once")
 
         echo = ECHO if processes.count() > 1 else 0.0
         with noted(heard, echo=echo) if handle_signals else nullcontext(lambda: None) as stop:
-            self._train(loop, save, watch, before, watcher, stop)
+            self._train(loop, save, shown, before, watcher, stop)
             if signal := max(processes.exchanged(stop() or 0)):
                 raise Interrupted(f"training is complete; stopped by signal {signal} before the evaluation", signal)
 
