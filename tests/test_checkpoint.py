@@ -197,12 +197,24 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert draft.startswith("step-00000001.tmp-")
 
 
-def test_a_folder_is_never_written_to_again(tmp_path: Path) -> None:
+def test_a_folder_is_never_written_to_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there is moved aside, and kept until the new one is known to be good."""
     save_checkpoint(tmp_path, 1, state(1))
-    save_checkpoint(tmp_path, 1, state(2))
-    (aside,) = tmp_path.glob("*.old-*")
-    assert equal(load_checkpoint(aside), state(1))
+    seen: list[bool] = []
+    verify = checkpoint.verify_checkpoint
+
+    def verified(folder: Path) -> dict[str, Any]:
+        (aside,) = tmp_path.glob("*.old-*")
+        patch.undo()
+        seen.append(equal(load_checkpoint(aside), state(1)))
+        return verify(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "verify_checkpoint", verified)
+        save_checkpoint(tmp_path, 1, state(2))
+    assert seen == [True]
     assert equal(load_checkpoint(tmp_path / "step-00000001"), state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 # ---- contract 2: verified load and retention ----

@@ -72,7 +72,10 @@ def write(folder: Path, summary: dict[str, Any], *, rows: bool = True) -> str:
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "recipe.yaml").write_text("model: digits-flow\n")
     if rows:
-        lines = [{"step": i, "seconds": i, "reward": i, "reward_std": 1, "loss": 1 / i, "path_kl": i / 9} for i in (1, 2, 3)]
+        lines = [
+            {"step": i, "seconds": i, "network_evaluations": i, "reward": i, "reward_std": 1, "loss": 1 / i, "path_kl": i / 9}
+            for i in (1, 2, 3)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for name in ("before.png", "after.png"):
             plots.image_grid(torch.zeros(4, 1, 8, 8), 2).save(folder / name)

@@ -281,10 +281,14 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
     tree = read_yaml(path)
     del tree["training"]["deterministic"], tree["method"]["bootstrap"]
     path.write_text(dump_yaml(tree))
-    assert RunFolder.begin(tmp_path / "run", resuming(recipe)).state is not None
+    with RunFolder.begin(tmp_path / "run", resuming(recipe)) as place:
+        assert place.state is not None
     bootstrapped = recipe.model_copy(update={"method": recipe.method.model_copy(update={"bootstrap": 0.5})})
-    with pytest.raises(InputError, match=r"method\.bootstrap 0\.0 -> 0\.5"):
-        RunFolder.begin(tmp_path / "run", resuming(bootstrapped))
+    with (
+        pytest.raises(InputError, match=r"method\.bootstrap 0\.0 -> 0\.5"),
+        RunFolder.begin(tmp_path / "run", resuming(bootstrapped)),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -297,8 +301,11 @@ def test_a_checkpoint_by_name(tmp_path: Path) -> None:
     run(resuming(recipe, names[1]), tmp_path / "run")
     assert rows(tmp_path / "run") == expected[0]
     same(final(tmp_path / "run"), expected[1])
-    with pytest.raises(InputError, match=f"has no checkpoint 'step-99'; it has {names[0]}"):
-        RunFolder.begin(tmp_path / "run", resuming(recipe, "step-99"))
+    with (
+        pytest.raises(InputError, match=f"has no checkpoint 'step-99'; it has {names[0]}"),
+        RunFolder.begin(tmp_path / "run", resuming(recipe, "step-99")),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -310,7 +317,8 @@ def test_another_machine_is_named(tmp_path: Path) -> None:
     threads = saved["environment"]["threads"]
     save_checkpoint(last.parent, 13, saved | {"environment": saved["environment"] | {"threads": threads + 1}})
     notes: list[str] = []
-    RunFolder.begin(tmp_path / "run", resuming(recipe), notes.append)
+    with RunFolder.begin(tmp_path / "run", resuming(recipe), notes.append):
+        pass
     assert notes[0] == f"threads was {threads + 1}, now {threads}: the same numbers up to rounding, but not bit for bit"
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -31,12 +30,13 @@ from torch import Tensor
 
 from tiltflow import __version__, processes
 from tiltflow.errors import CheckpointError
+from tiltflow.files import flush, reason, writing
 
 FORMAT = 1
 FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 SHARDS = re.compile(r"shards-(\d{5})-of-(\d{5})\.safetensors")
-LITTER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{8}")
+LITTER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]{8}")
 """What a process that was killed while it wrote or deleted leaves behind."""
 TENSOR, INTEGER = "tensor:", "int:"
 
@@ -76,18 +76,21 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             flush(draft / MANIFEST)
             flush(draft)
-            if final.exists():  # of a run that was resumed from before it; not overwritten, not lost
-                final.rename(root / f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+            aside = root / f"{final.name}.old-{uuid.uuid4().hex[:8]}"
+            if final.exists():  # not overwritten, and not lost before the new one is known to be good
+                final.rename(aside)
             draft.rename(final)
             flush(root)
             verify_checkpoint(final)
+            shutil.rmtree(aside, ignore_errors=True)
 
     for phase in (begin, write_shards, finish):
         if reasons := [reason for reason in processes.exchanged(_reason_against(phase)) if reason is not None]:
             shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{final}: the checkpoint cannot be written ({reasons[0]}); those before it are as they were")
     if processes.is_main():
-        for old in checkpoints(root)[: -total_limit if total_limit else 0]:
+        older = [folder for folder in checkpoints(root) if step_of(folder) <= step]
+        for old in older[: -total_limit if total_limit else 0]:
             delete_checkpoint(old)
     return final
 
@@ -97,26 +100,41 @@ def _reason_against(write: Callable[[], None]) -> str | None:
     try:
         write()
     except (OSError, SafetensorError) as error:
-        return getattr(error, "strerror", None) or str(error)
+        return reason(error)
     return None
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Renamed first, so that half a deletion does not look like a checkpoint."""
-    doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
+    """Renamed first, so that half a deletion does not look like a checkpoint. Raises CheckpointError if that fails."""
+    try:
+        doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be deleted ({reason(error)})") from None
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:
     """The folders that look like checkpoints, the oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir())
+    return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a folder that is called as checkpoints are."""
+    match = NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
 
 
 def remove_litter(root: Path) -> None:
-    """Delete what killed processes left half-written."""
-    for folder in root.glob("step-*.tmp-*"):
-        if LITTER.fullmatch(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Delete what killed processes left half-written or half-deleted; put back what they moved aside, where it is missing."""
+    for folder in list(root.glob("step-*")):
+        if match := LITTER.fullmatch(folder.name):
+            place = root / match[1]
+            if match[2] == "old" and not place.exists():
+                with writing(place):
+                    folder.rename(place)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
@@ -199,15 +217,6 @@ def load_checkpoint(folder: Path) -> Tree:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Onto the disk itself: a rename may otherwise be there before the content is."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:

@@ -444,6 +444,7 @@ def sample(
     import numpy as np
 
     from tiltflow.entry import load
+    from tiltflow.files import check_output, write_file
     from tiltflow.plots import image_grid
     from tiltflow.sampler import Sampling
     from tiltflow.settings import validate
@@ -478,13 +479,18 @@ def sample(
         if labels is not None:
             chosen, told = [labels[i % len(labels)] for i in range(count)], {"labels": labels}
         draw = partial(loaded.sample, count, labels=chosen, **options)
+    check_output(output)
     with _spinner(console, quiet, f"sampling {count}"):
         x = draw()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".png":
-        image_grid(x, columns).save(output)
-    else:
-        np.savez_compressed(output, samples=x.numpy())
+
+    def write(draft: Path) -> None:
+        with open(draft, "wb") as file:
+            if output.suffix == ".png":
+                image_grid(x, columns).save(file, "PNG")
+            else:
+                np.savez_compressed(file, samples=x.numpy())
+
+    write_file(output, write)
     if not quiet:
         console.print(f"{count} {what} in {escape(output)}")
     _finish(as_json, {"output": str(output), "num_samples": count, "seed": seed, **told, **sampling.model_dump()})

@@ -18,6 +18,8 @@ from tiltflow import model as pixels
 from tiltflow import processes
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
+from tiltflow.files import write_folder
+from tiltflow.lock import working_in
 from tiltflow.model import Model
 from tiltflow.plugins import part_of
 from tiltflow.prompts import from_rows, unique
@@ -26,7 +28,7 @@ from tiltflow.reward import LearnedReward, Reward, from_function
 from tiltflow.run import REWARD, Evaluation, Recipe, Training, evaluate_run, prepare
 from tiltflow.run import make_watcher as watch_pixels
 from tiltflow.run import run as run_pixels
-from tiltflow.run_folder import RECIPE, RunFolder, Watcher, read_records, refuse_what_needs_a_folder
+from tiltflow.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree, refuse_what_needs_a_folder
 from tiltflow.run_text_to_image import (
     Adapter,
     TextToImageRecipe,
@@ -67,14 +69,17 @@ def run(recipe: AnyRecipe, folder: Path, **options: Any) -> dict[str, Any]:
 def evaluate(folder: Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
     """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
 
-    Raises InputError if `folder` is no run, and for `num_samples` of a pipeline.
+    Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
-    if not is_run_of_pipeline(folder):
-        return evaluate_run(folder, device=device, num_samples=num_samples)
-    if num_samples is not None:
+    read_run_tree(folder)
+    of_pipeline = is_run_of_pipeline(folder)
+    if of_pipeline and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
-    recipe = read_run(folder)
-    return evaluate_text_to_image(recipe, folder, *load_run(recipe, folder, device), device=device)
+    with working_in(folder):
+        if not of_pipeline:
+            return evaluate_run(folder, device=device, num_samples=num_samples)
+        recipe = read_run(folder)
+        return evaluate_text_to_image(recipe, folder, *load_run(recipe, folder, device), device=device)
 
 
 def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
@@ -182,17 +187,17 @@ def tune(
             return tuning.tuned
         run = PythonRun.of(model, reward, method, settings, prompts, seed)
         folder = Path(output)
-        place = RunFolder.begin(folder, run, note)
-        tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
+        with RunFolder.begin(folder, run, note) as place:
+            tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
 
-        def save(to: str = "model") -> None:
-            with processes.whole(tuning.network):
-                processes.by_main(lambda: tuning.write(folder / to))
+            def save(to: str = "model") -> None:
+                with processes.whole(tuning.network):
+                    processes.by_main(lambda: write_folder(folder / to, tuning.write))
 
-        watcher = tuning.watcher(run, partial(save, "best")) if settings.monitor is not None else None
-        place.train(tuning.loop, save, watch=watch, watcher=watcher)
-        place.end({"iterations": read_records(folder)[-1]["step"]})
-        return tuning.tuned
+            watcher = tuning.watcher(run, partial(save, "best")) if settings.monitor is not None else None
+            place.train(tuning.loop, save, watch=watch, watcher=watcher)
+            place.end({"iterations": read_records(folder)[-1]["step"]})
+            return tuning.tuned
 
 
 class PythonRun(Settings):

@@ -25,6 +25,10 @@ class CheckpointError(TiltflowError):
     """A checkpoint cannot be written, or is not what was written. Exit code 1."""
 
 
+class OutputError(TiltflowError):
+    """A file cannot be written: the disk is full, for example. Exit code 1."""
+
+
 class OutOfMemoryError(TiltflowError):
     """The device has too little memory for the recipe. Exit code 1."""
 

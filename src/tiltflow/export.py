@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import InputError
+from tiltflow.files import filling, read_json, trusted
+from tiltflow.lock import working_in
 from tiltflow.plots import curves
 from tiltflow.run_folder import claim, read_records
 from tiltflow.run_text_to_image import Point, TextToImageRecipe, load_run, read_run
@@ -32,28 +34,32 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     Raises InputError, with nothing written, if the run is not one of a pipeline.
     """
     recipe = read_run(run)
-    claim(output)
-    if recipe.model.adapter is not None and (run / "model" / SAMPLING).exists():
-        shutil.copytree(run / "model", output, dirs_exist_ok=True)
-    else:
-        _, tuned = load_run(recipe, run, device)
-        if recipe.model.adapter is not None:  # of a run that an earlier version made
-            save_tuned(tuned, output)
-        else:
-            setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
-            tuned.pipeline.scheduler = tuned.schedule.plain
-            tuned.pipeline.save_pretrained(output)
-            save_sampling(tuned, output)
-    point, sampling = measured_at(recipe), json.loads((output / SAMPLING).read_text(encoding="utf-8"))
-    if point.guidance_scale is not None and "guidance_scale" in sampling:
-        sampling["guidance_scale"] = point.guidance_scale
-    sampling["num_inference_steps"] = point.num_inference_steps
-    (output / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
-    for name in KEPT:
-        if (run / name).exists():
-            shutil.copy(run / name, output / name)
-    (output / "curves.svg").write_text(curves(read_records(run), ["reward"]), encoding="utf-8")
-    (output / "README.md").write_text(card(recipe, run, output, push_to_hub or "."), encoding="utf-8")
+    with working_in(output):
+        claim(output)
+        with filling(output) as folder:
+            if recipe.model.adapter is not None and (run / "model" / SAMPLING).exists():
+                shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+            else:
+                _, tuned = load_run(recipe, run, device)
+                if recipe.model.adapter is not None:  # of a run that an earlier version made
+                    save_tuned(tuned, folder)
+                else:
+                    setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
+                    tuned.pipeline.scheduler = tuned.schedule.plain
+                    tuned.pipeline.save_pretrained(folder)
+                    save_sampling(tuned, folder)
+            point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+            if point.guidance_scale is not None and "guidance_scale" in sampling:
+                sampling["guidance_scale"] = point.guidance_scale
+            sampling["num_inference_steps"] = point.num_inference_steps
+            (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
+            for name in KEPT:
+                if (run / name).exists():
+                    shutil.copy(run / name, folder / name)
+            (folder / "curves.svg").write_text(curves(read_records(run), ["reward"]), encoding="utf-8")
+            with trusted(run / "summary.json"):
+                about = card(recipe, run, folder, push_to_hub or ".")
+            (folder / "README.md").write_text(about, encoding="utf-8")
     result: dict[str, Any] = {"output": str(output), "kind": "full" if recipe.model.adapter is None else "lora", "url": None}
     if push_to_hub is not None:
         from huggingface_hub import HfApi
@@ -137,7 +143,7 @@ def reservations(recipe: TextToImageRecipe, output: Path) -> list[str]:
 def card(recipe: TextToImageRecipe, run: Path, output: Path, place: str) -> str:
     """README.md, with the front matter that the hub reads."""
     base, adapter = recipe.model.diffusers, recipe.model.adapter
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8")) if (run / "summary.json").exists() else {}
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     about = {
         "base_model": base,
         "library_name": "diffusers",

@@ -14,7 +14,6 @@ say so, the rule is its first two lines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.evaluation import Estimate, ImportanceWeights, mean_estimate
+from tiltflow.files import read_rows
 from tiltflow.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -140,6 +140,20 @@ def from_row(row: Mapping[str, Any]) -> Look:
 
 
 def read_looks(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's monitor.jsonl; none if it has no monitor."""
-    path = folder / LOOKS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    """The lines of a run's monitor.jsonl that are as they were written; none if it has no monitor."""
+    return read_rows(folder / LOOKS, _check_row)[0]
+
+
+def _check_row(row: Any) -> None:
+    """Raises an exception if this is no line of monitor.jsonl."""
+    if not {"alarm", "measures"} <= row.keys() or not isinstance(row["alarm"], str | None):
+        raise ValueError("no look")
+    for measures in (row["measures"], row.get("target") or {}):
+        for name, (value, error) in measures.items():
+            if not isinstance(name, str) or not _are_numbers(value, error):
+                raise ValueError("no measure")
+    from_row(row)
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from tiltflow.data import ImageData, fingerprint, load_images
 from tiltflow.errors import InputError
 from tiltflow.evaluation import frechet_distance, in_batches
+from tiltflow.files import check_room, filling, reason, write_text
 from tiltflow.flow import Flow
 from tiltflow.interpolant import Interpolant, Linear, PredictionType, expand, interior, mixture_weights
-from tiltflow.model import ClassifierConfig, FlowConfig, Model, load_classifier, save_model
+from tiltflow.lock import working_in
+from tiltflow.model import CARD, ClassifierConfig, FlowConfig, Model, load_classifier, save_model
 from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast, autocast_dtype
@@ -30,6 +33,7 @@ from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import new_network, stream
 
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
 Deviation = Annotated[float, Field(ge=0)]
 
@@ -190,43 +194,70 @@ def run_pretraining(
 ) -> dict[str, Any]:
     """Train on the data at `path` and write a model folder, card and scores included. Returns the scores.
 
-    Raises InputError, with nothing written, if the folder is occupied or the data do not fit.
+    The model is written as soon as it is trained, its scores follow. Raises InputError, with nothing trained or written, if the
+    folder is occupied or cannot be written to, or if data or judge do not fit.
     """
-    claim(folder)
-    data = load_images(path, "train")
-    if isinstance(recipe, ClassifierPretraining) and data.labels is None:
-        raise InputError(f"{path}: has no labels to train a classifier on")
-    class_names: tuple[str, ...] = ()
-    if isinstance(recipe, FlowPretraining) and recipe.is_conditional:
-        class_names = data.class_names
-        if len(class_names) != recipe.network.num_classes:
-            raise InputError(f"network.num_classes is {recipe.network.num_classes}, {path} has {len(class_names)} classes")
-    network = new_network(recipe.network, recipe.seed).to(device)
-    last = None
-    for last in pretrain(recipe, data.to(device), network):
-        watch(last)
-    assert last is not None
-    network = network.cpu()
-    test = load_images(path, "test")
-    event_shape = tuple(data.images.shape[1:])
-    if isinstance(recipe, FlowPretraining):
-        flow = Flow(network, recipe.prediction, recipe.interpolant)
-        model = Model(flow, event_shape, recipe.sampling, recipe.network, class_names)
-        scores = flow_scores(recipe, model, test)
-        config: FlowConfig | ClassifierConfig = FlowConfig(
-            network=recipe.network,
-            prediction=recipe.prediction,
-            interpolant=recipe.interpolant,
-            event_shape=event_shape,
-            class_names=class_names,
-            sampling=recipe.sampling,
-        )
-    else:
-        scores = classifier_scores(network, test)
-        config = ClassifierConfig(network=recipe.network, class_names=data.class_names)
-    scores = {"training_loss": last.loss, **scores}
-    save_model(folder, config, network, card(recipe, name, path, len(data), network, last.seconds, device, scores))
-    return scores
+    with working_in(folder):
+        claim(folder)
+        data, test = (load_images(path, split) for split in SPLITS)
+        for split, images in zip(SPLITS, (data, test), strict=True):
+            if images.images.shape[1:] != data.images.shape[1:]:
+                raise InputError(
+                    f"{path}: x_{split} are {list(images.images.shape[1:])}, x_train {list(data.images.shape[1:])}"
+                )
+            if isinstance(recipe, ClassifierPretraining) and images.labels is None:
+                raise InputError(f"{path}: has no labels of x_{split} to train a classifier on")
+        event_shape = tuple(data.images.shape[1:])
+        if isinstance(recipe, FlowPretraining) and recipe.judge is not None:
+            check_judge(recipe.judge, event_shape)
+        class_names: tuple[str, ...] = ()
+        if isinstance(recipe, FlowPretraining) and recipe.is_conditional:
+            class_names = data.class_names
+            if len(class_names) != recipe.network.num_classes:
+                raise InputError(f"network.num_classes is {recipe.network.num_classes}, {path} has {len(class_names)} classes")
+        network = new_network(recipe.network, recipe.seed).to(device)
+        size = sum(parameter.nbytes for parameter in network.parameters())
+        check_room(folder, size, size)
+        last = None
+        for last in pretrain(recipe, data.to(device), network):
+            watch(last)
+        assert last is not None
+        network = network.cpu()
+        if isinstance(recipe, FlowPretraining):
+            config: FlowConfig | ClassifierConfig = FlowConfig(
+                network=recipe.network,
+                prediction=recipe.prediction,
+                interpolant=recipe.interpolant,
+                event_shape=event_shape,
+                class_names=class_names,
+                sampling=recipe.sampling,
+            )
+        else:
+            config = ClassifierConfig(network=recipe.network, class_names=data.class_names)
+        scores: dict[str, Any] = {"training_loss": last.loss}
+        about = partial(card, recipe, name, path, len(data), network, last.seconds, device)
+        with filling(folder) as draft:
+            save_model(draft, config, network, about(scores))
+        if isinstance(recipe, FlowPretraining):
+            flow = Flow(network, recipe.prediction, recipe.interpolant)
+            model = Model(flow, event_shape, recipe.sampling, recipe.network, class_names)
+            scores |= flow_scores(recipe, model, test)
+        else:
+            scores |= classifier_scores(network, test)
+        write_text(folder / CARD, about(scores))
+        return scores
+
+
+def check_judge(name: str, event_shape: tuple[int, ...]) -> None:
+    """Raises InputError if the judge cannot be had, or does not take what the model will make."""
+    judge, _ = load_classifier(name)
+    x = torch.zeros(2, *event_shape)
+    try:
+        with torch.no_grad():
+            judge(x)
+            cast(Callable[[Tensor], Tensor], judge.features)(x)
+    except (RuntimeError, AttributeError) as error:  # torch's words for a wrong shape, and for a network without features
+        raise InputError(f"judge {name}: does not take samples of shape {list(event_shape)} ({reason(error)})") from None
 
 
 @torch.no_grad()

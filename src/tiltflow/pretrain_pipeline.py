@@ -19,7 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.data import CaptionedImages, fingerprint, load_captioned
+from tiltflow.files import filling
 from tiltflow.interpolant import expand, interior, mixture_weights
+from tiltflow.lock import working_in
 from tiltflow.pretrain import Optimization, Progress, learn
 from tiltflow.run_folder import claim
 from tiltflow.schedules import path_of
@@ -246,26 +248,29 @@ def run_pipeline_pretraining(
 
     Raises InputError, with nothing written, if the folder is occupied or the data do not fit.
     """
-    claim(folder)
-    data = load_captioned(path, include=recipe.include, least_opaque=recipe.least_opaque).to(device)
-    captions = [caption(words, background) for words in data.captions for background in recipe.backgrounds]
-    height, width = data.images.shape[2:]
-    pipeline = build(recipe, captions, (height, width), folder / "tokenizer").to(device)
-    scores, seconds, done = {}, 0.0, 0
-    for stage in ("autoencoder", "denoiser"):
-        if stage == "autoencoder":
-            records = train_autoencoder(recipe, pipeline.vae, data)
-        else:
-            records = train_denoiser(recipe, pipeline, data, latents_of(recipe, pipeline.vae, data))
-        progress = None
-        for progress in records:
-            watch(replace(progress, step=done + progress.step, seconds=seconds + progress.seconds))
-        assert progress is not None
-        scores[f"{stage}_loss"] = progress.loss
-        seconds, done = seconds + progress.seconds, done + progress.step
-    pipeline.to("cpu").save_pretrained(folder)
-    (folder / "README.md").write_text(card(recipe, name, path, data, pipeline, seconds, device, scores), encoding="utf-8")
-    return scores
+    with working_in(folder):
+        claim(folder)
+        data = load_captioned(path, include=recipe.include, least_opaque=recipe.least_opaque).to(device)
+        captions = [caption(words, background) for words in data.captions for background in recipe.backgrounds]
+        height, width = data.images.shape[2:]
+        with filling(folder) as draft:
+            pipeline = build(recipe, captions, (height, width), draft / "tokenizer").to(device)
+            scores, seconds, done = {}, 0.0, 0
+            for stage in ("autoencoder", "denoiser"):
+                if stage == "autoencoder":
+                    records = train_autoencoder(recipe, pipeline.vae, data)
+                else:
+                    records = train_denoiser(recipe, pipeline, data, latents_of(recipe, pipeline.vae, data))
+                progress = None
+                for progress in records:
+                    watch(replace(progress, step=done + progress.step, seconds=seconds + progress.seconds))
+                assert progress is not None
+                scores[f"{stage}_loss"] = progress.loss
+                seconds, done = seconds + progress.seconds, done + progress.step
+            pipeline.to("cpu").save_pretrained(draft)
+            about = card(recipe, name, path, data, pipeline, seconds, device, scores)
+            (draft / "README.md").write_text(about, encoding="utf-8")
+            return scores
 
 
 def card(

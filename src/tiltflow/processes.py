@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tiltflow.errors import InputError, not_installed
+from tiltflow.errors import InputError, TiltflowError, not_installed
 
 _SHARDED: WeakSet[Any] = WeakSet()
 """The modules whose weights are sharded."""
@@ -193,6 +193,21 @@ def by_main(write: Callable[[], None]) -> None:
     if is_main():
         write()
     wait()
+
+
+def from_main(work: Callable[[], object]) -> None:
+    """Let the first process do something that all depend on: what it raises of tiltflow's own errors is raised in all."""
+    problem: TiltflowError | None = None
+    if is_main():
+        try:
+            work()
+        except TiltflowError as error:
+            problem = error
+    said = exchanged(None if problem is None else [isinstance(problem, InputError), str(problem)])[0]
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise InputError(said[1]) if said[0] else TiltflowError(said[1])
 
 
 # ---- gradients, and weights that are sharded ----

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,9 @@ from typing import Any
 from PIL import Image
 
 from tiltflow import plots
-from tiltflow.errors import InputError
+from tiltflow.files import read_json, trusted, write_text
+from tiltflow.monitor import read_looks
+from tiltflow.run_folder import known_records
 
 Tree = Mapping[str, Any]
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -239,41 +239,20 @@ def write_report(folder: Path) -> Path:
     """
     pictures = [folder / "before.png", folder / "after.png"]
     recipe = folder / "recipe.yaml"
-    page = render(
-        _read_summary(folder / "summary.json"),
-        _read_records(folder / "metrics.jsonl"),
-        looks=_read_records(folder / "monitor.jsonl"),
-        pictures=[path.read_bytes() for path in pictures if path.exists()],
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
-        folder=folder.resolve().name,
-    )
-    path, part = folder / "report.html", folder / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    source = folder / "summary.json"
+    summary = read_json(source)
+    with trusted(source):
+        page = render(
+            summary,
+            known_records(folder)[0],
+            looks=read_looks(folder),
+            pictures=[path.read_bytes() for path in pictures if path.exists()],
+            recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
+            folder=folder.resolve().name,
+        )
+    path = folder / "report.html"
+    write_text(path, page)
     return path
-
-
-def _read_summary(path: Path) -> Tree:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not isinstance(summary, dict):
-        raise InputError(f"{path}: must be a mapping, got {type(summary).__name__}")
-    return summary
-
-
-def _read_records(path: Path) -> list[Tree]:
-    """The training records; a last line that an interruption cut off is left out."""
-    records: list[Tree] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def render(

@@ -44,6 +44,7 @@ from tiltflow.evaluation import (
     total_variance,
     total_variation,
 )
+from tiltflow.files import write_file, write_folder, write_json
 from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32
 from tiltflow.labels import draw_labels, told
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
@@ -54,7 +55,7 @@ from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, Reward, evaluate, try_reward
-from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
+from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
@@ -64,7 +65,7 @@ from tiltflow.user_code import tried
 from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
-REWARD = "reward.safetensors"
+BASE, REWARD = "base", "reward.safetensors"
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
 """What a monitor measures beside the reward."""
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
@@ -276,22 +277,27 @@ def run(
         handle_signals: whether the signals of `tiltflow.signals` end the training, with a checkpoint and the weights saved.
 
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
-    Raises InputError, with nothing written, if the folder is occupied or a part of the recipe cannot be had; Interrupted
-    after such a signal; NonFiniteError and CheckpointError.
+    Raises InputError, with nothing written, if the folder is occupied, cannot be written to or has no room, or a part of the
+    recipe cannot be had; Interrupted after such a signal; NonFiniteError, CheckpointError and OutputError.
     """
-    with deterministic(recipe.training.deterministic):
-        place = RunFolder.begin(folder, recipe, note)
+    with deterministic(recipe.training.deterministic), RunFolder.begin(folder, recipe, note) as place:
         base = load(recipe.model, device)
         reward = build_reward(recipe.reward, recipe.method, device)
         rehearse(recipe, base, reward, device)
 
         began = time.perf_counter()
         tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+        source = model_folder(recipe.model)
+        kept = folder / BASE
+        place.check_room(
+            sum(parameter.nbytes for parameter in tuned.flow.parameters()),
+            model=sum(tensor.nbytes for tensor in cast(nn.Module, tuned.flow.network).state_dict().values()),
+            copied=0 if source.is_relative_to(ASSETS) or kept.exists() else sum(p.stat().st_size for p in source.iterdir()),
+        )
 
         def keep_base() -> None:
-            source = model_folder(recipe.model)
-            if not source.is_relative_to(ASSETS) and not (folder / "base").exists():
-                shutil.copytree(source, folder / "base")
+            if not source.is_relative_to(ASSETS) and not kept.exists():
+                write_folder(kept, lambda draft: shutil.copytree(source, draft, dirs_exist_ok=True))
 
         def save(to: str = "model") -> None:
             with processes.whole(tuned.flow.network):
@@ -299,8 +305,8 @@ def run(
 
         def write(to: Path) -> None:
             if isinstance(reward, LearnedReward):
-                save_weights(reward.network, folder / REWARD)
-            tuned.save(to, model_card(recipe))
+                write_file(folder / REWARD, partial(save_weights, reward.network), durable=True)
+            write_folder(to, lambda draft: tuned.save(draft, model_card(recipe)))
 
         watcher = None
         if recipe.training.monitor is not None:
@@ -366,7 +372,7 @@ def evaluate_run(
     recipe = read_recipe(folder)
     settings = recipe.evaluation
     count = num_samples or settings.num_samples
-    base = load(folder / "base" if (folder / "base").exists() else recipe.model, device)
+    base = load(folder / BASE if (folder / BASE).exists() else recipe.model, device)
     tuned = load(folder / "model", device)
     reward = build_reward(recipe.reward, recipe.method, device)
     if isinstance(reward, LearnedReward):
@@ -437,7 +443,7 @@ def evaluate_run(
         return summary
     if of_images:
         for name, images in (("before.png", x_base), ("after.png", x)):
-            image_grid(images[: settings.grid], columns).save(folder / name)
+            write_file(folder / name, partial(image_grid(images[: settings.grid], columns).save, format="png"))
     write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary

@@ -10,12 +10,13 @@ diagnostics/     for each number that was not finite: what it was and what it ca
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, nullcontext, suppress
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -33,10 +34,14 @@ from tiltflow.errors import (
     InputError,
     Interrupted,
     NonFiniteError,
+    Note,
     OutOfMemoryError,
+    TiltflowError,
     UserCodeError,
 )
 from tiltflow.evaluation import Estimate
+from tiltflow.files import append_row, check_room, flush, read_rows, write_json, write_rows, write_text, writing
+from tiltflow.lock import HOLDER, LOCK, working_in
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.reward import NonFiniteRewards
 from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
@@ -147,15 +152,23 @@ class RunFolder:
     tracker: Tracker | None = None
 
     @classmethod
-    def begin(cls, path: Path, recipe: Any, note: Callable[[str], None] = lambda text: None) -> RunFolder:
-        """A new run, or, if the recipe says so, the one that is there.
+    @contextmanager
+    def begin(cls, path: Path, recipe: Any, note: Callable[[str], None] = lambda text: None) -> Iterator[RunFolder]:
+        """A new run, or, if the recipe says so, the one that is there, as a context in which no other process works in the
+        folder. What is left empty is gone after it.
 
-        Raises InputError if the folder is occupied or the run that is there is another one; CheckpointError if a checkpoint
-        was asked for that is not as it was written.
+        Raises InputError if the folder cannot be written to, is occupied or worked in, or if the run that is there is another
+        one; CheckpointError if a checkpoint was asked for that is not as it was written.
         """
-        wanted = recipe.training.resume_from_checkpoint
         if recipe.training.report_to is not None:
             check_tracker(recipe.training.report_to)
+        with working_in(path, note):
+            yield cls._found(path, recipe, note)
+
+    @classmethod
+    def _found(cls, path: Path, recipe: Any, note: Callable[[str], None]) -> RunFolder:
+        """What there is to go on from in a folder that is locked."""
+        wanted = recipe.training.resume_from_checkpoint
         if wanted is None:
             claim(path)
             processes.wait()  # for all to have looked, before one writes
@@ -218,8 +231,7 @@ class RunFolder:
 
         def write() -> None:
             row = to_row(look, alarm, best=best, best_by=watcher.best_by)
-            with open(self.path / LOOKS, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append_row(self.path / LOOKS, row)
             if self.tracker is not None:
                 self.tracker.scalars({key: value[0] for key, value in row["measures"].items()}, step, "monitor/")
 
@@ -227,25 +239,70 @@ class RunFolder:
         return alarm
 
     def _write_beginning(self, begun_at: int, watcher: Watcher | None, before: Callable[[], None]) -> None:
-        """The recipe, and what is known of the steps before."""
-        new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        """The recipe, first of all, so that what is cut off here can be gone on with; and what is known of the steps before."""
+        new = not (self.path / RECIPE).exists()
         tree = self.recipe.model_dump(mode="json")
         tree["training"]["resume_from_checkpoint"] = None
+        write_yaml(self.path / RECIPE, tree)
         if self.recipe.training.report_to is not None:
             try:
                 self.tracker = Tracker.start(self.recipe.training.report_to, self.path, flat(tree))
             except InputError:
                 if new:
-                    shutil.rmtree(self.path)
+                    for path in inside(self.path):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                 raise
         before()
-        write_yaml(self.path / RECIPE, tree)
-        known = read_records(self.path) if begun_at and (self.path / METRICS).exists() else []
-        write_rows(self.path / METRICS, [row for row in known if row["step"] <= begun_at])
+        self._write_rows(begun_at, watcher)
+        for later in checkpoint.checkpoints(self.path / checkpoint.FOLDER):
+            if checkpoint.step_of(later) > begun_at:
+                self.note(f"{later.name} is deleted: the run goes on from before it")
+                checkpoint.delete_checkpoint(later)
+
+    def _write_rows(self, begun_at: int, watcher: Watcher | None) -> None:
+        """What is known of the steps before: a row for each step, and the looks."""
+        rows = [row for row in known_records(self.path)[0] if row["step"] <= begun_at]
+        if lost := sorted(set(range(1, begun_at + 1)) - {row["step"] for row in rows}):
+            steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps, {lost[0]} to {lost[-1]},"
+            self.note(f"{METRICS}: what was written of {steps} is lost; the checkpoint is good")
+            if lost[-1] == begun_at and self.state is not None:  # what the last line says is what a report needs
+                rows.append({key: self.state[key] for key in ("step", "seconds", "network_evaluations")})
+        write_rows(self.path / METRICS, rows)
         if watcher is not None:
-            kept = [row for row in read_looks(self.path) if row["step"] <= begun_at]
-            write_rows(self.path / LOOKS, kept or [to_row(watcher.first, None, target=named(watcher.target))])
+            looks = [row for row in read_looks(self.path) if row["step"] <= begun_at] if begun_at else []
+            if not looks or looks[0]["step"] > 0:
+                looks.insert(0, to_row(watcher.first, None, target=named(watcher.target)))
+            write_rows(self.path / LOOKS, looks)
+
+    def _flush_metrics(self) -> None:
+        with writing(self.path / METRICS):
+            flush(self.path / METRICS)
+
+    def _beside(self, write: Callable[[], None]) -> None:
+        """Write what is of use where an error ends the run, but does not hide that error if it cannot be written."""
+        try:
+            write()
+        except TiltflowError as error:
+            self.note(str(error))
+
+    def _keep_traceback(self, text: str) -> None:
+        path = self.path / DIAGNOSTICS / TRACEBACK
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+        write_text(path, text)
+        self.note(f"the traceback is in {path}")
+
+    def check_room(self, trained: int, *, model: int, copied: int = 0) -> None:
+        """Raises InputError if the disk has clearly too little room for what the run will write.
+
+        Args:
+            trained: bytes of the parameters that are trained; a checkpoint has them and the state of their optimizer.
+            model: bytes of the tuned model.
+            copied: bytes of what else is put into the folder.
+        """
+        training = self.recipe.training
+        saved = int(trained * (1 + (training.ema_decay > 0) + (0.5 if getattr(training, "use_8bit_adam", False) else 2)))
+        processes.from_main(lambda: check_room(self.path, saved + model + copied, max(saved, model)))
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Tell the tracker, if there is one, what the run came to."""
@@ -312,7 +369,7 @@ class RunFolder:
                     alarm = self._look(watcher, end.step)
             enough = alarm is not None and settings.monitor.stop
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
-                processes.by_main(lambda: checkpoint.flush(self.path / METRICS))
+                processes.by_main(self._flush_metrics)
                 saved = {"environment": environment(), "loop": end.state()}
                 limit = settings.checkpoints_total_limit
                 checkpoint.save_checkpoint(self.path / checkpoint.FOLDER, end.step, saved, total_limit=limit)
@@ -328,10 +385,12 @@ class RunFolder:
             try:
                 first = list(islice(records, 1))  # what does not fit shows in the first step, before anything is written
                 processes.by_main(lambda: self._write_beginning(begun_at, watcher, before))
-                agreed = True
+                agreed, failed = True, True
                 try:
                     record_to(self.path, chain(first, records), watch, self.tracker)
+                    failed = False
                 except _Enough:
+                    failed = False
                     self.note("training ends here, as training.monitor.stop says")
                 except (Interrupted, NonFiniteError, CollapseError):
                     raise
@@ -341,15 +400,13 @@ class RunFolder:
                 finally:
                     records.close()  # leaves the average of the weights in them
                     if agreed and (begun_at or first):
-                        save()
+                        self._beside(save) if failed else save()
             except NonFiniteError as error:
                 if error.where.get("process", 0) == processes.index():
-                    diagnose(self.path, error)
+                    self._beside(partial(diagnose, self.path, error))
                 raise
             except UserCodeError as error:
-                (self.path / DIAGNOSTICS).mkdir(parents=True, exist_ok=True)
-                write_text(self.path / DIAGNOSTICS / TRACEBACK, error.traceback)
-                self.note(f"the traceback is in {self.path / DIAGNOSTICS / TRACEBACK}")
+                self._beside(partial(self._keep_traceback, error.traceback))
                 raise
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -358,11 +415,16 @@ class RunFolder:
 
 
 def claim(folder: Path) -> None:
-    """Raises InputError if something is in `folder` already, but for what a run that failed at once has left."""
-    if folder.exists() and (not folder.is_dir() or any(path.name != DIAGNOSTICS for path in folder.iterdir())):
-        run = (folder / RECIPE).exists() and (folder / checkpoint.FOLDER).exists()
+    """Raises InputError if something is in `folder` already, but for the lock and what a run that failed at once has left."""
+    if inside(folder):
+        run = (folder / RECIPE).exists()
         hint = "; to go on with the run that is there, add --resume" if run else ""
         raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten{hint}")
+
+
+def inside(folder: Path) -> list[Path]:
+    """What lies in a folder, but for the lock and diagnostics."""
+    return [path for path in folder.iterdir() if path.name not in (DIAGNOSTICS, LOCK, HOLDER)]
 
 
 def environment() -> dict[str, Any]:
@@ -408,16 +470,12 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def diagnose(path: Path, error: NonFiniteError) -> None:
     """Leave what is known of a number that is not finite in diagnostics/."""
     folder = path / DIAGNOSTICS / f"step-{error.where.get('step', 0):08d}"
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in error.tensors.items() if isinstance(value, Tensor)}
-    if tensors:
-        save_file(tensors, folder / "tensors.safetensors")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if tensors:
+            save_file(tensors, folder / "tensors.safetensors")
     write_json(folder / "report.json", {"error": str(error), **error.where, "tensors": sorted(tensors)})
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """One line for each; at once or not at all."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def of_monitor(folder: Path) -> dict[str, Any]:
@@ -441,23 +499,40 @@ def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record],
         for _ in records:
             pass
         return
-    with open(folder / METRICS, "a", encoding="utf-8") as lines:
-        for record in records:
-            row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
-            row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
-            lines.write(json.dumps(row | record.metrics) + "\n")
-            lines.flush()
-            watch(record)
-            if tracker is not None:
-                tracker.scalars(row | record.metrics, record.step)
+    for record in records:
+        row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
+        row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
+        append_row(folder / METRICS, row | record.metrics)
+        watch(record)
+        if tracker is not None:
+            tracker.scalars(row | record.metrics, record.step)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that a killed process has not finished is left out."""
-    rows = []
-    for line in (folder / METRICS).read_text(encoding="utf-8").split("\n")[:-1]:
-        rows.append(json.loads(line))
+    """The lines of `metrics.jsonl` that are as they were written; a warning says how many are not. A last one that a killed
+    process has not finished is left out.
+
+    Raises InputError if there are none.
+    """
+    rows, damaged = known_records(folder)
+    if not rows:
+        raise InputError(f"{folder / METRICS}: holds no step of a training run")
+    if damaged:
+        warnings.warn(f"{folder / METRICS}: {damaged} lines are damaged and left out", Note, stacklevel=2)
     return rows
+
+
+def known_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of `metrics.jsonl` that are as they were written, and how many are not."""
+    return read_rows(folder / METRICS, _check_record)
+
+
+def _check_record(row: Any) -> None:
+    """Raises an exception if this is no line of metrics.jsonl."""
+    if not {"seconds", "network_evaluations"} <= row.keys():
+        raise ValueError("no record")
+    if not all(isinstance(key, str) and type(value) in (int, float) for key, value in row.items()):
+        raise ValueError("no numbers")
 
 
 def read_run_tree(folder: Path) -> dict[str, Any]:
@@ -484,18 +559,6 @@ OF_TRACKERS = ("logs", "wandb")
 """Folders in a run that are written by others."""
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write at once or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def write_yaml(path: Path, tree: Any) -> None:
     """Write at once or not at all."""
-    write_text(path, dump_yaml(tree))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write at once or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, dump_yaml(tree), durable=True)

@@ -26,6 +26,7 @@ from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
+from tiltflow.files import write_file, write_folder, write_json, write_text
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.optimization import Tilting, adamw
@@ -37,7 +38,7 @@ from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
 from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
 from tiltflow.run import VARIETY, build_reward
-from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree, write_json
+from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, Solver, path_costs
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import stream
@@ -401,13 +402,14 @@ def run_text_to_image(
     handle_signals: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
-    with deterministic(recipe.training.deterministic):
-        place = RunFolder.begin(folder, recipe, note)
+    with deterministic(recipe.training.deterministic), RunFolder.begin(folder, recipe, note) as place:
         (parts, measures), began = prepare_recipe(recipe, device), time.perf_counter()
+        trained = sum(parameter.nbytes for parameter in parts.flow.parameters())
+        place.check_room(trained, model=trained)
 
         def save(to: str = "model") -> None:
             with processes.whole(parts.tuned.denoiser):
-                processes.by_main(lambda: save_tuned(parts.tuned, folder / to))
+                processes.by_main(lambda: write_folder(folder / to, partial(save_tuned, parts.tuned)))
 
         watcher = None
         if recipe.training.monitor is not None:
@@ -668,8 +670,8 @@ def evaluate_text_to_image(
     if not processes.is_main():
         return summary
     for name, images in (("before", pictures["base"]), ("after", pictures["tuned"])):
-        image_grid(images[:64], columns).save(folder / f"{name}.png")
-    (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        write_file(folder / f"{name}.png", partial(image_grid(images[:64], columns).save, format="png"))
+    write_text(folder / "prompts.txt", "\n".join(texts) + "\n")
     write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary

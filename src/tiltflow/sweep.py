@@ -26,9 +26,11 @@ import torch
 
 from tiltflow.entry import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
+from tiltflow.files import read_json, trusted, write_json, write_text, writing
+from tiltflow.lock import working_in
 from tiltflow.plots import pareto
 from tiltflow.plugins import allow_code, code_allowed
-from tiltflow.run_folder import write_json, write_text, write_yaml
+from tiltflow.run_folder import claim, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
 MEASURES = ("reward_base", "reward_tuned", "target_distance", "effective_sample_size", "seconds")
@@ -119,13 +121,26 @@ def sweep(
     """
     points = points_of(tree, grid, "sweep")
     plan = {"recipe": json.loads(json.dumps(tree)), "over": {key: list(values) for key, values in grid.items()}}
+    with working_in(folder):
+        return _sweep(points, grid, plan, folder, processes, device, watch)
+
+
+def _sweep(
+    points: Sequence[Point],
+    grid: Mapping[str, list[Any]],
+    plan: dict[str, Any],
+    folder: Path,
+    processes: int,
+    device: str,
+    watch: Callable[[str, str], None],
+) -> dict[str, Any]:
+    """`sweep`, in a folder that is locked."""
     known = folder / "sweep.yaml"
     if known.exists():
         if read_yaml(known) != plan:
             raise InputError(f"{folder}: holds another sweep; give a new --output, or the recipe and --over of {known}")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already holds something; give a new --output, nothing was overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
+    else:
+        claim(folder)
     write_yaml(known, plan)
 
     todo = [point for point in points if not (folder / point.name / "summary.json").exists()]
@@ -157,14 +172,16 @@ def run_point(point: Point, folder: Path, device: str, threads: int, code_of_run
     """Train and evaluate one point. Returns what went wrong, if something of its own did."""
     torch.set_num_threads(threads)
     partial = folder / f"{point.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
     try:
+        with writing(partial):
+            if partial.exists():
+                shutil.rmtree(partial)
         with allow_code() if code_of_runs else nullcontext():
             run(point.recipe, partial, device=device)
+        with writing(partial):
+            partial.rename(folder / point.name)
     except TiltflowError as error:
         return str(error)
-    partial.rename(folder / point.name)
     return None
 
 
@@ -196,7 +213,11 @@ def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) 
         row: dict[str, Any] = {"name": point.name, **{names[key]: value for key, value in point.values.items()}}
         path = folder / point.name / "summary.json"
         if path.exists():
-            row |= measured(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                with trusted(path):
+                    row |= measured(read_json(path))
+            except InputError as error:
+                row["error"] = str(error)
         else:
             row["error"] = failures.get(point.name, "not run")
         rows.append(row)

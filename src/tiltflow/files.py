@@ -1,0 +1,246 @@
+"""Writing files: whole or not at all, and what the disk refuses is one line.
+
+A file is written beside its place and renamed. So is a folder; the one that was there is moved aside first, so for a moment
+there is none: `repair` puts it back if the process ended just then. What is not yet in its place is called
+`.NAME.tmp-1a2b3c4d`, what was moved aside `.NAME.old-1a2b3c4d`.
+
+Files of lines are read as if a power cut, a full disk or a person had damaged them: what is as it was written is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tiltflow.errors import InputError, OutputError
+
+LITTER = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}")
+PROBE = 4096  # bytes
+
+
+def reason(error: BaseException) -> str:
+    """Why the operating system refused, in a few words."""
+    return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """In this context `path` is written; what keeps it from being so is an OutputError of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+        raise OutputError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def flush(path: Path) -> None:
+    """Onto the disk itself: a rename may otherwise be there before the content is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
+    """Let `write` fill a file of another name, and rename it: whole or not there. Raises OutputError.
+
+    Args:
+        durable: flush it onto the disk first, so that it survives a power cut too.
+    """
+    draft = _beside(path, "tmp")
+    with writing(path):
+        try:
+            write(draft)
+            if durable:
+                flush(draft)
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write at once or not at all. Raises OutputError."""
+    write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"), durable=durable)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write at once or not at all. Raises OutputError."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """One line for each; at once or not at all. Raises OutputError."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows), durable=True)
+
+
+def append_row(path: Path, row: Any) -> None:
+    """One line more. Raises OutputError, the file then perhaps ending in half a line."""
+    line = (json.dumps(row) + "\n").encode()
+    with writing(path), open(path, "ab", buffering=0) as file:
+        while line:
+            line = line[file.write(line) :]
+
+
+def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file that are as they were written, and how many are not; none if there is no file. A last line that has
+    no end is not counted: it is being written.
+
+    Each line has a `step` that is above that of the line before, and not below the number of the line, from 0.
+
+    Args:
+        check: raises an exception for a line that is not what was written.
+
+    Raises InputError if the file cannot be read.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line.decode())
+            if type(row["step"]) is not int or row["step"] < number:
+                continue
+            check(row)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()  # its step was damaged: what comes later cannot be lower
+        rows.append(row)
+    return rows, len(lines) - len(rows)
+
+
+@contextmanager
+def trusted(path: Path) -> Iterator[None]:
+    """In this context, what was read from `path` is used as if it were what was written; that it is not is an InputError."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"{path}: is not what was written ({error!r}); `tiltflow evaluate` writes it anew") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file. Raises InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a mapping, got {type(content).__name__}")
+    return content
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder of another name, flush it onto the disk, and rename it in place of what was there: whole, or
+    as it was. Raises OutputError."""
+    draft, old = _beside(path, "tmp"), _beside(path, "old")
+    with writing(path):
+        try:
+            draft.mkdir()
+            write(draft)
+            for inside in [*draft.rglob("*"), draft]:
+                flush(inside)
+            if path.exists():
+                path.rename(old)
+            draft.rename(path)
+            flush(path.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            with suppress(OSError):
+                if old.exists() and not path.exists():
+                    old.rename(path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A folder to write into; what is in it is moved into `folder` when the context ends well. Raises OutputError."""
+    draft = _beside(folder / "content", "tmp")
+    with writing(folder):
+        try:
+            draft.mkdir()
+            yield draft
+            for path in sorted(draft.iterdir()):
+                path.rename(folder / path.name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def repair(folder: Path) -> None:
+    """Put back what a process that ended in the middle of `write_folder` has moved aside; delete what it left half-written."""
+    for path in list(folder.iterdir()):
+        if match := LITTER.fullmatch(path.name):
+            place = folder / match[1]
+            if match[2] == "old" and not place.exists():
+                path.rename(place)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of an output file, and try that it can be written, before the work that it is to hold is done.
+
+    Raises InputError if not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        probe(path.parent, path.name)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"--output {path}: cannot be written ({reason(error)})") from None
+
+
+def probe(folder: Path, name: str = "probe") -> None:
+    """Write a small file in a folder, flush it onto the disk and delete it again. Raises OSError if that fails."""
+    draft = _beside(folder / name, "tmp")
+    try:
+        draft.write_bytes(bytes(PROBE))
+        flush(draft)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, total: int, largest: int) -> None:
+    """Raises InputError if a disk has clearly too little room for `total` bytes, or allows no file of `largest` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise InputError(f"{folder}: the disk has {_size(free)} left, and the run will write {_size(total)} at least")
+    if (limit := _largest_file()) is not None and limit < largest:
+        raise InputError(
+            f"{folder}: no file may be larger than {_size(limit)} (ulimit -f), and a checkpoint will have {_size(largest)}"
+        )
+
+
+def _largest_file() -> int | None:
+    """Bytes that a file of this process may have, if that is limited."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
