@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from tiltflow.problems import (
     QuadraticReward,
     lean_propagator,
     optimal_control,
+    span_of_tilt,
 )
+from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -340,3 +343,42 @@ def test_mixture_by_number() -> None:
 def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         problem(**settings)
+
+
+# ---- where a tilt shows ----
+
+
+def test_the_span_of_a_tilt_holds_all_that_it_moves() -> None:
+    base, reward = fixture_2d()
+    turn = torch.linalg.qr(torch.randn(7, 7, generator=stream(1)))[0][:2]  # into a plane of seven dimensions
+    lifted, lifted_reward = replace(base, means=base.means @ turn), replace(reward, linear=reward.linear @ turn)
+    target = lifted.tilt(lifted_reward, 0.4)
+    span = span_of_tilt(lifted, target, lifted_reward)
+    assert span.shape == (7, 2)
+    assert_close(span.T @ span, torch.eye(2))
+    for vectors in (lifted.means, target.means, lifted_reward.linear[None]):
+        assert_close(vectors @ span @ span.T, vectors)
+    # the law of the coordinates in it: components of the same weights and widths, about the projected means
+    inside = target.projected(span)
+    assert_close((inside.log_weights, inside.variances), (target.log_weights, target.variances))
+    assert_close(inside.means @ span.T, target.means)
+    x = target.sample(20_000, stream(2)) @ span
+    for function in (
+        lambda x: x[:, 0],
+        lambda x: x[:, 1],
+        lambda x: x.square().sum(1),
+        lambda x: torch.tanh(x[:, 0] * x[:, 1]),
+    ):
+        there, exact = function(x), function(inside.sample(20_000, stream(3)))
+        z = (there.mean() - exact.mean()) / ((there.var() + exact.var()) / 20_000) ** 0.5
+        assert abs(z) < 4
+
+
+def test_a_span_of_nothing_is_one_axis() -> None:
+    law, reward = GaussianMixture(torch.zeros(1), torch.zeros(1, 4), torch.ones(1)), QuadraticReward(torch.zeros(4), 2.0)
+    span = span_of_tilt(law, law.tilt(reward, 1.0), reward)
+    assert_close(span.norm(), torch.tensor(1.0))
+    assert span.shape == (4, 1)
+    assert span_of_tilt(
+        law, law, QuadraticReward(torch.tensor([0.0, 3.0, 0.0, 4.0]))
+    ).flatten().abs().tolist() == pytest.approx([0, 0.6, 0, 0.8])
