@@ -134,6 +134,29 @@ def test_errors_and_docstrings_speak_of_commands_and_options_that_exist() -> Non
             assert {word for word in rest.split() if word.startswith("--")} <= set(options_of(name)), (path.name, name, rest)
 
 
+def test_scripts_and_targets_that_are_spoken_of_exist() -> None:
+    """With the options that are named: in README, docs, and the scripts' own heads."""
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    texts = [path.read_text() for path in [*PAGES, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")]]
+    scripts = {found for text in texts for found in re.findall(r"python ((?:benchmarks|scripts)/\w+\.py)([^`\n#(]*)", text)}
+    assert len(scripts) > 10
+    for script, rest in scripts:
+        known = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert f'"{option}"' in known, (script, option)
+    for name in {name for text in texts for name in re.findall(r"`make ([a-z-]+)[^`]*`", text)}:
+        assert name in targets, name
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    shorter = code.replace("max_train_steps=20", "max_train_steps=1").replace("sample(64", "sample(2")
+    assert shorter != code
+    exec(shorter, names)
+    assert names["images"].shape == (2, 1, 28, 28)
+
+
 def commands_of(folder: Path) -> dict[str, str]:
     """What a report says can be done with its run."""
     page = (folder / "report.html").read_text(encoding="utf-8")
