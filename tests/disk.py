@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tiltflow import checkpoint, model
-
 
 def at_each_operation(monkeypatch: pytest.MonkeyPatch, folder: Path, happen: Callable[[int], None]) -> Callable[[], int]:
     """Calls `happen(i)` before the i-th operation that changes something in `folder`; returns how many there were."""
@@ -69,7 +67,5 @@ def at_each_operation(monkeypatch: pytest.MonkeyPatch, folder: Path, happen: Cal
     monkeypatch.setattr(os, "fsync", flushed(os.fsync))
     monkeypatch.setattr(io, "open", opened(io.open))
     monkeypatch.setattr(builtins, "open", opened(builtins.open))
-    for module in (checkpoint, model):
-        monkeypatch.setattr(module, "save_file", wrapped(module.save_file, 1))  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "rmtree", removed(shutil.rmtree))
     return lambda: count

@@ -16,7 +16,7 @@ from tiny import tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint
+from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
 from tiltflow.cli import app
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, UserCodeError
 from tiltflow.optimization import all_finite
@@ -263,3 +263,53 @@ def test_the_command_line_shows_the_remedy(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tiltflow.run.rehearse", lambda *arguments: None)
     result = CliRunner().invoke(app, ["train", str(path), "-o", str(tmp_path / "run")])
     assert isinstance(result.exception, OutOfMemoryError)
+
+
+# ---- what is saved is finite ----
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_the_optimizer_step_has_broken_is_not_saved(tmp_path: Path) -> None:
+    """A learning rate that makes the weights infinite, from a loss and a gradient that are finite."""
+    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e39, "lr_warmup_steps": 0}
+    recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path, method=method, training=TRAINING, evaluation=MEASURED)), "recipe")
+    notes: list[str] = []
+    with pytest.raises(NonFiniteError) as error:
+        run(recipe, tmp_path / "run", note=notes.append)
+    assert "not finite" in str(error.value)
+    assert not (tmp_path / "run" / FOLDER).exists()
+    assert not (tmp_path / "run" / "model").exists()
+    assert any("of the tuned model" in note and "not saved" in note for note in notes)
+
+
+@pytest.mark.parametrize("what", ["parameters", "optimizer"])
+@pytest.mark.usefixtures("unmeasured")
+def test_no_checkpoint_of_a_state_that_is_not_finite_and_the_older_ones_stay(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step between the second and the third checkpoint breaks a weight, or a moment of the optimizer alone."""
+    training = TRAINING | {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "ema_decay": 0.5}
+    recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path, training=training, evaluation=MEASURED)), "recipe")
+    step, steps = torch.optim.AdamW.step, 0
+
+    def broken(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        result = step(self, *arguments)
+        if steps == 3:
+            parameter = self.param_groups[0]["params"][0]
+            tensor = parameter.data if what == "parameters" else self.state[parameter]["exp_avg_sq"]
+            tensor.view(-1)[1] = math.inf
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(NonFiniteError, match=r"step 3: loop/.* of the checkpoint (is|are) not finite, so it is not saved"):
+        run(recipe, tmp_path / "run")
+    saved = checkpoints(tmp_path / "run" / FOLDER)
+    assert [folder.name for folder in saved] == ["step-00000001", "step-00000002"]
+    assert all(tensor.isfinite().all() for folder in saved for tensor in tensors_in(load_checkpoint(folder)).values())
+    (folder,) = (tmp_path / "run" / "diagnostics").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    assert any(name.startswith(f"loop/{what}/") for name in report["parameters"])
+    if what == "optimizer":  # the weights are good
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tiltflow import __version__, processes
 from tiltflow.errors import CheckpointError
 from tiltflow.files import flush, reason, writing
+from tiltflow.tensor_file import write_tensors
 
 FORMAT = 1
 FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
@@ -52,29 +53,26 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
     final = root / f"step-{step:08d}"
     draft = root / f"{final.name}.tmp-{processes.exchanged(uuid.uuid4().hex[:8])[0]}"
     numbers, tensors, shards = _split(state)
+    own: dict[str, tuple[int, str]] = {}
+    """What this process has written: bytes and sha256 of each file."""
 
     def begin() -> None:
         if processes.is_main():
             draft.mkdir(parents=True)
 
-    def write_shards() -> None:
+    def write_files() -> None:
         if shards:
-            path = draft / f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
-            save_file(shards, path)
-            flush(path)
+            name = f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
+            own[name] = write_tensors(draft / name, shards)
+        if processes.is_main():
+            own[TENSORS] = write_tensors(draft / TENSORS, tensors)
+            own[NUMBERS] = _write_numbers(draft / NUMBERS, numbers)
 
     def finish() -> None:
         if processes.is_main():
-            save_file(tensors, draft / TENSORS)
-            (draft / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-            for path in draft.glob("*.safetensors"):
-                shutil.copymode(draft / NUMBERS, path)  # safetensors writes for its owner alone
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())}
+            files = {name: {"bytes": count, "sha256": digest} for name, (count, digest) in sorted(written.items())}
             manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
-            for name in (TENSORS, NUMBERS):
-                flush(draft / name)
-            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            flush(draft / MANIFEST)
+            _write_numbers(draft / MANIFEST, manifest)
             flush(draft)
             aside = root / f"{final.name}.old-{uuid.uuid4().hex[:8]}"
             if final.exists():  # not overwritten, and not lost before the new one is known to be good
@@ -84,7 +82,11 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
             verify_checkpoint(final)
             shutil.rmtree(aside, ignore_errors=True)
 
-    for phase in (begin, write_shards, finish):
+    written: dict[str, tuple[int, str]] = {}
+    for phase in (begin, write_files, finish):
+        if phase is finish:
+            for found in processes.exchanged(own):
+                written |= found
         if reasons := [reason for reason in processes.exchanged(_reason_against(phase)) if reason is not None]:
             shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{final}: the checkpoint cannot be written ({reasons[0]}); those before it are as they were")
@@ -93,6 +95,24 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
         for old in older[: -total_limit if total_limit else 0]:
             delete_checkpoint(old)
     return final
+
+
+def _write_numbers(path: Path, content: Any) -> tuple[int, str]:
+    """Write JSON, and flush it onto the disk. Returns the bytes and the sha256 of the file."""
+    text = (json.dumps(content, indent=1) + "\n").encode()
+    path.write_bytes(text)
+    flush(path)
+    return len(text), hashlib.sha256(text).hexdigest()
+
+
+def tensors_in(tree: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor of nested mappings and lists, by the path that leads to it."""
+    if isinstance(tree, Tensor):
+        return {path: tree}
+    nodes = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {
+        name: tensor for key, node in nodes for name, tensor in tensors_in(node, f"{path}/{key}" if path else str(key)).items()
+    }
 
 
 def _reason_against(write: Callable[[], None]) -> str | None:
@@ -228,9 +248,9 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
             if processes.is_sharded(node):
-                shards[path] = _own_copy(processes.local(node))
+                shards[path] = processes.local(node)
             elif processes.is_main():
-                tensors[path] = _own_copy(node)
+                tensors[path] = node
             return TENSOR + path
         if isinstance(node, Mapping):
             names = {(f"{INTEGER}{key}" if isinstance(key, int) else key): value for key, value in node.items()}
@@ -244,13 +264,6 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         raise TypeError(f"{path}: {type(node).__name__} cannot be saved")
 
     return walk(tree, ""), tensors, shards
-
-
-def _own_copy(tensor: Tensor) -> Tensor:
-    """On the CPU, in a storage of its own, as safetensors asks; it is copied where it has none, for a copy of everything would
-    double the memory."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:

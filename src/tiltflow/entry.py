@@ -15,10 +15,8 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 
 from tiltflow import model as pixels
-from tiltflow import processes
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
-from tiltflow.files import write_folder
 from tiltflow.lock import working_in
 from tiltflow.model import Model
 from tiltflow.plugins import part_of
@@ -190,11 +188,8 @@ def tune(
         with RunFolder.begin(folder, run, note) as place:
             tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
 
-            def save(to: str = "model") -> None:
-                with processes.whole(tuning.network):
-                    processes.by_main(lambda: write_folder(folder / to, tuning.write))
-
-            watcher = tuning.watcher(run, partial(save, "best")) if settings.monitor is not None else None
+            save = partial(place.save, tuning.network, tuning.write)
+            watcher = tuning.watcher(run, partial(save, to="best")) if settings.monitor is not None else None
             place.train(tuning.loop, save, watch=watch, watcher=watcher)
             place.end({"iterations": read_records(folder)[-1]["step"]})
             return tuning.tuned

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, did_you_mean
@@ -27,6 +27,7 @@ from tiltflow.sampler import Sampling, noise, sample
 from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
+from tiltflow.tensor_file import write_tensors
 from tiltflow.user_code import tried
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -224,7 +225,7 @@ def save_model(folder: Path, config: FlowConfig | ClassifierConfig, network: nn.
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write a network's tensors, whatever their device and layout."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, path)
+    write_tensors(path, network.state_dict())
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ refusal of bad numbers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -200,6 +200,31 @@ def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
         {"what": what, "sampler_steps": steps, "times": t, "samples": samples},
         {what: values[:, samples[:4]]},
     )
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, step: int | None = None) -> None:
+    """Raises NonFiniteError, in all processes, that names those of the tensors that hold a NaN or an infinity.
+
+    Args:
+        what: what they are of, such as "the tuned model".
+        step: after how many optimizer steps, if that is known.
+    """
+    bad = [name for name, tensor in tensors.items() if not _is_finite(processes.local(tensor.detach()))]
+    bad = list(dict.fromkeys(name for found in processes.exchanged(bad) for name in found))
+    if bad:
+        more = f" and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"{'' if step is None else f'step {step}: '}{bad[0]}{more} of {what} {'are' if more else 'is'} not finite, so it is"
+            " not saved; is the learning rate too high?",
+            {"what": what, "parameters": bad, **({} if step is None else {"step": step})},
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def finite(value: Tensor | float, what: str, step: int) -> float:

@@ -299,18 +299,15 @@ def run(
             if not source.is_relative_to(ASSETS) and not kept.exists():
                 write_folder(kept, lambda draft: shutil.copytree(source, draft, dirs_exist_ok=True))
 
-        def save(to: str = "model") -> None:
-            with processes.whole(tuned.flow.network):
-                processes.by_main(lambda: write(folder / to))
-
         def write(to: Path) -> None:
             if isinstance(reward, LearnedReward):
-                write_file(folder / REWARD, partial(save_weights, reward.network), durable=True)
-            write_folder(to, lambda draft: tuned.save(draft, model_card(recipe)))
+                write_file(folder / REWARD, partial(save_weights, reward.network))
+            tuned.save(to, model_card(recipe))
 
+        save = partial(place.save, cast(nn.Module, tuned.flow.network), write)
         watcher = None
         if recipe.training.monitor is not None:
-            watcher = make_watcher(recipe, base, tuned, reward, partial(save, "best"), device)
+            watcher = make_watcher(recipe, base, tuned, reward, partial(save, to="best"), device)
         place.train(loop, save, watch=watch, before=keep_base, watcher=watcher, handle_signals=handle_signals)
         summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
         place.end(summary)

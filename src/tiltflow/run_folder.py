@@ -23,8 +23,7 @@ from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow import checkpoint, processes
 from tiltflow.checkpoint import Tree
@@ -40,12 +39,14 @@ from tiltflow.errors import (
     UserCodeError,
 )
 from tiltflow.evaluation import Estimate
-from tiltflow.files import append_row, check_room, flush, read_rows, write_json, write_rows, write_text, writing
+from tiltflow.files import append_row, check_room, flush, read_rows, write_folder, write_json, write_rows, write_text, writing
 from tiltflow.lock import HOLDER, LOCK, working_in
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
+from tiltflow.optimization import refuse_non_finite
 from tiltflow.reward import NonFiniteRewards
 from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
 from tiltflow.signals import noted
+from tiltflow.tensor_file import write_tensors
 from tiltflow.trackers import Name, Tracker, check_tracker
 from tiltflow.trainer import BatchEnd, Record
 from tiltflow.user_code import out_of_memory
@@ -274,6 +275,16 @@ class RunFolder:
                 looks.insert(0, to_row(watcher.first, None, target=named(watcher.target)))
             write_rows(self.path / LOOKS, looks)
 
+    def save(self, network: nn.Module, write: Callable[[Path], object], to: str = "model") -> None:
+        """Let `write` fill the folder `to` of the run with what was tuned: whole, or as it was.
+
+        Raises NonFiniteError if the network is not one to keep, OutputError if the disk does not take it.
+        """
+        trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        refuse_non_finite(trained | dict(network.named_buffers()), "the tuned model")
+        with processes.whole(network):
+            processes.by_main(lambda: write_folder(self.path / to, write))
+
     def _flush_metrics(self) -> None:
         with writing(self.path / METRICS):
             flush(self.path / METRICS)
@@ -371,6 +382,7 @@ class RunFolder:
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
                 processes.by_main(self._flush_metrics)
                 saved = {"environment": environment(), "loop": end.state()}
+                refuse_non_finite(checkpoint.tensors_in(saved), "the checkpoint", end.step)
                 limit = settings.checkpoints_total_limit
                 checkpoint.save_checkpoint(self.path / checkpoint.FOLDER, end.step, saved, total_limit=limit)
                 written = end.step
@@ -470,11 +482,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def diagnose(path: Path, error: NonFiniteError) -> None:
     """Leave what is known of a number that is not finite in diagnostics/."""
     folder = path / DIAGNOSTICS / f"step-{error.where.get('step', 0):08d}"
-    tensors = {key: value.detach().cpu().contiguous() for key, value in error.tensors.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in error.tensors.items() if isinstance(value, Tensor)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if tensors:
-            save_file(tensors, folder / "tensors.safetensors")
+            write_tensors(folder / "tensors.safetensors", tensors)
     write_json(folder / "report.json", {"error": str(error), **error.where, "tensors": sorted(tensors)})
 
 

@@ -26,7 +26,7 @@ from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
-from tiltflow.files import write_file, write_folder, write_json, write_text
+from tiltflow.files import write_file, write_json, write_text
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.optimization import Tilting, adamw
@@ -407,13 +407,10 @@ def run_text_to_image(
         trained = sum(parameter.nbytes for parameter in parts.flow.parameters())
         place.check_room(trained, model=trained)
 
-        def save(to: str = "model") -> None:
-            with processes.whole(parts.tuned.denoiser):
-                processes.by_main(lambda: write_folder(folder / to, partial(save_tuned, parts.tuned)))
-
+        save = partial(place.save, parts.tuned.denoiser, partial(save_tuned, parts.tuned))
         watcher = None
         if recipe.training.monitor is not None:
-            watcher = make_watcher(recipe, parts, measures, partial(save, "best"), device)
+            watcher = make_watcher(recipe, parts, measures, partial(save, to="best"), device)
 
         place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
         seconds = time.perf_counter() - began
