@@ -401,6 +401,19 @@ def test_a_class_that_few_base_samples_have_leaves_a_target_known(share: float, 
     assert seen == [None] * 20
 
 
+def test_the_error_of_the_divergence_is_its_infinitesimal_jackknife(generator: torch.Generator) -> None:
+    """By differentiating E[w log w] / E[w] - log E[w] in the masses of the samples."""
+    log_w = 0.8 * torch.randn(60, generator=generator)
+    mass = torch.full((60,), 1 / 60, requires_grad=True)
+    mean = (mass * log_w.exp()).sum()
+    value = (mass * log_w.exp() * log_w).sum() / mean - (mean / mass.sum()).log()
+    (slope,) = torch.autograd.grad(value, mass)
+    influence = slope - slope.mean()
+    found = ImportanceWeights.from_log_tilt(log_w).divergence()
+    assert found.value == pytest.approx(value.item())
+    assert found.standard_error == pytest.approx(influence.square().sum().sqrt().item() / 60)
+
+
 def test_the_divergence_of_a_tilted_normal_law(generator: torch.Generator) -> None:
     """Of N(m + s^2 c, s^2) from N(m, s^2): s^2 c^2 / 2; covered as it should be."""
     truth, hits = (SCALE * 1.2) ** 2 / 2, 0
