@@ -17,6 +17,7 @@ from torch import Tensor
 from tiltflow.errors import InputError, not_installed
 from tiltflow.model import read_tensors
 from tiltflow.precision import at_least_float32
+from tiltflow.user_code import refused
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,10 +58,8 @@ class Clip:
     def load(cls, path: str, device: torch.device | str = "cpu", dtype: str = "float32", tokenizer: str | None = None) -> Clip:
         """From a folder or a name on the hub. Raises InputError if it cannot be had."""
         CLIPModel, words = _transformers().CLIPModel, load_tokenizer(tokenizer or path, f"CLIP model {path}")
-        try:
+        with refused(f"CLIP model {path}: cannot be loaded"):
             model: Any = CLIPModel.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"CLIP model {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
         return cls(model.to(device).requires_grad_(False).eval(), words)
 
     @classmethod
@@ -68,7 +67,8 @@ class Clip:
         cls, path: str, device: torch.device | str = "cpu", dtype: str = "float32", tokenizer: str | None = None
     ) -> Clip:
         """From a file of open_clip's tensors, and a tokenizer of transformers. Raises InputError if they cannot be had."""
-        model: Any = from_open_clip(read_tensors(Path(path), "CLIP model"), path)
+        with refused(f"CLIP model {path}: is none of open_clip"):
+            model: Any = from_open_clip(read_tensors(Path(path), "CLIP model"), path)
         words = load_tokenizer(tokenizer or str(Path(path).parent), f"CLIP model {path}")
         return cls(model.to(device, getattr(torch, dtype)).requires_grad_(False).eval(), words)
 
@@ -101,10 +101,8 @@ class Clip:
 
 def load_tokenizer(path: str, what: str) -> Any:
     """CLIP's tokenizer, from a folder or a name on the hub. Raises InputError if it cannot be had."""
-    try:
+    with refused(f"{what}: cannot be loaded"):
         return _transformers().CLIPTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{what}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
 
 def _transformers() -> Any:

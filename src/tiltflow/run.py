@@ -61,7 +61,7 @@ from tiltflow.settings import Labels, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
 from tiltflow.trainer import Batch, Record, train, trainable_copy
-from tiltflow.user_code import tried
+from tiltflow.user_code import refused, tried
 from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
@@ -373,7 +373,8 @@ def evaluate_run(
     tuned = load(folder / "model", device)
     reward = build_reward(recipe.reward, recipe.method, device)
     if isinstance(reward, LearnedReward):
-        reward.network.load_state_dict(load_file(folder / REWARD, device=device))
+        with refused(f"{folder / REWARD}: is not the network of the reward"):
+            reward.network.load_state_dict(load_file(folder / REWARD, device=device))
     began = time.perf_counter()
 
     dtype = autocast_dtype(recipe.training.mixed_precision, device)

@@ -30,6 +30,7 @@ from tiltflow.files import write_file, write_json, write_text
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.optimization import Tilting, adamw
+from tiltflow.pipeline_folder import check_numbers
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -53,7 +54,7 @@ from tiltflow.text_to_image import (
     with_adapter,
 )
 from tiltflow.trainer import Batch, Record, train, trainable_copy
-from tiltflow.user_code import tried
+from tiltflow.user_code import refused, tried
 from tiltflow.verdict import conclude, mean_test, of_rewards
 
 PATHS = 32
@@ -109,7 +110,9 @@ class DiffusersModel(Settings):
         for key in self.scheduler:
             if key not in own:
                 raise InputError(f"model.scheduler: {type(pipeline.scheduler).__name__} has no {key!r}{did_you_mean(key, own)}")
-        pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
+        check_numbers(self.scheduler, "model.scheduler")
+        with refused("model.scheduler: is refused"):
+            pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
         model = from_diffusers(
             pipeline, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device
         )

@@ -35,6 +35,7 @@ from tiltflow.interpolant import (
 )
 from tiltflow.sampler import Sampling, sample
 from tiltflow.streams import stream
+from tiltflow.user_code import refused
 
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -102,13 +103,8 @@ class Schedule:
             options["num_inference_steps"] = num_inference_steps
         else:
             options["sigmas"] = self.sigmas(num_inference_steps).tolist()
-        try:
+        with refused(f"num_inference_steps {num_inference_steps}: {type(scheduler).__name__} refuses it"):
             scheduler.set_timesteps(**options)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"num_inference_steps {num_inference_steps}: {type(scheduler).__name__} refuses it: {reason}"
-            ) from None
 
     def times(self, num_inference_steps: int) -> Tensor:
         """The linear times [K + 1] of the scheduler, from noise to data, float64; the last one is where it ends: at data, or a

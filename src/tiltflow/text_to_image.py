@@ -29,11 +29,13 @@ from tiltflow import pipelines, processes
 from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
+from tiltflow.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.sampler import Sampling, sample
 from tiltflow.schedules import Schedule, schedule_of
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
+from tiltflow.user_code import explained, refused
 
 GuidanceMode = Literal["none", "rollout", "full"]
 Condition = Mapping[str, Any]
@@ -51,11 +53,12 @@ class Denoiser(AnyFloats):
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        if dtype != torch.float16:
-            return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
-        inside = scale_gradient(x, 1 / GRADIENT_SCALE).to(dtype)
-        predicted = self.predict(self.network, inside, time.float(), in_dtype(condition, dtype)).to(x.dtype)
-        return scale_gradient(predicted, GRADIENT_SCALE)
+        with explained("the pipeline's denoiser"):
+            if dtype != torch.float16:
+                return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
+            inside = scale_gradient(x, 1 / GRADIENT_SCALE).to(dtype)
+            predicted = self.predict(self.network, inside, time.float(), in_dtype(condition, dtype)).to(x.dtype)
+            return scale_gradient(predicted, GRADIENT_SCALE)
 
 
 class AdaptedDenoiser(Denoiser):
@@ -173,7 +176,7 @@ class TextToImage:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.encoded]
         for prompt in new:
             self._warn_of_length(prompt)
-            with torch.no_grad():
+            with torch.no_grad(), explained("the pipeline's text encoder"):
                 condition, negative = self.family.encode(self.pipeline, [prompt], self.size)
             # the negative one does not depend on the prompt: all share that of the first
             self.encoded[prompt] = condition, next(iter(self.encoded.values()), (None, negative))[1]
@@ -202,8 +205,9 @@ class TextToImage:
         are computed once more on the way back, so that one part at a time is in memory."""
 
         def images(part: Tensor) -> Tensor:
-            unpacked = self.family.unpack(self.pipeline, part, self.size)
-            decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
+            with explained("the pipeline's decoder"):
+                unpacked = self.family.unpack(self.pipeline, part, self.size)
+                decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
             return decoded.to(part.dtype)
 
         parts = latents.split(batch_size)
@@ -313,6 +317,7 @@ def families() -> dict[str, ModuleType]:
     return {module.PIPELINE: module for module in found}
 
 
+@refused("pipeline: is none that can be tuned")
 def from_diffusers(
     pipeline_or_path: Any,
     *,
@@ -383,17 +388,18 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     except ImportError:
         raise not_installed("diffusers", "diffusers") from None
     path = by_name(path, assets(INDEX), "pipeline") or path
-    if Path(path).is_dir() and not (Path(path) / INDEX).exists():
-        raise InputError(f"{path}: holds no model_index.json; a pipeline of diffusers is needed")
+    if Path(path).is_dir():
+        check_pipeline_folder(Path(path))
     options = {"use_safetensors": True, **options}
     # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
     dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))
     # a decoder that is rounded to 16 bits first stays so
     options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
-    try:
-        return DiffusionPipeline.from_pretrained(str(path), **options)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise InputError(f"model.diffusers {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    with refused(f"model.diffusers {path}: cannot be loaded"):
+        pipeline = DiffusionPipeline.from_pretrained(str(path), **options)
+        if Path(path).is_dir():
+            check_weights(Path(path), pipeline.components)
+    return pipeline
 
 
 def with_adapter(
@@ -498,16 +504,15 @@ def load_tuned(model: TextToImage, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be read ({error})") from None
     if adapter is None:
-        network.load_state_dict(weights)
+        with refused(f"{path}: is not the denoiser of this model"):
+            network.load_state_dict(weights)
         return
     from peft import set_peft_model_state_dict
 
     prefix = f"{model.family.DENOISER}."
     wrong = f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?"
-    try:
+    with refused(wrong):
         own = {key.removeprefix(prefix): value for key, value in weights.items()}
         result: Any = set_peft_model_state_dict(network, own, adapter_name=adapter)
-    except RuntimeError:  # torch's word for a wrong shape
-        raise InputError(wrong) from None
     if result.unexpected_keys or any(adapter in key.split(".") for key in result.missing_keys):
         raise InputError(wrong)

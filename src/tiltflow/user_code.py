@@ -31,6 +31,23 @@ def explained(what: str) -> Iterator[None]:
         raise explanation(what, error) from error
 
 
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """In this context a library reads what it was given: whatever it raises is an InputError of one line that begins with
+    `what`, since none has a list of what it raises for files and settings that are damaged, or were made to do damage.
+
+    tiltflow's own errors and a lack of memory pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if passes_through(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        kind = "" if isinstance(error, (OSError, ValueError)) and lines[0] else f"{type(error).__name__}: "
+        raise InputError(f"{what} ({kind}{lines[0][:300]})") from error
+
+
 def passes_through(error: Exception) -> bool:
     """Whether an exception is not of user code: one of tiltflow's own, or a lack of memory."""
     return isinstance(error, TiltflowError) or out_of_memory(error)

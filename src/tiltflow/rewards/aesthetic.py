@@ -14,6 +14,7 @@ from tiltflow.model import read_tensors
 from tiltflow.precision import Dtype
 from tiltflow.reward import Reward
 from tiltflow.settings import Settings
+from tiltflow.user_code import refused
 
 
 class Aesthetic(Settings):
@@ -48,6 +49,7 @@ class Aesthetic(Settings):
         return aesthetic
 
 
+@refused("reward.head: is not the aesthetic predictor")
 def load_head(path: Path) -> nn.Sequential:
     """The predictor's layers; in evaluation the dropout between them is nothing. Raises InputError if they cannot be read."""
     weights = read_tensors(path, "reward.head")

@@ -19,6 +19,7 @@ from tiltflow.model import read_tensors
 from tiltflow.precision import Dtype, at_least_float32
 from tiltflow.reward import OfPrompts, Reward
 from tiltflow.settings import Settings
+from tiltflow.user_code import refused
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the ratings that the authors trained on: the published scores are in these units."""
@@ -77,11 +78,12 @@ class Scorer:
             from transformers import AutoTokenizer
         except ImportError:
             raise not_installed("transformers", "diffusers") from None
-        vision, text, layers = (part.to(device, dtype).requires_grad_(False).eval() for part in networks(read_weights(path)))
-        try:
+        with refused(f"reward.model {path}: is not ImageReward"):
+            vision, text, layers = (
+                part.to(device, dtype).requires_grad_(False).eval() for part in networks(read_weights(path))
+            )
+        with refused(f"reward.tokenizer {tokenizer}: cannot be loaded"):
             return cls(vision, text, layers, AutoTokenizer.from_pretrained(tokenizer))
-        except (OSError, ValueError) as error:
-            raise InputError(f"reward.tokenizer {tokenizer}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[batch], with its gradient to the images [batch, 3, height, width] in [-1, 1]."""

@@ -1,0 +1,79 @@
+"""What a folder of a diffusers pipeline says of itself: looked at before diffusers builds anything from it, and after."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from tiltflow.errors import InputError
+from tiltflow.shipped import INDEX
+
+CONFIGS = ("config.json", "scheduler_config.json")
+MOST_BYTES = 1 << 20  # of a config
+MOST: dict[str, float] = {
+    r"layers|depth": 1000,
+    r"num_train_timesteps": 100_000,
+    r"sample_size|pos_embed_max_size|image_size": 4096,
+    r"theta|factor|epsilon|eps": 1e300,
+}
+"""What numbers of a config may be, by what their names contain: ten times what the largest models have, or so. A pipeline of
+1e9 layers would be built for days before anything of it was found wrong."""
+MOST_OTHERWISE = 10**7
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Raises InputError if `folder` holds no pipeline, or a config that is no JSON or that no model has."""
+    if not (folder / INDEX).exists():
+        raise InputError(f"{folder}: holds no {INDEX}; a pipeline of diffusers is needed")
+    for path in (folder / INDEX, *sorted(path for name in CONFIGS for path in folder.glob(f"*/{name}"))):
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise InputError(f"{path}: is larger than {MOST_BYTES} bytes")
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: must be a mapping, got {type(tree).__name__}")
+        check_numbers(tree, str(path))
+
+
+def check_weights(folder: Path, components: Mapping[str, Any]) -> None:
+    """Raises InputError if a network of a pipeline that was loaded from `folder` has more numbers than its files: transformers
+    fills in what is missing at random.
+
+    Args:
+        components: of the pipeline, by name.
+    """
+    for name, part in components.items():
+        files = sorted((folder / name).glob("*.safetensors"))
+        if not isinstance(part, nn.Module) or not files:
+            continue
+        if not (folder / name / CONFIGS[0]).exists():
+            raise InputError(f"{folder / name}: has weights, but no {CONFIGS[0]}")
+        asked, found = sum(p.numel() for p in part.parameters()), 0
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                found += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        if found < asked:
+            raise InputError(f"{folder / name}: its weights are {found} numbers, its {CONFIGS[0]} asks for {asked}")
+
+
+def check_numbers(value: Any, where: str, key: str = "") -> None:
+    """Raises InputError for a number that is larger than any model has; see `MOST`."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            check_numbers(part, where, str(name))
+    elif isinstance(value, list):
+        for part in value:
+            check_numbers(part, where, key)
+    elif isinstance(value, (int, float)):
+        most = next((limit for pattern, limit in MOST.items() if re.search(pattern, key)), MOST_OTHERWISE)
+        if not abs(value) <= most:
+            raise InputError(f"{where}: {key} is {str(value)[:20]}, and no model has more than {most:g}")
