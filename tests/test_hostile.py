@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from test_cli import call
 from test_http_reward import npy, npy_header, png, raw_answers
 from tiny import UNET, tiny_flow, tiny_recipe
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tiltflow.cli
@@ -41,6 +42,7 @@ from tiltflow.reward import given as told
 from tiltflow.rewards.http import Http
 from tiltflow.run import Recipe, evaluate_run, run
 from tiltflow.run_text_to_image import TextToImageRecipe, load_text_to_image
+from tiltflow.sampler import Sampling
 from tiltflow.serve_reward import BadRequestError, read_request
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
@@ -509,6 +511,129 @@ def test_a_forged_checkpoint_is_an_error_and_not_a_traceback(tmp_path: Path) -> 
         with pytest.raises((CheckpointError, InputError)) as error:
             run(again, tmp_path / "run")
         assert "\n" not in str(error.value)
+
+
+# ---- folders of diffusers pipelines ----
+
+ODD = st.sampled_from([
+    None, True, -1, 0, 1, 3, 10**5, 10**9, -(10**9), 10**30, 1e308, float("nan"), 0.5, "x", "", [], {}, [1e9], ["x"], [[]],
+    {"a": 1}, "../../etc/passwd", "torch.nn.Linear", "epsilon", "trailing",
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion on disk."""
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline("stable-diffusion", folder / "parts").save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def drawn_from(folder: Path) -> Tensor:
+    """A small picture, from what a folder holds."""
+    from tiltflow.text_to_image import from_diffusers
+
+    model = from_diffusers(folder, height=16, width=16)
+    return model.sample(["a"], sampling=Sampling(solver="euler", num_inference_steps=2))
+
+
+def any_pipeline(original: Path, folder: Path, draw: st.DataObject) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    file = draw.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    tree = json.loads(file.read_bytes()) if file.suffix == ".json" else None
+    match draw.draw(st.sampled_from(["number", "number", "number", "missing key", "damaged", "gone"])):
+        case "number" if tree:
+            file.write_text(json.dumps(tree | {draw.draw(st.sampled_from(sorted(tree))): draw.draw(ODD)}))
+        case "missing key" if tree:
+            del tree[draw.draw(st.sampled_from(sorted(tree)))]
+            file.write_text(json.dumps(tree))
+        case "gone":
+            file.unlink()
+        case _:
+            file.write_bytes(damaged(file.read_bytes(), **draw.draw(st.fixed_dictionaries(harm))))
+    began = time.monotonic()
+    try:
+        assert drawn_from(folder).shape == (1, 3, 16, 16)
+    except TiltflowError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    assert time.monotonic() - began < 20
+
+
+@settings(FEW, max_examples=12)
+@given(draw=st.data())
+def test_any_pipeline_is_loaded_or_refused(
+    pipeline: Path, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
+) -> None:
+    any_pipeline(pipeline, tmp_path_factory.getbasetemp() / "any", draw)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=1000)
+@given(draw=st.data())
+def test_any_pipeline_is_loaded_or_refused_fuzz(
+    pipeline: Path, tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
+) -> None:
+    any_pipeline(pipeline, tmp_path_factory.getbasetemp() / "any", draw)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block is 1000000000, and no model has more than 1000"),
+        ("unet/config.json", {"sample_size": 10**9}, "sample_size is 1000000000, and no model has more than 4096"),
+        ("vae/config.json", {"block_out_channels": [10**9, 8]}, "block_out_channels is 1000000000, and no model has more"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000, and no model"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, r"cannot be loaded \(TypeError: "),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": 10**9},
+            "model_max_length is 1000000000, and no model has more",
+        ),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": {}}, "the pipeline's text encoder raised TypeError"),
+        ("vae/config.json", {"scaling_factor": ["x"]}, "the pipeline's decoder raised TypeError"),
+        (
+            "text_encoder/config.json",
+            {"num_hidden_layers": 4},
+            r"text_encoder: its weights are \d+ numbers, its config.json asks for",
+        ),
+        ("text_encoder/config.json", None, "text_encoder: has weights, but no config.json"),
+        ("unet/config.json", None, "unet: has weights, but no config.json"),
+        ("model_index.json", {"unet": ["unet", "Evil"]}, "cannot be loaded"),
+        ("model_index.json", {"unet": ["os", "system"]}, "cannot be loaded"),
+        ("model_index.json", {"_class_name": "Evil"}, "cannot be loaded"),
+    ],
+)
+def test_a_pipeline_that_is_none(
+    pipeline: Path, tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
+) -> None:
+    """Among them: weights that would be filled in at random without a word."""
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(TiltflowError, match=message) as error:
+        drawn_from(tmp_path / "pipeline")
+    assert "\n" not in str(error.value)
+
+
+def test_code_in_a_pipeline_is_not_run(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"unet": ["evil", "UNet2DConditionModel"], "_class_name": ["evil", "E"]})
+    )
+    for place in ("evil.py", "pipeline.py", "unet/evil.py", "unet/unet.py"):
+        (tmp_path / "pipeline" / place).write_text(EVIL)
+    monkeypatch.chdir(tmp_path / "pipeline")
+    with pytest.raises(InputError):
+        drawn_from(tmp_path / "pipeline")
+    assert not list(tmp_path.rglob("*.ran"))
 
 
 # ---- reward servers ----

@@ -15,23 +15,28 @@ from torch import nn
 from tiltflow.errors import InputError
 from tiltflow.shipped import INDEX
 
-CONFIGS = ("config.json", "scheduler_config.json")
+CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 MOST_BYTES = 1 << 20  # of a config
 MOST: dict[str, float] = {
     r"layers|depth": 1000,
     r"num_train_timesteps": 100_000,
+    r"model_max_length": 200_000,
     r"sample_size|pos_embed_max_size|image_size": 4096,
     r"theta|factor|epsilon|eps": 1e300,
 }
 """What numbers of a config may be, by what their names contain: ten times what the largest models have, or so. A pipeline of
 1e9 layers would be built for days before anything of it was found wrong."""
 MOST_OTHERWISE = 10**7
+NO_LIMIT = int(1e30)  # how transformers writes that a tokenizer has none
 
 
 def check_pipeline_folder(folder: Path) -> None:
     """Raises InputError if `folder` holds no pipeline, or a config that is no JSON or that no model has."""
     if not (folder / INDEX).exists():
         raise InputError(f"{folder}: holds no {INDEX}; a pipeline of diffusers is needed")
+    for weights in folder.glob("*/*.safetensors"):
+        if not (weights.parent / CONFIGS[0]).exists():
+            raise InputError(f"{weights.parent}: has weights, but no {CONFIGS[0]}")
     for path in (folder / INDEX, *sorted(path for name in CONFIGS for path in folder.glob(f"*/{name}"))):
         try:
             if path.stat().st_size > MOST_BYTES:
@@ -55,8 +60,6 @@ def check_weights(folder: Path, components: Mapping[str, Any]) -> None:
         files = sorted((folder / name).glob("*.safetensors"))
         if not isinstance(part, nn.Module) or not files:
             continue
-        if not (folder / name / CONFIGS[0]).exists():
-            raise InputError(f"{folder / name}: has weights, but no {CONFIGS[0]}")
         asked, found = sum(p.numel() for p in part.parameters()), 0
         for file in files:
             with safe_open(file, framework="pt") as tensors:
@@ -73,7 +76,7 @@ def check_numbers(value: Any, where: str, key: str = "") -> None:
     elif isinstance(value, list):
         for part in value:
             check_numbers(part, where, key)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, (int, float)) and value != NO_LIMIT:
         most = next((limit for pattern, limit in MOST.items() if re.search(pattern, key)), MOST_OTHERWISE)
         if not abs(value) <= most:
             raise InputError(f"{where}: {key} is {str(value)[:20]}, and no model has more than {most:g}")

@@ -175,8 +175,8 @@ class TextToImage:
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.encoded]
         for prompt in new:
-            self._warn_of_length(prompt)
             with torch.no_grad(), explained("the pipeline's text encoder"):
+                self._warn_of_length(prompt)
                 condition, negative = self.family.encode(self.pipeline, [prompt], self.size)
             # the negative one does not depend on the prompt: all share that of the first
             self.encoded[prompt] = condition, next(iter(self.encoded.values()), (None, negative))[1]
@@ -196,7 +196,7 @@ class TextToImage:
                 most = tokenizer.model_max_length
                 warnings.warn(
                     f"prompt {prompt[:40]!r}: {name} takes {most} of its {count} tokens, the rest is not seen",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
@@ -205,15 +205,15 @@ class TextToImage:
         are computed once more on the way back, so that one part at a time is in memory."""
 
         def images(part: Tensor) -> Tensor:
-            with explained("the pipeline's decoder"):
-                unpacked = self.family.unpack(self.pipeline, part, self.size)
-                decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
+            unpacked = self.family.unpack(self.pipeline, part, self.size)
+            decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
             return decoded.to(part.dtype)
 
         parts = latents.split(batch_size)
-        if torch.is_grad_enabled() and latents.requires_grad:
-            return torch.cat([checkpoint(images, part, use_reentrant=False) for part in parts])
-        return torch.cat([images(part) for part in parts])
+        with explained("the pipeline's decoder"):
+            if torch.is_grad_enabled() and latents.requires_grad:
+                return torch.cat([checkpoint(images, part, use_reentrant=False) for part in parts])
+            return torch.cat([images(part) for part in parts])
 
     def guided(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Callable[[VelocityField], VelocityField]:
         """What gives a flow these prompts, one for each sample, and guides it; by default at the model's own scale.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tiltflow.errors import InputError, NonFiniteError, TiltflowError, UserCodeError
+from tiltflow.errors import InputError, NonFiniteError, OutOfMemoryError, TiltflowError, UserCodeError
 
 OWN = str(Path(__file__).parent)
 LIBRARIES = tuple({OWN, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))})
@@ -36,16 +36,17 @@ def refused(what: str) -> Iterator[None]:
     """In this context a library reads what it was given: whatever it raises is an InputError of one line that begins with
     `what`, since none has a list of what it raises for files and settings that are damaged, or were made to do damage.
 
-    tiltflow's own errors and a lack of memory pass through.
+    tiltflow's own errors pass through; a lack of memory is an OutOfMemoryError.
     """
     try:
         yield
+    except TiltflowError:
+        raise
     except Exception as error:
-        if passes_through(error):
-            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         kind = "" if isinstance(error, (OSError, ValueError)) and lines[0] else f"{type(error).__name__}: "
-        raise InputError(f"{what} ({kind}{lines[0][:300]})") from error
+        problem = OutOfMemoryError if out_of_memory(error) else InputError
+        raise problem(f"{what} ({kind}{lines[0][:300]})") from error
 
 
 def passes_through(error: Exception) -> bool:
