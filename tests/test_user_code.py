@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import tiltflow
 from tiltflow.checkpoint import FOLDER, checkpoints
 from tiltflow.cli import app
+from tiltflow.doctor import examine
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.features import features_of
 from tiltflow.flow import Flow
@@ -363,3 +364,108 @@ def test_other_values_are_refused(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(lambda x: value, torch.zeros(2, 1))
     value_and_gradient(lambda x: (x.sum(1), None), torch.zeros(2, 1))
+
+
+# ---- rewards that are not finite for some samples ----
+
+DETECTOR = """
+def face(x):
+    v = x.mean((1, 2, 3))
+    return torch.where(x[:, 0, 0, 0] < -0.4, torch.nan, v)
+"""
+
+
+def seen(x: Tensor) -> Tensor:
+    return ~(x[:, 0, 0, 0] < -0.4)
+
+
+def test_drop_works_from_the_start_to_the_report(tmp_path: Path, write: Callable[[str], str]) -> None:
+    """Check, calibration, monitor, training, evaluation and doctor: the numbers are those of the samples with a reward."""
+    name = write(DETECTOR)
+    training = {
+        "max_train_steps": 2, "train_batch_size": 32, "calibration_samples": 512, "monitor": {"steps": 1, "num_samples": 64},
+    }  # fmt: skip
+    method = {"name": "score-as-action", "num_inference_steps": 3, "learning_rate": 1e-3, "beta": 0.5}
+    changes = {"reward": {"name": "function", "path": f"{name}:face"}, "method": method}
+    evaluation = {"num_samples": 400, "batch_size": 64}
+
+    def recipe(policy: str) -> Recipe:
+        folder = tmp_path / policy
+        folder.mkdir(exist_ok=True)
+        tree = changes | {"training": training | {"non_finite_rewards": policy}, "evaluation": evaluation}
+        return validate(Recipe, read_yaml(tiny_recipe(folder, **tree)), "recipe")
+
+    summary = run(recipe("drop"), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["dropped"] > 0
+    x = tiltflow.load(tmp_path / "drop" / "flow").sample(400, sampling=recipe("drop").sampling, batch_size=64)
+    assert 10 < (~seen(x)).sum() < 200
+    r = x[seen(x)].mean((1, 2, 3)).double()
+    assert summary["reward_base"] == pytest.approx(r.mean().item(), abs=1e-6)
+    weights = torch.softmax(r / 0.5, 0)
+    assert summary["reward_target"] == pytest.approx((weights @ r).item(), abs=1e-6)
+    assert summary["num_samples"] == 400
+    (sentence,) = [each for each in summary["limits"] if "not finite" in each]
+    assert f"{int((~seen(x)).sum())} of the base's 400" in sentence
+    looks = [json.loads(line) for line in (tmp_path / "run" / "monitor.jsonl").read_text().splitlines()]
+    assert all(torch.tensor(look["measures"]["reward"]).isfinite().all() for look in looks)
+    findings = {finding.check: finding for finding in examine(recipe("drop"))}
+    assert findings["reward"].level == "amber"
+    assert "It is finite for" in findings["reward"].text
+    assert all(finding.level != "red" for finding in findings.values()), findings
+
+    with pytest.raises(tiltflow.TiltflowError, match="the reward is not finite for"):
+        run(recipe("error"), tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "recipe.yaml").exists()
+
+
+def test_pictures_that_stand_for_the_laws() -> None:
+    from tiltflow.run_text_to_image import kept_of_groups
+
+    nan = torch.nan
+    base = {"own": torch.tensor([1.0, nan, 2, 3, 4, 5, 6, 7, nan, nan, nan, 8]), "other": torch.zeros(12)}
+    tuned = {"own": torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9]), "other": torch.zeros(12)}
+    tuned["other"][6] = nan
+    of_base, of_tuned, groups = kept_of_groups({"base": base, "tuned": tuned}, 4)
+    assert of_base.tolist() == [0, 2, 3, 4, 5, 6]  # three of two prompts are more than one of all three
+    assert of_tuned.tolist() == [0, 1, 2, 4, 5, 7]
+    assert groups == 2
+    whole, _, groups = kept_of_groups({"base": {"own": torch.zeros(12)}, "tuned": {"own": torch.zeros(12)}}, 4)
+    assert (whole.tolist(), groups) == (list(range(12)), 3)
+    with pytest.raises(tiltflow.NonFiniteError, match="at most one picture of each prompt"):
+        kept_of_groups({"base": {"own": torch.full((4,), nan)}, "tuned": {"own": torch.zeros(4)}}, 2)
+
+
+def test_drop_on_pipelines(tmp_path: Path, write: Callable[[str], str]) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import tiny_pipeline
+
+    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+
+    name = write(
+        "def face(images, prompts, metadata):\n"
+        "    assert [m['id'] for m in metadata] == [len(p) for p in prompts]\n"
+        "    v = images.mean((1, 2, 3))\n"
+        "    odd = (images[:, 0, 0, 0] * 1e4).round() % 4 == 0\n"
+        "    return torch.where(odd, torch.nan, v), {'faces': 1}\n"
+    )
+    tiny_pipeline("stable-diffusion", tmp_path).save_pretrained(tmp_path / "pipe")
+    rows = [{"prompt": text, "id": len(text)} for text in ("a red cat", "a blue dog", "a green hat")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tree: dict[str, Any] = {
+        "model": {"diffusers": str(tmp_path / "pipe"), "height": 16, "width": 16, "adapter": {"rank": 2}},
+        "prompts": {"path": str(tmp_path / "prompts.jsonl"), "validation": 0.34},
+        "reward": {"name": "function", "path": f"{name}:face"},
+        "method": {"name": "score-as-action", "num_inference_steps": 2, "solver": "ddpm"},
+        "training": {
+            "max_train_steps": 2, "prompts_per_step": 2, "num_generations": 8, "per_prompt_normalization": 8,
+            "non_finite_rewards": "drop", "monitor": {"steps": 1},
+        },
+        "evaluation": {"num_prompts": 1, "num_generations": 8, "points": [{"num_inference_steps": 2}]},
+    }  # fmt: skip
+    summary = run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("dropped", 0) > 0 for row in metrics)
+    numbers = [summary["reward_base"], summary["reward_tuned"], *(row["function"] for row in summary["table"])]
+    assert torch.tensor(numbers).isfinite().all()
+    assert any("not finite" in each for each in summary["limits"])

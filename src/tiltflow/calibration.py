@@ -25,7 +25,7 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.evaluation import Estimate, ImportanceWeights
 from tiltflow.flow import VelocityField, in_chunks
-from tiltflow.reward import Reward, evaluate, shared
+from tiltflow.reward import NonFiniteRewards, Reward, evaluate, shared
 from tiltflow.sampler import Sampling, Start, sample
 from tiltflow.streams import stream
 
@@ -86,12 +86,14 @@ def target_reward(
     seed: int = 0,
     start: Start = 0.0,
     device: torch.device | str = "cpu",
+    non_finite: NonFiniteRewards = "error",
 ) -> Estimate:
     """E[r] under p_base(x) exp(r(x) / beta) and its standard error, from base samples.
 
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator.
         num_samples: at least so many; a whole number of batches is drawn.
+        non_finite: `drop` leaves out samples whose reward is NaN or infinite.
 
     Raises InputError if too few of them carry the weight of the target law to know it; see `ImportanceWeights.unknown`.
     """
@@ -99,8 +101,9 @@ def target_reward(
     while sum(map(len, rewards)) < num_samples:
         generator = stream(seed, "calibration", len(rewards), device=device)
         x = sample(in_chunks(base), draw(generator), sampling, generator, start=start)
-        rewards.append(evaluate(shared(reward), x).cpu())
+        rewards.append(evaluate(shared(reward), x, non_finite).cpu())
     r = torch.cat(rewards)
+    r = r[r.isfinite()]
     weights = ImportanceWeights.from_rewards(r, beta)
     if (why := weights.unknown()) is not None:
         raise InputError(f"calibration: {why} Raise method.beta or training.calibration_samples, or set the latter to 0")

@@ -84,6 +84,12 @@ class Patient:
         """The reward of the first samples of the batch."""
         return rows(self.batch.reward or self.reward, self.few)
 
+    @torch.no_grad()
+    def rewards(self, x: Tensor, which: slice | None = None) -> Tensor:
+        """Of the first samples of the batch, or `which` of them: [len(x)], NaN where one is not finite and training drops it."""
+        told = self.told if which is None else rows(self.told, which)
+        return evaluate(told, x, self.recipe.training.non_finite_rewards)
+
     def ends(self) -> Tensor:
         """Samples of the base, drawn as in training."""
         sampling: Sampling = self.recipe.method.sampling
@@ -149,7 +155,12 @@ def temperature(patient: Patient) -> Iterator[Finding]:
     method, of_pictures = patient.recipe.method, isinstance(patient.recipe, TextToImageRecipe)
     if not hasattr(method, "log_tilt") or isinstance(patient.reward, LearnedReward):
         return
-    rewards = evaluate(patient.told, patient.ends()).detach().cpu()
+    rewards = patient.rewards(patient.ends()).cpu()
+    rewards = rewards[rewards.isfinite()]
+    if len(rewards) < 2:
+        why = f"the reward is finite for {len(rewards)} of {patient.size} base samples"
+        yield Finding("temperature", "red", why, "is it the right one? training drops all others")
+        return
     tilt = method.log_tilt(rewards, patient.recipe.training.max_train_steps)
     effective = ImportanceWeights.from_log_tilt(
         tilt, patient.recipe.training.prompts_per_step if of_pictures else 1
@@ -190,24 +201,29 @@ def too_few_to_know(evaluation: Any, share: float, of_pictures: bool) -> tuple[s
 def reward_itself(patient: Patient) -> Iterator[Finding]:
     """Deterministic, finite, of each sample alone; its range and price."""
     x = patient.ends()
-    with torch.no_grad():
-        began = time.perf_counter()
-        first = evaluate(patient.told, x)
-        seconds = time.perf_counter() - began
-        again = evaluate(patient.told, x)
-        alone = torch.cat([evaluate(rows(patient.told, slice(i, i + 1)), x[i : i + 1]) for i in range(min(4, len(x)))])
-    spread = float(first.std(correction=0)) or 1.0
-    low, high = first.min().item(), first.max().item()
+    began = time.perf_counter()
+    first = patient.rewards(x)
+    seconds = time.perf_counter() - began
+    again = patient.rewards(x)
+    alone = torch.cat([patient.rewards(x[i : i + 1], slice(i, i + 1)) for i in range(min(4, len(x)))])
+    finite = first[first.isfinite()]
+    if not len(finite):
+        return  # said of the temperature
+    spread = float(finite.std(correction=0)) or 1.0
+    low, high = finite.min().item(), finite.max().item()
     unit = getattr(patient.recipe.reward, "unit", "")
     price = f"{seconds / len(x):.2g} s a sample"
-    text = f"{first.mean().item():.4g} ± {spread:.2g} {unit} at the base, {low:.4g} to {high:.4g}; {price}"
-    if not torch.equal(first, again):
-        change = (first - again).abs().max().item()
+    text = f"{finite.mean().item():.4g} ± {spread:.2g} {unit} at the base, {low:.4g} to {high:.4g}; {price}"
+    if not torch.allclose(first, again, rtol=0, atol=0, equal_nan=True):
+        change = (first - again).abs().nan_to_num(torch.inf).max().item()
         fix = "put it in evaluation mode, and give it its own seeded generator"
         yield Finding("reward", "amber", f"{text}. Two calls on the same samples differ by up to {change:.2g}", fix)
-    elif float((first[: len(alone)] - alone).abs().max()) > 0.01 * spread:
+    elif not torch.allclose(first[: len(alone)], alone, rtol=0, atol=0.01 * spread, equal_nan=True):
         fix = "a reward must be of one sample alone: no batch statistics, no ranks"
         yield Finding("reward", "red", f"{text}. It gives a sample another value when it is alone", fix)
+    elif len(finite) < len(first):
+        left_out = f"It is finite for {len(finite)} of {len(first)} base samples"
+        yield Finding("reward", "amber", f"{text}. {left_out}", "training drops the others, as non_finite_rewards says")
     else:
         yield Finding("reward", "green", f"{text}; deterministic")
 
@@ -216,8 +232,11 @@ def reward_gradient(patient: Patient) -> Iterator[Finding]:
     """Against a finite difference along a random direction."""
     if not getattr(patient.recipe.method, "needs_reward_gradient", False):
         return
-    x = patient.ends()[: min(4, patient.size)].float()
-    reward = rows(patient.told, slice(len(x)))
+    ends = patient.ends()
+    kept = patient.rewards(ends).isfinite().nonzero()[:4, 0]
+    x, reward = ends[kept].float(), rows(patient.told, kept)
+    if not len(x):
+        return
     _, gradient = value_and_gradient(reward, x)
     direction = torch.randn(x.shape, generator=stream(0, "direction", device=x.device), device=x.device)
     expected = (gradient * direction).flatten(1).sum(1)

@@ -64,9 +64,15 @@ def look_at(step: int, samples: Samples, group: int = 1) -> Look:
 
 
 def over_groups(values: Tensor, group: int) -> Estimate:
-    """Mean of values [n], its standard error over the means of groups of `group`; over values where there is one group."""
-    means = values.double().reshape(-1, group).mean(1)
-    return mean_estimate(means if len(means) > 1 else values)
+    """Mean of values [n], its standard error over the means of groups of `group`; over values where there is one group. Values
+    that are NaN are left out.
+
+    >>> over_groups(torch.tensor([1.0, 3.0, torch.nan, 5.0, torch.nan, torch.nan]), 2).value
+    3.5
+    """
+    means = values.double().reshape(-1, group).nanmean(1)
+    several = means if len(means) > 1 else values
+    return mean_estimate(several[several.isfinite()])
 
 
 def target_measures(base: Samples, log_tilt: Tensor) -> dict[str, Estimate] | None:

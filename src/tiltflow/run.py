@@ -29,7 +29,7 @@ from tiltflow.calibration import LIMIT, Calibration, gain_at_limit, target_rewar
 from tiltflow.checkpoint import Tree
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import (
     Estimate,
     ImportanceWeights,
@@ -54,7 +54,7 @@ from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.report import write_report
-from tiltflow.reward import LearnedReward, Reward, evaluate, try_reward
+from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward, evaluate, try_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, path_costs
 from tiltflow.settings import Labels, Pattern, Settings, validate
@@ -187,6 +187,7 @@ def prepare(
                 seed=seed,
                 start=start,
                 device=model.device,
+                non_finite=training.non_finite_rewards,
             )
         return Calibration(expected.value, method.beta), evaluations.total
 
@@ -333,8 +334,8 @@ def make_watcher(
         model = replace(model, flow=replace(model.flow, autocast=dtype))
         seed = stream(recipe.seed, "monitor").initial_seed()  # other noise than the evaluation's
         x = model.sample(monitor.num_samples, seed=seed, sampling=recipe.sampling, batch_size=settings.batch_size)
-        found = {"reward": in_batches(lambda part: evaluate(reward, part), x, settings.batch_size, device)}
-        features = x.flatten(1)
+        x, rewards, _ = scored(reward, x, settings.batch_size, device, recipe.training.non_finite_rewards)
+        found, features = {"reward": rewards}, x.flatten(1)
         if network is not None:
             p = in_batches(lambda part: network(part).softmax(1), x, settings.batch_size, device)
             if settings.group:
@@ -381,7 +382,9 @@ def evaluate_run(
     base, tuned = (replace(model, flow=replace(model.flow, autocast=dtype)) for model in (base, tuned))
     x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
     x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
-    r_base, r = (in_batches(lambda part: evaluate(reward, part), y, settings.batch_size, device) for y in (x_base, x))
+    (x_base, r_base, left_out_of_base), (x, r, left_out) = (
+        scored(reward, y, settings.batch_size, device, recipe.training.non_finite_rewards) for y in (x_base, x)
+    )
     rows = read_records(folder)
     taken = rows[-1]["step"]
     weights = ImportanceWeights.from_log_tilt(recipe.method.log_tilt(r_base, taken))
@@ -403,7 +406,11 @@ def evaluate_run(
         "working_beta": rows[-1].get("beta"),
         "calibration_at_limit": calibrated["calibration_at_limit"],
         "target_law": recipe.method.target_law(taken),
-        "limits": [*recipe.method.limits(base.flow.noise_time), *calibrated["limits"]],
+        "limits": [
+            *recipe.method.limits(base.flow.noise_time),
+            *calibrated["limits"],
+            *left_out_in_words(left_out_of_base, left_out, count),
+        ],
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
         "iterations": taken,
@@ -445,6 +452,28 @@ def evaluate_run(
     write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary
+
+
+def scored(reward: Reward, x: Tensor, batch_size: int, device: str, non_finite: NonFiniteRewards) -> tuple[Tensor, Tensor, int]:
+    """(samples, their rewards, how many were left out), for samples x [n, *event]: with `drop`, those whose reward is NaN or
+    infinite. Raises NonFiniteError if there are such and they are not to be dropped, or if fewer than two are left."""
+    rewards = in_batches(lambda part: evaluate(reward, part, non_finite), x, batch_size, device)
+    kept = rewards.isfinite()
+    if kept.all():
+        return x, rewards, 0
+    if kept.sum() < 2:
+        raise NonFiniteError(f"the reward is not finite for {len(x) - int(kept.sum())} of {len(x)} samples")
+    return x[kept], rewards[kept], len(x) - int(kept.sum())
+
+
+def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
+    """The sentence that says which samples the numbers of a summary are not of, if any."""
+    if not of_base and not of_tuned:
+        return []
+    return [
+        f"Samples whose reward is not finite, {of_base} of the base's {count} and {of_tuned} of the tuned model's, are left out"
+        " of every number: the laws are those of the others."
+    ]
 
 
 def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.data import load_images
 from tiltflow.determinism import deterministic
-from tiltflow.errors import InputError, did_you_mean, not_installed
+from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
 from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.files import write_file, write_json, write_text
@@ -37,8 +37,8 @@ from tiltflow.precision import MixedPrecision, autocast_dtype
 from tiltflow.prompts import Prompt, Prompts, key_of, read_prompts
 from tiltflow.recipe import is_text_to_image
 from tiltflow.report import write_report
-from tiltflow.reward import Metadata, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
-from tiltflow.run import VARIETY, build_reward
+from tiltflow.reward import Metadata, NonFiniteRewards, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
+from tiltflow.run import VARIETY, build_reward, left_out_in_words
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, Solver, path_costs
 from tiltflow.settings import Settings, validate
@@ -61,6 +61,8 @@ PATHS = 32
 """Pictures of the path KL, at least."""
 LEAST_STD = 1e-4
 """Added to the standard deviation that a reward is divided by."""
+NO_PULL = 1e30
+"""The standard deviation of a prompt for whose pictures the reward is hardly ever finite: they count as all alike."""
 
 Count = Annotated[int, Field(ge=1)]
 RewardSettings = Annotated[Any, BeforeValidator(part_of("rewards"))]
@@ -442,7 +444,10 @@ def make_watcher(
             guidance_scale=point.guidance_scale,
             batch_size=settings.batch_size,
         )
-        found = {key: scores(each, images, prompts, settings.batch_size, device) for key, each in measures.rewards.items()}
+        found = {
+            key: scores(each, images, prompts, settings.batch_size, device, recipe.training.non_finite_rewards)
+            for key, each in measures.rewards.items()
+        }
         own = found.pop(recipe.reward.name)
         features = compared(images, measures.extract, settings.batch_size, device)
         variety = torch.cat([spread(part) for part in features.split(count)])
@@ -591,7 +596,8 @@ def evaluate_text_to_image(
                 batch_size=settings.batch_size,
             )
             values = {
-                key: scores(reward, images, told, settings.batch_size, device) for key, reward in measures.rewards.items()
+                key: scores(reward, images, told, settings.batch_size, device, recipe.training.non_finite_rewards)
+                for key, reward in measures.rewards.items()
             }
             row: dict[str, Any] = {
                 "model": name,
@@ -617,14 +623,17 @@ def evaluate_text_to_image(
         statistics = BaseStatistics(recipe.training, method.sampling, base, reward, recipe.seed)
         mean, std = statistics(prompts, [prompt.metadata for prompt in told])
         tilted = (tilted - mean) / std
-    weights = ImportanceWeights.from_log_tilt(method.log_tilt(tilted, taken), len(texts))
     own = recipe.reward.name
-    of_reward, tests = of_rewards(
-        rewards["tuned"][own], rewards["base"][own], weights, stream(recipe.seed, "bootstrap"), group="prompt"
+    in_base, in_tuned, groups = kept_of_groups(rewards, settings.num_generations)
+    left_out = [int(rewards[name][own].isnan().sum()) for name in ("base", "tuned")]
+    of_base, of_tuned = (
+        {key: each[which] for key, each in rewards[name].items()} for name, which in (("base", in_base), ("tuned", in_tuned))
     )
+    weights = ImportanceWeights.from_log_tilt(method.log_tilt(tilted[in_base], taken), groups)
+    of_reward, tests = of_rewards(of_tuned[own], of_base[own], weights, stream(recipe.seed, "bootstrap"), group="prompt")
     if of_reward["target_unknown"] is None:
         others = [name for name in measures.rewards if name != own]
-        tests += [mean_test(f"mean {name}", rewards["tuned"][name], rewards["base"][name], weights) for name in others]
+        tests += [mean_test(f"mean {name}", of_tuned[name], of_base[name], weights) for name in others]
     summary: dict[str, Any] = {
         "tiltflow": __version__,
         "torch": torch.__version__,
@@ -638,7 +647,11 @@ def evaluate_text_to_image(
         "working_beta": None,
         "target_law": method.target_law(taken)
         + (", r in standard deviations of the base's for its prompt" if recipe.training.per_prompt_normalization else ""),
-        "limits": [*method.limits(model.grid), *guidance_limits(recipe.training.guidance_mode)],
+        "limits": [
+            *method.limits(model.grid),
+            *guidance_limits(recipe.training.guidance_mode),
+            *left_out_in_words(*left_out, len(prompts)),
+        ],
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,
         "iterations": taken,
@@ -677,6 +690,30 @@ def evaluate_text_to_image(
     return summary
 
 
+def kept_of_groups(rewards: Mapping[str, Mapping[str, Tensor]], size: int) -> tuple[Tensor, Tensor, int]:
+    """Which pictures stand for the laws where rewards are NaN: (indices in the base, in the tuned model, of how many prompts).
+
+    Of each prompt equally many, the first of those with finite rewards, which are as good a sample as any others; as many as
+    keeps the most pictures in all. Prompts that have fewer are left out.
+
+    Args:
+        rewards: of `base` and `tuned`, by name, [prompts * size] each.
+
+    Raises NonFiniteError if no prompt has two in both.
+    """
+    finite = [torch.stack([each.isfinite() for each in rewards[name].values()]).all(0) for name in ("base", "tuned")]
+    fewest = torch.stack([each.reshape(-1, size).sum(1) for each in finite]).amin(0)
+    kept = {count: int((fewest >= count).sum()) for count in range(2, size + 1)}
+    best = max(kept, key=lambda count: (count * kept[count], count))
+    if not kept[best]:
+        raise NonFiniteError("the rewards are finite for at most one picture of each prompt")
+    chosen = (fewest >= best).nonzero()[:, 0].tolist()
+    of_base, of_tuned = (
+        torch.cat([i * size + each.reshape(-1, size)[i].nonzero()[:best, 0] for i in chosen]) for each in finite
+    )
+    return of_base, of_tuned, len(chosen)
+
+
 def labels(names: Sequence[str]) -> list[str]:
     """The names, numbered where one comes again.
 
@@ -687,12 +724,19 @@ def labels(names: Sequence[str]) -> list[str]:
     return [name if count == 1 else f"{name} {count}" for name, count in zip(names, counts, strict=True)]
 
 
-def scores(reward: Reward, images: Tensor, prompts: Sequence[Prompt], batch_size: int, device: str) -> Tensor:
-    """[len(prompts)] on the CPU, float64."""
+def scores(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    device: str,
+    non_finite: NonFiniteRewards = "error",
+) -> Tensor:
+    """[len(prompts)] on the CPU, float64; with `drop`, NaN where a reward is not finite."""
     parts = []
     for i in range(0, len(prompts), batch_size):
         part = images[i : i + batch_size].to(device)
-        parts.append(evaluate(shared(told_of(reward, prompts[i : i + batch_size])), part).double().cpu())
+        parts.append(evaluate(shared(told_of(reward, prompts[i : i + batch_size])), part, non_finite).double().cpu())
     return torch.cat(parts)
 
 
@@ -796,7 +840,10 @@ class BaseStatistics:
             guidance_scale=1 if training.guidance_mode == "none" else None,
             batch_size=size,
         )
-        values = scores(self.reward, images, [prompt] * count, size, str(self.base.device))
+        values = scores(self.reward, images, [prompt] * count, size, str(self.base.device), training.non_finite_rewards)
+        values = values[values.isfinite()]
+        if len(values) < 2:
+            return 0.0, NO_PULL
         # a prompt whose rewards are all alike has nothing to tell: it must not divide by zero
         return values.mean().item(), values.std().item() + LEAST_STD
 
