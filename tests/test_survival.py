@@ -102,7 +102,8 @@ def test_skipping_has_a_hard_cap_and_is_counted(method: str, tmp_path: Path, mon
     rows = read_records(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if row.get("skipped")] == [3, 5]
-    again = recipe_with(tmp_path / "run", monkeypatch, "{4, 5}", NAN, method, max_skipped_steps=1)
+    (tmp_path / "other").mkdir()
+    again = recipe_with(tmp_path / "other", monkeypatch, "{4, 5}", NAN, method, max_skipped_steps=1)
     with pytest.raises(NonFiniteError):
         run(again, tmp_path / "again")  # two in a row
 

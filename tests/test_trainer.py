@@ -315,7 +315,7 @@ def test_a_reward_that_breaks_later_leaves_the_weights_before_it() -> None:
 
 def test_nothing_to_train_is_refused() -> None:
     _, base = flows()
-    with pytest.raises(ValueError, match="no parameter"):
+    with pytest.raises(InputError, match="no parameter"):
         next(train(base, base, AdjointMatching(), PROBLEM.reward(), draw, max_train_steps=1))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -417,6 +418,81 @@ def test_drop_works_from_the_start_to_the_report(tmp_path: Path, write: Callable
     with pytest.raises(tiltflow.TiltflowError, match="the reward is not finite for"):
         run(recipe("error"), tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "recipe.yaml").exists()
+
+
+@dataclass(frozen=True)
+class SomeHaveOne:
+    """A reward of some samples of a batch, wherever they go."""
+
+    which: Tensor
+
+    def rows(self, part: Any) -> SomeHaveOne:
+        return SomeHaveOne(self.which[part])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(self.which, pure(x), torch.nan)
+
+
+def gradient_of(method: Any, kept: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, float]]:
+    """Of the first step on eight trajectories, of which all but those have no reward."""
+    reward = SomeHaveOne(torch.isin(torch.arange(8), torch.tensor(kept)))
+    tuned = Flow(Net().requires_grad_(True))
+    state = method.new_state((2,), 0, torch.device("cpu"))
+    if isinstance(method, tiltflow.ScoreAsAction):
+        state.value.fitted = True  # by the rewards that are kept, which would tie the samples to each other
+    x = torch.randn(8, 2, generator=stream(0, "start"))
+    base = Flow(Net().requires_grad_(False))
+    measured = next(iter(method.gradients(tuned, base, reward, x, stream(0, "rollout"), state, non_finite="drop")))
+    return torch.cat([cast(Tensor, p.grad).flatten() for p in tuned.parameters()]), measured
+
+
+@pytest.mark.parametrize("method", ["am", "saa", "saa with a reward in its critic"])
+def test_a_gradient_without_some_samples_is_that_of_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over the same trajectories: of three it is the mean over the pairs among them."""
+    settings = METHODS.get(method) or tiltflow.ScoreAsAction(
+        num_inference_steps=4, estimator="closed-form", critic={"form": "constant-skip"}
+    )
+    three, measured = gradient_of(settings, [1, 4, 6], monkeypatch)
+    pairs = [gradient_of(settings, pair, monkeypatch)[0] for pair in ([1, 4], [4, 6], [1, 6])]
+    torch.testing.assert_close(torch.stack(pairs).mean(0), three, rtol=1e-4, atol=1e-5)
+    assert three.norm() > 1e-3
+    assert measured["dropped"] == 5
+    everything, measured = gradient_of(settings, list(range(8)), monkeypatch)
+    halves = [gradient_of(settings, half, monkeypatch)[0] for half in ([0, 1, 2, 3], [4, 5, 6, 7])]
+    torch.testing.assert_close(torch.stack(halves).mean(0), everything, rtol=1e-4, atol=1e-5)
+    assert "dropped" not in measured
+    with pytest.raises(tiltflow.NonFiniteError, match="not finite for 7 of 8 samples: too few are left"):
+        gradient_of(settings, [3], monkeypatch)
+
+
+def test_a_round_without_some_samples_is_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    regress = OrwCfmW2._regress
+
+    def watched(self: Any, tuned: Any, base: Any, x1: Tensor, weights: Tensor, *rest: Any) -> Any:
+        seen.append((x1, weights))
+        return regress(self, tuned, base, x1, weights, *rest)
+
+    monkeypatch.setattr(OrwCfmW2, "_regress", watched)
+    settings = tiltflow.OrwCfmW2(num_inference_steps=4, min_effective_sample_size=1)
+    _, whole = gradient_of(settings, list(range(8)), monkeypatch)
+    _, measured = gradient_of(settings, [1, 4, 6], monkeypatch)
+    (x1, _), (part, weights) = seen
+    assert torch.equal(part, x1[[1, 4, 6]])
+    torch.testing.assert_close(weights, 3 * torch.softmax(pure(part), 0))
+    assert (measured["dropped"], "dropped" in whole) == (5, False)
+
+
+def test_a_constant_reward_is_said_once() -> None:
+    def constant(x: Tensor) -> Tensor:
+        return 0 * x.sum(1) + 2
+
+    for method in ("am", "saa"):
+        with pytest.warns(UserWarning, match="the reward is 2 for all 8 samples of the first batch: nothing") as said:
+            weights(constant, METHODS[method])
+        assert len(said) == 1
+    with pytest.raises(InputError, match="the reward is 2 for all 8 samples"):
+        weights(constant, METHODS["orw"])
 
 
 def test_pictures_that_stand_for_the_laws() -> None:

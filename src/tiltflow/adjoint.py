@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.flow import VelocityField, linearize
-from tiltflow.reward import Reward, value_and_gradient
+from tiltflow.reward import NonFiniteRewards, Reward, value_and_gradient
 from tiltflow.sampler import Chain
 
 Pairing = Literal["after", "before", "right"]
@@ -61,6 +61,7 @@ def lean_adjoint(
     right: Chain | None = None,
     tuned_velocities: list[Tensor] | None = None,
     bootstrap: float = 0.0,
+    non_finite: NonFiniteRewards = "error",
 ) -> LeanAdjoint:
     """Run the adjoint backwards along a batch of trajectories, down to what step `first` regresses on.
 
@@ -76,6 +77,7 @@ def lean_adjoint(
             estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
         tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
         bootstrap: how fast the adjoint is replaced by what the learned control says it is, per unit of variance added.
+        non_finite: `drop` gives NaN for rewards that are NaN or infinite; the adjoints of these samples mean nothing.
     """
     last = len(chain) - 1
     targets: list[Tensor | None] = [None] * len(chain)
@@ -89,7 +91,7 @@ def lean_adjoint(
         end = states[last] + (1 - chain.times[last].item()) * v
     else:
         end = states[last + 1]
-    rewards, gradient = value_and_gradient(reward, end)
+    rewards, gradient = value_and_gradient(reward, end, non_finite)
     a = -gradient / beta
 
     if pairing == "right":

@@ -86,7 +86,7 @@ class Patient:
 
     @torch.no_grad()
     def rewards(self, x: Tensor, which: slice | None = None) -> Tensor:
-        """Of the first samples of the batch, or `which` of them: [len(x)], NaN where one is not finite and training drops it."""
+        """Of the first samples of the batch, or `which` of them: [len(x)], NaN where one is not finite and is dropped."""
         told = self.told if which is None else rows(self.told, which)
         return evaluate(told, x, self.recipe.training.non_finite_rewards)
 

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flow import rows
+from tiltflow.interpolant import expand
 from tiltflow.user_code import explained
 
 Metadata = Mapping[str, Any]
 """What the file of prompts says of one beside its text: its other columns."""
 NonFiniteRewards = Literal["error", "drop"]
 """What happens to samples whose reward is NaN or infinite: the run ends, or they are left out."""
+FEWEST = 2
+"""Samples that must be left where others are left out."""
 Told = TypeVar("Told")
 
 
@@ -180,7 +183,7 @@ class PerPrompt:
         return replace(self, reward=rows(self.reward, which), prompts=prompts, mean=self.mean[which], std=self.std[which])
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = evaluate(self.reward, x)
+        values = values_of(self.reward, x)
         return (values - self.mean.to(values)) / self.std.to(values)
 
 
@@ -286,19 +289,38 @@ def try_reward(
         raise InputError(f"{fit}{error}") from error
 
 
-def value_and_gradient(reward: Reward, x: Tensor) -> tuple[Tensor, Tensor]:
+def finite_only(rewards: Tensor) -> Tensor | None:
+    """The indices of those of the rewards [batch] that are finite; None if all are. Raises NonFiniteError if fewer than two
+    are."""
+    finite = rewards.isfinite()
+    if bool(finite.all()):
+        return None
+    kept = finite.nonzero()[:, 0]
+    if len(kept) < FEWEST:
+        where = {"what": "reward", "samples": (~finite).nonzero()[:, 0].tolist()}
+        message = f"the reward is not finite for {len(rewards) - len(kept)} of {len(rewards)} samples: too few are left"
+        raise NonFiniteError(message, where, {"rewards": rewards})
+    return kept
+
+
+def value_and_gradient(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") -> tuple[Tensor, Tensor]:
     """(r [batch], gradient of r with respect to x [batch, *event]), both detached and in float32 or better.
+
+    Args:
+        non_finite: `drop` gives NaN where the reward is NaN or infinite, and 0 for its gradient there.
 
     Raises InputError if the reward has no gradient, or what it writes in place is needed for it; NonFiniteError if it is not
     finite.
     """
     with torch.enable_grad():
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-        value = evaluate(reward, x)
+        value = evaluate(reward, x, non_finite)
         if not value.requires_grad:
             raise InputError("the reward has no gradient with respect to the sample, and this method needs one")
+        finite = value.detach().isfinite()
         with explained("the gradient of the reward"):
-            (gradient,) = torch.autograd.grad(value.sum(), x)
+            (gradient,) = torch.autograd.grad(value.sum() if finite.all() else value[finite].sum(), x)
+        gradient = torch.where(expand(finite, x) > 0, gradient, 0)
     bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[:, 0]
     if processes.greatest(len(bad), x.device):
         raise NonFiniteError(

@@ -86,8 +86,8 @@ class Survival(Settings):
     monitor: Monitor | None = None
     """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
     non_finite_rewards: NonFiniteRewards = "error"
-    """What happens where a reward is NaN or infinite: error stops the run; drop leaves these samples out, draws the rest of the
-    batch again and counts them in the metrics (`dropped`)."""
+    """What happens where a reward is NaN or infinite: error stops the run; drop leaves these samples out, in training,
+    calibration and evaluation alike, and counts them in the metrics (`dropped`)."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
     first."""

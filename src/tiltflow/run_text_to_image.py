@@ -625,7 +625,7 @@ def evaluate_text_to_image(
         tilted = (tilted - mean) / std
     own = recipe.reward.name
     in_base, in_tuned, groups = kept_of_groups(rewards, settings.num_generations)
-    left_out = [int(rewards[name][own].isnan().sum()) for name in ("base", "tuned")]
+    left_out = {name: int(values[own].isnan().sum()) for name, values in rewards.items()}
     of_base, of_tuned = (
         {key: each[which] for key, each in rewards[name].items()} for name, which in (("base", in_base), ("tuned", in_tuned))
     )
@@ -650,7 +650,7 @@ def evaluate_text_to_image(
         "limits": [
             *method.limits(model.grid),
             *guidance_limits(recipe.training.guidance_mode),
-            *left_out_in_words(*left_out, len(prompts)),
+            *left_out_in_words(left_out["base"], left_out["tuned"], len(prompts)),
         ],
         "reward": recipe.reward.name,
         "reward_description": recipe.reward.description,

@@ -78,6 +78,11 @@ class Trajectory:
     velocities: list[Tensor]
 
 
+def part_of(path: Trajectory, which: Tensor) -> Trajectory:
+    """The trajectories of those samples."""
+    return replace(path, states=[x[which] for x in path.states], velocities=[v[which] for v in path.velocities])
+
+
 Start = float | Callable[[int], Tensor]
 """Where sampling begins: a time, from which the grid of `Sampling` is spread; or the grid of a model that has its own, from the
 number of steps K to K + 1 times, float64."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,14 +19,11 @@ from tiltflow import processes
 from tiltflow.calibration import Calibration
 from tiltflow.checkpoint import Tree
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, Guided, VelocityField, eval_mode, prediction_scale, rows
+from tiltflow.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField, eval_mode, prediction_scale
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.reward import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.sampler import Start
 from tiltflow.streams import stream
-
-MOST_ATTEMPTS, FEWEST = 3, 2
-"""How often a batch is drawn again without the samples whose reward is not finite, and how many must be left."""
 
 
 class Method(Protocol):
@@ -55,6 +52,7 @@ class Method(Protocol):
         micro_batch_size: int | None,
         policy: VelocityField | None,
         guide: Guide | None,
+        non_finite: NonFiniteRewards,
     ) -> Iterator[dict[str, float]]: ...
 
     def model_copy(self, *, update: dict[str, Any]) -> Any: ...
@@ -75,22 +73,6 @@ class Batch:
     bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
     guide: Guide | None = None
     reward: Reward | None = None
-
-    def part(self, kept: Sequence[int]) -> Batch:
-        """The same for those samples alone."""
-        which, guide = torch.tensor(kept, device=self.x.device), self.guide
-
-        def guide_part(flow: VelocityField) -> Guided:
-            assert guide is not None
-            guided = guide(flow)
-            return replace(guided, negative=rows(guided.negative, which))
-
-        return Batch(
-            self.x[which],
-            lambda flow: rows(self.bind(flow), which),
-            None if guide is None else guide_part,
-            None if self.reward is None else rows(self.reward, which),
-        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +154,7 @@ def train(
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
         max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
         non_finite_rewards: what happens to samples whose reward is NaN or infinite: an error, or they are dropped, and counted
-            in the metrics, and what is left of the batch is drawn again.
+            in the metrics (`dropped`).
         resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
         on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
             not counted.
@@ -359,23 +341,22 @@ class _Loop:
                     self.of_method.load_state_dict(self.resumed["method"])
             self.before = copy.deepcopy(self.learners())
             self.poll()
-            updates, measured, dropped = self.first_gradient(batch)
-            self.drawn += len(batch.x) - dropped
-            while measured is not None:
+            measured: dict[str, float] = {}
+            for measured in self.updates(batch):
+                if not self.moved:
+                    self.drawn += len(batch.x)
+                    self.warn_of_constant_reward(measured, len(batch.x))
                 self.moved = True
                 self.step += 1
                 metrics = {**measured, **self.optimize(measured)}
                 if self.calibration is not None:
                     metrics["beta"] = self.calibration.working_beta
                     metrics["beta_at_limit"] = float(self.calibration.at_limit)
-                if dropped:
-                    metrics["dropped"] = float(dropped)
                 yield self.record(metrics)
                 if self.step == self.max_train_steps:
                     return
-                last, measured = measured, next(updates, None)
             if self.calibration is not None:
-                self.calibration.update(last["reward"])
+                self.calibration.update(measured["reward"])
         except (Interrupted, NonFiniteError, UserCodeError) as error:
             self.optimizer.zero_grad()
             if not self.moved and self.before is not None:
@@ -392,38 +373,32 @@ class _Loop:
             self.moved = True
             raise
 
-    def first_gradient(self, batch: Batch) -> tuple[Iterator[dict[str, float]], dict[str, float] | None, int]:
-        """An iteration up to its first gradient: what gives the others, what was measured, and how many samples were left out
-        because their reward is not finite. What is left is drawn again, with other noise."""
-        method, kept = self.method, list(range(len(batch.x)))
+    def warn_of_constant_reward(self, measured: Mapping[str, float], count: int) -> None:
+        """Say so where the first batch of all has one reward. A rare reward may be so by chance, so it is no error."""
+        if self.step == 0 and count > 1 and measured.get("reward_std") == 0 and processes.is_main():
+            warnings.warn(
+                f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
+                stacklevel=2,
+            )
+
+    def updates(self, batch: Batch) -> Iterator[dict[str, float]]:
+        """What the method measures before each optimizer step on a batch, its gradient accumulated."""
+        method = self.method
         if self.calibration is not None:
             method = method.model_copy(update={"beta": self.calibration.working_beta})
-        for attempt in itertools.count():
-            part, again = (batch.part(kept), (attempt,)) if attempt else (batch, ())
-            updates = method.gradients(
-                part.bind(self.tuned),
-                part.bind(self.base),
-                part.reward or self.reward,
-                part.x,
-                stream(self.seed, "rollout", self.step, *again, device=self.device),
-                self.of_method,
-                start=self.start,
-                micro_batch_size=self.micro_batch_size,
-                policy=part.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
-                guide=part.guide,
-            )
-            try:
-                return updates, next(updates, None), len(batch.x) - len(kept)
-            except NonFiniteError as error:
-                bad = error.where["samples"] if error.where.get("what") == "reward" else []
-                left = [sample for i, sample in enumerate(kept) if i not in bad]
-                if self.non_finite_rewards == "error" or not bad or len(left) < FEWEST or attempt == MOST_ATTEMPTS:
-                    raise
-                assert self.before is not None
-                self.put_back(self.before)
-                self.optimizer.zero_grad()
-                kept = left
-        raise AssertionError("the last attempt returns or raises")
+        return method.gradients(
+            batch.bind(self.tuned),
+            batch.bind(self.base),
+            batch.reward or self.reward,
+            batch.x,
+            stream(self.seed, "rollout", self.step, device=self.device),
+            self.of_method,
+            start=self.start,
+            micro_batch_size=self.micro_batch_size,
+            policy=batch.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
+            guide=batch.guide,
+            non_finite=self.non_finite_rewards,
+        )
 
     def optimize(self, measured: dict[str, float]) -> dict[str, float]:
         """An optimizer step, if loss and gradient are finite."""

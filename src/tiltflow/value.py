@@ -35,7 +35,7 @@ from tiltflow.flow import VelocityField, linearize
 from tiltflow.interpolant import expand
 from tiltflow.optimization import finite
 from tiltflow.plugins import find, import_function, part_of
-from tiltflow.reward import Reward, evaluate
+from tiltflow.reward import NonFiniteRewards, Reward, evaluate
 from tiltflow.reward import value_and_gradient as reward_and_gradient
 from tiltflow.settings import Settings
 from tiltflow.streams import Buildable, new_network, stream
@@ -144,12 +144,13 @@ class Value:
             self.shift = rewards.mean().item() if free else 0.0
             self.scale, self.fitted = rewards.std(correction=0).item() or 1.0, True
 
-    def known(self, denoised: Tensor, t: Tensor, reward: Reward) -> Tensor:
-        """skip(t) r(x1hat) [batch], for x1hat [batch, *event]; the reward is not asked where skip is 0."""
+    def known(self, denoised: Tensor, t: Tensor, reward: Reward, non_finite: NonFiniteRewards = "error") -> Tensor:
+        """skip(t) r(x1hat) [batch], for x1hat [batch, *event]; the reward is not asked where skip is 0. With `drop`, NaN where
+        it is not finite."""
         skip = self.form(t)[0]
         if not skip.any():
             return denoised.new_zeros(len(denoised))
-        return skip * evaluate(reward, denoised)
+        return skip * evaluate(reward, denoised, non_finite)
 
     def learned(self, x: Tensor, t: Tensor) -> Tensor:
         """out(t) (shift + scale F(x, t)): [batch], for t [] or [batch]."""

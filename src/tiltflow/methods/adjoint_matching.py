@@ -32,8 +32,8 @@ from tiltflow.adjoint import Pairing, lean_adjoint
 from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Tilting, all_finite, located
-from tiltflow.reward import Reward
-from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout, unguided
+from tiltflow.reward import NonFiniteRewards, Reward, finite_only
+from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, part_of, rollout, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 
 Positive = Annotated[float, Field(gt=0)]
@@ -179,6 +179,7 @@ class AdjointMatching(Tilting):
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
         guide: Guide | None = None,
+        non_finite: NonFiniteRewards = "error",
     ) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -190,6 +191,7 @@ class AdjointMatching(Tilting):
                 an average of its weights, which settles at the same fixed point.
             guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
                 learned is not (`guidance_mode: rollout`).
+            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
         """
         chain = self.chain(start)
         with torch.no_grad():
@@ -211,7 +213,13 @@ class AdjointMatching(Tilting):
 
         # residuals of the steps from `first` on, [steps, batch, *event], from what the two passes have already computed
         velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
-        targets, base_velocities, rewards = self._adjoints(chain, base, path, reward, first, right, micro_batch_size)
+        targets, base_velocities, rewards = self._adjoints(
+            chain, base, path, reward, first, right, micro_batch_size, non_finite
+        )
+        if (kept := finite_only(rewards)) is not None:
+            path, tuned, rewards = part_of(path, kept), rows(tuned, kept), rewards[kept]
+            velocities, targets, base_velocities = (each[:, kept] for each in (velocities, targets, base_velocities))
+            chosen = [pairs[:, kept] for pairs in chosen]
         steps = slice(first, len(path.velocities))
         all_finite(targets, "adjoint", chain.times[steps])
         gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
@@ -223,6 +231,7 @@ class AdjointMatching(Tilting):
             "reward_std": rewards.std(correction=0).item(),
             "loss": terms.sum(0).mean().item(),
             "path_kl": control.flatten(2).square().sum(2).sum(0).mean().item() / 2,
+            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
         for pairs in chosen:
             in_loss = terms.gather(0, pairs - first)
@@ -245,6 +254,7 @@ class AdjointMatching(Tilting):
         first: int,
         right: Chain | None,
         micro_batch_size: int | None,
+        non_finite: NonFiniteRewards,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and base velocities of the controlled steps from `first` on, [steps, batch, *event], and rewards [batch]."""
         size, controlled = len(path.states[0]), slice(first, len(path.velocities))
@@ -264,6 +274,7 @@ class AdjointMatching(Tilting):
                         right=right,
                         tuned_velocities=[v[part] for v in path.velocities],
                         bootstrap=self.bootstrap,
+                        non_finite=non_finite,
                     )
                 )
         targets = [torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts]

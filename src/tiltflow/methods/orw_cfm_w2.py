@@ -52,7 +52,7 @@ from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
-from tiltflow.reward import Reward, evaluate, shared
+from tiltflow.reward import NonFiniteRewards, Reward, evaluate, finite_only, shared
 from tiltflow.sampler import Sampling, Solver, Start, sample, spread_times
 from tiltflow.streams import normal
 from tiltflow.user_code import explained
@@ -275,6 +275,7 @@ class OrwCfmW2(Optimization):
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
         guide: Guide | None = None,
+        non_finite: NonFiniteRewards = "error",
     ) -> Iterator[dict[str, float]]:
         """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -286,6 +287,7 @@ class OrwCfmW2(Optimization):
                 the same fixed point.
             guide: what turns a flow into the guided one that draws the samples, if they are to be guided and what is
                 learned is not (`guidance_mode: rollout`).
+            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
         Where the flow is bound to one condition for each sample, weights are then normalised among samples of the same.
 
@@ -294,7 +296,9 @@ class OrwCfmW2(Optimization):
         """
         acting, other = (guide(flow) if guide else flow for flow in (policy or tuned, base))
         x1 = self._samples(in_chunks(acting, micro_batch_size), in_chunks(other, micro_batch_size), x, generator, state, start)
-        rewards = evaluate(shared(reward), x1).detach()
+        rewards = evaluate(shared(reward), x1, non_finite).detach()
+        if (kept := finite_only(rewards)) is not None:
+            x1, rewards, tuned, base = x1[kept], rewards[kept], rows(tuned, kept), rows(base, kept)
         if state.rounds == 0 and bool((rewards == rewards[0]).all()):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
@@ -313,6 +317,7 @@ class OrwCfmW2(Optimization):
             "reward_std": rewards.std(correction=0).item(),
             "effective_sample_size": effective,
             "largest_weight": weights.max().item(),
+            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
         for _ in range(self.num_passes):
             yield {**measured, **self._regress(tuned, base, x1, weights, generator, start, micro_batch_size)}

@@ -51,8 +51,8 @@ from tiltflow.errors import InputError
 from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows
 from tiltflow.interpolant import expand
 from tiltflow.optimization import Tilting, all_finite, load_optimizer, located
-from tiltflow.reward import LearnedReward, Reward, evaluate, shared, value_and_gradient
-from tiltflow.sampler import Chain, Sampling, Solver, Start, Trajectory, rollout, rollout_ode, unguided
+from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
+from tiltflow.sampler import Chain, Sampling, Solver, Start, Trajectory, part_of, rollout, rollout_ode, unguided
 from tiltflow.timesteps import Stratum, choose_timesteps
 from tiltflow.value import FORMS, Batch, Critic, Value, improve, returns
 
@@ -256,6 +256,7 @@ class ScoreAsAction(Tilting):
         micro_batch_size: int | None = None,
         policy: VelocityField | None = None,
         guide: Guide | None = None,
+        non_finite: NonFiniteRewards = "error",
     ) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
@@ -267,6 +268,7 @@ class ScoreAsAction(Tilting):
             guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
                 learned is not (`guidance_mode: rollout`); the gradient then takes
                 one of the two ways through the guided policy.
+            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
@@ -282,19 +284,23 @@ class ScoreAsAction(Tilting):
             path = unguided(path, seen)
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
             all_finite(velocities, "velocity", chain.times)
-            rewards = evaluate(shared(reward), end).detach()
+            rewards = evaluate(shared(reward), end, non_finite).detach()
             base_velocities = torch.stack(
                 [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
             )
             energy = self._energy(chain)[:count, None].to(x)
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
             costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
+            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, shared(reward), non_finite)
+            if (kept := finite_only(rewards + batch.known.sum(0))) is not None:
+                path, batch, end, rewards = part_of(path, kept), batch.part(kept), end[kept], rewards[kept]
+                tuned, base, reward = rows(tuned, kept), rows(base, kept), rows(reward, kept)
+                states, velocities, base_velocities = (each[:, kept] for each in (states, velocities, base_velocities))
+                path_costs, noise = path_costs[:, kept], None if noise is None else noise[:, kept]
             if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
                 state.value.fit_scale(rewards)
-            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, shared(reward))
-            advantages = (
-                None if self._uses_value_gradient else self._advantages(state.value, batch, groups(tuned, len(x), x.device))
-            )
+            members = groups(tuned, len(rewards), x.device)
+            advantages = None if self._uses_value_gradient else self._advantages(state.value, batch, members)
         steps = None
         if state.iterations >= self.critic_warmup_steps:
             if advantages is not None:
@@ -308,6 +314,7 @@ class ScoreAsAction(Tilting):
             "reward_std": rewards.std(correction=0).item(),
             "path_kl": path_costs.sum(0).mean().item() / self.beta,
             "objective": (rewards - path_costs.sum(0)).mean().item(),
+            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
         if state.optimizer is not None:
             measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
@@ -317,7 +324,9 @@ class ScoreAsAction(Tilting):
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return
         for i in range(self.num_passes):
-            pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(x), generator).to(x.device)
+            pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(rewards), generator).to(
+                x.device
+            )
             loss, step_kl = self._improve_policy(tuned, chain, steps, pairs, state, micro_batch_size, first=i == 0)
             if i == self.num_passes - 1 > 0:
                 self._adapt(state, step_kl)
@@ -350,11 +359,15 @@ class ScoreAsAction(Tilting):
         costs: Tensor,
         rewards: Tensor,
         reward: Reward,
+        non_finite: NonFiniteRewards,
     ) -> Batch:
         count = len(states)
         times = torch.cat([chain.times[:count], chain.times[-1:]])
         known = torch.stack(
-            [value.known(y + (1 - t.item()) * v, t, reward) for y, v, t in zip(states, velocities, times, strict=False)]
+            [
+                value.known(y + (1 - t.item()) * v, t, reward, non_finite)
+                for y, v, t in zip(states, velocities, times, strict=False)
+            ]
         )
         return Batch(states, times, known.to(costs), costs, rewards.to(costs))
 

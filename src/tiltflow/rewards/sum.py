@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltflow.flow import rows
 from tiltflow.plugins import part_of
-from tiltflow.reward import Metadata, Reward, evaluate, given
+from tiltflow.reward import Metadata, Reward, given, values_of
 from tiltflow.settings import Settings
 
 
@@ -76,7 +76,7 @@ class WeightedSum:
         return WeightedSum(tuple((term, rows(part, which)) for term, part in self.parts))
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = [term.of(evaluate(part, x)) for term, part in self.parts]
+        values = [term.of(values_of(part, x)) for term, part in self.parts]
         total = torch.stack(values).sum(0)
         # with one part constant to autograd, what it calls the gradient of the sum would be that of the others
         return total if all(value.requires_grad for value in values) else total.detach()
