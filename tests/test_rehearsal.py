@@ -178,7 +178,7 @@ def test_reference_pictures_of_another_size_that_the_features_do_not_take(pipeli
 
 
 def test_a_reward_that_sees_nothing_in_rough_pictures_may_start(pipeline: Path) -> None:
-    """A detector finds nothing in what is drawn in two steps; the first batch decides."""
+    """A detector finds nothing in what is drawn in few steps; the first batch decides."""
     from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
 
     prepare_recipe(validate(TextToImageRecipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")

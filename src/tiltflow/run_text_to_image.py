@@ -489,10 +489,15 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
     return optimizer
 
 
-def rough_pictures(model: TextToImage, prompt: Prompt, solver: str = "euler", guidance_scale: float | None = None) -> Tensor:
-    """Two pictures [2, 3, height, width] of a prompt, drawn in two steps: to try what looks at pictures."""
-    sampling = Sampling(solver=solver, num_inference_steps=2)
-    return model.sample([prompt.text, prompt.text], sampling=sampling, guidance_scale=guidance_scale)
+ROUGH = 4
+"""Steps, at most, in which pictures are drawn to try what looks at them; some schedulers take no fewer."""
+
+
+def rough_pictures(model: TextToImage, prompt: Prompt, sampling: Sampling | None = None, scale: float | None = None) -> Tensor:
+    """Two pictures [2, 3, height, width] of a prompt, drawn in few steps: to try what looks at pictures."""
+    asked = sampling or Sampling(solver="euler", num_inference_steps=ROUGH)
+    few = asked.model_copy(update={"num_inference_steps": min(ROUGH, asked.num_inference_steps)})
+    return model.sample([prompt.text, prompt.text], sampling=few, guidance_scale=scale)
 
 
 def check_reward(reward: Reward, method: Any, pictures: Tensor, prompt: Prompt) -> None:
@@ -503,7 +508,7 @@ def check_reward(reward: Reward, method: Any, pictures: Tensor, prompt: Prompt) 
 
 
 def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, prompt: Prompt, device: str) -> None:
-    """Try on two pictures of each way to sample, drawn in two steps, all that the training and the evaluation will need of
+    """Try on two pictures of each way to sample, drawn in few steps, all that the training and the evaluation will need of
     others. Raises InputError, of one line, for what does not work: now, and not after the training.
 
     Rewards need not be finite for such pictures: a detector may see nothing in them.
@@ -514,7 +519,7 @@ def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, 
     for i, point in reversed(list(enumerate(settings.points))):
         with tried(f"evaluation.points[{i}]"):
             point.sampling.times(model.own_grid)
-            pictures = rough_pictures(model, prompt, point.solver, point.guidance_scale)
+            pictures = rough_pictures(model, prompt, point.sampling, point.guidance_scale)
     for name, reward in measures.rewards.items():
         if name == recipe.reward.name:
             check_reward(reward, recipe.method, pictures.to(device), prompt)
