@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := .venv/.core-installed
 DEV := .venv/.dev-installed
 DEFINED_BY := pyproject.toml constraints.txt
+INSTALLABLE := .venv/.installable
 NEWEST_BIN := .venv-newest/bin
 NEWEST := .venv-newest/.installed
 
@@ -35,11 +36,10 @@ test-newest: $(NEWEST) ## run the fast tests with the newest torch that pip find
 	@$(NEWEST_BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-lint: $(DEV) ## check formatting, lint, types, and that every extra can be installed
+lint: $(DEV) $(INSTALLABLE) ## check formatting, lint, types, and that every extra can be installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
-	$(BIN)/python scripts/check_install.py
 
 format: $(DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
@@ -82,6 +82,10 @@ $(DEV): $(CORE)
 	@echo "Installing the tools for development"
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Asked again where what is declared has changed.
+$(INSTALLABLE): $(DEFINED_BY) scripts/check_install.py | $(DEV)
+	$(BIN)/python scripts/check_install.py $@
 
 # The pinned set, but for torch and what it brings. It may be gigabytes: pip takes the default build of torch here.
 $(NEWEST): $(DEFINED_BY) $(DEV)
