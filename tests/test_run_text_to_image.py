@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -23,9 +24,9 @@ from tiny_pipelines import PIPELINES, STABLE_DIFFUSION, tiny_pipeline
 from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
-from tiltflow import load, load_text_to_image
+from tiltflow import accept_changes, load, load_text_to_image
 from tiltflow.cli import app
-from tiltflow.errors import InputError, Interrupted
+from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation import effective_number
 from tiltflow.export import export_run
 from tiltflow.features import distances_to_reference
@@ -540,6 +541,54 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     looks = read_looks(tmp_path / "parts")
     assert [row["step"] for row in looks] == [0, 2, 4, 5]
     assert set(looks[0]["measures"]) == {"reward", "variety"}
+
+
+def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe says `pipe` and `prompts.txt`; another folder has others of these names."""
+    monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {"iterations": 1})
+    home, away = tmp_path / "home", tmp_path / "away"
+    tree = recipe_for(home, "stable-diffusion")
+    (home / "stable-diffusion").rename(home / "pipe")
+    shutil.copytree(home / "pipe", away / "pipe")
+    weights = away / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(weights).items()}, weights)
+    for folder in (home, away):
+        (folder / "prompts.txt").write_text("a red cat\na blue dog\na green hat\n")
+    tree["model"]["diffusers"], tree["prompts"] = "pipe", {"path": "prompts.txt", "validation": 0.34}
+    tree["method"]["lr_scheduler"] = "constant"
+    tree["training"]["max_train_steps"] = 1
+    monkeypatch.chdir(home)
+    train(tree, home / "run")
+    sampling = Sampling(solver="euler", num_inference_steps=2)
+    expected = load_text_to_image(home / "run").sample(["a cat"], sampling=sampling)
+    written = read_yaml(home / "run" / "recipe.yaml")
+    assert written["model"]["diffusers"] == str(home / "pipe")
+    assert written["prompts"]["path"] == str(home / "prompts.txt")
+    monkeypatch.chdir(away)
+    assert torch.equal(load_text_to_image(home / "run").sample(["a cat"], sampling=sampling), expected)
+
+    tree["training"] |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(InputError, match=r"begun with another recipe: model\.diffusers"):
+        train(tree, home / "run")
+    monkeypatch.chdir(home)
+    (home / "prompts.txt").write_text("quite\nother\nprompts\n")
+    with pytest.raises(InputError, match=r"what prompts\.path names is not what it was"):
+        train(tree, home / "run")
+    shutil.copy(away / "prompts.txt", home / "prompts.txt")
+    shutil.copytree(away / "pipe", home / "pipe", dirs_exist_ok=True)
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: load_text_to_image(home / "run"),
+        lambda: export_run(home / "run", tmp_path / "exported"),
+        lambda: train(tree, home / "run"),
+    )
+    for attempt in attempts:
+        with pytest.raises(InputError, match=r"what model\.diffusers names is not what it was when the run was begun"):
+            attempt()
+    with accept_changes(), pytest.warns(Note, match=r"accepted: what model\.diffusers"):
+        assert not torch.equal(load_text_to_image(home / "run").sample(["a cat"], sampling=sampling), expected)
+    shutil.rmtree(home / "pipe")
+    with pytest.raises(InputError, match=f"model.diffusers {home / 'pipe'}: there is no such folder"):
+        load_text_to_image(home / "run")
 
 
 def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tiltflow.entry import load, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError
+    from tiltflow.fingerprints import accept_changes
     from tiltflow.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
@@ -41,6 +42,7 @@ _HOME = {
     "TextToImageTraining": "run_text_to_image",
     "TiltflowError": "errors",
     "Training": "run",
+    "accept_changes": "fingerprints",
     "allow_code": "plugins",
     "from_diffusers": "text_to_image",
     "load": "entry",
@@ -62,6 +64,7 @@ __all__ = [
     "TextToImageTraining",
     "TiltflowError",
     "Training",
+    "accept_changes",
     "allow_code",
     "from_diffusers",
     "load",

@@ -108,6 +108,24 @@ AllowCode = Annotated[
         "--allow-code", callback=_consent, help="Run code that lies in the folder of a run, if its recipe names some."
     ),
 ]
+
+
+def _acceptance(context: typer.Context, given: bool) -> bool:
+    if given:
+        from tiltflow.fingerprints import accept_changes
+
+        context.with_resource(accept_changes())
+    return given
+
+
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        callback=_acceptance,
+        help="Go on although the base, the prompts or the reward of the run are not what they were.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
 
 
@@ -123,6 +141,7 @@ def train(
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -312,6 +331,7 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -339,6 +359,7 @@ def export(
         str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
     ] = None,
     allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
     as_json: Json = False,
 ) -> None:
     """Write a tuned pipeline for plain diffusers: a LoRA for `load_lora_weights`, or a whole pipeline, and its model card.
@@ -431,6 +452,7 @@ def sample(
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

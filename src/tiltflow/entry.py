@@ -17,6 +17,7 @@ from torch import nn
 from tiltflow import model as pixels
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
+from tiltflow.fingerprints import check_unchanged
 from tiltflow.lock import working_in
 from tiltflow.model import Model
 from tiltflow.plugins import part_of
@@ -25,6 +26,7 @@ from tiltflow.recipe import is_text_to_image
 from tiltflow.reward import LearnedReward, Reward, from_function
 from tiltflow.run import REWARD, Evaluation, Recipe, Training, evaluate_run, prepare
 from tiltflow.run import make_watcher as watch_pixels
+from tiltflow.run import read_recipe as read_pixels
 from tiltflow.run import run as run_pixels
 from tiltflow.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree, refuse_what_needs_a_folder
 from tiltflow.run_text_to_image import (
@@ -74,9 +76,10 @@ def evaluate(folder: Path, *, device: str = "cpu", num_samples: int | None = Non
     if of_pipeline and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
     with working_in(folder):
-        if not of_pipeline:
+        recipe = read_run(folder) if of_pipeline else read_pixels(folder)
+        check_unchanged(folder, recipe)
+        if isinstance(recipe, Recipe):
             return evaluate_run(folder, device=device, num_samples=num_samples)
-        recipe = read_run(folder)
         return evaluate_text_to_image(recipe, folder, *load_run(recipe, folder, device), device=device)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tiltflow.errors import InputError
 from tiltflow.files import filling, read_json, trusted
+from tiltflow.fingerprints import check_unchanged
 from tiltflow.lock import working_in
 from tiltflow.plots import curves
 from tiltflow.run_folder import claim, read_records
@@ -34,6 +35,7 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     Raises InputError, with nothing written, if the run is not one of a pipeline.
     """
     recipe = read_run(run)
+    check_unchanged(run, recipe, only="model.")
     with working_in(output):
         claim(output)
         with filling(output) as folder:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.streams import stream
 
 MOST_CHARACTERS = 1 << 28  # of a file
@@ -21,14 +21,14 @@ MOST_CHARACTERS = 1 << 28  # of a file
 class Prompts(Settings):
     """Where prompts come from."""
 
-    path: str | None = None
+    path: PathOrName | None = None
     """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
     folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is not part of it."""
     texts: tuple[str, ...] = ()
     """Or the prompts themselves."""
     column: str = "prompt"
     """The key of the prompt in a .jsonl file or a data set; the others are metadata."""
-    validation: Annotated[float, Field(ge=0, lt=1)] | str = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName = 0.1
     """The share of the prompts that is held out for the evaluation, or a file of its own. With one prompt, none is."""
 
 

@@ -45,6 +45,7 @@ from tiltflow.evaluation import (
     total_variation,
 )
 from tiltflow.files import write_file, write_folder, write_json
+from tiltflow.fingerprints import BASE
 from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32
 from tiltflow.labels import draw_labels, told
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
@@ -57,7 +58,7 @@ from tiltflow.report import write_report
 from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward, evaluate, try_reward
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, path_costs
-from tiltflow.settings import Labels, Pattern, Settings, validate
+from tiltflow.settings import Labels, PathOrName, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
 from tiltflow.trainer import Batch, Record, train, trainable_copy
@@ -65,7 +66,7 @@ from tiltflow.user_code import refused, tried
 from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
-BASE, REWARD = "base", "reward.safetensors"
+REWARD = "reward.safetensors"
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
 """What a monitor measures beside the reward."""
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
@@ -102,11 +103,11 @@ class Evaluation(Settings):
     """Of each of the two models."""
     batch_size: Count = 256
     """Samples at a time. It is part of what they depend on."""
-    judge: str | None = None
+    judge: PathOrName | None = None
     """A classifier that was never part of the reward: its class histogram is compared with the target's."""
     group: Labels = ()
     """Classes of the judge to report together."""
-    data: str | None = None
+    data: PathOrName | None = None
     """Real images, an .npz file or a folder: samples are then compared with them, in the judge's features, by the Frechet
     distance."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -120,7 +121,7 @@ class Recipe(Settings):
 
     description: str = ""
     """A line for people: it is shown when the run begins, and in its report."""
-    model: str
+    model: PathOrName
     """A model that ships with tiltflow, or a model folder."""
     reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
     """What is tuned toward: `tiltflow settings` lists the rewards."""
@@ -282,6 +283,7 @@ def run(
     recipe cannot be had; Interrupted after such a signal; NonFiniteError, CheckpointError and OutputError.
     """
     with deterministic(recipe.training.deterministic), RunFolder.begin(folder, recipe, note) as place:
+        recipe = place.recipe
         base = load(recipe.model, device)
         reward = build_reward(recipe.reward, recipe.method, device)
         rehearse(recipe, base, reward, device)

@@ -1,6 +1,8 @@
 """The folder of a run: begun or gone on with, and what training leaves in it, however it ends.
 
 recipe.yaml      the resolved recipe
+fingerprints.json
+                 of what the recipe names; see `tiltflow.fingerprints`
 metrics.jsonl    one line per optimizer step
 checkpoints/     what training goes on from; see `tiltflow.checkpoint`
 monitor.jsonl    one line per look at the model while it trained; see `tiltflow.monitor`
@@ -15,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -40,6 +42,8 @@ from tiltflow.errors import (
 )
 from tiltflow.evaluation import Estimate
 from tiltflow.files import append_row, check_room, flush, read_rows, write_folder, write_json, write_rows, write_text, writing
+from tiltflow.fingerprints import FILE as FINGERPRINTS
+from tiltflow.fingerprints import absolute, compare, dotted, externals, fingerprints, put, read_fingerprints
 from tiltflow.lock import HOLDER, LOCK, working_in
 from tiltflow.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.optimization import refuse_non_finite
@@ -143,6 +147,7 @@ class RunFolder:
     """Where a run lies, and what it goes on from.
 
     Args:
+        recipe: with absolute paths.
         note: is told what a person should know.
     """
 
@@ -151,6 +156,12 @@ class RunFolder:
     state: Tree | None = None
     note: Callable[[str], None] = lambda text: None
     tracker: Tracker | None = None
+    prints: Any = None
+    """The fingerprints in the checkpoint that is gone on from, if it has any."""
+    known: dict[str, str] = field(default_factory=dict)
+    """The fingerprints of now, in the first process."""
+    said: list[str] = field(default_factory=list)
+    """What was said of them."""
 
     @classmethod
     @contextmanager
@@ -163,8 +174,11 @@ class RunFolder:
         """
         if recipe.training.report_to is not None:
             check_tracker(recipe.training.report_to)
+        recipe = absolute(recipe)
         with working_in(path, note):
-            yield cls._found(path, recipe, note)
+            place = cls._found(path, recipe, note)
+            processes.from_main(place._compare)
+            yield place
 
     @classmethod
     def _found(cls, path: Path, recipe: Any, note: Callable[[str], None]) -> RunFolder:
@@ -180,7 +194,7 @@ class RunFolder:
             note("there is no run to go on with yet: a new one begins")
             return cls(path, recipe, note=note)
         refuse_links(path)
-        refuse_changes(path, recipe)
+        processes.from_main(lambda: refuse_changes(path, recipe))
         root = path / checkpoint.FOLDER
         processes.by_main(lambda: checkpoint.remove_litter(root))
         chosen: Path | None
@@ -204,7 +218,7 @@ class RunFolder:
             if (then := saved["environment"].get(key)) != now:
                 note(f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit")
         note(f"going on from {chosen.name}")
-        return cls(path, recipe, loop, note)
+        return cls(path, recipe, loop, note, prints=saved.get("fingerprints"))
 
     def _remedy(self, error: Exception) -> str:
         """What to lower, where memory runs out: what changes the memory and not the result comes first."""
@@ -244,7 +258,9 @@ class RunFolder:
         new = not (self.path / RECIPE).exists()
         tree = self.recipe.model_dump(mode="json")
         tree["training"]["resume_from_checkpoint"] = None
+        self._compare()
         write_yaml(self.path / RECIPE, tree)
+        write_json(self.path / FINGERPRINTS, self.known)
         if self.recipe.training.report_to is not None:
             try:
                 self.tracker = Tracker.start(self.recipe.training.report_to, self.path, flat(tree))
@@ -274,6 +290,18 @@ class RunFolder:
             if not looks or looks[0]["step"] > 0:
                 looks.insert(0, to_row(watcher.first, None, target=named(watcher.target)))
             write_rows(self.path / LOOKS, looks)
+
+    def _compare(self) -> None:
+        """What the recipe names, as it is now, with what it was. Raises InputError if it has changed and that is not accepted.
+
+        Called before anything is loaded, and again before anything is written: what comes from the hub is known by then."""
+        self.known = fingerprints(self.recipe)
+        if self.state is not None:
+            then = self.prints if isinstance(self.prints, dict) else read_fingerprints(self.path)
+            for sentence in compare(self.path, then, self.known):
+                if sentence not in self.said:
+                    self.said.append(sentence)
+                    self.note(sentence)
 
     def save(self, network: nn.Module, write: Callable[[Path], object], to: str = "model") -> None:
         """Let `write` fill the folder `to` of the run with what was tuned: whole, or as it was.
@@ -381,7 +409,7 @@ class RunFolder:
             enough = alarm is not None and settings.monitor.stop
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
                 processes.by_main(self._flush_metrics)
-                saved = {"environment": environment(), "loop": end.state()}
+                saved = {"environment": environment(), "fingerprints": self.known, "loop": end.state()}
                 refuse_non_finite(checkpoint.tensors_in(saved), "the checkpoint", end.step)
                 limit = settings.checkpoints_total_limit
                 checkpoint.save_checkpoint(self.path / checkpoint.FOLDER, end.step, saved, total_limit=limit)
@@ -446,11 +474,17 @@ def environment() -> dict[str, Any]:
 
 
 def refuse_changes(path: Path, recipe: Any) -> None:
-    """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference. A setting
-    that an earlier version did not have yet was as it is by default."""
+    """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference: a setting
+    that an earlier version did not have yet was as it is by default, and what has been moved is still the same."""
     before = read_yaml(path / RECIPE)
     with suppress(InputError):
-        before = validate(type(recipe), before, str(path / RECIPE)).model_dump(mode="json")
+        known = absolute(validate(type(recipe), before, str(path / RECIPE)))
+        before = known.model_dump(mode="json")
+        prints, own = read_fingerprints(path) or {}, fingerprints(recipe)
+        names = {place: value for place, value, _ in externals(recipe)}
+        for place, _, _ in externals(known):
+            if place in names and (key := dotted(place)) in prints and prints[key] == own.get(key):
+                put(before, place, names[place])
     then, now = flat(before), flat(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     steps = "training.max_train_steps"

@@ -27,6 +27,7 @@ from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_instal
 from tiltflow.evaluation import Estimate, ImportanceWeights, effective_number
 from tiltflow.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.files import write_file, write_json, write_text
+from tiltflow.fingerprints import check_unchanged
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
 from tiltflow.optimization import Tilting, adamw
@@ -41,7 +42,7 @@ from tiltflow.reward import Metadata, NonFiniteRewards, PerPrompt, Reward, evalu
 from tiltflow.run import VARIETY, build_reward, left_out_in_words
 from tiltflow.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.sampler import Sampling, Solver, path_costs
-from tiltflow.settings import Settings, validate
+from tiltflow.settings import External, PathOrName, Settings, validate
 from tiltflow.streams import stream
 from tiltflow.text_to_image import (
     AdaptedDenoiser,
@@ -82,7 +83,7 @@ class Adapter(Settings):
 class DiffusersModel(Settings):
     """A pipeline of diffusers."""
 
-    diffusers: str
+    diffusers: PathOrName
     """A folder, or a name: in tiltflow, `tiles-pipeline`, or on the hub."""
     revision: str | None = None
     """Of a model on the hub: a branch, a tag or a commit."""
@@ -191,10 +192,10 @@ class TextToImageEvaluation(Settings):
     """Pictures at a time. It is part of what they depend on."""
     rewards: tuple[RewardSettings, ...] = ()
     """Held-out rewards, which training has not seen."""
-    features: str | None = None
+    features: PathOrName | None = None
     """In which features diversity is measured: a CLIP model, a folder or a name on the hub, or yours, `package.module:function`
     of images [batch, 3, height, width] in [-1, 1], such as DreamSim's. Without it, in pixels."""
-    reference: str | None = None
+    reference: Annotated[str, External(but=("base",))] | None = None
     """Pictures that FID and KID compare with, in the features: an .npz file, a folder, or `base`, fresh ones of the base."""
     points: Annotated[tuple[Point, ...], Field(min_length=1)] = (Point(),)
     """How pictures are drawn; the first one is that of the pictures and the report's numbers."""
@@ -408,6 +409,7 @@ def run_text_to_image(
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, and evaluate, as `tiltflow.run.run` does. Returns the summary."""
     with deterministic(recipe.training.deterministic), RunFolder.begin(folder, recipe, note) as place:
+        recipe = place.recipe
         (parts, measures), began = prepare_recipe(recipe, device), time.perf_counter()
         trained = sum(parameter.nbytes for parameter in parts.flow.parameters())
         place.check_room(trained, model=trained)
@@ -544,7 +546,11 @@ def read_run(folder: Path) -> TextToImageRecipe:
 
 
 def load_run(recipe: TextToImageRecipe, folder: Path, device: str = "cpu") -> tuple[TextToImage, TextToImage]:
-    """(base, tuned) of a finished run; with an adapter they share their network, so `base_of` gives the base."""
+    """(base, tuned) of a finished run; with an adapter they share their network, so `base_of` gives the base.
+
+    Raises InputError if the base is not the one that was tuned, and that is not accepted.
+    """
+    check_unchanged(folder, recipe, only="model.")
     model = recipe.model.load(device)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
     load_tuned(tuned, folder / "model")

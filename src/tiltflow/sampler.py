@@ -35,7 +35,7 @@ from tiltflow import processes
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flow import Flow, VelocityField
 from tiltflow.plugins import import_function
-from tiltflow.settings import Settings
+from tiltflow.settings import External, Settings
 from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
@@ -341,7 +341,7 @@ def _known(solver: str) -> str:
     return solver
 
 
-Solver = Annotated[str, AfterValidator(_known)]
+Solver = Annotated[str, AfterValidator(_known), External(only_functions=True)]
 """The name of a solver, or `package.module:function`."""
 
 

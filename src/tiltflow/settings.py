@@ -9,6 +9,7 @@ import copy
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -50,6 +51,24 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class External:
+    """Marks a setting, a text, that names what lies outside the recipe: a file or folder, something that ships with tiltflow, a
+    name on the hub, or a function, `package.module:function`. See `tiltflow.fingerprints`.
+
+    Args:
+        only_functions: other values are words of tiltflow's own.
+        but: values that name nothing.
+    """
+
+    only_functions: bool = False
+    but: tuple[str, ...] = ()
+
+
+PathOrName = Annotated[str, External()]
+FunctionOrName = Annotated[str, External(only_functions=True)]
 
 
 def _tuples(value: Any) -> Any:

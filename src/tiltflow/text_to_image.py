@@ -10,6 +10,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -388,6 +389,8 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     except ImportError:
         raise not_installed("diffusers", "diffusers") from None
     path = by_name(path, assets(INDEX), "pipeline") or path
+    if os.path.isabs(path) and not Path(path).exists():
+        raise InputError(f"model.diffusers {path}: there is no such folder")
     if Path(path).is_dir():
         check_pipeline_folder(Path(path))
     options = {"use_safetensors": True, **options}

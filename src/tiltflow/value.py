@@ -37,7 +37,7 @@ from tiltflow.optimization import finite
 from tiltflow.plugins import find, import_function, part_of
 from tiltflow.reward import NonFiniteRewards, Reward, evaluate
 from tiltflow.reward import value_and_gradient as reward_and_gradient
-from tiltflow.settings import Settings
+from tiltflow.settings import FunctionOrName, Settings
 from tiltflow.streams import Buildable, new_network, stream
 from tiltflow.user_code import explained
 
@@ -59,7 +59,7 @@ FORMS: dict[str, Form] = {
 class Critic(Settings):
     """A value function and how it is learned."""
 
-    form: str = "reward-free"
+    form: FunctionOrName = "reward-free"
     """reward-free, constant-skip, cos-sin (the paper's), linear, or `package.module:function`, a function of your own from
     times to (skip, out)."""
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None

@@ -54,6 +54,7 @@ from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.reward import NonFiniteRewards, Reward, evaluate, finite_only, shared
 from tiltflow.sampler import Sampling, Solver, Start, sample, spread_times
+from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
@@ -77,7 +78,7 @@ class OrwCfmW2(Optimization):
     """Sharpness of the weights exp(tau r), in units of 1 / reward: it multiplies, so it is an inverse temperature."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the Wasserstein penalty. 0 never stops: after n rounds the law is p_base exp(n tau r)."""
-    weight: str = "exponential"
+    weight: FunctionOrName = "exponential"
     """exponential: exp(tau r). reward: r itself, which must not be negative. Or `package.module:function`, a function of yours
     from rewards [batch] to weights [batch]."""
     weight_mode: WeightMode = "normalized"
@@ -88,7 +89,7 @@ class OrwCfmW2(Optimization):
     online_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the samples that come from the current model. 1 is online; 0 is offline (RW-CFM), whose law is w p_data; between
     the two the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
-    data: str | None = None
+    data: PathOrName | None = None
     """Where the other samples come from: an .npz file with x_train, or a folder of images; without it, from the base."""
     solver: Solver = "heun"
     """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned

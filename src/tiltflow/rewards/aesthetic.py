@@ -13,7 +13,7 @@ from tiltflow.errors import InputError
 from tiltflow.model import read_tensors
 from tiltflow.precision import Dtype
 from tiltflow.reward import Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 
 
@@ -24,9 +24,9 @@ class Aesthetic(Settings):
     unit: ClassVar[str] = "points of ten"
 
     name: Literal["aesthetic"] = "aesthetic"
-    model: str = "openai/clip-vit-large-patch14"
+    model: PathOrName = "openai/clip-vit-large-patch14"
     """A folder or a name on the hub."""
-    head: str
+    head: PathOrName
     """The file `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor, or its tensors as safetensors."""
     dtype: Dtype = "float32"
     """Of its weights."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.model import load_classifier
 from tiltflow.reward import Reward
-from tiltflow.settings import Labels, Settings
+from tiltflow.settings import Labels, PathOrName, Settings
 
 
 def _some(classes: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ class ClassLogOdds(Settings):
     unit: ClassVar[str] = "nats"
 
     name: Literal["class-log-odds"] = "class-log-odds"
-    classifier: str = "digits-classifier"
+    classifier: PathOrName = "digits-classifier"
     """A classifier that ships with the package, by name, or the folder of another one."""
     classes: Classes
     """The wanted classes, by index from 0: at least one, and not all that the classifier knows."""

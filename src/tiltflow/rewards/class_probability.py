@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiltflow.reward import Reward
 from tiltflow.rewards.class_log_odds import Classes, ClassLogOdds, either
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 
 
 class ClassProbability(Settings):
@@ -19,7 +19,7 @@ class ClassProbability(Settings):
     unit: ClassVar[str] = "probability"
 
     name: Literal["class-probability"] = "class-probability"
-    classifier: str = "digits-classifier"
+    classifier: PathOrName = "digits-classifier"
     """A classifier that ships with the package, by name, or the folder of another one."""
     classes: Classes
     """The wanted classes, by index from 0: at least one, and not all that the classifier knows."""

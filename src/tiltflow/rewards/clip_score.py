@@ -9,7 +9,7 @@ import torch
 from tiltflow.clip import Clip
 from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 
 
 class ClipScore(Settings):
@@ -19,7 +19,7 @@ class ClipScore(Settings):
     unit: ClassVar[str] = "points"
 
     name: Literal["clip-score"] = "clip-score"
-    model: str = "openai/clip-vit-large-patch14"
+    model: PathOrName = "openai/clip-vit-large-patch14"
     """A folder or a name on the hub."""
     dtype: Dtype = "float32"
     """Of its weights."""

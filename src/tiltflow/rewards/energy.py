@@ -15,7 +15,7 @@ from tiltflow.data import load_images
 from tiltflow.errors import InputError
 from tiltflow.optimization import load_optimizer
 from tiltflow.plugins import part_of
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.streams import new_network
 
 Positive = Annotated[float, Field(gt=0)]
@@ -32,7 +32,7 @@ class Energy(Settings):
     unit: ClassVar[str] = "energy"
 
     name: Literal["energy"] = "energy"
-    data: str
+    data: PathOrName
     """An .npz file with x_train, or a folder of images."""
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
     """Images [batch, channels, height, width] -> [batch, 1]; by default a residual classifier with one class."""

@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from tiltflow.plugins import import_function
 from tiltflow.reward import Reward, from_function
-from tiltflow.settings import Settings
+from tiltflow.settings import FunctionOrName, Settings
 
 
 class Function(Settings):
@@ -24,7 +24,7 @@ class Function(Settings):
     unit: ClassVar[str] = "reward"
 
     name: Literal["function"] = "function"
-    path: str
+    path: FunctionOrName
     """`package.module:function`, from the Python path or the current directory."""
 
     @field_validator("path")

@@ -10,7 +10,7 @@ import torch
 from tiltflow.clip import Clip
 from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 
 
 class Hps(Settings):
@@ -21,10 +21,10 @@ class Hps(Settings):
     unit: ClassVar[str] = "points"
 
     name: Literal["hps"] = "hps"
-    model: str
+    model: PathOrName
     """The published file, `HPS_v2.1_compressed.pt`, or its tensors as safetensors; or a CLIPModel of transformers with its
     weights: a folder or a name on the hub."""
-    tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    tokenizer: PathOrName | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Where its tokenizer is; null for the folder of the model."""
     dtype: Dtype = "float32"
     """Of its weights."""

@@ -18,7 +18,7 @@ from tiltflow.errors import InputError, not_installed
 from tiltflow.model import read_tensors
 from tiltflow.precision import Dtype, at_least_float32
 from tiltflow.reward import OfPrompts, Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -46,9 +46,9 @@ class ImageReward(Settings):
     unit: ClassVar[str] = "standard deviations"
 
     name: Literal["image-reward"] = "image-reward"
-    model: str
+    model: PathOrName
     """The published file `ImageReward.pt`, or its tensors as safetensors."""
-    tokenizer: str = "google-bert/bert-base-uncased"
+    tokenizer: PathOrName = "google-bert/bert-base-uncased"
     """A folder or a name on the hub."""
     dtype: Dtype = "float32"
     """Of its weights."""

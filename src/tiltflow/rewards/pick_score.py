@@ -9,7 +9,7 @@ import torch
 from tiltflow.clip import Clip
 from tiltflow.precision import Dtype
 from tiltflow.reward import OfPrompts, Reward
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 
 
 class PickScore(Settings):
@@ -19,9 +19,9 @@ class PickScore(Settings):
     unit: ClassVar[str] = "points"
 
     name: Literal["pick-score"] = "pick-score"
-    model: str = "yuvalkirstain/PickScore_v1"
+    model: PathOrName = "yuvalkirstain/PickScore_v1"
     """A folder or a name on the hub."""
-    tokenizer: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    tokenizer: PathOrName | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Where its tokenizer is, if not in the same place: null."""
     dtype: Dtype = "float32"
     """Of its weights."""
