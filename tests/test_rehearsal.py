@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_recipe
+from torch import Tensor, nn
 
+import tiltflow
 from tiltflow.doctor import examine, verdict
 from tiltflow.errors import InputError
+from tiltflow.plugins import find
 from tiltflow.run import Recipe, run
 from tiltflow.settings import read_yaml, validate
+from tiltflow.streams import stream
 
 MINE = """
 import torch
@@ -182,3 +188,69 @@ def test_a_reward_that_sees_nothing_in_rough_pictures_may_start(pipeline: Path) 
     from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
 
     prepare_recipe(validate(TextToImageRecipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")
+
+
+# ---- batches that teach nothing ----
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.3, -0.2, 0.1], [0.1, 0.4, -0.3]]))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([x, t[:, None]], 1) @ self.weight.T
+
+
+ALONE: list[tuple[dict[str, Any], str | None]] = [
+    ({"name": "orw-cfm-w2"}, "of one the weight is always 1; give 2 or more"),
+    ({"name": "orw-cfm-w2", "weight_mode": "both-terms"}, "of one the weight is always 1"),
+    ({"name": "orw-cfm-w2", "weight_mode": "raw"}, None),
+    ({"name": "score-as-action", "estimator": "return"}, "of one the advantage is always 0"),
+    ({"name": "score-as-action", "preset": "ddpo"}, "of one the advantage is always 0"),
+    ({"name": "score-as-action"}, None),
+    ({"name": "adjoint-matching"}, None),
+]
+
+
+@pytest.mark.parametrize(("method", "message"), ALONE)
+def test_one_sample_to_compare(method: dict[str, Any], message: str | None, pipeline: Path, tmp_path: Path) -> None:
+    """The gradient of one sample does not depend on its reward, for just those that are refused."""
+    from tiltflow.run_text_to_image import TextToImageRecipe
+
+    path = tiny_recipe(tmp_path, method=method, training={"train_batch_size": 1}, reward="ink")
+    tree = tree_for(pipeline, method=method)
+    tree["training"] |= {"prompts_per_step": 4, "num_generations": 1}
+    recipes: list[tuple[str, Callable[[], Any]]] = [
+        ("train_batch_size", lambda: validate(Recipe, read_yaml(path), "recipe")),
+        ("num_generations", lambda: validate(TextToImageRecipe, tree, "recipe")),
+    ]
+    for name, read in recipes:
+        if message is None:
+            read()
+        else:
+            with pytest.raises(InputError, match=f"training.{name} 1 teaches nothing: .*{message}"):
+                read()
+
+    settings = validate(type(find("methods", method["name"])(**{k: v for k, v in method.items() if k != "name"})), method, "m")
+    settings = settings.model_copy(
+        update={"num_inference_steps": 3, "min_effective_sample_size": 1.0, "critic_warmup_steps": 0}
+    )
+    model = tiltflow.Model(tiltflow.Flow(Linear()), (2,))
+    one = tiltflow.Training(train_batch_size=1, max_train_steps=1)
+    if message is not None:
+        with pytest.raises(InputError, match=r"training\.train_batch_size 1 teaches nothing"):
+            tiltflow.tune(model, lambda x: x.sum(1), settings, one)
+    gradients = []
+    for scale in (1.0, 3.0):
+        tuned, base = (tiltflow.Flow(Linear().requires_grad_(trained)) for trained in (True, False))
+        state = settings.new_state((2,), 0, torch.device("cpu"))
+        if method["name"] == "score-as-action":
+            state.value.fitted = True  # not by the only reward
+        x = torch.randn(1, 2, generator=stream(0, "x"))
+        steps = settings.gradients(tuned, base, lambda x, s=scale: s * x.sin().sum(1), x, stream(0, "r"), state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            next(iter(steps))
+        gradients.append(torch.cat([p.grad.flatten() for p in tuned.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) == (message is not None)

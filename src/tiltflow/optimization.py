@@ -41,6 +41,11 @@ class Optimization(Settings):
     max_grad_norm: Positive | None = 1.0
     """A longer gradient is shortened to this length; null for none."""
 
+    def learns_nothing(self, group: int) -> str | None:
+        """Why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing; None if it
+        teaches it something."""
+        return None
+
 
 class Tilting(Optimization):
     """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""

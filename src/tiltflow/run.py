@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks,
 from tiltflow.labels import draw_labels, told
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import Look, look_at, spread, spread_of_target, target_measures
-from tiltflow.optimization import Tilting
+from tiltflow.optimization import Optimization, Tilting
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
 from tiltflow.precision import MixedPrecision, autocast_dtype
@@ -136,6 +136,14 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """The same seed, recipe, software and machine give the same result, bit for bit."""
 
+    @model_validator(mode="after")
+    def _teaches(self) -> Recipe:
+        if why := self.method.learns_nothing(self.training.train_batch_size):
+            raise ValueError(
+                f"training.train_batch_size {self.training.train_batch_size} teaches nothing: {why}; give 2 or more"
+            )
+        return self
+
 
 def steps(
     model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
@@ -158,6 +166,8 @@ def prepare(
     if training.calibration_samples and not hasattr(method, "beta"):
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
     classes = check_classes(model, method, training)
+    if isinstance(method, Optimization) and (why := method.learns_nothing(training.train_batch_size)):
+        raise InputError(f"training.train_batch_size {training.train_batch_size} teaches nothing: {why}; give 2 or more")
     if not adapter:
         model = replace(model, flow=in_float32(model.flow))
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))

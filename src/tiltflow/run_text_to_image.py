@@ -30,7 +30,7 @@ from tiltflow.files import write_file, write_json, write_text
 from tiltflow.fingerprints import check_unchanged
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.monitor import Look, look_at, over_groups, spread
-from tiltflow.optimization import Tilting, adamw
+from tiltflow.optimization import Optimization, Tilting, adamw
 from tiltflow.pipeline_folder import check_numbers
 from tiltflow.plots import image_grid
 from tiltflow.plugins import part_of
@@ -227,6 +227,12 @@ class TextToImageRecipe(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """The same seed, recipe, software and machine give the same result, bit for bit."""
 
+    @model_validator(mode="after")
+    def _teaches(self) -> TextToImageRecipe:
+        if why := self.method.learns_nothing(self.training.num_generations):
+            raise ValueError(f"training.num_generations {self.training.num_generations} teaches nothing: {why}; give 2 or more")
+        return self
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -378,6 +384,8 @@ def prepare(
     flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
     base = base_of(flow) if adapted else frozen
 
+    if isinstance(method, Optimization) and (why := method.learns_nothing(training.num_generations)):
+        raise InputError(f"training.num_generations {training.num_generations} teaches nothing: {why}; give 2 or more")
     draw = batches(tuned, prompts, reward, training, method.sampling)
     loop = partial(
         train,

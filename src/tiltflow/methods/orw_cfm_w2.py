@@ -129,6 +129,12 @@ class OrwCfmW2(Optimization):
             raise ValueError("data are not used while online_fraction is 1; give a smaller one")
         return self
 
+    def learns_nothing(self, group: int) -> str | None:
+        """See `Optimization`: the weight of a single sample, normalised, is 1 whatever its reward."""
+        if group > 1 or self.weight_mode == "raw":
+            return None
+        return "weights are normalised among the samples of a prompt, a class or a batch, and of one the weight is always 1"
+
     @property
     def sampling(self) -> Sampling:
         """How samples are drawn from the model while it trains."""
@@ -300,7 +306,7 @@ class OrwCfmW2(Optimization):
         rewards = evaluate(shared(reward), x1, non_finite).detach()
         if (kept := finite_only(rewards)) is not None:
             x1, rewards, tuned, base = x1[kept], rewards[kept], rows(tuned, kept), rows(base, kept)
-        if state.rounds == 0 and bool((rewards == rewards[0]).all()):
+        if state.rounds == 0 and len(rewards) > 1 and bool((rewards == rewards[0]).all()):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )

@@ -212,6 +212,12 @@ class ScoreAsAction(Tilting):
             raise ValueError("standardize is for the estimator 'return' alone: the others' advantages are in units of reward")
         return self
 
+    def learns_nothing(self, group: int) -> str | None:
+        """See `Optimization`: the return of a single sample is its own mean."""
+        if group > 1 or self.estimator != "return":
+            return None
+        return "estimator return compares the samples of a prompt, a class or a batch, and of one the advantage is always 0"
+
     @property
     def sampling(self) -> Sampling:
         """How the policy is rolled out."""
