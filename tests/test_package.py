@@ -93,6 +93,22 @@ def test_an_index_shows_no_link_that_leads_nowhere(built: tuple[set[str], set[st
     assert all((ROOT / link).exists() for link in links if not link.startswith("https://"))  # in the repository they lead on
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in a link, as repositories make it."""
+    heads = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            other = (page.parent / name).resolve() if name else page
+            assert other.exists(), (page.name, target)
+            assert not anchor or anchor in anchors(other), (page.name, target)
+
+
 @pytest.mark.slow
 def test_the_check_of_the_extras_sees_a_pin_that_an_extra_cannot_have(tmp_path: Path) -> None:
     """trackio takes no Pillow 13: without a lower bound and a complete set of pins, an old one of it would be installed."""

@@ -477,7 +477,7 @@ def sample(
     loaded, console = load(model, _device(device, threads)), _console(as_json)
     changes = {"solver": solver, "num_inference_steps": num_inference_steps}
     tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
-    sampling = validate(Sampling, tree, "--solver" if solver else "sampling")
+    sampling = validate(Sampling, tree, "sample")
     options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
     told: dict[str, Any] = {}
     if isinstance(loaded, TextToImage):
