@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.evaluation import (
+    DistanceOverGroups,
     Estimate,
     ImportanceWeights,
     distance_to_law,
@@ -479,6 +480,33 @@ def test_floor_of_the_reward_is_what_an_exact_model_shows(generator: torch.Gener
     difference = torch.stack(shown) - torch.stack(floors)
     assert torch.stack(floors).mean().item() == pytest.approx(0.05, abs=0.01)
     assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(40)
+
+
+def test_the_distance_over_groups_is_that_of_corrected_distribution_functions(generator: torch.Generator) -> None:
+    """Against the largest gap over every value, by `group_means` of indicators; without a tilt it is that of the plain ones."""
+    base, tuned = torch.randn(6 * 10, generator=generator), 0.5 + torch.randn(6 * 10, generator=generator)
+    weights = ImportanceWeights.from_log_tilt(0.5 * base, 6)
+    gaps = []
+    for c in torch.cat([base, tuned]):
+        gaps.append(((tuned <= c).double().mean() - weights.group_means((base <= c).double()).mean()).abs())
+    found = DistanceOverGroups.of(tuned, base, weights)
+    assert found.value == pytest.approx(torch.stack(gaps).max().item())
+    assert found.bias.abs().max() > 0
+    plain = DistanceOverGroups.of(tuned, base, ImportanceWeights.from_log_tilt(torch.zeros(60), 6))
+    assert plain.value == pytest.approx(kolmogorov_smirnov(tuned, base, torch.full((60,), 1 / 60)))
+    assert plain.bias.abs().max() < 1e-12
+
+
+def test_the_null_over_few_groups_is_students(generator: torch.Generator) -> None:
+    """At one threshold it is the law of |t| times the standard error, whose tails are heavy where groups are few."""
+    gaps = torch.tensor([[0.01], [-0.02], [0.03], [0.005]])
+    null = DistanceOverGroups(gaps, torch.zeros(1)).null(generator, draws=20_000) / (gaps.std() / 2)
+    for p in (0.5, 0.9, 0.99):
+        below = (null < t.ppf((1 + p) / 2, 3)).double().mean().item()
+        assert below == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 20_000))
+    biased = DistanceOverGroups(gaps, torch.tensor([0.6])).null(generator, draws=100)
+    assert float(biased.min()) >= 0.2
+    assert float(DistanceOverGroups(gaps[:2], torch.zeros(1)).null(generator).max()) <= 1  # Cauchy's law has no bound
 
 
 def test_groups_stay_in_their_groups(generator: torch.Generator) -> None:

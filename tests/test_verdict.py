@@ -182,6 +182,20 @@ def test_exact_samples_are_told_apart_in_one_of_twenty_runs(generator: torch.Gen
     assert all(" tests do not tell the tuned model from the target law." in text for text in said)
 
 
+def test_exact_pictures_of_prompts_are_told_apart_in_one_of_twenty_runs(generator: torch.Generator) -> None:
+    """Twelve prompts, each with a level of its own, 32 pictures, a tilt of one standard deviation, a held-out reward."""
+    runs, alarms = 120, 0
+    for _ in range(runs):
+        level = 2 * torch.randn(12, generator=generator).repeat_interleave(32)
+        base, tuned, other, other_tuned = torch.randn(4, 384, generator=generator)
+        base, tuned = level + base, level + 1 + tuned
+        weights = ImportanceWeights.from_log_tilt(base, 12)
+        entries, rows = of_rewards(tuned, base, weights, generator, group="prompt", draws=400)
+        rows.append(mean_test("mean held-out", tuned / 2 + other_tuned, base / 2 + other, weights))
+        alarms += any(one["rejected"] for one in conclude(rows, entries)["tests"])
+    assert alarms / runs < 0.05 + 4 * math.sqrt(0.05 * 0.95 / runs)
+
+
 def test_a_group_and_a_class_that_are_short_are_seen(generator: torch.Generator) -> None:
     """Three in five of one class gone to another: the verdict names what differs, with both numbers."""
     seen = 0

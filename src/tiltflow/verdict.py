@@ -20,6 +20,7 @@ from scipy.stats import norm, t
 from torch import Tensor
 
 from tiltflow.evaluation import (
+    DistanceOverGroups,
     Estimate,
     ImportanceWeights,
     kolmogorov_smirnov,
@@ -198,9 +199,14 @@ def of_rewards(
     if why is not None:
         absent = [key + part for key in keys for part in ("", "_error")]
         return entries | dict.fromkeys([*absent, *FLOORS, "target_distance_base", "target_distance_kind"]), []
-    distance = reward_distance(tuned, base, weights, generator)
-    of_base = kolmogorov_smirnov(base, base, weights.weights)
-    null = weights.null_distances(len(tuned), [reward_masses(base)], generator, draws=draws)[0]
+    if weights.groups > 1 and not weights.strata:
+        gaps = DistanceOverGroups.of(tuned, base, weights)
+        distance, null = Estimate(gaps.value, gaps.spread(generator)), gaps.null(generator, draws)
+        of_base = DistanceOverGroups.of(base, base, weights).value
+    else:
+        distance = reward_distance(tuned, base, weights, generator)
+        of_base = kolmogorov_smirnov(base, base, weights.weights)
+        null = weights.null_distances(len(tuned), [reward_masses(base)], generator, draws=draws)[0]
     rows = [
         mean_test("mean reward", tuned, base, weights, counted=counted),
         distance_test("distance in reward", distance.value, of_base, null),
