@@ -20,6 +20,7 @@ OUTSIDE = {
     for name in (
         "__main__",
         "cli",
+        "describe",
         "entry",
         "model",
         "plots",
