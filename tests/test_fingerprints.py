@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from test_resume import NO_JUDGE, Killed, killed_after, resuming, same_runs
-from tiny import tiny_classifier, tiny_flow, tiny_recipe
+from tiny import UNET, tiny_classifier, tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
 from tiltflow import accept_changes, fingerprints
@@ -19,11 +19,12 @@ from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_check
 from tiltflow.cli import app
 from tiltflow.entry import evaluate
 from tiltflow.errors import InputError, Note
-from tiltflow.fingerprints import FILE, absolute, digest, externals, module_file, read_fingerprints
+from tiltflow.fingerprints import FILE, absolute, digest, externals, module_file, of_network, read_fingerprints
 from tiltflow.plugins import find, names
 from tiltflow.run import Recipe, run
 from tiltflow.run_text_to_image import TextToImageRecipe
 from tiltflow.settings import External, Settings, read_yaml, validate
+from tiltflow.streams import new_network
 
 TRAINING = {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 2}
 
@@ -59,6 +60,20 @@ def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert digest(pipe) == first
     (pipe / "unet" / "config.json").rename(pipe / "unet" / "other.json")
     assert digest(pipe) != first  # a name is content too
+
+
+def test_the_base_of_an_adapter_is_the_same_before_and_after_it() -> None:
+    peft = pytest.importorskip("peft")
+    network = new_network(UNET, 0)
+    first = of_network(network)
+    assert of_network(new_network(UNET, 0)) == first != of_network(new_network(UNET, 1))
+    adapted = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["modulation"], r=2), network)
+    adapted.disable_adapter = None
+    before = of_network(adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    assert of_network(adapted) == before == first
 
 
 def test_a_file_is_hashed_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

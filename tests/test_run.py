@@ -39,7 +39,7 @@ def test_everything_a_run_makes_lies_in_its_folder(finished: tuple[Path, dict[st
     folder, summary = finished
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "recipe.yaml", "metrics.jsonl", "checkpoints", "model", "base",
+        "recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model", "base",
         "before.png", "after.png", "summary.json", "report.html",
     }  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == summary

@@ -308,7 +308,8 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
     """The same run as without it; a network of the user's leaves its weights, one of tiltflow's a model that loads."""
     run = tuned(output=tmp_path / "mine")
     assert torch.equal(run.weights, tuned().weights)
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "model"}
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {"recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model"}
     saved = load_file(tmp_path / "mine" / "model" / "model.safetensors")
     assert torch.equal(saved["enter.weight"], run.model.flow.network.enter.weight)
     with pytest.raises(InputError, match="already holds something"):
@@ -320,6 +321,18 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
     training = tiltflow.Training(max_train_steps=2, train_batch_size=4)
     model = tiltflow.tune(base, lambda x: x.mean((1, 2, 3)), SHORT, training, output=tmp_path / "own")
     assert torch.equal(tiltflow.load(tmp_path / "own").sample(2), model.sample(2))
+
+
+def test_a_run_of_another_base_is_not_gone_on_with(tmp_path: Path) -> None:
+    """The program has the base: its weights are known by their content."""
+    tuned(output=tmp_path / "run", checkpointing_steps=2)
+    other, training = Net(), tiltflow.Training(max_train_steps=6, train_batch_size=8, resume_from_checkpoint="latest")
+    other.leave.bias.data.add_(1)
+    base = tiltflow.Model(Flow(other), (2,), tiltflow.Sampling(num_inference_steps=4))
+    with pytest.raises(InputError, match="what model names is not what it was when the run was begun"):
+        tiltflow.tune(base, reward, SHORT, training, output=tmp_path / "run")
+    with tiltflow.accept_changes():
+        tiltflow.tune(base, reward, SHORT, training, output=tmp_path / "run")
 
 
 def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:

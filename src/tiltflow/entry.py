@@ -17,7 +17,7 @@ from torch import nn
 from tiltflow import model as pixels
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
-from tiltflow.fingerprints import check_unchanged
+from tiltflow.fingerprints import check_unchanged, of_network
 from tiltflow.lock import working_in
 from tiltflow.model import Model
 from tiltflow.plugins import part_of
@@ -188,7 +188,9 @@ def tune(
             return tuning.tuned
         run = PythonRun.of(model, reward, method, settings, prompts, seed)
         folder = Path(output)
-        with RunFolder.begin(folder, run, note) as place:
+        network = model.denoiser if isinstance(model, TextToImage) else model.flow.network
+        also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
+        with RunFolder.begin(folder, run, note, also) as place:
             tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
 
             save = partial(place.save, tuning.network, tuning.write)

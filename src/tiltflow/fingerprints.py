@@ -24,7 +24,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import torch
 from pydantic.fields import FieldInfo
+from torch import nn
 
 from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
@@ -175,6 +177,20 @@ def digest(place: Path) -> str:
     for path in inside:
         whole.update(f"{path.relative_to(place).as_posix()}\0{_sha256(path)}\n".encode())
     return whole.hexdigest()
+
+
+def of_network(network: nn.Module) -> str:
+    """The fingerprint of a network in memory: of the names and contents of its tensors. Of one with an adapter those that are
+    frozen, so that it is the same before the adapter is added and however far that is trained."""
+    adapter = hasattr(network, "disable_adapter")
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad} if adapter else set()
+    whole = hashlib.sha256()
+    frozen = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
+    for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in frozen.items()):
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
+        whole.update(content)
+    return f"sha256:{whole.hexdigest()}"
 
 
 def _sha256(path: Path) -> str:

@@ -158,6 +158,8 @@ class RunFolder:
     tracker: Tracker | None = None
     prints: Any = None
     """The fingerprints in the checkpoint that is gone on from, if it has any."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of what the recipe does not name."""
     known: dict[str, str] = field(default_factory=dict)
     """The fingerprints of now, in the first process."""
     said: list[str] = field(default_factory=list)
@@ -165,9 +167,18 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def begin(cls, path: Path, recipe: Any, note: Callable[[str], None] = lambda text: None) -> Iterator[RunFolder]:
+    def begin(
+        cls,
+        path: Path,
+        recipe: Any,
+        note: Callable[[str], None] = lambda text: None,
+        also: Mapping[str, str] | None = None,
+    ) -> Iterator[RunFolder]:
         """A new run, or, if the recipe says so, the one that is there, as a context in which no other process works in the
         folder. What is left empty is gone after it.
+
+        Args:
+            also: fingerprints of what the recipe does not name.
 
         Raises InputError if the folder cannot be written to, is occupied or worked in, or if the run that is there is another
         one; CheckpointError if a checkpoint was asked for that is not as it was written.
@@ -177,6 +188,7 @@ class RunFolder:
         recipe = absolute(recipe)
         with working_in(path, note):
             place = cls._found(path, recipe, note)
+            place.also = also or {}
             processes.from_main(place._compare)
             yield place
 
@@ -295,7 +307,7 @@ class RunFolder:
         """What the recipe names, as it is now, with what it was. Raises InputError if it has changed and that is not accepted.
 
         Called before anything is loaded, and again before anything is written: what comes from the hub is known by then."""
-        self.known = fingerprints(self.recipe)
+        self.known = {**fingerprints(self.recipe), **self.also}
         if self.state is not None:
             then = self.prints if isinstance(self.prints, dict) else read_fingerprints(self.path)
             for sentence in compare(self.path, then, self.known):
