@@ -303,3 +303,13 @@ def test_parity_of_a_scheduler_with_other_steps(tmp_path: Path) -> None:
     assert finding.level == "amber"
     assert "of the largest at 6" in finding.text
     assert not any(f"of the largest at {steps}" in finding.text for steps in (2, 3, 7))
+
+
+def test_samples_are_weighed_within_their_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five of six pictures, three of one prompt and two of another: a reward that is a constant of the prompt has weights
+    1/6 and 1/4, so 1 / (3 / 36 + 2 / 16) = 4.8 of 5 count, where one law for all would leave 3 or 2."""
+    monkeypatch.setattr(doctor, "MOST", 5)
+    patient = patient_of("stable-diffusion", tmp_path, training={"num_generations": 3, "micro_batch_size": 6})
+    monkeypatch.setattr(Patient, "rewards", lambda self, x: torch.tensor([0.0, 0.0, 0.0, 50.0, 50.0]))
+    (finding,) = doctor.temperature(patient)
+    assert finding.text.startswith("4.8 of 5 base samples")

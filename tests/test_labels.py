@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -18,10 +19,12 @@ from tiltflow.flow import Flow
 from tiltflow.labels import as_labels, draw_labels
 from tiltflow.networks.unet import Unet
 from tiltflow.reward import evaluate, from_function, given
+from tiltflow.run import Recipe, evaluate_run, run
+from tiltflow.run_folder import write_yaml
 from tiltflow.streams import new_network, stream
 
 NAMES = ("low", "high")
-MEANS, VARIANCES, SLOPES = torch.tensor([-1.0, 1.2]), torch.tensor([0.25, 0.16]), torch.tensor([0.9, -0.7])
+MEANS, VARIANCES, SLOPES = torch.tensor([-2.0, 1.2]), torch.tensor([0.25, 0.16]), torch.tensor([0.9, -0.7])
 BETA = 0.5
 SHIFTS = VARIANCES * SLOPES / BETA
 """The tilt of N(m, s^2) by exp(slope x / beta) is N(m + s^2 slope / beta, s^2)."""
@@ -161,7 +164,7 @@ def test_rewards_are_told_labels_names_and_metadata() -> None:
     ("method", "training", "message"),
     [
         ({}, {"classes": [0, 2]}, "training.classes names class 2, the model has 0 to 1"),
-        ({}, {"train_batch_size": 3}, "training.train_batch_size 3 is fewer than 2 samples for each of 2 classes"),
+        ({"estimator": "return"}, {"train_batch_size": 3}, "training.train_batch_size 3, 1 of each class, teaches nothing: "),
         ({}, {"calibration_samples": 8}, "training.calibration_samples: there is one working temperature"),
         ({"estimator": "closed-form"}, {}, "method.estimator 'closed-form' needs a critic that knows the class"),
         ({"estimator": "temporal-difference"}, {}, "method.estimator 'temporal-difference' needs a critic"),
@@ -187,6 +190,97 @@ def test_one_class_needs_no_critic_that_knows_it() -> None:
     method = tiltflow.ScoreAsAction(num_inference_steps=4, estimator="closed-form")
     training = tiltflow.Training(max_train_steps=1, train_batch_size=4, classes=(1,))
     tiltflow.tune(two_gaussians(), along_slope, method, training)
+
+
+# ---- what a run says ----
+
+FUNCTION = {"name": "function", "path": "test_labels:along_slope"}
+
+
+def evaluated(folder: Path, shift: Tensor, patch: pytest.MonkeyPatch, **evaluation: Any) -> dict[str, Any]:
+    """The summary of a run whose tuned model has these shifts."""
+
+    def load(path: Any, device: str) -> tiltflow.Model:
+        model = two_gaussians()
+        if Path(path).name == "model":
+            with torch.no_grad():
+                model.flow.network.shift.copy_(shift)  # type: ignore[attr-defined]
+        return model
+
+    patch.setattr("tiltflow.run.load", load)
+    recipe = Recipe.model_validate(
+        {
+            "model": "exact",
+            "reward": FUNCTION,
+            "method": {"name": "adjoint-matching", "beta": BETA},
+            "sampling": {"num_inference_steps": 60},
+            "evaluation": {"num_samples": 4001} | evaluation,
+        }
+    )
+    folder.mkdir()
+    (folder / "model").mkdir()
+    write_yaml(folder / "recipe.yaml", recipe.model_dump(mode="json"))
+    (folder / "metrics.jsonl").write_text('{"step": 9, "seconds": 1.0, "network_evaluations": 1}\n')
+    return evaluate_run(folder)
+
+
+def test_the_evaluation_knows_the_target_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over the classes of E[slope (m + shift)], where one law for all would lean to the class of the higher partition;
+    an exact model is not told from it, and one whose classes are off in opposite directions is."""
+    right = evaluated(tmp_path / "right", SHIFTS, monkeypatch)
+    expected = (SLOPES * (MEANS + SHIFTS)).mean().item()
+    assert right["num_samples"] == 4000
+    assert abs(right["reward_target"] - expected) < 4 * right["reward_target_error"] < 0.1
+    partition = torch.softmax(SLOPES * MEANS / BETA + (SLOPES / BETA) ** 2 * VARIANCES / 2, 0)
+    pooled = (partition * SLOPES * (MEANS + SHIFTS)).sum().item()
+    assert abs(right["reward_target"] - pooled) > 10 * right["reward_target_error"]
+    assert {f"mean reward of class {name}" for name in NAMES} <= {row["statistic"] for row in right["tests"]}
+    assert right["verdict"]["tone"] == "good", right["verdict"]
+    # KL of a tilted Gaussian: slope^2 s^2 / (2 beta^2), the mean over classes
+    divergence = ((SLOPES / BETA) ** 2 * VARIANCES / 2).mean().item()
+    assert abs(right["path_kl_target"] - divergence) < 4 * right["path_kl_target_error"]
+    assert abs(right["path_kl"] - divergence) < 0.1 * divergence
+
+    # the mean reward stays where it should be: 0.9 a - 0.7 b = 0
+    off = evaluated(tmp_path / "off", SHIFTS + torch.tensor([0.14, 0.18]), monkeypatch)
+    rejected = {row["statistic"] for row in off["tests"] if row["rejected"]}
+    assert {f"mean reward of class {name}" for name in NAMES} <= rejected
+    assert "mean reward" not in rejected
+
+
+def test_a_target_of_classes_that_few_samples_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = evaluated(tmp_path / "few", SHIFTS, monkeypatch, num_samples=40)
+    assert "No verdict" in few["verdict"]["text"]
+    assert few["reward_target"] is None
+
+
+def test_a_recipe_trains_a_class_conditional_model(tmp_path: Path) -> None:
+    class_model().save(tmp_path / "m")
+    tree = {
+        "model": str(tmp_path / "m"),
+        "reward": FUNCTION | {"path": "test_labels:bright_by_class"},
+        "method": {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e-2, "beta": 0.1},
+        "training": {"max_train_steps": 3, "train_batch_size": 6, "classes": [0, 2], "monitor": {"steps": 2, "num_samples": 9}},
+        "sampling": {"num_inference_steps": 4},
+        "evaluation": {"num_samples": 33, "batch_size": 8},
+    }
+    summary = run(Recipe.model_validate(tree), tmp_path / "run")
+    assert summary["num_samples"] == 32
+    with Image.open(tmp_path / "run" / "before.png") as picture:  # a column for each class
+        assert picture.height == pytest.approx(16 / 2 * picture.width, rel=0.1)
+    tuned = tiltflow.load(tmp_path / "run")
+    assert isinstance(tuned, tiltflow.Model)
+    assert tuned.class_names == ("a", "b", "c")
+    base = class_model()
+    brighter = [(tuned.sample(16, labels=i) - base.sample(16, labels=i)).mean().item() for i in (0, 2)]
+    assert brighter[0] > 0 > brighter[1]
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path / "run" / "recipe.yaml"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+
+
+def bright_by_class(images: Tensor, labels: Tensor) -> Tensor:
+    """Up for class 0, down for the others."""
+    return images.mean((1, 2, 3)) * torch.where(labels == 0, 1.0, -1.0)
 
 
 # ---- on disk ----

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation import FEW, FEW_IN_GROUP, ImportanceWeights
-from tiltflow.flow import AdapterOff, Flow, VelocityField, in_chunks, rows
+from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, rows
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
-from tiltflow.run import Recipe, build_reward, prepare, rehearse
+from tiltflow.run import Recipe, batches, build_reward, prepare, rehearse
 from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
 from tiltflow.sampler import Sampling, Start, rollout, sample
 from tiltflow.schedules import TOLERANCE
@@ -132,8 +132,9 @@ def admit(recipe: Any, device: str) -> Patient:
     reward = build_reward(recipe.reward, recipe.method, device)
     rehearse(recipe, model, reward, device)
     tuned, loop = prepare(model, reward, recipe.method, recipe.training, seed=recipe.seed)
-    x = model.start(recipe.training.train_batch_size, stream(recipe.seed, "start", 0, device=model.device))
-    return Patient(recipe, tuned.flow, model.flow, reward, Batch(x), model.flow.noise_time, model.device, loop)
+    draw = batches(model, reward, recipe.method, recipe.training)
+    batch = draw(stream(recipe.seed, "start", 0, device=model.device))
+    return Patient(recipe, tuned.flow, model.flow, reward, batch, model.flow.noise_time, model.device, loop)
 
 
 # ---- the checks ----
@@ -155,16 +156,19 @@ def temperature(patient: Patient) -> Iterator[Finding]:
     method, of_pictures = patient.recipe.method, isinstance(patient.recipe, TextToImageRecipe)
     if not hasattr(method, "log_tilt") or isinstance(patient.reward, LearnedReward):
         return
-    rewards = patient.rewards(patient.ends()).cpu()
-    rewards = rewards[rewards.isfinite()]
+    found = patient.rewards(patient.ends()).cpu()
+    finite = found.isfinite()
+    rewards = found[finite]
     if len(rewards) < 2:
         why = f"the reward is finite for {len(rewards)} of {patient.size} base samples"
         yield Finding("temperature", "red", why, "is it the right one? training drops all others")
         return
-    tilt = method.log_tilt(rewards, patient.recipe.training.max_train_steps)
-    effective = ImportanceWeights.from_log_tilt(
-        tilt, patient.recipe.training.prompts_per_step if of_pictures else 1
-    ).effective_sample_size
+    tilt = torch.full((len(found),), -math.inf, dtype=torch.float64)
+    tilt[finite] = method.log_tilt(rewards, patient.recipe.training.max_train_steps).double()
+    # each prompt, and each class, has a target law of its own
+    members = [each.cpu() for each in groups(patient.bound(patient.base), len(found), patient.device)]
+    weights = [torch.softmax(tilt[each], 0) for each in members if finite[each].any()]
+    effective = ImportanceWeights(torch.cat(weights) / len(weights)).effective_sample_size
     share, count = effective / len(rewards), len(rewards)
     law = method.target_law(patient.recipe.training.max_train_steps)
     text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {law}"

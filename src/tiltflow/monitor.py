@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -75,10 +74,10 @@ def over_groups(values: Tensor, group: int) -> Estimate:
     return mean_estimate(several[several.isfinite()])
 
 
-def target_measures(base: Samples, log_tilt: Tensor) -> dict[str, Estimate] | None:
-    """What each measure is under the target law, from base samples whose log weights are `log_tilt` [n]; None where they cannot
-    say it, see `ImportanceWeights.unknown`."""
-    weights = ImportanceWeights.from_log_tilt(log_tilt)
+def target_measures(base: Samples, log_tilt: Tensor, classes: int = 1) -> dict[str, Estimate] | None:
+    """What each measure is under the target law, from base samples whose log weights are `log_tilt` [n], of so many classes one
+    after another, each with a target law of its own; None where they cannot say it, see `ImportanceWeights.unknown`."""
+    weights = ImportanceWeights.from_log_tilt(log_tilt, classes, strata=True)
     if weights.unknown() is not None:
         return None
     found = {}
@@ -94,9 +93,9 @@ def spread(features: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum(1) * (len(x) / max(len(x) - 1, 1))
 
 
-def spread_of_target(features: Tensor, log_tilt: Tensor) -> Tensor:
+def spread_of_target(features: Tensor, log_tilt: Tensor, classes: int = 1) -> Tensor:
     """The same from the mean of the target law, so that their weighted mean is the variance under it: [n]."""
-    x, weights = features.flatten(1).double(), torch.softmax(log_tilt.double(), 0)
+    x, weights = features.flatten(1).double(), ImportanceWeights.from_log_tilt(log_tilt, classes).weights
     return (x - weights @ x).square().sum(1)
 
 

@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from tiltflow.evaluation import (
 )
 from tiltflow.files import write_file, write_folder, write_json
 from tiltflow.fingerprints import BASE
-from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32
+from tiltflow.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32, rows
 from tiltflow.labels import draw_labels, told
 from tiltflow.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.monitor import Look, look_at, spread, spread_of_target, target_measures
@@ -63,7 +63,7 @@ from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
 from tiltflow.trainer import Batch, Record, train, trainable_copy
 from tiltflow.user_code import refused, tried
-from tiltflow.verdict import Row, class_tests, conclude, distance_test, of_rewards, share_test
+from tiltflow.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"
@@ -165,26 +165,15 @@ def prepare(
         raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
     if training.calibration_samples and not hasattr(method, "beta"):
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
-    classes = check_classes(model, method, training)
-    if isinstance(method, Optimization) and (why := method.learns_nothing(training.train_batch_size)):
-        raise InputError(f"training.train_batch_size {training.train_batch_size} teaches nothing: {why}; give 2 or more")
     if not adapter:
         model = replace(model, flow=in_float32(model.flow))
+    draw = batches(model, reward, method, training)
     tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
     try_network(tuned)
     dtype = autocast_dtype(training.mixed_precision, model.device)
     frozen = replace(model.flow, autocast=dtype)
     base = base_of(frozen) if adapter else frozen
     start = model.flow.noise_time
-
-    def draw(generator: torch.Generator) -> Batch:
-        count = training.train_batch_size
-        if not classes:
-            return Batch(model.start(count, generator))
-        labels = draw_labels(classes, count, generator)
-        return Batch(
-            model.start(count, generator), lambda flow: bind(flow, labels), reward=told(reward, labels, model.class_names)
-        )
 
     def calibrate() -> tuple[Calibration, int]:
         with eval_mode(model.flow.network, reward), CountEvaluations(model.flow.network) as evaluations:
@@ -229,6 +218,21 @@ def prepare(
     return tuned, loop
 
 
+def batches(model: Model, reward: Reward, method: Any, training: Training) -> Callable[[torch.Generator], Batch]:
+    """What draws the start of an iteration: noise, and, for a class-conditional model, labels. Raises InputError as
+    `check_classes` does."""
+    classes, count = check_classes(model, method, training), training.train_batch_size
+
+    def draw(generator: torch.Generator) -> Batch:
+        if not classes:
+            return Batch(model.start(count, generator))
+        labels = draw_labels(classes, count, generator)
+        x = model.start(count, generator)
+        return Batch(x, lambda flow: bind(flow, labels), reward=told(reward, labels, model.class_names))
+
+    return draw
+
+
 def check_classes(model: Model, method: Any, training: Training) -> tuple[int, ...]:
     """The classes that are tuned, in order; none of an unconditional model. Raises InputError for what does not fit them."""
     count = len(model.class_names)
@@ -237,6 +241,11 @@ def check_classes(model: Model, method: Any, training: Training) -> tuple[int, .
         raise InputError("training.classes: this model is not class-conditional; leave them out")
     if classes and classes[-1] >= count:
         raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
+    size, each = training.train_batch_size, f", {training.train_batch_size // len(classes)} of each class," if classes else ""
+    if isinstance(method, Optimization) and (why := method.learns_nothing(size // max(1, len(classes)))):
+        raise InputError(
+            f"training.train_batch_size {size}{each} teaches nothing: {why}; give {2 * max(1, len(classes))} or more"
+        )
     if not classes:
         return ()
     if training.calibration_samples:
@@ -250,11 +259,6 @@ def check_classes(model: Model, method: Any, training: Training) -> tuple[int, .
         )
     if getattr(method, "data", None) is not None:
         raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
-    if training.train_batch_size < 2 * len(classes):
-        raise InputError(
-            f"training.train_batch_size {training.train_batch_size} is fewer than 2 samples for each of {len(classes)} classes,"
-            f" which are compared with each other; give {2 * len(classes)} or more, or fewer training.classes"
-        )
     return classes
 
 
@@ -339,14 +343,17 @@ def make_watcher(
     if isinstance(reward, LearnedReward):
         raise InputError("training.monitor: the reward learns along the way, so looks at it cannot be compared; leave it out")
     dtype = autocast_dtype(recipe.training.mixed_precision, device)
+    labels = evaluation_labels(base, recipe.training, monitor.num_samples)
+    count, classes = (monitor.num_samples, 1) if labels is None else (len(labels), len(labels.unique()))
     network = build_judge(settings, device)[0] if settings.judge is not None else None
     best_by = VARIETY if network is None else IN_GROUP if settings.group else CONFIDENCE
 
     def measure(model: Model) -> tuple[dict[str, Tensor], Tensor]:
         model = replace(model, flow=replace(model.flow, autocast=dtype))
         seed = stream(recipe.seed, "monitor").initial_seed()  # other noise than the evaluation's
-        x = model.sample(monitor.num_samples, seed=seed, sampling=recipe.sampling, batch_size=settings.batch_size)
-        x, rewards, _ = scored(reward, x, settings.batch_size, device, recipe.training.non_finite_rewards)
+        x = model.sample(count, labels=labels, seed=seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+        asked = reward if labels is None else told(reward, labels, base.class_names)
+        x, rewards, _ = scored(asked, x, settings.batch_size, device, recipe.training.non_finite_rewards, classes)
         found, features = {"reward": rewards}, x.flatten(1)
         if network is not None:
             p = in_batches(lambda part: network(part).softmax(1), x, settings.batch_size, device)
@@ -367,7 +374,7 @@ def make_watcher(
         look=look,
         save_best=save_best,
         best_by=best_by,
-        target=target_measures(of_base | {VARIETY: spread_of_target(features, tilt)}, tilt),
+        target=target_measures(of_base | {VARIETY: spread_of_target(features, tilt, classes)}, tilt, classes),
     )
 
 
@@ -392,18 +399,28 @@ def evaluate_run(
 
     dtype = autocast_dtype(recipe.training.mixed_precision, device)
     base, tuned = (replace(model, flow=replace(model.flow, autocast=dtype)) for model in (base, tuned))
-    x_base = base.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
-    x = tuned.sample(count, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+    labels = evaluation_labels(base, recipe.training, count)
+    classes = [] if labels is None else labels.unique().tolist()
+    count = count if labels is None else len(labels)
+    asked = reward if labels is None else told(reward, labels, base.class_names)
+    samples = (
+        model.sample(count, labels=labels, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
+        for model in (base, tuned)
+    )
     (x_base, r_base, left_out_of_base), (x, r, left_out) = (
-        scored(reward, y, settings.batch_size, device, recipe.training.non_finite_rewards) for y in (x_base, x)
+        scored(asked, y, settings.batch_size, device, recipe.training.non_finite_rewards, max(1, len(classes))) for y in samples
     )
     rows = read_records(folder)
     taken = rows[-1]["step"]
-    weights = ImportanceWeights.from_log_tilt(recipe.method.log_tilt(r_base, taken))
+    tilt = recipe.method.log_tilt(r_base, taken)
+    weights = ImportanceWeights.from_log_tilt(tilt, max(1, len(classes)), strata=True)
     generator = stream(recipe.seed, "bootstrap")
     calibrated = calibration_in_words(getattr(recipe.method, "beta", None), rows[-1].get("beta"))
     # a gain at its limit has not made the mean reward what it should be
-    of_reward, tests = of_rewards(r, r_base, weights, generator, counted=calibrated["calibration_at_limit"] is not False)
+    counted = calibrated["calibration_at_limit"] is not False
+    of_reward, tests = of_rewards(r, r_base, weights, generator, counted=counted, group="class")
+    if len(classes) > 1 and tests:
+        tests += of_classes(r, r_base, tilt, [base.class_names[label] for label in classes])
 
     summary: dict[str, Any] = {
         "tiltflow": __version__,
@@ -433,7 +450,7 @@ def evaluate_run(
         **mean_estimate(r).named("reward_tuned"),
         **of_reward,
         "judge": None,
-        **path_kl(recipe, tuned, base),
+        **path_kl(recipe, tuned, base, labels),
         "seconds": rows[-1]["seconds"],
         "network_evaluations": rows[-1]["network_evaluations"],
         "samples_drawn": rows[-1].get("samples_drawn"),
@@ -446,19 +463,23 @@ def evaluate_run(
         summary, tests = summary | of_judge, tests + its_tests
     if hasattr(recipe.method, "balance"):
         generator, start = stream(recipe.seed, "balance", device=device), base.flow.noise_time
-        balance = recipe.method.balance(tuned.flow, base.flow, x, r, generator, start=start, batch_size=settings.batch_size)
+        kept = None if labels is None else torch.tensor(classes).repeat_interleave(len(x) // len(classes))
+        bound = (model.bound(kept) for model in (tuned, base))
+        balance = recipe.method.balance(*bound, x, r, generator, start=start, batch_size=settings.batch_size)
         if balance is not None:
             summary |= balance.named("own_law_balance") | {"own_law_balance_expected": recipe.method.balance_expected(taken)}
     summary |= conclude(tests, summary)
     summary["seconds_total"] = (seconds or rows[-1]["seconds"]) + time.perf_counter() - began
 
-    columns = max(1, round(settings.grid**0.5))
+    columns = len(classes) if len(classes) > 1 else max(1, round(settings.grid**0.5))
     of_images = len(base.event_shape) == 3 and base.event_shape[0] in (1, 3)
     if of_images:
         summary["pictures"] = {"rows": math.ceil(min(settings.grid, count) / columns)}
     if not processes.is_main():
         return summary
     if of_images:
+        if len(classes) > 1:  # a column for each class
+            x_base, x = (each.unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1) for each in (x_base, x))
         for name, images in (("before.png", x_base), ("after.png", x)):
             write_file(folder / name, partial(image_grid(images[: settings.grid], columns).save, format="png"))
     write_json(folder / "summary.json", summary)
@@ -466,16 +487,34 @@ def evaluate_run(
     return summary
 
 
-def scored(reward: Reward, x: Tensor, batch_size: int, device: str, non_finite: NonFiniteRewards) -> tuple[Tensor, Tensor, int]:
-    """(samples, their rewards, how many were left out), for samples x [n, *event]: with `drop`, those whose reward is NaN or
-    infinite. Raises NonFiniteError if there are such and they are not to be dropped, or if fewer than two are left."""
-    rewards = in_batches(lambda part: evaluate(reward, part, non_finite), x, batch_size, device)
-    kept = rewards.isfinite()
-    if kept.all():
+def evaluation_labels(model: Model, training: Training, count: int) -> Tensor | None:
+    """Labels of about so many samples of a class-conditional model: as many of each class that is tuned, one class after
+    another; None for another model."""
+    if not model.class_names:
+        return None
+    classes = tuple(sorted(training.classes)) or tuple(range(len(model.class_names)))
+    return torch.tensor(classes).repeat_interleave(max(2, count // len(classes)))
+
+
+@torch.no_grad()
+def scored(
+    reward: Reward, x: Tensor, batch_size: int, device: str, non_finite: NonFiniteRewards, classes: int = 1
+) -> tuple[Tensor, Tensor, int]:
+    """(samples, their rewards, how many have none), for samples x [n, *event]: with `drop`, those whose reward is NaN or
+    infinite are left out, and of each of so many classes, one after another, as many are kept as of the others.
+
+    Raises NonFiniteError if there are such and they are not to be dropped, or if fewer than two of a class are left.
+    """
+    found = [evaluate(rows(reward, part), x[part].to(device), non_finite) for part in processes.shares(len(x), batch_size)]
+    rewards = processes.gathered(found, len(x)).cpu()
+    finite = rewards.isfinite().reshape(classes, -1)
+    if finite.all():
         return x, rewards, 0
-    if kept.sum() < 2:
-        raise NonFiniteError(f"the reward is not finite for {len(x) - int(kept.sum())} of {len(x)} samples")
-    return x[kept], rewards[kept], len(x) - int(kept.sum())
+    bad, size = int((~finite).sum()), int(finite.sum(1).min())
+    if size < 2:
+        raise NonFiniteError(f"the reward is not finite for {bad} of {len(x)} samples")
+    kept = (finite & (finite.cumsum(1) <= size)).flatten()
+    return x[kept], rewards[kept], bad
 
 
 def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
@@ -486,6 +525,20 @@ def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
         f"Samples whose reward is not finite, {of_base} of the base's {count} and {of_tuned} of the tuned model's, are left out"
         " of every number: the laws are those of the others."
     ]
+
+
+def of_classes(rewards: Tensor, base_rewards: Tensor, tilt: Tensor, names: Sequence[str]) -> list[Row]:
+    """A test of the mean reward of each class, of samples that come one class after another, where its target law is known.
+
+    Args:
+        tilt: the log weights of the base samples [n].
+    """
+    found, parts = [], zip(*(each.chunk(len(names)) for each in (rewards, base_rewards, tilt)), strict=True)
+    for name, (tuned, base, of_class) in zip(names, parts, strict=True):
+        weights = ImportanceWeights.from_log_tilt(of_class)
+        if weights.unknown() is None:
+            found.append(mean_test(f"mean reward of class {name}", tuned, base, weights))
+    return found
 
 
 def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
@@ -507,7 +560,7 @@ MOST_PATHS = 256
 
 
 @torch.no_grad()
-def path_kl(recipe: Recipe, tuned: Model, base: Model) -> dict[str, Any]:
+def path_kl(recipe: Recipe, tuned: Model, base: Model, labels: Tensor | None = None) -> dict[str, Any]:
     """`path_kl` of the summary, fresh and with its standard error: of the memoryless samplers of both models, on the grid that
     the evaluation samples on. None, and `path_kl_absent` says why, for a method that tunes a solver without noise."""
     start, tuned_chain = base.flow.noise_time, recipe.method.sampling
@@ -516,8 +569,13 @@ def path_kl(recipe: Recipe, tuned: Model, base: Model) -> dict[str, Any]:
     steps = max(2, recipe.sampling.num_inference_steps)  # the last one is not controlled
     chain = Sampling(num_inference_steps=steps, shift=recipe.sampling.shift).chain(start)
     generator = stream(recipe.seed, "path kl", device=base.device)
-    x = base.start(max(2, min(MOST_PATHS, recipe.evaluation.num_samples)), generator)
-    ours, theirs = (in_chunks(model.flow, recipe.evaluation.batch_size) for model in (tuned, base))
+    count = max(2, min(MOST_PATHS, recipe.evaluation.num_samples))
+    if labels is not None:
+        classes = labels.unique()
+        labels = classes.repeat_interleave(max(1, count // len(classes)))
+        count = len(labels)
+    x = base.start(count, generator)
+    ours, theirs = (in_chunks(model.bound(labels), recipe.evaluation.batch_size) for model in (tuned, base))
     return {**mean_estimate(path_costs(chain, ours, theirs, x, generator)).named("path_kl"), "path_kl_absent": None}
 
 
@@ -634,10 +692,13 @@ def rehearse(recipe: Recipe, base: Model, reward: Reward, device: str) -> None:
     """Try on two samples of the base all that the training and the evaluation will need of others. Raises InputError, of one
     line, for what does not work: now, and not after the training."""
     settings = recipe.evaluation
-    if base.class_names:
-        raise InputError(f"model {recipe.model}: a recipe cannot evaluate a class-conditional model; tiltflow.tune tunes it")
+    check_classes(base, recipe.method, recipe.training)
+    labels = evaluation_labels(base, recipe.training, 2)
+    if labels is not None:
+        labels = labels[:2]
+        reward = told(reward, labels, base.class_names)
     with tried():
-        x = base.sample(2, seed=recipe.seed, sampling=recipe.sampling).to(device)
+        x = base.sample(2, labels=labels, seed=recipe.seed, sampling=recipe.sampling).to(device)
     gradient = getattr(recipe.method, "needs_reward_gradient", False)
     try_reward(reward, x, gradient=gradient, non_finite=recipe.training.non_finite_rewards)
     if settings.judge is None:
