@@ -45,6 +45,7 @@ from tiltflow.run_text_to_image import TextToImageRecipe, load_text_to_image
 from tiltflow.sampler import Sampling
 from tiltflow.serve_reward import BadRequestError, read_request
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
+from tiltflow.sweep import parse_grid
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 MANY = settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
@@ -160,24 +161,94 @@ def only_our_errors(function: Callable[[], object]) -> None:
         function()
 
 
+yaml_text = st.text(max_size=60) | st.lists(
+    st.sampled_from([
+        "a", "b", ": ", "- ", "\n", "  ", "[", "]", "{", "}", ", ", "'", '"', "|", ">-", "# ", "&a ", "*a", "!!int ", "!x ",
+        "? ", "\n---\n", "\n...\n", "%YAML 1.1\n", "%TAG ! x\n", "010", "1e-4", "1:30", "0x", "1_0", "~", "<<: ", "\t", "\\x",
+        "\\U00110000", "\u2028", "\x85", "\ufeff", "@", "`", "=", "%", "\r", "\x00", "9" * 5000, "[" * 70,
+    ])
+    | st.text(max_size=2),
+    max_size=25,
+).map("".join)  # fmt: skip
+
+
 def any_recipe(tree: dict[str, Any], text: str) -> None:
     only_our_errors(lambda: validate(Recipe, tree, "recipe"))
     only_our_errors(lambda: validate(TextToImageRecipe, tree, "recipe"))
-    only_our_errors(lambda: parse_yaml(text, "recipe"))
     only_our_errors(lambda: apply_overrides(tree, [text]))
+    only_our_errors(lambda: apply_overrides(tree, [f"a.b={text}"]))
+    only_our_errors(lambda: parse_grid([f"a={text}"]))
+
+
+def any_yaml(text: str) -> None:
+    try:
+        tree = parse_yaml(text, "recipe")
+    except InputError as error:
+        assert len(str(error)) < 300  # noqa: PT017
+        return
+    again = parse_yaml(dump_yaml(tree), "recipe")
+    assert repr(again) == repr(tree)  # NaN is NaN
 
 
 @FEW
-@given(tree=st.dictionaries(keys, values, max_size=6), text=st.text(max_size=60))
+@given(tree=st.dictionaries(keys, values, max_size=6), text=yaml_text)
 def test_any_recipe_is_read_or_refused(tree: dict[str, Any], text: str) -> None:
     any_recipe(tree, text)
 
 
 @pytest.mark.slow
 @MANY
-@given(tree=st.dictionaries(keys, values, max_size=6), text=st.text(max_size=60))
+@given(tree=st.dictionaries(keys, values, max_size=6), text=yaml_text)
 def test_any_recipe_is_read_or_refused_fuzz(tree: dict[str, Any], text: str) -> None:
     any_recipe(tree, text)
+
+
+@FEW
+@given(text=yaml_text)
+def test_any_yaml_is_read_and_written_or_refused(text: str) -> None:
+    any_yaml(text)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=20_000)
+@given(text=yaml_text)
+def test_any_yaml_is_read_and_written_or_refused_fuzz(text: str) -> None:
+    any_yaml(text)
+
+
+rows = st.lists(
+    values | st.dictionaries(st.sampled_from(["prompt", "promt", "x"]), values | st.text(max_size=9), max_size=3), max_size=4
+)
+prompt_files = st.tuples(
+    st.sampled_from([".txt", ".jsonl", ".json", ".csv"]),
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | rows.map(lambda rows: json.dumps(rows).encode())
+    | rows.map(lambda rows: "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-8", "surrogatepass"))
+    | st.just(b"[" * 100_000),
+)
+
+
+def any_prompts(folder: Path, suffix: str, content: bytes) -> None:
+    path = folder / f"prompts{suffix}"
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        for part in read_prompts(Prompts(path=str(path)), 0):
+            assert all(prompt.text == prompt.text.strip() != "" for prompt in part)
+            "\n".join(prompt.text for prompt in part).encode()
+
+
+@FEW
+@given(file=prompt_files)
+def test_any_prompts_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, file: tuple[str, bytes]) -> None:
+    any_prompts(tmp_path_factory.getbasetemp(), *file)
+
+
+@pytest.mark.slow
+@MANY
+@given(file=prompt_files)
+def test_any_prompts_are_read_or_refused_fuzz(tmp_path_factory: pytest.TempPathFactory, file: tuple[str, bytes]) -> None:
+    any_prompts(tmp_path_factory.getbasetemp(), *file)
 
 
 def test_a_checkpoint_is_looked_for_inside_its_run_alone(tmp_path: Path) -> None:
@@ -348,6 +419,59 @@ def resume(folder: Path) -> None:
     recipe = validate(Recipe, read_yaml(folder / "recipe.yaml"), "recipe")
     training = recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})
     run(recipe.model_copy(update={"training": training}), folder)
+
+
+def any_links(trained: Path, folder: Path, links: list[tuple[str, str, bool]]) -> None:
+    """A run some of whose files are links, by name or on the disk, is measured or refused, and nothing outside is changed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained, folder / "run")
+    (folder / "outside").mkdir()
+    for number, (name, to, soft) in enumerate(links):
+        place, outside = folder / "run" / name, folder / "outside" / str(number)
+        with contextlib.suppress(OSError):
+            if place.exists():
+                place.rename(outside)
+            elif to == "file":
+                outside.write_text("mine")
+            elif to == "folder":
+                outside.mkdir()
+            place.symlink_to(outside) if soft else place.hardlink_to(outside)
+    before = {path: path.read_bytes() for path in (folder / "outside").rglob("*") if path.is_file()}
+    only_our_errors(lambda: evaluate_run(folder / "run", num_samples=2))
+    assert {path: path.read_bytes() for path in (folder / "outside").rglob("*") if path.is_file()} == before
+
+
+links = st.lists(
+    st.tuples(st.sampled_from(PLACES), st.sampled_from(["file", "folder", "nothing"]), st.booleans()), min_size=1, max_size=4
+)
+
+
+@settings(FEW, max_examples=8)
+@given(links=links)
+def test_any_links_leave_what_is_outside_alone(
+    trained: Path, tmp_path_factory: pytest.TempPathFactory, links: list[tuple[str, str, bool]]
+) -> None:
+    any_links(trained, tmp_path_factory.getbasetemp() / "links", links)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=500)
+@given(links=links)
+def test_any_links_leave_what_is_outside_alone_fuzz(
+    trained: Path, tmp_path_factory: pytest.TempPathFactory, links: list[tuple[str, str, bool]]
+) -> None:
+    any_links(trained, tmp_path_factory.getbasetemp() / "links", links)
+
+
+def test_a_file_that_has_another_name_outside_is_not_written_through(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    names = ("before.png", "after.png", "summary.json", "report.html")
+    for name in names:
+        (tmp_path / name).hardlink_to(tmp_path / "run" / name)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    evaluate_run(tmp_path / "run", num_samples=4)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert all((tmp_path / "run" / name).read_bytes() != before[name] for name in ("after.png", "summary.json"))
 
 
 def test_a_run_that_is_reached_by_a_link_is_one(trained: Path, tmp_path: Path) -> None:
