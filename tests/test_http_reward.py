@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_recipe
 from torch import Tensor
 
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.reward import Reward, evaluate, given
 from tiltflow.rewards.http import Http
 from tiltflow.rewards.named_colour import NamedColour
+from tiltflow.run import Recipe, evaluate_run, run
 from tiltflow.serve_reward import BadRequestError, make_server, read_request
-from tiltflow.settings import validate
+from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
 WAIT = time.sleep
@@ -456,3 +459,38 @@ def test_it_listens_on_this_machine_alone() -> None:
     with pytest.raises(InputError, match="--port"):
         make_server(NamedColour().build(), server.server_address[1])
     server.server_close()
+
+
+def test_a_run_keeps_the_name_of_a_secret_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image model, without prompts, and a reward whose URL has a key: trained, gone on with, measured; no file has it."""
+    monkeypatch.setenv("REWARD_KEY", "s3cret&key")
+    seen = set()
+
+    class Bright(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.add(self.path)
+            images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["images"]
+            body = json.dumps({"rewards": [sum(image.encode()) for image in images]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Bright)) as url:
+        reward = {"name": "http", "url": url + "?key=${REWARD_KEY}", "batch_size": 8}
+        method = {"name": "orw-cfm-w2", "num_inference_steps": 3, "lr_scheduler": "constant", "min_effective_sample_size": 1}
+        training = {"max_train_steps": 1, "train_batch_size": 8}
+        path = tiny_recipe(tmp_path, reward=reward, method=method, training=training, evaluation={"num_samples": 16})
+        run(validate(Recipe, read_yaml(path), "recipe"), tmp_path / "run")
+        kept = read_yaml(tmp_path / "run" / "recipe.yaml")
+        assert kept["reward"]["url"] == url + "?key=${REWARD_KEY}"
+        kept["training"] |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+        run(validate(Recipe, kept, "recipe"), tmp_path / "run")
+        evaluate_run(tmp_path / "run", num_samples=8)
+    assert seen == {"/score?key=s3cret%26key"}
+    assert [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())] == [1, 2]
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        assert b"s3cret" not in file.read_bytes(), file

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from pydantic import BeforeValidator, Field
 
@@ -111,6 +112,14 @@ def test_yaml_scalars_mean_what_they_look_like(text: str, value: object) -> None
 def test_what_is_no_integer_is_not_taken_for_one(text: str) -> None:
     with pytest.raises(InputError, match=r"^here: (0|-01).* begins with a zero|^here: count must be a valid integer \(got"):
         validate(Outer, {"needed": "x", "count": parse_yaml(text, "here")}, "here")
+
+
+def test_a_number_out_of_an_array_is_one() -> None:
+    built = Outer(needed="x", count=np.arange(3)[2], inner=Inner(rate=np.float32(0.5)))
+    assert (built.count, built.inner.rate) == (2, 0.5)
+    assert type(built.count) is int
+    with pytest.raises(ValueError, match="valid integer"):
+        Outer(needed="x", count=np.bool_(True))
 
 
 def test_a_number_is_no_word_and_a_word_no_number() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -46,7 +47,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists_are_tuples(cls, values: Any) -> Any:
-        """YAML and JSON have lists, settings have tuples."""
+        """YAML and JSON have lists, NumPy has its own numbers; settings have tuples and Python's."""
         return _tuples(values) if isinstance(values, dict) else values
 
 
@@ -74,6 +75,8 @@ FunctionOrName = Annotated[str, External(only_functions=True)]
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
+    if isinstance(value, np.generic):  # a number out of an array is one of Python's
+        return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
