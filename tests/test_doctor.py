@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ import pytest
 import torch
 from tiny import tiny_recipe
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
-from tiltflow import doctor
+from tiltflow import doctor, memory
 from tiltflow.cli import app
 from tiltflow.doctor import Finding, Patient, admit, examine, verdict
 from tiltflow.flow import Flow
@@ -193,22 +198,136 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "training.micro_batch_size (now 8): the result is the same" in finding.remedy
 
 
-def test_the_activations_are_counted(tmp_path: Path) -> None:
-    """A perceptron by hand: each layer keeps its input, and the nonlinearity its own."""
-    network = nn.Sequential(nn.Linear(3, 50), nn.SiLU(), nn.Linear(50, 3))
+def test_the_memory_of_a_loss_is_that_by_hand(tmp_path: Path) -> None:
+    """w x, its sine and the exponential of that live at once on the way out. On the way back w x and the exponential are left,
+    then a cosine, and the gradients of the two that it is between."""
 
-    class Timeless(nn.Module):
+    class Bent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network
+            self.w = nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor, time: Tensor) -> Tensor:
-            out: Tensor = self.network(x)
-            return out
+            return (self.w * x).sin().exp()
 
-    patient = patient_for(tmp_path)
-    patient = replace(patient, tuned=Flow(Timeless()), batch=replace(patient.batch, x=torch.zeros(8, 3)))
-    assert doctor.activations(patient) == 4 * (3 + 50 + 50)  # the input, SiLU's input, the second layer's input
+    patient, tuned = patient_for(tmp_path), Flow(Bent())
+    patient = replace(patient, tuned=tuned, base=tuned, batch=replace(patient.batch, x=torch.zeros(8, 1000)))
+    found = memory.peak_of(partial(doctor._regress, patient), 8) / (8 * 1000 * 4)
+    assert 3 <= found < 5.1
+
+
+def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for as pipeline_recipe
+
+    from tiltflow.run_text_to_image import TextToImageRecipe
+
+    tree = pipeline_recipe(folder, "stable-diffusion", training.pop("name", "adjoint-matching"))
+    tree["model"] |= {"height": 32, "width": 32, **training.pop("model", {})}
+    tree["method"] |= training.pop("method", {})
+    tree["training"] |= training
+    return validate(TextToImageRecipe, tree, "recipe")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 4, "method": {"num_inference_steps": 6}},  # trajectories
+        {"decode_batch_size": 1, "micro_batch_size": 4},
+        {"model": {"gradient_checkpointing": True}, "micro_batch_size": 4},
+        {"model": {"adapter": None}},
+        {"name": "score-as-action"},
+        {"name": "orw-cfm-w2", "method": {"num_passes": 1}},
+    ],
+)
+def test_the_forecast_is_what_an_iteration_needs(changes: dict[str, Any], tmp_path: Path) -> None:
+    patient = doctor.admit(recipe_of_pipeline(tmp_path, **changes), "cpu")
+    said = doctor.forecast(patient).most
+    loop = patient.loop()
+    with memory.PeakMemory() as measured:
+        next(loop)
+    loop.close()
+    assert said / 1.5 < measured.peak < 1.5 * said
+
+
+def test_less_is_decoded_at_once(tmp_path: Path) -> None:
+    """With the same gradient; and the forecast knows."""
+    rows = []
+    for size in (4, 1):
+        patient = doctor.admit(recipe_of_pipeline(tmp_path, micro_batch_size=4, decode_batch_size=size), "cpu")
+        forecast = doctor.forecast(patient)
+        assert forecast.for_a_while[f"decoding {size} pictures"] > 0
+        loop = patient.loop()
+        rows.append((forecast.most, next(loop).metrics["gradient_norm"]))
+        loop.close()
+    assert rows[1][0] < 0.8 * rows[0][0]
+    assert rows[1][1] == pytest.approx(rows[0][1], rel=1e-4)
+
+
+REAL = """
+import ctypes, gc, re, sys, torch
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from test_doctor import recipe_of_pipeline
+from tiltflow import doctor, memory
+torch.set_num_threads(1)
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+model, method = {"height": 96, "width": 96}, {"num_inference_steps": 4}
+changes = {"model": model, "micro_batch_size": 8, "num_generations": 4, "method": method}
+patient = doctor.admit(recipe_of_pipeline(Path(sys.argv[1]), **changes), "cpu")
+said, loop = doctor.forecast(patient).most, patient.loop()
+next(loop)  # what is loaded and allocated once
+loop.close()
+loop = patient.loop()
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+next(loop)
+print(said, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux says it")
+def test_the_forecast_is_what_the_process_needs(tmp_path: Path) -> None:
+    """Against what the system says: PeakMemory could miss what is not a tensor."""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REAL, str(tmp_path), str(Path(__file__).parent)],
+        check=True, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"},
+    )  # fmt: skip
+    said, measured = (int(value) for value in found.stdout.split()[-2:])
+    assert said / 1.5 < measured < 1.5 * said
+
+
+def test_what_lives_is_counted() -> None:
+    """Not what was there before or is a view of it; what is computed once more on the way back too."""
+    x, n = torch.randn(1000, requires_grad=True), 4000
+    with memory.PeakMemory() as counted:
+        y = x.detach().exp()
+        y.view(10, 100)
+        z = y * 2
+        del y
+        z + 1
+    assert (counted.peak, counted.now) == (2 * n, n)
+
+    def layer(x: Tensor) -> Tensor:
+        return x.sin().sin().sin()
+
+    peaks = []
+    for recompute in (False, True):
+        with memory.PeakMemory() as counted:
+            kept = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            once = counted.now
+            (gradient,) = torch.autograd.grad(kept.sum(), x)
+        peaks.append((once // n, counted.peak // n))
+        del kept, gradient
+    assert peaks[0][0] == 3  # the two inputs that are kept, and the output
+    assert peaks[1][0] == 1
+    assert peaks[1][1] >= 4  # there they are again
 
 
 def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:

@@ -190,6 +190,20 @@ def test_prompts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
 
 
+def test_the_conditions_of_the_last_prompts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were used last, and the negative one, which all share, though the prompt that it came with is gone."""
+    monkeypatch.setattr("tiltflow.text_to_image.CONDITIONS_KEPT", 2)
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
+    first = model.encode(["one", "two", "three"])  # more at once than are kept
+    assert list(model.encoded) == ["two", "three"]
+    model.encode(["two"])
+    model.encode(["four"])
+    assert list(model.encoded) == ["two", "four"]
+    again = model.encode(["one", "two", "three"])
+    for before, after in zip(first, again, strict=True):
+        assert torch.equal(before["encoder_hidden_states"], after["encoder_hidden_states"])  # type: ignore[index]
+
+
 def test_a_prompt_that_is_too_long_warns(tmp_path: Path) -> None:
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
     with pytest.warns(UserWarning, match="tokenizer takes 77 of its 102 tokens"):

@@ -12,18 +12,21 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation import FEW, FEW_IN_GROUP, ImportanceWeights
-from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, rows
+from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, linearize, rows
+from tiltflow.memory import free_memory, peak_of
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.run import Recipe, batches, build_reward, prepare, rehearse
-from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
+from tiltflow.run_text_to_image import Decoded, TextToImageRecipe, prepare_recipe
 from tiltflow.sampler import Sampling, Start, rollout, sample
 from tiltflow.schedules import TOLERANCE
 from tiltflow.streams import stream
@@ -343,29 +346,58 @@ def parity(patient: Patient) -> Iterator[Finding]:
         yield Finding("parity", "green", f"our sampler draws the pipeline's own pictures, to {error:.1e}")
 
 
+class Forecast(NamedTuple):
+    """Bytes that training needs beside the weights: all the time, for a while, and at the most at once."""
+
+    always: dict[str, int]
+    for_a_while: dict[str, int]
+    most: int
+
+
+def forecast(patient: Patient) -> Forecast:
+    """What an iteration will need: counted on one and two samples, or known from its shapes."""
+    training, method, event = patient.recipe.training, patient.recipe.method, patient.batch.x[0]
+    parameters = list(patient.tuned.parameters())
+    average = sum(p.numel() * p.element_size() for p in parameters) if training.ema_decay else 0
+    moments = sum(2 * p.numel() * (1 if getattr(training, "use_8bit_adam", False) else p.element_size()) for p in parameters)
+    batch = len(patient.batch.x)
+    size = min(training.micro_batch_size or training.train_batch_size, batch)
+    steps, copies = method.sampling.num_inference_steps, method.trajectory_copies + int(patient.batch.guide is not None)
+    always = {
+        "optimizer, average": moments + average,
+        f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
+    }
+    while_ = {f"the reward of {size} samples": peak_of(partial(_score, patient), size)}
+    if patient.own is not None:
+        several = min(training.decode_batch_size or size, size)
+        while_[f"decoding {several} pictures"] = peak_of(partial(_decode, patient), several)
+        condition = patient.own.encode(patient.recipe.prompts.texts[:1] or ["a photograph"])
+        bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
+        always[f"conditions of {batch} samples"] = batch * bytes_of_one
+    of_reward = max(while_.values())
+    if method.needs_reward_gradient:  # it is taken through the last step, whose graph waits for it
+        while_[f"adjoints of {size} samples"] = peak_of(partial(_pull_back, patient), size)
+        of_reward += while_[f"adjoints of {size} samples"]
+    of_loss = while_[f"loss and gradients of {size} samples"] = peak_of(partial(_regress, patient), size)
+    return Forecast(always, while_, sum(always.values()) + max(of_reward, of_loss))
+
+
 def memory(patient: Patient) -> Iterator[Finding]:
     """What each part of training needs, against what the device has."""
     training = patient.recipe.training
-    network = cast(nn.Module, patient.tuned.network)
-    parameters = list(patient.tuned.parameters())
-    trained = sum(p.numel() * p.element_size() for p in parameters)
-    average = trained if training.ema_decay else 0
-    moments = sum(2 * p.numel() * (1 if getattr(training, "use_8bit_adam", False) else p.element_size()) for p in parameters)
-    held = {id(p): p.numel() * p.element_size() for p in network.parameters()}
-    frozen = patient.base.flow.network if isinstance(patient.base, AdapterOff) else patient.base.network
-    held |= {id(p): p.numel() * p.element_size() for p in cast(nn.Module, frozen).parameters()}
+    base = patient.base.flow if isinstance(patient.base, AdapterOff) else patient.base
+    networks = (patient.tuned.network, base.network)
+    held = {id(p): p.numel() * p.element_size() for network in networks for p in cast(nn.Module, network).parameters()}
     size = min(training.micro_batch_size or training.train_batch_size, len(patient.batch.x))
-    one = activations(patient)
-    phases = {
-        "gradients, optimizer, average": trained + moments + average,
-        f"activations of {size} samples": one * size,
-    }
-    need, available = sum(phases.values()), free_memory(patient.device)
-    text = ", ".join(f"{name} {gigabytes(value)}" for name, value in phases.items())
-    text = f"beside the weights, {gigabytes(sum(held.values()))}, and what the reward needs: {text}"
-    text += f"; the device has {gigabytes(available)} left with the weights in it"
+    (always, for_a_while, need), available = forecast(patient), free_memory(patient.device)
+    parts = [", ".join(f"{name} {gigabytes(value)}" for name, value in part.items()) for part in (always, for_a_while)]
+    text = (
+        f"beside the weights, {gigabytes(sum(held.values()))}: {parts[0]}, and for a while {parts[1]}; {gigabytes(need)} at the"
+    )
+    text += f" most; the device has {gigabytes(available)} left with the weights in it"
     if need > available:
         fix = f"lower training.micro_batch_size (now {size}): the result is the same; gradient_checkpointing; dtype bfloat16"
+        fix += "; training.decode_batch_size" if patient.own is not None else ""
         yield Finding("memory", "red", text, fix)
     elif need > 0.8 * available:
         yield Finding("memory", "amber", text, f"a smaller training.micro_batch_size than {size} gives the same result in less")
@@ -373,32 +405,39 @@ def memory(patient: Patient) -> Iterator[Finding]:
         yield Finding("memory", "green", text)
 
 
-def activations(patient: Patient) -> int:
-    """Bytes that the network keeps for the way back, for one sample: counted, not guessed."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    own = {p.untyped_storage().data_ptr() for p in cast(nn.Module, patient.tuned.network).parameters()}
-    flow, x = rows(patient.batch.bind(patient.tuned), slice(1)), patient.batch.x[:1].clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        flow(x, torch.tensor(0.5, device=x.device)).sum()
-    return sum(size for pointer, size in kept.items() if pointer not in own)
+def _regress(patient: Patient, count: int) -> None:
+    """Forward and back through the tuned network on some samples of the batch, for the gradient of what is trained."""
+    flow, x = rows(patient.batch.bind(patient.tuned), slice(count)), patient.batch.x[:count]
+    torch.autograd.grad(flow(x, torch.tensor(0.5, device=x.device)).sum(), list(patient.tuned.parameters()), allow_unused=True)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # no Linux
-        return 1 << 62
+def _pull_back(patient: Patient, count: int) -> None:
+    """Forward and back through the base on some samples of the batch, for the gradient of the samples."""
+    base, x = rows(patient.batch.bind(patient.base), slice(count)), patient.batch.x[:count]
+    v, pullback = linearize(base, x, torch.tensor(0.5, device=x.device))
+    pullback(v)
+
+
+def _decode(patient: Patient, count: int) -> None:
+    """Pictures of some latents, with their gradient if the method asks for it."""
+    assert patient.own is not None
+    latents = patient.batch.x[:count].clone().requires_grad_(bool(patient.recipe.method.needs_reward_gradient))
+    with torch.set_grad_enabled(latents.requires_grad):
+        images = patient.own.decode(latents, batch_size=count)
+        if latents.requires_grad:
+            torch.autograd.grad(images.sum(), latents)
+
+
+def _score(patient: Patient, count: int) -> None:
+    """The reward of some samples, of pictures where it is one of pictures, with its gradient if the method asks for it."""
+    x, reward = patient.batch.x[:count], rows(patient.told, slice(count))
+    if isinstance(reward, Decoded):
+        x, reward = x.new_zeros(count, 3, *reward.model.size), reward.reward
+    if patient.recipe.method.needs_reward_gradient:
+        value_and_gradient(reward, x)
+    else:
+        with torch.no_grad():
+            evaluate(reward, x)
 
 
 def iteration(patient: Patient) -> Iterator[Finding]:

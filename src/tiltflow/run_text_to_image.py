@@ -135,6 +135,9 @@ class TextToImageTraining(Survival):
     """Pictures of each of them."""
     micro_batch_size: Count | None = None
     """How many pictures a network sees at once. Changes the memory needed, not the result."""
+    decode_batch_size: Count | None = None
+    """How many pictures are decoded at once, with their gradient; as many as the network sees by default. Changes the memory
+    needed, not the result: at 512 pixels and in float32 a picture of Stable Diffusion needs more than 5 GB."""
     guidance_mode: GuidanceMode = "rollout"
     """none: pictures are drawn and learned from without guidance. rollout: drawn with it, learned from without: works best for
     Stable Diffusion, but no law is known that it aims at. full: both with it: aims at the tilt of the guided law, and the
@@ -295,7 +298,7 @@ def batches(
         ]
         condition, negative = model.encode([prompt.text for prompt in some])
         x = model.start(len(some), generator, first)
-        told = Decoded(model, told_of(reward, some), size)
+        told = Decoded(model, told_of(reward, some), training.decode_batch_size or size)
 
         def guide(flow: VelocityField) -> Guided:
             return Guided(flow, bind(flow, negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers

@@ -129,6 +129,8 @@ class AdjointMatching(Tilting):
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
 
     needs_reward_gradient: ClassVar[bool] = True
+    trajectory_copies: ClassVar[int] = 9
+    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
 
     @model_validator(mode="before")
     @classmethod

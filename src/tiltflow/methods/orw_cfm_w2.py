@@ -108,6 +108,8 @@ class OrwCfmW2(Optimization):
     """Samples in each of them; all of the round by default."""
 
     needs_reward_gradient: ClassVar[bool] = False
+    trajectory_copies: ClassVar[int] = 1
+    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
 
     @field_validator("weight")
     @classmethod

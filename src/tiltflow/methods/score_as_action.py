@@ -174,6 +174,8 @@ class ScoreAsAction(Tilting):
     they have, their gradients are noise that the policy would follow."""
 
     learns_reward: ClassVar[bool] = True
+    trajectory_copies: ClassVar[int] = 9
+    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
 
     @property
     def needs_reward_gradient(self) -> bool:

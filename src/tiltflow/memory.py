@@ -1,0 +1,71 @@
+"""How much memory something needs, counted as it runs, on any device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made in its context, while they live: `with PeakMemory() as memory: ..`.
+
+    Also what activation checkpointing makes once more on the way back. What a kernel needs for itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for part in tree_leaves((args, kwargs)):
+            if isinstance(part, Tensor):  # it was there before, and so was what is only a view of it
+                self.known.add(part.untyped_storage()._cdata)
+        out = func(*args, **(kwargs or {}))
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor):
+                self._made(part.untyped_storage())
+        return out
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak_of(run: Callable[[int], object], count: int) -> int:
+    """Bytes that `run(count)` needs at the most, from what it needs for one and for two: what there is for each, and once."""
+    peaks: list[int] = []
+    for few in range(1, min(count, 2) + 1):
+        with PeakMemory() as memory:
+            run(few)
+        peaks.append(memory.peak)
+    return peaks[0] + (count - 1) * max(peaks[-1] - peaks[0], 0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device has left."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:  # no Linux
+        return 1 << 62
