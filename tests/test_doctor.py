@@ -46,10 +46,10 @@ def the(findings: Any, check: str) -> Finding:
 def test_a_healthy_recipe_is_green(tmp_path: Path) -> None:
     findings = list(examine(recipe_for(tmp_path)))
     assert [finding.check for finding in findings] == [
-        "batch", "parts", "temperature", "reward", "gradient", "ratio", "memorylessness", "memory", "iteration",
+        "batch", "parts", "denoising", "temperature", "reward", "gradient", "ratio", "memorylessness", "memory", "iteration",
     ]  # fmt: skip
     # eight samples of a random network say little of a temperature or of a correlation: these two are tested below
-    assert {f.level for f in findings if f.check not in ("temperature", "memorylessness")} == {"green"}, findings
+    assert {f.level for f in findings if f.check not in ("denoising", "temperature", "memorylessness")} == {"green"}, findings
     assert "for all 4," in findings[-1].text
     assert not (tmp_path / "run").exists()
 

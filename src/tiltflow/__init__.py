@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tiltflow.doctor import examine_model
     from tiltflow.entry import load, tune
-    from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError
+    from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
     from tiltflow.fingerprints import accept_changes
     from tiltflow.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
@@ -42,8 +43,10 @@ _HOME = {
     "TextToImageTraining": "run_text_to_image",
     "TiltflowError": "errors",
     "Training": "run",
+    "UserCodeError": "errors",
     "accept_changes": "fingerprints",
     "allow_code": "plugins",
+    "examine_model": "doctor",
     "from_diffusers": "text_to_image",
     "load": "entry",
     "load_text_to_image": "run_text_to_image",
@@ -64,8 +67,10 @@ __all__ = [
     "TextToImageTraining",
     "TiltflowError",
     "Training",
+    "UserCodeError",
     "accept_changes",
     "allow_code",
+    "examine_model",
     "from_diffusers",
     "load",
     "load_text_to_image",

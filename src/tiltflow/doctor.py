@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tiltflow.consistency import TIMES, WRONG_CLOCK, consistency
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation import FEW, FEW_IN_GROUP, ImportanceWeights
 from tiltflow.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, linearize, rows
 from tiltflow.memory import free_memory, peak_of
+from tiltflow.model import Model, load
 from tiltflow.report import duration
 from tiltflow.reward import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.run import Recipe, batches, build_reward, prepare, rehearse
@@ -32,6 +34,7 @@ from tiltflow.schedules import TOLERANCE
 from tiltflow.streams import stream
 from tiltflow.text_to_image import TextToImage
 from tiltflow.trainer import Batch, Record
+from tiltflow.user_code import tried
 
 Level = Literal["green", "amber", "red"]
 MOST = 64
@@ -57,6 +60,7 @@ class Patient:
     Args:
         batch: what an iteration starts from.
         own: of a pipeline, the model; None otherwise.
+        model: of an image model, the base; None otherwise.
         loop: trains one batch after another.
     """
 
@@ -69,6 +73,7 @@ class Patient:
     device: torch.device
     loop: Callable[..., Generator[Record, None, None]]
     own: TextToImage | None = None
+    model: Model | None = None
 
     @property
     def size(self) -> int:
@@ -110,7 +115,7 @@ def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
         yield Finding("parts", "red", str(error), "put this right; nothing else was looked at")
         return
     yield Finding("parts", "green", f"model, reward and method are there and fit each other ({patient.device.type})")
-    for check in (temperature, reward_itself, reward_gradient, ratio, memoryless, parity, memory, iteration):
+    for check in (denoising, temperature, reward_itself, reward_gradient, ratio, memoryless, parity, memory, iteration):
         try:
             yield from check(patient)
         except torch.OutOfMemoryError as error:
@@ -129,18 +134,46 @@ def admit(recipe: Any, device: str) -> Patient:
             recipe, parts.flow, parts.base, parts.reward, batch, parts.model.grid, parts.model.device, parts.loop, parts.model
         )
     assert isinstance(recipe, Recipe)
-    from tiltflow.model import load
-
     model = load(recipe.model, device)
     reward = build_reward(recipe.reward, recipe.method, device)
     rehearse(recipe, model, reward, device)
     tuned, loop = prepare(model, reward, recipe.method, recipe.training, seed=recipe.seed)
     draw = batches(model, reward, recipe.method, recipe.training)
     batch = draw(stream(recipe.seed, "start", 0, device=model.device))
-    return Patient(recipe, tuned.flow, model.flow, reward, batch, model.flow.noise_time, model.device, loop)
+    return Patient(recipe, tuned.flow, model.flow, reward, batch, model.flow.noise_time, model.device, loop, model=model)
+
+
+def examine_model(model: Model, data: Tensor | None = None) -> Finding:
+    """Whether the network of a model is used as it was trained: on the right clock, in the right direction, as the right kind
+    of prediction (`tiltflow.consistency`). green, or amber with a remedy.
+
+    Args:
+        data: 32 or more samples [n, *event] that it was trained on. Without them the model is looked at on its own samples,
+            which a wrong one may fit by chance: a Gaussian around 0 that is read backwards is one.
+
+    >>> examine_model(Model(Flow(lambda x, time: -x), (2,))).level
+    'amber'
+
+    Raises InputError if the network cannot be called, or for data of another shape.
+    """
+    with tried():
+        found = consistency(model, data)
+    errors = ", ".join(f"{error:.2g}" for error in found.errors)
+    whose = "of its own samples" if data is None else "of the data"
+    text = f"the error of what it denoises is {errors} of the variance {whose} at t = {', '.join(f'{t:g}' for t in TIMES)}"
+    if found.wrong:
+        text += f": up to {found.worst:.3g} times that of the best affine guess, so it is not the velocity of their law"
+        return Finding("denoising", "amber", text, WRONG_CLOCK)
+    return Finding("denoising", "green", text)
 
 
 # ---- the checks ----
+
+
+def denoising(patient: Patient) -> Iterator[Finding]:
+    """Whether the network is the velocity field of the law that it samples."""
+    if patient.model is not None:
+        yield examine_model(patient.model)
 
 
 def geometry(recipe: Any) -> Finding:

@@ -5,6 +5,7 @@ This is the one place that tells them apart; what it calls is of one kind.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 
 from tiltflow import model as pixels
+from tiltflow.consistency import WRONG_CLOCK, consistency
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
 from tiltflow.fingerprints import check_unchanged, of_network
@@ -275,6 +277,8 @@ def _tuning(
 
 def _of_pixels(model: Model, reward: Reward, method: Any, training: Training, seed: int) -> _Tuning:
     tuned, loop = prepare(model, reward, method, training, seed=seed)
+    if model.network_settings is None and consistency(model).wrong:  # of a network that tiltflow does not know
+        warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=4)
 
     def write(folder: Path) -> None:
         if isinstance(reward, LearnedReward):
