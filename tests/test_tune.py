@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tiltflow
 from tiltflow.checkpoint import checkpoints
-from tiltflow.entry import read_recipe, training_of
+from tiltflow.entry import evaluate, read_recipe, training_of
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.flow import Flow, eval_mode
 from tiltflow.monitor import read_looks
@@ -316,6 +316,8 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
         tuned(output=tmp_path / "mine")
     with pytest.raises(InputError, match="began this run, in a program that has its model and reward"):
         read_recipe(read_yaml(tmp_path / "mine" / "recipe.yaml"), "recipe.yaml")
+    with pytest.raises(InputError, match=r"recipe\.yaml: tiltflow\.tune began this run, in a program"):
+        evaluate(tmp_path / "mine")
 
     base = tiltflow.load(tiny_flow(tmp_path / "flow"))
     training = tiltflow.Training(max_train_steps=2, train_batch_size=4)

@@ -28,7 +28,6 @@ from tiltflow.recipe import is_text_to_image
 from tiltflow.reward import LearnedReward, Reward, from_function
 from tiltflow.run import REWARD, Evaluation, Recipe, Training, evaluate_run, prepare
 from tiltflow.run import make_watcher as watch_pixels
-from tiltflow.run import read_recipe as read_pixels
 from tiltflow.run import run as run_pixels
 from tiltflow.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree, refuse_what_needs_a_folder
 from tiltflow.run_text_to_image import (
@@ -39,7 +38,6 @@ from tiltflow.run_text_to_image import (
     evaluate_text_to_image,
     load_run,
     load_text_to_image,
-    read_run,
     rough_pictures,
     run_text_to_image,
     tuned_copy,
@@ -73,12 +71,10 @@ def evaluate(folder: Path, *, device: str = "cpu", num_samples: int | None = Non
 
     Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
-    read_run_tree(folder)
-    of_pipeline = is_run_of_pipeline(folder)
-    if of_pipeline and num_samples is not None:
+    recipe = read_recipe(read_run_tree(folder), str(folder / RECIPE))
+    if isinstance(recipe, TextToImageRecipe) and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
     with working_in(folder):
-        recipe = read_run(folder) if of_pipeline else read_pixels(folder)
         check_unchanged(folder, recipe)
         if isinstance(recipe, Recipe):
             return evaluate_run(folder, device=device, num_samples=num_samples)
