@@ -165,7 +165,7 @@ def test_written_yaml_means_the_same_to_every_reader() -> None:
     yaml = pytest.importorskip("yaml")
     words = ["no", "y", "ON", "1:30", "010", "1e-4", "0o17", "1_0", "2024-01-01", "~", "", "<<", "=", "null", "a: b", "# a"]
     words += ["@x", "two\nlines\n", " lead", "trail ", "tab\there", "\x1b[31m", "\u2028", "\x85", "\ufeff", "é", "long " * 60]
-    words += ["- a", "[x", "!x", "&x"]
+    words += ["- a", "[x", "!x", "&x", "9" * 200 + "\\x, a", "a" * 300 + " \\ b", "long: " * 60]
     shared = [1, 2]
     tree = {"words": {word: word for word in words}, "numbers": [1, -2, 1e-5, 1e300, 0.5, -0.0], "rest": [None, True, [], {}]}
     tree |= {"b": shared, "a": shared}

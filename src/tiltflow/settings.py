@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,7 @@ def dump_yaml(tree: Any) -> str:
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Representer
     writer.default_flow_style = writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.width = sys.maxsize  # a quoted text that is folded just before a backslash would come back with a space in it
     text = io.StringIO()
     writer.dump(tree, text)
     return text.getvalue()
