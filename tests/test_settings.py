@@ -42,6 +42,8 @@ class Outer(Settings):
         ({"inner": {"kind": "cosin"}}, "here: inner.kind must be 'constant' or 'cosine', did you mean 'cosine'? (got 'cosin')"),
         ({"many": [{"rate": 1}, {"rats": 2}]}, "here: many.1.rats is not a setting, did you mean 'rate'?"),
         ({"count": "many"}, "here: count must be a valid integer (got 'many')"),
+        ({"many": 3}, "here: many must be a list, such as [1, 2] (got 3)"),
+        ({"inner": [1]}, "here: inner must be a mapping of settings (got [1])"),
         ({"count": 0}, "here: count must be greater than or equal to 1 (got 0)"),
         ({"cuont": 3}, "here: cuont is not a setting, did you mean 'count'?"),
         ({"path": {"name": "linear", "beta_min": 1}}, "here: path.beta_min is not a setting; known: name"),

@@ -290,6 +290,10 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
             return f"{dotted} is missing"
         case "value_error":
             return f"{dotted}: {message}" if dotted else message
+        case "tuple_type":
+            return f"{dotted} must be a list, such as [1, 2] (got {shown(problem['input'])})"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{dotted} must be a mapping of settings (got {shown(problem['input'])})"
         case "literal_error" | "union_tag_invalid":
             near = did_you_mean(str(problem["input"]), re.findall(r"'([^']*)'", message))
             return f"{dotted} must be {message}{near if near.startswith(', did') else ''} (got {shown(problem['input'])})"
