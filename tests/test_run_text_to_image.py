@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
+from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import PIPELINES, STABLE_DIFFUSION, tiny_pipeline
 from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
@@ -704,6 +706,61 @@ def test_settings_of_the_scheduler(tmp_path: Path) -> None:
     assert (t**2 / (t**2 + (1 - t) ** 2)).item() == pytest.approx(0.00612, abs=1e-5)
     tree["model"]["scheduler"] = {"beta_strat": 0.002}
     with pytest.raises(InputError, match="DDIMScheduler has no 'beta_strat', did you mean 'beta_start'"):
+        validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+
+
+def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
+    """From a recipe: its conditions are then zero, as in the pipeline itself."""
+    tree = recipe_for(tmp_path, "stable-diffusion-3")
+    tree["model"]["without"] = ["text_encoder_3", "tokenizer_3"]
+    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    pipeline = tiny_pipeline("stable-diffusion-3", tmp_path)
+    pipeline.text_encoder_3 = None
+    latents = torch.randn(1, *model.event_shape, generator=stream(0, "latents"))
+    options = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
+    expected = pipeline("a red cat", latents=latents.clone(), **options).images
+    found = model.sample_latents(["a red cat"], latents=latents, sampling=Sampling(solver="euler", num_inference_steps=3))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    for without, message in (("text_encoder_4", "did you mean 'text_encoder_[23]?'"), ("vae", "has no vae")):
+        tree["model"]["without"] = [without]
+        with pytest.raises(InputError, match=message):
+            validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+
+
+def test_a_recipe_that_starts_from_loras(tmp_path: Path) -> None:
+    """At their strengths, in base and tuned alike, and what is new is trained alone."""
+    tree, places = recipe_for(tmp_path, "stable-diffusion"), []
+    for i in range(2):
+        pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+        torch.manual_seed(i)
+        pipeline.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_k", "to_q"]))
+        pipeline.save_lora_weights(tmp_path / f"lora{i}", unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+        places.append(tmp_path / f"lora{i}")
+    tree["model"]["loras"] = [{"path": str(places[0])}, {"path": str(places[1]), "strength": 0.5}]
+    tree["evaluation"]["points"] = [{"num_inference_steps": 2, "guidance_scale": 1}]
+    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    plain = tiny_pipeline("stable-diffusion", tmp_path)
+    plain.load_lora_weights(places[0], adapter_name="a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain.load_lora_weights(places[1], adapter_name="b")
+    plain.set_adapters(["a", "b"], [1.0, 0.5])
+    expected = from_diffusers(plain).sample(["a red cat"], guidance_scale=1, sampling=Sampling(solver="euler", **SHORT))
+    found = model.sample(["a red cat"], guidance_scale=1, sampling=Sampling(solver="euler", **SHORT))
+    assert (found - expected).abs().max() < 1e-5
+    with pytest.warns(UserWarning, match="was trained on top of 'lora_0', 'lora_1'"):
+        train(tree, tmp_path / "run")
+    base, tuned = (load_text_to_image(tmp_path / "run").base(), load_text_to_image(tmp_path / "run"))
+    for one, same in ((base, True), (tuned, False)):
+        drawn = one.sample(["a red cat"], guidance_scale=1, sampling=Sampling(solver="euler", **SHORT))
+        assert ((drawn - expected).abs().max() < 1e-5) == same
+    export_run(tmp_path / "run", tmp_path / "exported")
+    assert (
+        'pipeline.set_adapters(["lora_0", "lora_1", "tuned"], [1.0, 0.5, 1.0])'
+        in (tmp_path / "exported" / "README.md").read_text()
+    )
+    tree["model"]["loras"] = [{"path": str(tmp_path / "nowhere")}]
+    with pytest.raises(InputError, match=r"model.loras.0.path .*nowhere: cannot be loaded"):
         validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 from peft import LoraConfig, get_peft_model_state_dict
@@ -23,7 +23,7 @@ from tiltflow.flow import AdapterOff, Guided, base_of, bind, linearize
 from tiltflow.run_text_to_image import tuned_copy
 from tiltflow.sampler import Sampling
 from tiltflow.streams import stream
-from tiltflow.text_to_image import TextToImage, families, load_tuned, save_tuned, with_adapter
+from tiltflow.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
 
@@ -141,6 +141,57 @@ def test_the_scheduler_decides_the_path_and_the_grid(name: str, options: dict[st
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:prompt .* of its")  # eight tokens are few
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        ("stable-diffusion", {"negative_prompt": "a blue dog"}),
+        ("stable-diffusion-xl", {"negative_prompt": "a blue dog"}),
+        ("stable-diffusion-3", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
+        ("flux", {"max_sequence_length": 8}),
+    ],
+)
+def test_settings_of_the_text_encoders(name: str, encoding: dict[str, Any], tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(name, tmp_path)
+    model, plain = from_diffusers(pipeline, **encoding), from_diffusers(pipeline)
+    latents = latents_of(model)
+    options = {"num_inference_steps": 4, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
+    lists = {key: [value] * len(PROMPTS) if isinstance(value, str) else value for key, value in encoding.items()}
+    expected = pipeline(PROMPTS, latents=latents.clone(), **options, **lists).images
+    found, other = (
+        one.sample_latents(PROMPTS, sampling=euler(4), latents=latents, guidance_scale=3.0) for one in (model, plain)
+    )
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - other).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [("flux", {"negative_prompt": "a blue dog"}), ("stable-diffusion", {"max_sequence_length": 8})],
+)
+def test_settings_that_the_text_encoders_do_not_have(name: str, encoding: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(encoding))}: pipeline .* takes none"):
+        from_diffusers(tiny_pipeline(name, tmp_path), **encoding)
+
+
+def test_weights_that_are_packed_into_bytes() -> None:
+    """As bitsandbytes does it: the first parameter is of integers, and the network computes in the dtype of the others."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(torch.tensor([[3, 0], [0, 5]], dtype=torch.uint8), requires_grad=False)
+            self.scale = nn.Parameter(torch.tensor(0.25, dtype=torch.bfloat16), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.bfloat16
+            return x @ (self.scale * self.packed)
+
+    denoiser = Denoiser(Packed(), lambda network, x, time, condition: network(x))
+    x = torch.tensor([[0.5, -0.75]])
+    assert torch.equal(denoiser(x, torch.zeros(1), {}), torch.tensor([[0.375, -0.9375]]))
+
+
 def test_the_prompt_and_its_guidance_matter(tmp_path: Path) -> None:
     for name in PIPELINES:
         model = from_diffusers(tiny_pipeline(name, tmp_path))
@@ -208,6 +259,18 @@ def test_a_prompt_that_is_too_long_warns(tmp_path: Path) -> None:
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
     with pytest.warns(UserWarning, match="tokenizer takes 77 of its 102 tokens"):
         model.encode(["a" * 100])
+
+
+def test_a_prompt_that_only_t5_takes_in_full(tmp_path: Path) -> None:
+    """CLIP takes 77 tokens, T5 as many as it is told; the tiny ones have one for each letter."""
+    pipeline = tiny_pipeline("stable-diffusion-3", tmp_path)
+    with pytest.warns(UserWarning, match="tokenizer takes 77 of its 102 tokens, the rest is seen by tokenizer_3 alone"):
+        from_diffusers(pipeline).encode(["a" * 100])
+    with pytest.warns(UserWarning, match="tokenizer takes 77 of its 102 tokens, the rest is not seen"):
+        from_diffusers(pipeline, max_sequence_length=90).encode(["a" * 100])
+    pipeline.text_encoder_3 = None
+    with pytest.warns(UserWarning, match="the rest is not seen"):
+        from_diffusers(pipeline).encode(["a" * 100])
 
 
 def test_decoding_in_parts_changes_nothing_but_memory(tmp_path: Path) -> None:

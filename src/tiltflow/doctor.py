@@ -356,13 +356,14 @@ def parity(patient: Patient) -> Iterator[Finding]:
     ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=4))
     with torch.no_grad():
         drawn = model.pipeline(
-            prompts,
+            prompts[0],
             height=height,
             width=width,
             guidance_scale=model.guidance_scale,
             num_inference_steps=4,
             latents=latents.to(model.pipeline.dtype),
             output_type="latent",
+            **model.encoding,
         ).images
         theirs = model.decode(cast(Tensor, drawn).to(latents)).cpu()
     error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()

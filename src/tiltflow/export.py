@@ -112,12 +112,19 @@ def usage(recipe: TextToImageRecipe, output: Path, place: str) -> str:
         if by_name(model.diffusers, assets(INDEX), "pipeline"):
             lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
         options = [f"{key}={quoted(value)}" for key in ("revision", "variant") if (value := getattr(model, key)) is not None]
+        options += [f"{part}=None" for part in model.without]
         options += [f"dtype=torch.{model.dtype}"] if model.dtype != "float32" else []
         lines += [
             f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
             f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
-            f"pipeline.load_lora_weights({quoted(place)})",
         ]
+        if model.loras:
+            names = [*(f"lora_{i}" for i in range(len(model.loras))), "tuned"]
+            for name, path in zip(names, [*(lora.path for lora in model.loras), place], strict=True):
+                lines += [f"pipeline.load_lora_weights({quoted(path)}, adapter_name={quoted(name)})"]
+            lines += [f"pipeline.set_adapters({quoted(names)}, {[*(lora.strength for lora in model.loras), 1.0]})"]
+        else:
+            lines += [f"pipeline.load_lora_weights({quoted(place)})"]
     prompt = (recipe.prompts.texts or ["a photograph"])[0]
     lines += [f"sampling = {quoted(sampling)}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,6 +81,15 @@ class Adapter(Settings):
     """The ends of the names of the layers; by default the attention of the family."""
 
 
+class Lora(Settings):
+    """A LoRA that the model has before it is tuned."""
+
+    path: PathOrName
+    """A file, a folder, or a name on the hub, as `pipeline.load_lora_weights` reads it, in safetensors."""
+    strength: float = 1.0
+    """What its output is multiplied with."""
+
+
 class DiffusersModel(Settings):
     """A pipeline of diffusers."""
 
@@ -97,6 +107,14 @@ class DiffusersModel(Settings):
     """Of the pictures, in pixels; the pipeline's own by default."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
     """By default 7.5, or 3.5 where it is an input of the network."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; nothing, or the empty prompt, by default, as the pipeline has it."""
+    max_sequence_length: Count | None = None
+    """Tokens of a prompt that T5 sees, where there is one; by default the pipeline's own number."""
+    without: tuple[str, ...] = ()
+    """Parts of the pipeline that are not loaded: text_encoder_3, the T5 of Stable Diffusion 3, which it can do without."""
+    loras: tuple[Lora, ...] = ()
+    """LoRAs that are loaded first, and stay below the adapter, in base and tuned alike."""
     adapter: Adapter | None = Adapter()
     """null tunes the whole denoiser, beside a frozen copy."""
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -108,7 +126,14 @@ class DiffusersModel(Settings):
         """The untuned model. Raises InputError if it cannot be had."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
+        options |= dict.fromkeys(self.without)
         pipeline = load_pipeline(self.diffusers, options)
+        for part in self.without:
+            if part not in pipeline.components:
+                raise InputError(
+                    f"model.without: {type(pipeline).__name__} has no {part!r}{did_you_mean(part, pipeline.components)}"
+                )
+        load_loras(pipeline, self.loras)
         own = pipeline.scheduler.config
         for key in self.scheduler:
             if key not in own:
@@ -116,12 +141,24 @@ class DiffusersModel(Settings):
         check_numbers(self.scheduler, "model.scheduler")
         with refused("model.scheduler: is refused"):
             pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
-        model = from_diffusers(
-            pipeline, height=self.height, width=self.width, guidance_scale=self.guidance_scale, device=device
-        )
+        given = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
+        model = from_diffusers(pipeline, device=device, **{key: getattr(self, key) for key in given})
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
         return model
+
+
+def load_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
+    """Load LoRAs into a pipeline, and switch them on. Raises InputError for what cannot be had, or is of another model."""
+    if not loras:
+        return
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for i, (name, lora) in enumerate(zip(names, loras, strict=True)):
+        with refused(f"model.loras.{i}.path {lora.path}: cannot be loaded"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
+            pipeline.load_lora_weights(lora.path, adapter_name=name, use_safetensors=True)
+    with refused("model.loras: do not fit the pipeline"):
+        pipeline.set_adapters(names, [lora.strength for lora in loras])
 
 
 class TextToImageTraining(Survival):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, Note
 from tiltflow.flow import Flow
 from tiltflow.interpolant import (
     DiscreteVariancePreserving,
@@ -200,6 +200,7 @@ class Schedule:
         warnings.warn(
             f"scheduler {kind.__name__}: at {num_inference_steps} steps it draws other latents than our sampler, by {apart:.2g}"
             f" of the largest on a normal law{why}; ours goes from each of {type(self.plain).__name__}'s times to the next",
+            Note,
             stacklevel=3,
         )
 

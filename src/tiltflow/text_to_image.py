@@ -7,6 +7,7 @@ the pipeline's own; what is particular to a family of pipelines is one file in `
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow import pipelines, processes
-from tiltflow.errors import InputError, did_you_mean, not_installed
+from tiltflow.errors import InputError, Note, did_you_mean, not_installed
 from tiltflow.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant
 from tiltflow.pipeline_folder import check_pipeline_folder, check_weights
@@ -39,6 +40,8 @@ from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 from tiltflow.user_code import explained, refused
 
+CLIP_TOKENS = 77
+"""As many tokens of a prompt as CLIP takes."""
 CONDITIONS_KEPT = 256
 """Prompts whose conditions are kept: 1.4 GB of Stable Diffusion 3."""
 GuidanceMode = Literal["none", "rollout", "full"]
@@ -56,13 +59,20 @@ class Denoiser(AnyFloats):
         self.network, self.predict = network, predict
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
+        dtype = floating_dtype(self.network)
         with explained("the pipeline's denoiser"):
             if dtype != torch.float16:
                 return self.predict(self.network, x.to(dtype), time.float(), in_dtype(condition, dtype)).to(x.dtype)
             inside = scale_gradient(x, 1 / GRADIENT_SCALE).to(dtype)
             predicted = self.predict(self.network, inside, time.float(), in_dtype(condition, dtype)).to(x.dtype)
             return scale_gradient(predicted, GRADIENT_SCALE)
+
+
+def floating_dtype(network: nn.Module) -> torch.dtype:
+    """In which a network computes: that of the first weights that are floats of 16 bits or more, which those that are packed
+    into 8 or 4 bits, by bitsandbytes or others, are not."""
+    dtypes = (p.dtype for p in network.parameters() if p.is_floating_point() and p.element_size() > 1)
+    return next(dtypes, torch.float32)
 
 
 class AdaptedDenoiser(Denoiser):
@@ -113,6 +123,7 @@ class TextToImage:
         guidance_scale: of classifier-free guidance, 1 or less for none, as in diffusers; or the input of a network that was
             distilled from it.
         schedule: what the pipeline's scheduler says.
+        encoding: what the pipeline encodes prompts with, if not with its own: negative_prompt, max_sequence_length.
         sampling: how to sample where nothing else is asked for: the scheduler's own times, without noise.
     """
 
@@ -122,6 +133,7 @@ class TextToImage:
     size: tuple[int, int]
     guidance_scale: float
     schedule: Schedule
+    encoding: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
     encoded: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     """The conditions of the prompts seen last, on the CPU: of CONDITIONS_KEPT they are computed once."""
@@ -184,7 +196,7 @@ class TextToImage:
                 continue
             with torch.no_grad(), explained("the pipeline's text encoder"):
                 self._warn_of_length(prompt)
-                pair = on_device(self.family.encode(self.pipeline, [prompt], self.size), torch.device("cpu"))
+                pair = on_device(self.family.encode(self.pipeline, [prompt], self.size, **self.encoding), torch.device("cpu"))
             # the negative one does not depend on the prompt: all share that of the first
             self.encoded[prompt] = pair[0], next(iter(self.encoded.values()), pair)[1]
         several = (joined([self.encoded[prompt][i] for prompt in prompts]) for i in (0, 1))
@@ -197,18 +209,26 @@ class TextToImage:
         return condition, negative
 
     def _warn_of_length(self, prompt: str) -> None:
-        for name in ("tokenizer", "tokenizer_2"):
+        """CLIP takes 77 tokens, T5 as many as the pipeline says: what one of them does not see, another may."""
+        lengths = inspect.signature(self.family.encode).parameters
+        cut: list[tuple[str, int, int]] = []
+        whole: list[str] = []
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             tokenizer = getattr(self.pipeline, name, None)
-            if tokenizer is None or (name == "tokenizer_2" and tokenizer.model_max_length > 77):
+            if tokenizer is None or getattr(self.pipeline, name.replace("tokenizer", "text_encoder"), None) is None:
                 continue
+            most = tokenizer.model_max_length
+            if most > CLIP_TOKENS and "max_sequence_length" in lengths:
+                most = self.encoding.get("max_sequence_length", lengths["max_sequence_length"].default)
             count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if count > tokenizer.model_max_length:
-                most = tokenizer.model_max_length
-                warnings.warn(
-                    f"prompt {prompt[:40]!r}: {name} takes {most} of its {count} tokens, the rest is not seen",
-                    stacklevel=5,
-                )
-                return
+            if count > most:
+                cut.append((name, most, count))
+            else:
+                whole.append(name)
+        for name, most, count in cut[:1]:
+            rest = f"the rest is seen by {' and '.join(whole)} alone" if whole else "the rest is not seen"
+            text = f"prompt {prompt[:40]!r}: {name} takes {most} of its {count} tokens, {rest}"
+            warnings.warn(text, Note, stacklevel=5)
 
     def decode(self, latents: Tensor, *, batch_size: int = 4) -> Tensor:
         """Images [batch, 3, height, width], about [-1, 1], of latents [batch, *event]. Differentiable: parts of `batch_size`
@@ -339,6 +359,8 @@ def from_diffusers(
     height: int | None = None,
     width: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> TextToImage:
@@ -347,12 +369,14 @@ def from_diffusers(
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
         guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
+        negative_prompt: what guidance leads away from; nothing, or the empty prompt, by default, as in diffusers.
+        max_sequence_length: tokens of a prompt that T5 sees, where there is one; the pipeline's own number by default.
         options: of `DiffusionPipeline.from_pretrained`, such as `dtype` (float32 by default), `revision` and `variant`.
 
     The decoder is read and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
 
-    Raises InputError if there is no such pipeline, if its class is not known, if a component is missing, or for a size or a
-    guidance scale that cannot be.
+    Raises InputError if there is no such pipeline, if its class is not known, if a component is missing, or for a size, a
+    guidance scale or a setting of the text encoders that cannot be.
     """
     pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
     known, name = families(), type(pipeline).__name__
@@ -383,13 +407,19 @@ def from_diffusers(
             f"pipeline {name}: its {family.DENOISER} was distilled to take the guidance scale as an input (time_cond_proj_dim),"
             " which is known here for FLUX alone"
         )
+    asked = {"negative_prompt": negative_prompt, "max_sequence_length": max_sequence_length}
+    encoding = {key: value for key, value in asked.items() if value is not None}
+    for key in encoding:
+        if key not in inspect.signature(family.encode).parameters:
+            raise InputError(f"{key}: pipeline {name} takes none; leave it out")
     denoiser = Denoiser(network, family.predictor(pipeline, size))
     scale = (
         checked_scale(guidance_scale) if guidance_scale is not None else 3.5 if hasattr(family, "distilled_guidance") else 7.5
     )
     tokens = family.image_tokens(pipeline, *size) if hasattr(family, "image_tokens") else 0
     schedule = schedule_of(pipeline.scheduler, tokens, getattr(family, "sigmas", None))
-    model = TextToImage(pipeline, family, Flow(denoiser, schedule.prediction, schedule.path), size, scale, schedule)
+    flow = Flow(denoiser, schedule.prediction, schedule.path)
+    model = TextToImage(pipeline, family, flow, size, scale, schedule, encoding)
     schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
     if guidance_scale is not None and model.distilled and not family.distilled_guidance(pipeline):
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
@@ -453,13 +483,13 @@ def with_adapter(
             network.add_adapter(config, adapter)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
-    denoiser = AdaptedDenoiser(network, model.denoiser.predict, adapter, below)
+    denoiser, computed = AdaptedDenoiser(network, model.denoiser.predict, adapter, below), floating_dtype(network)
     network.enable_adapters()
     denoiser.activate((*below, adapter))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-            if network.dtype == torch.float16:
+            if computed == torch.float16:
                 parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
     assert isinstance(model.flow, Flow)
     return replace(model, flow=replace(model.flow, network=denoiser))
@@ -498,6 +528,7 @@ def save_tuned(model: TextToImage, folder: Path) -> None:
     if below:
         warnings.warn(
             f"{folder}: holds the new adapter alone, which was trained on top of {', '.join(map(repr, below))}: load that too",
+            Note,
             stacklevel=2,
         )
 
@@ -505,7 +536,7 @@ def save_tuned(model: TextToImage, folder: Path) -> None:
 def save_sampling(model: TextToImage, folder: Path) -> None:
     """Write what plain diffusers draws the same pictures with: a scheduler, and arguments of the pipeline in sampling.json."""
     model.schedule.plain.save_pretrained(folder / "scheduler")
-    options: dict[str, float] = dict(zip(("height", "width"), model.size, strict=True))
+    options = {**dict(zip(("height", "width"), model.size, strict=True)), **model.encoding}
     if not model.distilled or model.family.distilled_guidance(model.pipeline):
         options["guidance_scale"] = model.guidance_scale
     (folder / SAMPLING).write_text(json.dumps(options) + "\n", encoding="utf-8")

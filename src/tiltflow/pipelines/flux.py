@@ -41,9 +41,11 @@ def sigmas(num_inference_steps: int) -> Tensor:
     return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
 
 
-def encode(pipeline: Any, prompts: list[str], size: tuple[int, int]) -> tuple[Condition, None]:
+def encode(
+    pipeline: Any, prompts: list[str], size: tuple[int, int], *, max_sequence_length: int = 512
+) -> tuple[Condition, None]:
     """The conditions of the prompts, each tensor [batch, ..]; there are no negative ones."""
-    embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
+    embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device, max_sequence_length=max_sequence_length)
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}, None
 
 

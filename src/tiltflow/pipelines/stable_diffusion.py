@@ -27,9 +27,12 @@ def latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, ...]:
     return pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
 
 
-def encode(pipeline: Any, prompts: list[str], size: tuple[int, int]) -> tuple[Condition, Condition]:
+def encode(
+    pipeline: Any, prompts: list[str], size: tuple[int, int], *, negative_prompt: str | None = None
+) -> tuple[Condition, Condition]:
     """The conditions of the prompts and the negative ones, each tensor [batch, ..]."""
-    embeds, negative = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
+    negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
+    embeds, negative = pipeline.encode_prompt(prompts, pipeline.device, 1, True, negatives)
     return {"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative}
 
 

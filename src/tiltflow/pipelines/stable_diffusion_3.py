@@ -33,9 +33,23 @@ def image_tokens(pipeline: Any, height: int, width: int) -> int:
     return (height // patch) * (width // patch)  # type: ignore[no-any-return]
 
 
-def encode(pipeline: Any, prompts: list[str], size: tuple[int, int]) -> tuple[Condition, Condition]:
+def encode(
+    pipeline: Any,
+    prompts: list[str],
+    size: tuple[int, int],
+    *,
+    negative_prompt: str | None = None,
+    max_sequence_length: int = 256,
+) -> tuple[Condition, Condition]:
     """The conditions of the prompts and the negative ones, each tensor [batch, ..]."""
-    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts, prompts, prompts, device=pipeline.device)
+    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+        prompts,
+        prompts,
+        prompts,
+        device=pipeline.device,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+    )
     return (
         {"encoder_hidden_states": embeds, "pooled_projections": pooled},
         {"encoder_hidden_states": negative, "pooled_projections": negative_pooled},

@@ -19,9 +19,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def encode(pipeline: Any, prompts: list[str], size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def encode(
+    pipeline: Any, prompts: list[str], size: tuple[int, int], *, negative_prompt: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The conditions of the prompts and the negative ones, each tensor [batch, ..]."""
-    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts, device=pipeline.device)
+    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+        prompts, device=pipeline.device, negative_prompt=negative_prompt
+    )
     time_ids = torch.tensor([[*size, 0, 0, *size]], device=embeds.device, dtype=embeds.dtype).expand(len(prompts), -1)
 
     def condition(embeds: Tensor, pooled: Tensor) -> dict[str, Any]:
