@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from test_resume import METHODS, recipe_for, resuming
 from test_run_text_to_image import recipe_for as picture_recipe
 from torch import Tensor
 
 from tiltflow import processes
 from tiltflow.checkpoint import FOLDER, checkpoints
-from tiltflow.errors import NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.lock import LOCK
 from tiltflow.run import Recipe, run
 from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
 from tiltflow.settings import read_yaml, validate
@@ -26,6 +28,26 @@ def methods(folder: Path) -> None:
     """A short run by each method, evaluation and all."""
     for method in METHODS:
         run(shared_recipe(folder, method), folder / method)
+    taken(folder, shared_recipe(folder, method))
+
+
+def taken(folder: Path, recipe: Recipe) -> None:
+    """What each process says of a folder that is occupied, one that is worked in, and one that cannot be."""
+    said = []
+    lock = FileLock(folder / "locked" / LOCK)
+    if processes.is_main():
+        (folder / "locked").mkdir()
+        lock.acquire()
+        (folder / "file").touch()
+    processes.wait()
+    for name in (recipe.method.name, "locked", "file"):
+        try:
+            run(recipe, folder / name)
+        except InputError as error:
+            said.append(str(error).removeprefix(str(folder)))
+    (folder / f"said-by-{processes.index()}").write_text("\n".join(said))
+    processes.wait()
+    lock.release()
 
 
 def pictures(folder: Path) -> None:

@@ -372,3 +372,23 @@ def test_verify_checkpoint(tmp_path: Path) -> None:
     assert "good step-00000001" in bad.output
     assert "is not what was written" in bad.output
     assert runner.invoke(app, ["verify-checkpoint", str(tmp_path / "checkpoints" / "step-00000001")]).exit_code == 0
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_called_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run writes a newer one, and keeps only the last, in the middle of reading the first."""
+    save_checkpoint(tmp_path / "checkpoints", 1, state(1))
+    digest, root = checkpoint._sha256, tmp_path / "checkpoints"
+
+    def meanwhile(path: Path) -> str:
+        if path.parent.name == "step-00000001" and not (root / "step-00000002").exists():
+            save_checkpoint(root, 2, state(2), total_limit=1)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", meanwhile)
+    result = CliRunner().invoke(app, ["verify-checkpoint", str(tmp_path), "--json"])
+    assert result.exit_code == 0
+    assert "gone step-00000001: deleted meanwhile" in result.output
+    assert "bad" not in result.output
+    assert json.loads(result.stdout.splitlines()[-1])["checkpoints"] == []

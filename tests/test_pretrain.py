@@ -121,6 +121,40 @@ def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path
         run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
 
 
+def test_a_judge_or_a_test_split_that_does_not_fit_is_found_before_training(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltflow.pretrain.pretrain", lambda *arguments: pytest.fail("trained"))
+    flow, small = "digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]"]
+    arrays = dict(np.load(npz))
+    np.savez(tmp_path / "sizes.npz", **arrays | {"x_test": arrays["x_test"][:, :4]})
+    np.savez(tmp_path / "unlabelled.npz", **{key: value for key, value in arrays.items() if key != "y_test"})
+    classifier = ["training.max_train_steps=3", "network.image_size=8", "network.classes=2"]
+    for name, data, settings, said in (
+        (flow, npz, [*small, "judge=digits-judge"], "judge digits-judge: does not take samples of shape .1, 8, 8."),
+        (flow, npz, [*small, "judge=nobody"], "there is no model 'nobody'"),
+        (flow, tmp_path / "sizes.npz", [*small, "judge=null"], "x_test are .1, 4, 8., x_train .1, 8, 8."),
+        ("digits-judge", tmp_path / "unlabelled.npz", classifier, "has no labels of x_test"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            run_pretraining(read_pretraining(name, settings), data, tmp_path / "model", name="m")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "model").exists()
+
+
+def test_scores_that_cannot_be_had_do_not_lose_the_model(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tiltflow.pretrain.flow_scores", fails)
+    flow = read_pretraining("digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]", "judge=null"])
+    with pytest.raises(MemoryError):
+        run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
+    assert load(tmp_path / "flow").sample(2).shape == (2, 1, 8, 8)
+    assert "training_loss" in (tmp_path / "flow" / "README.md").read_text()
+    assert not list((tmp_path / "flow").glob(".*"))
+
+
 def test_a_class_conditional_flow_learns_a_law_for_each_class(npz: Path, tmp_path: Path) -> None:
     """Dark and bright images: mean -.61 and .57 of the pixels; the wrong number of classes, or no labels, is one line."""
     unet = {"name": "unet", "channels": [8, 8], "blocks": [1, 1], "embedding": 8}

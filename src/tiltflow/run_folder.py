@@ -187,24 +187,21 @@ class RunFolder:
             check_tracker(recipe.training.report_to)
         recipe = absolute(recipe)
         with working_in(path, note):
-            place = cls._found(path, recipe, note)
-            place.also = also or {}
-            processes.from_main(place._compare)
-            yield place
+            yield cls._found(path, recipe, note, also or {})
 
     @classmethod
-    def _found(cls, path: Path, recipe: Any, note: Callable[[str], None]) -> RunFolder:
+    def _found(cls, path: Path, recipe: Any, note: Callable[[str], None], also: Mapping[str, str]) -> RunFolder:
         """What there is to go on from in a folder that is locked."""
         wanted = recipe.training.resume_from_checkpoint
         if wanted is None:
             claim(path)
             processes.wait()  # for all to have looked, before one writes
-            return cls(path, recipe, note=note)
+            return cls(path, recipe, note=note, also=also)
         if not (path / RECIPE).exists():
             claim(path)
             processes.wait()
             note("there is no run to go on with yet: a new one begins")
-            return cls(path, recipe, note=note)
+            return cls(path, recipe, note=note, also=also)
         refuse_links(path)
         processes.from_main(lambda: refuse_changes(path, recipe))
         root = path / checkpoint.FOLDER
@@ -221,7 +218,7 @@ class RunFolder:
                 raise InputError(f"training.resume_from_checkpoint: {path} has no checkpoint {wanted!r}; it has {known}")
         if chosen is None:
             note("no checkpoint to go on from: the run begins anew")
-            return cls(path, recipe, note=note)
+            return cls(path, recipe, note=note, also=also)
         saved = checkpoint.load_checkpoint(chosen)
         loop = saved.get("loop")
         if not isinstance(saved.get("environment"), dict) or not isinstance(loop, dict) or type(loop.get("step")) is not int:
@@ -229,8 +226,10 @@ class RunFolder:
         for key, now in environment().items():
             if (then := saved["environment"].get(key)) != now:
                 note(f"{key} was {then}, now {now}: the same numbers up to rounding, but not bit for bit")
+        place = cls(path, recipe, loop, note, prints=saved.get("fingerprints"), also=also)
+        processes.from_main(place._compare)
         note(f"going on from {chosen.name}")
-        return cls(path, recipe, loop, note, prints=saved.get("fingerprints"))
+        return place
 
     def _remedy(self, error: Exception) -> str:
         """What to lower, where memory runs out: what changes the memory and not the result comes first."""
