@@ -193,12 +193,10 @@ def completed(line: str) -> list[str]:
 
 
 def test_the_shell_completes_names() -> None:
-    assert completed("tiltflow ver") == ["verify-checkpoint", "verify"]
     assert completed("tiltflow verify mixture --method ") == list(tiltflow.cli.METHODS)
     assert completed("tiltflow sample digits-flow --solver euler") == ["euler", "euler-maruyama"]
     assert completed("tiltflow train digits-even-") == ["digits-even-long", "digits-even-orw", "digits-even-reweighted"]
     assert completed("tiltflow settings adj") == ["adjoint-matching"]
-    assert "tiles-pipeline" in completed("tiltflow sample tiles")
     assert "complete -o default -F _tiltflow_completion tiltflow" in shell_script()
 
 

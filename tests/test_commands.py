@@ -22,6 +22,7 @@ from tiltflow.entry import read_recipe
 from tiltflow.pretrain import pretraining_of
 from tiltflow.pretrain_pipeline import PipelinePretraining
 from tiltflow.recipe import find_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.report import commands
 from tiltflow.run import Recipe, run
 from tiltflow.sampler import Sampling
 from tiltflow.settings import read_yaml, validate
@@ -182,14 +183,15 @@ def all_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_what_the_report_of_an_image_model_says_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the folder is called: the name of a model that ships, quotes, markup."""
-    for name in ("digits-flow", "it's [1]"):
-        recipe = tiny_recipe(tmp_path, training={"max_train_steps": 1, "train_batch_size": 4})
-        run(validate(Recipe, read_yaml(recipe), "recipe"), tmp_path / name)
-        there = all_work(tmp_path / name, monkeypatch)
-        assert {f"{name}-samples.png", f"{name}-again"} <= there
-        again = read_yaml(tmp_path / f"{name}-again" / "recipe.yaml")
-        assert again == read_yaml(tmp_path / name / "recipe.yaml")
+    """Whatever the folder is called, quotes and markup too; that of a model that ships would be the model, without `./`."""
+    assert commands({}, "digits-flow")["new samples"].startswith("tiltflow sample ./digits-flow ")
+    name = "it's [1]"
+    recipe = tiny_recipe(tmp_path, training={"max_train_steps": 1, "train_batch_size": 4})
+    run(validate(Recipe, read_yaml(recipe), "recipe"), tmp_path / name)
+    there = all_work(tmp_path / name, monkeypatch)
+    assert {f"{name}-samples.png", f"{name}-again"} <= there
+    again = read_yaml(tmp_path / f"{name}-again" / "recipe.yaml")
+    assert again == read_yaml(tmp_path / name / "recipe.yaml")
 
 
 def test_what_the_report_of_a_pipeline_says_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
