@@ -10,12 +10,11 @@ import affine
 import pytest
 import torch
 from affine import Affine, on_gaussian, riccati
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiltflow.adjoint import lean_adjoint
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
 from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
@@ -771,7 +770,7 @@ def test_keys_beside_a_preset_win() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ValidationError, match=problem):
+    with pytest.raises(SettingsError, match=problem):
         AdjointMatching(**settings)
 
 

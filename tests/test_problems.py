@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
+from tiltflow.errors import SettingsError
 from tiltflow.problems import (
     CorrectedVelocity,
     ExactVelocity,
@@ -341,7 +341,7 @@ def test_mixture_by_number() -> None:
     ],
 )
 def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         problem(**settings)
 
 

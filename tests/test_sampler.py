@@ -10,11 +10,10 @@ import affine
 import pytest
 import torch
 from affine import on_gaussian
-from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, SettingsError
 from tiltflow.flow import Flow
 from tiltflow.interpolant import DiscreteVariancePreserving, Linear
 from tiltflow.sampler import (
@@ -577,7 +576,7 @@ def test_solvers_by_name_of_a_function(generator: torch.Generator) -> None:
     assert_close(sample(gaussian_flow, x, sampling, generator), 0.7 + 0.5 * x, atol=1e-3, rtol=0)
     with pytest.raises(InputError, match=r"test_sampler has no 'midpont', did you mean 'midpoint'"):
         Sampling(solver="test_sampler:midpont").ode_solver()
-    with pytest.raises(ValidationError, match="there is no solver 'huen', did you mean 'heun'"):
+    with pytest.raises(SettingsError, match="there is no solver 'huen', did you mean 'heun'"):
         Sampling(solver="huen")
 
 

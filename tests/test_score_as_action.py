@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flow import Flow
 from tiltflow.lqg import Lqg, evaluate_chain, evaluate_policy
 from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
@@ -477,7 +476,7 @@ def test_network_evaluations() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         ScoreAsAction.model_validate(settings)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.lqg import Lqg, evaluate_chain
 from tiltflow.networks.image_critic import ImageCritic
 from tiltflow.networks.mlp import Mlp
@@ -106,7 +105,7 @@ def test_a_broken_boundary_is_refused() -> None:
     with pytest.raises(InputError, match=r"V\(1, x\) must be r\(x\), so skip\(1\) must be 1 and out\(1\) 0, got 1 and 1"):
         Critic(form="test_value:broken_at_the_end").build((2,), 0, torch.device("cpu"))
     for form, message in (("cosin", "there is no form 'cosin'"), ("cos_sin", "did you mean 'cos-sin'")):
-        with pytest.raises(ValidationError, match=message):
+        with pytest.raises(SettingsError, match=message):
             Critic(form=form)
 
 

@@ -74,8 +74,9 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
     if data is None:
         few = Sampling(solver="heun", num_inference_steps=8)
         x1 = model.sample(count, seed=stream(seed, "consistency").initial_seed(), sampling=few)
-    elif data.shape[1:] != model.event_shape or len(data) < FEWEST:
-        raise InputError(f"data must be {FEWEST} or more samples of shape {list(model.event_shape)}, got {list(data.shape)}")
+    elif not isinstance(data, Tensor) or data.shape[1:] != model.event_shape or len(data) < FEWEST:
+        got = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
+        raise InputError(f"data must be {FEWEST} or more samples of shape {list(model.event_shape)}, got {got}")
     else:
         x1 = data[:count]
     x1 = x1.to(model.device)

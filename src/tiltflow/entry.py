@@ -20,6 +20,7 @@ from tiltflow.consistency import WRONG_CLOCK, consistency
 from tiltflow.determinism import deterministic
 from tiltflow.errors import InputError
 from tiltflow.fingerprints import check_unchanged, of_network
+from tiltflow.flow import Flow
 from tiltflow.lock import working_in
 from tiltflow.model import Model
 from tiltflow.plugins import part_of
@@ -47,7 +48,8 @@ from tiltflow.sampler import Sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.text_to_image import AdaptedDenoiser, TextToImage, from_diffusers, save_tuned
-from tiltflow.trainer import Record
+from tiltflow.trainer import Method, Record
+from tiltflow.user_code import check_device, whole_number
 
 AnyRecipe = Recipe | TextToImageRecipe
 
@@ -93,6 +95,10 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
 
     Raises InputError if there is none, if it is a classifier, or if its files cannot be read.
     """
+    given: Any = name_or_path
+    if not isinstance(given, (str, Path)):
+        raise InputError(f"load: give the name of a model or its folder, not {given!r}")
+    check_device(device)
     shipped = by_name(name_or_path, assets(INDEX) | assets(pixels.CONFIG), "model")
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
@@ -170,6 +176,8 @@ def tune(
     Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError. After
     any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
     """
+    check_arguments(model, reward, method, training, watch, note)
+    seed = whole_number(seed, "tune: seed")
     told, of_pipeline = from_function(reward), isinstance(model, TextToImage)
     settings: Training | TextToImageTraining = (
         training_of(TextToImageTraining, training) if of_pipeline else training_of(Training, training)
@@ -196,6 +204,29 @@ def tune(
             place.train(tuning.loop, save, watch=watch, watcher=watcher)
             place.end({"iterations": read_records(folder)[-1]["step"]})
             return tuning.tuned
+
+
+def check_arguments(model: Any, reward: Any, method: Any, training: Any, watch: Any, note: Any) -> None:
+    """Raises InputError, of one line, for arguments of `tune` of another kind, with what was most likely meant."""
+    if not isinstance(model, (Model, TextToImage)):
+        meant = "a Model or what from_diffusers gives"
+        if isinstance(model, (str, Path)):
+            meant = f"tiltflow.load({str(model)!r})"
+        elif isinstance(model, Flow):
+            meant = "Model(flow, event_shape)"
+        elif isinstance(model, nn.Module):
+            meant = "Model(Flow(network), event_shape)"
+        raise InputError(f"tune: model must be {meant}, is {type(model).__name__}")
+    if isinstance(reward, Settings):
+        raise InputError(f"tune: reward is the settings of one; give what they build: {type(reward).__name__}(..).build()")
+    if isinstance(method, type) or not isinstance(method, Method):
+        got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise InputError(f"tune: method must be the settings of one, such as AdjointMatching(beta=1.0), is {got}")
+    if training is not None and not isinstance(training, (Training, TextToImageTraining)):
+        raise InputError(f"tune: training must be a Training(max_train_steps=.., ..), is {training!r}")
+    for name, function in (("watch", watch), ("note", note)):
+        if not callable(function):
+            raise InputError(f"tune: {name} must be a function, is {function!r}")
 
 
 class PythonRun(Settings):

@@ -21,6 +21,11 @@ class InputError(TiltflowError):
     """The user's input is wrong: a recipe, a name, a file, a reward of the wrong shape. Exit code 2."""
 
 
+class SettingsError(InputError, ValueError):
+    """Settings that are wrong where they were made in Python; what pydantic takes for a wrong value where they are a part of
+    others."""
+
+
 class CheckpointError(TiltflowError):
     """A checkpoint cannot be written, or is not what was written. Exit code 1."""
 

@@ -102,6 +102,8 @@ class Flow:
         given: dict[str, Any] = vars(self)  # whatever the annotations say
         if not callable(given["network"]):
             raise InputError(f"Flow: the network must be callable as network(x, time), is {type(given['network']).__name__}")
+        if isinstance(given["network"], type):
+            raise InputError(f"Flow: the network is a class; give an instance, {given['network'].__name__}(..)")
         for name, kind in (("prediction", PredictionType), ("time_direction", TimeDirection)):
             if given[name] not in get_args(kind):
                 raise InputError(f"Flow: there is no {name} {given[name]!r}{did_you_mean(str(given[name]), get_args(kind))}")

@@ -23,12 +23,12 @@ from tiltflow.flow import Flow, TimeDirection, eval_mode, in_chunks
 from tiltflow.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.labels import as_labels
 from tiltflow.plugins import part_of
-from tiltflow.sampler import Sampling, noise, sample
+from tiltflow.sampler import Sampling, check_sampling, noise, sample
 from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 from tiltflow.tensor_file import write_tensors
-from tiltflow.user_code import tried
+from tiltflow.user_code import check_device, tried, whole_number
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -77,6 +77,17 @@ class Model:
     network_settings: Settings | None = None
     class_names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        given: dict[str, Any] = vars(self)  # whatever the annotations say
+        flow, shape = given["flow"], given["event_shape"]
+        if not isinstance(flow, Flow):
+            raise InputError(f"Model: flow must be a Flow(network), is {type(flow).__name__}")
+        if isinstance(shape, (str, int)) or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise InputError(f"Model: event_shape must be the sizes of one sample, as in (3, 32, 32) or (2,), is {shape!r}")
+        if not isinstance(given["sampling"], Sampling):
+            raise InputError(f"Model: sampling must be a Sampling(solver=.., ..), is {given['sampling']!r}")
+        object.__setattr__(self, "event_shape", tuple(shape))
+
     @property
     def device(self) -> torch.device:
         network = self.flow.network
@@ -118,7 +129,12 @@ class Model:
         Args:
             labels: of a class-conditional model: a class, by number or name, for all samples, or one for each; by default each
                 class in turn.
+
+        Raises InputError for what does not fit, and for a network that cannot be called, or returns something else.
         """
+        num_samples, batch_size = whole_number(num_samples, "num_samples", 1), whole_number(batch_size, "batch_size", 1)
+        seed = whole_number(seed, "seed")
+        check_sampling(sampling)
         parts, known = [], self.labels(num_samples, labels)
         with tried(), eval_mode(self.flow.network):
             for i, begin in enumerate(range(0, num_samples, batch_size)):
@@ -150,6 +166,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
 
     Raises InputError if there is none, if it is a classifier, or if its files cannot be read.
     """
+    check_device(device)
     folder = model_folder(name_or_path)
     config = read_config(folder)
     if not isinstance(config, FlowConfig):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import AfterValidator, Field
@@ -435,6 +435,12 @@ class Sampling(Settings):
     def ode_solver(self) -> OdeSolver:
         """The solver that is not a chain. Raises InputError if a function of the user cannot be imported."""
         return ODE_SOLVERS.get(self.solver) or cast(OdeSolver, import_function(self.solver, "solver"))
+
+
+def check_sampling(sampling: Any) -> None:
+    """Raises InputError if it is neither a Sampling nor None."""
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling(solver=.., num_inference_steps=..), is {sampling!r}")
 
 
 def noise(flow: Flow, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

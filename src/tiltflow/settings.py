@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,15 +33,36 @@ from ruamel.yaml.events import (
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from tiltflow.errors import InputError, did_you_mean, redacted
+from tiltflow.errors import InputError, SettingsError, did_you_mean, redacted
 
 MOST_CHARACTERS, MOST_DEPTH = 1 << 18, 64
 """Of a YAML file, and of what is nested in it: far more than any recipe has, and read in seconds."""
 
 
-class Settings(BaseModel):
+class _OneLine(type(BaseModel)):  # type: ignore[misc]
+    """Settings that are made in Python with wrong values raise SettingsError, of one line, in place of pydantic's error."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:
+        if values:
+            first = next((name for name in cls.model_fields if name != "name"), "setting")
+            raise SettingsError(f"{cls.__name__}: settings are given by name, as in {cls.__name__}({first}=..)")
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            raise SettingsError(f"{cls.__name__}: {first_problem(cls, error)}") from None
+
+
+if TYPE_CHECKING:
+    _Checked = BaseModel  # whose own metaclass tells type checkers the arguments
+else:
+
+    class _Checked(BaseModel, metaclass=_OneLine):
+        pass
+
+
+class Settings(_Checked):
     """Frozen, unknown keys forbidden, no value taken for one of another type: "3" and true are no integers. Construct it in
-    Python, or from a recipe; both are checked alike."""
+    Python, or from a recipe; both are checked alike, and SettingsError says in one line what is wrong."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=False, strict=True)
 

@@ -34,11 +34,11 @@ from tiltflow.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, ba
 from tiltflow.interpolant import Interpolant
 from tiltflow.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.precision import GRADIENT_SCALE, scale_gradient
-from tiltflow.sampler import Sampling, sample
+from tiltflow.sampler import Sampling, check_sampling, sample
 from tiltflow.schedules import Schedule, schedule_of
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
-from tiltflow.user_code import explained, refused
+from tiltflow.user_code import check_device, explained, refused, whole_number
 
 CLIP_TOKENS = 77
 """As many tokens of a prompt as CLIP takes."""
@@ -299,6 +299,10 @@ class TextToImage:
         batch_size: int = 4,
     ) -> Tensor:
         """`sample`, before the decoder: [len(prompts), *event] in the pipeline's own coordinates."""
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f'prompts must be a list of texts, as in ["a red cat"], is {prompts!r}')
+        seed, batch_size = whole_number(seed, "seed"), whole_number(batch_size, "batch_size", 1)
+        check_sampling(sampling)
         sampling = sampling or self.sampling
         times = sampling.times(self.own_grid)
         if sampling.solver == "euler":
@@ -378,12 +382,12 @@ def from_diffusers(
     Raises InputError if there is no such pipeline, if its class is not known, if a component is missing, or for a size, a
     guidance scale or a setting of the text encoders that cannot be.
     """
+    check_device(device)
     pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
     known, name = families(), type(pipeline).__name__
     if name not in known:
         raise InputError(
-            f"pipeline {name} is not known{did_you_mean(name, known)}; known: {', '.join(known)}. docs/text-to-image.md shows"
-            " how to add a family"
+            f"pipeline {name} is not known{did_you_mean(name, known)}. docs/text-to-image.md shows how to add a family"
         )
     family = known[name]
     if missing := [part for part in family.NEEDED if getattr(pipeline, part, None) is None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from tiltflow.sampler import Start
 from tiltflow.streams import stream
 
 
+@runtime_checkable
 class Method(Protocol):
     """What the loop needs of a method; see `tiltflow.methods`."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +81,30 @@ def place(error: Exception) -> str:
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what went wrong; on the CPU torch has no type for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def whole_number(value: Any, name: str, least: int = 0) -> int:
+    """`value` as an int. Raises InputError, naming it, for anything that is no whole number, or one below `least`.
+
+    >>> whole_number(3, "seed")
+    3
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        got = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+        raise InputError(f"{name} must be a whole number from {least} on, is {got}")
+    return number
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises InputError if torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError):
+        raise InputError(f"device {str(device)!r}: torch has no such device here; 'cpu' always works") from None
 
 
 @contextmanager
