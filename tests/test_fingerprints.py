@@ -146,7 +146,7 @@ def test_every_setting_that_names_something_says_so() -> None:
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
-        "colour", "scheduler", "target_modules", "trainable",
+        "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
     todo: list[type[Settings]] = [Recipe, TextToImageRecipe]
@@ -377,9 +377,9 @@ def test_what_is_evaluated_again_is_what_was_trained(tmp_path: Path) -> None:
     assert summary["iterations"] == 4
 
 
-def test_damaged_fingerprints_are_one_line(tmp_path: Path) -> None:
+def test_damaged_fingerprints_are_none_and_that_is_said(tmp_path: Path) -> None:
     for content in ("", "[]", "{", "\0" * 50):
         (tmp_path / FILE).write_text(content)
-        with pytest.raises(InputError, match=r"cannot be read|must be a mapping"):
-            read_fingerprints(tmp_path)
+        with pytest.warns(Note, match=r"fingerprints.json: (cannot be read|must be a mapping)"):
+            assert read_fingerprints(tmp_path) is None
     assert read_fingerprints(tmp_path / "none") is None

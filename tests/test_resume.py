@@ -405,7 +405,7 @@ def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     metrics = folder / "metrics.jsonl"
-    for _ in range(1200):
+    for _ in range(6000):  # minutes, where others use the processor too
         if (metrics.exists() and metrics.read_text().count("\n") >= count) or process.poll() is not None:
             return
         time.sleep(0.05)

@@ -27,6 +27,8 @@ from tiltflow.checkpoint import FOLDER
 from tiltflow.cli import app
 from tiltflow.errors import CheckpointError, InputError, Note, OutputError, TiltflowError
 from tiltflow.files import LITTER, check_output, repair, write_folder
+from tiltflow.fingerprints import FILE as FINGERPRINTS
+from tiltflow.fingerprints import read_fingerprints
 from tiltflow.lock import HOLDER, Holder, working_in
 from tiltflow.model import load
 from tiltflow.monitor import LOOKS, read_looks
@@ -373,6 +375,7 @@ READ: dict[str, Callable[[Path], object]] = {
     ),
     RECIPE: read_recipe,
     HOLDER: lambda run: Holder.read(run / HOLDER),
+    FINGERPRINTS: read_fingerprints,
     "model/config.json": load,
     "base/config.json": lambda run: load(run / "base"),
 }

@@ -240,11 +240,14 @@ def fingerprints(recipe: Settings, only: str = "") -> dict[str, str]:
 
 
 def read_fingerprints(folder: Path) -> dict[str, str] | None:
-    """What a run has written down; None if it was begun by a version that did not.
-
-    Raises InputError if the file cannot be read.
-    """
-    return {key: str(value) for key, value in read_json(folder / FILE).items()} if (folder / FILE).exists() else None
+    """What a run has written down; None if it was begun by a version that did not, or, with a warning, if that is damaged."""
+    if not (folder / FILE).exists():
+        return None
+    try:
+        return {key: str(value) for key, value in read_json(folder / FILE).items()}
+    except InputError as error:
+        warnings.warn(str(error), Note, stacklevel=2)
+        return None
 
 
 def compare(where: Path, then: Prints | None, now: Prints) -> list[str]:

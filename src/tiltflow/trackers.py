@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tiltflow.errors import InputError, not_installed
+from tiltflow.files import writing
 
 Name = Literal["tensorboard", "trackio", "wandb"]
 LOGS, PROJECT = "logs", "tiltflow"
@@ -70,7 +71,8 @@ class Tracker:
     def scalars(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
         """The numbers among `values`, after so many steps."""
         numbers = {prefix + key: value for key, value in values.items() if isinstance(value, (int, float))}
-        self.tracker.log(numbers, step=step)
+        with writing(f"training.report_to {self.tracker.name}"):
+            self.tracker.log(numbers, step=step)
 
     def end(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """What the run came to: the numbers of its summary, and its pictures."""
