@@ -128,6 +128,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Evaluation": {"judge", "data"},
         "Sampling": {"solver"},
         "DiffusersModel": {"diffusers"},
+        "Lora": {"path"},
         "Prompts": {"path", "validation"},
         "TextToImageEvaluation": {"features", "reference"},
         "Point": {"solver"},
