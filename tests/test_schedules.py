@@ -19,7 +19,7 @@ from tiltflow import from_diffusers
 from tiltflow.errors import InputError
 from tiltflow.interpolant import Linear
 from tiltflow.sampler import Sampling
-from tiltflow.schedules import Schedule, prediction_of_normal, schedule_of
+from tiltflow.schedules import Schedule, path_of, prediction_of_normal, schedule_of
 from tiltflow.streams import stream
 
 DIFFUSION = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False}
@@ -132,6 +132,20 @@ def test_a_perfect_prediction_is_that_of_the_law() -> None:
     variance = t**2 / 4 + (1 - t) ** 2
     expected = 2 + (t / 4 - (1 - t)) / variance * (x - t * 2)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("timestep", "prediction"), [(999, "epsilon"), (400, "epsilon"), (400, "v"), (0, "x1")])
+def test_a_perfect_prediction_at_a_timestep(timestep: int, prediction: Any) -> None:
+    """Of data N(2, 1/4), at the noise level of diffusers' table: alpha and beta of it, and E[x_1 | x], by the covariances."""
+    square = make("DDIM").alphas_cumprod.double()[timestep]
+    alpha, beta = square.sqrt(), (1 - square).sqrt()
+    x, mean = torch.tensor([[1.1], [-0.4]]).double(), torch.full((1, 1), 2.0).double()
+    x1 = 2 + alpha / 4 / (square / 4 + 1 - square) * (x - 2 * alpha)
+    x0 = (x - alpha * x1) / beta
+    expected = {"epsilon": x0, "v": alpha * x0 - beta * x1, "x1": x1}[prediction]
+    path, _ = path_of(make("DDIM"))
+    found = prediction_of_normal(x, torch.tensor(timestep), mean=mean, path=path, prediction=prediction)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
