@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
 from tiny import tiny_recipe
 from typer.testing import CliRunner
 
@@ -25,7 +24,7 @@ from tiltflow.recipe import find_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.report import commands
 from tiltflow.run import Recipe, run
 from tiltflow.sampler import Sampling
-from tiltflow.settings import read_yaml, validate
+from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.sweep import parse_grid, points_of
 from tiltflow.verify import read_verification
 
@@ -209,7 +208,7 @@ def test_what_the_report_of_a_pipeline_says_works(tmp_path: Path, monkeypatch: p
         "training": {"max_train_steps": 1, "prompts_per_step": 1, "num_generations": 2},
         "evaluation": {"num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 1}]},
     }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "mine.yaml").write_text(dump_yaml(tree))
     done = CliRunner().invoke(app, ["train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     there = all_work(tmp_path / "run", monkeypatch)
