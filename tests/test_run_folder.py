@@ -154,7 +154,7 @@ def check_whole(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_operation_goes_on_or_begins_anew(
     stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_run_that_is_killed_at_any_operation_goes_on_or_begins_anew(
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_at_any_operation_of_a_run_is_one_line(
     stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
