@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import pytest
 from tiny import tiny_recipe
 
 from tiltflow.entry import evaluate
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, Note
 from tiltflow.lock import HOLDER, LOCK, Holder, started_of, working_in
 from tiltflow.pretrain import read_pretraining, run_pretraining
 from tiltflow.run import Recipe, run
@@ -117,12 +118,27 @@ def test_a_recycled_process_number_is_not_taken_for_the_process(tmp_path: Path) 
     parent = os.getppid()
     left_by(tmp_path, process=parent, started=started_of(parent))
     assert "is at work in it" in refused(tmp_path)
-    left_by(tmp_path, process=parent, started="1")
-    with working_in(tmp_path):
-        pass
-    left_by(tmp_path, process=2**22 + 1)  # above what Linux gives
-    with working_in(tmp_path):
-        pass
+    for changes in ({"process": parent, "started": "1"}, {"process": 2**22 + 1}):  # above what Linux gives
+        left_by(tmp_path, **changes)
+        with pytest.warns(Note, match="it is taken over"), working_in(tmp_path):
+            pass
+
+
+def test_where_the_file_system_has_no_locks_the_file_says_who_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("tiltflow.lock.FileLock.acquire", none)
+    notes: list[str] = []
+    with working_in(tmp_path / "run", notes.append):
+        held = Holder.read(tmp_path / "run" / HOLDER)
+        assert held is not None
+    assert "its file system has no locks (No locks available)" in notes[0]
+    assert not (tmp_path / "run").exists()
+    parent = os.getppid()
+    left_by(tmp_path, process=parent, started=started_of(parent))
+    with pytest.warns(Note, match="has no locks"):
+        assert "is at work in it" in refused(tmp_path)
 
 
 def test_the_lock_of_another_host_is_refused_with_the_command_that_clears_it(tmp_path: Path) -> None:
@@ -143,7 +159,7 @@ def test_a_job_of_slurm_that_is_requeued_elsewhere_takes_its_own_lock_over(
     left_by(tmp_path, host="node7")
     assert "rm " in refused(tmp_path)  # another step of the same job, perhaps
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with working_in(tmp_path):
+    with pytest.warns(Note, match="it is taken over"), working_in(tmp_path):
         pass
 
 

@@ -8,6 +8,7 @@ as some network file systems keep locks for each host apart: a person has to say
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,10 +25,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tiltflow import processes
-from tiltflow.errors import InputError, OutputError
+from tiltflow.errors import InputError, Note, OutputError
 from tiltflow.files import probe, reason, repair, write_json
 
 LOCK, HOLDER = ".lock", ".lock.json"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _held: set[tuple[Path, int]] = set()
 """The folders that this process works in, and in which of its threads."""
@@ -95,14 +98,18 @@ def started_of(process: int) -> str | None:
         return None
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, Note, stacklevel=2)
+
+
 @contextmanager
-def working_in(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def working_in(folder: Path, note: Callable[[str], None] = _warn) -> Iterator[None]:
     """Work in `folder` alone: it is made if there is none, and tried, and no other process may work in it until the context
     ends. If it is then empty, it is gone again. Of several processes on one run, the first one holds the lock. Inside another
     such context of the same folder and thread, this is nothing.
 
     Args:
-        note: is told what a person should know.
+        note: is told what a person should know; by default it is a warning.
 
     Raises InputError, in one line, if the folder cannot be made or written to, or if another process works in it.
     """
@@ -147,8 +154,10 @@ def _acquire(lock: FileLock, folder: Path, note: Callable[[str], None]) -> None:
     except Timeout:
         who = Holder.read(path) or "another process"
         raise InputError(f"{folder}: {who} is at work in it; wait until it ends, or give another folder") from None
-    except (OSError, NotImplementedError) as error:
-        raise InputError(f"{folder}: cannot be written to ({reason(error)})") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"{folder}: cannot be written to ({reason(error)})") from None
+        note(f"{folder}: its file system has no locks ({reason(error)}): two processes that begin at once may both go on")
     try:
         left, own = Holder.read(path), Holder.this()
         if left is not None and left.host == own.host and left.is_alive():
