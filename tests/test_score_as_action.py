@@ -477,7 +477,7 @@ def test_network_evaluations() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        ScoreAsAction.model_validate(settings)
+        ScoreAsAction(**settings)
 
 
 @pytest.mark.parametrize(
