@@ -387,7 +387,7 @@ def from_diffusers(
     known, name = families(), type(pipeline).__name__
     if name not in known:
         raise InputError(
-            f"pipeline {name} is not known{did_you_mean(name, known)}. docs/text-to-image.md shows how to add a family"
+            f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family"
         )
     family = known[name]
     if missing := [part for part in family.NEEDED if getattr(pipeline, part, None) is None]:
