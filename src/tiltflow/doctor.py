@@ -468,10 +468,10 @@ def _score(patient: Patient, count: int) -> None:
     if isinstance(reward, Decoded):
         x, reward = x.new_zeros(count, 3, *reward.model.size), reward.reward
     if patient.recipe.method.needs_reward_gradient:
-        value_and_gradient(reward, x)
+        value_and_gradient(reward, x, "drop")
     else:
         with torch.no_grad():
-            evaluate(reward, x)
+            evaluate(reward, x, "drop")
 
 
 def iteration(patient: Patient) -> Iterator[Finding]:
