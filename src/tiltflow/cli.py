@@ -885,17 +885,19 @@ def _show_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> No
     from tiltflow.sweep import DISTANCES, short_names
 
     names, cost = list(short_names(keys).values()), result["distance"]
+    variety = {"entropy_tuned": "entropy", "vendi_tuned": "Vendi"}
+    kind = next((key for key in variety if any(key in row for row in result["points"])), "entropy_tuned")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in (*names, "reward", DISTANCES[cost], "entropy", "runs", ""):
+    for column in (*names, "reward", DISTANCES[cost], variety[kind], "runs", ""):
         table.add_column(column, no_wrap=column in (*names, "runs"))
     for row in result["points"]:
         values = [escape(str(row[name])) for name in names]
         if "error" in row:
             table.add_row(*values, f"[yellow]{escape(row['error'])}[/yellow]", "", "", str(row["runs"]), "")
             continue
-        entropy = f"{row['entropy_tuned']:.2f}" if "entropy_tuned" in row else ""
+        differ = f"{row[kind]:.2f}" if kind in row else ""
         reward, distance = (f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("reward_tuned", cost))
-        table.add_row(*values, reward, distance, entropy, str(row["runs"]), "front" if row["on_front"] else "")
+        table.add_row(*values, reward, distance, differ, str(row["runs"]), "front" if row["on_front"] else "")
     console.print(table)
 
 
