@@ -192,7 +192,7 @@ def test_in_the_middle_it_is_an_error_of_user_code() -> None:
         calls = 0
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            Breaking.calls += 1
+            Breaking.calls += len(x) == 8  # those of training alone: what is looked at before has other sizes
             if Breaking.calls > 3:
                 raise ValueError("enough")
             return super().forward(x, t)

@@ -204,6 +204,18 @@ def check_micro_batches(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> 
     assert parts.rows[0]["gradient_norm"] != whole.rows[0]["gradient_norm"]  # sums in another order
 
 
+def check_decoding(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    decode, asked = TextToImage.decode, list[int]()
+
+    def watched(self: TextToImage, latents: Tensor, *, batch_size: int = 4) -> Tensor:
+        asked.append(batch_size)
+        return decode(self, latents, batch_size=batch_size)
+
+    patch.setattr(TextToImage, "decode", watched)
+    tuned(max_train_steps=1, decode_batch_size=3)
+    assert 3 in asked
+
+
 def check_8bit_adam(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -229,6 +241,7 @@ DIFFERENT: dict[str, Any] = {
 
 CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
     "micro_batch_size": check_micro_batches,
+    "decode_batch_size": check_decoding,
     "use_8bit_adam": check_8bit_adam,
     "deterministic": check_deterministic,
     "non_finite_rewards": check_non_finite,

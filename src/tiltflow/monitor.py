@@ -66,6 +66,7 @@ def over_groups(values: Tensor, group: int) -> Estimate:
     """Mean of values [n], its standard error over the means of groups of `group`; over values where there is one group. Values
     that are NaN are left out.
 
+    >>> import torch
     >>> over_groups(torch.tensor([1.0, 3.0, torch.nan, 5.0, torch.nan, torch.nan]), 2).value
     3.5
     """
