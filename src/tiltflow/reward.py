@@ -277,10 +277,7 @@ def try_reward(
     type, an exception; with `gradient`, that too; and, unless they are going to be dropped, numbers that are not finite."""
     try:
         with torch.set_grad_enabled(gradient):
-            finite = values_of(reward, x).isfinite() if non_finite == "drop" else torch.ones(len(x), dtype=torch.bool)
-            kept = finite.nonzero()[:, 0]
-            if len(kept):
-                (value_and_gradient if gradient else evaluate)(rows(reward, kept), x[kept])
+            (value_and_gradient if gradient else evaluate)(reward, x, non_finite)
     except NonFiniteError as error:
         raise InputError(str(error)) from error
     except UserCodeError as error:
