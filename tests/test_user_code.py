@@ -243,6 +243,23 @@ def test_an_exception_is_one_line_with_its_place() -> None:
         try_reward(lambda x: (x + x.new_zeros(7)).sum(1), torch.zeros(2, 3), "my reward")
 
 
+def test_what_is_going_to_be_dropped_does_not_stop_the_start() -> None:
+    """Shape, type and gradient are looked at in any case."""
+
+    def first_is_not(x: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(x)) % 4 == 0, torch.nan, pure(x))
+
+    for gradient in (False, True):
+        for x in (torch.zeros(2, 3), torch.zeros(1, 3)):
+            try_reward(first_is_not, x, gradient=gradient, non_finite="drop")
+            with pytest.raises(InputError, match=f"the reward is not finite for 1 of {len(x)} samples"):
+                try_reward(first_is_not, x, gradient=gradient)
+    with pytest.raises(InputError, match="has no gradient"):
+        try_reward(lambda x: first_is_not(x).detach(), torch.zeros(2, 3), gradient=True, non_finite="drop")
+    with pytest.raises(InputError, match=r"got \[2, 1\]"):
+        try_reward(lambda x: first_is_not(x)[:, None], torch.zeros(2, 3), non_finite="drop")
+
+
 def test_memory_and_our_own_errors_pass_through() -> None:
     def out_of_memory(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
