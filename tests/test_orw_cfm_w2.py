@@ -236,21 +236,21 @@ def test_the_reward_itself_as_a_weight() -> None:
 
 
 def test_a_weight_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_weights.py").write_text(
         "import torch\nsquare = lambda r: r**2\nbad = lambda r: r.sum()\ninfinite = lambda r: r / 0\nnegative = lambda r: -r\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     rewards = torch.tensor([1.0, 2.0])
-    assert OrwCfmW2(weight="mine:square").weights(rewards).tolist() == pytest.approx([0.4, 1.6])
+    assert OrwCfmW2(weight="own_weights:square").weights(rewards).tolist() == pytest.approx([0.4, 1.6])
     for name, message in (
-        ("bad", r"mine:bad: must return weights \[2\], got \[\]"),
+        ("bad", r"own_weights:bad: must return weights \[2\], got \[\]"),
         ("infinite", "weights .* are|largest weight is infinite"),
         ("negative", "a weight is -2, it must not be negative"),
     ):
         with pytest.raises(InputError, match=message):
-            OrwCfmW2(weight=f"mine:{name}").weights(rewards)
+            OrwCfmW2(weight=f"own_weights:{name}").weights(rewards)
     with pytest.raises(InputError, match="has no 'sqare', did you mean 'square'"):
-        OrwCfmW2(weight="mine:sqare").weights(rewards)
+        OrwCfmW2(weight="own_weights:sqare").weights(rewards)
 
 
 def test_weights_that_overflow() -> None:
