@@ -115,10 +115,10 @@ def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:
 
     tree = recipe_for(tmp_path, "stable-diffusion")
     tree["training"] |= {"max_train_steps": 1}
-    points = points_of(tree, {"method.beta": [0.5, 1], "seed": [0]}, "tiny")
-    assert [point.recipe.prompts.texts[0] for point in points] == ["a red cat", "a red cat"]
+    points = points_of(tree, {"method.beta": [0.5], "seed": [0]}, "tiny")
+    assert [point.recipe.prompts.texts[0] for point in points] == ["a red cat"]
     folder = tmp_path / "sweep"
-    assert [run_point(point, folder, "cpu", 1) for point in points] == [None, None]
+    assert [run_point(point, folder, "cpu", 1) for point in points] == [None]
     result = collect(points, folder, {})
     assert result["distance"] == "path_kl"
     for point, row in zip(points, result["points"], strict=True):
