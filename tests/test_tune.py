@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 import tiltflow
 from tiltflow.checkpoint import checkpoints
-from tiltflow.entry import evaluate, read_recipe, training_of
+from tiltflow.entry import evaluate as evaluate_folder
+from tiltflow.entry import read_recipe, training_of
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.flow import Flow, eval_mode
 from tiltflow.monitor import read_looks
+from tiltflow.reward import evaluate, from_function, given
 from tiltflow.run_folder import NEED_A_FOLDER, read_records
 from tiltflow.settings import read_yaml
+from tiltflow.streams import stream
 
 METHODS: dict[str, tuple[Any, str]] = {
     "adjoint-matching": (tiltflow.AdjointMatching(num_inference_steps=4), "path_kl"),
@@ -141,6 +144,30 @@ def test_a_reward_in_train_mode_is_one_function() -> None:
         found.append(rows[0].metrics)
     assert found[0] == found[1] == found[2]
     assert score.drop.training
+
+
+def test_a_module_is_one_function_with_and_without_prompts() -> None:
+    """Wherever it is asked: in the evaluation, the monitor and the doctor too."""
+
+    class OfImages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.norm(images).sum(1)
+
+    class OfBoth(OfImages):
+        def forward(self, images: Tensor, prompts: Any) -> Tensor:
+            return self.norm(images).sum(1) + len(prompts[0])
+
+    x = torch.randn(3, 2, generator=stream(0, "x"))
+    for kind, expected in ((OfImages, x.sum(1)), (OfBoth, x.sum(1) + 5)):
+        module = kind()
+        value = evaluate(given(from_function(module), ["a cat"] * 3), x)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)  # BatchNorm adds 1e-5 to the variance
+        assert module.norm.training
+        assert module.norm.num_batches_tracked == 0
 
 
 # ---- every setting is honoured or refused ----
@@ -317,7 +344,7 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="began this run, in a program that has its model and reward"):
         read_recipe(read_yaml(tmp_path / "mine" / "recipe.yaml"), "recipe.yaml")
     with pytest.raises(InputError, match=r"recipe\.yaml: tiltflow\.tune began this run, in a program"):
-        evaluate(tmp_path / "mine")
+        evaluate_folder(tmp_path / "mine")
 
     base = tiltflow.load(tiny_flow(tmp_path / "flow"))
     training = tiltflow.Training(max_train_steps=2, train_batch_size=4)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError
-from tiltflow.flow import rows
+from tiltflow.flow import eval_mode, rows
 from tiltflow.interpolant import expand
 from tiltflow.user_code import explained
 
@@ -100,10 +100,21 @@ class OfPrompts:
         return self.score(x, **{name: told[name] for name in self.asks})
 
 
+@dataclass(frozen=True)
+class InEvalMode:
+    """A module that is called in eval mode: a reward is one function, without dropout and batch statistics."""
+
+    module: nn.Module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        with eval_mode(self.module):
+            return self.module(*arguments, **named)
+
+
 def from_function(function: Callable[..., Any], name: str = "the reward") -> Reward:
     """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts`,
     `metadata` and `labels`: they are passed by name, so their order does not matter. It returns [batch] floats, or that and
-    anything, as DDPO's rewards do.
+    anything, as DDPO's rewards do. A module is called in eval mode, and is in its own again afterwards.
 
     Raises InputError, naming it as `name`, if it needs any other argument.
     """
@@ -123,6 +134,8 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
         got = ", ".join(signature.parameters) or "none"
         can = "the images, under any name, `prompts`, `metadata` and `labels`"
         raise InputError(f"{name} has the arguments ({got}); it can have {can}")
+    if isinstance(function, nn.Module) and not isinstance(function, LearnedReward):
+        function = InEvalMode(function)
     if not asks and (images is None or images is parameters[0]):
         return cast(Reward, function)
 
