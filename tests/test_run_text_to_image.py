@@ -845,6 +845,11 @@ def test_two_rewards_of_one_name_are_both_measured(tmp_path: Path) -> None:
     [
         ({"name": "score-as-action", "estimator": "pathwise"}, "jpeg-size", "has no gradient, and method 'score-as-action'"),
         ({"name": "score-as-action"}, {"name": "energy", "data": "x.npz"}, "which it cannot from those of a pipeline"),
+        (
+            {"name": "score-as-action", "estimator": "temporal-difference"},
+            "jpeg-size",
+            "needs a critic that knows the prompt, and it sees latents alone; use return-minus-value",
+        ),
     ],
 )
 def test_rewards_that_the_method_cannot_use(method: Any, reward: Any, message: str, tmp_path: Path) -> None:

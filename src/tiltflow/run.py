@@ -388,7 +388,7 @@ def evaluate_run(
     """Measure a finished (or interrupted) run from its folder alone; writes summary.json, the pictures and report.html."""
     recipe = read_recipe(folder)
     settings = recipe.evaluation
-    count = num_samples or settings.num_samples
+    count = settings.num_samples if num_samples is None else num_samples
     base = load(folder / BASE if (folder / BASE).exists() else recipe.model, device)
     tuned = load(folder / "model", device)
     reward = build_reward(recipe.reward, recipe.method, device)

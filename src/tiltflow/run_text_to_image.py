@@ -426,6 +426,11 @@ def prepare(
 
     if isinstance(method, Optimization) and (why := method.learns_nothing(training.num_generations)):
         raise InputError(f"training.num_generations {training.num_generations} teaches nothing: {why}; give 2 or more")
+    if len(prompts) > 1 and getattr(method, "needs_critic_of_condition", False):
+        raise InputError(
+            f"method.estimator {method.estimator!r} needs a critic that knows the prompt, and it sees latents alone; use"
+            " return-minus-value, which is right with any critic, or return"
+        )
     draw = batches(tuned, prompts, reward, training, method.sampling)
     loop = partial(
         train,
