@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,12 @@ def complete(count: int, folder: Path, *scenarios: str, **environment: str) -> P
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process makes of a scenario; made once."""
+    return cache(lambda scenario: complete(1, tmp_path_factory.mktemp("alone"), scenario) / scenario)
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -93,18 +101,16 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
     ],
 )
 def test_two_processes_give_the_weights_and_metrics_of_one(
-    environment: dict[str, str], scenarios: tuple[str, ...], tmp_path: Path
+    environment: dict[str, str], scenarios: tuple[str, ...], alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Every method, with a moving average; pipelines with an adapter and in full, with guidance, a monitor and statistics for
     each prompt, and a batch that two processes cannot share evenly. And a run that goes on from a checkpoint of both."""
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    complete(1, alone, *scenarios)
-    complete(2, together, *scenarios, **environment)
+    together = complete(2, tmp_path / "together", *scenarios, **environment)
     for scenario in scenarios:
-        runs = [path.parent.name for path in (alone / scenario).glob("*/summary.json")]
+        runs = [path.parent.name for path in alone(scenario).glob("*/summary.json")]
         assert len(runs) == {"methods": len(METHODS), "pictures": 3, "interrupted": 4}[scenario]
         for name in runs:
-            assert_same_runs(alone / scenario / name, together / scenario / name, evaluations=scenario != "pictures")
+            assert_same_runs(alone(scenario) / name, together / scenario / name, evaluations=scenario != "pictures")
     if "methods" in scenarios:  # and all processes say the same of a folder that is not free
         said = [(together / "methods" / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
