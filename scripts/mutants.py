@@ -7,8 +7,9 @@ A file of src/tiltflow asks for it by a line `# Mutation tests: test_this.py tes
 fastest first, beside its doctests; `# Mutation tests: none: ..` says why it does not.
 
 Each mutant runs in a forked child that compiles the changed syntax tree in place of the module, so nothing on disk
-changes and PyTorch is imported only once. A mutant is killed if a test fails or if the tests run far longer than they
-should. The exit code is 1 if fewer than 95% are killed. Needs a system with fork: Linux or macOS.
+changes and PyTorch is imported only once. First come the tests that run the changed line, as a trace of the unchanged code
+has found, the fastest first; what they let live meets all the others. A mutant is killed if a test fails or if the tests run
+far longer than they should. The exit code is 1 if fewer than 95% are killed. Needs a system with fork: Linux or macOS.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import ast
 import copy
 import doctest
 import importlib
+import json
 import os
 import random
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 # one thread per child, and none in the parent: a process with threads must not fork
@@ -125,6 +128,41 @@ class Loader(SourceFileLoader):
 
 
 @dataclass
+class Trace:
+    """A pytest plugin: which lines of `path` each test runs, and how long it takes."""
+
+    path: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, list[int]] = field(default_factory=dict)
+    """Of each test; under "" what is run in an import or a fixture, and so may matter to every test."""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_runtest_call(self, item: Any) -> None:
+        self.found = set[int]()
+        item.addfinalizer(lambda found=self.found: self.lines.update({item.nodeid: sorted(found)}))
+
+    def pytest_runtest_teardown(self) -> None:
+        self.found = self.elsewhere
+
+    def __post_init__(self) -> None:
+        self.elsewhere = self.found = set[int]()
+        threading.settrace(self._calls)
+        sys.settrace(self._calls)
+
+    def _calls(self, frame: FrameType, event: str, argument: object) -> Any:
+        return self._lines if frame.f_code.co_filename == self.path else None
+
+    def _lines(self, frame: FrameType, event: str, argument: object) -> Any:
+        self.found.add(frame.f_lineno)
+        return self._lines
+
+    def write(self, to: Path) -> None:
+        to.write_text(json.dumps({"seconds": self.seconds, "lines": self.lines | {"": sorted(self.elsewhere)}}))
+
+
+@dataclass
 class Module:
     path: Path
     tests: list[str]
@@ -134,8 +172,8 @@ class Module:
         self.tree = ast.parse(self.path.read_text(encoding="utf-8"))
         self.name = ".".join(self.path.relative_to(SOURCE).with_suffix("").parts)
 
-    def start(self, mutant: Mutant | None) -> int:
-        """Fork a child that runs the tests on the mutant, or on the code as it is. Returns its process id."""
+    def start(self, mutant: Mutant | None, tests: list[str]) -> int:
+        """Fork a child that runs `tests` on the mutant, or on the code as it is. Returns its process id."""
         pid = os.fork()
         if pid:
             os.setpgid(pid, pid)  # a group of its own: killing it takes along whatever its tests started
@@ -152,7 +190,12 @@ class Module:
             import pytest
 
             scratch = f"--basetemp={self.scratch / str(os.getpid())}"
-            code = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", scratch, *self.tests]))
+            trace = None if mutant else Trace(str(self.path))
+            options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", scratch, *tests]
+            code = int(pytest.main(options, plugins=[trace] if trace else []))
+            if trace:
+                sys.settrace(None)
+                trace.write(self.scratch / "trace.json")
             code = UNUSED if code == 0 and not loader.used else code
             if code == 0:
                 code = int(doctest.testmod(sys.modules[self.name]).failed > 0)
@@ -160,35 +203,49 @@ class Module:
             os._exit(code)
 
     def baseline(self) -> float:
-        """Seconds that the tests take on the code as it is. Exits if they are not green or never import the module."""
+        """Seconds that the tests take on the code as it is, traced. Exits if they are not green or never import the module."""
         began = time.monotonic()
-        _, status = os.waitpid(self.start(None), 0)
+        _, status = os.waitpid(self.start(None, self.tests), 0)
         code = os.waitstatus_to_exitcode(status)
         if code:
             problem = "never import it" if code == UNUSED else f"are not green (exit code {code})"
             sys.exit(f"{self.path.relative_to(ROOT)}: {' '.join(self.tests)} {problem}; fix that first")
+        trace = json.loads((self.scratch / "trace.json").read_text())
+        self.seconds, self.lines = trace["seconds"], {test: set(lines) for test, lines in trace["lines"].items()}
         return time.monotonic() - began
+
+    def nearest(self, mutant: Mutant) -> list[str]:
+        """The tests that run its lines, the fastest first; none if it is run outside of tests."""
+        lines = set(range(mutant.node.lineno, mutant.node.end_lineno + 1))
+        if lines & self.lines[""]:
+            return []
+        tests = [test for test, found in self.lines.items() if found & lines]
+        return sorted(tests, key=self.seconds.__getitem__)
 
     def survivors(self, todo: list[Mutant], jobs: int) -> list[Mutant]:
         """Run the tests on every mutant, `jobs` at a time. Returns those that no test noticed, in the order of the file."""
         limit = max(20.0, 5 * self.baseline())
-        waiting, running, survived, done = todo[::-1], dict[int, tuple[Mutant, float]](), list[Mutant](), 0
+        waiting = [(mutant, self.nearest(mutant) or self.tests) for mutant in reversed(todo)]
+        running, survived, done = dict[int, tuple[Mutant, list[str], float]](), list[Mutant](), 0
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    mutant = waiting.pop()
-                    running[self.start(mutant)] = mutant, time.monotonic()
-                for pid, (mutant, began) in list(running.items()):
+                    mutant, tests = waiting.pop()
+                    running[self.start(mutant, tests)] = mutant, tests, time.monotonic()
+                for pid, (mutant, tests, began) in list(running.items()):
                     ended, status = os.waitpid(pid, os.WNOHANG)
                     if not ended and time.monotonic() - began < limit:
                         continue
                     if not ended:
                         os.killpg(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
-                    elif os.waitstatus_to_exitcode(status) == 0:
+                    del running[pid]
+                    if ended and os.waitstatus_to_exitcode(status) == 0:
+                        if tests is not self.tests:  # a test may see it though another one ran the line, and kept the result
+                            waiting.append((mutant, self.tests))
+                            continue
                         survived.append(mutant)
                         print(f"\rsurvived: {self.path.name}:{mutant}", file=sys.stderr)
-                    del running[pid]
                     done += 1
                     print(f"\r{self.name} {done}/{len(todo)}, {len(survived)} survived ", end="", file=sys.stderr, flush=True)
                 time.sleep(0.02)

@@ -5,7 +5,7 @@ t is [] or [batch] in [0, 1] from noise to data, v has the shape of x. Nothing d
 discrete timesteps or prompts.
 """
 
-# Mutation tests: test_flow.py
+# Mutation tests: test_flow.py test_your_own_model.py test_networks_of_others.py test_conditions.py
 
 from __future__ import annotations
 
