@@ -29,6 +29,27 @@ def gaussian(mean: float, std: float) -> Law:
     return Law.of(lambda x: log_normal(x, mean, std))
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 1.3), (-0.5, 1.5)])
+def test_a_gaussian_is_known_between_the_points_and_beyond_them(mean: float, std: float) -> None:
+    """Its log density is one parabola, normalised: so is what goes on beyond the last point, 8, at either end."""
+    law = gaussian(mean, std)
+    x = np.array([-11.0, -8.5, -8.0, -3.21, 0.011, 4.4, 8.0, 8.5, 11.0])
+    assert law.log_at(x) == pytest.approx(log_normal(x, mean, std), abs=2e-5)
+    assert law.probabilities.sum() == pytest.approx(1)
+    assert np.exp(law.log_density).sum() * (law.points[1] - law.points[0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_tail_that_opens_upward_goes_on_as_a_line(side: int) -> None:
+    """Through the end; its slope has the least squares over the last 24 points, sum of near^3 / 20 over that of near^2 more
+    than at the end."""
+    law = Law.of(lambda x: -3 * np.abs(x) + (x - side * 8) ** 2 / 20)
+    near = -np.arange(24) * 0.05  # distances from the end, of 321 points on [-8, 8]
+    slope = -3 + (near**3).sum() / (near**2).sum() / 20
+    end = law.log_at(np.array([side * 8.0]))[0]
+    assert law.log_at(np.array([side * 10.0, side * 8.3])) - end == pytest.approx(np.array([2, 0.3]) * slope, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rounds", "mean", "variance", "reward", "positive", "w2", "kl"),
     [
