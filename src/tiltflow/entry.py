@@ -157,8 +157,9 @@ def tune(
     """Fine-tune `model` toward p_base(x) exp(r(x) / beta), and return what was tuned.
 
     Of an image model that is a copy, `model` being the base; one with a peft adapter is its own base and is tuned in place. To
-    a pipeline's own denoiser it adds a LoRA, so `model` then draws the tuned pictures too, a second call would start
-    from there, and `tuned.base()` draws those of the base. Networks are in eval mode meanwhile, and in their owner's mode afterwards.
+    a pipeline's own denoiser it adds a LoRA, so `model` then draws the tuned pictures too, a second call would start from
+    there, and `tuned.base()` draws those of the base. Networks are in eval mode meanwhile, and in their owner's mode
+    afterwards.
 
     Args:
         reward: x [batch, *event] -> [batch], higher is better; for a pipeline, of images [batch, 3, height, width], about
