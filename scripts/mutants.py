@@ -259,6 +259,7 @@ class Module:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", action="append", help="only this file of src/tiltflow; may be repeated")
+    parser.add_argument("--line", type=int, action="append", help="only what stands on this line; may be repeated")
     parser.add_argument("--tests", nargs="+", help="test files to use instead of those that the file names")
     parser.add_argument("--sample", type=int, help="this many mutants of each file, drawn at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -278,7 +279,7 @@ def main() -> int:
                 sys.exit(f"{file}: {'give its tests with --tests' if path.exists() else 'not in src/tiltflow'}")
             tests = options.tests or [f"tests/{test}" for test in files[file]]
             module = Module(path, tests, Path(scratch))
-            todo = list(mutants(module.tree))
+            todo = [mutant for mutant in mutants(module.tree) if options.line is None or mutant.node.lineno in options.line]
             if options.sample is not None and options.sample < len(todo):
                 chosen = set(random.Random(options.seed).sample(range(len(todo)), options.sample))
                 todo = [mutant for i, mutant in enumerate(todo) if i in chosen]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
 from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, groups, in_chunks, rows
-from tiltflow.induced_law import Array, induced_velocity
+from tiltflow.induced_law import Array, Law, induced_velocity
 from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
 from tiltflow.optimization import WeightAverage
@@ -417,11 +417,103 @@ def test_the_tilt_after_some_rounds() -> None:
     assert OrwCfmW2(tau=0.5, alpha=0.25).tilt(2) == pytest.approx(0.5 * (0.8 + 0.64))
     assert OrwCfmW2(tau=0.5, alpha=0.25).tilt(1000) == pytest.approx(2)
     assert OrwCfmW2(tau=0.5, alpha=0, online_fraction=0).tilt(9) == 0.5
+    assert OrwCfmW2(tau=0.5, alpha=0.25, online_fraction=0).tilt(9) == pytest.approx(0.5 * 0.8)
     method = OrwCfmW2(tau=0.5, alpha=0, num_passes=10, weight="reward")
     assert method.log_tilt(torch.tensor([2.0]), 25).item() == pytest.approx(3 * math.log(2))
 
 
+def test_without_a_penalty_the_exact_law_is_the_power_of_the_weight() -> None:
+    """N(0, 1) under tau = 0.5 and r = x, after 25 steps of 10 a round: three rounds, N(1.5, 1)."""
+    method = OrwCfmW2(tau=0.5, alpha=0, num_passes=10)
+    law = method.exact_law(Law.of(lambda x: -(x**2) / 2), lambda x: x, 25)
+    assert (law.mean, law.variance) == pytest.approx((1.5, 1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"alpha": 0.0}, ["every round tilts the law again"]),
+        ({"alpha": 0.0, "online_fraction": 0.0}, []),
+        ({"alpha": 0.0, "online_fraction": 0.5}, ["hyperbolic"]),
+        ({"alpha": 0.0, "online_fraction": 0.0, "weight": "reward"}, ["not exp"]),
+        ({"alpha": 0.3}, ["no exponential tilt"]),
+        ({"alpha": 0.3, "online_fraction": 0.5}, ["no exponential tilt", "hyperbolic"]),
+    ],
+)
+def test_the_reasons_why_the_law_is_another(settings: dict[str, Any], said: list[str]) -> None:
+    limits = OrwCfmW2.model_validate(settings).limits()
+    assert len(limits) == len(said)
+    assert all(words in limit for words, limit in zip(said, limits, strict=True))
+
+
+def test_a_single_sample_of_a_condition_teaches_nothing_unless_weights_are_raw() -> None:
+    assert "always 1" in str(OrwCfmW2().learns_nothing(1))
+    assert OrwCfmW2().learns_nothing(2) is OrwCfmW2(weight_mode="raw").learns_nothing(1) is None
+
+
 # ---- a network, to the laws that are known ----
+
+
+class Field:
+    """A field that is a plain function of (x, t), its errors weighing as those of a prediction that is t times as large."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.function(x, expand(t, x))
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        return t
+
+    def rows(self, which: Tensor | slice) -> Field:
+        return self
+
+
+NOTHING = Field(lambda x, t: torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(
+    ("field", "settings", "expected"),
+    [
+        # samples of N(0, 1), r = x. E[w x_1] = tau and E[w] = 1, so for v = c t, with weights t^2 of the times,
+        # (c tau / 4 - c^2 / 5) / (alpha c^2 / 5)
+        (lambda x, t: 0.25 * t.expand_as(x), {"alpha": 0.5}, (5 * 0.8 / (4 * 0.25) - 1) / 0.5),
+        (lambda x, t: 0.25 * t.expand_as(x), {"alpha": 0.5, "weight_mode": "both-terms"}, (5 * 0.8 / (4 * 0.25) - 1) / 0.5),
+        # v = k x and w = 1: (k E[t^2 (2 t - 1)] - k^2 E[t^2 x_t^2]) / (alpha k^2 E[t^2 x_t^2]), E[x_t^2] = t^2 + (1 - t)^2
+        (lambda x, t: 0.5 * x, {"alpha": 2.0, "tau": 1e-9}, ((1 / 2 - 1 / 3) / (0.5 * 7 / 30) - 1) / 2.0),
+    ],
+)
+def test_the_balance_of_a_field_that_is_in_none(
+    field: Callable[[Tensor, Tensor], Tensor], settings: dict[str, Any], expected: float
+) -> None:
+    method = OrwCfmW2.model_validate({"tau": 0.8} | settings)
+    generator = stream(0, "test")
+    x1 = torch.randn(200_000, 1, generator=generator, dtype=torch.float64)
+    balance = method.balance(Field(field), NOTHING, x1, first(x1), generator, batch_size=70_000)
+    assert balance is not None
+    assert balance.standard_error < 0.05 * abs(expected)
+    assert abs(balance.value - expected) < 4 * balance.standard_error
+
+
+@pytest.mark.parametrize("mode", ["normalized", "raw", "both-terms"])
+def test_the_error_of_the_balance_is_how_much_it_varies(mode: WeightMode) -> None:
+    """From one set of 1,000 samples to another; the spread of 200 of them is known to 5 %."""
+    method, generator, found = OrwCfmW2(tau=0.4, alpha=0.3, weight_mode=mode), stream(0, "test"), []
+    tuned = Field(lambda x, t: 0.5 + 0.3 * x)
+    for _ in range(200):
+        x1 = torch.randn(1000, 1, generator=generator, dtype=torch.float64)
+        balance = method.balance(tuned, NOTHING, x1, first(x1), generator)
+        assert balance is not None
+        found.append((balance.value, balance.standard_error))
+    values, errors = np.array(found).T
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(np.std(values, ddof=1), rel=0.15)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 0.0}, {"alpha": 0.5, "online_fraction": 0.5}])
+def test_there_is_no_balance_without_a_penalty_or_with_samples_of_others(settings: dict[str, Any]) -> None:
+    x1 = torch.randn(10, 1, generator=stream(0, "test"))
+    assert OrwCfmW2.model_validate(settings).balance(Field(lambda x, t: x), NOTHING, x1, first(x1), stream(0)) is None
 
 
 @pytest.mark.parametrize("mean", [0.25, 0.5, 1.0, 1.5])
@@ -455,7 +547,7 @@ def test_the_balance_at_the_law_of_two_modes(mode: WeightMode) -> None:
         return v
 
     generator = stream(0, "test")
-    levels = (torch.randperm(1500, generator=generator).double() + 0.5) / 1500
+    levels = (torch.randperm(2000, generator=generator).double() + 0.5) / 2000
     x1 = torch.from_numpy(q.quantiles(levels.numpy()))[:, None]
     rewards = torch.from_numpy(problem.reward_at(x1.numpy()[:, 0]))
     balance = method.balance(flow(there), flow(base.velocity), x1, rewards, generator, draws=1)
