@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tiltflow.monitor import read_looks
+from tiltflow.evaluation.monitor import read_looks
 from tiltflow.rewards.class_log_odds import ClassLogOdds
-from tiltflow.run import Recipe, run
+from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import validate
 
 EVEN = {"name": "class-log-odds", "classes": [0, 2, 4, 6, 8], "bound": 6}

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from tiltflow.flow import base_of
+from tiltflow.flows.flow import base_of
 from tiltflow.methods.score_as_action import ScoreAsAction
-from tiltflow.model import load, load_classifier
-from tiltflow.recipe import find_recipe, read_recipe_tree
-from tiltflow.run import Recipe, steps
+from tiltflow.models.model import load, load_classifier
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+from tiltflow.runs.run import Recipe, steps
 from tiltflow.settings import validate
 from tiltflow.streams import stream
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiltflow.recipe import find_recipe, read_recipe_tree
-from tiltflow.report import get, number
-from tiltflow.sweep import sweep
+from tiltflow.formatting import get, number
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+from tiltflow.runs.sweep import sweep
 
 MEASURES = {
     "share of the group, base": "judge.group.base",

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from tiltflow.recipe import find_recipe, read_recipe_tree
-from tiltflow.run import Recipe, run
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import validate
 
 METHODS: dict[str, list[str]] = {

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tiltflow.flow import AdapterOff, Flow, VelocityField, base_of, bind
-from tiltflow.interpolant import DiscreteVariancePreserving
+from tiltflow.control.timesteps import Stratum
+from tiltflow.flows.flow import AdapterOff, Flow, VelocityField, base_of, bind
+from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.pipelines.stable_diffusion import TARGET_MODULES, predict
-from tiltflow.text_to_image import AdaptedDenoiser, Denoiser
-from tiltflow.timesteps import Stratum
-from tiltflow.trainer import Batch, train, trainable_copy
+from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
+from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser
+from tiltflow.training.trainer import Batch, train, trainable_copy
 
 ROWS: dict[str, dict[str, Any]] = {
     "full, float32": {},

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.flow import Flow
+from tiltflow.control.timesteps import Stratum
+from tiltflow.control.value import Critic
+from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.networks.image_critic import ImageCriticModule
 from tiltflow.networks.unet import Unet, UnetModule
 from tiltflow.streams import new_network, stream
-from tiltflow.timesteps import Stratum
-from tiltflow.trainer import train
-from tiltflow.value import Critic
+from tiltflow.training.trainer import train
 
 Calls = Counter[tuple[str, nn.Module, int]]
 """How often: (forward, vjp or trained; the network; the batch size)."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tiltflow.verify import read_verification
-from tiltflow.verify_lqg import LqgVerification, verify_lqg
+from tiltflow.problems.verify import read_verification
+from tiltflow.problems.verify_lqg import LqgVerification, verify_lqg
 
 TRAINED, EVALUATED = (5, 10, 50, 100), (5, 10, 20, 50, 100, 200)
 ITERATIONS, BATCH = 400, 512

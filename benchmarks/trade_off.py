@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from tiltflow.model import load
-from tiltflow.plots import image_grid
-from tiltflow.recipe import find_recipe, read_recipe_tree
+from tiltflow.models.model import load
+from tiltflow.reports.plots import image_grid
 from tiltflow.rewards.jpeg_size import JpegSize
-from tiltflow.run import Recipe, run
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import validate
 
 TASKS: dict[str, tuple[str, list[str]]] = {

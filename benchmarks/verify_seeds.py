@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.verify import read_verification, run_verification
+from tiltflow.problems.verify import read_verification, run_verification
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

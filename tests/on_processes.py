@@ -16,11 +16,11 @@ from test_run_text_to_image import recipe_for as picture_recipe
 from torch import Tensor
 
 from tiltflow import processes
-from tiltflow.checkpoint import FOLDER, checkpoints
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.lock import LOCK
-from tiltflow.run import Recipe, run
-from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+from tiltflow.runs.checkpoint import FOLDER, checkpoints
+from tiltflow.runs.lock import LOCK
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 from tiltflow.settings import read_yaml, validate
 
 
@@ -103,15 +103,15 @@ def not_finite(folder: Path) -> None:
             return values.index_fill(0, torch.tensor([0]), math.nan) if calls == 3 and processes.index() == 1 else values
 
         recipe = shared_recipe(folder, method, non_finite_rewards=policy)
-        import tiltflow.run
+        import tiltflow.runs.run
 
-        before, tiltflow.run.build_reward = tiltflow.run.build_reward, lambda *arguments: reward
-        check, tiltflow.run.rehearse = tiltflow.run.rehearse, lambda *arguments: None
+        before, tiltflow.runs.run.build_reward = tiltflow.runs.run.build_reward, lambda *arguments: reward
+        check, tiltflow.runs.run.rehearse = tiltflow.runs.run.rehearse, lambda *arguments: None
         try:
             run(recipe, folder / f"{method}-{policy}")
         except NonFiniteError as error:
             (folder / f"said-by-{processes.index()}").write_text(f"{error} {error.where}")
-        tiltflow.run.build_reward, tiltflow.run.rehearse = before, check
+        tiltflow.runs.run.build_reward, tiltflow.runs.run.rehearse = before, check
 
 
 def dies(folder: Path) -> None:
@@ -125,9 +125,9 @@ def dies(folder: Path) -> None:
             (folder / "died").write_text(str(time.monotonic()))
             raise ZeroDivisionError("the reward of process 1 divides by zero")
 
-    import tiltflow.run
+    import tiltflow.runs.run
 
-    build = tiltflow.run.build_reward
+    build = tiltflow.runs.run.build_reward
 
     def built(*arguments: object) -> object:
         reward = build(*arguments)
@@ -138,7 +138,7 @@ def dies(folder: Path) -> None:
 
         return told
 
-    tiltflow.run.build_reward = built
+    tiltflow.runs.run.build_reward = built
     run(shared_recipe(folder, "adjoint-matching", max_train_steps=10_000), folder / "run")
 
 

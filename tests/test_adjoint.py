@@ -11,10 +11,10 @@ from affine import on_gaussian
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.adjoint import LeanAdjoint, lean_adjoint
+from tiltflow.control.adjoint import LeanAdjoint, lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.problems import Mixture, QuadraticReward
-from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, step, time_grid
+from tiltflow.laws.problems import Mixture, QuadraticReward
+from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, step, time_grid
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -13,13 +13,13 @@ from affine import Affine, on_gaussian, riccati
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.adjoint import lean_adjoint
+from tiltflow.control.adjoint import lean_adjoint
+from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
+from tiltflow.laws.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
-from tiltflow.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
-from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
+from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
 from tiltflow.streams import stream
-from tiltflow.timesteps import Stratum
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.calibration import LIMIT, NEAR, Calibration, gain_at_limit, target_reward
 from tiltflow.errors import InputError
-from tiltflow.problems import ExactVelocity, Gaussian
-from tiltflow.sampler import Sampling
+from tiltflow.laws.problems import ExactVelocity, Gaussian
+from tiltflow.samplers.sampler import Sampling
+from tiltflow.training.calibration import LIMIT, NEAR, Calibration, gain_at_limit, target_reward
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -11,14 +11,14 @@ from affine import LINEAR, MEAN, QUADRATIC, TILTED_MEAN, TILTED_VARIANCE, VARIAN
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from tiltflow.chain_optimum import Array, ChainOptimum, solve
 from tiltflow.errors import InputError
+from tiltflow.laws.chain_optimum import Array, ChainOptimum, solve
+from tiltflow.laws.problems import GaussianMixture, QuadraticReward
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
-from tiltflow.problems import GaussianMixture, QuadraticReward
-from tiltflow.sampler import Chain, ddim, euler, memoryless, memoryless_offset, time_grid
-from tiltflow.verify import best_of_chain
+from tiltflow.problems.verify import best_of_chain
+from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, time_grid
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -20,8 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tiltflow import checkpoint, tensor_file
-from tiltflow.checkpoint import (
+from tiltflow import tensor_file
+from tiltflow.commands.cli import app
+from tiltflow.errors import CheckpointError
+from tiltflow.runs import checkpoint
+from tiltflow.runs.checkpoint import (
     FORMAT,
     MANIFEST,
     NUMBERS,
@@ -33,8 +36,6 @@ from tiltflow.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from tiltflow.cli import app
-from tiltflow.errors import CheckpointError
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the children do little

@@ -15,18 +15,18 @@ from tiny import tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.cli import app
-from tiltflow.describe import topics
-from tiltflow.entry import read_recipe
-from tiltflow.pretrain import pretraining_of
-from tiltflow.pretrain_pipeline import PipelinePretraining
-from tiltflow.recipe import find_recipe, read_recipe_tree, shipped_recipes
-from tiltflow.report import commands
-from tiltflow.run import Recipe, run
-from tiltflow.sampler import Sampling
+from tiltflow.api import read_recipe
+from tiltflow.commands.cli import app
+from tiltflow.pretraining.pretrain import pretraining_of
+from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining
+from tiltflow.problems.verify import read_verification
+from tiltflow.reports.report import commands
+from tiltflow.runs.describe import topics
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.sweep import parse_grid, points_of
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.settings import dump_yaml, read_yaml, validate
-from tiltflow.sweep import parse_grid, points_of
-from tiltflow.verify import read_verification
 
 ROOT = Path(__file__).parent.parent
 GROUP: Any = typer.main.get_command(app)
@@ -202,7 +202,7 @@ def test_what_the_report_of_a_pipeline_says_works(tmp_path: Path, monkeypatch: p
     pytest.importorskip("diffusers")
     from tiny_pipelines import tiny_pipeline
 
-    monkeypatch.setattr("tiltflow.run_text_to_image.PATHS", 2)  # the path KL is not what is tested
+    monkeypatch.setattr("tiltflow.runs.run_text_to_image.PATHS", 2)  # the path KL is not what is tested
 
     tiny_pipeline("stable-diffusion", tmp_path).save_pretrained(tmp_path / "pipeline")
     tree = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltflow.flow import AdapterOff, Flow, base_of, choose, groups, rows
+from tiltflow.flows.flow import AdapterOff, Flow, base_of, choose, groups, rows
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction

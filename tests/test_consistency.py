@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import tiltflow
-from tiltflow.consistency import DIFFERENT, WORST, consistency, samples_needed
 from tiltflow.errors import InputError
-from tiltflow.flow import Flow
-from tiltflow.model import Model, load
-from tiltflow.problems import Gaussian, GaussianMixture, Mixture
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.problems import Gaussian, GaussianMixture, Mixture
+from tiltflow.models.consistency import DIFFERENT, WORST, consistency, samples_needed
+from tiltflow.models.model import Model, load
 from tiltflow.streams import stream
 
 LAWS = {

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from tiltflow.describe import PROBLEMS, listed, sentences, settings_of, topics
 from tiltflow.errors import InputError
-from tiltflow.lqg import Lqg
-from tiltflow.recipe import shipped_recipes
+from tiltflow.laws.lqg import Lqg
+from tiltflow.problems.verify import PROBLEMS as VERIFIED
 from tiltflow.rewards.sum import Sum
-from tiltflow.run import Recipe
+from tiltflow.runs.describe import PROBLEMS, listed, sentences, settings_of, topics
+from tiltflow.runs.recipe import shipped_recipes
+from tiltflow.runs.run import Recipe
 from tiltflow.settings import read_yaml
-from tiltflow.verify import PROBLEMS as VERIFIED
 
 
 def test_every_setting_has_a_type_and_a_sentence() -> None:

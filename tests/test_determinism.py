@@ -14,9 +14,9 @@ import pytest
 import torch
 from test_resume import METHODS, recipe_for
 
-from tiltflow.determinism import WORKSPACE, deterministic
-from tiltflow.run import run
-from tiltflow.run_folder import read_records
+from tiltflow.runs.run import run
+from tiltflow.runs.run_folder import read_records
+from tiltflow.training.determinism import WORKSPACE, deterministic
 
 GOLDEN = Path(__file__).parent / "museum" / "golden.json"
 """Metrics of the last step by each method, as hexadecimal floats; written by `python tests/test_determinism.py`."""

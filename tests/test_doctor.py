@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
-from tiltflow import doctor, memory
-from tiltflow.cli import app
-from tiltflow.doctor import Finding, Patient, admit, examine, verdict
-from tiltflow.flow import Flow
-from tiltflow.run import Recipe
-from tiltflow.run_text_to_image import TextToImageEvaluation
+from tiltflow.commands.cli import app
+from tiltflow.flows.flow import Flow
+from tiltflow.runs import doctor
+from tiltflow.runs.doctor import Finding, Patient, admit, examine, verdict
+from tiltflow.runs.run import Recipe
+from tiltflow.runs.run_text_to_image import TextToImageEvaluation
 from tiltflow.settings import read_yaml, validate
+from tiltflow.training import memory
 
 TRAINING = {"max_train_steps": 4, "train_batch_size": 8}
 
@@ -145,7 +146,7 @@ def test_a_model_that_does_not_begin_as_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "level"), [({"solver": "memoryless"}, "green"), ({"solver": "ddim", "eta": 0.2}, "amber")])
 def test_a_sampler_that_remembers_its_noise(method: dict[str, Any], level: str, tmp_path: Path) -> None:
     """On a Gaussian whose ODE maps noise to data one to one."""
-    from tiltflow.problems import ExactVelocity, Gaussian
+    from tiltflow.laws.problems import ExactVelocity, Gaussian
 
     settings = {"name": "score-as-action", "num_inference_steps": 30} | method
     patient = patient_for(tmp_path, method=settings)
@@ -220,7 +221,7 @@ def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe
 
     tree = pipeline_recipe(folder, "stable-diffusion", training.pop("name", "adjoint-matching"))
     tree["model"] |= {"height": 32, "width": 32, **training.pop("model", {})}
@@ -269,7 +270,8 @@ import ctypes, gc, re, sys, torch
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_doctor import recipe_of_pipeline
-from tiltflow import doctor, memory
+from tiltflow.runs import doctor
+from tiltflow.training import memory
 torch.set_num_threads(1)
 
 def status(key):
@@ -334,7 +336,7 @@ def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:
     patient = patient_for(tmp_path)
 
     def loop() -> Any:
-        from tiltflow.trainer import Record
+        from tiltflow.training.trainer import Record
 
         for step in (1, 2):
             yield Record(step, {"reward": 1.0, "loss": 0.0, "gradient_norm": 0.0}, 2.0 * step, 0)
@@ -356,7 +358,7 @@ def test_an_iteration_that_is_left_out(tmp_path: Path) -> None:
     patient = patient_for(tmp_path, training=TRAINING | {"max_skipped_steps": 9})
 
     def loop() -> Any:
-        from tiltflow.trainer import Record
+        from tiltflow.training.trainer import Record
 
         yield Record(1, {"skipped": 1.0}, 2.0, 0)
         yield Record(2, {"skipped": 1.0}, 4.0, 0)
@@ -378,7 +380,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe
 
     recipe = validate(TextToImageRecipe, pipeline_recipe(tmp_path, "stable-diffusion"), "recipe")
     findings = list(examine(recipe))
@@ -393,7 +395,7 @@ def patient_of(family: str, folder: Path, **changes: Any) -> doctor.Patient:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe
 
     tree = pipeline_recipe(folder, family)
     for key, value in changes.items():

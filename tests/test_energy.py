@@ -14,11 +14,11 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError
-from tiltflow.pretrain import read_pretraining, run_pretraining
-from tiltflow.recipe import find_recipe, read_recipe_tree
-from tiltflow.reward import LearnedReward
+from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.energy import Energy, EnergyReward
-from tiltflow.run import Recipe, evaluate_run, run
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+from tiltflow.runs.run import Recipe, evaluate_run, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 

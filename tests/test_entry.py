@@ -16,11 +16,11 @@ from tiny import tiny_classifier, tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.cli import app
-from tiltflow.entry import evaluate, read_recipe, run
+from tiltflow.api import evaluate, read_recipe, run
+from tiltflow.commands.cli import app
 from tiltflow.errors import InputError, Note
-from tiltflow.model import load_classifier, model_folder
-from tiltflow.recipe import find_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.models.model import load_classifier, model_folder
+from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.settings import read_yaml
 from tiltflow.shipped import ASSETS
 
@@ -110,7 +110,7 @@ def test_what_a_pixel_model_cannot_be_asked_for(tmp_path: Path) -> None:
 
 def test_pipelines_load_by_name_and_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    from tiltflow.text_to_image import TextToImage
+    from tiltflow.models.text_to_image import TextToImage
 
     model = tiltflow.load("tiles-pipeline")
     assert isinstance(model, TextToImage)

@@ -11,7 +11,7 @@ from scipy.stats import genpareto, t
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.evaluation import (
+from tiltflow.evaluation.estimates import (
     DistanceOverGroups,
     Estimate,
     ImportanceWeights,

@@ -14,15 +14,16 @@ from test_resume import NO_JUDGE, Killed, killed_after, resuming, same_runs
 from tiny import UNET, tiny_classifier, tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
-from tiltflow import accept_changes, fingerprints
-from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
-from tiltflow.cli import app
-from tiltflow.entry import evaluate
+from tiltflow import accept_changes
+from tiltflow.api import evaluate
+from tiltflow.commands.cli import app
 from tiltflow.errors import InputError, Note
-from tiltflow.fingerprints import FILE, absolute, digest, externals, module_file, of_network, read_fingerprints
 from tiltflow.plugins import find, names
-from tiltflow.run import Recipe, run
-from tiltflow.run_text_to_image import TextToImageRecipe
+from tiltflow.runs import fingerprints
+from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
+from tiltflow.runs.fingerprints import FILE, absolute, digest, externals, module_file, of_network, read_fingerprints
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.run_text_to_image import TextToImageRecipe
 from tiltflow.settings import External, Settings, read_yaml, validate
 from tiltflow.streams import new_network
 

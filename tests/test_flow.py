@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.flow import AdapterOff, CountEvaluations, Flow, base_of, in_chunks, linearize
-from tiltflow.interpolant import Cosine, DiscreteVariancePreserving, Interpolant, Linear, PredictionType, VariancePreserving
+from tiltflow.flows.flow import AdapterOff, CountEvaluations, Flow, base_of, in_chunks, linearize
+from tiltflow.flows.interpolant import (
+    Cosine,
+    DiscreteVariancePreserving,
+    Interpolant,
+    Linear,
+    PredictionType,
+    VariancePreserving,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -30,22 +30,22 @@ from tiny import UNET, tiny_flow, tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
-import tiltflow.cli
-from tiltflow.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
+import tiltflow.commands.cli
+from tiltflow.commands.serve_reward import BadRequestError, read_request
+from tiltflow.conditions.prompts import Prompts, read_prompts
 from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
-from tiltflow.export import export_run
-from tiltflow.model import load, read_tensors
+from tiltflow.models.model import load, read_tensors
 from tiltflow.plugins import allow_code, code_allowed, import_function
-from tiltflow.prompts import Prompts, read_prompts
-from tiltflow.reward import given as told
+from tiltflow.rewards import given as told
 from tiltflow.rewards.http import Http
-from tiltflow.run import Recipe, evaluate_run, run
-from tiltflow.run_text_to_image import TextToImageRecipe, load_text_to_image
-from tiltflow.sampler import Sampling
-from tiltflow.serve_reward import BadRequestError, read_request
+from tiltflow.runs.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
+from tiltflow.runs.export import export_run
+from tiltflow.runs.run import Recipe, evaluate_run, run
+from tiltflow.runs.run_text_to_image import TextToImageRecipe, load_text_to_image
+from tiltflow.runs.sweep import parse_grid
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
-from tiltflow.sweep import parse_grid
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 MANY = settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
@@ -356,7 +356,7 @@ def test_with_consent_the_code_of_a_run_is_run(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["tiltflow", "evaluate", ".", "--num-samples", "4", "--allow-code", "-q"])
     with pytest.raises(SystemExit) as stop:
-        tiltflow.cli.main()
+        tiltflow.commands.cli.main()
     assert not stop.value.code, capsys.readouterr().err
     assert (tmp_path / "run" / "consented.ran").exists()
     assert not code_allowed()
@@ -377,7 +377,7 @@ def test_nothing_in_the_current_directory_hides_a_package(trained: Path, tmp_pat
 
 def test_help_says_that_a_recipe_can_run_code() -> None:
     for command in ("train", "doctor", "sweep", "evaluate"):
-        said = " ".join(CliRunner().invoke(tiltflow.cli.app, [command, "--help"]).output.split())
+        said = " ".join(CliRunner().invoke(tiltflow.commands.cli.app, [command, "--help"]).output.split())
         assert "A recipe can run code, the Python functions that it names" in said
         assert "--allow-code" in said
 
@@ -658,7 +658,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn_from(folder: Path) -> Tensor:
     """A small picture, from what a folder holds."""
-    from tiltflow.text_to_image import from_diffusers
+    from tiltflow.models.text_to_image import from_diffusers
 
     model = from_diffusers(folder, height=16, width=16)
     return model.sample(["a"], sampling=Sampling(solver="euler", num_inference_steps=2))

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from tiltflow.evaluation import exact_w2
-from tiltflow.induced_law import (
+from tiltflow.evaluation.estimates import exact_w2
+from tiltflow.laws.induced_law import (
     Law,
     fixed_point,
     induced_velocity,
@@ -18,8 +18,8 @@ from tiltflow.induced_law import (
     push_forward,
     velocity_distance,
 )
+from tiltflow.problems.verify_two_modes import sampler
 from tiltflow.streams import stream
-from tiltflow.verify_two_modes import sampler
 
 TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
 NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))

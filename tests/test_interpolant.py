@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.interpolant import (
+from tiltflow.flows.interpolant import (
     Coefficients,
     Cosine,
     DiscreteVariancePreserving,

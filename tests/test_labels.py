@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.cli import app
+from tiltflow.commands.cli import app
+from tiltflow.conditions.labels import as_labels, draw_labels
 from tiltflow.errors import InputError
-from tiltflow.flow import Flow
-from tiltflow.labels import as_labels, draw_labels
+from tiltflow.flows.flow import Flow
 from tiltflow.networks.unet import Unet
-from tiltflow.reward import evaluate, from_function, given
-from tiltflow.run import Recipe, evaluate_run, run
-from tiltflow.run_folder import write_yaml
+from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.runs.run import Recipe, evaluate_run, run
+from tiltflow.runs.run_folder import write_yaml
 from tiltflow.streams import new_network, stream
 
 NAMES = ("low", "high")
@@ -207,7 +207,7 @@ def evaluated(folder: Path, shift: Tensor, patch: pytest.MonkeyPatch, **evaluati
                 model.flow.network.shift.copy_(shift)  # type: ignore[attr-defined]
         return model
 
-    patch.setattr("tiltflow.run.load", load)
+    patch.setattr("tiltflow.runs.run.load", load)
     recipe = Recipe.model_validate(
         {
             "model": "exact",

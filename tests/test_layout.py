@@ -14,43 +14,27 @@ MODULES = {
     ".".join(("tiltflow", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# the mathematics, and what sits above it
-OUTSIDE = {
-    f"tiltflow.{name}"
-    for name in (
-        "__main__",
-        "cli",
-        "describe",
-        "entry",
-        "model",
-        "plots",
-        "pretrain",
-        "recipe",
-        "report",
-        "run",
-        "sweep",
-        "verify",
-        "verify_lqg",
-    )
-}
-CORE = [
-    f"tiltflow.{name}"
-    for name in (
-        "interpolant",
-        "flow",
-        "sampler",
-        "reward",
-        "adjoint",
-        "problems",
-        "evaluation",
-        "trainer",
-        "value",
-        "lqg",
-        "timesteps",
-        "chain_optimum",
-    )
+FLOORS = [
+    "flows",
+    "samplers",
+    "networks",
+    "conditions",
+    "models",
+    "rewards",
+    "evaluation",
+    "training",
+    "laws",
+    "control",
+    "methods",
+    "problems",
+    "reports",
+    "runs",
+    "pretraining",
+    "commands",
 ]
-CORE += [name for name in MODULES if name.startswith("tiltflow.methods")]
+"""The folders, each of which imports only from those before it, and from the files beside them."""
+SCREEN = {"PIL", "matplotlib", "rich", "typer"}
+MATHEMATICS = ("flows", "samplers", "laws", "control", "methods")
 
 
 def imports(module: str) -> set[str]:
@@ -86,26 +70,35 @@ def test_imports_have_no_cycle() -> None:
     assert len(list(TopologicalSorter(GRAPH).static_order())) == len(MODULES)
 
 
-def test_the_mathematics_knows_nothing_of_recipes_files_and_the_screen() -> None:
-    screen = {"PIL", "matplotlib", "pathlib", "rich", "typer"}
-    for module in CORE:
-        assert not reach(module) & OUTSIDE, module
-        assert not {name.split(".")[0] for name in imports(module)} & screen, module
+def folder(module: str) -> str:
+    """The folder in which a module is; none for a file beside the folders."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
 
 
-def test_the_order_of_the_core() -> None:
-    """Interpolants know nothing of networks, samplers nothing of rewards, adjoints nothing of methods."""
-    order = ["interpolant", "flow", "sampler", "adjoint", "methods.adjoint_matching"]
-    for i, name in enumerate(order):
-        assert not reach(f"tiltflow.{name}") & {f"tiltflow.{later}" for later in order[i + 1 :]}
-    for name in ("interpolant", "flow", "sampler"):
-        assert "tiltflow.reward" not in reach(f"tiltflow.{name}")
-    assert not any(name.startswith("tiltflow.methods") for name in reach("tiltflow.trainer"))
+def test_every_folder_has_its_floor() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(FLOORS)
 
 
-def test_methods_know_nothing_of_each_other_or_of_rewards_and_networks() -> None:
+def test_a_folder_imports_only_what_is_below_it() -> None:
+    """The doors, `tiltflow.api` and `__main__`, import from all."""
+    for module in set(MODULES) - {"tiltflow", "tiltflow.api", "tiltflow.__main__"}:
+        own = FLOORS.index(folder(module)) if folder(module) else -1
+        for imported in GRAPH[module]:
+            door = imported == "tiltflow.api" and folder(module) in ("runs", "commands")
+            assert door or not folder(imported) or FLOORS.index(folder(imported)) <= own, f"{module} imports {imported}"
+
+
+def test_the_mathematics_knows_nothing_of_the_screen_and_of_runs() -> None:
+    for module in (module for module in MODULES if folder(module) in MATHEMATICS):
+        assert not {name.split(".")[0] for name in imports(module)} & SCREEN, module
+        assert not any(folder(name) in ("runs", "reports", "commands") for name in reach(module)), module
+
+
+def test_methods_know_nothing_of_each_other_or_of_networks() -> None:
     for module in (name for name in MODULES if name.startswith("tiltflow.methods.")):
-        others = {name for name in MODULES if name.startswith(("tiltflow.methods.", "tiltflow.rewards", "tiltflow.networks"))}
+        others = {name for name in MODULES if name.startswith(("tiltflow.methods.", "tiltflow.networks"))}
         assert not reach(module) & (others - {module})
 
 

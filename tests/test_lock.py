@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe
 
-from tiltflow.entry import evaluate
+from tiltflow.api import evaluate
 from tiltflow.errors import InputError, Note
-from tiltflow.lock import HOLDER, LOCK, Holder, started_of, working_in
-from tiltflow.pretrain import read_pretraining, run_pretraining
-from tiltflow.run import Recipe, run
-from tiltflow.run_folder import read_records
+from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.runs.lock import HOLDER, LOCK, Holder, started_of, working_in
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.sweep import sweep
 from tiltflow.settings import read_yaml, validate
-from tiltflow.sweep import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the children do little
 
@@ -128,7 +128,7 @@ def test_where_the_file_system_has_no_locks_the_file_says_who_it_is(tmp_path: Pa
     def none(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("tiltflow.lock.FileLock.acquire", none)
+    monkeypatch.setattr("tiltflow.runs.lock.FileLock.acquire", none)
     notes: list[str] = []
     with working_in(tmp_path / "run", notes.append):
         held = Holder.read(tmp_path / "run" / HOLDER)

@@ -9,8 +9,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from tiltflow.lqg import Lqg, chain_optimum, evaluate_chain, evaluate_policy, optimum
-from tiltflow.verify import read_verification, run_verification
+from tiltflow.laws.lqg import Lqg, chain_optimum, evaluate_chain, evaluate_policy, optimum
+from tiltflow.problems.verify import read_verification, run_verification
 
 UNIT, BETA = Lqg(), 0.5
 Q, q, T, K, k = UNIT.Q, UNIT.q, UNIT.T, UNIT.K, UNIT.k

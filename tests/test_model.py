@@ -11,10 +11,10 @@ from tiny import UNET, tiny_classifier, tiny_flow
 from torch import nn
 
 from tiltflow.errors import InputError
-from tiltflow.flow import Flow
-from tiltflow.interpolant import DiscreteVariancePreserving
-from tiltflow.model import Model, load, load_classifier, shipped_models
-from tiltflow.sampler import Sampling
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import DiscreteVariancePreserving
+from tiltflow.models.model import Model, load, load_classifier, shipped_models
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.streams import new_network
 
 

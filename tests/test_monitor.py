@@ -11,8 +11,8 @@ import torch
 from tiny import tiny_recipe
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation import Estimate, total_variance
-from tiltflow.monitor import (
+from tiltflow.evaluation.estimates import Estimate, total_variance
+from tiltflow.evaluation.monitor import (
     LOOKS,
     Look,
     find_alarm,
@@ -25,7 +25,7 @@ from tiltflow.monitor import (
     target_measures,
     to_row,
 )
-from tiltflow.run import Recipe, run
+from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -178,7 +178,7 @@ def test_a_reward_that_learns_has_no_looks_to_compare(tmp_path: Path, monkeypatc
 
         learn = state_dict = load_state_dict = __call__
 
-    monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: Learning())
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: Learning())
     with pytest.raises(InputError, match=r"training\.monitor: the reward learns along the way"):
         run(recipe_for(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -186,7 +186,7 @@ def test_a_reward_that_learns_has_no_looks_to_compare(tmp_path: Path, monkeypatc
 
 def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks of a run that was killed and resumed are those of the one that was not, without double or missing lines."""
-    monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {})
 
     class Killed(BaseException):
         pass

@@ -15,11 +15,18 @@ from torch.testing import assert_close
 
 import tiltflow
 from tiltflow.errors import InputError, UserCodeError
-from tiltflow.flow import CountEvaluations, Flow, TimeDirection
-from tiltflow.interpolant import Cosine, DiscreteVariancePreserving, Interpolant, Linear, PredictionType, VariancePreserving
-from tiltflow.model import Model, load
-from tiltflow.problems import Mixture
-from tiltflow.sampler import Sampling
+from tiltflow.flows.flow import CountEvaluations, Flow, TimeDirection
+from tiltflow.flows.interpolant import (
+    Cosine,
+    DiscreteVariancePreserving,
+    Interpolant,
+    Linear,
+    PredictionType,
+    VariancePreserving,
+)
+from tiltflow.laws.problems import Mixture
+from tiltflow.models.model import Model, load
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.streams import new_network, stream
 
 METHODS: dict[str, Any] = {
@@ -298,7 +305,7 @@ def test_a_clock_is_saved_and_one_that_is_not_there_is_the_usual_one(tmp_path: P
         ({"time_direction": "data-to-nois"}, r"there is no time_direction 'data-to-nois', did you mean 'data-to-noise'\?$"),
         ({"time_scale": 0}, "time_scale must be a number above 0, is 0"),
         ({"time_scale": "1000"}, "time_scale must be a number above 0, is '1000'"),
-        ({"interpolant": "linear"}, "interpolant must be one of tiltflow.interpolant, is 'linear'"),
+        ({"interpolant": "linear"}, "interpolant must be one of tiltflow.flows.interpolant, is 'linear'"),
         ({"interpolant": Cosine}, r"interpolant must be an instance, such as Cosine\(\)"),
         ({"interpolant": DiscreteVariancePreserving(), "time_scale": 2.0}, "has its own timesteps"),
         ({"interpolant": DiscreteVariancePreserving(), "time_direction": "data-to-noise"}, "has its own timesteps"),

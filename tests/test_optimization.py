@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from tiltflow.errors import NonFiniteError
+from tiltflow.methods import Tilting
 from tiltflow.optimization import (
-    Tilting,
     WeightAverage,
     adamw,
     all_finite,

@@ -17,18 +17,18 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
-from tiltflow.flow import AdapterOff, Flow, Guided, VelocityField, groups, in_chunks, rows
-from tiltflow.induced_law import Array, Law, induced_velocity
-from tiltflow.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
+from tiltflow.flows.flow import AdapterOff, Flow, Guided, VelocityField, groups, in_chunks, rows
+from tiltflow.flows.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
+from tiltflow.laws.induced_law import Array, Law, induced_velocity
+from tiltflow.laws.problems import ExactVelocity, GaussianMixture, TwoModes
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
 from tiltflow.optimization import WeightAverage
-from tiltflow.problems import ExactVelocity, GaussianMixture, TwoModes
-from tiltflow.run import Recipe, run
-from tiltflow.sampler import noise
+from tiltflow.problems.verify import read_verification, run_verification
+from tiltflow.runs.run import Recipe, run
+from tiltflow.samplers.sampler import noise
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.trainer import Averaged, train
-from tiltflow.verify import read_verification, run_verification
+from tiltflow.training.trainer import Averaged, train
 
 
 def first(x: Tensor) -> Tensor:

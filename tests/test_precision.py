@@ -9,12 +9,12 @@ import torch
 from tiny import UNET
 from torch.testing import assert_close
 
-from tiltflow.flow import Flow
-from tiltflow.interpolant import VariancePreserving
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import VariancePreserving
+from tiltflow.flows.precision import autocast_dtype
 from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.model import Model
-from tiltflow.precision import autocast_dtype
-from tiltflow.run import Training, steps
+from tiltflow.models.model import Model
+from tiltflow.runs.run import Training, steps
 from tiltflow.streams import new_network, stream
 
 

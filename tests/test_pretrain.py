@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tiltflow.data import load_images, to_pixels
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.interpolant import Cosine
-from tiltflow.model import load, load_classifier
+from tiltflow.flows.interpolant import Cosine
+from tiltflow.models.model import load, load_classifier
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.plain_classifier import PlainClassifier
-from tiltflow.pretrain import (
+from tiltflow.pretraining.pretrain import (
     ClassifierPretraining,
     FlowPretraining,
     classifier_loss,
@@ -26,7 +26,7 @@ from tiltflow.pretrain import (
     read_pretraining,
     run_pretraining,
 )
-from tiltflow.sampler import Sampling
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.streams import new_network, stream
 
 
@@ -124,7 +124,7 @@ def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path
 def test_a_judge_or_a_test_split_that_does_not_fit_is_found_before_training(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltflow.pretrain.pretrain", lambda *arguments: pytest.fail("trained"))
+    monkeypatch.setattr("tiltflow.pretraining.pretrain.pretrain", lambda *arguments: pytest.fail("trained"))
     flow, small = "digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]"]
     arrays = dict(np.load(npz))
     np.savez(tmp_path / "sizes.npz", **arrays | {"x_test": arrays["x_test"][:, :4]})
@@ -146,7 +146,7 @@ def test_scores_that_cannot_be_had_do_not_lose_the_model(npz: Path, tmp_path: Pa
     def fails(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tiltflow.pretrain.flow_scores", fails)
+    monkeypatch.setattr("tiltflow.pretraining.pretrain.flow_scores", fails)
     flow = read_pretraining("digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]", "judge=null"])
     with pytest.raises(MemoryError):
         run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
@@ -214,7 +214,7 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
     """Of diffusers' own classes, in miniature: it is written, its tokenizer knows the words, and tiltflow reads it."""
     pytest.importorskip("diffusers")
     from tiltflow import from_diffusers
-    from tiltflow.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
+    from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (6, 16, 16, 4), dtype=np.uint8)
@@ -259,7 +259,7 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
 
 def test_pictures_on_a_background() -> None:
     from tiltflow.data import CaptionedImages
-    from tiltflow.pretrain_pipeline import compose
+    from tiltflow.pretraining.pretrain_pipeline import compose
 
     half = torch.full((1, 4, 1, 2), 1.0)
     half[0, 3, 0, 1] = -1  # white, opaque on the left, transparent on the right

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.errors import SettingsError
-from tiltflow.problems import (
+from tiltflow.laws.problems import (
     CorrectedVelocity,
     ExactVelocity,
     Gaussian,

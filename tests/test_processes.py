@@ -24,9 +24,9 @@ pytest.importorskip("diffusers")
 from test_resume import METHODS
 
 from tiltflow import processes
-from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
 from tiltflow.errors import InputError
 from tiltflow.processes import shares
+from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
 
 HERE = Path(__file__).parent
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualBlock"}

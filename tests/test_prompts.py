@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tiltflow.conditions.prompts import Prompts, read_prompts
 from tiltflow.errors import InputError
-from tiltflow.prompts import Prompts, read_prompts
 
 
 def texts(settings: Prompts, seed: int = 0) -> tuple[list[str], list[str]]:

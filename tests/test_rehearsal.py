@@ -17,10 +17,10 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.doctor import examine, verdict
 from tiltflow.errors import InputError
 from tiltflow.plugins import find
-from tiltflow.run import Recipe, run
+from tiltflow.runs.doctor import examine, verdict
+from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -147,7 +147,7 @@ def tree_for(pipeline: Path, **changes: Any) -> dict[str, Any]:
 
 
 def refused(tree: dict[str, Any], folder: Path, message: str) -> None:
-    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 
     assert_refused(lambda: validate(TextToImageRecipe, tree, "recipe"), run_text_to_image, folder, message)
 
@@ -185,7 +185,7 @@ def test_reference_pictures_of_another_size_that_the_features_do_not_take(pipeli
 
 def test_a_reward_that_sees_nothing_in_rough_pictures_may_start(pipeline: Path) -> None:
     """A detector finds nothing in what is drawn in few steps; the first batch decides."""
-    from tiltflow.run_text_to_image import TextToImageRecipe, prepare_recipe
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe, prepare_recipe
 
     prepare_recipe(validate(TextToImageRecipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")
 
@@ -216,7 +216,7 @@ ALONE: list[tuple[dict[str, Any], str | None]] = [
 @pytest.mark.parametrize(("method", "message"), ALONE)
 def test_one_sample_to_compare(method: dict[str, Any], message: str | None, pipeline: Path, tmp_path: Path) -> None:
     """The gradient of one sample does not depend on its reward, for just those that are refused."""
-    from tiltflow.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe
 
     path = tiny_recipe(tmp_path, method=method, training={"train_batch_size": 1}, reward="ink")
     tree = tree_for(pipeline, method=method)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tiltflow import plots
-from tiltflow.report import TEMPLATE, headline, write_report
+from tiltflow.reports import plots
+from tiltflow.reports.report import TEMPLATE, headline, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 SUMMARY: dict[str, Any] = {

@@ -25,13 +25,13 @@ import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
-from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from tiltflow.errors import InputError, Interrupted
-from tiltflow.monitor import read_looks
-from tiltflow.run import Recipe, run
-from tiltflow.run_folder import RunFolder, read_records
+from tiltflow.evaluation.monitor import read_looks
+from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.run_folder import RunFolder, read_records
 from tiltflow.settings import dump_yaml, read_yaml, validate
-from tiltflow.signals import noted
+from tiltflow.training.signals import noted
 
 SHORT = {"num_inference_steps": 4, "learning_rate": 1e-3}
 CRITIC = {"num_steps": 2, "train_batch_size": 2}
@@ -345,7 +345,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def stopping(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], int | None]) -> None:
     """`stop` in place of real signals."""
-    monkeypatch.setattr("tiltflow.run_folder.noted", lambda heard, echo: nullcontext(stop))
+    monkeypatch.setattr("tiltflow.runs.run_folder.noted", lambda heard, echo: nullcontext(stop))
 
 
 @pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.flow import rows
-from tiltflow.model import ClassifierConfig, load_classifier, save_model
+from tiltflow.flows.flow import rows
+from tiltflow.models.model import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
-from tiltflow.reward import evaluate, given, value_and_gradient
 from tiltflow.rewards import class_log_odds as class_log_odds_module
+from tiltflow.rewards import evaluate, given, value_and_gradient
 from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odds
 from tiltflow.rewards.function import Function
 from tiltflow.rewards.ink import Ink

@@ -14,14 +14,14 @@ from tiny import tiny_flow, tiny_recipe
 
 import tiltflow
 from tiltflow.errors import InputError
-from tiltflow.evaluation import ImportanceWeights, kolmogorov_smirnov, reward_distance
-from tiltflow.problems import ExactVelocity, Gaussian, GaussianMixture
-from tiltflow.recipe import is_text_to_image, shipped_recipes
-from tiltflow.run import Recipe, calibration_in_words, distance_to_base, evaluate_run, path_kl, read_recipe, run
-from tiltflow.sampler import Sampling, path_costs
+from tiltflow.evaluation.estimates import ImportanceWeights, kolmogorov_smirnov, reward_distance
+from tiltflow.laws.problems import ExactVelocity, Gaussian, GaussianMixture
+from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
+from tiltflow.runs.run import Recipe, calibration_in_words, distance_to_base, evaluate_run, path_kl, read_recipe, run
+from tiltflow.samplers.sampler import Sampling, path_costs
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.trainer import Record
+from tiltflow.training.trainer import Record
 
 
 def recipe_of(path: Path, *overrides: str) -> Recipe:

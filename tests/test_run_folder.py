@@ -23,22 +23,23 @@ from test_resume import resuming
 from tiny import tiny_recipe
 from typer.testing import CliRunner
 
-from tiltflow.checkpoint import FOLDER
-from tiltflow.cli import app
+from tiltflow.commands.cli import app
 from tiltflow.errors import CheckpointError, InputError, Note, OutputError, TiltflowError
+from tiltflow.evaluation.monitor import LOOKS, read_looks
 from tiltflow.files import LITTER, check_output, repair, write_folder
-from tiltflow.fingerprints import FILE as FINGERPRINTS
-from tiltflow.fingerprints import read_fingerprints
-from tiltflow.lock import HOLDER, Holder, working_in
-from tiltflow.model import load
-from tiltflow.monitor import LOOKS, read_looks
-from tiltflow.pretrain import read_pretraining, run_pretraining
-from tiltflow.report import write_report
-from tiltflow.run import Recipe, read_recipe, run
-from tiltflow.run_folder import METRICS, RECIPE, of_monitor, read_records
+from tiltflow.models.model import load
+from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.reports.report import write_report
+from tiltflow.runs.checkpoint import FOLDER
+from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
+from tiltflow.runs.fingerprints import read_fingerprints
+from tiltflow.runs.lock import HOLDER, Holder, working_in
+from tiltflow.runs.run import Recipe, read_recipe, run
+from tiltflow.runs.run_folder import RECIPE, of_monitor, read_records
+from tiltflow.runs.sweep import Point, collect, sweep
 from tiltflow.settings import read_yaml, validate
-from tiltflow.sweep import Point, collect, sweep
-from tiltflow.trainer import Record
+from tiltflow.training.records import METRICS
+from tiltflow.training.trainer import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the children do little
 
@@ -228,7 +229,7 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_is_loaded(
     def loaded(*arguments: object, **options: object) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("tiltflow.run.load", "tiltflow.pretrain.load_images", "tiltflow.sweep.run_point"):
+    for name in ("tiltflow.runs.run.load", "tiltflow.pretraining.pretrain.load_images", "tiltflow.runs.sweep.run_point"):
         monkeypatch.setattr(name, loaded)
     attempts: list[Callable[[Path], object]] = [
         lambda output: run(recipe, output),
@@ -245,7 +246,7 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_is_loaded(
 
 
 def test_sample_finds_out_before_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.model.Model.sample", lambda *arguments, **options: pytest.fail("sampled"))
+    monkeypatch.setattr("tiltflow.models.model.Model.sample", lambda *arguments, **options: pytest.fail("sampled"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for output in (tmp_path / "file" / "x.png", tmp_path / "folder.png", tmp_path / f"{'x' * 300}.npz"):
@@ -262,7 +263,7 @@ def test_too_little_room_is_found_before_the_first_step(tmp_path: Path, monkeypa
     for free, enough in ((3 * weights, False), (10 * weights, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if enough:
-            monkeypatch.setattr("tiltflow.run.evaluate_run", lambda folder, **options: {"iterations": 0})
+            monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {"iterations": 0})
             run(recipe, tmp_path / "run")
         else:
             with pytest.raises(InputError, match=r"the disk has .* left, and the run will write .* at least"):

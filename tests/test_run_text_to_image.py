@@ -27,19 +27,20 @@ from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
 from tiltflow import accept_changes, load, load_text_to_image
-from tiltflow.cli import app
+from tiltflow.commands.cli import app
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, Interrupted, Note
-from tiltflow.evaluation import effective_number
-from tiltflow.export import export_run
-from tiltflow.features import distances_to_reference
-from tiltflow.flow import Flow, bind, rows
-from tiltflow.monitor import over_groups, read_looks
-from tiltflow.prompts import Prompt
-from tiltflow.recipe import is_text_to_image, shipped_recipes
-from tiltflow.reward import PerPrompt, given
+from tiltflow.evaluation.estimates import effective_number
+from tiltflow.evaluation.features import distances_to_reference
+from tiltflow.evaluation.monitor import over_groups, read_looks
+from tiltflow.flows.flow import Flow, bind, rows
+from tiltflow.models.text_to_image import TextToImage, from_diffusers, with_adapter
+from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
-from tiltflow.run_folder import read_records
-from tiltflow.run_text_to_image import (
+from tiltflow.runs.export import export_run
+from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
+from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_text_to_image import (
     BaseStatistics,
     TextToImageRecipe,
     TextToImageTraining,
@@ -54,16 +55,15 @@ from tiltflow.run_text_to_image import (
     squared_distance,
     tuned_copy,
 )
-from tiltflow.sampler import Sampling, rollout
+from tiltflow.samplers.sampler import Sampling, rollout
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.text_to_image import TextToImage, from_diffusers, with_adapter
 
 
 @pytest.fixture(autouse=True)
 def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trajectories of 50 steps for the path KL instead of 32, which are most of the time of a run of three updates."""
-    monkeypatch.setattr("tiltflow.run_text_to_image.PATHS", 2)
+    monkeypatch.setattr("tiltflow.runs.run_text_to_image.PATHS", 2)
 
 
 SHORT = {"num_inference_steps": 2}
@@ -571,7 +571,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
 
 
 def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
     training = recipe_for(tmp_path, "stable-diffusion")["training"] | {"max_train_steps": 5, "checkpointing_steps": 2}
     training |= {"ema_decay": 0.5, "monitor": {"steps": 2}, "per_prompt_normalization": 2, "non_finite_rewards": "drop"}
     tree = recipe_for(tmp_path, "stable-diffusion", training=training)
@@ -590,7 +590,9 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
         run_text_to_image(recipe, tmp_path / "parts", watch=watch)
     patience = iter(range(100))  # a signal in the middle of a batch, which is then begun again
     with monkeypatch.context() as patch:
-        patch.setattr("tiltflow.run_folder.noted", lambda heard, echo: nullcontext(lambda: 15 if next(patience) >= 6 else None))
+        patch.setattr(
+            "tiltflow.runs.run_folder.noted", lambda heard, echo: nullcontext(lambda: 15 if next(patience) >= 6 else None)
+        )
         with pytest.raises(Interrupted):
             run_text_to_image(recipe, tmp_path / "parts", handle_signals=True)
     run_text_to_image(recipe, tmp_path / "parts")
@@ -611,7 +613,9 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
 
 def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe says `pipe` and `prompts.txt`; another folder has others of these names."""
-    monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {"iterations": 1})
+    monkeypatch.setattr(
+        "tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {"iterations": 1}
+    )
     home, away = tmp_path / "home", tmp_path / "away"
     tree = recipe_for(home, "stable-diffusion")
     (home / "stable-diffusion").rename(home / "pipe")
@@ -707,7 +711,7 @@ def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["kid"] == pytest.approx((within[0] + within[1] - 2 * kernel[2].mean()).item())
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    monkeypatch.setattr("tiltflow.features.MOST_KID", 100)  # subsets are drawn
+    monkeypatch.setattr("tiltflow.evaluation.features.MOST_KID", 100)  # subsets are drawn
     assert distances_to_reference(x, y) == distances_to_reference(x, y)
     assert distances_to_reference(x, y)["kid"] == pytest.approx(found["kid"], rel=0.1)
     assert torch.equal(torch.get_rng_state(), state)

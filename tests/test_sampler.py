@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.errors import InputError, SettingsError
-from tiltflow.flow import Flow
-from tiltflow.interpolant import DiscreteVariancePreserving, Linear
-from tiltflow.sampler import (
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import DiscreteVariancePreserving, Linear
+from tiltflow.samplers.sampler import (
     Chain,
     Sampling,
     ddim,

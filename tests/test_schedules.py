@@ -17,9 +17,9 @@ from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
-from tiltflow.interpolant import Linear
-from tiltflow.sampler import Sampling
-from tiltflow.schedules import Schedule, path_of, prediction_of_normal, schedule_of
+from tiltflow.flows.interpolant import Linear
+from tiltflow.models.schedules import Schedule, path_of, prediction_of_normal, schedule_of
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.streams import stream
 
 DIFFUSION = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False}

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tiltflow.control.value import FORMS, Critic, Value
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
-from tiltflow.flow import Flow
-from tiltflow.lqg import Lqg, evaluate_chain, evaluate_policy
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.lqg import Lqg, evaluate_chain, evaluate_policy
+from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture, TwoModes
 from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
-from tiltflow.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture, TwoModes
-from tiltflow.sampler import rollout
-from tiltflow.streams import stream
-from tiltflow.trainer import Record, train
-from tiltflow.value import FORMS, Critic, Value
-from tiltflow.verify_lqg import (
+from tiltflow.problems.verify_lqg import (
     ESTIMATORS,
     LinearPolicy,
     OnePolicyEach,
@@ -33,6 +30,9 @@ from tiltflow.verify_lqg import (
     own_scale,
     reward_of,
 )
+from tiltflow.samplers.sampler import rollout
+from tiltflow.streams import stream
+from tiltflow.training.trainer import Record, train
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -142,14 +142,14 @@ def test_variances_at_ten_steps() -> None:
 
 @pytest.mark.parametrize("estimator", ["return", "return-minus-value"])
 def test_a_wrong_critic_leaves_the_first_two_unbiased(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
+    monkeypatch.setattr("tiltflow.problems.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
     samples = gradient_samples(PROBLEM, on_lqg(estimator, 5), TRAJECTORIES, 0)
     assert z_scores(samples, exact_gradient(PROBLEM, 5)).abs().max() < 3
 
 
 @pytest.mark.parametrize("estimator", ["temporal-difference", "closed-form"])
 def test_a_wrong_critic_biases_the_last_two(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
+    monkeypatch.setattr("tiltflow.problems.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
     samples = gradient_samples(PROBLEM, on_lqg(estimator, 5), TRAJECTORIES, 0)
     assert z_scores(samples, exact_gradient(PROBLEM, 5)).abs().max() > 20
 
@@ -393,7 +393,7 @@ def test_step_kl_is_the_path_kl_between_the_policies() -> None:
 def test_standardised_rewards_are_those_of_ddpo() -> None:
     method = ScoreAsAction(preset="ddpo", num_inference_steps=4)
     assert (method.estimator, method.update, method.clip_range, method.running_reward) == ("return", "clip", 1e-4, "none")
-    from tiltflow.value import Batch
+    from tiltflow.control.value import Batch
 
     rewards, costs = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.zeros(3, 4)
     batch = Batch(torch.zeros(3, 4, 1), torch.linspace(0, 1, 4), costs, costs, rewards)

@@ -13,10 +13,10 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.interpolant import Cosine, DiscreteVariancePreserving, Interpolant
+from tiltflow.flows.interpolant import Cosine, DiscreteVariancePreserving, Interpolant
 from tiltflow.plugins import find, names, part_of
-from tiltflow.recipe import find_recipe
-from tiltflow.run import Recipe
+from tiltflow.runs.recipe import find_recipe
+from tiltflow.runs.run import Recipe
 from tiltflow.settings import Settings, apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
 

@@ -16,12 +16,12 @@ from tiny import tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tiltflow.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
-from tiltflow.cli import app
+from tiltflow.commands.cli import app
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, UserCodeError
 from tiltflow.optimization import all_finite
-from tiltflow.run import Recipe, run
-from tiltflow.run_folder import read_records
+from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.run_folder import read_records
 from tiltflow.settings import read_yaml, validate
 
 TRAINING = {"max_train_steps": 6, "train_batch_size": 4, "checkpointing_steps": 2}
@@ -198,7 +198,7 @@ def test_a_network_that_breaks_is_named(method: str, healthy: int, what: str) ->
 def test_exit_code_1_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from tiltflow.cli import main
+    from tiltflow.commands.cli import main
 
     recipe_with(tmp_path, monkeypatch, "{4}", NAN)
     monkeypatch.setattr(
@@ -225,8 +225,8 @@ def test_out_of_memory_says_what_to_lower(
     says: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING | {"train_batch_size": 12, "micro_batch_size": 6}, evaluation=MEASURED)
-    monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: says)
-    monkeypatch.setattr("tiltflow.run.rehearse", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: says)
+    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments: None)
     with pytest.raises(
         OutOfMemoryError, match=r"out of memory \(.*training.micro_batch_size=3 \(now 6\) gives the same result"
     ):
@@ -260,8 +260,8 @@ def test_gradients_of_a_split_batch_are_those_of_the_whole_one(method: str, tmp_
 
 def test_the_command_line_shows_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING, evaluation=MEASURED)
-    monkeypatch.setattr("tiltflow.run.build_reward", lambda *arguments: cuda_says)
-    monkeypatch.setattr("tiltflow.run.rehearse", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: cuda_says)
+    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments: None)
     result = CliRunner().invoke(app, ["train", str(path), "-o", str(tmp_path / "run")])
     assert isinstance(result.exception, OutOfMemoryError)
 

@@ -10,11 +10,11 @@ import pytest
 from tiny import tiny_recipe
 from typer.testing import CliRunner
 
-from tiltflow.cli import app
+from tiltflow.commands.cli import app
 from tiltflow.errors import InputError
-from tiltflow.plots import pareto
+from tiltflow.reports.plots import pareto
+from tiltflow.runs.sweep import DISTANCES, beats, collect, parse_grid, points_of, run_point, sweep
 from tiltflow.settings import read_yaml
-from tiltflow.sweep import DISTANCES, beats, collect, parse_grid, points_of, run_point, sweep
 
 METHOD = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "min_effective_sample_size": 1}
 

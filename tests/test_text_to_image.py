@@ -19,11 +19,11 @@ from tiny_pipelines import PIPELINES, tiny_pipeline
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
-from tiltflow.flow import AdapterOff, Guided, base_of, bind, linearize
-from tiltflow.run_text_to_image import tuned_copy
-from tiltflow.sampler import Sampling
+from tiltflow.flows.flow import AdapterOff, Guided, base_of, bind, linearize
+from tiltflow.models.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
+from tiltflow.runs.run_text_to_image import tuned_copy
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.streams import stream
-from tiltflow.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
 
@@ -243,7 +243,7 @@ def test_prompts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_conditions_of_the_last_prompts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were used last, and the negative one, which all share, though the prompt that it came with is gone."""
-    monkeypatch.setattr("tiltflow.text_to_image.CONDITIONS_KEPT", 2)
+    monkeypatch.setattr("tiltflow.models.text_to_image.CONDITIONS_KEPT", 2)
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
     first = model.encode(["one", "two", "three"])  # more at once than are kept
     assert list(model.encoded) == ["two", "three"]
@@ -560,7 +560,7 @@ def test_the_documented_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
     from tiny_pipelines import STABLE_DIFFUSION, WIDTH, t5, vae
 
-    from tiltflow import text_to_image
+    from tiltflow.models import text_to_image
 
     page = (Path(__file__).parents[1] / "docs/text-to-image.md").read_text(encoding="utf-8")
     code = page.split("## Adding a family")[1].split("```python\n")[1].split("```")[0]

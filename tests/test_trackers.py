@@ -15,9 +15,9 @@ from PIL import Image
 from tiny import tiny_recipe
 
 from tiltflow.errors import InputError
-from tiltflow.run import Recipe, run
+from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.trackers import Tracker
 from tiltflow.settings import read_yaml, validate
-from tiltflow.trackers import Tracker
 
 pytest.importorskip("accelerate")
 

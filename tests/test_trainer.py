@@ -14,16 +14,16 @@ from affine import on_gaussian
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.calibration import Calibration
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.flow import AdapterOff, Flow
+from tiltflow.flows.flow import AdapterOff, Flow
+from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, Gaussian
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
-from tiltflow.problems import CorrectedVelocity, ExactVelocity, Gaussian
-from tiltflow.sampler import rollout
+from tiltflow.samplers.sampler import rollout
 from tiltflow.streams import stream
-from tiltflow.trainer import Record, train, trainable_copy
+from tiltflow.training.calibration import Calibration
+from tiltflow.training.trainer import Record, train, trainable_copy
 
 pytestmark = pytest.mark.usefixtures("double")
 

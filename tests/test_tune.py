@@ -14,14 +14,14 @@ from tiny import tiny_flow
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.checkpoint import checkpoints
-from tiltflow.entry import evaluate as evaluate_folder
-from tiltflow.entry import read_recipe, training_of
+from tiltflow.api import evaluate as evaluate_folder
+from tiltflow.api import read_recipe, training_of
 from tiltflow.errors import InputError, UserCodeError
-from tiltflow.flow import Flow, eval_mode
-from tiltflow.monitor import read_looks
-from tiltflow.reward import evaluate, from_function, given
-from tiltflow.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.evaluation.monitor import read_looks
+from tiltflow.flows.flow import Flow, eval_mode
+from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.runs.checkpoint import checkpoints
+from tiltflow.runs.run_folder import NEED_A_FOLDER, read_records
 from tiltflow.settings import read_yaml
 from tiltflow.streams import stream
 

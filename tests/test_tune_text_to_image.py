@@ -17,15 +17,15 @@ from test_run_text_to_image import recipe_for
 from tiny_pipelines import tiny_pipeline
 
 import tiltflow
-from tiltflow.checkpoint import checkpoints
-from tiltflow.entry import training_of
+from tiltflow.api import training_of
 from tiltflow.errors import InputError
+from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.optimization import adamw
 from tiltflow.rewards.named_colour import NamedColour
-from tiltflow.run_folder import NEED_A_FOLDER, read_records
-from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+from tiltflow.runs.checkpoint import checkpoints
+from tiltflow.runs.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 from tiltflow.settings import validate
-from tiltflow.text_to_image import TextToImage, with_adapter
 
 PROMPTS = ["a red cat", "a blue dog", "a green hat"]
 METHOD = tiltflow.AdjointMatching(num_inference_steps=3, learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
@@ -82,7 +82,7 @@ def plain(tuned: Run) -> Tensor:
 
 def test_tune_is_the_run_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: metrics, weights, and what it leaves in its folder."""
-    monkeypatch.setattr("tiltflow.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
     tree = recipe_for(tmp_path, "stable-diffusion", prompts={"texts": PROMPTS, "validation": 0})
     recipe = validate(TextToImageRecipe, tree, "recipe")
     run_text_to_image(recipe, tmp_path / "recipe")
@@ -224,7 +224,7 @@ def check_8bit_adam(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None
         asked.append(True)
         return adamw
 
-    patch.setattr("tiltflow.run_text_to_image.eight_bit_adam", eight_bit_adam)
+    patch.setattr("tiltflow.runs.run_text_to_image.eight_bit_adam", eight_bit_adam)
     tuned(use_8bit_adam=True)
     assert asked
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.checkpoint import FOLDER, checkpoints
-from tiltflow.cli import app
-from tiltflow.doctor import examine
+from tiltflow.commands.cli import app
 from tiltflow.errors import InputError, UserCodeError
-from tiltflow.features import features_of
-from tiltflow.flow import Flow
+from tiltflow.evaluation.features import features_of
+from tiltflow.flows.flow import Flow
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
-from tiltflow.reward import evaluate, from_function, given, try_reward, value_and_gradient
-from tiltflow.run import Recipe, run
-from tiltflow.sampler import heun, rollout_ode, time_grid
+from tiltflow.rewards import evaluate, from_function, given, try_reward, value_and_gradient
+from tiltflow.runs.checkpoint import FOLDER, checkpoints
+from tiltflow.runs.doctor import examine
+from tiltflow.runs.run import Recipe, run
+from tiltflow.samplers.sampler import heun, rollout_ode, time_grid
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -275,7 +275,7 @@ def test_memory_and_our_own_errors_pass_through() -> None:
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    """The command in this process: (exit code as `tiltflow.cli.main` has it, what was said)."""
+    """The command in this process: (exit code as `tiltflow.commands.cli.main` has it, what was said)."""
     result = CliRunner().invoke(app, list(arguments))
     error = result.exception
     if isinstance(error, tiltflow.TiltflowError):
@@ -349,7 +349,7 @@ def test_prompts_and_metadata_come_by_name() -> None:
     for function, expected in rewards:
         reward = given(from_function(function), prompts, metadata)
         torch.testing.assert_close(evaluate(reward, x), expected)
-        torch.testing.assert_close(evaluate(tiltflow.flow.rows(reward, torch.tensor([1])), x[1:]), expected[1:])
+        torch.testing.assert_close(evaluate(tiltflow.flows.flow.rows(reward, torch.tensor([1])), x[1:]), expected[1:])
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_a_constant_reward_is_said_once() -> None:
 
 
 def test_pictures_that_stand_for_the_laws() -> None:
-    from tiltflow.run_text_to_image import kept_of_groups
+    from tiltflow.runs.run_text_to_image import kept_of_groups
 
     nan = torch.nan
     base = {"own": torch.tensor([1.0, nan, 2, 3, 4, 5, 6, 7, nan, nan, nan, 8]), "other": torch.zeros(12)}
@@ -533,7 +533,7 @@ def test_drop_on_pipelines(tmp_path: Path, write: Callable[[str], str]) -> None:
     pytest.importorskip("diffusers")
     from tiny_pipelines import tiny_pipeline
 
-    from tiltflow.run_text_to_image import TextToImageRecipe, run_text_to_image
+    from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 
     name = write(
         "def face(images, prompts, metadata):\n"

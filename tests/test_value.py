@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tiltflow.control.value import FORMS, Batch, Critic, Value, critic_loss, improve, returns
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
-from tiltflow.lqg import Lqg, evaluate_chain
+from tiltflow.laws.lqg import Lqg, evaluate_chain
 from tiltflow.networks.image_critic import ImageCritic
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.quadratic import Quadratic
 from tiltflow.streams import stream
-from tiltflow.value import FORMS, Batch, Critic, Value, critic_loss, improve, returns
 
 pytestmark = pytest.mark.usefixtures("double")
 

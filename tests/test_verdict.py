@@ -11,7 +11,7 @@ import torch
 from scipy.stats import norm, ttest_rel
 from torch import Tensor
 
-from tiltflow.evaluation import (
+from tiltflow.evaluation.estimates import (
     ImportanceWeights,
     histogram_masses,
     kolmogorov_smirnov,
@@ -19,7 +19,7 @@ from tiltflow.evaluation import (
     reward_masses,
     total_variation,
 )
-from tiltflow.verdict import class_tests, conclude, corrected, distance_test, mean_test, of_rewards, share_test
+from tiltflow.evaluation.verdict import class_tests, conclude, corrected, distance_test, mean_test, of_rewards, share_test
 
 pytestmark = pytest.mark.usefixtures("double")
 

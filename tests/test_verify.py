@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tiltflow.errors import InputError
-from tiltflow.verify import read_verification, run_verification, verify
-from tiltflow.verify_lqg import LqgVerification
+from tiltflow.problems.verify import read_verification, run_verification, verify
+from tiltflow.problems.verify_lqg import LqgVerification
 
 SMALL = [
     "num_samples=4000",

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.consistency import consistency
-from tiltflow.flow import Flow
-from tiltflow.interpolant import DiscreteVariancePreserving
-from tiltflow.model import Model
-from tiltflow.problems import Mixture
-from tiltflow.reward import evaluate, from_function, given
-from tiltflow.sampler import Sampling
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import DiscreteVariancePreserving
+from tiltflow.laws.problems import Mixture
+from tiltflow.models.consistency import consistency
+from tiltflow.models.model import Model
+from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.samplers.sampler import Sampling
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-own-model.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^#+ ([^\n]+)\n(?:(?!^#+ ).)*?^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiltflow.flow import Flow
-from tiltflow.model import ClassifierConfig, Model, save_model
+from tiltflow.flows.flow import Flow
+from tiltflow.models.model import ClassifierConfig, Model, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.networks.unet import Unet
-from tiltflow.sampler import Sampling
+from tiltflow.samplers.sampler import Sampling
 from tiltflow.settings import dump_yaml
 from tiltflow.streams import new_network
 

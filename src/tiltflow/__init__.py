@@ -13,44 +13,44 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tiltflow.doctor import examine_model
-    from tiltflow.entry import load, tune
+    from tiltflow.api import load, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
-    from tiltflow.fingerprints import accept_changes
-    from tiltflow.flow import Flow
+    from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.score_as_action import ScoreAsAction
-    from tiltflow.model import Model
+    from tiltflow.models.model import Model
+    from tiltflow.models.text_to_image import from_diffusers
     from tiltflow.plugins import allow_code
-    from tiltflow.run import Training
-    from tiltflow.run_text_to_image import Adapter, TextToImageTraining, load_text_to_image
-    from tiltflow.sampler import Sampling
-    from tiltflow.text_to_image import from_diffusers
+    from tiltflow.runs.doctor import examine_model
+    from tiltflow.runs.fingerprints import accept_changes
+    from tiltflow.runs.run import Training
+    from tiltflow.runs.run_text_to_image import Adapter, TextToImageTraining, load_text_to_image
+    from tiltflow.samplers.sampler import Sampling
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
-    "Adapter": "run_text_to_image",
+    "Adapter": "runs.run_text_to_image",
     "AdjointMatching": "methods.adjoint_matching",
     "CollapseError": "errors",
-    "Flow": "flow",
+    "Flow": "flows.flow",
     "InputError": "errors",
-    "Model": "model",
+    "Model": "models.model",
     "NonFiniteError": "errors",
     "OrwCfmW2": "methods.orw_cfm_w2",
-    "Sampling": "sampler",
+    "Sampling": "samplers.sampler",
     "ScoreAsAction": "methods.score_as_action",
-    "TextToImageTraining": "run_text_to_image",
+    "TextToImageTraining": "runs.run_text_to_image",
     "TiltflowError": "errors",
-    "Training": "run",
+    "Training": "runs.run",
     "UserCodeError": "errors",
-    "accept_changes": "fingerprints",
+    "accept_changes": "runs.fingerprints",
     "allow_code": "plugins",
-    "examine_model": "doctor",
-    "from_diffusers": "text_to_image",
-    "load": "entry",
-    "load_text_to_image": "run_text_to_image",
-    "tune": "entry",
+    "examine_model": "runs.doctor",
+    "from_diffusers": "models.text_to_image",
+    "load": "api",
+    "load_text_to_image": "runs.run_text_to_image",
+    "tune": "api",
 }
 
 __all__ = [

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import NonFiniteError
-from tiltflow.sampler import Chain, Start
 from tiltflow.settings import Settings
 
 Positive = Annotated[float, Field(gt=0)]
@@ -44,27 +43,6 @@ class Optimization(Settings):
     def learns_nothing(self, group: int) -> str | None:
         """Why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing; None if it
         teaches it something."""
-        return None
-
-
-class Tilting(Optimization):
-    """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
-
-    beta: Positive = 1.0
-    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
-    nat of path KL."""
-
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        """log of the density that the law aimed at has over p_base, up to a constant, where the rewards are these: [batch]."""
-        return rewards.double() / self.beta
-
-    def target_law(self, steps: int) -> str:
-        """The law that the method aims at, in words."""
-        return "p_base(x) exp(r(x) / beta)"
-
-    def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
-        """The chain from time `start` whose control is what is optimised, and the price of a change of its velocities, [K], as
-        `Chain.energy` says it, 0 where a step is not controlled. None where there is no such chain."""
         return None
 
 

@@ -28,7 +28,7 @@ from tiltflow.settings import Settings, first_problem
 def names(package: str) -> list[str]:
     """The names of the parts in `tiltflow.<package>`, in alphabetical order."""
     path = importlib.import_module(f"tiltflow.{package}").__path__
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path) if not module.ispkg)
 
 
 def find(package: str, name: str) -> type[Settings]:

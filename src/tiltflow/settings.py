@@ -79,7 +79,7 @@ S = TypeVar("S", bound=Settings)
 @dataclass(frozen=True)
 class External:
     """Marks a setting, a text, that names what lies outside the recipe: a file or folder, something that ships with tiltflow, a
-    name on the hub, or a function, `package.module:function`. See `tiltflow.fingerprints`.
+    name on the hub, or a function, `package.module:function`. See `tiltflow.runs.fingerprints`.
 
     Args:
         only_functions: other values are words of tiltflow's own.

@@ -32,6 +32,9 @@ DTYPES = {
 """Their names in the format."""
 PART = 1 << 24  # bytes that are hashed and written at a time
 
+Tree = dict[str, Any]
+"""Nested mappings and lists of tensors, numbers, words and None."""
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write tensors of any device, layout and shape, and flush them onto the disk. Returns bytes and sha256 of the file.

@@ -7,7 +7,7 @@ with steps N(m_k(x) + s_k w_k, s_k^2) is w_k = -s_k E[a_{k+1} | x_k], a the lean
 
 with trajectories of the tuned chain, held fixed. Its only critical point is the optimal control, whose terminal law
 is p_base(x) exp(r(x) / beta) up to what K steps of Gaussian noise cannot do, of order h: on one Gaussian that is in the
-variance alone, on a mixture in the weights of the modes and the mean reward as well (`tiltflow.chain_optimum`). One
+variance alone, on a mixture in the weights of the modes and the mean reward as well (`tiltflow.laws.chain_optimum`). One
 iteration is
 
     1.  roll the tuned chain out, without gradients
@@ -28,13 +28,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow import processes
-from tiltflow.adjoint import Pairing, lean_adjoint
-from tiltflow.flow import Guide, VelocityField, in_chunks, observed, rows
-from tiltflow.interpolant import expand
-from tiltflow.optimization import Numbers, Tilting, all_finite, located
-from tiltflow.reward import NonFiniteRewards, Reward, finite_only
-from tiltflow.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, part_of, rollout, unguided
-from tiltflow.timesteps import Stratum, choose_timesteps
+from tiltflow.control.adjoint import Pairing, lean_adjoint
+from tiltflow.control.timesteps import Stratum, choose_timesteps
+from tiltflow.flows.flow import Guide, VelocityField, in_chunks, observed, rows
+from tiltflow.flows.interpolant import expand
+from tiltflow.methods import Tilting
+from tiltflow.optimization import Numbers, all_finite, located
+from tiltflow.rewards import NonFiniteRewards, Reward, finite_only
+from tiltflow.samplers.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, part_of, rollout, unguided
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

@@ -16,7 +16,7 @@ round is lambda v_wq + (1 - lambda) v_base, where lambda = m / (m + alpha) and v
 
     alpha = 0     round n samples w^n p_base, exactly, and runs into the best mode as n grows
     alpha > 0     the rounds settle where that field samples q itself: a law that leans from p_base to high reward. To first
-                  order in tau it is p_base exp(tau r / alpha), beyond that it is milder; `tiltflow.induced_law` computes it.
+                  order in tau it is p_base exp(tau r / alpha), beyond that it is milder; `tiltflow.laws.induced_law` has it
     alpha -> inf  the base.
 
 The laws are the same for every Gaussian path and every prediction type, as both terms are measured in the prediction of the
@@ -46,14 +46,14 @@ from torch import Tensor
 from tiltflow import processes
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
-from tiltflow.evaluation import Estimate, ImportanceWeights
-from tiltflow.flow import Guide, VelocityField, groups, in_chunks, prediction_scale, rows
-from tiltflow.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
-from tiltflow.interpolant import expand
+from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
+from tiltflow.flows.flow import Guide, VelocityField, groups, in_chunks, prediction_scale, rows
+from tiltflow.flows.interpolant import expand
+from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
-from tiltflow.reward import NonFiniteRewards, Reward, evaluate, finite_only, shared
-from tiltflow.sampler import Sampling, Solver, Start, sample, spread_times
+from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, finite_only, shared
+from tiltflow.samplers.sampler import Sampling, Solver, Start, sample, spread_times
 from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
 from tiltflow.user_code import explained

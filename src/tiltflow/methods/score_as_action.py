@@ -47,14 +47,15 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from tiltflow import processes
+from tiltflow.control.timesteps import Stratum, choose_timesteps
+from tiltflow.control.value import FORMS, Batch, Critic, Value, improve, returns
 from tiltflow.errors import InputError
-from tiltflow.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows
-from tiltflow.interpolant import expand
-from tiltflow.optimization import Tilting, all_finite, load_optimizer, located
-from tiltflow.reward import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
-from tiltflow.sampler import Chain, Sampling, Solver, Start, Trajectory, part_of, rollout, rollout_ode, unguided
-from tiltflow.timesteps import Stratum, choose_timesteps
-from tiltflow.value import FORMS, Batch, Critic, Value, improve, returns
+from tiltflow.flows.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows
+from tiltflow.flows.interpolant import expand
+from tiltflow.methods import Tilting
+from tiltflow.optimization import all_finite, load_optimizer, located
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
+from tiltflow.samplers.sampler import Chain, Sampling, Solver, Start, Trajectory, part_of, rollout, rollout_ode, unguided
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

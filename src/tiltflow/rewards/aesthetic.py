@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tiltflow.clip import Clip
 from tiltflow.errors import InputError
-from tiltflow.model import read_tensors
-from tiltflow.precision import Dtype
-from tiltflow.reward import Reward
+from tiltflow.flows.precision import Dtype
+from tiltflow.models.model import read_tensors
+from tiltflow.rewards import Reward
+from tiltflow.rewards.backbones.clip import Clip
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 

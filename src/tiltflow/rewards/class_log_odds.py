@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.model import load_classifier
-from tiltflow.reward import Reward
+from tiltflow.models.model import load_classifier
+from tiltflow.rewards import Reward
 from tiltflow.settings import Labels, PathOrName, Settings
 
 

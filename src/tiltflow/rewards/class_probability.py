@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tiltflow.reward import Reward
+from tiltflow.rewards import Reward
 from tiltflow.rewards.class_log_odds import Classes, ClassLogOdds, either
 from tiltflow.settings import PathOrName, Settings
 

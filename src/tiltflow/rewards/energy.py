@@ -58,7 +58,7 @@ class Energy(Settings):
 
 
 class EnergyReward:
-    """See `tiltflow.reward.LearnedReward`."""
+    """See `tiltflow.rewards.LearnedReward`."""
 
     def __init__(self, settings: Energy, network: nn.Module, images: Tensor):
         self.settings, self.network, self.images = settings, network, images

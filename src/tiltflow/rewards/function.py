@@ -8,7 +8,7 @@ import torch
 from pydantic import field_validator
 
 from tiltflow.plugins import import_function
-from tiltflow.reward import Reward, from_function
+from tiltflow.rewards import Reward, from_function
 from tiltflow.settings import FunctionOrName, Settings
 
 

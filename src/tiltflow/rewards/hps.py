@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tiltflow.clip import Clip
-from tiltflow.precision import Dtype
-from tiltflow.reward import OfPrompts, Reward
+from tiltflow.flows.precision import Dtype
+from tiltflow.rewards import OfPrompts, Reward
+from tiltflow.rewards.backbones.clip import Clip
 from tiltflow.settings import PathOrName, Settings
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import SECRET, InputError, redacted, visible
-from tiltflow.reward import Metadata, OfPrompts, Reward
+from tiltflow.rewards import Metadata, OfPrompts, Reward
 from tiltflow.settings import Settings
 
 MOST_BYTES = 1 << 20  # of an answer

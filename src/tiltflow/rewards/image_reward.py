@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tiltflow.clip import depth, resized
 from tiltflow.errors import InputError, not_installed
-from tiltflow.model import read_tensors
-from tiltflow.precision import Dtype, at_least_float32
-from tiltflow.reward import OfPrompts, Reward
+from tiltflow.flows.precision import Dtype, at_least_float32
+from tiltflow.models.model import read_tensors
+from tiltflow.rewards import OfPrompts, Reward
+from tiltflow.rewards.backbones.clip import depth, resized
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 

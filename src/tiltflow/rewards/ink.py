@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tiltflow.reward import Reward
+from tiltflow.rewards import Reward
 from tiltflow.settings import Settings
 
 

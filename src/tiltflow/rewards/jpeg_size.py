@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiltflow.reward import Reward
+from tiltflow.rewards import Reward
 from tiltflow.rewards.png_size import file_sizes
 from tiltflow.settings import Settings
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.reward import OfPrompts, Reward
+from tiltflow.rewards import OfPrompts, Reward
 from tiltflow.settings import Settings
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError
-from tiltflow.reward import Reward
+from tiltflow.rewards import Reward
 from tiltflow.settings import Settings
 
 

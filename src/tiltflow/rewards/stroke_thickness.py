@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiltflow.reward import Reward
+from tiltflow.rewards import Reward
 from tiltflow.settings import Settings
 
 # In ink, about three grey levels of 256: steps well below it count as noise rather than as an edge.

@@ -12,9 +12,9 @@ import torch
 from pydantic import BeforeValidator, field_validator
 from torch import Tensor
 
-from tiltflow.flow import rows
+from tiltflow.flows.flow import rows
 from tiltflow.plugins import part_of
-from tiltflow.reward import Metadata, Reward, given, values_of
+from tiltflow.rewards import Metadata, Reward, given, values_of
 from tiltflow.settings import Settings
 
 

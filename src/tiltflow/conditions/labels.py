@@ -1,0 +1,51 @@
+"""Class labels: what a sample of a class-conditional model is asked for. Its network gets them as int64 [batch]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import InputError, did_you_mean
+
+
+def as_labels(labels: Any, num_samples: int, class_names: Sequence[str]) -> Tensor:
+    """Labels [num_samples], int64, on the CPU.
+
+    Args:
+        labels: a class for all samples, by its number or its name; a sequence or tensor with one for each; or None for every
+            class in turn.
+
+    Raises InputError for anything else, or a class that there is not.
+    """
+    count = len(class_names)
+    if labels is None:
+        return torch.arange(num_samples) % count
+    if isinstance(labels, Tensor):
+        labels = labels.tolist()
+    several = [labels] if isinstance(labels, (str, int)) else list(labels)
+    numbers = [_number(label, class_names) for label in several]
+    if len(numbers) not in (1, num_samples):
+        raise InputError(f"labels: give one for all, or one for each of {num_samples} samples, got {len(numbers)}")
+    return torch.tensor(numbers).expand(num_samples) if len(numbers) == 1 else torch.tensor(numbers)
+
+
+def _number(label: Any, class_names: Sequence[str]) -> int:
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if isinstance(label, str):
+        if not label.isdecimal():
+            raise InputError(f"labels: there is no class {label!r}{did_you_mean(label, class_names)}")
+        label = int(label)  # as written on a command line
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(class_names):
+        raise InputError(f"labels: a class is a number from 0 to {len(class_names) - 1}, or its name, got {label!r}")
+    return label
+
+
+def draw_labels(classes: Sequence[int], num_samples: int, generator: torch.Generator) -> Tensor:
+    """Labels [num_samples] for a batch: as many of each of `classes`, and the rest, if they do not divide it, at random."""
+    order = torch.randperm(len(classes), generator=generator, device=generator.device)
+    turn = torch.arange(num_samples, device=generator.device) % len(classes)
+    return torch.tensor(classes, device=generator.device)[order[turn]]

@@ -1,0 +1,1 @@
+"""What methods compute along trajectories."""

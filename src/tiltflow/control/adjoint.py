@@ -1,0 +1,125 @@
+r"""The lean adjoint of a sampler's chain (arXiv 2409.08861, eq. 38-39), in its exact discrete form.
+
+With m_k(x) = x_scale_k x + v_scale_k v_base(x, t_k) the mean of the base chain and g = -r / beta the terminal cost,
+
+    a_K = grad g(x_K),      a_k = J_{m_k}(x_k)^T a_{k+1}.
+
+It needs vector-Jacobian products of the base network alone, one step in memory at a time.
+
+Near the noise the adjoint is mostly noise: a product of random Jacobians. As the optimal control of step k is
+w_k = -std_k E[a_{k+1} | x_k], the learned control can stand in for part of it, as in TD(lambda):
+
+    a_k = J_{m_k}(x_k)^T (lambda_k a_{k+1} - (1 - lambda_k) w_k / std_k),      lambda_k = exp(-bootstrap std_k^2).
+
+At the optimal control both terms have the same expectation given x_k, so a network that can represent it has the same fixed
+point for every lambda_k. One that cannot hands its own errors on to the earlier steps instead of the adjoint's noise, and ends
+elsewhere. Less is carried on where a step adds much noise, and what is left after a stretch of time does not depend on the
+step size.
+"""
+
+# Mutation tests: test_adjoint.py test_adjoint_matching.py
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tiltflow.flows.flow import VelocityField, linearize
+from tiltflow.rewards import NonFiniteRewards, Reward, value_and_gradient
+from tiltflow.samplers.sampler import Chain
+
+Pairing = Literal["after", "before", "right"]
+
+
+@dataclass(frozen=True)
+class LeanAdjoint:
+    """What the backward pass along a batch of trajectories gives.
+
+    `targets[k]` is the adjoint that step k regresses on, `base_velocities[k]` is v_base(x_k, t_k), both [batch, *event];
+    None for the steps before the first one asked for. `end` is the sample whose reward was taken, `rewards` is [batch].
+    """
+
+    targets: list[Tensor | None]
+    base_velocities: list[Tensor | None]
+    end: Tensor
+    rewards: Tensor
+
+
+def lean_adjoint(
+    chain: Chain,
+    base: VelocityField,
+    states: list[Tensor],
+    reward: Reward,
+    beta: float,
+    *,
+    pairing: Pairing = "after",
+    reward_at: Literal["end", "denoised"] = "end",
+    first: int = 0,
+    right: Chain | None = None,
+    tuned_velocities: list[Tensor] | None = None,
+    bootstrap: float = 0.0,
+    non_finite: NonFiniteRewards = "error",
+) -> LeanAdjoint:
+    """Run the adjoint backwards along a batch of trajectories, down to what step `first` regresses on.
+
+    Args:
+        states: x_0 .. x_K, each [batch, *event]; without x_K if the last step has no noise, for that step is the base's
+            own and is taken here.
+        beta: temperature of the tilt, in units of reward.
+        pairing: which adjoint step k regresses on. "after" is a_{k+1}: the regression then has the optimal control of the
+            chain as its exact fixed point. "before" is a_k, as in the authors' code: off by O(h). "right" is a_k with the
+            Jacobian at the end of each step, as printed in eq. 41 of the paper: off by O(h); it needs `right`, the chain
+            of the same sampler one step later in time.
+        reward_at: where the gradient of the reward is taken if the last step is noisy: at x_K, or at the base's denoised
+            estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
+        tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
+        bootstrap: how fast the adjoint is replaced by what the learned control says it is, per unit of variance added.
+        non_finite: `drop` gives NaN for rewards that are NaN or infinite; the adjoints of these samples mean nothing.
+    """
+    last = len(chain) - 1
+    targets: list[Tensor | None] = [None] * len(chain)
+    base_velocities: list[Tensor | None] = [None] * len(chain)
+
+    v, pullback = linearize(base, states[last], chain.times[last])
+    base_velocities[last] = v
+    if chain.std[last] == 0:
+        end = chain.mean(last, states[last], v)
+    elif reward_at == "denoised":
+        end = states[last] + (1 - chain.times[last].item()) * v
+    else:
+        end = states[last + 1]
+    rewards, gradient = value_and_gradient(reward, end, non_finite)
+    a = -gradient / beta
+
+    if pairing == "right":
+        assert right is not None, "the printed recursion needs the chain one step later"
+        for k in range(last, first - 1, -1):
+            v, at_end = linearize(base, states[k + 1], right.times[k])
+            a = right.x_scale[k].item() * a + at_end(right.v_scale[k].item() * a)
+            targets[k] = a
+            if k < last:
+                base_velocities[k + 1] = v
+    else:
+        for k in range(last, first - 1, -1):
+            if pairing == "after":
+                targets[k] = a
+                if k == first:
+                    break
+            if k < last:
+                v, pullback = linearize(base, states[k], chain.times[k])
+                base_velocities[k] = v
+            if bootstrap > 0 and chain.std[k] > 0:
+                assert tuned_velocities is not None, "bootstrapping needs the velocities of the tuned flow"
+                variance = chain.std[k] ** 2
+                learned = (chain.v_scale[k] / variance).item() * (v - tuned_velocities[k])
+                a = learned + torch.exp(-bootstrap * variance).item() * (a - learned)
+            a = chain.x_scale[k].item() * a + pullback(chain.v_scale[k].item() * a)
+            if pairing == "before":
+                targets[k] = a
+    if base_velocities[first] is None:
+        with torch.no_grad():
+            base_velocities[first] = base(states[first], chain.times[first])
+    return LeanAdjoint(targets, base_velocities, end, rewards)

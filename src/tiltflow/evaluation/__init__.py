@@ -1,0 +1,1 @@
+"""What is measured of samples: estimates with their errors, tests, the alarm."""

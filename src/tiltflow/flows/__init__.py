@@ -1,0 +1,1 @@
+"""A network seen as a velocity field on the linear path."""

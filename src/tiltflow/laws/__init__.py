@@ -1,0 +1,1 @@
+"""Closed forms: laws that are aimed at, and what reaches them."""

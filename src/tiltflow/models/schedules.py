@@ -1,0 +1,259 @@
+"""What the scheduler of a diffusers pipeline says: the path that the model was trained on, and the times it is sampled at.
+
+The solver `euler` on these times is what the pipeline itself draws if its scheduler takes the steps of deterministic DDIM, or
+of Euler's method for flow matching: both are Euler's method on the linear path. Whether it does is measured, not looked up:
+`Schedule.difference` runs the scheduler's own steps beside ours on a law whose prediction is known.
+"""
+
+# Mutation tests: test_schedules.py
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import InputError, Note
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import (
+    DiscreteVariancePreserving,
+    Interpolant,
+    Linear,
+    PredictionType,
+    expand,
+    interior,
+    mixture_weights,
+)
+from tiltflow.samplers.sampler import Sampling, sample
+from tiltflow.streams import stream
+from tiltflow.user_code import refused
+
+PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TOLERANCE = 1e-4
+"""How far, in parts of the largest latent, our sampler may be from the pipeline's own without a word."""
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the model of the scheduler is one of flow matching."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
+        scheduler.config.get("prediction_type") == "flow_prediction" and bool(scheduler.config.get("use_flow_sigmas"))
+    )
+
+
+def path_of(scheduler: Any) -> tuple[Interpolant, PredictionType]:
+    """The interpolant of a scheduler, and what its network predicts. Raises InputError if they are none of tiltflow's."""
+    if is_flow(scheduler):
+        return Linear(), "velocity"
+    config, name = scheduler.config, type(scheduler).__name__
+    if config.get("beta_schedule") not in SCHEDULES or config.get("trained_betas") is not None:
+        known = f"beta_schedule {', '.join(SCHEDULES)}, or FlowMatchEulerDiscreteScheduler"
+        raise InputError(f"scheduler {name}: its noise schedule is not known here; known: {known}")
+    if config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        known = f"{', '.join(PREDICTIONS)}, or flow_prediction with use_flow_sigmas"
+        raise InputError(f"scheduler {name}: prediction_type {config.prediction_type!r} is not known; known: {known}")
+    path = DiscreteVariancePreserving(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
+    )
+    return path, PREDICTIONS[config.get("prediction_type", "epsilon")]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The scheduler of a pipeline, on the linear path. Made by `schedule_of`.
+
+    Args:
+        own: the pipeline's scheduler.
+        plain: a scheduler of diffusers that takes our steps on the same times, as far as there is one: the pipeline's own, or
+            DDIM's with its settings. What an export comes with.
+        image_tokens: how long a picture is as a sequence, for `use_dynamic_shifting`.
+        sigmas: K -> [K], where a pipeline asks its scheduler for others than the scheduler's own.
+    """
+
+    own: Any
+    plain: Any
+    path: Interpolant
+    prediction: PredictionType
+    image_tokens: int = 0
+    sigmas: Callable[[int], Tensor] | None = None
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
+        """Set a scheduler to a number of steps, as the pipeline does. Raises InputError if it cannot be."""
+        config, options = scheduler.config, dict[str, Any]()
+        if config.get("use_dynamic_shifting"):
+            tokens = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
+            shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+            options["mu"] = shifts[0] + (self.image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+        if self.sigmas is None or config.get("use_flow_sigmas"):
+            options["num_inference_steps"] = num_inference_steps
+        else:
+            options["sigmas"] = self.sigmas(num_inference_steps).tolist()
+        with refused(f"num_inference_steps {num_inference_steps}: {type(scheduler).__name__} refuses it"):
+            scheduler.set_timesteps(**options)
+
+    def times(self, num_inference_steps: int) -> Tensor:
+        """The linear times [K + 1] of the scheduler, from noise to data, float64; the last one is where it ends: at data, or a
+        little before. Each step goes to the next of them; DDIMScheduler itself steps T / K further, which is elsewhere where K
+        does not divide T or the spacing is `linspace`.
+
+        Raises InputError for a number of steps at which they do not increase.
+        """
+        scheduler = copy.deepcopy(self.plain)
+        self.set_timesteps(scheduler, num_inference_steps)
+        if isinstance(self.path, Linear):
+            times: Tensor = 1 - scheduler.sigmas.double()
+        elif self.in_sigma:
+            times = 1 / (1 + scheduler.sigmas.double())
+        else:
+            square = self.path.alphas_cumprod  # type: ignore[union-attr]
+            # timestep T, to which an offset can lead, is no timestep: it would be read as clean data, and is refused below
+            ends = square[-1] if scheduler.config.set_alpha_to_one else square[-2]
+            squares = torch.cat([square[len(square) - 2 - scheduler.timesteps.cpu()], ends[None]])
+            times = squares.sqrt() / (squares.sqrt() + (1 - squares).sqrt())
+        # the last step may be of length 0: some end at the last timestep, and what is tuned goes on to data
+        if not bool((times[:-1].diff() > 0).all()) or times[-1] < times[-2]:
+            raise InputError(
+                f"num_inference_steps {num_inference_steps}: the times of {type(scheduler).__name__} do not all increase, from"
+                " noise to data: fewer steps, or timestep_spacing trailing?"
+            )
+        return times
+
+    @property
+    def in_sigma(self) -> bool:
+        """Whether the scheduler's coordinates are x_1 + sigma x_0, as those of Euler's for diffusion are."""
+        from diffusers import EulerDiscreteScheduler
+
+        return isinstance(self.plain, EulerDiscreteScheduler)
+
+    def start_scale(self, t: Tensor) -> float:
+        """What the pipeline's starting latents, standard normal, are multiplied with on the linear path, at the first time."""
+        if isinstance(self.path, Linear):
+            return 1.0
+        if self.in_sigma and self.plain.config.timestep_spacing != "leading":
+            return 1 - t.item()
+        return math.hypot(t.item(), 1 - t.item())
+
+    def end_scale(self, t: Tensor) -> float:
+        """What a state of the linear path, at the last time t, is multiplied with to be the pipeline's latents."""
+        if isinstance(self.path, Linear):
+            return 1.0
+        return 1 / (t.item() if self.in_sigma else math.hypot(t.item(), 1 - t.item()))
+
+    def difference(self, num_inference_steps: int, scheduler: Any) -> float:
+        """How far the latents that a scheduler draws, in its own steps, are from those of our sampler: the largest difference
+        over the largest latent, on a normal law, whose prediction is known."""
+        generator = stream(0, "schedule")
+        noise, mean = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+        predict = partial(prediction_of_normal, mean=mean.double(), path=self.path, prediction=self.prediction)
+        times = self.times(num_inference_steps)
+        flow, x = Flow(predict, self.prediction, self.path), noise * self.start_scale(times[0])
+        euler = Sampling(solver="euler", num_inference_steps=num_inference_steps)
+        ours = sample(flow, x, euler, generator, start=lambda _: times) * self.end_scale(times[-1])
+
+        own = copy.deepcopy(scheduler)
+        self.set_timesteps(own, num_inference_steps)
+        try:
+            with torch.random.fork_rng():  # some draw noise
+                torch.manual_seed(0)
+                theirs = _drawn_by(own, predict, noise)
+        except TypeError as error:  # step() takes other arguments
+            raise InputError(f"scheduler {type(own).__name__}: is not one of text-to-image pipelines ({error})") from None
+        return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+    def warn_of_difference(self, num_inference_steps: int) -> None:
+        """Warns if the pipeline's own scheduler draws other latents than our sampler, and names the settings that make it."""
+        try:
+            apart = self.own_difference(num_inference_steps)
+        except InputError:  # some schedulers take no such small number of steps, and ours does
+            return
+        if apart <= TOLERANCE:
+            return
+        kind, config, causes = type(self.own), dict(self.own.config), []
+        for key, parameter in inspect.signature(kind.__init__).parameters.items():
+            value = config.get(key)
+            other = False if value is True else parameter.default
+            if not isinstance(value, (bool, str)) or not isinstance(other, (bool, str)) or other == value:
+                continue
+            try:
+                changed = replace(self, own=kind.from_config({**config, key: other}))
+                there = changed.own_difference(num_inference_steps)
+            except InputError:  # not without this setting
+                continue
+            if there <= TOLERANCE:
+                causes.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
+        why = f", because of {' or '.join(causes)}" if causes else ""
+        warnings.warn(
+            f"scheduler {kind.__name__}: at {num_inference_steps} steps it draws other latents than our sampler, by {apart:.2g}"
+            f" of the largest on a normal law{why}; ours goes from each of {type(self.plain).__name__}'s times to the next",
+            Note,
+            stacklevel=3,
+        )
+
+    def own_difference(self, num_inference_steps: int) -> float:
+        """`difference` of the pipeline's own scheduler, measured once for each configuration."""
+        kind: Any = type(self.own)
+        config = json.dumps(dict(self.own.config), sort_keys=True)
+        return _difference(kind, config, self.image_tokens, self.sigmas, num_inference_steps)
+
+
+def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], Tensor] | None = None) -> Schedule:
+    """What a scheduler says; see `Schedule`. Raises InputError if its path is none of tiltflow's."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    (path, prediction), config = path_of(scheduler), scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        plain = type(scheduler).from_config(config, stochastic_sampling=False)
+    elif isinstance(scheduler, EulerDiscreteScheduler) or isinstance(path, Linear):
+        plain = scheduler
+    else:
+        plain = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    return Schedule(scheduler, plain, path, prediction, image_tokens, sigmas)
+
+
+@cache
+def _difference(
+    kind: Any, config: str, image_tokens: int, sigmas: Callable[[int], Tensor] | None, num_inference_steps: int
+) -> float:
+    """`Schedule.difference` of a scheduler of this class and configuration: measured once in a process."""
+    schedule = schedule_of(kind.from_config(json.loads(config)), image_tokens, sigmas)
+    return schedule.difference(num_inference_steps, schedule.own)
+
+
+def prediction_of_normal(x: Tensor, time: Tensor, *, mean: Tensor, path: Interpolant, prediction: PredictionType) -> Tensor:
+    """What a perfect network predicts for data N(mean, 1/4), called as the networks of pipelines are: x [batch, *event] in the
+    coordinates of the path, time [] or [batch] in the network's unit."""
+    time = time.double().expand(len(x))
+    s = 1 - (time + 1) / path.num_train_timesteps if isinstance(path, DiscreteVariancePreserving) else time
+    c = path(interior(s))
+    weights = (*mixture_weights(prediction, c), c.alpha, c.beta)
+    a, b, alpha, beta = (expand(weight, x.double()) for weight in weights)
+    x1 = mean + alpha / 4 / (alpha**2 / 4 + beta**2) * (x.double() - alpha * mean)
+    return (a * x1 + b * (x.double() - alpha * x1) / beta).to(x.dtype)
+
+
+def _drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:
+    """The latents that a scheduler, set to its timesteps, draws from noise in its own steps, as pipelines use it."""
+    flow = is_flow(scheduler)
+    x = noise if flow else noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        if flow:  # the time of the pipeline runs from data to noise, and so does its velocity
+            predicted = -predict(x, 1 - t / scheduler.config.num_train_timesteps)
+        else:
+            predicted = predict(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+    return x

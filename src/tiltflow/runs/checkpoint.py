@@ -1,0 +1,277 @@
+"""Checkpoints: all that a run needs to go on, in a folder that is there whole or not at all.
+
+step-00001234/
+    state.safetensors   every tensor
+    shards-00001-of-00002.safetensors, ..
+                        what each of several processes holds of the tensors that are sharded over them, if any are
+    state.json          every number, and where the tensors belong
+    manifest.json       written last: the format, what wrote it, and size and sha256 of the others
+
+A checkpoint is written into a folder beside it, each file flushed to the disk, and renamed: a process that is killed, a disk
+that is full or a machine that loses power leaves the old checkpoints as they were. A folder is never written to again. One
+whose manifest does not verify is not used. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+from tiltflow.tensor_file import Tree
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tiltflow import __version__, processes
+from tiltflow.errors import CheckpointError
+from tiltflow.files import flush, reason, writing
+from tiltflow.tensor_file import write_tensors
+
+FORMAT = 1
+FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+SHARDS = re.compile(r"shards-(\d{5})-of-(\d{5})\.safetensors")
+LITTER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]{8}")
+"""What a process that was killed while it wrote or deleted leaves behind."""
+TENSOR, INTEGER = "tensor:", "int:"
+
+
+
+def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_limit: int | None = None) -> Path:
+    """Write `state` as `root/step-...`, and then delete the oldest ones beyond `total_limit`, if the new one verifies.
+
+    Raises CheckpointError, the other checkpoints being as they were, if it cannot be written.
+    """
+    final = root / f"step-{step:08d}"
+    draft = root / f"{final.name}.tmp-{processes.exchanged(uuid.uuid4().hex[:8])[0]}"
+    numbers, tensors, shards = _split(state)
+    own: dict[str, tuple[int, str]] = {}
+    """What this process has written: bytes and sha256 of each file."""
+
+    def begin() -> None:
+        if processes.is_main():
+            draft.mkdir(parents=True)
+
+    def write_files() -> None:
+        if shards:
+            name = f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
+            own[name] = write_tensors(draft / name, shards)
+        if processes.is_main():
+            own[TENSORS] = write_tensors(draft / TENSORS, tensors)
+            own[NUMBERS] = _write_numbers(draft / NUMBERS, numbers)
+
+    def finish() -> None:
+        if processes.is_main():
+            files = {name: {"bytes": count, "sha256": digest} for name, (count, digest) in sorted(written.items())}
+            manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
+            _write_numbers(draft / MANIFEST, manifest)
+            flush(draft)
+            aside = root / f"{final.name}.old-{uuid.uuid4().hex[:8]}"
+            if final.exists():  # not overwritten, and not lost before the new one is known to be good
+                final.rename(aside)
+            draft.rename(final)
+            flush(root)
+            verify_checkpoint(final)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    written: dict[str, tuple[int, str]] = {}
+    for phase in (begin, write_files, finish):
+        if phase is finish:
+            for found in processes.exchanged(own):
+                written |= found
+        if reasons := [reason for reason in processes.exchanged(_reason_against(phase)) if reason is not None]:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(f"{final}: the checkpoint cannot be written ({reasons[0]}); those before it are as they were")
+    if processes.is_main():
+        older = [folder for folder in checkpoints(root) if step_of(folder) <= step]
+        for old in older[: -total_limit if total_limit else 0]:
+            delete_checkpoint(old)
+    return final
+
+
+def _write_numbers(path: Path, content: Any) -> tuple[int, str]:
+    """Write JSON, and flush it onto the disk. Returns the bytes and the sha256 of the file."""
+    text = (json.dumps(content, indent=1) + "\n").encode()
+    path.write_bytes(text)
+    flush(path)
+    return len(text), hashlib.sha256(text).hexdigest()
+
+
+def tensors_in(tree: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor of nested mappings and lists, by the path that leads to it."""
+    if isinstance(tree, Tensor):
+        return {path: tree}
+    nodes = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {
+        name: tensor for key, node in nodes for name, tensor in tensors_in(node, f"{path}/{key}" if path else str(key)).items()
+    }
+
+
+def _reason_against(write: Callable[[], None]) -> str | None:
+    """Why files could not be written, if they could not."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return reason(error)
+    return None
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renamed first, so that half a deletion does not look like a checkpoint. Raises CheckpointError if that fails."""
+    try:
+        doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be deleted ({reason(error)})") from None
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The folders that look like checkpoints, the oldest first."""
+    return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a folder that is called as checkpoints are."""
+    match = NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def remove_litter(root: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted; put back what they moved aside, where it is missing."""
+    for folder in list(root.glob("step-*")):
+        if match := LITTER.fullmatch(folder.name):
+            place = root / match[1]
+            if match[2] == "old" and not place.exists():
+                with writing(place):
+                    folder.rename(place)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def latest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was skipped.
+
+    Raises CheckpointError if the newest is from a later version of tiltflow: going back further would lose it silently.
+    """
+    skipped = []
+    for folder in reversed(checkpoints(root)):
+        try:
+            verify_checkpoint(folder)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+class NewerFormatError(CheckpointError):
+    """Written by a later version of tiltflow."""
+
+
+def verify_checkpoint(folder: Path) -> Tree:
+    """The manifest of a checkpoint whose every file is as it was written. Raises CheckpointError, saying what is not."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no checkpoint, or not a whole one: it has no {MANIFEST}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise NewerFormatError(
+            f"{folder}: has format {written}, this tiltflow {__version__} reads up to {FORMAT}; it was written by tiltflow"
+            f" {manifest.get('tiltflow')}"
+        )
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(written, int) or not isinstance(files, dict) or not _complete(set(files)):
+        raise CheckpointError(f"{folder / MANIFEST}: is not the manifest of a checkpoint")
+    found: Tree = manifest
+    for name, expected in files.items():
+        try:
+            size, digest = (folder / name).stat().st_size, _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        if not isinstance(expected, dict) or (size, digest) != (expected.get("bytes"), expected.get("sha256")):
+            raise CheckpointError(f"{folder / name}: is not what was written ({size} bytes, sha256 {digest[:12]}..)")
+    return found
+
+
+def _complete(files: set[str]) -> bool:
+    """Whether these are the files of a checkpoint: the two, and all shards or none.
+
+    >>> _complete({TENSORS, NUMBERS}), _complete({TENSORS, NUMBERS, "shards-00001-of-00001.safetensors"})
+    (True, True)
+    >>> _complete({TENSORS, NUMBERS, "shards-00002-of-00002.safetensors"}), _complete({NUMBERS})
+    (False, False)
+    """
+    found = [SHARDS.fullmatch(name) for name in sorted(files - {TENSORS, NUMBERS})]
+    numbers = [tuple(map(int, match.groups())) if match else None for match in found]
+    return {TENSORS, NUMBERS} <= files and numbers == [(i + 1, len(found)) for i in range(len(found))]
+
+
+def load_checkpoint(folder: Path) -> Tree:
+    """The state that was saved, its tensors on the CPU. Raises CheckpointError if it does not verify."""
+    files = verify_checkpoint(folder)["files"]
+    try:
+        tensors = load_file(folder / TENSORS)
+        parts = [load_file(folder / name) for name in sorted(files) if SHARDS.fullmatch(name)]
+        tensors |= {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        state: Tree = _join(numbers, tensors)
+    except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """The tree with a reference in place of each tensor; the tensors that this process writes, and what it holds of sharded
+    ones, by the path that leads to them."""
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, Tensor] = {}
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            if processes.is_sharded(node):
+                shards[path] = processes.local(node)
+            elif processes.is_main():
+                tensors[path] = node
+            return TENSOR + path
+        if isinstance(node, Mapping):
+            names = {(f"{INTEGER}{key}" if isinstance(key, int) else key): value for key, value in node.items()}
+            return {name: walk(value, f"{path}/{name}" if path else name) for name, value in names.items()}
+        if isinstance(node, (list, tuple)):
+            return [walk(value, f"{path}/{i}") for i, value in enumerate(node)]
+        if isinstance(node, str) and node.startswith(TENSOR):
+            raise ValueError(f"{path}: a word that begins with {TENSOR!r} cannot be saved")
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        raise TypeError(f"{path}: {type(node).__name__} cannot be saved")
+
+    return walk(tree, ""), tensors, shards
+
+
+def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, str) and node.startswith(TENSOR):
+        return tensors[node.removeprefix(TENSOR)]
+    if isinstance(node, dict):
+        return {
+            (int(key.removeprefix(INTEGER)) if key.startswith(INTEGER) else key): _join(value, tensors)
+            for key, value in node.items()
+        }
+    return [_join(value, tensors) for value in node] if isinstance(node, list) else node

@@ -1,0 +1,193 @@
+"""Every setting there is, in words: its name, type, default, and the sentence that stands below it in the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.plugins import find, names
+from tiltflow.settings import Settings
+
+PARTS = {"methods": "method", "rewards": "reward", "networks": "network"}
+RECIPES = {"image models": ("runs.run", "Recipe"), "pipelines": ("runs.run_text_to_image", "TextToImageRecipe")}
+SECTIONS = {
+    "model": ("pipelines",),
+    "prompts": ("pipelines",),
+    "training": ("image models", "pipelines"),
+    "sampling": ("image models",),
+    "evaluation": ("image models", "pipelines"),
+}
+"""Of which recipes; their settings are dotted, as `--set` takes them."""
+PROBLEMS = {
+    "gaussian": ("laws.problems", "Gaussian"),
+    "lqg": ("laws.lqg", "Lqg"),
+    "mixture": ("laws.problems", "Mixture"),
+    "two-modes": ("laws.problems", "TwoModes"),
+}
+PRETRAINING = {
+    "flow": ("pretraining.pretrain", "FlowPretraining"),
+    "classifier": ("pretraining.pretrain", "ClassifierPretraining"),
+    "text-to-image": ("pretraining.pretrain_pipeline", "PipelinePretraining"),
+}
+Topic = tuple[str, Callable[[], type[Settings]]]
+"""What it is, and how its class is had: nothing is imported before it is asked for."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key, as `--set` and a recipe take it."""
+
+    name: str
+    """Dotted: `critic.loss` is `loss` within `critic`."""
+    type: str
+    default: str
+    """As it is written in YAML; "required" if there is none."""
+    description: str
+
+
+def topics() -> dict[str, list[Topic]]:
+    """All that `settings_of` knows, by name. Sections of a recipe are there twice: of image models, and of pipelines."""
+    found: dict[str, list[Topic]] = {
+        name: [(f"{what} {name}", partial(find, package, name))] for package, what in PARTS.items() for name in names(package)
+    }
+    found["recipe"] = [(f"recipe of {which}", partial(_class, *place)) for which, place in RECIPES.items()]
+    for section, recipes in SECTIONS.items():
+        found[section] = [(f"{section} in a recipe of {which}", partial(_section, section, which)) for which in recipes]
+    for name, place in PROBLEMS.items():
+        found[name] = [(f"problem {name} of `tiltflow verify`", partial(_class, *place))]
+    for name, place in PRETRAINING.items():
+        found[name] = [(f"recipe of `tiltflow pretrain`, task {name}", partial(_class, *place))]
+    return found
+
+
+def settings_of(topic: str) -> dict[str, tuple[str, list[Setting]]]:
+    """Of each thing of that name: what it is, in a paragraph, and its settings. Raises InputError if there is none."""
+    known = topics()
+    if topic not in known:
+        raise InputError(f"there are no settings of {topic!r}{did_you_mean(topic, known)}")
+    prefix = f"{topic}." if topic in SECTIONS else ""
+    return {title: (_paragraph(kind := get()), list(listed(kind, prefix))) for title, get in known[topic]}
+
+
+def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
+    """The settings of a class, those of the classes within it after their own key."""
+    schema, said = kind.model_json_schema(), sentences(kind)
+    for name, field in kind.model_fields.items():
+        if name == "name":
+            continue  # it says which class this is
+        inner = _inner(field)
+        yield Setting(
+            prefix + name, type_in_words(schema["properties"][name], schema), _default(field), _one_line(said.get(name, ""))
+        )
+        if inner is not None:
+            several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
+            yield from listed(inner, f"{prefix}{name}{'[]' if several else ''}.")
+
+
+@cache
+def sentences(kind: type[Settings]) -> dict[str, str]:
+    """The string below each field, of the class and of those that it is made of."""
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__):
+        if issubclass(part, Settings):
+            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+            assert isinstance(body, ast.ClassDef)
+            for field, below in pairwise(body.body):
+                match field, below:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[name] = text
+    return found
+
+
+def type_in_words(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    """A JSON schema as a person says it.
+
+    >>> type_in_words({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}, {})
+    'integer >= 1, or null'
+    >>> type_in_words({"type": "array", "items": {"enum": ["a", "b"]}}, {})
+    'list of (a | b)'
+    """
+    if "$ref" in schema:
+        return type_in_words(whole["$defs"][schema["$ref"].rsplit("/", 1)[1]], whole)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema:
+            return ", or ".join(dict.fromkeys(type_in_words(part, whole) for part in schema[key]))
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    match schema.get("type"):
+        case "array":
+            if "prefixItems" in schema:
+                return f"[{', '.join(type_in_words(part, whole) for part in schema['prefixItems'])}]"
+            items = type_in_words(schema.get("items", {}), whole)
+            return f"list of {f'({items})' if '|' in items or ',' in items else items}"
+        case "integer" | "number" as kind:
+            signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+            bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
+            return f"{kind} {bounds}".strip()
+        case "boolean":
+            return "true | false"
+        case "string":
+            return "regular expression" if schema.get("format") == "regex" else "text"
+        case "object":
+            return "mapping"
+        case "null":
+            return "null"
+        case _:
+            return "name, or mapping with a name"  # a method, a reward, a network
+
+
+def _inner(field: FieldInfo) -> type[Settings] | None:
+    """The class of settings within a field, if there is just one."""
+
+    def within(annotation: Any) -> list[type[Settings]]:
+        if isinstance(annotation, type) and issubclass(annotation, Settings):
+            return [annotation]
+        return [kind for part in get_args(annotation) for kind in within(part)]
+
+    found = within(field.annotation)
+    return found[0] if len(found) == 1 else None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Settings):
+        return value.model_dump_json(exclude_defaults=True)
+    if isinstance(value, tuple) and any(isinstance(part, Settings) for part in value):
+        return json.dumps([part.model_dump(mode="json", exclude_defaults=True) for part in value])
+    return json.dumps(getattr(value, "pattern", value), ensure_ascii=False)
+
+
+def _paragraph(kind: type[Settings]) -> str:
+    """What the class is for, or its file."""
+    said = kind.__doc__ or inspect.getmodule(kind).__doc__ or ""
+    return _one_line(inspect.cleandoc(said).split("\n\n")[0])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _class(module: str, name: str) -> type[Settings]:
+    kind: type[Settings] = getattr(import_module(f"tiltflow.{module}"), name)
+    return kind
+
+
+def _section(section: str, recipe: str) -> type[Settings]:
+    inner = _inner(_class(*RECIPES[recipe]).model_fields[section])
+    assert inner is not None
+    return inner

@@ -1,0 +1,1 @@
+"""How a velocity field becomes samples."""

@@ -1,0 +1,462 @@
+"""The training loop. It yields one record per optimizer step; printing, saving and stopping belong to the caller."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow import processes
+from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
+from tiltflow.flows.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField, eval_mode, prediction_scale
+from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
+from tiltflow.samplers.sampler import Start
+from tiltflow.streams import stream
+from tiltflow.tensor_file import Tree
+from tiltflow.training.calibration import Calibration
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What the loop needs of a method; see `tiltflow.methods`."""
+
+    learning_rate: float
+    lr_scheduler: Any
+    lr_warmup_steps: int
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    max_grad_norm: float | None
+
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Any: ...
+
+    def gradients(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        reward: Reward,
+        x: Tensor,
+        generator: torch.Generator,
+        state: Any,
+        *,
+        start: Start,
+        micro_batch_size: int | None,
+        policy: VelocityField | None,
+        guide: Guide | None,
+        non_finite: NonFiniteRewards,
+    ) -> Iterator[dict[str, float]]: ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration starts from.
+
+    Args:
+        x: starting points [batch, *event].
+        bind: gives a flow the conditions of the batch; may guide it (`guidance_mode: full`).
+        guide: see `tiltflow.methods`; guides samples only (`guidance_mode: rollout`).
+        reward: of these samples, if it is told their prompts.
+    """
+
+    x: Tensor
+    bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
+    guide: Guide | None = None
+    reward: Reward | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimizer step: what the method measured before it, and what it cost so far."""
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    network_evaluations: int
+    """Samples that the tuned and the base network have been evaluated on, counted together."""
+    samples_drawn: int = 0
+    """Samples that the model has drawn to learn from, each counted once, however many steps it is learned from in."""
+
+
+@dataclass(frozen=True)
+class BatchEnd:
+    """The moment after all the optimizer steps on a batch, when a loop can be left and gone on with.
+
+    Args:
+        step: optimizer steps taken so far.
+        state: gives what `train(resume_from=..)` takes.
+        averaged: the context in which the weights are their moving average.
+        stopping: whether Interrupted, or what user code has raised, is raised next.
+    """
+
+    step: int
+    state: Callable[[], Tree]
+    averaged: Callable[[], AbstractContextManager[None]]
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A flow at the moving average of its weights."""
+
+    flow: VelocityField
+    average: WeightAverage
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        with self.average.applied():
+            return self.flow(x, t)
+
+    def prediction_scale(self, t: Tensor) -> Tensor:
+        """That of the flow."""
+        return prediction_scale(self.flow, t)
+
+
+def train(
+    tuned: Flow,
+    base: Flow | AdapterOff,
+    method: Method,
+    reward: Reward,
+    draw: Callable[[torch.Generator], Tensor | Batch],
+    *,
+    max_train_steps: int,
+    seed: int = 0,
+    start: Start = 0.0,
+    ema_decay: float = 0.0,
+    micro_batch_size: int | None = None,
+    calibration: Calibration | None = None,
+    network_evaluations: int = 0,
+    adam: Callable[..., torch.optim.Optimizer] = adamw,
+    max_skipped_steps: int = 0,
+    non_finite_rewards: NonFiniteRewards = "error",
+    resume_from: Tree | None = None,
+    on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> Generator[Record, None, None]:
+    """Tune the trainable parameters of `tuned` in place. Until the iterator ends, or is closed, both networks, and a reward
+    that is a module, are in eval mode: the policy that is trained must be the one that is sampled.
+
+    Args:
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`.
+        ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
+            that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
+        calibration: adapts the temperature that the method works at; `beta` in the metrics.
+        network_evaluations: how many were spent before, on the calibration; the records count on from there.
+        adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
+        max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
+        non_finite_rewards: what happens to samples whose reward is NaN or infinite: an error, or they are dropped, and counted
+            in the metrics (`dropped`).
+        resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
+        on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
+            not counted.
+        stop: asked at every evaluation of a network; the number of the signal that asks to stop, if one does.
+
+    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted, with the
+    state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; UserCodeError,
+    likewise, if a function of the user raises an exception; InputError if `resume_from` is of another model or method.
+    """
+    processes.distribute(*networks_of(tuned, base))
+    trained = dict(tuned.named_parameters())
+    if not trained:
+        raise InputError("nothing can be trained: no parameter of the network requires a gradient")
+    optimizer = adam(
+        trained.values(),
+        lr=method.learning_rate,
+        betas=(method.adam_beta1, method.adam_beta2),
+        weight_decay=method.adam_weight_decay,
+    )
+    loop = _Loop(
+        tuned,
+        base,
+        method,
+        reward,
+        trained,
+        optimizer,
+        WeightAverage(trained.values(), ema_decay),
+        max_train_steps=max_train_steps,
+        seed=seed,
+        start=start,
+        micro_batch_size=micro_batch_size,
+        calibration=calibration,
+        non_finite_rewards=non_finite_rewards,
+        stop=stop,
+        spent=network_evaluations,
+    )
+    try:
+        with eval_mode(*networks_of(tuned, base), reward), loop.count:
+            if resume_from is not None:
+                loop.load_state_dict(resume_from)
+            while loop.step < max_train_steps:
+                end = partial(BatchEnd, state=loop.state_dict, averaged=loop.average.applied)
+                try:
+                    yield from loop.batch(draw)
+                except Interrupted:
+                    on_batch_end(end(loop.step, stopping=True))
+                    raise
+                except UserCodeError:
+                    if loop.as_before and processes.count() == 1:  # several may not all be here
+                        on_batch_end(end(loop.step, stopping=True))
+                    raise
+                except NonFiniteError:
+                    if loop.skipped > max_skipped_steps:
+                        raise
+                    yield loop.record({"skipped": 1.0})
+                with loop.count.paused():
+                    on_batch_end(end(loop.step))
+    finally:
+        if ema_decay:
+            loop.average.store()
+
+
+@dataclass
+class _Loop:
+    """The state of `train`, and what it does with a batch; see there."""
+
+    tuned: Flow
+    base: Flow | AdapterOff
+    method: Method
+    reward: Reward
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+    max_train_steps: int
+    seed: int
+    start: Start
+    micro_batch_size: int | None
+    calibration: Calibration | None
+    non_finite_rewards: NonFiniteRewards
+    stop: Callable[[], int | None]
+    spent: int
+    """Network evaluations before this loop began."""
+
+    step: int = 0
+    drawn: int = 0
+    """Samples learned from."""
+    skipped: int = 0
+    """Batches in a row that were left out."""
+    of_method: Any = None
+    """What the method keeps between iterations."""
+    resumed: Tree | None = None
+    before: Tree | None = None
+    """What learns while trajectories are drawn, as it was before the batch."""
+    moved: bool = True
+    """Whether the weights have changed since the batch began, so that it is taken to its end."""
+    as_before: bool = True
+    """Whether all is as it was before the batch that has been left."""
+
+    def __post_init__(self) -> None:
+        self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
+        self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
+
+    def poll(self) -> None:
+        """Raises Interrupted if a signal asks to stop, and the batch can be left."""
+        if not self.moved and (signal := processes.greatest(self.stop() or 0, self.device)):
+            raise Interrupted(f"stopped by signal {signal} at step {self.step}", signal)
+
+    def record(self, metrics: dict[str, float]) -> Record:
+        """What is known after an optimizer step."""
+        return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations, self.drawn)
+
+    @property
+    def evaluations(self) -> int:
+        """Samples that networks were evaluated on, by all processes."""
+        return self.spent + self.count.total * processes.count()
+
+    # ---- to be left and gone on with ----
+
+    def learners(self) -> Tree:
+        """What may change while trajectories are drawn, before the weights do."""
+        method = self.of_method.state_dict() if hasattr(self.of_method, "state_dict") else {}
+        return {"method": method, "reward": self.of_reward()}
+
+    def of_reward(self) -> Tree:
+        """What a reward keeps, if it is one that learns or that is told of the base."""
+        return self.reward.state_dict() if isinstance(self.reward, LearnedReward | PerPrompt) else {}
+
+    def put_back(self, tree: Tree) -> None:
+        """`learners` as they were."""
+        if hasattr(self.of_method, "load_state_dict"):
+            self.of_method.load_state_dict(tree["method"])
+        self.put_reward_back(tree["reward"])
+
+    def put_reward_back(self, tree: Tree) -> None:
+        """`of_reward` as it was."""
+        if isinstance(self.reward, LearnedReward | PerPrompt):
+            self.reward.load_state_dict(tree)
+
+    def state_dict(self) -> Tree:
+        """What `load_state_dict` takes."""
+        return {
+            "step": self.step,
+            "seconds": time.perf_counter() - self.began,
+            "network_evaluations": self.evaluations,
+            "samples_drawn": self.drawn,
+            "skipped": self.skipped,
+            "parameters": self.trained,
+            "buffers": buffers_of(self.tuned.network),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "calibration": None if self.calibration is None else self.calibration.state_dict(),
+            **self.learners(),
+        }
+
+    def load_state_dict(self, state: Tree) -> None:
+        """Go on from there. Raises InputError if it is of another model, CheckpointError if it is of no such loop."""
+        try:
+            load_weights(state, self.trained, buffers_of(self.tuned.network))
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.average.load_state_dict(state["average"])
+            if self.calibration is not None:
+                self.calibration.load_state_dict(state["calibration"])
+            self.put_reward_back(state["reward"])
+            self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
+            self.began -= float(state["seconds"])
+            self.drawn = int(state.get("samples_drawn", 0))  # which earlier versions did not count
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
+        self.resumed = state
+
+    # ---- a batch ----
+
+    def batch(self, draw: Callable[[torch.Generator], Tensor | Batch]) -> Iterator[Record]:
+        """All the optimizer steps on a batch. Raises NonFiniteError and Interrupted, what was not yet learned from being as
+        before."""
+        evaluated, self.moved, self.before = self.count.total, False, None
+        reward = copy.deepcopy(self.of_reward())  # drawing the batch may ask what the base's rewards are
+        try:
+            drawn = draw(stream(self.seed, "start", self.step, device=self.device))
+            batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+            if self.of_method is None:
+                self.of_method = self.method.new_state(tuple(batch.x.shape[1:]), self.seed, self.device)
+                if self.resumed is not None and hasattr(self.of_method, "load_state_dict"):
+                    self.of_method.load_state_dict(self.resumed["method"])
+            self.before = copy.deepcopy(self.learners())
+            self.poll()
+            measured: dict[str, float] = {}
+            for measured in self.updates(batch):
+                if not self.moved:
+                    self.drawn += len(batch.x)
+                    self.warn_of_constant_reward(measured, len(batch.x))
+                self.moved = True
+                self.step += 1
+                metrics = {**measured, **self.optimize(measured)}
+                if self.calibration is not None:
+                    metrics["beta"] = self.calibration.working_beta
+                    metrics["beta_at_limit"] = float(self.calibration.at_limit)
+                yield self.record(metrics)
+                if self.step == self.max_train_steps:
+                    return
+            if self.calibration is not None:
+                self.calibration.update(measured["reward"])
+        except (Interrupted, NonFiniteError, UserCodeError) as error:
+            self.optimizer.zero_grad()
+            if not self.moved and self.before is not None:
+                self.put_back(self.before)
+            self.as_before = not self.moved
+            if not isinstance(error, NonFiniteError):
+                self.count.total = evaluated
+                if self.as_before:
+                    self.put_reward_back(reward)
+            else:
+                self.step += not self.moved  # else it is counted already
+                self.skipped += 1
+                error.where |= {"step": self.step, "seed": self.seed}
+            self.moved = True
+            raise
+
+    def warn_of_constant_reward(self, measured: Mapping[str, float], count: int) -> None:
+        """Say so where the first batch of all has one reward. A rare reward may be so by chance, so it is no error."""
+        if self.step == 0 and count > 1 and measured.get("reward_std") == 0 and processes.is_main():
+            warnings.warn(
+                f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
+                stacklevel=2,
+            )
+
+    def updates(self, batch: Batch) -> Iterator[dict[str, float]]:
+        """What the method measures before each optimizer step on a batch, its gradient accumulated."""
+        method = self.method
+        if self.calibration is not None:
+            method = method.model_copy(update={"beta": self.calibration.working_beta})
+        return method.gradients(
+            batch.bind(self.tuned),
+            batch.bind(self.base),
+            batch.reward or self.reward,
+            batch.x,
+            stream(self.seed, "rollout", self.step, device=self.device),
+            self.of_method,
+            start=self.start,
+            micro_batch_size=self.micro_batch_size,
+            policy=batch.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
+            guide=batch.guide,
+            non_finite=self.non_finite_rewards,
+        )
+
+    def optimize(self, measured: dict[str, float]) -> dict[str, float]:
+        """An optimizer step, if loss and gradient are finite."""
+        method = self.method
+        factor = learning_rate_factor(
+            self.step, warmup=method.lr_warmup_steps, total=self.max_train_steps, scheduler=method.lr_scheduler
+        )
+        finite(measured["loss"], "the loss", self.step)
+        processes.sum_gradients(self.trained.values())
+        norm = gradient_norm(list(self.trained.values()), method.max_grad_norm, self.step, list(self.trained))
+        self.optimizer.param_groups[0]["lr"] = method.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+        self.skipped = 0
+        return {"gradient_norm": norm, "learning_rate": method.learning_rate * factor}
+
+
+def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
+    """Theirs: one and the same where the base is the tuned one without its adapter."""
+    return tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network
+
+
+def buffers_of(network: object) -> dict[str, Tensor]:
+    """The tensors of a network that are no parameters, but change with it."""
+    return dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
+
+
+@torch.no_grad()
+def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Put the weights of a saved state in place. Raises InputError if they are of another network."""
+    for kind, own in (("parameters", parameters), ("buffers", buffers)):
+        saved = state[kind]
+        for name in sorted(own.keys() ^ saved.keys()):
+            raise InputError(f"resume: {name} is in {'the model' if name in own else 'the checkpoint'} alone: another model?")
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise InputError(
+                    f"resume: {name} is of shape {list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
+                )
+            tensor.copy_(processes.part_like(saved[name], tensor))
+    processes.weights_changed()
+
+
+def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
+    """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
+    expression `trainable` is found. Raises InputError if it is found in none, or if there is nothing that could be trained."""
+    if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
+        raise InputError("nothing can be trained: the network is no torch module with parameters")
+    try:
+        network = copy.deepcopy(flow.network)
+    except Exception as error:  # of a module of the user, which may hold anything
+        raise InputError(f"the network cannot be copied, and is tuned as a copy ({str(error).splitlines()[0]})") from error
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(re.search(trainable, name) is not None)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        parts = ", ".join(name for name, _ in network.named_children())
+        pattern = re.compile(trainable).pattern
+        raise InputError(f"training.trainable: {pattern!r} is in the name of no parameter; the network's parts are {parts}")
+    return replace(flow, network=network)
