@@ -14,8 +14,6 @@ whose manifest does not verify is not used. No file is a pickle.
 
 from __future__ import annotations
 
-from tiltflow.tensor_file import Tree
-
 import hashlib
 import json
 import re
@@ -33,7 +31,7 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.errors import CheckpointError
 from tiltflow.files import flush, reason, writing
-from tiltflow.tensor_file import write_tensors
+from tiltflow.tensor_file import Tree, write_tensors
 
 FORMAT = 1
 FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
@@ -42,7 +40,6 @@ SHARDS = re.compile(r"shards-(\d{5})-of-(\d{5})\.safetensors")
 LITTER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]{8}")
 """What a process that was killed while it wrote or deleted leaves behind."""
 TENSOR, INTEGER = "tensor:", "int:"
-
 
 
 def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_limit: int | None = None) -> Path:

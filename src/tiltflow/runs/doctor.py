@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tiltflow.models.consistency import TIMES, WRONG_CLOCK, consistency
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.estimates import FEW, FEW_IN_GROUP, ImportanceWeights
 from tiltflow.flows.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, linearize, rows
-from tiltflow.training.memory import free_memory, peak_of
-from tiltflow.models.model import Model, load
 from tiltflow.formatting import duration
+from tiltflow.models.consistency import TIMES, WRONG_CLOCK, consistency
+from tiltflow.models.model import Model, load
+from tiltflow.models.schedules import TOLERANCE
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward, evaluate, value_and_gradient
 from tiltflow.runs.run import Recipe, batches, build_reward, prepare, rehearse
 from tiltflow.runs.run_text_to_image import Decoded, TextToImageRecipe, prepare_recipe
 from tiltflow.samplers.sampler import Sampling, Start, rollout, sample
-from tiltflow.models.schedules import TOLERANCE
 from tiltflow.streams import stream
-from tiltflow.models.text_to_image import TextToImage
+from tiltflow.training.memory import free_memory, peak_of
 from tiltflow.training.trainer import Batch, Record
 from tiltflow.user_code import tried
 

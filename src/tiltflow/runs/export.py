@@ -10,15 +10,15 @@ from typing import Any
 
 from tiltflow.errors import InputError
 from tiltflow.files import filling, read_json, trusted
+from tiltflow.models.schedules import TOLERANCE, schedule_of
+from tiltflow.models.text_to_image import SAMPLING, save_sampling, save_tuned
+from tiltflow.reports.plots import curves
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
-from tiltflow.reports.plots import curves
 from tiltflow.runs.run_folder import claim, read_records
 from tiltflow.runs.run_text_to_image import Point, TextToImageRecipe, load_run, read_run
-from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
-from tiltflow.models.text_to_image import SAMPLING, save_sampling, save_tuned
 
 KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
 

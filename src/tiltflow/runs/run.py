@@ -25,10 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow import __version__, processes
-from tiltflow.training.calibration import LIMIT, Calibration, gain_at_limit, target_reward
-from tiltflow.tensor_file import Tree
+from tiltflow.conditions.labels import draw_labels
 from tiltflow.data import load_images
-from tiltflow.training.determinism import deterministic
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation.estimates import (
     Estimate,
@@ -44,28 +42,29 @@ from tiltflow.evaluation.estimates import (
     total_variance,
     total_variation,
 )
-from tiltflow.files import write_file, write_folder, write_json
-from tiltflow.runs.fingerprints import BASE
-from tiltflow.flows.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32, rows
-from tiltflow.rewards import told
-from tiltflow.conditions.labels import draw_labels
-from tiltflow.models.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, target_measures
-from tiltflow.methods import Tilting
-from tiltflow.optimization import Optimization
-from tiltflow.reports.plots import image_grid
-from tiltflow.plugins import part_of
+from tiltflow.evaluation.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
+from tiltflow.files import write_file, write_folder, write_json
+from tiltflow.flows.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32, rows
 from tiltflow.flows.precision import MixedPrecision, autocast_dtype
+from tiltflow.methods import Tilting
+from tiltflow.models.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
+from tiltflow.optimization import Optimization
+from tiltflow.plugins import part_of
+from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, try_reward
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, told, try_reward
+from tiltflow.runs.fingerprints import BASE
 from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.sampler import Sampling, path_costs
 from tiltflow.settings import Labels, PathOrName, Pattern, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
+from tiltflow.tensor_file import Tree
+from tiltflow.training.calibration import LIMIT, Calibration, gain_at_limit, target_reward
+from tiltflow.training.determinism import deterministic
 from tiltflow.training.trainer import Batch, Record, train, trainable_copy
 from tiltflow.user_code import refused, tried
-from tiltflow.evaluation.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
 
 Count = Annotated[int, Field(ge=1)]
 REWARD = "reward.safetensors"

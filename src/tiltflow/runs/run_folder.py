@@ -12,8 +12,6 @@ diagnostics/     for each number that was not finite: what it was and what it ca
 
 from __future__ import annotations
 
-from tiltflow.training.records import METRICS, known_records
-
 import os
 import shutil
 import warnings
@@ -30,9 +28,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tiltflow import processes
-
-from tiltflow.runs import checkpoint
-from tiltflow.tensor_file import Tree
 from tiltflow.errors import (
     CheckpointError,
     CollapseError,
@@ -45,17 +40,19 @@ from tiltflow.errors import (
     UserCodeError,
 )
 from tiltflow.evaluation.estimates import Estimate
-from tiltflow.files import append_row, check_room, flush, read_rows, write_folder, write_json, write_rows, write_text, writing
+from tiltflow.evaluation.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
+from tiltflow.files import append_row, check_room, flush, write_folder, write_json, write_rows, write_text, writing
+from tiltflow.optimization import refuse_non_finite
+from tiltflow.rewards import NonFiniteRewards
+from tiltflow.runs import checkpoint
 from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
 from tiltflow.runs.fingerprints import absolute, compare, dotted, externals, fingerprints, put, read_fingerprints
 from tiltflow.runs.lock import HOLDER, LOCK, working_in
-from tiltflow.evaluation.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
-from tiltflow.optimization import refuse_non_finite
-from tiltflow.rewards import NonFiniteRewards
-from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
-from tiltflow.training.signals import noted
-from tiltflow.tensor_file import write_tensors
 from tiltflow.runs.trackers import Name, Tracker, check_tracker
+from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
+from tiltflow.tensor_file import Tree, write_tensors
+from tiltflow.training.records import METRICS, known_records
+from tiltflow.training.signals import noted
 from tiltflow.training.trainer import BatchEnd, Record
 from tiltflow.user_code import out_of_memory
 
@@ -581,10 +578,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     if damaged:
         warnings.warn(f"{folder / METRICS}: {damaged} lines are damaged and left out", Note, stacklevel=2)
     return rows
-
-
-
-
 
 
 def read_run_tree(folder: Path) -> dict[str, Any]:

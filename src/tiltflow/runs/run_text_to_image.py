@@ -22,30 +22,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from tiltflow import __version__, processes
+from tiltflow.conditions.prompts import Prompt, Prompts, key_of, read_prompts
 from tiltflow.data import load_images
-from tiltflow.training.determinism import deterministic
 from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
 from tiltflow.evaluation.estimates import Estimate, ImportanceWeights, effective_number
 from tiltflow.evaluation.features import Features, distances_to_reference, feature_extractor, features_of
-from tiltflow.files import write_file, write_json, write_text
-from tiltflow.runs.fingerprints import check_unchanged
-from tiltflow.flows.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.evaluation.monitor import Look, look_at, over_groups, spread
-from tiltflow.methods import Tilting
-from tiltflow.optimization import Optimization, adamw
-from tiltflow.models.pipeline_folder import check_numbers
-from tiltflow.reports.plots import image_grid
-from tiltflow.plugins import part_of
+from tiltflow.evaluation.verdict import conclude, mean_test, of_rewards
+from tiltflow.files import write_file, write_json, write_text
+from tiltflow.flows.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
 from tiltflow.flows.precision import MixedPrecision, autocast_dtype
-from tiltflow.conditions.prompts import Prompt, Prompts, key_of, read_prompts
-from tiltflow.runs.recipe import is_text_to_image
-from tiltflow.reports.report import write_report
-from tiltflow.rewards import Metadata, NonFiniteRewards, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
-from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
-from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
-from tiltflow.samplers.sampler import Sampling, Solver, path_costs
-from tiltflow.settings import External, PathOrName, Settings, validate
-from tiltflow.streams import stream
+from tiltflow.methods import Tilting
+from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.text_to_image import (
     AdaptedDenoiser,
     GuidanceMode,
@@ -56,9 +44,21 @@ from tiltflow.models.text_to_image import (
     save_tuned,
     with_adapter,
 )
+from tiltflow.optimization import Optimization, adamw
+from tiltflow.plugins import part_of
+from tiltflow.reports.plots import image_grid
+from tiltflow.reports.report import write_report
+from tiltflow.rewards import Metadata, NonFiniteRewards, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
+from tiltflow.runs.fingerprints import check_unchanged
+from tiltflow.runs.recipe import is_text_to_image
+from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
+from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
+from tiltflow.samplers.sampler import Sampling, Solver, path_costs
+from tiltflow.settings import External, PathOrName, Settings, validate
+from tiltflow.streams import stream
+from tiltflow.training.determinism import deterministic
 from tiltflow.training.trainer import Batch, Record, train, trainable_copy
 from tiltflow.user_code import refused, tried
-from tiltflow.evaluation.verdict import conclude, mean_test, of_rewards
 
 PATHS = 32
 """Pictures of the path KL, at least."""

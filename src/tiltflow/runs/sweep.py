@@ -27,9 +27,9 @@ import torch
 from tiltflow.api import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.files import read_json, trusted, write_json, write_text, writing
-from tiltflow.runs.lock import working_in
-from tiltflow.reports.plots import pareto
 from tiltflow.plugins import allow_code, code_allowed
+from tiltflow.reports.plots import pareto
+from tiltflow.runs.lock import working_in
 from tiltflow.runs.run_folder import claim, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 

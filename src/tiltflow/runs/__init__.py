@@ -1,0 +1,1 @@
+"""A recipe, the folder of a run, and what is done with one."""
