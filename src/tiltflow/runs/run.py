@@ -291,7 +291,7 @@ def run(
 
     Args:
         note: is told what a person should know about where a run goes on from, and of alarms.
-        handle_signals: whether the signals of `tiltflow.training.signals` end the training, with a checkpoint and the weights saved.
+        handle_signals: whether signals (`tiltflow.training.signals`) end the training, with a checkpoint and the weights saved.
 
     On KeyboardInterrupt the tuned weights of that moment are saved before it is raised again; `evaluate_run` then works.
     Raises InputError, with nothing written, if the folder is occupied, cannot be written to or has no room, or a part of the

@@ -376,7 +376,7 @@ class RunFolder:
             before: called, in the first process, when the first step has shown that the recipe works: writes what the run
                 needs beside its recipe.
             watcher: how to look at the model while it trains, if the recipe has a monitor.
-            handle_signals: whether the signals of `tiltflow.training.signals` ask the loop to stop while it runs; not for threads.
+            handle_signals: whether signals (`tiltflow.training.signals`) ask the loop to stop while it runs; not for threads.
 
         Raises what the loop raises: NonFiniteError and UserCodeError, with what is known of them in diagnostics/, the latter
         with a checkpoint to go on from, as Interrupted.
