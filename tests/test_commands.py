@@ -20,7 +20,7 @@ from tiltflow.commands.cli import app
 from tiltflow.pretraining.pretrain import pretraining_of
 from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining
 from tiltflow.problems.verify import read_verification
-from tiltflow.reports.report import commands
+from tiltflow.reports.page import commands
 from tiltflow.runs.describe import topics
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import Recipe, run

@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from tiltflow.reports import plots
-from tiltflow.reports.report import TEMPLATE, headline, write_report
+from tiltflow.reports.page import headline
+from tiltflow.reports.report import TEMPLATES, write_report
 
+STYLE = TEMPLATES / "page.css"
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 SUMMARY: dict[str, Any] = {
     "tiltflow": "0.1.0", "name": "even", "description": "tilt <script>alert(1)</script>", "model": "digits-flow",
@@ -107,7 +109,7 @@ def luminance(colour: str) -> float:
 
 def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
     """WCAG 2.1 AA: 4.5 for text, 3 for what must be seen of a picture."""
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in TEMPLATE.read_text().split("@media (prefers")[:2])
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in STYLE.read_text().split("@media (prefers")[:2])
     assert len(light) == len(dark) == 12
     assert {name: light[name] for name in plots.COLOURS if name != "line"} | {"line": plots.COLOURS["line"]} == plots.COLOURS
     assert (1 + 0.05) / (luminance("#767676") + 0.05) == pytest.approx(4.54, abs=0.01)  # the usual example
@@ -117,7 +119,7 @@ def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
                 for background in ("paper", "card", "warm"):
                     low, high = sorted((luminance(scheme[name]), luminance(scheme[background])))
                     assert (high + 0.05) / (low + 0.05) >= least, (name, background)
-    used = set(re.findall(r"[^-]color: ([^;]*)", TEMPLATE.read_text()))
+    used = set(re.findall(r"[^-]color: ([^;]*)", STYLE.read_text()))
     assert used <= {"var(--ink)", "var(--soft)"}  # of text
 
 

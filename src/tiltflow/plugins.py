@@ -35,9 +35,13 @@ def find(package: str, name: str) -> type[Settings]:
     """The settings class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
     if name not in names(package):
         raise InputError(f"there is no {package.removesuffix('s')} {name!r}{did_you_mean(name, names(package))}")
-    module = importlib.import_module(f"tiltflow.{package}.{name.replace('-', '_')}")
-    part: type[Settings] = getattr(module, "".join(word.capitalize() for word in name.split("-")))
+    part: type[Settings] = getattr(module_of(package, name), "".join(word.capitalize() for word in name.split("-")))
     return part
+
+
+def module_of(package: str, name: str) -> ModuleType:
+    """The file of the part called `name`, imported."""
+    return importlib.import_module(f"tiltflow.{package}.{name.replace('-', '_')}")
 
 
 def part_of(package: str) -> Callable[[Any], Any]:

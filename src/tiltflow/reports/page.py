@@ -1,0 +1,314 @@
+"""What goes on the report of a run: plain values, computed from its summary, training records, looks and pictures.
+
+The words around them are in `page.html.j2`; what a run did not measure is empty here, and left out there.
+"""
+
+# Mutation tests: none: words and pages
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from tiltflow.evaluation.metrics import described
+from tiltflow.formatting import Tree, decimal, get, number, percent
+from tiltflow.reports import plots
+from tiltflow.reports.tables import Row, Table, classes, measures, table, tests
+from tiltflow.reports.values import capital, group, measured, sentence
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number in large print; `before` is what it was before tuning."""
+
+    title: str
+    value: str
+    note: str = ""
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of samples, as a PNG in base64, `side` before or after tuning."""
+
+    side: str
+    data: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same row of samples before and after tuning."""
+
+    prompt: str
+    what: str
+    strips: Sequence[Strip]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point on the scale of distances, at a percentage of its length."""
+
+    kind: str
+    label: str
+    place: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """A plot (SVG) with its title and its words."""
+
+    title: str
+    svg: str
+    meaning: str = ""
+    expect: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge sees: a histogram (SVG), its numbers, its confidence before and after."""
+
+    svg: str
+    classes: Table
+    base: str
+    tuned: str
+    fell: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report, section by section."""
+
+    summary: Tree
+    title: str
+    facts: Sequence[str]
+    headline: str
+    description: str
+    alarm: str
+    tiles: Sequence[Tile]
+    pairs: Sequence[Pair]
+    tone: str
+    verdict: str
+    scale: Sequence[Mark]
+    balance: str
+    limits: Sequence[str]
+    tests: Table | None
+    judged: Judged | None
+    curves: Sequence[Card]
+    looks: Sequence[Card]
+    table: Table | None
+    measures: Mapping[str, Sequence[Row]]
+    commands: Mapping[str, str]
+    recipe: str
+
+    def value(self, key: str) -> str:
+        """The number at a dotted key of the summary, formatted; empty if it was not measured."""
+        return measured(self.summary, key)
+
+    def said(self, key: str) -> str:
+        """What the summary says at a key, as it is; empty if that is nothing."""
+        return str(self.summary.get(key) or "")
+
+
+def page_of(
+    s: Tree, records: Sequence[Tree], *, looks: Sequence[Tree], pictures: Sequence[bytes], recipe: str, folder: str
+) -> Page:
+    """The report of a run.
+
+    Args:
+        s: its summary.
+        records: lines of metrics.jsonl.
+        looks: lines of monitor.jsonl.
+        pictures: before and after tuning (PNG), or none.
+        recipe: its text.
+        folder: the name of the run's folder.
+    """
+    name = str(s.get("name") or folder)
+    tone, verdict = get(s, "verdict.tone"), get(s, "verdict.text")
+    limits = s.get("limits")
+    return Page(
+        summary=s,
+        title=name,
+        facts=[name, *(str(s[key]) for key in ("model", "method") if s.get(key))],
+        headline=headline(s),
+        description=sentence(s["description"]) if s.get("description") else "",
+        alarm=sentence(s["alarm"]) if s.get("alarm") else "",
+        tiles=tiles(s),
+        pairs=pairs(s, pictures),
+        tone=tone if tone in ("good", "fair", "poor") else "fair",
+        verdict=verdict if isinstance(verdict, str) else "",
+        scale=scale(s),
+        balance=balance(s),
+        limits=[str(limit) for limit in limits] if isinstance(limits, list) else [],
+        tests=tests(s),
+        judged=judged(s),
+        curves=curves(s, records),
+        looks=[Card(capital(key), plots.looks(looks, key)) for key in looks[0]["measures"]] if len(looks) > 1 else [],
+        table=table(s),
+        measures=measures(s),
+        commands=commands(s, folder) | {"in Python": f"model = tiltflow.load({f'./{folder}'!r})"},
+        recipe=recipe,
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before and after tuning, and what the target law says."""
+
+    subject: str
+    base: float | None
+    tuned: float
+    target: float | None
+    target_error: float | None
+    form: Callable[..., str]
+
+
+def changes(s: Tree) -> list[Change]:
+    """The shares of the judge's group and the mean reward, as far as they were measured."""
+    found = []
+    for stem, subject, form in (("judge.group.", group(s), percent), ("reward_", "the mean reward", decimal)):
+        tuned = number(s, f"{stem}tuned")
+        if tuned is not None:
+            target, error = (number(s, stem + key) for key in ("target", "target_error"))
+            found.append(Change(subject, number(s, f"{stem}base"), tuned, target, error, form))
+    return found
+
+
+def headline(s: Tree) -> str:
+    """The run in one sentence: the judge's group if there is one, else the mean reward."""
+    known = changes(s)
+    if not known:
+        return f"A run of {s.get('method') or 'tiltflow'}"
+    c = known[0]
+    before, after = None if c.base is None else c.form(c.base), c.form(c.tuned)
+    change = f"is {after}" if before is None else f"stayed at {after}" if before == after else f"went from {before} to {after}"
+    return sentence(f"{c.subject} {change}" + (f"; the target law asks for {c.form(c.target)}" if c.target is not None else ""))
+
+
+def tiles(s: Tree) -> list[Tile]:
+    """The numbers that a reader wants first."""
+    found = []
+    for c in changes(s):
+        aim = f"target {c.form(c.target, c.target_error)}" if c.target is not None else ""
+        found.append(tile(c.subject, c.base, c.tuned, c.form, aim))
+    if (distance := number(s, "target_distance")) is not None:
+        floor = measured(s, "target_distance_floor")
+        base, note = number(s, "target_distance_base"), f"if nothing is wrong: {floor}" if floor else ""
+        found.append(tile("distance to the target law", base, distance, decimal, note))
+    samples, target, steps = (measured(s, key) for key in ("num_samples", "path_kl_target", "iterations"))
+    if size := measured(s, "effective_sample_size"):
+        found.append(Tile("Effective sample size", size, f"of {samples} base samples" if samples else ""))
+    if (paths := number(s, "path_kl")) is not None:
+        found.append(
+            Tile("Path KL from the base", decimal(paths), (f"target {target}, " if target else "") + "nats per sample")
+        )
+    if time := measured(s, "seconds"):
+        found.append(Tile("Training time", time, f"{steps} iteration{'' if get(s, 'iterations') == 1 else 's'}"))
+    return found
+
+
+def tile(subject: str, base: float | None, tuned: float, form: Callable[..., str], note: str) -> Tile:
+    """The tile of a change; without what was where both read alike."""
+    before = "" if base is None or form(base) == form(tuned) else form(base)
+    return Tile(capital(subject), form(tuned), note, before)
+
+
+def pairs(s: Tree, pictures: Sequence[bytes]) -> list[Pair]:
+    """Each row of samples before tuning with the same row after it."""
+    if len(pictures) != 2:
+        return []
+    opened = [Image.open(io.BytesIO(data)) for data in pictures]
+    rows, prompts = get(s, "pictures.rows"), get(s, "pictures.prompts") or []
+    count = rows if isinstance(rows, int) and 0 < rows <= min(picture.height for picture in opened) else 1
+    found = []
+    for i, both in enumerate(zip(*(plots.grid_rows(picture, count) for picture in opened), strict=True)):
+        prompt = str(prompts[i]) if i < len(prompts) else ""
+        strips = [
+            Strip(side, png(strip), strip.width, strip.height) for side, strip in zip(("before", "after"), both, strict=True)
+        ]
+        found.append(Pair(prompt, prompt or f"Row {i + 1} of the samples", strips))
+    return found
+
+
+def png(picture: Image.Image) -> str:
+    """A picture as a PNG file in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def scale(s: Tree) -> list[Mark]:
+    """Distances to the target law side by side: of the base, the floor, the tuned model."""
+    tuned, base, floor = (number(s, f"target_distance{x}") for x in ("", "_base", "_floor"))
+    if tuned is None or not base:
+        return []
+    longest = 1.04 * max(tuned, base, floor or 0.0)
+    crowded = floor is not None and abs(base - floor) < longest / 2  # both have their words below the line
+    return [
+        Mark(f"{name}{' left' * (value > longest / 2)}{' low' * crowded}", f"{name} {decimal(value)}", 100 * value / longest)
+        for name, value in (("base", base), ("floor", floor), ("tuned", tuned))
+        if value is not None
+    ]
+
+
+def balance(s: Tree) -> str:
+    """What the balance of the pull of the reward and the penalty says, if it was measured."""
+    value, error = number(s, "own_law_balance"), number(s, "own_law_balance_error") or 0.0
+    if value is None:
+        return ""
+    if value < 1 - 2 * error:
+        return (
+            "it has moved further than its reward pulls: noise, of the fit or of rounds with few samples, is part of what it"
+            " learned"
+        )
+    return "it is there, within two standard errors" if value < 1 + 2 * error else "it is still on its way there"
+
+
+def judged(s: Tree) -> Judged | None:
+    """The judge's histograms of classes, if it has any."""
+    base, tuned, target, names, error = (
+        get(s, f"judge.{key}") or [] for key in ("base", "tuned", "target", "class_names", "target_error")
+    )
+    if not names or not len(base) == len(tuned) == len(names) or len(target) not in (0, len(names)):
+        return None
+    errors = error if len(error) == len(names) else None
+    names = [str(name) for name in names]
+    before, after = number(s, "judge.confidence_base"), number(s, "judge.confidence_tuned")
+    return Judged(
+        plots.class_histogram(base, tuned, target, errors, names),
+        classes(names, base, tuned, target, errors, number(s, "num_samples")),
+        "" if before is None else percent(before),
+        "" if after is None else percent(after),
+        before is not None and after is not None and after < before - 0.05,
+    )
+
+
+def curves(s: Tree, records: Sequence[Tree]) -> list[Card]:
+    """A card for each described number of the training records that is measured anywhere."""
+    targets = {"reward": number(s, "reward_target"), "path_kl": number(s, "path_kl_target")}
+    references = {key: value for key, value in targets.items() if value is not None}
+    return [
+        Card(metric.title, plots.curves(records, [key], references=references), metric.meaning, metric.expect)
+        for key, metric in described("training").items()
+        if any(number(record, key) for record in records)  # measured, and not zero throughout
+    ]
+
+
+def commands(s: Tree, folder: str) -> dict[str, str]:
+    """What can be done with a run, as typed in the folder that holds its folder: what it is for, and the command."""
+    run, prompts = f"./{folder}", get(s, "pictures.prompts")
+    prompt = ["--prompt", str(prompts[0])] if prompts else []
+    typed = {
+        "new samples": ["sample", run, *prompt, "--output", f"{run}-samples.png"],
+        "measure it again": ["evaluate", run],
+        "train it again": ["train", f"{run}/recipe.yaml", "--output", f"{run}-again"],
+    }
+    if prompts:
+        typed["for plain diffusers"] = ["export", run, "--output", f"{run}-exported"]
+    return {what: shlex.join(["tiltflow", *words]) for what, words in typed.items()}
