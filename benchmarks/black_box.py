@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.flows.flow import base_of
+from tiltflow.flows.adapter import base_of
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.models.model import load, load_classifier
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree

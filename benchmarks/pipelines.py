@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tiltflow.control.timesteps import Stratum
-from tiltflow.flows.flow import AdapterOff, Flow, VelocityField, base_of, bind
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
@@ -95,7 +97,7 @@ class Iterations:
         )
 
         def bound(flow: VelocityField) -> VelocityField:
-            return bind(flow, self.condition)
+            return flow.bind(self.condition)
 
         self.records = train(
             tuned,

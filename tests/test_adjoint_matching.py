@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from tiltflow.control.adjoint import lean_adjoint
 from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
+from tiltflow.flows.field import FunctionField
 from tiltflow.laws.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 SOLVERS = ("memoryless", "memoryless-offset", "ddpm")
 MIXTURE = Mixture(modes=3, radius=1.5, scale=0.5).base()
+FIELD = FunctionField(MIXTURE.velocity)
 
 
 def noisy_to_the_end(times: Tensor) -> Chain:
@@ -63,7 +65,11 @@ def one_iteration(method: AdjointMatching, tuned: Any, reward: Any, *, batch: in
     """What the method measures, on a Gaussian base; the gradients of its passes add up in `tuned`."""
     x = torch.randn(batch, 1, generator=stream(seed, "start"))
     state = options.pop("state", State())
-    return list(method.gradients(tuned, affine.velocity, reward, x, stream(seed, "noise"), state, **options))
+    return list(
+        method.gradients(
+            FunctionField(tuned), FunctionField(affine.velocity), reward, x, stream(seed, "noise"), state, **options
+        )
+    )
 
 
 # ---- fixed points ----
@@ -87,7 +93,7 @@ def regress(chain: Chain, controls: tuple[Tensor, Tensor], reward: QuadraticRewa
             affine.velocity(x, chain.times[k]) + (controls[0][k] * x + controls[1][k]) * chain.std[k] / chain.v_scale[k]
             for k, x in enumerate(states)
         ]
-    targets = lean_adjoint(chain, affine.velocity, [*states, x], reward, 1.0, **options).targets
+    targets = lean_adjoint(chain, FunctionField(affine.velocity), [*states, x], reward, 1.0, **options).targets
     at_0 = torch.stack([target[2 * k, 0] for k, target in enumerate(targets)])
     at_1 = torch.stack([target[2 * k + 1, 0] for k, target in enumerate(targets)])
     return -chain.std * (at_1 - at_0), -chain.std * at_0
@@ -198,7 +204,8 @@ def test_what_is_reached_from_another_gaussian_at_another_temperature(
             x[2 * k], x[2 * k + 1] = 0, 1
             states.append(x)
             x = tuned.gain[k] * x + tuned.offset[k]
-        adjoint = lean_adjoint(chain, lambda x, t: affine.velocity(x, t, m, v), [*states, x], reward, settings.beta, **options)
+        field = FunctionField(lambda x, t: affine.velocity(x, t, m, v))
+        adjoint = lean_adjoint(chain, field, [*states, x], reward, settings.beta, **options)
         ends = torch.stack([target[2 * k : 2 * k + 2, 0] for k, target in enumerate(adjoint.targets)])
         controls = -chain.std * ends.diff(dim=1)[:, 0], -chain.std * ends[:, 0]
     law = base.controlled(*controls).law()
@@ -242,7 +249,8 @@ def test_bootstrapping_moves_the_fixed_point_of_a_network_that_cannot_be_optimal
         for value, found in gradients.items():
             method, tuned = AdjointMatching(num_inference_steps=12, beta=0.6, bootstrap=value), AffineShift(*weights)
             x = torch.randn(3000, 1, generator=stream(seed, "start"))
-            (measured,) = method.gradients(tuned, AffineShift.law.velocity, reward, x, stream(seed, "noise"), State())
+            fields = FunctionField(tuned), FunctionField(AffineShift.law.velocity)
+            (measured,) = method.gradients(*fields, reward, x, stream(seed, "noise"), State())
             found.append(tuned.weights.grad)
         rewards.append(measured["reward"])
     z = {value: torch.stack(found).mean(0) / torch.stack(found).std(0) * 20**0.5 for value, found in gradients.items()}
@@ -428,7 +436,7 @@ class Corrected(nn.Module):
 def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **options: Any) -> list[dict[str, float]]:
     x = torch.randn(batch, 2, generator=stream(3))
     state = options.pop("state", State())
-    return list(method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), state, **options))
+    return list(method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), state, **options))
 
 
 def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -541,7 +549,8 @@ def test_a_term_at_the_limit_is_kept() -> None:
         method = AdjointMatching(num_inference_steps=2, loss_clip=2 * limit)  # h = 1 / 2
         shift = nn.Parameter(torch.zeros(1))
         x, reward = torch.zeros(4, 1), QuadraticReward(torch.ones(1))
-        (measured,) = method.gradients(lambda x, t, s=shift: s.expand_as(x), still, reward, x, stream(0), State())
+        tuned, base = FunctionField(lambda x, t, s=shift: s.expand_as(x)), FunctionField(still)
+        (measured,) = method.gradients(tuned, base, reward, x, stream(0), State())
         assert (measured["loss"], measured["clipped"]) == (0.25, clipped)
         assert (shift.grad.item() == 0) == bool(clipped)
 
@@ -575,7 +584,7 @@ def test_every_pass_has_its_gradient() -> None:
     terms, _, _ = terms_by_hand(method.chain(), tuned, 1.0)
     expected = gradients_of(terms.sum(0).mean(), tuned)
     passes = 0
-    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), State()):
+    for _ in method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), State()):
         assert_close((tuned.weight.grad, tuned.bias.grad), expected)
         tuned.zero_grad()
         passes += 1
@@ -599,7 +608,7 @@ def regressed(method: AdjointMatching, batch: int = 6) -> list[Tensor]:
     chain, passes = method.chain(), []
     x = torch.randn(batch, 2, generator=stream(3))
     path = rollout(chain, tuned, x, stream(4))
-    for _ in method.gradients(tuned, MIXTURE.velocity, bent, x, stream(4), State()):
+    for _ in method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), State()):
         count = torch.zeros(len(chain), batch)
         for seen, time in tuned.asked:
             if time.ndim:
@@ -665,7 +674,7 @@ def test_steps_outside_the_strata_cost_nothing_and_change_nothing() -> None:
     for method in (some, everything):
         tuned = Controlled(method.chain(), torch.full((9,), 0.1), torch.full((9,), -0.2))
         x = torch.randn(8, 1, generator=stream(1))
-        for _ in method.gradients(tuned, base, quadratic_reward(), x, stream(2), State()):
+        for _ in method.gradients(FunctionField(tuned), FunctionField(base), quadratic_reward(), x, stream(2), State()):
             gradients.append(tuned.slope.grad)
     assert_close(gradients[0][4:], gradients[1][4:])
     assert not gradients[0][:4].any()
@@ -702,7 +711,7 @@ def test_target_is_unbiased_on_a_mixture(generator: torch.Generator) -> None:
     reward = QuadraticReward(torch.tensor([0.8, -0.5]), 0.7)
     target, chain, n = base.tilt(reward, 1.0), memoryless(time_grid(60)), 3000
     path = rollout(chain, target.velocity, torch.randn(n, 2, generator=generator), generator)
-    adjoint = lean_adjoint(chain, base.velocity, path.states, reward, 1.0)
+    adjoint = lean_adjoint(chain, FunctionField(base.velocity), path.states, reward, 1.0)
     for k in (3, 12, 24, 42):
         x = path.states[k]
         control = chain.control_scale[k] * (path.velocities[k] - adjoint.base_velocities[k])

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltflow.flows.flow import AdapterOff, Flow, base_of, choose, groups, rows
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.conditions import select
+from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
@@ -44,7 +46,7 @@ class Labelled(nn.Module):
 class TowardLabel:
     labels: Tensor
 
-    def rows(self, which: Tensor | slice) -> TowardLabel:
+    def select(self, which: Tensor | slice) -> TowardLabel:
         return TowardLabel(self.labels[which])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def test_returns_are_centred_among_the_samples_of_one_condition() -> None:
     class Constant:
         labels: Tensor
 
-        def rows(self, which: Tensor | slice) -> Constant:
+        def select(self, which: Tensor | slice) -> Constant:
             return Constant(self.labels[which])
 
         def __call__(self, x: Tensor) -> Tensor:
@@ -103,10 +105,10 @@ def test_returns_are_centred_among_the_samples_of_one_condition() -> None:
 
 
 def test_what_belongs_to_samples_and_what_to_all() -> None:
-    chosen = choose({"embeds": torch.arange(6).reshape(3, 2), "size": torch.tensor(5.0), "name": "a"}, torch.tensor([2, 0]))
+    chosen = select({"embeds": torch.arange(6).reshape(3, 2), "size": torch.tensor(5.0), "name": "a"}, torch.tensor([2, 0]))
     assert chosen["embeds"].tolist() == [[4, 5], [0, 1]]
     assert (chosen["size"].item(), chosen["name"]) == (5, "a")
     flow = Flow(Labelled())
-    assert [g.tolist() for g in groups(flow.bind(LABELS), 8, LABELS.device)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert [g.tolist() for g in groups(flow.bind("a prompt for all"), 3, LABELS.device)] == [[0, 1, 2]]
-    assert rows(AdapterOff(flow.bind(LABELS)), slice(2, 4)).flow.condition.tolist() == [2, 0]
+    assert [g.tolist() for g in flow.bind(LABELS).groups(8, LABELS.device)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert [g.tolist() for g in flow.bind("a prompt for all").groups(3, LABELS.device)] == [[0, 1, 2]]
+    assert AdapterOff(flow.bind(LABELS)).select(slice(2, 4)).flow.condition.tolist() == [2, 0]

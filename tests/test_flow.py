@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.flows.flow import AdapterOff, CountEvaluations, Flow, base_of, in_chunks, linearize
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.counting import CountEvaluations
+from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import (
     Cosine,
     DiscreteVariancePreserving,
@@ -21,6 +25,8 @@ from tiltflow.flows.interpolant import (
     PredictionType,
     VariancePreserving,
 )
+from tiltflow.flows.linearize import linearize
+from tiltflow.optimization import WeightAverage
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -299,6 +305,24 @@ def test_lora_off_has_the_jacobian_of_the_base(use_reentrant: bool | None, gener
     assert_close(pullback(cotangent), expected)
     assert not torch.allclose(expected, tuned)
     assert torch.equal(v, base_of(flow)(x, t))
+
+
+def test_the_average_has_the_jacobian_of_its_own_weights(generator: torch.Generator) -> None:
+    network = Small(generator, use_reentrant=False)
+    flow, average = Flow(network), WeightAverage(network.parameters(), 0.5)
+    x, cotangent = torch.randn(2, 3, 2, generator=generator)
+    t = torch.tensor(0.3)
+    expected, before = flow(x, t).detach(), jacobian_product(flow, x, t, cotangent)
+    for parameter in network.parameters():
+        parameter.data = parameter.data * 2
+    now = flow(x, t).detach()
+    v, pullback = linearize(Averaged(flow, average), x, t)
+    assert torch.equal(v, expected)
+    assert_close(pullback(cotangent), before)
+    with average.applied(), average.applied():
+        assert torch.equal(flow(x, t), expected)
+    assert torch.equal(flow(x, t), now)
+    assert not torch.allclose(now, expected)
 
 
 def test_reentrant_checkpointing_is_refused(generator: torch.Generator) -> None:

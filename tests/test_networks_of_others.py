@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 import tiltflow
 from tiltflow.errors import InputError, UserCodeError
-from tiltflow.flows.flow import CountEvaluations, Flow, TimeDirection
+from tiltflow.flows.counting import CountEvaluations
+from tiltflow.flows.flow import Flow, TimeDirection
 from tiltflow.flows.interpolant import (
     Cosine,
     DiscreteVariancePreserving,

@@ -17,7 +17,12 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
-from tiltflow.flows.flow import AdapterOff, Flow, Guided, VelocityField, groups, in_chunks, rows
+from tiltflow.flows.adapter import AdapterOff
+from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import FunctionField, VelocityField
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.laws.induced_law import Array, Law, induced_velocity
 from tiltflow.laws.problems import ExactVelocity, GaussianMixture, TwoModes
@@ -28,7 +33,7 @@ from tiltflow.runs.run import Recipe, run
 from tiltflow.samplers.sampler import noise
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
-from tiltflow.training.trainer import Averaged, train
+from tiltflow.training.trainer import train
 
 
 def first(x: Tensor) -> Tensor:
@@ -208,13 +213,13 @@ def test_normalised_weights_have_mean_one_and_ignore_the_offset_of_the_reward() 
 def test_weights_are_normalised_among_samples_of_one_condition() -> None:
     rewards, labels = torch.tensor([0.0, 10.0, 1.0, 10.5]), torch.tensor([3, 7, 3, 7])
     flow, cpu = Flow(Shifted()), torch.device("cpu")
-    w = OrwCfmW2().weights(rewards, groups(flow.bind(labels), 4, cpu))
+    w = OrwCfmW2().weights(rewards, flow.bind(labels).groups(4, cpu))
     assert w[labels == 3].mean() == pytest.approx(1)
     assert w[labels == 7].mean() == pytest.approx(1)
     assert (w[3] / w[1]).log().item() == pytest.approx(0.5, abs=1e-5)
     embedded = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 2.0]])
     for condition in (embedded, {"prompt_embeds": embedded, "scale": 2.0}):
-        assert torch.equal(OrwCfmW2().weights(rewards, groups(flow.bind(condition), 4, cpu)), w)
+        assert torch.equal(OrwCfmW2().weights(rewards, flow.bind(condition).groups(4, cpu)), w)
 
 
 def test_the_effective_sample_size() -> None:
@@ -317,7 +322,7 @@ def test_conditions_travel_with_their_samples() -> None:
     """Samples are x0 + label, so velocity = label is the exact field, and no weighting within labels moves it on average."""
     labels = torch.arange(64) % 4.0
     flow = Flow(OfLabel()).bind(labels)
-    assert rows(flow, torch.tensor([5, 2])).condition.tolist() == [1, 2]  # type: ignore[attr-defined]
+    assert flow.select(torch.tensor([5, 2])).condition.tolist() == [1, 2]
     for micro in (None, 10):
         for fraction in (1.0, 0.5):
             method = OrwCfmW2(num_inference_steps=2, online_fraction=fraction)
@@ -454,20 +459,14 @@ def test_a_single_sample_of_a_condition_teaches_nothing_unless_weights_are_raw()
 # ---- a network, to the laws that are known ----
 
 
-class Field:
-    """A field that is a plain function of (x, t), its errors weighing as those of a prediction that is t times as large."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.function = function
+class Field(FunctionField):
+    """A plain function of (x, t), its errors weighing as those of a prediction that is t times as large."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, expand(t, x))
 
     def prediction_scale(self, t: Tensor) -> Tensor:
         return t
-
-    def rows(self, which: Tensor | slice) -> Field:
-        return self
 
 
 NOTHING = Field(lambda x, t: torch.zeros_like(x))
@@ -544,7 +543,7 @@ def test_the_balance_at_the_law_of_two_modes(mode: WeightMode) -> None:
         def v(x: Tensor, t: Tensor) -> Tensor:
             return torch.from_numpy(np.stack([field(x[i].numpy(), float(t[i])) for i in range(len(x))]))
 
-        return v
+        return FunctionField(v)
 
     generator = stream(0, "test")
     levels = (torch.randperm(2000, generator=generator).double() + 0.5) / 2000

@@ -82,7 +82,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "no such parameters": (
         lambda: tune(base(), reward, METHOD, Training(trainable="zz")),
-        "'zz' is in the name of no parameter",
+        "no parameter name matches 'zz'",
     ),
     "resume without a folder": (
         lambda: tune(base(), reward, METHOD, Training(resume_from_checkpoint="latest")),

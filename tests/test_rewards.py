@@ -18,12 +18,11 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.flows.flow import rows
 from tiltflow.models.model import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
 from tiltflow.rewards import class_log_odds as class_log_odds_module
-from tiltflow.rewards import evaluate, given, value_and_gradient
+from tiltflow.rewards import evaluate, given, select, value_and_gradient
 from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odds
 from tiltflow.rewards.function import Function
 from tiltflow.rewards.ink import Ink
@@ -157,8 +156,8 @@ def test_no_sample_looks_at_its_neighbours(name: str, classifier: str) -> None:
     x, order = images(5, channels(settings), 8, 8).float(), torch.tensor([3, 0, 4, 1, 2])
     x[0] = 0.5  # noise of one size can have PNG files of one size
     value = reward(x)
-    torch.testing.assert_close(torch.cat([rows(reward, slice(i, i + 1))(x[i : i + 1]) for i in range(5)]), value)
-    torch.testing.assert_close(rows(reward, order)(x[order]), value[order])
+    torch.testing.assert_close(torch.cat([select(reward, slice(i, i + 1))(x[i : i + 1]) for i in range(5)]), value)
+    torch.testing.assert_close(select(reward, order)(x[order]), value[order])
     assert len(value.unique()) > 1
 
 

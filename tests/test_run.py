@@ -244,7 +244,7 @@ def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:
     [
         (
             "training.trainable=inner",
-            "training.trainable: 'inner' is in the name of no parameter; the network's parts are time, ",
+            "training.trainable: no parameter name matches 'inner'; the network's parts are time, ",
         ),
         ("training.trainable=(", "training.trainable"),
         ("training.calibration_samples=8", "calibration: 8 base samples weigh as much as"),

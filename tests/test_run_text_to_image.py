@@ -33,7 +33,7 @@ from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation.estimates import effective_number
 from tiltflow.evaluation.features import distances_to_reference
 from tiltflow.evaluation.monitor import over_groups, read_looks
-from tiltflow.flows.flow import Flow, bind, rows
+from tiltflow.flows.flow import Flow
 from tiltflow.models.text_to_image import TextToImage, from_diffusers, with_adapter
 from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
@@ -140,7 +140,7 @@ def test_guidance_modes(mode: str, tmp_path: Path) -> None:
         assert torch.allclose(batch.guide(learning)(batch.x, torch.tensor(0.4)), guided, atol=1e-5)
     assert not torch.allclose(guided, plain, atol=1e-3)
     some, t = torch.tensor([2, 0]), torch.tensor(0.4)  # what is left where rewards of others are not finite
-    torch.testing.assert_close(rows(learning, some)(batch.x[some], t), learning(batch.x, t)[some], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learning.select(some)(batch.x[some], t), learning(batch.x, t)[some], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path: Path) -> None:
     """The likelihood ratio of a step, from the velocities of two calls: exactly 1."""
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion-3", tmp_path)))
     assert isinstance(model.flow, Flow)
-    flow = bind(model.flow, model.encode(["a red cat"] * 4)[0])
+    flow = model.flow.bind(model.encode(["a red cat"] * 4)[0])
     chain = Sampling(num_inference_steps=4).chain(model.grid)
     with torch.no_grad():
         path = rollout(chain, flow, model.start(4, stream(0, "x"), chain.times[0]), stream(1))
@@ -689,7 +689,7 @@ def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch
         told[function] = PerPrompt(reward, statistics).given(["a blue dog", "a red cat"])
         expected = (given(reward, ["a red cat"])(images[1:2]) - mean[0]) / std[0]
         torch.testing.assert_close(told[function](images[:2])[1:], expected.float(), rtol=1e-5, atol=1e-5)
-        assert torch.equal(told[function].rows(slice(1, 2))(images[1:2]), told[function](images[:2])[1:])
+        assert torch.equal(told[function].select(slice(1, 2))(images[1:2]), told[function](images[:2])[1:])
     torch.testing.assert_close(
         told["plain"](images[:2]), told["moved"](images[:2]), rtol=5e-2, atol=5e-2
     )  # LEAST_STD is no scale

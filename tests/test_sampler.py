@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.errors import InputError, SettingsError
+from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
+from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import DiscreteVariancePreserving, Linear
 from tiltflow.samplers.sampler import (
     Chain,
@@ -542,6 +544,28 @@ def test_rollouts_keep_states_and_velocities(solver: Callable[..., list[Tensor]]
     for state, t, v in zip(path.states, times, path.velocities, strict=False):
         assert_close(v, gaussian_flow(state, t))
     assert alone == {heun: 11, dpm_solver: 6, midpoint: 12}[solver]  # nothing is evaluated twice
+
+
+@pytest.mark.parametrize("solver", [heun, dpm_solver, midpoint])
+def test_what_acts_may_be_another_velocity(solver: Callable[..., list[Tensor]], generator: torch.Generator) -> None:
+    """The path is that of the guided field, and the velocities along it are those of the field itself."""
+    guided = Guided(FunctionField(gaussian_flow), FunctionField(lambda x, t: 0 * x), 2.0)
+    x, times = torch.randn(3, 1, generator=generator), time_grid(6)
+    path = rollout_ode(solver, times, gaussian_flow, x, act=guided.guide)
+    for state, expected in zip(path.states, solver(guided, x, times), strict=True):
+        assert_close(state, expected)
+    for k, v in enumerate(path.velocities):
+        assert_close(v, gaussian_flow(path.states[k], times[k]))
+    chain = memoryless(times)
+    path = rollout(chain, gaussian_flow, x, stream(1), act=guided.guide)
+    noise = path.noise()
+    for k, v in enumerate(path.velocities):
+        assert torch.equal(v, gaussian_flow(path.states[k], times[k]))
+        assert_close(path.states[k + 1], chain.mean(k, path.states[k], 2 * v) + chain.std[k] * noise[k])
+    assert torch.equal(path.states[-1], rollout(chain, guided, x, stream(1)).states[-1])
+    assert_close(noise, rollout(chain, guided, x, stream(1)).noise())
+    some = torch.tensor([2, 0])
+    assert torch.equal(path.select(some).noise(), noise[:, some])
 
 
 def test_velocities_that_a_solver_did_not_ask_for_are_computed() -> None:

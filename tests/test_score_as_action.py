@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from tiltflow.control.value import FORMS, Critic, Value
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
+from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.lqg import Lqg, evaluate_chain, evaluate_policy
 from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture, TwoModes
@@ -471,7 +472,7 @@ def test_network_evaluations() -> None:
         ({"solver": "huen"}, "there is no solver 'huen', did you mean 'heun'"),
         ({"solver": "heun", "estimator": "return"}, "estimator 'return' needs a solver with noise, heun has none"),
         ({"solver": "ddim", "eta": 0, "estimator": "return"}, "needs a solver with noise, ddim has none"),
-        ({"update": "clip", "estimator": "closed-form"}, "needs an advantage"),
+        ({"update": "clip", "estimator": "closed-form"}, "requires an advantage"),
         ({"standardize": True}, "standardize is for the estimator 'return' alone"),
     ],
 )
@@ -534,7 +535,7 @@ def test_pathwise_pulls_the_reward_back_through_the_last_step_of_the_base() -> N
         return x[:, 0].sin() + (x[:, 1] ** 3) / 3
 
     x, state = torch.randn(6, 2, generator=stream(3)), method.new_state((2,), 0, torch.device("cpu"))
-    list(method.gradients(tuned, base.velocity, reward, x, stream(4), state))
+    list(method.gradients(FunctionField(tuned), FunctionField(base.velocity), reward, x, stream(4), state))
     before = rollout(chain, base.velocity, x, stream(4)).states[4].requires_grad_()
     end = chain.mean(4, before, base.velocity(before, chain.times[4]))
     (vectors,) = torch.autograd.grad(reward(end).sum(), before)

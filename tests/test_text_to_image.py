@@ -19,7 +19,9 @@ from tiny_pipelines import PIPELINES, tiny_pipeline
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
-from tiltflow.flows.flow import AdapterOff, Guided, base_of, bind, linearize
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.guided import Guided
+from tiltflow.flows.linearize import linearize
 from tiltflow.models.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
 from tiltflow.runs.run_text_to_image import tuned_copy
 from tiltflow.samplers.sampler import Sampling
@@ -312,9 +314,9 @@ def test_the_base_is_the_network_without_its_adapter(name: str, tmp_path: Path) 
     assert not torch.allclose(draw(), before, atol=1e-2)
     x, condition = latents_of(model), adapted.encode(PROMPTS)[0]
     assert torch.equal(
-        bind(base, condition)(x, torch.tensor(0.5)), bind(model_without(name, tmp_path), condition)(x, torch.tensor(0.5))
+        base.bind(condition)(x, torch.tensor(0.5)), model_without(name, tmp_path).bind(condition)(x, torch.tensor(0.5))
     )
-    assert not torch.equal(bind(adapted.flow, condition)(x, torch.tensor(0.5)), bind(base, condition)(x, torch.tensor(0.5)))
+    assert not torch.equal(adapted.flow.bind(condition)(x, torch.tensor(0.5)), base.bind(condition)(x, torch.tensor(0.5)))
 
 
 def model_without(name: str, folder: Path) -> Any:
@@ -332,7 +334,7 @@ def test_small_gradients_survive_half_precision(dtype: torch.dtype, tmp_path: Pa
         model = with_adapter(from_diffusers(pipeline, height=16, width=16), rank=2)
         condition, _ = model.encode(["a red cat"])
         x = torch.randn(1, *model.event_shape, generator=stream(0, "x")).requires_grad_()
-        v = bind(model.flow, condition)(x, torch.tensor(0.5))
+        v = model.flow.bind(condition)(x, torch.tensor(0.5))
         (1e-6 * v.square()).sum().backward()
         adapter = {name: p.grad for name, p in model.denoiser.named_parameters() if p.grad is not None}
         found[kind] = {"x": x.grad} | {name: g for name, g in adapter.items() if "lora_B" in name}
@@ -357,7 +359,7 @@ def test_a_guided_adapter_is_off_on_both_sides(tmp_path: Path) -> None:
     )
     assert isinstance(off, Guided)
     assert torch.equal(off(x, t), plain(x, t))
-    with off.disabled():  # as during a pullback
+    with off.own_weights():  # as during a pullback
         assert torch.equal(off(x, t), plain(x, t))
     assert not torch.equal(model.guided(PROMPTS, 3.0)(model.flow)(x, t), plain(x, t))
 
@@ -460,16 +462,16 @@ def test_the_gradient_of_an_adapter_above_another(tmp_path: Path) -> None:
     pipeline.load_lora_weights(style(tmp_path))
     model = from_diffusers(pipeline)
     x, t, condition = latents_of(model), torch.tensor(0.4), model.encode(PROMPTS)[0]
-    v, pullback = linearize(bind(model.flow, condition), x, t)
+    v, pullback = linearize(model.flow.bind(condition), x, t)
     expected = pullback(v)
     tuned = with_adapter(model)
     with torch.no_grad():
         for parameter in tuned.flow.parameters():  # type: ignore[union-attr]
             parameter += 0.2
-    found, back = linearize(bind(base_of(tuned.flow), condition), x, t)  # type: ignore[arg-type]
+    found, back = linearize(base_of(tuned.flow).bind(condition), x, t)  # type: ignore[arg-type]
     assert torch.equal(found, v)
     assert torch.equal(back(found), expected)
-    bind(tuned.flow, condition)(x, t).square().sum().backward()
+    tuned.flow.bind(condition)(x, t).square().sum().backward()
     with_gradient = {name for name, p in tuned.denoiser.named_parameters() if p.grad is not None}
     assert with_gradient == {name for name, _ in tuned.flow.named_parameters()}  # type: ignore[union-attr]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.flows.flow import AdapterOff, Flow
+from tiltflow.flows.adapter import AdapterOff
+from tiltflow.flows.flow import Flow
 from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, Gaussian
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.mlp import Mlp
@@ -361,5 +362,5 @@ def test_trainable_copy_of_some_parameters() -> None:
     names = [name for name, _ in original.network.named_parameters()]
     copy = trainable_copy(original, r"\.weight$")
     assert [p.requires_grad for p in copy.network.parameters()] == [name.endswith(".weight") for name in names]
-    with pytest.raises(InputError, match=r"training.trainable: 'middle' is in the name of no parameter"):
+    with pytest.raises(InputError, match=r"training.trainable: no parameter name matches 'middle'"):
         trainable_copy(original, "middle")

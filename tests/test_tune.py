@@ -18,7 +18,8 @@ from tiltflow.api import evaluate as evaluate_folder
 from tiltflow.api import read_recipe, training_of
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.monitor import read_looks
-from tiltflow.flows.flow import Flow, eval_mode
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.flow import Flow
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.runs.checkpoint import checkpoints
 from tiltflow.runs.run_folder import NEED_A_FOLDER, read_records

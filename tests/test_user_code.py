@@ -22,7 +22,7 @@ from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.features import features_of
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
-from tiltflow.rewards import evaluate, from_function, given, try_reward, value_and_gradient
+from tiltflow.rewards import evaluate, from_function, given, select, try_reward, value_and_gradient
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.doctor import examine
 from tiltflow.runs.run import Recipe, run
@@ -349,7 +349,7 @@ def test_prompts_and_metadata_come_by_name() -> None:
     for function, expected in rewards:
         reward = given(from_function(function), prompts, metadata)
         torch.testing.assert_close(evaluate(reward, x), expected)
-        torch.testing.assert_close(evaluate(tiltflow.flows.flow.rows(reward, torch.tensor([1])), x[1:]), expected[1:])
+        torch.testing.assert_close(evaluate(select(reward, torch.tensor([1])), x[1:]), expected[1:])
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ class SomeHaveOne:
 
     which: Tensor
 
-    def rows(self, part: Any) -> SomeHaveOne:
+    def select(self, part: Any) -> SomeHaveOne:
         return SomeHaveOne(self.which[part])
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from tiltflow.control.value import FORMS, Batch, Critic, Value, critic_loss, improve, returns
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
+from tiltflow.flows.field import FunctionField
 from tiltflow.laws.lqg import Lqg, evaluate_chain
 from tiltflow.networks.image_critic import ImageCritic
 from tiltflow.networks.mlp import Mlp
@@ -81,7 +82,7 @@ def test_value_and_gradient_by_hand(name: str, generator: torch.Generator) -> No
     assert_close(total(x), expected)
     h = 1e-6
     differences = [(total(x + h * e) - total(x - h * e)) / (2 * h) for e in torch.eye(2)]
-    assert_close(value.gradient(x, t, flow, reward), torch.stack(differences, 1), atol=1e-7, rtol=1e-6)
+    assert_close(value.gradient(x, t, FunctionField(flow), reward), torch.stack(differences, 1), atol=1e-7, rtol=1e-6)
 
 
 def test_the_reward_is_not_asked_where_it_has_no_part() -> None:
@@ -90,7 +91,7 @@ def test_the_reward_is_not_asked_where_it_has_no_part() -> None:
 
     value, x = Value(Affine(), FORMS["reward-free"]), torch.ones(3, 2)
     assert not value.known(x, torch.tensor(0.5), never).any()
-    assert value.gradient(x, torch.tensor(0.5), lambda x, t: x, never).shape == x.shape
+    assert value.gradient(x, torch.tensor(0.5), FunctionField(lambda x, t: x), never).shape == x.shape
 
 
 def test_the_scale_is_set_once_and_never_zero() -> None:

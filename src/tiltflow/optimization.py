@@ -84,7 +84,7 @@ class WeightAverage:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         self.parameters, self.decay, self.updates = list(parameters) if decay else [], decay, 0
-        self.values = [p.detach().clone() for p in self.parameters]
+        self.values, self.in_place = [p.detach().clone() for p in self.parameters], False
 
     @torch.no_grad()
     def update(self) -> None:
@@ -95,12 +95,18 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters are their average in this context, and what they were after it. Nothing is copied."""
+        """The parameters are their average in this context, and what they were after it. Nothing is copied; nested entry is a
+        no-op."""
+        if self.in_place:
+            yield
+            return
         self._swap()
+        self.in_place = True
         try:
             yield
         finally:
             self._swap()
+            self.in_place = False
 
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):

@@ -27,7 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tiltflow.flows.flow import VelocityField, linearize
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.linearize import linearize
 from tiltflow.rewards import NonFiniteRewards, Reward, value_and_gradient
 from tiltflow.samplers.sampler import Chain
 

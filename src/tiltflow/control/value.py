@@ -31,8 +31,9 @@ from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flows.flow import VelocityField, linearize
+from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
+from tiltflow.flows.linearize import linearize
 from tiltflow.optimization import finite
 from tiltflow.plugins import find, import_function, part_of
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate

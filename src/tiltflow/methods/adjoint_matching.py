@@ -30,12 +30,14 @@ from torch import Tensor
 from tiltflow import processes
 from tiltflow.control.adjoint import Pairing, lean_adjoint
 from tiltflow.control.timesteps import Stratum, choose_timesteps
-from tiltflow.flows.flow import Guide, VelocityField, in_chunks, observed, rows
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite, located
-from tiltflow.rewards import NonFiniteRewards, Reward, finite_only
-from tiltflow.samplers.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, part_of, rollout, unguided
+from tiltflow.rewards import NonFiniteRewards, Reward, finite_only, select
+from tiltflow.samplers.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -192,14 +194,14 @@ class AdjointMatching(Tilting):
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: the flow that the trajectories are drawn from, and that stands in for the adjoint, if it is not `tuned`:
                 an average of its weights, which settles at the same fixed point.
-            guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
-                learned is not (`guidance_mode: rollout`).
+            guide: guides the flow that draws the trajectories, if they are to be guided and what is learned is not
+                (`guidance_mode: rollout`).
             non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
         """
         chain = self.chain(start)
         with torch.no_grad():
-            acting, seen = observed(policy or tuned, guide)
-            path = unguided(rollout(chain, in_chunks(acting, micro_batch_size), x, generator), seen)
+            actor = in_chunks(policy or tuned, micro_batch_size)
+            path = rollout(chain, actor, x, generator, act=None if guide is None else guide(actor).guide)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,
@@ -220,7 +222,7 @@ class AdjointMatching(Tilting):
             chain, base, path, reward, first, right, micro_batch_size, non_finite
         )
         if (kept := finite_only(rewards)) is not None:
-            path, tuned, rewards = part_of(path, kept), rows(tuned, kept), rewards[kept]
+            path, tuned, rewards = path.select(kept), tuned.select(kept), rewards[kept]
             velocities, targets, base_velocities = (each[:, kept] for each in (velocities, targets, base_velocities))
             chosen = [pairs[:, kept] for pairs in chosen]
         steps = slice(first, len(path.velocities))
@@ -267,9 +269,9 @@ class AdjointMatching(Tilting):
                 parts.append(
                     lean_adjoint(
                         chain,
-                        rows(base, part),
+                        base.select(part),
                         [states[part] for states in path.states],
-                        rows(reward, part),
+                        select(reward, part),
                         self.beta,
                         pairing=self.pairing,
                         reward_at=self.reward_at,
@@ -323,7 +325,7 @@ class AdjointMatching(Tilting):
             kk, row, ii = k[part], k[part] - regression.first, i[part]
             x = regression.states[row, ii]
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
-            v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
+            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
             kept = (terms.detach() <= limit[part]) & counted[part]

@@ -47,7 +47,9 @@ from tiltflow import processes
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
-from tiltflow.flows.flow import Guide, VelocityField, groups, in_chunks, prediction_scale, rows
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.optimization import Numbers, Optimization
@@ -229,9 +231,9 @@ class OrwCfmW2(Optimization):
                 uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
                 t = spread_times(uniform, start=self.sampling.times(start)[0].item(), shift=self.shift)
                 x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
-                v = rows(tuned, i)(x, t)
-                d = v - rows(base, i)(x, t)
-                scale = prediction_scale(tuned, t).double() ** 2
+                v = tuned.select(i)(x, t)
+                d = v - base.select(i)(x, t)
+                scale = tuned.prediction_scale(t).double() ** 2
                 pull[i] += scale * ((x1[i] - x0 - v) * d).flatten(1).sum(1).double()
                 leash[i] += scale * d.flatten(1).square().sum(1).double()
         pull = weights * pull
@@ -294,11 +296,11 @@ class OrwCfmW2(Optimization):
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: the flow that samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
                 the same fixed point.
-            guide: what turns a flow into the guided one that draws the samples, if they are to be guided and what is
-                learned is not (`guidance_mode: rollout`).
+            guide: guides the flow that draws the samples, if they are to be guided and what is learned is not
+                (`guidance_mode: rollout`).
             non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
-        Where the flow is bound to one condition for each sample, weights are then normalised among samples of the same.
+        Where the flow is bound to one condition for each sample, weights are normalised among the samples of each condition.
 
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
@@ -307,12 +309,12 @@ class OrwCfmW2(Optimization):
         x1 = self._samples(in_chunks(acting, micro_batch_size), in_chunks(other, micro_batch_size), x, generator, state, start)
         rewards = evaluate(shared(reward), x1, non_finite).detach()
         if (kept := finite_only(rewards)) is not None:
-            x1, rewards, tuned, base = x1[kept], rewards[kept], rows(tuned, kept), rows(base, kept)
+            x1, rewards, tuned, base = x1[kept], rewards[kept], tuned.select(kept), base.select(kept)
         if state.rounds == 0 and len(rewards) > 1 and bool((rewards == rewards[0]).all()):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )
-        weights = self.weights(rewards, groups(tuned, len(rewards), rewards.device))
+        weights = self.weights(rewards, tuned.groups(len(rewards), rewards.device))
         state.rounds += 1
         effective = ImportanceWeights(weights.double() / weights.double().sum()).effective_sample_size
         if effective < self.min_effective_sample_size:
@@ -345,10 +347,10 @@ class OrwCfmW2(Optimization):
         online = round(self.online_fraction * len(x))
         parts = []
         if online:
-            parts.append(sample(rows(policy, slice(online)), x[:online], self.sampling, generator, start=start))
+            parts.append(sample(policy.select(slice(online)), x[:online], self.sampling, generator, start=start))
         if online < len(x):
             if state.data is None:
-                parts.append(sample(rows(base, slice(online, None)), x[online:], self.sampling, generator, start=start))
+                parts.append(sample(base.select(slice(online, None)), x[online:], self.sampling, generator, start=start))
             else:
                 which = torch.randint(len(state.data), (len(x) - online,), generator=generator, device=generator.device)
                 parts.append(state.data[which].to(x))
@@ -432,14 +434,14 @@ class OrwCfmW2(Optimization):
             i, s = which[part], t[part]
             left, right = expand(1 - s, x0[part]), expand(s, x0[part])
             x = left * x0[part] + right * x1[i]
-            v = rows(tuned, i)(x, s)
+            v = tuned.select(i)(x, s)
             # measured in the network's own prediction, errors near the ends of the path weigh as they did in pretraining
-            scale = counted[part] * prediction_scale(tuned, s).to(x) ** 2 / x[0].numel()
+            scale = counted[part] * tuned.prediction_scale(s).to(x) ** 2 / x[0].numel()
             misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
             terms = of_fit[part] * misfit
             if self.alpha > 0:
                 with torch.no_grad():
-                    origin = rows(base, i)(x, s)
+                    origin = base.select(i)(x, s)
                 away = (v - origin).flatten(1).square().sum(1)
                 terms = terms + self.alpha * of_penalty[part] * scale * away
                 penalty += (counted[part] * away.detach()).sum().item() / size

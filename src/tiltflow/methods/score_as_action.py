@@ -50,12 +50,15 @@ from tiltflow import processes
 from tiltflow.control.timesteps import Stratum, choose_timesteps
 from tiltflow.control.value import FORMS, Batch, Critic, Value, improve, returns
 from tiltflow.errors import InputError
-from tiltflow.flows.flow import Guide, VelocityField, groups, in_chunks, linearize, observed, rows
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
+from tiltflow.flows.linearize import linearize
 from tiltflow.methods import Tilting
 from tiltflow.optimization import all_finite, load_optimizer, located
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
-from tiltflow.samplers.sampler import Chain, Sampling, Solver, Start, Trajectory, part_of, rollout, rollout_ode, unguided
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, select, shared, value_and_gradient
+from tiltflow.samplers.sampler import Chain, Sampling, Solver, Start, Trajectory, rollout, rollout_ode
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -107,7 +110,9 @@ class State:
         return {
             "value": self.value.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            **{key: getattr(self, key) for key in ("penalty", "step_kl", "iterations")},
+            "penalty": self.penalty,
+            "step_kl": self.step_kl,
+            "iterations": self.iterations,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,7 +215,7 @@ class ScoreAsAction(Tilting):
         if not self._uses_value_gradient and not self.sampling.has_noise:
             raise ValueError(f"estimator {self.estimator!r} needs a solver with noise, {self.solver} has none; use closed-form")
         if self.update == "clip" and self._uses_value_gradient:
-            raise ValueError(f"update 'clip' needs an advantage, which {self.estimator} has not; use temporal-difference")
+            raise ValueError(f"update 'clip' requires an advantage; {self.estimator} has none; use temporal-difference")
         if self.standardize and self.estimator != "return":
             raise ValueError("standardize is for the estimator 'return' alone: the others' advantages are in units of reward")
         return self
@@ -274,41 +279,34 @@ class ScoreAsAction(Tilting):
             state: what is kept between iterations; changed in place.
             micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
             policy: not used. The trajectories must come from `tuned` itself, whose gradient this is.
-            guide: what turns a flow into the guided one that draws the trajectories, if they are to be guided and what is
-                learned is not (`guidance_mode: rollout`); the gradient then takes
-                one of the two ways through the guided policy.
+            guide: guides the flow that draws the trajectories, if they are to be guided and what is learned is not
+                (`guidance_mode: rollout`); the gradient then takes one of the two ways through the guided policy.
             non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
         """
         with torch.no_grad():
-            acting, seen = observed(tuned, guide)
-            last = guide(base) if guide else base
-            path, end = self.rollout(
-                in_chunks(acting, micro_batch_size), in_chunks(last, micro_batch_size), x, generator, start
-            )
+            whole, whole_base = (in_chunks(flow, micro_batch_size) for flow in (tuned, base))
+            path, end = self.rollout(whole, whole_base, x, generator, start, guide)
             chain, count = path.chain, len(path.velocities)
-            noise = None if self._uses_value_gradient else self._noise(path)
-            path = unguided(path, seen)
+            noise = None if self._uses_value_gradient else path.noise()
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
             all_finite(velocities, "velocity", chain.times)
             rewards = evaluate(shared(reward), end, non_finite).detach()
-            base_velocities = torch.stack(
-                [in_chunks(base, micro_batch_size)(y, t) for y, t in zip(states, chain.times, strict=False)]
-            )
+            base_velocities = torch.stack([whole_base(y, t) for y, t in zip(states, chain.times, strict=False)])
             energy = self._energy(chain)[:count, None].to(x)
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
             costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
             batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, shared(reward), non_finite)
             if (kept := finite_only(rewards + batch.known.sum(0))) is not None:
-                path, batch, end, rewards = part_of(path, kept), batch.part(kept), end[kept], rewards[kept]
-                tuned, base, reward = rows(tuned, kept), rows(base, kept), rows(reward, kept)
+                path, batch, end, rewards = path.select(kept), batch.part(kept), end[kept], rewards[kept]
+                tuned, base, reward = tuned.select(kept), base.select(kept), select(reward, kept)
                 states, velocities, base_velocities = (each[:, kept] for each in (states, velocities, base_velocities))
                 path_costs, noise = path_costs[:, kept], None if noise is None else noise[:, kept]
             if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
                 state.value.fit_scale(rewards)
-            members = groups(tuned, len(rewards), x.device)
+            members = tuned.groups(len(rewards), x.device)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, batch, members)
         steps = None
         if state.iterations >= self.critic_warmup_steps:
@@ -342,18 +340,25 @@ class ScoreAsAction(Tilting):
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
 
     def rollout(
-        self, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator, start: Start = 0.0
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        x: Tensor,
+        generator: torch.Generator,
+        start: Start = 0.0,
+        guide: Guide | None = None,
     ) -> tuple[Trajectory, Tensor]:
-        """Trajectories of the tuned flow and the samples [batch, *event] that they end in. If only the last step of a sampler
-        has no noise, it is not an action: the base takes it."""
-        sampling = self.sampling
+        """Trajectories of the tuned flow, guided if need be, and the samples [batch, *event] that they end in. If only the last
+        step of a sampler has no noise, it is not an action: the base takes it."""
+        sampling, act = self.sampling, None if guide is None else guide(tuned).guide
         if sampling.is_chain:
-            path = rollout(sampling.chain(start), tuned, x, generator, to_the_end=not sampling.has_noise)
+            path = rollout(sampling.chain(start), tuned, x, generator, act=act, to_the_end=not sampling.has_noise)
         else:
-            path = rollout_ode(sampling.ode_solver(), sampling.times(start), tuned, x)
+            path = rollout_ode(sampling.ode_solver(), sampling.times(start), tuned, x, act=act)
         last, end = len(path.velocities), path.states[-1]
         if last < len(path.chain):
-            end = path.chain.mean(last, end, base(end, path.chain.times[last]))
+            own = base if guide is None else guide(base)
+            end = path.chain.mean(last, end, own(end, path.chain.times[last]))
         return path, end
 
     def _energy(self, chain: Chain) -> Tensor:
@@ -379,15 +384,6 @@ class ScoreAsAction(Tilting):
             ]
         )
         return Batch(states, times, known.to(costs), costs, rewards.to(costs))
-
-    def _noise(self, path: Trajectory) -> Tensor:
-        """eps_k of each step, [steps, batch, *event]."""
-        return torch.stack(
-            [
-                (after - path.chain.mean(k, before, v)) / path.chain.std[k].item()
-                for k, (before, after, v) in enumerate(zip(path.states, path.states[1:], path.velocities, strict=False))
-            ]
-        )
 
     def _advantages(self, value: Value, batch: Batch, members: list[Tensor]) -> Tensor:
         """[steps, batch], in units of reward unless standardised; of `return`, among the samples of one condition."""
@@ -434,7 +430,7 @@ class ScoreAsAction(Tilting):
         parts = []
         for part in processes.shares(len(x), micro_batch_size):
             with located(part):
-                parts.append(value.gradient(x[part], t, rows(tuned, part), rows(reward, part)))
+                parts.append(value.gradient(x[part], t, tuned.select(part), select(reward, part)))
         return processes.gathered(parts, len(x))
 
     def _after_steps(
@@ -453,12 +449,12 @@ class ScoreAsAction(Tilting):
         ]
         last, parts = path.states[count], []
         for which in processes.shares(len(last), micro_batch_size):
-            x, their_reward = last[which], rows(reward, which)
+            x, their_reward = last[which], select(reward, which)
             with located(which):
                 if count == len(path.chain):
                     parts.append(value_and_gradient(their_reward, x)[1].to(x))
                 else:  # one step of the base, without noise, is between it and the reward
-                    v, pullback = linearize(rows(base, which), x, times[count])
+                    v, pullback = linearize(base.select(which), x, times[count])
                     gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
                     x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
                     parts.append(x_scale * gradient + pullback(v_scale * gradient))
@@ -486,7 +482,7 @@ class ScoreAsAction(Tilting):
             kk, ii = k[part], i[part]
             x = steps.states[kk, ii]
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
-            v = rows(tuned, ii)(x, chain.times.to(x.device)[kk])
+            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
             old, origin = steps.velocities[kk, ii], steps.base_velocities[kk, ii]
             step_kl = counted[part] * energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)

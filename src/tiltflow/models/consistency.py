@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flows.flow import eval_mode, in_chunks
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.interpolant import expand
 from tiltflow.models.model import Model
 from tiltflow.samplers.sampler import Sampling

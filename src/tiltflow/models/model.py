@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from tiltflow.conditions.labels import as_labels
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flows.flow import Flow, TimeDirection, eval_mode, in_chunks
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.flow import Flow, TimeDirection
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.plugins import part_of
 from tiltflow.samplers.sampler import Sampling, check_sampling, noise, sample

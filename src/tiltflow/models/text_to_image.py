@@ -30,8 +30,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow import processes
 from tiltflow.errors import InputError, Note, did_you_mean, not_installed
-from tiltflow.flows.flow import AdapterOff, AnyFloats, Flow, Guided, VelocityField, base_of, bind, eval_mode, in_chunks
-from tiltflow.flows.interpolant import Interpolant
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.flow import AnyFloats, Flow
+from tiltflow.flows.guided import Guided
 from tiltflow.flows.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.models import pipelines
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
@@ -143,13 +147,8 @@ class TextToImage:
     @property
     def denoiser(self) -> Denoiser:
         """The network of the flow."""
-        network: Denoiser = (self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow).network  # type: ignore[assignment]
+        network: Denoiser = self.flow.network  # type: ignore[assignment]
         return network
-
-    @property
-    def interpolant(self) -> Interpolant:
-        """The path of the flow."""
-        return (self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow).interpolant
 
     def base(self) -> TextToImage:
         """The model as it is now, frozen: its adapter off, or with a copy of the denoiser."""
@@ -248,15 +247,15 @@ class TextToImage:
             return torch.cat([images(part) for part in parts])
 
     def guided(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Callable[[VelocityField], VelocityField]:
-        """What gives a flow these prompts, one for each sample, and guides it; by default at the model's own scale.
+        """Binds these prompts, one for each sample, to a flow and applies guidance, by default at the model's own scale.
 
         Raises InputError for a scale that is negative or not finite.
         """
         scale = self.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
         condition, negative = self.encode(prompts, scale)
         if negative is None or scale <= 1:
-            return lambda flow: bind(flow, condition)
-        return lambda flow: Guided(bind(flow, condition), bind(flow, negative), scale)
+            return lambda flow: flow.bind(condition)
+        return lambda flow: Guided(flow.bind(condition), flow.bind(negative), scale)
 
     @torch.no_grad()
     def sample(

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError
-from tiltflow.flows.flow import eval_mode, rows
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.field import Which
 from tiltflow.flows.interpolant import expand
 from tiltflow.user_code import explained
 
@@ -46,6 +47,22 @@ class Reward(Protocol):
     """x [batch, *event] -> [batch]."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class BoundReward(Protocol):
+    """A reward that is bound to the samples of a batch: to what each of them was asked to be."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def select(self, which: Which, /) -> Reward:
+        """The reward of these samples of the batch."""
+        ...
+
+
+def select(reward: Reward, which: Which) -> Reward:
+    """The reward of these samples of the batch; one that is bound to none is the same for all."""
+    return reward.select(which) if isinstance(reward, BoundReward) else reward
 
 
 @runtime_checkable
@@ -88,8 +105,8 @@ class OfPrompts:
         """The reward of pictures of these prompts, one for each."""
         return replace(self, prompts=tuple(prompts), metadata=tuple(metadata or ({} for _ in prompts)))
 
-    def rows(self, which: Tensor | slice) -> OfPrompts:
-        """The same for those samples of the batch."""
+    def select(self, which: Which) -> OfPrompts:
+        """The reward of these samples of the batch."""
         return self.given(chosen(self.prompts, which), chosen(self.metadata, which))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -197,18 +214,18 @@ class PerPrompt:
         mean, std = self.statistics(prompts, metadata)
         return replace(self, reward=given(self.reward, prompts, metadata), prompts=tuple(prompts), mean=mean, std=std)
 
-    def rows(self, which: Tensor | slice) -> PerPrompt:
-        """The same for those samples of the batch."""
+    def select(self, which: Which) -> PerPrompt:
+        """The reward of these samples of the batch."""
         prompts = tuple(chosen(self.prompts, which))
         which = which.cpu() if isinstance(which, Tensor) else which
-        return replace(self, reward=rows(self.reward, which), prompts=prompts, mean=self.mean[which], std=self.std[which])
+        return replace(self, reward=select(self.reward, which), prompts=prompts, mean=self.mean[which], std=self.std[which])
 
     def __call__(self, x: Tensor) -> Tensor:
         values = values_of(self.reward, x)
         return (values - self.mean.to(values)) / self.std.to(values)
 
 
-def chosen(told: Sequence[Told], which: Tensor | slice) -> Sequence[Told]:
+def chosen(told: Sequence[Told], which: Which) -> Sequence[Told]:
     """Those of the prompts, or of their metadata, one for each sample."""
     return told[which] if isinstance(which, slice) else [told[i] for i in which.tolist() if told]
 
@@ -232,7 +249,7 @@ class Shared:
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = processes.shares(len(x))
-        return processes.gathered([values_of(rows(self.reward, part), x[part]) for part in parts], len(x))
+        return processes.gathered([values_of(select(self.reward, part), x[part]) for part in parts], len(x))
 
 
 def shared(reward: Reward) -> Reward:

@@ -12,9 +12,9 @@ import torch
 from pydantic import BeforeValidator, field_validator
 from torch import Tensor
 
-from tiltflow.flows.flow import rows
+from tiltflow.flows.field import Which
 from tiltflow.plugins import part_of
-from tiltflow.rewards import Metadata, Reward, given, values_of
+from tiltflow.rewards import Metadata, Reward, given, select, values_of
 from tiltflow.settings import Settings
 
 
@@ -71,9 +71,9 @@ class WeightedSum:
         """The sum for samples of these prompts."""
         return WeightedSum(tuple((term, given(part, prompts, metadata)) for term, part in self.parts))
 
-    def rows(self, which: Tensor | slice) -> WeightedSum:
-        """The same for those samples of the batch."""
-        return WeightedSum(tuple((term, rows(part, which)) for term, part in self.parts))
+    def select(self, which: Which) -> WeightedSum:
+        """The sum for these samples of the batch."""
+        return WeightedSum(tuple((term, select(part, which)) for term, part in self.parts))
 
     def __call__(self, x: Tensor) -> Tensor:
         values = [term.of(values_of(part, x)) for term, part in self.parts]

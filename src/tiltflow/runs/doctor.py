@@ -21,13 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.estimates import FEW, FEW_IN_GROUP, ImportanceWeights
-from tiltflow.flows.flow import AdapterOff, Flow, VelocityField, groups, in_chunks, linearize, rows
+from tiltflow.flows.adapter import AdapterOff
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.linearize import linearize
 from tiltflow.formatting import duration
 from tiltflow.models.consistency import TIMES, WRONG_CLOCK, consistency
 from tiltflow.models.model import Model, load
 from tiltflow.models.schedules import TOLERANCE
 from tiltflow.models.text_to_image import TextToImage
-from tiltflow.rewards import LearnedReward, Reward, evaluate, value_and_gradient
+from tiltflow.rewards import LearnedReward, Reward, evaluate, select, value_and_gradient
 from tiltflow.runs.run import Recipe, batches, build_reward, prepare, rehearse
 from tiltflow.runs.run_text_to_image import Decoded, TextToImageRecipe, prepare_recipe
 from tiltflow.samplers.sampler import Sampling, Start, rollout, sample
@@ -85,17 +89,17 @@ class Patient:
 
     def bound(self, flow: VelocityField) -> VelocityField:
         """A flow with the conditions of the first samples of the batch."""
-        return in_chunks(rows(self.batch.bind(flow), self.few), self.recipe.training.micro_batch_size)
+        return in_chunks(self.batch.bind(flow).select(self.few), self.recipe.training.micro_batch_size)
 
     @property
     def told(self) -> Reward:
         """The reward of the first samples of the batch."""
-        return rows(self.batch.reward or self.reward, self.few)
+        return select(self.batch.reward or self.reward, self.few)
 
     @torch.no_grad()
     def rewards(self, x: Tensor, which: slice | None = None) -> Tensor:
         """Of the first samples of the batch, or `which` of them: [len(x)], NaN where one is not finite and is dropped."""
-        told = self.told if which is None else rows(self.told, which)
+        told = self.told if which is None else select(self.told, which)
         return evaluate(told, x, self.recipe.training.non_finite_rewards)
 
     def ends(self) -> Tensor:
@@ -202,7 +206,7 @@ def temperature(patient: Patient) -> Iterator[Finding]:
     tilt = torch.full((len(found),), -math.inf, dtype=torch.float64)
     tilt[finite] = method.log_tilt(rewards, patient.recipe.training.max_train_steps).double()
     # each prompt, and each class, has a target law of its own
-    members = [each.cpu() for each in groups(patient.bound(patient.base), len(found), patient.device)]
+    members = [each.cpu() for each in patient.bound(patient.base).groups(len(found), patient.device)]
     weights = [torch.softmax(tilt[each], 0) for each in members if finite[each].any()]
     effective = ImportanceWeights(torch.cat(weights) / len(weights)).effective_sample_size
     share, count = effective / len(rewards), len(rewards)
@@ -274,7 +278,7 @@ def reward_gradient(patient: Patient) -> Iterator[Finding]:
         return
     ends = patient.ends()
     kept = patient.rewards(ends).isfinite().nonzero()[:4, 0]
-    x, reward = ends[kept].float(), rows(patient.told, kept)
+    x, reward = ends[kept].float(), select(patient.told, kept)
     if not len(x):
         return
     _, gradient = value_and_gradient(reward, x)
@@ -305,7 +309,7 @@ def ratio(patient: Patient) -> Iterator[Finding]:
     with torch.no_grad():
         sampling, base = patient.bound(patient.tuned)(x, t), patient.bound(patient.base)(x, t)
     with torch.enable_grad():
-        training = rows(patient.batch.bind(patient.tuned), slice(min(len(x), 4)))(x[:4], t).detach()
+        training = patient.batch.bind(patient.tuned).select(slice(min(len(x), 4)))(x[:4], t).detach()
     scale = sampling.abs().max().item() or 1.0
     layout = (training - sampling[: len(training)]).abs().max().item() / scale
     moved = (sampling - base).abs().max().item() / scale
@@ -419,8 +423,7 @@ def forecast(patient: Patient) -> Forecast:
 def memory(patient: Patient) -> Iterator[Finding]:
     """What each part of training needs, against what the device has."""
     training = patient.recipe.training
-    base = patient.base.flow if isinstance(patient.base, AdapterOff) else patient.base
-    networks = (patient.tuned.network, base.network)
+    networks = (patient.tuned.network, patient.base.network)
     held = {id(p): p.numel() * p.element_size() for network in networks for p in cast(nn.Module, network).parameters()}
     size = min(training.micro_batch_size or training.train_batch_size, len(patient.batch.x))
     (always, for_a_while, need), available = forecast(patient), free_memory(patient.device)
@@ -441,13 +444,13 @@ def memory(patient: Patient) -> Iterator[Finding]:
 
 def _regress(patient: Patient, count: int) -> None:
     """Forward and back through the tuned network on some samples of the batch, for the gradient of what is trained."""
-    flow, x = rows(patient.batch.bind(patient.tuned), slice(count)), patient.batch.x[:count]
+    flow, x = patient.batch.bind(patient.tuned).select(slice(count)), patient.batch.x[:count]
     torch.autograd.grad(flow(x, torch.tensor(0.5, device=x.device)).sum(), list(patient.tuned.parameters()), allow_unused=True)
 
 
 def _pull_back(patient: Patient, count: int) -> None:
     """Forward and back through the base on some samples of the batch, for the gradient of the samples."""
-    base, x = rows(patient.batch.bind(patient.base), slice(count)), patient.batch.x[:count]
+    base, x = patient.batch.bind(patient.base).select(slice(count)), patient.batch.x[:count]
     v, pullback = linearize(base, x, torch.tensor(0.5, device=x.device))
     pullback(v)
 
@@ -464,7 +467,7 @@ def _decode(patient: Patient, count: int) -> None:
 
 def _score(patient: Patient, count: int) -> None:
     """The reward of some samples, of pictures where it is one of pictures, with its gradient if the method asks for it."""
-    x, reward = patient.batch.x[:count], rows(patient.told, slice(count))
+    x, reward = patient.batch.x[:count], select(patient.told, slice(count))
     if isinstance(reward, Decoded):
         x, reward = x.new_zeros(count, 3, *reward.model.size), reward.reward
     if patient.recipe.method.needs_reward_gradient:

@@ -30,6 +30,7 @@ from torch import nn
 
 from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
+from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.model import CONFIG, WEIGHTS
 from tiltflow.settings import External, Settings, validate
 from tiltflow.shipped import INDEX, assets
@@ -182,7 +183,7 @@ def digest(place: Path) -> str:
 def of_network(network: nn.Module) -> str:
     """The fingerprint of a network in memory: of the names and contents of its tensors. Of one with an adapter those that are
     frozen, so that it is the same before the adapter is added and however far that is trained."""
-    adapter = hasattr(network, "disable_adapter")
+    adapter = has_adapter(network)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad} if adapter else set()
     whole = hashlib.sha256()
     frozen = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}

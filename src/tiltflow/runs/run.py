@@ -45,7 +45,11 @@ from tiltflow.evaluation.estimates import (
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.evaluation.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
 from tiltflow.files import write_file, write_folder, write_json
-from tiltflow.flows.flow import CountEvaluations, base_of, bind, eval_mode, in_chunks, in_float32, rows
+from tiltflow.flows.adapter import base_of, has_adapter
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.counting import CountEvaluations
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.flow import in_float32
 from tiltflow.flows.precision import MixedPrecision, autocast_dtype
 from tiltflow.methods import Tilting
 from tiltflow.models.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
@@ -53,7 +57,7 @@ from tiltflow.optimization import Optimization
 from tiltflow.plugins import part_of
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, told, try_reward
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, select, told, try_reward
 from tiltflow.runs.fingerprints import BASE
 from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.sampler import Sampling, path_costs
@@ -161,7 +165,7 @@ def prepare(
     model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
 ) -> tuple[Model, Callable[..., Generator[Record, None, None]]]:
     """`steps`, not yet begun: the loop takes the arguments of `train` about where to go on from and when to stop."""
-    adapter = hasattr(model.flow.network, "disable_adapter")
+    adapter = has_adapter(model.flow.network)
     if adapter and training.trainable.pattern:
         raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
     if training.calibration_samples and not hasattr(method, "beta"):
@@ -229,7 +233,7 @@ def batches(model: Model, reward: Reward, method: Any, training: Training) -> Ca
             return Batch(model.start(count, generator))
         labels = draw_labels(classes, count, generator)
         x = model.start(count, generator)
-        return Batch(x, lambda flow: bind(flow, labels), reward=told(reward, labels, model.class_names))
+        return Batch(x, lambda flow: flow.bind(labels), reward=told(reward, labels, model.class_names))
 
     return draw
 
@@ -506,7 +510,7 @@ def scored(
 
     Raises NonFiniteError if there are such and they are not to be dropped, or if fewer than two of a class are left.
     """
-    found = [evaluate(rows(reward, part), x[part].to(device), non_finite) for part in processes.shares(len(x), batch_size)]
+    found = [evaluate(select(reward, part), x[part].to(device), non_finite) for part in processes.shares(len(x), batch_size)]
     rewards = processes.gathered(found, len(x)).cpu()
     finite = rewards.isfinite().reshape(classes, -1)
     if finite.all():

@@ -30,7 +30,11 @@ from tiltflow.evaluation.features import Features, distances_to_reference, featu
 from tiltflow.evaluation.monitor import Look, look_at, over_groups, spread
 from tiltflow.evaluation.verdict import conclude, mean_test, of_rewards
 from tiltflow.files import write_file, write_json, write_text
-from tiltflow.flows.flow import AdapterOff, Flow, Guided, VelocityField, base_of, bind, in_chunks, rows
+from tiltflow.flows.adapter import AdapterOff, base_of
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField, Which
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.guided import Guided
 from tiltflow.flows.precision import MixedPrecision, autocast_dtype
 from tiltflow.methods import Tilting
 from tiltflow.models.pipeline_folder import check_numbers
@@ -48,7 +52,18 @@ from tiltflow.optimization import Optimization, adamw
 from tiltflow.plugins import part_of
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import Metadata, NonFiniteRewards, PerPrompt, Reward, evaluate, given, shared, try_reward, values_of
+from tiltflow.rewards import (
+    Metadata,
+    NonFiniteRewards,
+    PerPrompt,
+    Reward,
+    evaluate,
+    given,
+    select,
+    shared,
+    try_reward,
+    values_of,
+)
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.recipe import is_text_to_image
 from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
@@ -283,9 +298,9 @@ class Decoded:
     reward: Reward
     batch_size: int
 
-    def rows(self, which: Tensor | slice) -> Decoded:
-        """The same for those samples of the batch."""
-        return replace(self, reward=rows(self.reward, which))
+    def select(self, which: Which) -> Decoded:
+        """The reward of these samples of the batch."""
+        return replace(self, reward=select(self.reward, which))
 
     def __call__(self, latents: Tensor) -> Tensor:
         return values_of(self.reward, self.model.decode(latents, batch_size=self.batch_size))
@@ -339,10 +354,10 @@ def batches(
         told = Decoded(model, told_of(reward, some), training.decode_batch_size or size)
 
         def guide(flow: VelocityField) -> Guided:
-            return Guided(flow, bind(flow, negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
+            return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
 
         def bound(flow: VelocityField) -> VelocityField:
-            conditional = bind(flow, condition)
+            conditional = flow.bind(condition)
             return guide(conditional) if mode == "full" else conditional
 
         return Batch(x, bound, guide if mode == "rollout" else None, told)
@@ -943,7 +958,7 @@ def path_kl(
         some = prompts[i : i + batch_size]
         generator = stream(seed, "path kl", i, device=tuned.device)
         condition, _ = tuned.encode(some)
-        ours, theirs = (in_chunks(bind(one.flow, condition)) for one in (tuned, base))
+        ours, theirs = (in_chunks(one.flow.bind(condition)) for one in (tuned, base))
         parts.append(path_costs(sampler, ours, theirs, tuned.start(len(some), generator, sampler.times[0]), generator))
     return over_groups(torch.cat(parts), each)
 

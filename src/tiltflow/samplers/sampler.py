@@ -31,9 +31,9 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from tiltflow import processes
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flows.flow import Flow, VelocityField
+from tiltflow.flows.field import Velocity, Which
+from tiltflow.flows.flow import Flow
 from tiltflow.plugins import import_function
 from tiltflow.settings import External, Settings
 from tiltflow.streams import normal
@@ -71,16 +71,33 @@ class Chain:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One simulated batch: the states x_0, x_1, .. and the velocities that took each step, all [batch, *event]."""
+    """One simulated batch: the states x_0, x_1, .. and the velocities of the flow there, all [batch, *event].
+
+    Args:
+        acting: the velocities that took the steps, where they are others: guided ones.
+    """
 
     chain: Chain
     states: list[Tensor]
     velocities: list[Tensor]
+    acting: list[Tensor] | None = None
+
+    def select(self, which: Which) -> Trajectory:
+        """The trajectories of these samples."""
+        states, velocities = ([part[which] for part in parts] for parts in (self.states, self.velocities))
+        acting = None if self.acting is None else [v[which] for v in self.acting]
+        return Trajectory(self.chain, states, velocities, acting)
+
+    def noise(self) -> Tensor:
+        """eps_k of each step, [steps, batch, *event]."""
+        steps = zip(self.states, self.states[1:], self.acting or self.velocities, strict=False)
+        return torch.stack(
+            [(after - self.chain.mean(k, before, v)) / self.chain.std[k].item() for k, (before, after, v) in enumerate(steps)]
+        )
 
 
-def part_of(path: Trajectory, which: Tensor) -> Trajectory:
-    """The trajectories of those samples."""
-    return replace(path, states=[x[which] for x in path.states], velocities=[v[which] for v in path.velocities])
+Act = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, t, velocity of the flow) -> the velocity that takes the step: `tiltflow.flows.guided.Guided.guide`."""
 
 
 Start = float | Callable[[int], Tensor]
@@ -207,34 +224,37 @@ def _replace_last(chain: Chain, other: Chain) -> Chain:
     return Chain(chain.times, *(last(getattr(chain, part), getattr(other, part)) for part in parts))
 
 
-def unguided(path: Trajectory, seen: list[Tensor]) -> Trajectory:
-    """`path` with the velocities of the unguided flow along it, where `tiltflow.flows.flow.observed` has seen them."""
-    if not seen:
-        return path
-    steps, size = len(path.velocities), len(path.states[0])
-    own = torch.cat(seen).reshape(steps, -1, *path.states[0].shape[1:])
-    return replace(path, velocities=list(processes.gathered([own], size, dim=1)))
-
-
 def rollout(
-    chain: Chain, flow: VelocityField, x: Tensor, generator: torch.Generator, *, to_the_end: bool = False
+    chain: Chain,
+    flow: Velocity,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    act: Act | None = None,
+    to_the_end: bool = False,
 ) -> Trajectory:
     """Simulate the chain from x [batch, *event], keeping every state and velocity.
 
     A last step without noise is left out, unless it goes `to_the_end`: it cannot be controlled, so in training it belongs to
     the base, and the adjoint, which evaluates the base there anyway, takes it.
+
+    Args:
+        act: the steps are taken with its velocities instead of those of `flow`, which are kept all the same.
     """
-    states, velocities = [x], []
+    states, velocities, acting = [x], [], list[Tensor]()
     for k in range(len(chain) - int(chain.std[-1] == 0 and not to_the_end)):
         v = flow(x, chain.times[k])
+        velocities.append(v)
+        if act is not None:
+            v = act(x, chain.times[k], v)
+            acting.append(v)
         x = step(chain, k, x, v, generator)
         states.append(x)
-        velocities.append(v)
-    return Trajectory(chain, states, velocities)
+    return Trajectory(chain, states, velocities, None if act is None else acting)
 
 
 @torch.no_grad()
-def path_costs(chain: Chain, tuned: VelocityField, base: VelocityField, x: Tensor, generator: torch.Generator) -> Tensor:
+def path_costs(chain: Chain, tuned: Velocity, base: Velocity, x: Tensor, generator: torch.Generator) -> Tensor:
     """sum_k |w_k|^2 / 2 along fresh paths of the tuned chain from x [batch, *event], in nats: [batch], float64. Its mean is the
     KL divergence of the tuned paths from those of the base, which is at least that of the samples they end in."""
     path = rollout(chain, tuned, x, generator)
@@ -253,12 +273,12 @@ def step(chain: Chain, k: int, x: Tensor, v: Tensor, generator: torch.Generator)
     return mean + std * normal(x.shape, generator, x.dtype)
 
 
-OdeSolver = Callable[[VelocityField, Tensor, Tensor], list[Tensor]]
+OdeSolver = Callable[[Velocity, Tensor, Tensor], list[Tensor]]
 """(velocity, x [batch, *event] at the first time, times [K + 1]) -> the K + 1 states at those times, x first: heun, dpm_solver,
 or a function of your own, which may evaluate the velocity wherever and as often as it likes."""
 
 
-def heun(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
+def heun(velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     """The probability-flow ODE by Heun's method, order 2, two evaluations a step but one in the last, whose end is singular
     for some predictions."""
     states = [x]
@@ -271,7 +291,7 @@ def heun(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
     return states
 
 
-def dpm_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
+def dpm_solver(velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     """The probability-flow ODE by DPM-Solver++(2M) (2211.01095, algorithm 2): order 2 at one evaluation a step.
 
     It extrapolates the denoised sample x1hat linearly in log(t / (1 - t)). The first step, and the last one to t = 1, where
@@ -290,7 +310,7 @@ def dpm_solver(velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor
     return states
 
 
-def solve(solver: OdeSolver, velocity: VelocityField, x: Tensor, times: Tensor) -> list[Tensor]:
+def solve(solver: OdeSolver, velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     """The states of `solver`, which gets copies. Raises InputError if it does not return a state of its own, of the shape of x,
     for every time; UserCodeError if it raises an exception."""
     with explained("the solver"):
@@ -307,19 +327,23 @@ def solve(solver: OdeSolver, velocity: VelocityField, x: Tensor, times: Tensor) 
     return states
 
 
-def rollout_ode(solver: OdeSolver, times: Tensor, velocity: VelocityField, x: Tensor) -> Trajectory:
+def rollout_ode(solver: OdeSolver, times: Tensor, velocity: Velocity, x: Tensor, *, act: Act | None = None) -> Trajectory:
     """Solve the ODE from x [batch, *event], keeping the state and the velocity at every time of the grid.
 
     A velocity that the solver asked for at a state of the grid is not computed again. To a method the path is one of Euler's
     method: the states are on the ODE's path to the solver's order, and the weights of a sum over them are those of `euler`.
+
+    Args:
+        act: the ODE is that of its velocities instead of those of `velocity`, which are kept all the same.
 
     Raises InputError as `solve` does.
     """
     asked: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def recorded(x: Tensor, t: Tensor) -> Tensor:
-        asked.append((x, t, velocity(x, t)))
-        return asked[-1][2].clone()  # the solver may write into it
+        v = velocity(x, t)
+        asked.append((x, t, v))
+        return (v if act is None else act(x, t, v)).clone()  # the solver may write into it
 
     states = solve(solver, recorded, x, times)
     known = {(id(x), float(t)): v for x, t, v in asked}
@@ -451,7 +475,7 @@ def noise(flow: Flow, shape: tuple[int, ...], generator: torch.Generator, dtype:
 
 
 @torch.no_grad()
-def sample(flow: VelocityField, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
+def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
     if not sampling.is_chain:
         return solve(sampling.ode_solver(), flow, x, sampling.times(start))[-1]

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
-from tiltflow.flows.flow import VelocityField, in_chunks
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, shared
 from tiltflow.samplers.sampler import Sampling, Start, sample
 from tiltflow.streams import stream

@@ -17,13 +17,32 @@ from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
-from tiltflow.flows.flow import AdapterOff, CountEvaluations, Flow, Guide, VelocityField, eval_mode, prediction_scale
+from tiltflow.flows.adapter import AdapterOff
+from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.counting import CountEvaluations
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.guided import Guide
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.samplers.sampler import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.calibration import Calibration
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a method keeps between iterations, where that is part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Resume from there."""
+        ...
 
 
 @runtime_checkable
@@ -65,9 +84,9 @@ class Batch:
 
     Args:
         x: starting points [batch, *event].
-        bind: gives a flow the conditions of the batch; may guide it (`guidance_mode: full`).
-        guide: see `tiltflow.methods`; guides samples only (`guidance_mode: rollout`).
-        reward: of these samples, if it is told their prompts.
+        bind: binds the conditions of the batch to a flow; may guide it (`guidance_mode: full`).
+        guide: guides the flow that draws the samples, and not what is learned from them (`guidance_mode: rollout`).
+        reward: the reward of these samples, if it is bound to their prompts.
     """
 
     x: Tensor
@@ -91,7 +110,7 @@ class Record:
 
 @dataclass(frozen=True)
 class BatchEnd:
-    """The moment after all the optimizer steps on a batch, when a loop can be left and gone on with.
+    """A point between batches at which training can be checkpointed or stopped.
 
     Args:
         step: optimizer steps taken so far.
@@ -104,22 +123,6 @@ class BatchEnd:
     state: Callable[[], Tree]
     averaged: Callable[[], AbstractContextManager[None]]
     stopping: bool = False
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """A flow at the moving average of its weights."""
-
-    flow: VelocityField
-    average: WeightAverage
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        with self.average.applied():
-            return self.flow(x, t)
-
-    def prediction_scale(self, t: Tensor) -> Tensor:
-        """That of the flow."""
-        return prediction_scale(self.flow, t)
 
 
 def train(
@@ -276,7 +279,7 @@ class _Loop:
 
     def learners(self) -> Tree:
         """What may change while trajectories are drawn, before the weights do."""
-        method = self.of_method.state_dict() if hasattr(self.of_method, "state_dict") else {}
+        method = self.of_method.state_dict() if isinstance(self.of_method, Stateful) else {}
         return {"method": method, "reward": self.of_reward()}
 
     def of_reward(self) -> Tree:
@@ -285,7 +288,7 @@ class _Loop:
 
     def put_back(self, tree: Tree) -> None:
         """`learners` as they were."""
-        if hasattr(self.of_method, "load_state_dict"):
+        if isinstance(self.of_method, Stateful):
             self.of_method.load_state_dict(tree["method"])
         self.put_reward_back(tree["reward"])
 
@@ -338,7 +341,7 @@ class _Loop:
             batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
             if self.of_method is None:
                 self.of_method = self.method.new_state(tuple(batch.x.shape[1:]), self.seed, self.device)
-                if self.resumed is not None and hasattr(self.of_method, "load_state_dict"):
+                if self.resumed is not None and isinstance(self.of_method, Stateful):
                     self.of_method.load_state_dict(self.resumed["method"])
             self.before = copy.deepcopy(self.learners())
             self.poll()
@@ -419,8 +422,8 @@ class _Loop:
 
 
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
-    """Theirs: one and the same where the base is the tuned one without its adapter."""
-    return tuned.network, base.flow.network if isinstance(base, AdapterOff) else base.network
+    """The network of each: one and the same where the base is the tuned flow without its adapter."""
+    return tuned.network, base.network
 
 
 def buffers_of(network: object) -> dict[str, Tensor]:
@@ -434,7 +437,8 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
     for kind, own in (("parameters", parameters), ("buffers", buffers)):
         saved = state[kind]
         for name in sorted(own.keys() ^ saved.keys()):
-            raise InputError(f"resume: {name} is in {'the model' if name in own else 'the checkpoint'} alone: another model?")
+            where = "checkpoint" if name in own else "model"
+            raise InputError(f"resume: the {where} has no {kind.removesuffix('s')} {name}; is it from another model?")
         for name, tensor in own.items():
             if tensor.shape != saved[name].shape:
                 raise InputError(
@@ -458,5 +462,5 @@ def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         parts = ", ".join(name for name, _ in network.named_children())
         pattern = re.compile(trainable).pattern
-        raise InputError(f"training.trainable: {pattern!r} is in the name of no parameter; the network's parts are {parts}")
+        raise InputError(f"training.trainable: no parameter name matches {pattern!r}; the network's parts are {parts}")
     return replace(flow, network=network)

@@ -1,0 +1,33 @@
+"""The conditions of a batch: which part of them belongs to which sample.
+
+A condition is anything that a network takes as its third argument. A tensor [batch, ..], or a mapping of such tensors, holds
+one for each sample; anything else is for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.flows.field import Which
+
+
+def select(condition: Any, which: Which) -> Any:
+    """The conditions of these samples, where there is one for each."""
+    if isinstance(condition, Mapping):
+        return {key: select(value, which) for key, value in condition.items()}
+    return condition[which] if isinstance(condition, Tensor) and condition.ndim > 0 else condition
+
+
+def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:
+    """The indices of those of `count` samples that share a condition, for each condition; of all where there is one for all."""
+    if isinstance(condition, Mapping):
+        parts = [value.flatten(1).float() for value in condition.values() if isinstance(value, Tensor) and value.ndim > 1]
+        condition = torch.cat(parts, 1) if parts else None
+    if not isinstance(condition, Tensor) or condition.ndim == 0:
+        return [torch.arange(count, device=device)]
+    _, member = torch.unique(condition, dim=0, return_inverse=True)
+    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]

@@ -1,0 +1,39 @@
+"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tiltflow.flows.field import VelocityField, Which, Wrapper
+
+
+@dataclass(frozen=True)
+class Guided(Wrapper):
+    """v = v_negative + guidance_scale (v - v_negative); at guidance_scale 1 it is `flow` itself. It mixes velocities as it
+    mixes predictions, so the scale of a prediction is that of `flow`.
+
+    Args:
+        flow: bound to the conditions.
+        negative: the same field bound to the negative ones.
+    """
+
+    negative: VelocityField
+    guidance_scale: float
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.guide(x, t, self.flow(x, t))
+
+    def guide(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The guided velocity [batch, *event] at (x, t), where that of `flow` is v."""
+        return v if self.guidance_scale == 1 else torch.lerp(self.negative(x, t), v, self.guidance_scale)
+
+    def select(self, which: Which) -> Guided:
+        return replace(self, flow=self.flow.select(which), negative=self.negative.select(which))
+
+
+Guide = Callable[[VelocityField], Guided]
+"""Guides a field, where samples are drawn with guidance and learned from without it."""
