@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tiltflow import tensor_file
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import CheckpointError
 from tiltflow.runs import checkpoint
 from tiltflow.runs.checkpoint import (

@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 from tiny import tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
-import tiltflow.commands.cli
+import tiltflow.commands.terminal.app
+from tiltflow.commands import verify
+from tiltflow.commands.sample import SOLVERS
+from tiltflow.commands.terminal.progress import training_progress
+from tiltflow.commands.verify import METHODS
 from tiltflow.errors import TiltflowError
-from tiltflow.plugins import names
+from tiltflow.plugins import find
 from tiltflow.problems.verify import PROBLEMS
 from tiltflow.samplers.sampler import CHAINS, ODE_SOLVERS
 from tiltflow.settings import parse_yaml
@@ -40,7 +45,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     monkeypatch.setattr(sys, "argv", ["tiltflow", *arguments])
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
-        tiltflow.commands.cli.main()
+        tiltflow.commands.terminal.app.main()
     out, err = capsys.readouterr()
     return int(stop.value.code or 0), out, err
 
@@ -77,7 +82,7 @@ def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
 
 def test_the_rate_is_of_samples_that_were_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     """64 samples in four steps on each, eight seconds: eight a second, not 32."""
-    with tiltflow.commands.cli._progress(Console(width=200), False, 4, 64) as watch:
+    with training_progress(Console(width=200), False, 4, 64) as watch:
         watch(Record(4, {"reward": 1.0}, 8.0, 0, samples_drawn=64))
     assert "8 samples/s" in capsys.readouterr().out
 
@@ -85,7 +90,7 @@ def test_the_rate_is_of_samples_that_were_drawn(capsys: pytest.CaptureFixture[st
 def test_verify_prints_one_json_object_with_the_promised_keys() -> None:
     arguments = ["verify", "gaussian", "--json", "--iterations", "3", "--set", "dimension=1", "--set", "scale=0.3"]
     small = ["--set", "num_samples=200", "--set", "num_samples_w2=100", "--set", "method.num_inference_steps=5"]
-    done = CliRunner().invoke(tiltflow.commands.cli.app, [*arguments, *small])
+    done = CliRunner().invoke(tiltflow.commands.terminal.app.app, [*arguments, *small])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result) >= {
@@ -100,7 +105,9 @@ def test_verify_prints_one_json_object_with_the_promised_keys() -> None:
 def test_verify_says_what_the_chain_can_reach(dimension: int, said: str) -> None:
     arguments = ["verify", "gaussian", "--iterations", "1", "--set", f"dimension={dimension}", "--set", "linear=0.5", "--json"]
     small = ["num_samples=100", "num_samples_w2=100", "method.num_inference_steps=5", "draws=2", "train_batch_size=4"]
-    done = CliRunner().invoke(tiltflow.commands.cli.app, [*arguments, *(part for one in small for part in ("--set", one))])
+    done = CliRunner().invoke(
+        tiltflow.commands.terminal.app.app, [*arguments, *(part for one in small for part in ("--set", one))]
+    )
     assert done.exit_code == 0, done.output
     words = " ".join(done.output.split())
     assert f"best that this chain can reach {'' if dimension > 1 else '0.'}" in words
@@ -164,39 +171,70 @@ def test_each_mistake_is_one_line_exit_code_2_and_nothing_written(
 def test_help_teaches_by_example_and_lists_are_complete() -> None:
     runner = CliRunner()
     for command in ("train", "doctor", "verify-checkpoint", "sweep", "sample", "evaluate", "verify", "pretrain", "recipes"):
-        result = runner.invoke(tiltflow.commands.cli.app, [command, "--help"])
+        result = runner.invoke(tiltflow.commands.terminal.app.app, [command, "--help"])
         assert result.exit_code == 0
         assert f"tiltflow {command}" in result.output
-    listed: dict[str, Any] = json.loads(runner.invoke(tiltflow.commands.cli.app, ["recipes", "--json"]).stdout.splitlines()[-1])
+    listed: dict[str, Any] = json.loads(
+        runner.invoke(tiltflow.commands.terminal.app.app, ["recipes", "--json"]).stdout.splitlines()[-1]
+    )
     assert {entry["name"] for entry in listed["recipes"]} >= {"digits-even", "digits-flow", "digits-judge"}
     assert all(entry["description"] for entry in listed["recipes"])
     assert (
-        parse_yaml(runner.invoke(tiltflow.commands.cli.app, ["recipes", "digits-even"]).output, "recipe")["model"]
+        parse_yaml(runner.invoke(tiltflow.commands.terminal.app.app, ["recipes", "digits-even"]).output, "recipe")["model"]
         == "digits-flow"
     )
 
 
+def test_a_verb_is_one_file(tmp_path: Path) -> None:
+    """In a copy of the package, made of links, with one file more."""
+    package, own = Path(tiltflow.__file__).parent, tmp_path / "tiltflow"
+    (own / "commands").mkdir(parents=True)
+    for folder, copy in ((package, own), (package / "commands", own / "commands")):
+        for path in folder.iterdir():
+            if path.name not in ("commands", "__pycache__"):
+                (copy / path.name).symlink_to(path)
+    (own / "commands" / "say_hello.py").write_text(
+        "from tiltflow.commands.terminal.options import Json\n\n"
+        "def say_hello(name: str, as_json: Json = False) -> None:\n"
+        '    """Greet somebody."""\n'
+        "    print(f'hello {name}')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
+    help_, said = (
+        subprocess.run([sys.executable, "-m", "tiltflow", *words], capture_output=True, text=True, env=environment).stdout
+        for words in (["--help"], ["say-hello", "you"])
+    )
+    assert said == "hello you\n"
+    assert help_.index("Greet somebody.") > help_.index("settings  ")  # after those that ship
+    assert set(typer.main.get_command(tiltflow.commands.terminal.app.app).commands) == {  # type: ignore[attr-defined]
+        path.stem.replace("_", "-") for path in (package / "commands").glob("*.py") if path.stem != "__init__"
+    }
+
+
 def test_choices_are_shown_and_are_those_of_the_library() -> None:
-    assert list(tiltflow.commands.cli.METHODS) == names("methods")
-    assert sorted(tiltflow.commands.cli.SOLVERS) == sorted([*CHAINS, *ODE_SOLVERS])
-    assert list(tiltflow.commands.cli.PROBLEMS) == sorted(PROBLEMS)
+    assert all(find("methods", name) for name in METHODS)
+    assert sorted(SOLVERS) == sorted([*CHAINS, *ODE_SOLVERS])
+    assert list(verify.PROBLEMS) == sorted(PROBLEMS)
     runner = CliRunner(env={"COLUMNS": "300"})
-    shown = {command: runner.invoke(tiltflow.commands.cli.app, [command, "--help"]).output for command in ("verify", "sample")}
-    assert all(name in shown["verify"] for name in (*tiltflow.commands.cli.METHODS, *tiltflow.commands.cli.PROBLEMS))
-    assert all(name in shown["sample"] for name in tiltflow.commands.cli.SOLVERS)
+    shown = {
+        command: runner.invoke(tiltflow.commands.terminal.app.app, [command, "--help"]).output
+        for command in ("verify", "sample")
+    }
+    assert all(name in shown["verify"] for name in (*METHODS, *verify.PROBLEMS))
+    assert all(name in shown["sample"] for name in SOLVERS)
 
 
 def completed(line: str) -> list[str]:
     """What bash would be offered at the end of a line."""
     words = line.split(" ")
     asked = {"_TILTFLOW_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    code = "import sys; sys.argv = ['tiltflow']; from tiltflow.commands.cli import main; main()"
+    code = "import sys; sys.argv = ['tiltflow']; from tiltflow.commands.terminal.app import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
     return done.stdout.split()
 
 
 def test_the_shell_completes_names() -> None:
-    assert completed("tiltflow verify mixture --method ") == list(tiltflow.commands.cli.METHODS)
+    assert completed("tiltflow verify mixture --method ") == list(METHODS)
     assert completed("tiltflow sample digits-flow --solver euler") == ["euler", "euler-maruyama"]
     assert completed("tiltflow train digits-even-") == ["digits-even-long", "digits-even-orw", "digits-even-reweighted"]
     assert completed("tiltflow settings adj") == ["adjoint-matching"]
@@ -204,7 +242,7 @@ def test_the_shell_completes_names() -> None:
 
 
 def shell_script() -> str:
-    code = "import sys; sys.argv = ['tiltflow', '--show-completion']; from tiltflow.commands.cli import main; main()"
+    code = "import sys; sys.argv = ['tiltflow', '--show-completion']; from tiltflow.commands.terminal.app import main; main()"
     asked = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     return subprocess.run(
         [sys.executable, "-c", code.replace("'--show-completion'", "'--show-completion', 'bash'")],
@@ -214,14 +252,14 @@ def shell_script() -> str:
 
 def test_settings_are_listed_for_people_and_for_programs() -> None:
     runner = CliRunner(env={"COLUMNS": "200"})
-    assert "temperature" in runner.invoke(tiltflow.commands.cli.app, ["settings", "adjoint-matching"]).output.lower()
-    done = runner.invoke(tiltflow.commands.cli.app, ["settings", "training", "--json"])
+    assert "temperature" in runner.invoke(tiltflow.commands.terminal.app.app, ["settings", "adjoint-matching"]).output.lower()
+    done = runner.invoke(tiltflow.commands.terminal.app.app, ["settings", "training", "--json"])
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 2  # image models, pipelines
     (first, *_), *_ = (kind["settings"] for kind in found.values())
     assert set(first) == {"name", "type", "default", "description"}
     assert first["name"].startswith("training.")
-    assert "adjoint-matching" in runner.invoke(tiltflow.commands.cli.app, ["settings"]).output
+    assert "adjoint-matching" in runner.invoke(tiltflow.commands.terminal.app.app, ["settings"]).output
 
 
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
@@ -283,7 +321,7 @@ def test_what_is_not_ours_is_shown_and_not_obeyed(
         monkeypatch.setattr(sys, "argv", ["tiltflow", *arguments])
         monkeypatch.setenv("COLUMNS", "400")
         with pytest.raises(SystemExit):
-            tiltflow.commands.cli.main()
+            tiltflow.commands.terminal.app.main()
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         said += out + err

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.api import read_recipe
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.pretraining.pretrain import pretraining_of
 from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining
 from tiltflow.problems.verify import read_verification

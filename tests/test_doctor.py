@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.flows.flow import Flow
 from tiltflow.runs import doctor
 from tiltflow.runs.doctor import Finding, Patient, admit, examine, verdict

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.api import evaluate, read_recipe, run
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.models.model import load_classifier, model_folder
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tiltflow import accept_changes
 from tiltflow.api import evaluate
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.plugins import find, names
 from tiltflow.runs import fingerprints

@@ -30,8 +30,7 @@ from tiny import UNET, tiny_flow, tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
-import tiltflow.commands.cli
-from tiltflow.commands.serve_reward import BadRequestError, read_request
+import tiltflow.commands.terminal.app
 from tiltflow.conditions.prompts import Prompts, read_prompts
 from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
@@ -39,6 +38,7 @@ from tiltflow.models.model import load, read_tensors
 from tiltflow.plugins import allow_code, code_allowed, import_function
 from tiltflow.rewards import given as told
 from tiltflow.rewards.http import Http
+from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.runs.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
 from tiltflow.runs.export import export_run
 from tiltflow.runs.run import Recipe, evaluate_run, run
@@ -356,7 +356,7 @@ def test_with_consent_the_code_of_a_run_is_run(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["tiltflow", "evaluate", ".", "--num-samples", "4", "--allow-code", "-q"])
     with pytest.raises(SystemExit) as stop:
-        tiltflow.commands.cli.main()
+        tiltflow.commands.terminal.app.main()
     assert not stop.value.code, capsys.readouterr().err
     assert (tmp_path / "run" / "consented.ran").exists()
     assert not code_allowed()
@@ -377,7 +377,7 @@ def test_nothing_in_the_current_directory_hides_a_package(trained: Path, tmp_pat
 
 def test_help_says_that_a_recipe_can_run_code() -> None:
     for command in ("train", "doctor", "sweep", "evaluate"):
-        said = " ".join(CliRunner().invoke(tiltflow.commands.cli.app, [command, "--help"]).output.split())
+        said = " ".join(CliRunner().invoke(tiltflow.commands.terminal.app.app, [command, "--help"]).output.split())
         assert "A recipe can run code, the Python functions that it names" in said
         assert "--allow-code" in said
 

@@ -25,11 +25,12 @@ import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
-from tiltflow.commands.serve_reward import BadRequestError, make_server, read_request
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.rewards import Reward, evaluate, given
 from tiltflow.rewards.http import Http
 from tiltflow.rewards.named_colour import NamedColour
+from tiltflow.rewards.serving.request import BadRequestError, read_request
+from tiltflow.rewards.serving.server import make_server
 from tiltflow.runs.run import Recipe, evaluate_run, run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
@@ -436,7 +437,7 @@ def test_pictures_are_counted_before_they_are_unpacked() -> None:
     code = """
 import base64, io, json, re, sys
 from PIL import Image
-from tiltflow.commands.serve_reward import BadRequestError, read_request
+from tiltflow.rewards.serving.request import BadRequestError, read_request
 file = io.BytesIO()
 Image.new("L", (4096, 4096)).save(file, "PNG")
 body = json.dumps({"images": [base64.b64encode(file.getvalue()).decode()] * 12}).encode()

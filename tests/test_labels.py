@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.conditions.labels import as_labels, draw_labels
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow

@@ -23,7 +23,7 @@ from test_resume import resuming
 from tiny import tiny_recipe
 from typer.testing import CliRunner
 
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import CheckpointError, InputError, Note, OutputError, TiltflowError
 from tiltflow.evaluation.monitor import LOOKS, read_looks
 from tiltflow.files import LITTER, check_output, repair, write_folder

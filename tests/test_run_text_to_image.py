@@ -27,7 +27,7 @@ from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
 from tiltflow import accept_changes, load, load_text_to_image
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation.estimates import effective_number

@@ -16,7 +16,7 @@ from tiny import tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, UserCodeError
 from tiltflow.optimization import all_finite
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
@@ -198,7 +198,7 @@ def test_a_network_that_breaks_is_named(method: str, healthy: int, what: str) ->
 def test_exit_code_1_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from tiltflow.commands.cli import main
+    from tiltflow.commands.terminal.app import main
 
     recipe_with(tmp_path, monkeypatch, "{4}", NAN)
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_recipe
 from typer.testing import CliRunner
 
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.sweep import DISTANCES, beats, collect, parse_grid, points_of, run_point, sweep

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.commands.cli import app
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.features import features_of
 from tiltflow.flows.flow import Flow
@@ -275,7 +275,7 @@ def test_memory_and_our_own_errors_pass_through() -> None:
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    """The command in this process: (exit code as `tiltflow.commands.cli.main` has it, what was said)."""
+    """The command in this process: (exit code as `tiltflow.commands.terminal.app.main` has it, what was said)."""
     result = CliRunner().invoke(app, list(arguments))
     error = result.exception
     if isinstance(error, tiltflow.TiltflowError):

@@ -16,19 +16,18 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from pydantic import ValidationError
-from pydantic_core import PydanticCustomError
+from typing import TYPE_CHECKING, Any
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.settings import Settings, first_problem
+
+if TYPE_CHECKING:
+    from tiltflow.settings import Settings
 
 
 def names(package: str) -> list[str]:
-    """The names of the parts in `tiltflow.<package>`, in alphabetical order."""
-    path = importlib.import_module(f"tiltflow.{package}").__path__
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path) if not module.ispkg)
+    """The names of the parts in `tiltflow.<package>`, in alphabetical order; its files, none of which is imported."""
+    files = pkgutil.iter_modules([str(Path(__file__).parent / package)])
+    return sorted(module.name.replace("_", "-") for module in files if not module.ispkg)
 
 
 def find(package: str, name: str) -> type[Settings]:
@@ -48,6 +47,11 @@ def part_of(package: str) -> Callable[[Any], Any]:
     """A pydantic validator: a name, or a mapping with a `name`, becomes the settings of that part."""
 
     def build(value: Any) -> Any:
+        from pydantic import ValidationError
+        from pydantic_core import PydanticCustomError
+
+        from tiltflow.settings import Settings, first_problem
+
         if isinstance(value, Settings):
             return value
         if isinstance(value, str):

@@ -1,168 +1,50 @@
-"""A server for reward `http`: any reward of a recipe, on this machine's own address alone."""
+"""`tiltflow serve-reward`: serve a reward over HTTP."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
-import io
-import json
-import math
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import Annotated
 
-import numpy as np
-import torch
-from PIL import Image
-from pydantic import BeforeValidator
-from torch import Tensor
+import typer
 
-from tiltflow.errors import InputError, NonFiniteError, UserCodeError, visible
-from tiltflow.plugins import part_of
-from tiltflow.rewards import Reward, evaluate, given
-from tiltflow.settings import Settings
-
-HOST = "127.0.0.1"
-MOST_BYTES = 1 << 28  # of a request
-MOST_PIXELS = 1 << 24  # of all pictures of a request together
+from tiltflow.commands.terminal.console import escape, make_console
+from tiltflow.commands.terminal.options import AllowCode, Device, Set, Threads, set_up_torch
+from tiltflow.errors import InputError
 
 
-class Served(Settings):
-    """What is served."""
+def serve_reward(
+    recipe: Annotated[Path, typer.Argument(help="A .yaml file with `reward:`, as in a training recipe.")],
+    overrides: Set = None,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8777,
+    token_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the token that requests must bring.", show_default="none")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Serve a reward to other processes of this machine, for reward `http`. Listens on 127.0.0.1 alone; Ctrl-C ends it.
 
-    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
-
-
-class BadRequestError(Exception):
-    """The request is not what it should be."""
-
-
-def make_server(reward: Reward, port: int, *, token: str | None = None, device: str = "cpu") -> ThreadingHTTPServer:
-    """A server of POST /score on 127.0.0.1; `serve_forever` runs it. Port 0 takes any that is free.
-
-    Args:
-        token: what requests must bring as `Authorization: Bearer ..`, if anything.
-
-    Raises InputError if the port is taken.
+    [dim]tiltflow serve-reward pick-score.yaml --port 8777[/dim]
+    [dim]tiltflow train mine.yaml --output runs/mine --set 'reward={name: http, url: "http://127.0.0.1:8777/score"}'[/dim]
     """
-    lock = Lock()  # one batch at a time: the reward may hold a network, and pictures may be large
+    from tiltflow.rewards.serving.server import HOST, Served, make_server
+    from tiltflow.settings import apply_overrides, read_yaml, validate
 
-    def score(body: bytes) -> list[float | None]:
-        with lock:
-            images, prompts, metadata = read_request(body)
-            try:
-                with torch.no_grad():
-                    values = evaluate(given(reward, prompts, metadata) if prompts else reward, images.to(device))
-            except NonFiniteError as error:
-                values = error.tensors["rewards"]  # the client decides what becomes of the others
-            except (InputError, UserCodeError, RuntimeError) as error:
-                raise BadRequestError(str(error)) from None
-        return [value if math.isfinite(value) else None for value in values.tolist()]
-
+    tree = apply_overrides(read_yaml(recipe), overrides or [])
+    settings = validate(Served, {key: value for key, value in tree.items() if key == "reward"}, str(recipe))
+    if token_variable is not None and token_variable not in os.environ:
+        raise InputError(f"--token-variable: the environment has no {token_variable}")
+    chosen = set_up_torch(device, threads)
+    token = os.environ[token_variable] if token_variable else None
+    server = make_server(settings.reward.build(chosen), port, token=token, device=chosen)
+    make_console(False).print(
+        f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score, Ctrl-C ends it"
+    )
     try:
-        return ThreadingHTTPServer((HOST, port), handler(score, token))
-    except OSError as error:
-        raise InputError(f"--port {port}: {error.strerror}") from None
-
-
-def handler(score: Callable[[bytes], list[float | None]], token: str | None) -> type[BaseHTTPRequestHandler]:
-    """The class that answers requests."""
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 60
-
-        def do_POST(self) -> None:
-            if self.path != "/score":
-                return self._answer(404, {"error": "there is only /score"})
-            if token is not None and not hmac.compare_digest(
-                self.headers.get("Authorization", "").encode("utf-8", "replace"), f"Bearer {token}".encode()
-            ):
-                return self._answer(401, {"error": "the token is missing or wrong"})
-            length = self.headers.get("Content-Length", "")
-            if not (length.isascii() and length.isdigit()):
-                return self._answer(400, {"error": "a request has a Content-Length"})
-            if len(length) > 12 or int(length) > MOST_BYTES:
-                return self._answer(413, {"error": f"a request has {MOST_BYTES} bytes at most"})
-            try:
-                return self._answer(200, {"rewards": score(self.rfile.read(int(length)))})
-            except BadRequestError as error:
-                return self._answer(400, {"error": visible(str(error).splitlines()[0])[:400]})
-
-        def _answer(self, code: int, tree: dict[str, Any]) -> None:
-            body = json.dumps(tree).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    return Handler
-
-
-def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Images [batch, channels, height, width] in [-1, 1], their prompts, which may be none, and the metadata of these. Raises
-    BadRequestError if they are anything else; nothing is unpacked before all pictures together are known to be small enough."""
-    try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadRequestError("the request is not JSON") from None
-    images, prompts = (tree.get("images"), tree.get("prompts", [])) if isinstance(tree, dict) else (None, None)
-    if not isinstance(images, list) or not isinstance(prompts, list):
-        raise BadRequestError('the request must be {"images": [..], "prompts": [..]}')
-    if not images or len(prompts) not in (0, len(images)) or not all(isinstance(part, str) for part in (*images, *prompts)):
-        raise BadRequestError("images and prompts must be texts, at least one image, and as many prompts or none")
-    metadata = tree.get("metadata", [{} for _ in prompts])
-    if not isinstance(metadata, list) or len(metadata) != len(prompts) or not all(isinstance(part, dict) for part in metadata):
-        raise BadRequestError("metadata must be mappings, as many as prompts")
-    files = [read_base64(text, i) for i, text in enumerate(images)]
-    sizes = [size_of(file, i) for i, file in enumerate(files)]
-    if len(set(sizes)) > 1:
-        raise BadRequestError("the images of a request must be of one size")
-    channels, height, width = sizes[0]
-    if len(files) * height * width > MOST_PIXELS:
-        raise BadRequestError(f"{len(files)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
-    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts, metadata
-
-
-def read_base64(text: str, number: int) -> bytes:
-    """The file that is image `number` of a request."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadRequestError(f"image {number}: is not base64") from None
-
-
-def size_of(file: bytes, number: int) -> tuple[int, int, int]:
-    """(channels, height, width) of a .png or .npy file, by its header alone."""
-    try:
-        if not file.startswith(NPY):
-            with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
-                return (1 if image.mode == "L" else 3), image.height, image.width
-        content = io.BytesIO(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[np.lib.format.read_magic(content)](content, max_header_size=1000)
-    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
-        raise BadRequestError(f"image {number}: cannot be read ({error})") from None
-    if dtype != np.float32 or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
-        raise BadRequestError(f"image {number}: must be float32 [1 or 3, height, width], got {dtype} {shape}")
-    return shape[0], shape[1], shape[2]
-
-
-def read_image(file: bytes, channels: int, number: int) -> Tensor:
-    """[channels, height, width] in [-1, 1], of a .png or .npy file."""
-    try:
-        if file.startswith(NPY):
-            return torch.from_numpy(np.ascontiguousarray(np.load(io.BytesIO(file), allow_pickle=False)))
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
-            pixels = torch.from_numpy(np.array(image if channels == 1 else image.convert("RGB")))
-            return pixels.reshape(*pixels.shape[:2], channels).permute(2, 0, 1).float() / 127.5 - 1
-    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
-        raise BadRequestError(f"image {number}: cannot be read ({error})") from None
-
-
-NPY = b"\x93NUMPY"  # how a .npy file begins
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()

@@ -1,0 +1,55 @@
+"""`tiltflow doctor`: examine a recipe before it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from tiltflow.commands.terminal.console import escape, make_console, print_json
+from tiltflow.commands.terminal.exit_codes import FAILURE
+from tiltflow.commands.terminal.options import AllowCode, Device, Json, Seed, Set, Threads, TrainRecipe, set_up_torch, with_seed
+from tiltflow.errors import InputError
+
+
+def doctor(
+    recipe: TrainRecipe,
+    overrides: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Find out what would go wrong with a recipe, and what it will cost, before it runs. Trains for an iteration or two, and
+    writes nothing. Exit code 1 if something is red. A recipe can run code, the Python functions that it names.
+
+    [dim]tiltflow doctor digits-even[/dim]
+    [dim]tiltflow doctor mine.yaml --set training.micro_batch_size=4 --device cuda[/dim]
+    """
+    from dataclasses import asdict
+
+    from tiltflow.api import read_recipe
+    from tiltflow.runs.doctor import Finding, examine, refuse, verdict
+    from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+
+    console, found = make_console(as_json), list[Finding]()
+    colours = {"green": "green", "amber": "yellow", "red": "red bold"}
+
+    def show(finding: Finding) -> None:
+        found.append(finding)
+        colour = colours[finding.level]
+        level = f"[{colour}]{finding.level:6}[/{colour}]"
+        console.print(f"{level} [bold]{escape(finding.check)}[/bold]  {escape(finding.text)}", soft_wrap=True)
+        if finding.remedy:
+            console.print(f"       [dim]{escape(finding.remedy)}[/dim]", soft_wrap=True)
+
+    path = find_recipe(recipe, "train")
+    try:
+        settings = read_recipe(read_recipe_tree(path, with_seed(overrides, seed)), recipe)
+    except InputError as error:
+        show(refuse(error))
+    else:
+        for finding in examine(settings, set_up_torch(device, threads)):
+            show(finding)
+    print_json(as_json, {"verdict": verdict(found), "findings": [asdict(finding) for finding in found]})
+    if verdict(found) == "red":
+        raise typer.Exit(FAILURE)

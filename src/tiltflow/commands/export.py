@@ -1,0 +1,34 @@
+"""`tiltflow export`: write a tuned pipeline for plain diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiltflow.commands.terminal.console import escape, make_console, print_json
+from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Json, Output
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run of a diffusers pipeline.")],
+    output: Output,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
+    ] = None,
+    allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
+    as_json: Json = False,
+) -> None:
+    """Write a tuned pipeline for plain diffusers: a LoRA for `load_lora_weights`, or a whole pipeline, and its model card.
+
+    [dim]tiltflow export runs/cats --output exported/cats[/dim]
+    """
+    from tiltflow.runs.export import export_run
+
+    result = export_run(folder, output, push_to_hub=push_to_hub)
+    loads = "pipeline.load_lora_weights" if result["kind"] == "lora" else "DiffusionPipeline.from_pretrained"
+    uploaded = f"; uploaded to {result['url']}" if result["url"] else ""
+    make_console(as_json).print(escape(f'{loads}("{output}") loads it{uploaded}'))
+    print_json(as_json, result)

@@ -1,0 +1,170 @@
+"""`tiltflow sample`: draw samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tiltflow.commands.terminal.console import escape, make_console, print_json, spinner
+from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, completes, set_up_torch
+from tiltflow.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tiltflow.models.model import Model
+    from tiltflow.models.text_to_image import TextToImage
+
+SOLVERS = ("memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-maruyama", "heun", "dpm-solver++")
+"""A copy of the library's names: to import it takes seconds, which --help does not have. A test compares them."""
+
+
+def model_names() -> Iterable[str]:
+    """The models that ship with tiltflow."""
+    from tiltflow.models.model import CONFIG
+    from tiltflow.shipped import INDEX, assets
+
+    return assets(INDEX) | assets(CONFIG)
+
+
+def sample(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.", autocompletion=completes(model_names)),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
+        "samples.png"
+    ),
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt.", show_default="64; 4 of a prompt"),
+    ] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For a pipeline; may be repeated.")] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", help="For a class-conditional model, a class by number or name; several in turn.", show_default="all"
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="For a pipeline; 1 is none.", show_default="the model's")
+    ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(SOLVERS)}, or package.module:function.",
+            show_default="the model's",
+            autocompletion=completes(lambda: SOLVERS),
+        ),
+    ] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.", show_default="the model's")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples at a time; part of what they depend on.", show_default="the model's")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Sample a tuned model, or one of those that ship with tiltflow.
+
+    [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
+    [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
+    [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
+    [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
+    """
+    from tiltflow.api import load
+    from tiltflow.files import check_output
+    from tiltflow.models.text_to_image import TextToImage
+    from tiltflow.samplers.sampler import Sampling
+    from tiltflow.settings import validate
+
+    if output.suffix not in (".png", ".npz"):
+        raise InputError(f"--output {output}: must end in .png or .npz")
+    loaded, console = load(model, set_up_torch(device, threads)), make_console(as_json)
+    changes = {"solver": solver, "num_inference_steps": num_inference_steps}
+    tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
+    sampling = validate(Sampling, tree, "sample")
+    options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
+    if isinstance(loaded, TextToImage):
+        if labels is not None:
+            raise InputError(f"--label: {model} is a pipeline; --prompt says what its pictures are of")
+        plan = plan_pictures(loaded, prompts, num_samples or 4, guidance_scale, options)
+    else:
+        for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
+            if value is not None:
+                raise InputError(f"{option}: {model} is no text-to-image model; --num-samples says how many samples it draws")
+        plan = plan_samples(loaded, labels, num_samples or 64, output, options)
+    check_output(output)
+    with spinner(console, quiet, f"sampling {plan.count}"):
+        x = plan.draw()
+    write_samples(output, x, plan.columns)
+    if not quiet:
+        console.print(f"{plan.count} {plan.what} in {escape(output)}")
+    print_json(as_json, {"output": str(output), "num_samples": plan.count, "seed": seed, **plan.asked, **sampling.model_dump()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draw.
+
+    Args:
+        draw: draws the samples, [count, *event].
+        count: how many.
+        what: what they are called.
+        columns: of a .png grid.
+        asked: the conditions, as --json shows them.
+    """
+
+    draw: Callable[[], Tensor]
+    count: int
+    what: str
+    columns: int
+    asked: dict[str, Any]
+
+
+def plan_pictures(
+    model: TextToImage, prompts: list[str] | None, each: int, guidance_scale: float | None, options: dict[str, Any]
+) -> Plan:
+    """So many pictures of each prompt, a row of the grid each. Raises InputError without a prompt."""
+    if not prompts:
+        raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
+    asked = {"prompts": prompts, "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale}
+    several = [prompt for prompt in prompts for _ in range(each)]
+    draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
+    return Plan(draw, len(several), "pictures", each, asked)
+
+
+def plan_samples(model: Model, labels: list[str] | None, count: int, output: Path, options: dict[str, Any]) -> Plan:
+    """So many samples, of the labels in turn, in a square grid. Raises InputError if they are no pictures but go to a .png."""
+    shape = model.event_shape
+    if output.suffix == ".png" and not (len(shape) == 3 and shape[0] in (1, 3)):
+        raise InputError(f"--output {output}: samples of shape {list(shape)} are no pictures; use .npz")
+    in_turn = None if labels is None else [labels[i % len(labels)] for i in range(count)]
+    draw = partial(model.sample, count, labels=in_turn, **options)
+    return Plan(draw, count, "samples", max(1, round(count**0.5)), {} if labels is None else {"labels": labels})
+
+
+def write_samples(output: Path, x: Tensor, columns: int) -> None:
+    """Write samples [count, *event] to a .png grid or an .npz file, whole or not at all."""
+    import numpy as np
+
+    from tiltflow.files import write_file
+    from tiltflow.reports.plots import image_grid
+
+    def write(draft: Path) -> None:
+        with open(draft, "wb") as file:
+            if output.suffix == ".png":
+                image_grid(x, columns).save(file, "PNG")
+            else:
+                np.savez_compressed(file, samples=x.numpy())
+
+    write_file(output, write)

@@ -1,0 +1,1 @@
+"""What the verbs share: the app, its options and exit codes, progress, and how results are printed."""

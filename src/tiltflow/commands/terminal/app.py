@@ -1,0 +1,95 @@
+"""The program `tiltflow`: finds the verbs, runs one, and turns what it raises into one line and an exit code.
+
+Each verb does what one function of the library does. TILTFLOW_TRACEBACK=1 in the environment shows the traceback of an error,
+beside its one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tiltflow import __version__, plugins
+from tiltflow.commands.terminal.console import escape, is_main_process
+from tiltflow.commands.terminal.exit_codes import CTRL_C, FAILURE, exit_code
+from tiltflow.errors import Note, TiltflowError
+
+ORDER = (
+    *("train", "doctor", "verify-checkpoint", "sweep", "evaluate", "export"),
+    *("serve-reward", "sample", "verify", "pretrain", "recipes", "settings"),
+)
+"""The order of --help, from the first step to the last; any other verb follows."""
+
+
+def make_app() -> typer.Typer:
+    """The app with a verb for each file in `commands/`: the function of the file's name, its docstring the help."""
+    made = typer.Typer(
+        name="tiltflow",
+        help="Fine-tune flow-matching and diffusion models so that they sample [bold]p_base(x) exp(r(x) / beta)[/bold], "
+        "and see how close it came.\n\nStart with: [cyan]tiltflow train digits-even --output runs/even[/cyan]",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback(invoke_without_command=True)(print_version)
+    for name in sorted(plugins.names("commands"), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        file = name.replace("-", "_")
+        made.command(name)(getattr(importlib.import_module(f"tiltflow.commands.{file}"), file))
+    return made
+
+
+def print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+app = make_app()
+
+
+def main() -> None:
+    """Run the command line: errors that a user can cause, and notes, are one line each."""
+    warnings.showwarning = partial(print_note, warnings.showwarning)
+    try:
+        app()
+    except TiltflowError as error:
+        if os.environ.get("TILTFLOW_TRACEBACK"):
+            traceback.print_exc()
+        print_error(error)
+        if "WORLD_SIZE" in os.environ:
+            os._exit(exit_code(error))  # an orderly exit would wait for the others, which may be waiting for this process
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(CTRL_C)
+    except BrokenPipeError:
+        sys.exit(FAILURE)
+
+
+def print_error(error: TiltflowError) -> None:
+    """Print an error in one line. Where every process has it, the main one prints it first, and its end stops the others."""
+    process = ""
+    if not is_main_process():
+        time.sleep(3)
+        process = f" of process {os.environ['RANK']}"
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[red bold]error{process}:[/red bold] {escape(str(error))}")
+
+
+def print_note(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print a note in one line, and leave any other warning to `otherwise`."""
+    if not issubclass(category, Note):
+        otherwise(message, category, *where)
+    elif is_main_process():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]{escape(str(message))}[/yellow]")

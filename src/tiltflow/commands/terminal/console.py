@@ -1,0 +1,57 @@
+"""What is printed, and where: with --json, one JSON object on standard output and all else on standard error. Of several
+processes, only the main one prints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import markup
+from rich.console import Console
+from rich.table import Table
+
+from tiltflow.errors import redacted, visible
+
+
+def escape(text: object) -> str:
+    """Text of a user or a file, safe to print: without markup, control characters and passwords. Print no such text without."""
+    return markup.escape(visible(redacted(str(text))))
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_console(as_json: bool) -> Console:
+    """The console for people; it is silent in all but the main process."""
+    return Console(stderr=as_json, highlight=False, quiet=not is_main_process())
+
+
+def print_json(as_json: bool, result: Mapping[str, Any]) -> None:
+    """Print the result of a command for programs, if --json asks for it."""
+    if as_json and is_main_process():
+        print(json.dumps(result))
+
+
+def print_table(console: Console, rows: Mapping[str, str], title: str) -> None:
+    """Print names and texts in two columns, the first under `title`."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(title, no_wrap=True, style="cyan")
+    table.add_column("")
+    for key, text in rows.items():
+        table.add_row(escape(key), escape(text))
+    console.print(table)
+
+
+@contextmanager
+def spinner(console: Console, quiet: bool, text: str) -> Iterator[None]:
+    """Show that something is going on, while it does."""
+    if quiet:
+        yield
+        return
+    with console.status(text):
+        yield

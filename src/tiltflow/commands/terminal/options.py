@@ -1,0 +1,102 @@
+"""Options and arguments that several verbs share, what the shell completes, and what --device, --threads and --seed do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tiltflow.errors import InputError
+
+
+def completes(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Shell completion from names, which are looked up then, not when the program starts."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def recipe_names(kind: Literal["train", "pretrain"]) -> Callable[[], Iterable[str]]:
+    """A function that lists the shipped recipes of a kind."""
+
+    def names() -> Iterable[str]:
+        from tiltflow.runs.recipe import shipped_recipes
+
+        return shipped_recipes(kind)
+
+    return names
+
+
+def allow_code(context: typer.Context, asked: bool) -> bool:
+    """Allow code in the folders of runs, for the rest of the command, if --allow-code asks for it."""
+    if asked:
+        from tiltflow import plugins
+
+        context.with_resource(plugins.allow_code())
+    return asked
+
+
+def accept_changes(context: typer.Context, asked: bool) -> bool:
+    """Accept changed inputs of runs, for the rest of the command, if --accept-changes asks for it."""
+    if asked:
+        from tiltflow.runs import fingerprints
+
+        context.with_resource(fingerprints.accept_changes())
+    return asked
+
+
+TrainRecipe = Annotated[
+    str,
+    typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.", autocompletion=completes(recipe_names("train"))),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a setting, checked like the recipe itself; see `tiltflow settings`."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed; the same one gives the same run, bit for bit.", show_default="the recipe's")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the best there is.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", callback=allow_code, help="Run code that lies in the folder of a run, if its recipe names some."
+    ),
+]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        callback=accept_changes,
+        help="Go on although the base, the prompts or the reward of the run are not what they were.",
+    ),
+]
+
+
+def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
+    """The overrides of --set, and --seed as one more."""
+    return [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+
+
+def set_up_torch(device: str, threads: int | None) -> str:
+    """Set the number of CPU threads, and return the device to use: `auto` is cuda where there is one, else cpu.
+
+    Raises InputError if torch has no such device.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device}: torch has no such device here; cpu always works") from None
+    return device

@@ -1,0 +1,99 @@
+"""How the summary of a run is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tiltflow.commands.terminal.console import escape
+
+
+def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """Print the result of a run, in the order in which a person asks."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, text in {**rewards(summary), **judged(summary), **distances(summary), **costs(summary)}.items():
+        table.add_row(f"[bold]{escape(key)}[/bold]", text)
+    console.print(table)
+    if summary.get("alarm"):
+        console.print(f"[red bold]ALARM[/red bold] {escape(summary['alarm'])}")
+    if summary.get("best_step"):
+        console.print(f"best by {escape(summary['best_by'])}: step {summary['best_step']}, kept in {escape(folder / 'best')}")
+    for limit in summary["limits"]:
+        console.print(f"[yellow]{escape(limit)}[/yellow]")
+    colour = {"good": "green", "poor": "red"}.get(summary["verdict"]["tone"], "yellow")
+    console.print(f"[{colour}]{escape(summary['verdict']['text'])}[/{colour}]")
+    console.print(f"report: {escape(folder / 'report.html')}")
+
+
+def with_error(summary: dict[str, Any], key: str) -> str:
+    """An estimate and its standard error."""
+    return f"{summary[key]:.3f} ± {summary[key + '_error']:.3f}"
+
+
+def target_is_known(summary: dict[str, Any]) -> bool:
+    """Whether there is a target law to compare with."""
+    return summary["target_unknown"] is None
+
+
+def rewards(summary: dict[str, Any]) -> dict[str, str]:
+    """Mean rewards."""
+    rows = {"reward, base": with_error(summary, "reward_base"), "reward, tuned": with_error(summary, "reward_tuned")}
+    if target_is_known(summary):
+        rows["reward, target"] = f"{with_error(summary, 'reward_target')}   (importance-weighted base)"
+    return rows
+
+
+def judged(summary: dict[str, Any]) -> dict[str, str]:
+    """What a classifier sees in the samples, if there is one."""
+    rows, judge = dict[str, str](), summary["judge"]
+    if judge and "group" in judge:
+        group = judge["group"]
+        aim = f"; the target has {group['target']:.1%} ± {group['target_error']:.1%}" if target_is_known(summary) else ""
+        rows[f"judge sees {group['label']}"] = (
+            f"{group['base']:.1%} before, {group['tuned']:.1%} ± {group['tuned_error']:.1%} after{aim}"
+        )
+    if judge:
+        rows["judge is sure of"] = (
+            f"{judge['sure_base']:.1%} before, {judge['sure_tuned']:.1%} after (probability above {judge['sure_above']:g})"
+        )
+    if judge and "frechet_base" in judge:
+        rows["Frechet distance to real images"] = (
+            f"{judge['frechet_base']:.1f} before, {judge['frechet_tuned']:.1f} after"
+            f" (features of {escape(judge['model'])}; two halves of the real ones {judge['frechet_real']:.1f})"
+        )
+    return rows
+
+
+def distances(summary: dict[str, Any]) -> dict[str, str]:
+    """How far the tuned model is from its target law and from the base."""
+    rows = dict[str, str]()
+    if target_is_known(summary):
+        rows["distance to target"] = (
+            f"{summary['target_distance']:.3f}   (base {summary['target_distance_base']:.3f};"
+            f" {summary['target_distance_floor']:.3f} is left where nothing is wrong)"
+        )
+        rows[""] = f"[dim]{escape(summary['target_distance_kind'])}[/dim]"
+    if summary["path_kl"] is not None:
+        target = summary["path_kl_target"]
+        aim = f"   (KL of the target law: {with_error(summary, 'path_kl_target')})" if target is not None else ""
+        rows["path KL"] = f"{with_error(summary, 'path_kl')} nats{aim}"
+    if "own_law_balance" in summary:
+        balance = with_error(summary, "own_law_balance")
+        rows["pull over penalty"] = f"{balance}   (1 where the rounds settle; below it, noise was learned)"
+    if summary["working_beta"] is not None:
+        rows["temperature"] = (
+            f"{summary['beta']:g}; calibrated on the mean reward, the run worked at {summary['working_beta']:.3g}"
+        )
+    return rows
+
+
+def costs(summary: dict[str, Any]) -> dict[str, str]:
+    """Effective samples of the comparison with the target, and the time."""
+    rows = {"effective sample size": f"{summary['effective_sample_size']:.0f} of {summary['num_samples']}"}
+    if "effective_sample_size_of_group" in summary:
+        rows["effective sample size"] += f", {summary['effective_sample_size_of_group']:.1f} of each prompt"
+    rows["time"] = f"{summary['seconds']:.0f} s training, {summary['seconds_total']:.0f} s in all"
+    return rows

@@ -1,0 +1,103 @@
+"""`tiltflow train`: tune a model."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tiltflow.commands.terminal.console import escape, is_main_process, make_console, print_json
+from tiltflow.commands.terminal.exit_codes import exit_code
+from tiltflow.commands.terminal.options import (
+    AcceptChanges,
+    AllowCode,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    Seed,
+    Set,
+    Threads,
+    TrainRecipe,
+    set_up_torch,
+    with_seed,
+)
+from tiltflow.commands.terminal.progress import training_progress
+from tiltflow.commands.terminal.summary import print_summary
+from tiltflow.errors import Interrupted
+
+
+def train(
+    recipe: TrainRecipe,
+    output: Output,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output from its latest checkpoint, or begin it.")
+    ] = False,
+    overrides: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a model toward a reward, and report how far it is from its target law.
+
+    A recipe can run code, the Python functions that it names: use those of people whom you trust. Code in the folder of a run
+    is not run without --allow-code.
+
+    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C, SIGTERM,
+    SIGHUP and SIGUSR1 save; the same command with --resume then goes on, bit for bit as if it had never stopped.
+
+    [dim]tiltflow train digits-even --output runs/even[/dim]
+    [dim]tiltflow train digits-even --output runs/even --resume[/dim]
+    [dim]accelerate launch -m tiltflow train mine.yaml --output runs/mine[/dim]
+    [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
+    """
+    from tiltflow import processes
+    from tiltflow.api import read_recipe, run
+    from tiltflow.runs.checkpoint import FOLDER, checkpoints
+    from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+
+    path = find_recipe(recipe, "train")
+    going_on = ["training.resume_from_checkpoint=latest"] if resume else []
+    settings = read_recipe(read_recipe_tree(path, [*with_seed(overrides, seed), *going_on]), recipe)
+    training, console, quiet = settings.training, make_console(as_json), quiet or not is_main_process()
+    note = partial(print_note, console)
+    chosen = processes.begin(set_up_torch(device, threads), note)
+    if not quiet:
+        console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
+
+    if training.train_batch_size % processes.count():
+        note(uneven(training.train_batch_size))
+    try:
+        with training_progress(console, quiet, training.max_train_steps, training.train_batch_size) as watch:
+            summary = run(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
+    except Interrupted as error:
+        does = "goes on" if checkpoints(output / FOLDER) else "begins; nothing was saved"
+        console.print(f"{escape(str(error))}; the same command with --resume {does}")
+        processes.end()
+        raise typer.Exit(exit_code(error)) from None
+    processes.end()
+    print_summary(console, summary, output)
+    print_json(as_json, summary)
+
+
+def print_note(console: Console, text: str) -> None:
+    with suppress(OSError):  # of a terminal that was closed: no reason to stop
+        console.print(f"[yellow]{escape(text)}[/yellow]")
+
+
+def uneven(batch: int) -> str:
+    """What to know where the processes cannot share a batch of so many samples evenly."""
+    from tiltflow import processes
+
+    several, each = processes.count(), processes.share_of(batch)
+    return (
+        f"{several} processes cannot share {batch} samples evenly: each does {each}, so that some are done twice;"
+        f" a batch of {each * several} costs the same"
+    )

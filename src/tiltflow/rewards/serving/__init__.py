@@ -1,0 +1,1 @@
+"""The other end of reward `http`: a server that scores with any reward of a recipe."""

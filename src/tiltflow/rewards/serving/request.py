@@ -1,0 +1,82 @@
+"""Requests to the server: JSON with pictures as base64, their prompts and metadata. Each may have been made to do damage."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MOST_PIXELS = 1 << 24  # of all pictures of a request together
+NPY = b"\x93NUMPY"  # how a .npy file begins
+
+
+class BadRequestError(Exception):
+    """The request is not what it should be."""
+
+
+def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """Images [batch, channels, height, width] in [-1, 1], their prompts, which may be none, and the metadata of these. Raises
+    BadRequestError if they are anything else; nothing is unpacked before all pictures together are known to be small enough."""
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequestError("the request is not JSON") from None
+    images, prompts = (tree.get("images"), tree.get("prompts", [])) if isinstance(tree, dict) else (None, None)
+    if not isinstance(images, list) or not isinstance(prompts, list):
+        raise BadRequestError('the request must be {"images": [..], "prompts": [..]}')
+    if not images or len(prompts) not in (0, len(images)) or not all(isinstance(part, str) for part in (*images, *prompts)):
+        raise BadRequestError("images and prompts must be texts, at least one image, and as many prompts or none")
+    metadata = tree.get("metadata", [{} for _ in prompts])
+    if not isinstance(metadata, list) or len(metadata) != len(prompts) or not all(isinstance(part, dict) for part in metadata):
+        raise BadRequestError("metadata must be mappings, as many as prompts")
+    files = [read_base64(text, i) for i, text in enumerate(images)]
+    sizes = [size_of(file, i) for i, file in enumerate(files)]
+    if len(set(sizes)) > 1:
+        raise BadRequestError("the images of a request must be of one size")
+    channels, height, width = sizes[0]
+    if len(files) * height * width > MOST_PIXELS:
+        raise BadRequestError(f"{len(files)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
+    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts, metadata
+
+
+def read_base64(text: str, number: int) -> bytes:
+    """The file that is image `number` of a request."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError(f"image {number}: is not base64") from None
+
+
+def size_of(file: bytes, number: int) -> tuple[int, int, int]:
+    """(channels, height, width) of a .png or .npy file, by its header alone."""
+    try:
+        if not file.startswith(NPY):
+            with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+                return (1 if image.mode == "L" else 3), image.height, image.width
+        content = io.BytesIO(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[np.lib.format.read_magic(content)](content, max_header_size=1000)
+    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
+        raise BadRequestError(f"image {number}: cannot be read ({error})") from None
+    if dtype != np.float32 or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
+        raise BadRequestError(f"image {number}: must be float32 [1 or 3, height, width], got {dtype} {shape}")
+    return shape[0], shape[1], shape[2]
+
+
+def read_image(file: bytes, channels: int, number: int) -> Tensor:
+    """[channels, height, width] in [-1, 1], of a .png or .npy file."""
+    try:
+        if file.startswith(NPY):
+            return torch.from_numpy(np.ascontiguousarray(np.load(io.BytesIO(file), allow_pickle=False)))
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+            pixels = torch.from_numpy(np.array(image if channels == 1 else image.convert("RGB")))
+            return pixels.reshape(*pixels.shape[:2], channels).permute(2, 0, 1).float() / 127.5 - 1
+    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
+        raise BadRequestError(f"image {number}: cannot be read ({error})") from None

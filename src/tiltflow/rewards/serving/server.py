@@ -1,0 +1,94 @@
+"""A server for reward `http`: any reward of a recipe, on this machine's own address alone."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator
+
+from tiltflow.errors import InputError, NonFiniteError, UserCodeError, visible
+from tiltflow.plugins import part_of
+from tiltflow.rewards import Reward, evaluate, given
+from tiltflow.rewards.serving.request import BadRequestError, read_request
+from tiltflow.settings import Settings
+
+HOST = "127.0.0.1"
+MOST_BYTES = 1 << 28  # of a request
+
+
+class Served(Settings):
+    """What is served."""
+
+    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+
+
+def make_server(reward: Reward, port: int, *, token: str | None = None, device: str = "cpu") -> ThreadingHTTPServer:
+    """A server of POST /score on 127.0.0.1; `serve_forever` runs it. Port 0 takes any that is free.
+
+    Args:
+        token: what requests must bring as `Authorization: Bearer ..`, if anything.
+
+    Raises InputError if the port is taken.
+    """
+    lock = Lock()  # one batch at a time: the reward may hold a network, and pictures may be large
+
+    def score(body: bytes) -> list[float | None]:
+        with lock:
+            images, prompts, metadata = read_request(body)
+            try:
+                with torch.no_grad():
+                    values = evaluate(given(reward, prompts, metadata) if prompts else reward, images.to(device))
+            except NonFiniteError as error:
+                values = error.tensors["rewards"]  # the client decides what becomes of the others
+            except (InputError, UserCodeError, RuntimeError) as error:
+                raise BadRequestError(str(error)) from None
+        return [value if math.isfinite(value) else None for value in values.tolist()]
+
+    try:
+        return ThreadingHTTPServer((HOST, port), handler(score, token))
+    except OSError as error:
+        raise InputError(f"--port {port}: {error.strerror}") from None
+
+
+def handler(score: Callable[[bytes], list[float | None]], token: str | None) -> type[BaseHTTPRequestHandler]:
+    """The class that answers requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 60
+
+        def do_POST(self) -> None:
+            if self.path != "/score":
+                return self._answer(404, {"error": "there is only /score"})
+            if token is not None and not hmac.compare_digest(
+                self.headers.get("Authorization", "").encode("utf-8", "replace"), f"Bearer {token}".encode()
+            ):
+                return self._answer(401, {"error": "the token is missing or wrong"})
+            length = self.headers.get("Content-Length", "")
+            if not (length.isascii() and length.isdigit()):
+                return self._answer(400, {"error": "a request has a Content-Length"})
+            if len(length) > 12 or int(length) > MOST_BYTES:
+                return self._answer(413, {"error": f"a request has {MOST_BYTES} bytes at most"})
+            try:
+                return self._answer(200, {"rewards": score(self.rfile.read(int(length)))})
+            except BadRequestError as error:
+                return self._answer(400, {"error": visible(str(error).splitlines()[0])[:400]})
+
+        def _answer(self, code: int, tree: dict[str, Any]) -> None:
+            body = json.dumps(tree).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    return Handler
