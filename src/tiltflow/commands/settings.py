@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from tiltflow.commands.terminal.console import escape, make_console, print_json, print_table
 from tiltflow.commands.terminal.options import Json, completes
@@ -37,6 +36,8 @@ def settings(
     [dim]tiltflow settings training[/dim]
     """
     from dataclasses import asdict
+
+    from rich.table import Table
 
     from tiltflow.runs.describe import settings_of, topics
 

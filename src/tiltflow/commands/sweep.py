@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tiltflow.commands.terminal.console import escape, make_console, print_json
 from tiltflow.commands.terminal.exit_codes import FAILURE
@@ -53,6 +52,8 @@ def sweep(
 
 def print_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> None:
     """Print a line for each point of the grid, its seeds together."""
+    from rich.table import Table
+
     from tiltflow.runs.sweep import DISTANCES, short_names
 
     names, cost = list(short_names(keys).values()), result["distance"]

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich import markup
 from rich.console import Console
-from rich.table import Table
 
 from tiltflow.errors import redacted, visible
 
@@ -39,6 +38,8 @@ def print_json(as_json: bool, result: Mapping[str, Any]) -> None:
 
 def print_table(console: Console, rows: Mapping[str, str], title: str) -> None:
     """Print names and texts in two columns, the first under `title`."""
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(title, no_wrap=True, style="cyan")
     table.add_column("")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tiltflow.commands.terminal.console import escape
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
     """Print the result of a run, in the order in which a person asks."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, text in {**rewards(summary), **judged(summary), **distances(summary), **costs(summary)}.items():
         table.add_row(f"[bold]{escape(key)}[/bold]", text)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tiltflow.commands.terminal.console import print_table
 
@@ -71,6 +70,8 @@ def print_optimum(console: Console, result: dict[str, Any]) -> None:
 
 def print_gradients(console: Console, gradients: dict[str, Any]) -> None:
     """Print the estimates of the gradient, how many standard errors each is off, and its variance beside the plain one's."""
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("estimator", "dJ/dK", "z", "dJ/dk", "z", "variance"):
         table.add_column(column, style="cyan" if column == "estimator" else None, no_wrap=True)
@@ -94,6 +95,8 @@ def shortfall(at: dict[str, float]) -> float:
 
 def print_two_modes(console: Console, result: dict[str, Any]) -> None:
     """Print the exact laws side by side with what training reached, and its distances to them."""
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in (f"{result['method']} on {result['problem']}", "base", "tilted law", "own target", "reached"):
         table.add_column(column, no_wrap=True)
