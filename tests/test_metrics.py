@@ -31,9 +31,9 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ")\n"
     )
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path / "metrics")])
-    described.cache_clear()
+    metrics.every_metric.cache_clear()
     yield
-    described.cache_clear()
+    metrics.every_metric.cache_clear()
 
 
 def test_every_family_is_in_the_order_and_no_key_is_described_twice() -> None:
@@ -46,6 +46,7 @@ def test_every_family_is_in_the_order_and_no_key_is_described_twice() -> None:
         assert metric.meaning.endswith("."), metric.key
         assert bool(metric.section) == (metric.source == "summary"), metric.key
         assert bool(metric.expect) == (metric.source == "training"), metric.key
+        assert metric.cost is None or (metric.compared and metric.better == "down"), metric.key
 
 
 def test_everything_that_a_run_measures_is_described(tmp_path: Path) -> None:

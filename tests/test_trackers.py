@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import tiny_recipe
 
 from tiltflow.errors import InputError
+from tiltflow.evaluation.metrics import described
 from tiltflow.runs.run import Recipe, run
 from tiltflow.runs.trackers import Tracker
 from tiltflow.settings import read_yaml, validate
@@ -52,6 +53,8 @@ def test_tensorboard_is_told_what_the_metrics_say_and_shown_the_pictures(tmp_pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (reached,) = [value.simple_value for _, value in values if value.tag == "summary/reward_tuned"]
     assert reached == pytest.approx(summary["reward_tuned"], rel=1e-6)
+    (legend,) = [value.tensor.string_val[0].decode() for _, value in values if value.tag.startswith("metrics")]
+    assert f"| {described('training')['reward'].meaning} Expect:" in legend
     for name in ("before", "after"):
         (shown,) = [value.image for _, value in values if value.tag == name]
         with Image.open(tmp_path / "run" / f"{name}.png") as picture:

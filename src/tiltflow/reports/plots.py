@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tiltflow.data import to_pixels
+from tiltflow.evaluation.metrics import Cost, Metric
 
 COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
 """The CSS variable of each colour, and its value where the page does not set it."""
@@ -197,13 +198,15 @@ def class_histogram(
         return _svg(figure)
 
 
-AT_BASE = {"w2_base": ("w2_floor", "between two samples of the base"), "fid_tuned": ("fid_base", "the base's own")}
-"""The measure that says what a distance is where nothing differs, and what it is in words."""
+def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metric) -> str:
+    """Mean reward against what it costs: one dot for each row, with its spread over seeds. A line joins those that no other
+    beats in both. Beside each dot, its values of `keys`.
 
-
-def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], distance: str, title: str) -> str:
-    """Mean reward against the measure `distance`, called `title`: one dot for each row, with its spread over seeds. A line
-    joins those that no other beats in both. Beside each dot, its values of `keys`."""
+    Args:
+        rows: the points of sweep.json.
+        metric: a distance to the base, with a `cost`.
+    """
+    distance, cost = metric.swept, metric.cost or Cost()
     finished = sorted((row for row in rows if "error" not in row), key=lambda row: row[distance])
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.6, 4.2), layout="constrained")
@@ -225,12 +228,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], distance: str
             text = ", ".join(f"{key} = {row[key]}" for key in keys)
             axes.annotate(text, (row[distance], row["reward_tuned"]), (6, -10), textcoords="offset points", fontsize=8)
         dashed: dict[str, Any] = {"color": COLOURS["base"], "linewidth": 1.2, "linestyle": (0, (4, 3))}
-        at_base, meaning = AT_BASE.get(distance, ("", ""))
         if finished:
             axes.axhline(finished[0]["reward_base"], **dashed)
-            if at_base:
-                axes.axvline(finished[0][at_base], **dashed)
-        axes.set_xlabel(f"{title} (dashed: {meaning})" if at_base else title)
+            if cost.at_base:
+                axes.axvline(finished[0][cost.at_base], **dashed)
+        axes.set_xlabel(f"{metric.axis} (dashed: {cost.meaning})" if cost.at_base else metric.axis)
         axes.set_ylabel("mean reward (dashed: base)")
         axes.grid(color=COLOURS["line"], linewidth=0.8)
         axes.tick_params(length=0)

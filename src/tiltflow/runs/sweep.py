@@ -26,26 +26,18 @@ import torch
 
 from tiltflow.api import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
+from tiltflow.evaluation.metrics import every_metric
 from tiltflow.files import read_json, trusted, write_json, write_text, writing
 from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.run_folder import claim, write_yaml
+from tiltflow.runs.run_folder import claim, flat, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
-MEASURES = ("reward_base", "reward_tuned", "target_distance", "effective_sample_size", "seconds")
-"""Of every run."""
-OF_BASE = ("w2_base", "w2_floor", "path_kl")
-"""Distances to the base, of which a run has some."""
-JUDGED = ("entropy_base", "entropy_tuned", "variance_base", "variance_tuned", "sure_tuned", "frechet_tuned")
-OF_PICTURES = ("variance", "vendi", "fid", "kid")
-"""Of a pipeline, for the base and the tuned model at the evaluation's first point."""
-DISTANCES = {
-    "w2_base": "W2 to the base",
-    "fid_tuned": "FID to the reference",
-    "path_kl": "path KL to the base, in nats",
-}
+COSTS = {metric.swept: metric for metric in every_metric() if metric.cost}
 """What may be the cost of reward, the first one that was measured."""
+DISTANCES = {name: metric.axis for name, metric in COSTS.items()}
+"""Their titles."""
 SEED = "seed"
 
 
@@ -164,7 +156,7 @@ def _sweep(
     write_json(folder / "sweep.json", result)
     shown = list(short_names([key for key in grid if key != SEED]).values())
     distance = result["distance"]
-    write_text(folder / "pareto.svg", pareto(result["points"], shown, distance, DISTANCES[distance]))
+    write_text(folder / "pareto.svg", pareto(result["points"], shown, COSTS[distance]))
     return result
 
 
@@ -192,15 +184,14 @@ def beats(one: Mapping[str, Any], other: Mapping[str, Any], distance: str = "w2_
 
 
 def measured(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a sweep compares, from the summary of a run."""
-    judge = summary["judge"] or {}
-    found = {key: summary[key] for key in MEASURES}
-    found |= {key: summary[key] for key in OF_BASE if summary.get(key) is not None}
-    found |= {key: judge[key] for key in JUDGED if key in judge}
-    if "group" in judge:
-        found |= {"group_base": judge["group"]["base"], "group_tuned": judge["group"]["tuned"]}
+    """What a sweep compares, from the summary of a run. Raises KeyError if it has no mean rewards."""
+    found = {key: summary[key] for key in ("reward_base", "reward_tuned")}
+    compared = [metric for metric in every_metric() if metric.compared]
+    known = {key: value for key, value in flat(summary).items() if value is not None or key not in COSTS}
+    found |= {metric.swept: known[metric.key] for metric in compared if metric.source == "summary" and metric.key in known}
     for row in summary.get("table", [])[:2]:  # the base and the tuned model at the first point
-        found |= {f"{key}_{row['model']}": row[key] for key in OF_PICTURES if key in row}
+        of_row = [metric.key for metric in compared if metric.source == "table" and metric.key in row]
+        found |= {f"{key}_{row['model']}": row[key] for key in of_row}
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tiltflow.errors import InputError, not_installed
+from tiltflow.evaluation.metrics import described
 from tiltflow.files import writing
 
 Name = Literal["tensorboard", "trackio", "wandb"]
@@ -32,6 +33,16 @@ def check_tracker(name: Name) -> None:
     for needed in (("accelerate",), MODULES[name]):
         if not any(importlib.util.find_spec(module) for module in needed):
             raise not_installed(f"training.report_to {name}: {needed[0]}", name)
+
+
+def legend() -> str:
+    """A table, in Markdown, of what the curves of a training are."""
+    directions = {"up": "higher", "down": "lower", "none": ""}
+    rows = [
+        f"| {key} | {metric.title} | {metric.meaning} Expect: {metric.expect} | {directions[metric.better]} |"
+        for key, metric in described("training").items()
+    ]
+    return "\n".join(["| curve | title | meaning | better |", "|---|---|---|---|", *rows])
 
 
 @dataclass
@@ -63,6 +74,8 @@ class Tracker:
             tracker.store_init_configuration(
                 {key: value if isinstance(value, simple) else str(value) for key, value in settings.items()}
             )
+            if name == "tensorboard":  # the only one that takes text
+                tracker.log({"metrics": legend()}, step=0)
         except Exception as error:  # whatever the service's own module raises
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(f"training.report_to {name}: {reason}") from None

@@ -35,7 +35,7 @@ class Cost:
     """Mark of a distance that a sweep can draw the reward against.
 
     Args:
-        at_base: key, in a row of sweep.json, of the value where nothing differs from the base; empty if that is zero.
+        at_base: name, in a row of sweep.json, of the value where nothing differs from the base; empty if that is zero.
         meaning: that value in words.
     """
 
@@ -76,6 +76,11 @@ class Metric:
         return self.short or self.title
 
     @property
+    def swept(self) -> str:
+        """The name in a row of sweep.json; of a metric of sampling points, that of the tuned model."""
+        return f"{self.key}_tuned" if self.source == "table" else self.key.removeprefix("judge.").replace(".", "_")
+
+    @property
     def axis(self) -> str:
         """The name for an axis, with the unit."""
         return f"{self.title}, in nats" if self.unit == "nats" else self.title
@@ -98,8 +103,12 @@ ORDER = (
 
 
 @cache
+def every_metric() -> tuple[Metric, ...]:
+    """All descriptions, family by family."""
+    families = sorted(names("evaluation.metrics"), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return tuple(metric for name in families for metric in module_of("evaluation.metrics", name).METRICS)
+
+
 def described(source: Source) -> dict[str, Metric]:
     """The metrics of a source by their keys, family by family."""
-    families = sorted(names("evaluation.metrics"), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    all_of_them = [metric for name in families for metric in module_of("evaluation.metrics", name).METRICS]
-    return {metric.key: metric for metric in all_of_them if metric.source == source}
+    return {metric.key: metric for metric in every_metric() if metric.source == source}
