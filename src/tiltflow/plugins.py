@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def names(package: str) -> list[str]:
     """The names of the parts in `tiltflow.<package>`, in alphabetical order; its files, none of which is imported."""
-    files = pkgutil.iter_modules([str(Path(__file__).parent / package)])
+    files = pkgutil.iter_modules([str(Path(__file__).parent.joinpath(*package.split(".")))])
     return sorted(module.name.replace("_", "-") for module in files if not module.ispkg)
 
 
