@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 def names(package: str) -> list[str]:
     """The names of the parts in `tiltflow.<package>`, in alphabetical order; its files, none of which is imported."""
-    files = pkgutil.iter_modules([str(Path(__file__).parent.joinpath(*package.split(".")))])
-    return sorted(module.name.replace("_", "-") for module in files if not module.ispkg)
+    known = sys.modules.get(f"tiltflow.{package}")  # whose path may have got more folders than its own
+    path = [str(Path(__file__).parent.joinpath(*package.split(".")))] if known is None else known.__path__
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path) if not module.ispkg)
 
 
 def find(package: str, name: str) -> type[Settings]:
