@@ -38,7 +38,8 @@ from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
 from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser
-from tiltflow.training.trainer import Batch, train, trainable_copy
+from tiltflow.training.batch import Batch
+from tiltflow.training.trainer import train, trainable_copy
 
 ROWS: dict[str, dict[str, Any]] = {
     "full, float32": {},

@@ -64,7 +64,7 @@ def one(task: str, overrides: list[str], seed: int, keep: Path | None = None) ->
         penalties.append(record.metrics.get("velocity_distance", float("nan")))
 
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(validate(Recipe, tree, name), keep or Path(folder) / "run", watch=watch)
+        summary = run(validate(Recipe, tree, name), keep or Path(folder) / "run", callbacks=[watch])
     return summary | {"rounds": list(rewards), "velocity_distance": statistics.mean(penalties[-20:])}
 
 

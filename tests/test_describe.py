@@ -53,7 +53,7 @@ def keys(tree: object, prefix: str = "") -> set[str]:
 def test_types_and_defaults_are_those_of_the_code() -> None:
     found = {setting.name: setting for setting in listed(Recipe)}
     assert found["model"].default == "required"
-    assert found["training.train_batch_size"].type == "integer >= 1"
+    assert found["training.train_batch_size"].type == "integer >= 1, or null"
     assert found["training.micro_batch_size"].type == "integer >= 1, or null"
     assert found["training.micro_batch_size"].default == "null"
     assert found["training.mixed_precision"].type == "no | bf16 | auto"

@@ -234,7 +234,7 @@ def test_a_run_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(home)
     recipe = validate(Recipe, read_yaml(path), "recipe")
     with pytest.raises(Killed):
-        run(recipe, home / "run", watch=killed_after(3))
+        run(recipe, home / "run", callbacks=[killed_after(3)])
     assert read_yaml(home / "run" / "recipe.yaml")["model"] == str(home / "flow")
     shutil.copytree(home / "run", tmp_path / "copy")
     monkeypatch.chdir(away)
@@ -315,7 +315,7 @@ def test_a_change_that_is_accepted_is_said_and_written_down(tmp_path: Path) -> N
     path = tiny_recipe(tmp_path, training=TRAINING, evaluation=NO_JUDGE)
     recipe = validate(Recipe, read_yaml(path), "recipe")
     with pytest.raises(Killed):
-        run(recipe, tmp_path / "run", watch=killed_after(3))
+        run(recipe, tmp_path / "run", callbacks=[killed_after(3)])
     other_weights(tmp_path / "classifier")
     notes: list[str] = []
     with accept_changes():
@@ -335,7 +335,7 @@ def test_what_was_moved_is_the_same(tmp_path: Path) -> None:
     recipe = validate(Recipe, tree, "recipe")
     run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(recipe, tmp_path / "run", watch=killed_after(3))
+        run(recipe, tmp_path / "run", callbacks=[killed_after(3)])
     (tmp_path / "flow").rename(tmp_path / "moved")
     moved = validate(Recipe, tree | {"model": str(tmp_path / "moved")}, "recipe")
     run(resuming(moved), tmp_path / "run")

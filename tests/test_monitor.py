@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     resuming = recipe_for(tmp_path, checkpointing_steps=3, resume_from_checkpoint="latest")
     run(whole, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(resuming, tmp_path / "parts", watch=watch)
+        run(resuming, tmp_path / "parts", callbacks=[watch])
     run(resuming, tmp_path / "parts")
     assert (tmp_path / "parts" / LOOKS).read_text() == (tmp_path / "whole" / LOOKS).read_text()
     assert (tmp_path / "parts/best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()

@@ -9,13 +9,14 @@ import torch
 from tiny import UNET
 from torch.testing import assert_close
 
+from tiltflow.api import steps
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import VariancePreserving
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.model import Model
-from tiltflow.runs.run import Training, steps
 from tiltflow.streams import new_network, stream
+from tiltflow.training.settings import Training
 
 
 def image_flow() -> Flow:

@@ -67,7 +67,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda: any_tune("digits-flow", reward, METHOD),
         "tune: model must be tiltflow.load('digits-flow'), is str",
     ),
-    "watch is no function": (lambda: any_tune(base(), reward, METHOD, SHORT, watch=3), "tune: watch must be a function, is 3"),
+    "callbacks is no list": (
+        lambda: any_tune(base(), reward, METHOD, SHORT, callbacks=print),
+        "tune: callbacks must be a list of functions of a record, is <built-in function print>",
+    ),
     "negative seed": (
         lambda: tune(base(), reward, METHOD, SHORT, seed=-1),
         "tune: seed must be a whole number from 0 on, is -1",

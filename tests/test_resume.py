@@ -131,7 +131,7 @@ def test_resume_is_bitwise(method: str, tmp_path: Path) -> None:
     run(recipe, tmp_path / "whole")
     for count in (5, 8, 11):
         with pytest.raises(Killed):
-            run(resuming(recipe), tmp_path / "parts", watch=killed_after(count))
+            run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(count)])
     run(resuming(recipe), tmp_path / "parts")
     same_runs(tmp_path / "whole", tmp_path / "parts")
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 13))
@@ -153,7 +153,7 @@ def test_resume_is_bitwise_with(training: dict[str, Any], tmp_path: Path) -> Non
     recipe = recipe_for(tmp_path, "adjoint-matching", **training)
     run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+        run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(8)])
     run(resuming(recipe), tmp_path / "parts")
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
@@ -175,7 +175,7 @@ def test_resume_is_bitwise_where_samples_are_dropped(tmp_path: Path, monkeypatch
     run(recipe, tmp_path / "whole")
     assert any(row.get("dropped") for row in rows(tmp_path / "whole")[6:])
     with pytest.raises(Killed):
-        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+        run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(8)])
     run(resuming(recipe), tmp_path / "parts")
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
@@ -191,7 +191,7 @@ def test_resume_is_bitwise_with_a_reward_that_learns(tmp_path: Path) -> None:
     recipe = validate(Recipe, read_yaml(path), "recipe")
     run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(resuming(recipe), tmp_path / "parts", watch=killed_after(8))
+        run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(8)])
     run(resuming(recipe), tmp_path / "parts")
     same_runs(tmp_path / "whole", tmp_path / "parts")
     assert "reward" in final(tmp_path / "parts")
@@ -223,7 +223,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_named(tmp_p
     recipe, notes = recipe_for(tmp_path, "adjoint-matching"), list[str]()
     run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(resuming(recipe), tmp_path / "parts", watch=killed_after(11))
+        run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(11)])
     newest = checkpoints(tmp_path / "parts" / FOLDER)[-1]
     (newest / "state.json").unlink()
     run(resuming(recipe), tmp_path / "parts", note=notes.append)
@@ -238,7 +238,7 @@ def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
     run(resuming(recipe), tmp_path / "whole", note=notes.append)
     assert "a new one begins" in notes[0]
     with pytest.raises(Killed):
-        run(resuming(recipe), tmp_path / "parts", watch=killed_after(2))
+        run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(2)])
     assert not (tmp_path / "parts" / FOLDER).exists()
     run(resuming(recipe), tmp_path / "parts", note=notes.append)
     assert "the run begins anew" in notes[-1]

@@ -161,7 +161,7 @@ def test_an_interrupt_saves_and_evaluation_goes_on_from_there(tmp_path: Path) ->
 
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(recipe_of(tiny_recipe(tmp_path)), folder, watch=stop)
+        run(recipe_of(tiny_recipe(tmp_path)), folder, callbacks=[stop])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert evaluate_run(folder)["iterations"] == 2
 

@@ -306,7 +306,7 @@ def test_the_last_save_does_not_hide_the_first_error(tmp_path: Path, monkeypatch
         monkeypatch.setattr(os, "mkdir", full)
 
     with pytest.raises(CheckpointError, match=r"step-00000001: the checkpoint cannot be written \(No space left"):
-        run(recipe, tmp_path / "run", watch=watch, note=notes.append)
+        run(recipe, tmp_path / "run", callbacks=[watch], note=notes.append)
     assert notes == [f"{tmp_path / 'run' / 'model'}: cannot be written (No space left on device)"]
 
 

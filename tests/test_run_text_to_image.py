@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ from tiltflow.evaluation.estimates import effective_number
 from tiltflow.evaluation.features import distances_to_reference
 from tiltflow.evaluation.monitor import over_groups, read_looks
 from tiltflow.flows.flow import Flow
+from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.text_to_image import TextToImage, from_diffusers, with_adapter
 from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
 from tiltflow.runs.export import export_run
+from tiltflow.runs.prepare import batches
 from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
 from tiltflow.runs.run_folder import read_records
 from tiltflow.runs.run_text_to_image import (
     BaseStatistics,
     TextToImageRecipe,
-    TextToImageTraining,
-    batches,
     diversity,
     evaluate_text_to_image,
     load_run,
@@ -58,6 +59,7 @@ from tiltflow.runs.run_text_to_image import (
 from tiltflow.samplers.sampler import Sampling, rollout
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
+from tiltflow.training.settings import Training
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +123,15 @@ def test_every_method_on_every_family(name: str, method: str, tmp_path: Path) ->
     assert metrics[0].get("path_kl", 0) == 0  # before the first update the tuned sampler is that of the base
 
 
+SHORT_METHOD = AdjointMatching(num_inference_steps=3)
+
+
 @pytest.mark.parametrize("mode", ["none", "rollout", "full"])
 def test_guidance_modes(mode: str, tmp_path: Path) -> None:
     """What acts and what learns: the velocities of a batch, against the guided and the unguided field by hand."""
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
-    training = TextToImageTraining(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
-    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], training, Sampling(num_inference_steps=3))(
-        stream(0, "b")
-    )
+    training = Training(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
+    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], SHORT_METHOD, training.for_prompts())(stream(0, "b"))
     condition, negative = model.encode(["a red cat"] * 3)
     assert isinstance(model.flow, Flow)
     plain, empty = (model.flow.bind(part)(batch.x, torch.tensor(0.4)) for part in (condition, negative))
@@ -145,12 +148,10 @@ def test_guidance_modes(mode: str, tmp_path: Path) -> None:
 
 def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path) -> None:
     """At the base the control is zero, though the trajectories are guided ones."""
-    from tiltflow.methods.adjoint_matching import AdjointMatching
-
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
-    training = TextToImageTraining(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
-    sampling = Sampling(num_inference_steps=3)
-    batch = batches(model, [Prompt("a red cat")], lambda x: x.flatten(1).mean(1), training, sampling)(stream(0, "b"))
+    training = Training(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
+    reward = partial(torch.mean, dim=(1, 2, 3))
+    batch = batches(model, [Prompt("a red cat")], reward, SHORT_METHOD, training.for_prompts())(stream(0, "b"))
     assert isinstance(model.flow, Flow)
     tuned, base = batch.bind(model.flow), batch.bind(model.base().flow)
     for micro in (None, 1):
@@ -353,7 +354,7 @@ def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> No
 
 def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
-    training = TextToImageTraining(prompts_per_step=2, num_generations=3, guidance_mode="none")
+    training = Training(prompts_per_step=2, num_generations=3, guidance_mode="none")
     seen: list[Any] = []
 
     class Told:
@@ -364,7 +365,7 @@ def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
         def __call__(self, x: Tensor) -> Tensor:
             return x.flatten(1).mean(1)
 
-    draw = batches(model, [Prompt("a"), Prompt("b"), Prompt("c")], Told(), training, Sampling(num_inference_steps=3))
+    draw = batches(model, [Prompt("a"), Prompt("b"), Prompt("c")], Told(), SHORT_METHOD, training.for_prompts())
     batch = draw(stream(0, "one"))
     assert [seen[0][0]] * 3 + [seen[0][3]] * 3 == list(seen[0])
     assert seen[0][0] != seen[0][3]
@@ -587,7 +588,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     tree["training"] = training | {"resume_from_checkpoint": "latest"}
     recipe = validate(TextToImageRecipe, tree, "recipe")
     with pytest.raises(Killed):
-        run_text_to_image(recipe, tmp_path / "parts", watch=watch)
+        run_text_to_image(recipe, tmp_path / "parts", callbacks=[watch])
     patience = iter(range(100))  # a signal in the middle of a batch, which is then begun again
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -870,8 +871,8 @@ def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
         tuned,
         [Prompt("a")],
         lambda x: x.mean((1, 2, 3)),
-        TextToImageTraining(guidance_mode="none"),
-        Sampling(num_inference_steps=3),
+        SHORT_METHOD,
+        Training(guidance_mode="none").for_prompts(),
     )(stream(0, "b"))
     a, b = (batch.bind(one.flow)(batch.x, torch.tensor(0.5)) for one in (tuned, model))  # type: ignore[arg-type]
     assert a.dtype == b.dtype == torch.float32

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 import tiltflow
 from tiltflow.api import evaluate as evaluate_folder
-from tiltflow.api import read_recipe, training_of
+from tiltflow.api import read_recipe
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
+from tiltflow.optimization import adamw
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.runs.checkpoint import checkpoints
-from tiltflow.runs.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.runs.run_folder import read_records
 from tiltflow.settings import read_yaml
 from tiltflow.streams import stream
+from tiltflow.training.settings import NEED_A_FOLDER
 
 METHODS: dict[str, tuple[Any, str]] = {
     "adjoint-matching": (tiltflow.AdjointMatching(num_inference_steps=4), "path_kl"),
@@ -100,7 +102,7 @@ def test_tuning_a_network_in_train_mode(name: str) -> None:
     for _ in range(2):
         rows: list[Any] = []
         tuned = tiltflow.tune(
-            base, reward, method, tiltflow.Training(max_train_steps=2, train_batch_size=16), watch=rows.append
+            base, reward, method, tiltflow.Training(max_train_steps=2, train_batch_size=16), callbacks=[rows.append]
         )
         runs.append((tuned, [row.metrics for row in rows]))
         torch.rand(3)  # somebody else draws from torch's own generator
@@ -141,7 +143,7 @@ def test_a_reward_in_train_mode_is_one_function() -> None:
     for one in (score, Score().eval(), lambda x: x.sum(1)):
         rows: list[Any] = []
         training = tiltflow.Training(max_train_steps=1, train_batch_size=8)
-        tiltflow.tune(tiltflow.Model(Flow(Net()), (2,)), one, METHODS["adjoint-matching"][0], training, watch=rows.append)
+        tiltflow.tune(tiltflow.Model(Flow(Net()), (2,)), one, METHODS["adjoint-matching"][0], training, callbacks=[rows.append])
         found.append(rows[0].metrics)
     assert found[0] == found[1] == found[2]
     assert score.drop.training
@@ -193,7 +195,7 @@ def tuned(reward: Any = reward, method: Any = SHORT, seed: int = 0, **settings: 
     rows: list[Any] = []
     training = tiltflow.Training(**{"max_train_steps": 4, "train_batch_size": 8} | settings)
     base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
-    model = tiltflow.tune(base, reward, method, training, output=output, seed=seed, watch=rows.append)
+    model = tiltflow.tune(base, reward, method, training, output=output, seed=seed, callbacks=[rows.append])
     return Tuned(model, [row.metrics for row in rows])
 
 
@@ -284,7 +286,31 @@ def check_classes(folder: Path) -> None:  # what it does for a class-conditional
         tuned(classes=[0])
 
 
+def check_refused(name: str, value: Any) -> Callable[[Path], None]:
+    """A setting that means nothing for a model without prompts."""
+
+    def check(folder: Path) -> None:
+        with pytest.raises(InputError, match=rf"training\.{name} \(.*\): this model has no prompts; leave it out"):
+            tuned(**{name: value})
+
+    return check
+
+
+def check_8bit_adam(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[bool] = []
+        patch.setattr("tiltflow.runs.prepare.eight_bit_adam", lambda: asked.append(True) or adamw)
+        tuned(use_8bit_adam=True)
+    assert asked
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
+    "prompts_per_step": check_refused("prompts_per_step", 2),
+    "num_generations": check_refused("num_generations", 2),
+    "decode_batch_size": check_refused("decode_batch_size", 2),
+    "guidance_mode": check_refused("guidance_mode", "rollout"),
+    "per_prompt_normalization": check_refused("per_prompt_normalization", 4),
+    "use_8bit_adam": check_8bit_adam,
     "max_train_steps": lambda folder: differs(max_train_steps=5),
     "train_batch_size": lambda folder: differs(train_batch_size=9),
     "micro_batch_size": check_micro_batches,
@@ -373,10 +399,36 @@ def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
     base = tiltflow.Model(Flow(Net()), (2,))
     training = tiltflow.Training(max_train_steps=9, train_batch_size=8)
     with pytest.raises(KeyboardInterrupt):
-        tiltflow.tune(base, reward, SHORT, training, output=tmp_path, watch=stop)
+        tiltflow.tune(base, reward, SHORT, training, output=tmp_path, callbacks=[stop])
     two = tuned(max_train_steps=2)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(saved["leave.weight"], two.model.flow.network.leave.weight)
+
+
+def test_steps_are_those_of_tune() -> None:
+    base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
+    training = tiltflow.Training(max_train_steps=4, train_batch_size=8)
+    model, records = tiltflow.steps(base, reward, SHORT, training)
+    assert [record.step for record in records] == [1, 2, 3, 4]
+    assert torch.equal(Tuned(model, []).weights, tuned().weights)
+    with pytest.raises(InputError, match="needs a folder to write to"):
+        tiltflow.steps(base, reward, SHORT, training.model_copy(update={"checkpointing_steps": 1}))
+
+
+@pytest.mark.parametrize("output", [None, "run"])
+def test_a_callback_can_end_the_training(output: str | None, tmp_path: Path) -> None:
+    """All callbacks see every record; the weights are those of so many steps, and a folder has a checkpoint of them."""
+    seen: list[int] = []
+    folder = None if output is None else tmp_path / output
+    training = tiltflow.Training(max_train_steps=9, train_batch_size=8)
+    base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
+    callbacks = [lambda record: record.step == 3, lambda record: seen.append(record.step)]
+    constant = SHORT.model_copy(update={"lr_scheduler": "constant"})
+    model = tiltflow.tune(base, reward, constant, training, output=folder, callbacks=callbacks)
+    assert seen == [1, 2, 3]
+    assert torch.equal(Tuned(model, []).weights, tuned(method=constant, max_train_steps=3).weights)
+    if folder is not None:
+        assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-00000003"]
 
 
 @pytest.mark.parametrize(
@@ -384,17 +436,16 @@ def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
     [
         (
             {"prompts_per_step": 3},
-            r"training.prompts_per_step \(3\) is a setting of TextToImageTraining, and this model is trained",
+            r"training.prompts_per_step \(3\): this model has no prompts; leave it out",
         ),
-        ({"guidance_mode": "none"}, r"training.guidance_mode \('none'\) is a setting of TextToImageTraining"),
+        ({"guidance_mode": "full"}, r"training.guidance_mode \('full'\): this model has no prompts; leave it out"),
     ],
 )
 def test_settings_of_the_other_kind_of_model(settings: dict[str, Any], message: str) -> None:
     base = tiltflow.Model(Flow(Net()), (2,))
     with pytest.raises(InputError, match=message):
-        tiltflow.tune(base, reward, SHORT, tiltflow.TextToImageTraining(**settings))
-    shared = tiltflow.TextToImageTraining(max_train_steps=1, ema_decay=0.5)
-    assert training_of(tiltflow.Training, shared) == tiltflow.Training(max_train_steps=1, ema_decay=0.5)
+        tiltflow.tune(base, reward, SHORT, tiltflow.Training(**settings))
+    shared = tiltflow.Training(max_train_steps=1, ema_decay=0.5)
     for options in ({"prompts": ["a"]}, {"adapter": None}):
         with pytest.raises(InputError, match="prompts and adapter are for a pipeline"):
             tiltflow.tune(base, reward, SHORT, shared, **options)  # type: ignore[call-overload]

@@ -17,15 +17,15 @@ from test_run_text_to_image import recipe_for
 from tiny_pipelines import tiny_pipeline
 
 import tiltflow
-from tiltflow.api import training_of
 from tiltflow.errors import InputError
 from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.optimization import adamw
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.runs.checkpoint import checkpoints
-from tiltflow.runs.run_folder import NEED_A_FOLDER, read_records
+from tiltflow.runs.run_folder import read_records
 from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 from tiltflow.settings import validate
+from tiltflow.training.settings import NEED_A_FOLDER
 
 PROMPTS = ["a red cat", "a blue dog", "a green hat"]
 METHOD = tiltflow.AdjointMatching(num_inference_steps=3, learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
@@ -65,9 +65,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
         reward: Any = brightness, *, model: TextToImage | None = None, output: Path | None = None, **settings: Any
     ) -> Tuned:
         rows: list[Any] = []
-        training = tiltflow.TextToImageTraining.model_validate(SMALL | settings)
+        training = tiltflow.Training.model_validate(SMALL | settings)
         model = tiltflow.tune(
-            model or pipeline(folder), reward, METHOD, training, prompts=PROMPTS, output=output, watch=rows.append
+            model or pipeline(folder), reward, METHOD, training, prompts=PROMPTS, output=output, callbacks=[rows.append]
         )
         return Tuned(model, [row.metrics for row in rows])
 
@@ -120,7 +120,7 @@ def test_what_is_tuned(tmp_path: Path, tuned: Run) -> None:
     assert {p.shape[0] for name, p in again.denoiser.named_parameters() if "lora_A" in name} == {2}
     model = pipeline(tmp_path)
     before = [p.clone() for p in model.denoiser.parameters()]
-    training = tiltflow.TextToImageTraining.model_validate(SMALL)
+    training = tiltflow.Training.model_validate(SMALL)
     full = tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS, adapter=None, output=tmp_path / "full")
     assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, full.denoiser.parameters(), strict=True))
@@ -135,7 +135,7 @@ def test_rewards_are_told_prompts_and_metadata(tmp_path: Path) -> None:
         return images.mean((1, 2, 3))
 
     prompts = [{"prompt": "a red cat", "colour": "red"}, "a dog"]
-    training = tiltflow.TextToImageTraining.model_validate(SMALL)
+    training = tiltflow.Training.model_validate(SMALL)
     tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, prompts=prompts)
     assert {(prompt, tuple(more.items())) for prompt, more in seen} == {("a red cat", (("colour", "red"),)), ("a dog", ())}
 
@@ -224,7 +224,7 @@ def check_8bit_adam(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None
         asked.append(True)
         return adamw
 
-    patch.setattr("tiltflow.runs.run_text_to_image.eight_bit_adam", eight_bit_adam)
+    patch.setattr("tiltflow.runs.prepare.eight_bit_adam", eight_bit_adam)
     tuned(use_8bit_adam=True)
     assert asked
 
@@ -240,7 +240,42 @@ DIFFERENT: dict[str, Any] = {
 }
 """Settings that change the weights."""
 
+
+def check_batch_size(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    assert torch.equal(tuned(train_batch_size=4, max_train_steps=1).weights, tuned(max_train_steps=1).weights)
+    with pytest.raises(InputError, match="there are 2 prompts x 2 generations = 4 pictures"):
+        tuned(train_batch_size=6)
+
+
+def check_trainable(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Of the whole denoiser; see `test_what_does_not_fit_is_one_line` for an adapter."""
+    training = tiltflow.Training.model_validate(SMALL | {"trainable": "conv_in"})
+    base = pipeline(folder.parent / "another")
+    model = tiltflow.tune(base, brightness, METHOD, training, prompts=PROMPTS[:2], adapter=None)
+    before, after = (dict(one.denoiser.network.named_parameters()) for one in (base, model))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("conv_in" in name for name in changed)
+
+
+def check_calibration(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Of one prompt, whose target law is one."""
+    training = tiltflow.Training.model_validate(SMALL | {"calibration_samples": 128, "prompts_per_step": 1})
+    method, rows = METHOD.model_copy(update={"beta": 50.0}), list[Any]()
+    tiltflow.tune(pipeline(folder.parent / "one"), brightness, method, training, prompts=PROMPTS[:1], callbacks=[rows.append])
+    assert "beta" in rows[0].metrics
+
+
+def check_classes(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"training\.classes: this model has prompts"):
+        tuned(classes=(0,))
+
+
 CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
+    "train_batch_size": check_batch_size,
+    "trainable": check_trainable,
+    "calibration_samples": check_calibration,
+    "classes": check_classes,
     "micro_batch_size": check_micro_batches,
     "decode_batch_size": check_decoding,
     "use_8bit_adam": check_8bit_adam,
@@ -256,7 +291,7 @@ CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
 
 
 def test_no_setting_is_forgotten() -> None:
-    assert {*DIFFERENT, *CHECKS} == set(tiltflow.TextToImageTraining.model_fields)
+    assert {*DIFFERENT, *CHECKS} == set(tiltflow.Training.model_fields)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -276,7 +311,7 @@ def test_what_needs_a_folder_is_refused_before_the_pipeline_is_touched(settings:
     (name,) = settings
     assert name in NEED_A_FOLDER
     model = pipeline(tmp_path)
-    training = tiltflow.TextToImageTraining.model_validate(SMALL | settings)
+    training = tiltflow.Training.model_validate(SMALL | settings)
     with pytest.raises(InputError, match=rf"training\.{name} \(.*\) needs a folder to write to"):
         tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS)
     assert not hasattr(model.denoiser.network, "peft_config")
@@ -290,15 +325,18 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         ({"prompts": [{"text": "a cat"}]}, "row 1: has no 'prompt'"),
         (
             {"prompts": PROMPTS, "training": tiltflow.Training(calibration_samples=8)},
-            r"training.calibration_samples \(8\) is a",
+            "there is one working temperature, and each prompt would need its own",
         ),
         (
             {"prompts": PROMPTS, "training": tiltflow.Training(train_batch_size=8)},
-            r"training.train_batch_size \(8\) is a setting of",
+            "training.train_batch_size 8: there are 4 prompts x 4 generations = 16 pictures; leave it out",
+        ),
+        ({"prompts": PROMPTS, "training": tiltflow.Training(classes=(0,))}, "training.classes: this model has prompts"),
+        (
+            {"prompts": PROMPTS, "training": tiltflow.Training(trainable="attn")},  # type: ignore[arg-type]
+            "with an adapter the adapter alone is trained",
         ),
     ):
         with pytest.raises(InputError, match=message):
             tiltflow.tune(model, brightness, METHOD, **options)  # type: ignore[call-overload]
     assert not hasattr(model.denoiser.network, "peft_config")
-    shared = training_of(tiltflow.TextToImageTraining, tiltflow.Training(max_train_steps=7, ema_decay=0.5))
-    assert shared == tiltflow.TextToImageTraining(max_train_steps=7, ema_decay=0.5)

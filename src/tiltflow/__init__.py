@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tiltflow.api import load, tune
+    from tiltflow.api import evaluate, load, report, steps, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from tiltflow.plugins import allow_code
     from tiltflow.runs.doctor import examine_model
     from tiltflow.runs.fingerprints import accept_changes
-    from tiltflow.runs.run import Training
-    from tiltflow.runs.run_text_to_image import Adapter, TextToImageTraining, load_text_to_image
+    from tiltflow.runs.run_text_to_image import Adapter, load_text_to_image
     from tiltflow.samplers.sampler import Sampling
+    from tiltflow.training.settings import Training
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
@@ -40,16 +40,18 @@ _HOME = {
     "OrwCfmW2": "methods.orw_cfm_w2",
     "Sampling": "samplers.sampler",
     "ScoreAsAction": "methods.score_as_action",
-    "TextToImageTraining": "runs.run_text_to_image",
     "TiltflowError": "errors",
-    "Training": "runs.run",
+    "Training": "training.settings",
     "UserCodeError": "errors",
     "accept_changes": "runs.fingerprints",
     "allow_code": "plugins",
+    "evaluate": "api",
     "examine_model": "runs.doctor",
     "from_diffusers": "models.text_to_image",
     "load": "api",
     "load_text_to_image": "runs.run_text_to_image",
+    "report": "api",
+    "steps": "api",
     "tune": "api",
 }
 
@@ -64,16 +66,18 @@ __all__ = [
     "OrwCfmW2",
     "Sampling",
     "ScoreAsAction",
-    "TextToImageTraining",
     "TiltflowError",
     "Training",
     "UserCodeError",
     "accept_changes",
     "allow_code",
+    "evaluate",
     "examine_model",
     "from_diffusers",
     "load",
     "load_text_to_image",
+    "report",
+    "steps",
     "tune",
 ]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, overload
+from typing import Annotated, Any, Literal, cast, overload
 
 from pydantic import BeforeValidator, Field
 from torch import nn
@@ -23,31 +24,34 @@ from tiltflow.models.consistency import WRONG_CLOCK, consistency
 from tiltflow.models.model import Model
 from tiltflow.models.text_to_image import AdaptedDenoiser, TextToImage, from_diffusers, save_tuned
 from tiltflow.plugins import part_of
+from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, Reward, from_function
 from tiltflow.runs.fingerprints import check_unchanged, of_network
 from tiltflow.runs.lock import working_in
+from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train
 from tiltflow.runs.recipe import is_text_to_image
-from tiltflow.runs.run import REWARD, Evaluation, Recipe, Training, evaluate_run, prepare
+from tiltflow.runs.run import REWARD, Evaluation, Recipe, evaluate_run
 from tiltflow.runs.run import make_watcher as watch_pixels
 from tiltflow.runs.run import run as run_pixels
-from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree, refuse_what_needs_a_folder
+from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree
 from tiltflow.runs.run_text_to_image import (
     Adapter,
     TextToImageRecipe,
-    TextToImageTraining,
     check_reward,
     evaluate_text_to_image,
     load_run,
     load_text_to_image,
+    normalizer,
     rough_pictures,
     run_text_to_image,
     tuned_copy,
 )
-from tiltflow.runs.run_text_to_image import prepare as prepare_pipeline
 from tiltflow.samplers.sampler import Sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.determinism import deterministic
+from tiltflow.training.settings import Training, refuse_what_needs_a_folder
 from tiltflow.training.trainer import Method, Record
 from tiltflow.user_code import check_device, whole_number
 
@@ -68,11 +72,20 @@ def run(recipe: AnyRecipe, folder: Path, **options: Any) -> dict[str, Any]:
     return run_pixels(recipe, folder, **options)
 
 
-def evaluate(folder: Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
+def report(folder: str | Path) -> Path:
+    """Write report.html of a run again, from the files of its folder, and return its path.
+
+    Raises InputError if there is no summary yet, or it cannot be read.
+    """
+    return write_report(Path(folder))
+
+
+def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
     """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
 
     Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
+    folder = Path(folder)
     recipe = read_recipe(read_run_tree(folder), str(folder / RECIPE))
     if isinstance(recipe, TextToImageRecipe) and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
@@ -116,11 +129,11 @@ def tune(
     model: Model,
     reward: Callable[..., Any],
     method: Any,
-    training: Training | TextToImageTraining | None = None,
+    training: Training | None = None,
     *,
     output: str | Path | None = None,
     seed: int = 0,
-    watch: Callable[[Record], None] = ...,
+    callbacks: Sequence[Callback] = ...,
     note: Callable[[str], None] = ...,
 ) -> Model: ...
 
@@ -130,13 +143,13 @@ def tune(
     model: TextToImage,
     reward: Callable[..., Any],
     method: Any,
-    training: Training | TextToImageTraining | None = None,
+    training: Training | None = None,
     *,
     prompts: Sequence[str | Mapping[str, Any]],
     adapter: Adapter | None = ...,
     output: str | Path | None = None,
     seed: int = 0,
-    watch: Callable[[Record], None] = ...,
+    callbacks: Sequence[Callback] = ...,
     note: Callable[[str], None] = ...,
 ) -> TextToImage: ...
 
@@ -145,13 +158,13 @@ def tune(
     model: Model | TextToImage,
     reward: Callable[..., Any],
     method: Any,
-    training: Training | TextToImageTraining | None = None,
+    training: Training | None = None,
     *,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     output: str | Path | None = None,
     seed: int = 0,
-    watch: Callable[[Record], None] = lambda record: None,
+    callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
 ) -> Model | TextToImage:
     """Fine-tune `model` toward p_base(x) exp(r(x) / beta), and return what was tuned.
@@ -165,50 +178,69 @@ def tune(
         reward: x [batch, *event] -> [batch], higher is better; for a pipeline, of images [batch, 3, height, width], about
             [-1, 1], and of `prompts` and `metadata` if it has arguments called so.
         method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
-        training: `Training`, or `TextToImageTraining` for a pipeline; the other one will do if it sets only what both have.
+        training: the loop; settings that mean nothing for the model are refused.
         prompts: for a pipeline: texts, or mappings with the key `prompt`, whose other keys are the metadata.
         adapter: for a pipeline: the LoRA to add. By default one is added, unless the model has one of `with_adapter`, which is
             then trained. None tunes the whole denoiser beside a frozen copy.
         output: a folder, new or empty, where settings, metrics, checkpoints and, in `model/`, what was tuned are left. Settings
             of `training` that need one are refused without it.
-        watch: is shown every training record.
+        callbacks: functions that are called with every record, `Record`; one that returns True ends the training.
         note: is told what a person should know about where a run goes on from, and of alarms.
 
     Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError. After
     any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
     """
-    check_arguments(model, reward, method, training, watch, note)
     seed = whole_number(seed, "tune: seed")
-    told, of_pipeline = from_function(reward), isinstance(model, TextToImage)
-    settings: Training | TextToImageTraining = (
-        training_of(TextToImageTraining, training) if of_pipeline else training_of(Training, training)
-    )
-    if not of_pipeline and (prompts is not None or adapter is not NEW_ADAPTER):
-        raise InputError("tune: prompts and adapter are for a pipeline of diffusers, and this model is none")
-    if output is None:
-        refuse_what_needs_a_folder(settings)
+    settings = check_arguments(model, reward, method, training, callbacks, note, prompts, adapter)
     with deterministic(settings.deterministic):
         if output is None:
-            tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
-            for record in tuning.loop():
-                watch(record)
-            return tuning.tuned
+            tuned, loop = steps(model, reward, method, settings, prompts=prompts, adapter=adapter, seed=seed)
+            with closing(loop) as records:
+                for record in records:
+                    if asks_to_stop(callbacks, record):
+                        break
+            return tuned
         run = PythonRun.of(model, reward, method, settings, prompts, seed)
         folder = Path(output)
         network = model.denoiser if isinstance(model, TextToImage) else model.flow.network
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
         with RunFolder.begin(folder, run, note, also) as place:
-            tuning = _tuning(model, told, method, settings, prompts, adapter, seed)
+            tuning = _tuning(model, from_function(reward), method, settings, prompts, adapter, seed)
 
             save = partial(place.save, tuning.network, tuning.write)
             watcher = tuning.watcher(run, partial(save, to="best")) if settings.monitor is not None else None
-            place.train(tuning.loop, save, watch=watch, watcher=watcher)
+            place.train(tuning.loop, save, callbacks=callbacks, watcher=watcher)
             place.end({"iterations": read_records(folder)[-1]["step"]})
             return tuning.tuned
 
 
-def check_arguments(model: Any, reward: Any, method: Any, training: Any, watch: Any, note: Any) -> None:
-    """Raises InputError, of one line, for arguments of `tune` of another kind, with what was most likely meant."""
+def steps(
+    model: Model | TextToImage,
+    reward: Callable[..., Any],
+    method: Any,
+    training: Training | None = None,
+    *,
+    prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    adapter: Adapter | None = NEW_ADAPTER,
+    seed: int = 0,
+) -> tuple[Model | TextToImage, Generator[Record, None, None]]:
+    """`tune`, one optimizer step at a time: what is being tuned, and the loop, which yields a `Record` for every step.
+
+    Whenever the loop is closed, the weights are complete: as of the last step, or their moving average. Nothing is written.
+
+    Raises InputError as `tune` does, and for settings of `training` that need a folder.
+    """
+    settings = check_arguments(model, reward, method, training, (), print, prompts, adapter)
+    refuse_what_needs_a_folder(settings)
+    tuning = _tuning(model, from_function(reward), method, settings, prompts, adapter, whole_number(seed, "steps: seed"))
+    return tuning.tuned, tuning.loop()
+
+
+def check_arguments(
+    model: Any, reward: Any, method: Any, training: Any, callbacks: Any, note: Any, prompts: Any, adapter: Any
+) -> Training:
+    """The training settings with the defaults of this kind of model. Raises InputError, of one line, for arguments of `tune` of
+    another kind, with what was most likely meant."""
     if not isinstance(model, (Model, TextToImage)):
         meant = "a Model or what from_diffusers gives"
         if isinstance(model, (str, Path)):
@@ -223,11 +255,18 @@ def check_arguments(model: Any, reward: Any, method: Any, training: Any, watch: 
     if isinstance(method, type) or not isinstance(method, Method):
         got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise InputError(f"tune: method must be the settings of one, such as AdjointMatching(beta=1.0), is {got}")
-    if training is not None and not isinstance(training, (Training, TextToImageTraining)):
+    if training is not None and not isinstance(training, Training):
         raise InputError(f"tune: training must be a Training(max_train_steps=.., ..), is {training!r}")
-    for name, function in (("watch", watch), ("note", note)):
-        if not callable(function):
-            raise InputError(f"tune: {name} must be a function, is {function!r}")
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise InputError(f"tune: callbacks must be a list of functions of a record, is {callbacks!r}")
+    if not callable(note):
+        raise InputError(f"tune: note must be a function, is {note!r}")
+    from_function(reward)
+    if isinstance(model, TextToImage):
+        return (training or Training()).for_prompts()
+    if prompts is not None or adapter is not NEW_ADAPTER:
+        raise InputError("tune: prompts and adapter are for a pipeline of diffusers, and this model is none")
+    return (training or Training()).for_samples()
 
 
 class PythonRun(Settings):
@@ -241,7 +280,7 @@ class PythonRun(Settings):
     """The function, or its class."""
     prompts: tuple[str | dict[str, Any], ...] = ()
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
-    training: Training | TextToImageTraining
+    training: Training
     sampling: Sampling
     evaluation: Evaluation = Evaluation()
     """What its monitor looks at."""
@@ -253,7 +292,7 @@ class PythonRun(Settings):
         model: Model | TextToImage,
         reward: Callable[..., Any],
         method: Any,
-        training: Training | TextToImageTraining,
+        training: Training,
         prompts: Sequence[str | Mapping[str, Any]] | None,
         seed: int,
     ) -> PythonRun:
@@ -293,18 +332,19 @@ def _tuning(
     model: Model | TextToImage,
     reward: Reward,
     method: Any,
-    training: Training | TextToImageTraining,
+    training: Training,
     prompts: Sequence[str | Mapping[str, Any]] | None,
     adapter: Adapter | None,
     seed: int,
 ) -> _Tuning:
     if isinstance(model, TextToImage):
-        return _of_pipeline(model, reward, method, cast(TextToImageTraining, training), prompts, adapter, seed)
-    return _of_pixels(model, reward, method, cast(Training, training), seed)
+        return _of_pipeline(model, reward, method, training, prompts, adapter, seed)
+    return _of_pixels(model, reward, method, training, seed)
 
 
 def _of_pixels(model: Model, reward: Reward, method: Any, training: Training, seed: int) -> _Tuning:
-    tuned, loop = prepare(model, reward, method, training, seed=seed)
+    base, tuned = to_train(model, training)
+    loop = prepare(base, tuned, items_of(base, training), reward, method, training, seed=seed).loop
     if model.network_settings is None and consistency(model).wrong:  # of a network that tiltflow does not know
         warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=4)
 
@@ -327,7 +367,7 @@ def _of_pipeline(
     model: TextToImage,
     reward: Reward,
     method: Any,
-    training: TextToImageTraining,
+    training: Training,
     prompts: Sequence[str | Mapping[str, Any]] | None,
     adapter: Adapter | None,
     seed: int,
@@ -346,32 +386,16 @@ def _of_pipeline(
     if not texts:
         raise InputError("tune: all prompts are blank")
     check_reward(reward, method, rough_pictures(model, texts[0]).to(model.device), texts[0])
+    check_fit(model, texts, method, training)  # before the pipeline gets an adapter
     own = adapter is NEW_ADAPTER and isinstance(model.denoiser, AdaptedDenoiser)
-    tuned = model if own else tuned_copy(model, adapter, seed)
-    parts = prepare_pipeline(model, tuned, texts, reward, method, training, seed=seed)
+    tuned = model if own else tuned_copy(model, adapter, seed, training.trainable)
+    normalized = normalizer(training, method.sampling, reward, seed)
+    parts = prepare(model, tuned, texts, reward, method, training, normalized=normalized, seed=seed)
 
     def no_watcher(run: PythonRun, save_best: Callable[[], None]) -> Watcher:
         raise AssertionError("a monitor was refused")
 
     return _Tuning(tuned, tuned.denoiser, parts.loop, partial(save_tuned, tuned), no_watcher)
-
-
-S = TypeVar("S", Training, TextToImageTraining)
-
-
-def training_of(kind: type[S], training: Training | TextToImageTraining | None) -> S:
-    """`training` as settings of this kind, or its defaults. Raises InputError if it sets what the kind does not have."""
-    if training is None or isinstance(training, kind):
-        return training or kind()
-    fields = type(training).model_fields
-    for name, field in fields.items():
-        value = getattr(training, name)
-        if name not in kind.model_fields and value != field.get_default(call_default_factory=True):
-            raise InputError(
-                f"training.{name} ({value!r}) is a setting of {type(training).__name__}, and this model is trained by"
-                f" {kind.__name__}"
-            )
-    return kind(**{name: getattr(training, name) for name in fields if name in kind.model_fields})
 
 
 def is_run_of_pipeline(folder: Path) -> bool:

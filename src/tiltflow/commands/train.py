@@ -72,11 +72,11 @@ def train(
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
 
-    if training.train_batch_size % processes.count():
-        note(uneven(training.train_batch_size))
+    if training.samples_per_step % processes.count():
+        note(uneven(training.samples_per_step))
     try:
-        with training_progress(console, quiet, training.max_train_steps, training.train_batch_size) as watch:
-            summary = run(settings, output, device=chosen, watch=watch, note=note, handle_signals=True)
+        with training_progress(console, quiet, training.max_train_steps, training.samples_per_step) as watch:
+            summary = run(settings, output, device=chosen, callbacks=[watch], note=note, handle_signals=True)
     except Interrupted as error:
         does = "goes on" if checkpoints(output / FOLDER) else "begins; nothing was saved"
         console.print(f"{escape(str(error))}; the same command with --resume {does}")

@@ -7,7 +7,7 @@ The digit models that ship with the package are such folders, and so is the `mod
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow.conditions.labels import as_labels
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow, TimeDirection
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType
-from tiltflow.plugins import part_of
+from tiltflow.networks.factory import Factory
+from tiltflow.plugins import code_allowed, part_of
 from tiltflow.samplers.sampler import Sampling, check_sampling, noise, sample
 from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
@@ -96,14 +98,42 @@ class Model:
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def start(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Starting points [num_samples, *event] at the model's noise end, in float32 or, if its weights are, in float64."""
+    @property
+    def grid(self) -> float:
+        """The time of the noise end, from which grids are spread."""
+        return self.flow.noise_time
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample: a state is the sample itself."""
+        return self.event_shape
+
+    def start(self, num_samples: int, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
+        """Starting points [num_samples, *event] at the model's noise end, in float32 or, if its weights are, in float64.
+
+        Args:
+            t: the time of the noise end, which the model knows.
+        """
         x = noise(self.flow, (num_samples, *self.event_shape), generator)
         return x.double() if self.flow.dtype == torch.float64 else x
 
     def bound(self, labels: Tensor | None) -> Flow:
         """The flow of samples with these labels [batch]; for an unconditional model, of any."""
         return self.flow if labels is None else self.flow.bind(labels.to(self.device))
+
+    def conditions(self, items: Sequence[Prompt]) -> tuple[Tensor | None, None]:
+        """The labels [batch] of samples of these classes, `items_of` the model; None for an unconditional model."""
+        if not self.class_names:
+            return None, None
+        return torch.tensor([item.metadata["label"] for item in items], device=self.device), None
+
+    def items_of(self, classes: Sequence[int]) -> list[Prompt]:
+        """What samples of these classes are asked for, by number and by name."""
+        return [Prompt(self.class_names[i], {"label": i}) for i in classes]
+
+    def decode(self, x: Tensor, *, batch_size: int = 0) -> Tensor:
+        """x: a state is the sample itself."""
+        return x
 
     def labels(self, num_samples: int, labels: Any = None) -> Tensor | None:
         """Labels [num_samples] of the samples of a class-conditional model, see `as_labels`; None for another.
@@ -146,12 +176,31 @@ class Model:
                 parts.append(sample(flow, x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
         return torch.cat(parts)
 
-    def save(self, folder: str | Path, card: str = "") -> None:
-        """Write the folder that `tiltflow.load` reads. Raises InputError for a network that tiltflow cannot describe."""
-        if self.network_settings is None or not isinstance(self.flow.network, nn.Module):
-            raise InputError("this model's network is not one of tiltflow's own; save its state_dict() instead")
+    def save(
+        self, folder: str | Path, card: str = "", *, factory: str | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the folder that `tiltflow.load` reads: config.json, and the weights in safetensors.
+
+        Args:
+            card: README.md.
+            factory: `package.module:function` that builds the network, for one that is not tiltflow's own. The folder then
+                names code, and is loaded with consent only: `with tiltflow.allow_code():`, or --allow-code.
+            arguments: what the factory is called with, by name.
+
+        Raises InputError for a network of somebody else without a factory, and for a factory that builds another one.
+        """
+        network, settings = self.flow.network, self.network_settings
+        if factory is not None:
+            settings = Factory(path=factory, arguments=dict(arguments or {}))
+        if settings is None or not isinstance(network, nn.Module):
+            raise InputError(
+                "this model's network is not one of tiltflow's own: give factory='package.module:function', which builds it, or"
+                " save its state_dict() instead"
+            )
+        if isinstance(settings, Factory):
+            check_same(settings, network)
         config = FlowConfig(
-            network=self.network_settings,
+            network=settings,
             prediction=self.flow.prediction,
             interpolant=self.flow.interpolant,
             time_scale=self.flow.time_scale,
@@ -160,7 +209,22 @@ class Model:
             class_names=self.class_names,
             sampling=self.sampling,
         )
-        save_model(Path(folder), config, self.flow.network, card)
+        save_model(Path(folder), config, network, card)
+
+
+def check_same(settings: Factory, network: nn.Module) -> None:
+    """Raise InputError if a factory does not build a network with the tensors of this one."""
+    with torch.random.fork_rng(devices=[]):
+        built = settings.build().state_dict()
+    own = network.state_dict()
+    for key in sorted(built.keys() | own.keys()):
+        if key not in own or key not in built:
+            raise InputError(
+                f"factory {settings.path}: builds another network, {key} is in {'it' if key in built else 'this'} alone"
+            )
+        if built[key].shape != own[key].shape:
+            shapes = f"{list(built[key].shape)}, here it is {list(own[key].shape)}"
+            raise InputError(f"factory {settings.path}: builds another network, its {key} is {shapes}")
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -267,6 +331,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def _load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: torch.device | str) -> nn.Module:
+    if isinstance(config.network, Factory) and not code_allowed():
+        raise InputError(
+            f"{folder / CONFIG}: its network is built by {config.network.path}, which is code; if you trust the folder, add"
+            " --allow-code, or in Python with tiltflow.allow_code():"
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced
             network: nn.Module = config.network.build()

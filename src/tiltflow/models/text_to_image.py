@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow import processes
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, Note, did_you_mean, not_installed
 from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.chunks import in_chunks
@@ -162,6 +163,11 @@ class TextToImage:
         return shape
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one picture."""
+        return (3, *self.size)
+
+    @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
@@ -208,6 +214,10 @@ class TextToImage:
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
             condition = {**condition, "guidance": torch.full((len(prompts),), float(scale), device=self.device)}
         return condition, negative
+
+    def conditions(self, items: Sequence[Prompt]) -> tuple[Condition, Condition | None]:
+        """`encode`, of the texts of prompts."""
+        return self.encode([item.text for item in items])
 
     def _warn_of_length(self, prompt: str) -> None:
         """CLIP takes 77 tokens, T5 as many as the pipeline says: what one of them does not see, another may."""

@@ -32,12 +32,14 @@ from tiltflow.models.model import Model, load
 from tiltflow.models.schedules import TOLERANCE
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward, evaluate, select, value_and_gradient
-from tiltflow.runs.run import Recipe, batches, build_reward, prepare, rehearse
-from tiltflow.runs.run_text_to_image import Decoded, TextToImageRecipe, prepare_recipe
+from tiltflow.runs.prepare import Decoded, items_of, prepare, to_train
+from tiltflow.runs.run import Recipe, build_reward, rehearse
+from tiltflow.runs.run_text_to_image import TextToImageRecipe, prepare_recipe
 from tiltflow.samplers.sampler import Sampling, Start, rollout, sample
 from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
 from tiltflow.training.memory import free_memory, peak_of
-from tiltflow.training.trainer import Batch, Record
+from tiltflow.training.trainer import Record
 from tiltflow.user_code import tried
 
 Level = Literal["green", "amber", "red"]
@@ -133,18 +135,17 @@ def admit(recipe: Any, device: str) -> Patient:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     if isinstance(recipe, TextToImageRecipe):
         parts, _ = prepare_recipe(recipe, device)
-        batch = parts.draw(stream(recipe.seed, "start", 0, device=parts.model.device))
-        return Patient(
-            recipe, parts.flow, parts.base, parts.reward, batch, parts.model.grid, parts.model.device, parts.loop, parts.model
-        )
+        model = parts.untuned
+        batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
+        return Patient(recipe, parts.flow, parts.base, parts.reward, batch, model.grid, model.device, parts.loop, model)
     assert isinstance(recipe, Recipe)
-    model = load(recipe.model, device)
+    given = load(recipe.model, device)
     reward = build_reward(recipe.reward, recipe.method, device)
-    rehearse(recipe, model, reward, device)
-    tuned, loop = prepare(model, reward, recipe.method, recipe.training, seed=recipe.seed)
-    draw = batches(model, reward, recipe.method, recipe.training)
-    batch = draw(stream(recipe.seed, "start", 0, device=model.device))
-    return Patient(recipe, tuned.flow, model.flow, reward, batch, model.flow.noise_time, model.device, loop, model=model)
+    rehearse(recipe, given, reward, device)
+    base, tuned = to_train(given, recipe.training)
+    fit = prepare(base, tuned, items_of(base, recipe.training), reward, recipe.method, recipe.training, seed=recipe.seed)
+    batch = fit.draw(stream(recipe.seed, "start", 0, device=base.device))
+    return Patient(recipe, tuned.flow, base.flow, reward, batch, base.grid, base.device, fit.loop, model=base)
 
 
 def examine_model(model: Model, data: Tensor | None = None) -> Finding:
@@ -469,7 +470,7 @@ def _score(patient: Patient, count: int) -> None:
     """The reward of some samples, of pictures where it is one of pictures, with its gradient if the method asks for it."""
     x, reward = patient.batch.x[:count], select(patient.told, slice(count))
     if isinstance(reward, Decoded):
-        x, reward = x.new_zeros(count, 3, *reward.model.size), reward.reward
+        x, reward = x.new_zeros(count, *reward.model.sample_shape), reward.reward
     if patient.recipe.method.needs_reward_gradient:
         value_and_gradient(reward, x, "drop")
     else:

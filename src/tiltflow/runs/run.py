@@ -10,10 +10,9 @@ before.png, after.png, summary.json, report.html      written by the evaluation,
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow import __version__, processes
-from tiltflow.conditions.labels import draw_labels
 from tiltflow.data import load_images
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation.estimates import (
@@ -45,29 +43,25 @@ from tiltflow.evaluation.estimates import (
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.evaluation.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
 from tiltflow.files import write_file, write_folder, write_json
-from tiltflow.flows.adapter import base_of, has_adapter
 from tiltflow.flows.chunks import in_chunks
-from tiltflow.flows.counting import CountEvaluations
-from tiltflow.flows.eval_mode import eval_mode
-from tiltflow.flows.flow import in_float32
-from tiltflow.flows.precision import MixedPrecision, autocast_dtype
+from tiltflow.flows.precision import autocast_dtype
 from tiltflow.methods import Tilting
 from tiltflow.models.model import ClassifierConfig, Model, load, load_classifier, model_folder, save_weights
-from tiltflow.optimization import Optimization
 from tiltflow.plugins import part_of
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, select, told, try_reward
 from tiltflow.runs.fingerprints import BASE
-from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
+from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train
+from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.sampler import Sampling, path_costs
-from tiltflow.settings import Labels, PathOrName, Pattern, Settings, validate
+from tiltflow.settings import Labels, PathOrName, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream
-from tiltflow.tensor_file import Tree
-from tiltflow.training.calibration import LIMIT, Calibration, gain_at_limit, target_reward
+from tiltflow.training.calibration import LIMIT, gain_at_limit
+from tiltflow.training.callbacks import Callback
 from tiltflow.training.determinism import deterministic
-from tiltflow.training.trainer import Batch, Record, train, trainable_copy
+from tiltflow.training.settings import Training
 from tiltflow.user_code import refused, tried
 
 Count = Annotated[int, Field(ge=1)]
@@ -75,30 +69,6 @@ REWARD = "reward.safetensors"
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
 """What a monitor measures beside the reward."""
 MOST_W2 = 1024  # points for the exact Wasserstein distance in feature space, whose cost grows with their square
-
-
-class Training(Survival):
-    """The loop; the optimizer's settings belong to the method."""
-
-    max_train_steps: Count = 100
-    """Optimizer steps."""
-    train_batch_size: Count = 64
-    """Samples in an iteration."""
-    micro_batch_size: Count | None = None
-    """How many samples a network sees at once; changes the memory needed, not the result."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the moving average of the weights, which draws the trajectories and is what is saved; 0 for none."""
-    trainable: Pattern = re.compile("")
-    """Train only the parameters in whose name this regular expression is found, "^middle" for example."""
-    calibration_samples: Annotated[int, Field(ge=0)] = 0
-    """From how many base samples the mean reward of the target law is estimated, to which the working temperature is then
-    adapted (see `tiltflow.training.calibration`); 0 to run at the method's beta throughout."""
-    classes: Labels = ()
-    """Of a class-conditional model: the classes whose samples are tuned, as many of one as of another; all by default. Each has
-    a target law of its own."""
-    mixed_precision: MixedPrecision = "no"
-    """How the flow is evaluated, in training and for the samples of the evaluation: "bf16", "no", or "auto": bf16 where the
-    hardware multiplies it."""
 
 
 class Evaluation(Settings):
@@ -143,142 +113,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _teaches(self) -> Recipe:
-        if why := self.method.learns_nothing(self.training.train_batch_size):
-            raise ValueError(
-                f"training.train_batch_size {self.training.train_batch_size} teaches nothing: {why}; give 2 or more"
-            )
+        training = self.training.for_samples()
+        object.__setattr__(self, "training", training)
+        if why := self.method.learns_nothing(training.train_batch_size):
+            raise ValueError(f"training.train_batch_size {training.train_batch_size} teaches nothing: {why}; give 2 or more")
         return self
-
-
-def steps(
-    model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
-) -> tuple[Model, Generator[Record, None, None]]:
-    """The model that is going to be tuned and the loop that does it, one record per optimizer step.
-
-    Whenever the loop is closed, the weights of the model are complete: as of the last step, or their moving average.
-    """
-    tuned, loop = prepare(model, reward, method, training, seed=seed)
-    return tuned, loop()
-
-
-def prepare(
-    model: Model, reward: Reward, method: Any, training: Training, *, seed: int = 0
-) -> tuple[Model, Callable[..., Generator[Record, None, None]]]:
-    """`steps`, not yet begun: the loop takes the arguments of `train` about where to go on from and when to stop."""
-    adapter = has_adapter(model.flow.network)
-    if adapter and training.trainable.pattern:
-        raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
-    if training.calibration_samples and not hasattr(method, "beta"):
-        raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
-    if not adapter:
-        model = replace(model, flow=in_float32(model.flow))
-    draw = batches(model, reward, method, training)
-    tuned = model if adapter else replace(model, flow=trainable_copy(model.flow, training.trainable))
-    try_network(tuned)
-    dtype = autocast_dtype(training.mixed_precision, model.device)
-    frozen = replace(model.flow, autocast=dtype)
-    base = base_of(frozen) if adapter else frozen
-    start = model.flow.noise_time
-
-    def calibrate() -> tuple[Calibration, int]:
-        with eval_mode(model.flow.network, reward), CountEvaluations(model.flow.network) as evaluations:
-            expected = target_reward(
-                base,
-                reward,
-                method.beta,
-                lambda generator: draw(generator).x,
-                method.sampling,
-                training.calibration_samples,
-                seed=seed,
-                start=start,
-                device=model.device,
-                non_finite=training.non_finite_rewards,
-            )
-        return Calibration(expected.value, method.beta), evaluations.total
-
-    def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
-        calibration, spent = None, 0
-        if training.calibration_samples:
-            known = None if resume_from is None else resume_from["calibration"]["target_reward"]
-            calibration, spent = calibrate() if known is None else (Calibration(known, method.beta), 0)
-        yield from train(
-            replace(tuned.flow, autocast=dtype),
-            base,
-            method,
-            reward,
-            draw,
-            max_train_steps=training.max_train_steps,
-            seed=seed,
-            start=start,
-            ema_decay=training.ema_decay,
-            micro_batch_size=training.micro_batch_size,
-            calibration=calibration,
-            network_evaluations=spent,
-            max_skipped_steps=training.max_skipped_steps,
-            non_finite_rewards=training.non_finite_rewards,
-            resume_from=resume_from,
-            **options,
-        )
-
-    return tuned, loop
-
-
-def batches(model: Model, reward: Reward, method: Any, training: Training) -> Callable[[torch.Generator], Batch]:
-    """What draws the start of an iteration: noise, and, for a class-conditional model, labels. Raises InputError as
-    `check_classes` does."""
-    classes, count = check_classes(model, method, training), training.train_batch_size
-
-    def draw(generator: torch.Generator) -> Batch:
-        if not classes:
-            return Batch(model.start(count, generator))
-        labels = draw_labels(classes, count, generator)
-        x = model.start(count, generator)
-        return Batch(x, lambda flow: flow.bind(labels), reward=told(reward, labels, model.class_names))
-
-    return draw
-
-
-def check_classes(model: Model, method: Any, training: Training) -> tuple[int, ...]:
-    """The classes that are tuned, in order; none of an unconditional model. Raises InputError for what does not fit them."""
-    count = len(model.class_names)
-    classes = tuple(sorted(training.classes)) or tuple(range(count))
-    if not count and classes:
-        raise InputError("training.classes: this model is not class-conditional; leave them out")
-    if classes and classes[-1] >= count:
-        raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
-    size, each = training.train_batch_size, f", {training.train_batch_size // len(classes)} of each class," if classes else ""
-    if isinstance(method, Optimization) and (why := method.learns_nothing(size // max(1, len(classes)))):
-        raise InputError(
-            f"training.train_batch_size {size}{each} teaches nothing: {why}; give {2 * max(1, len(classes))} or more"
-        )
-    if not classes:
-        return ()
-    if training.calibration_samples:
-        raise InputError(
-            "training.calibration_samples: there is one working temperature, and each class would need its own; set it to 0"
-        )
-    if len(classes) > 1 and getattr(method, "needs_critic_of_condition", False):
-        raise InputError(
-            f"method.estimator {method.estimator!r} needs a critic that knows the class, and it does not see labels; use"
-            " return-minus-value, which is right with any critic, or return"
-        )
-    if getattr(method, "data", None) is not None:
-        raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
-    return classes
-
-
-def try_network(model: Model) -> None:
-    """Raises InputError, of one line, if the network of a model cannot be called as it will be, or learns nothing."""
-    x = model.start(2, stream(0, "check", device=model.device))
-    with tried(), eval_mode(model.flow.network), torch.enable_grad():
-        v = model.bound(model.labels(2))(x, torch.tensor(0.5))
-    if not any(True for _ in model.flow.parameters()):
-        raise InputError("nothing can be trained: no parameter of the network requires a gradient (is the adapter frozen?)")
-    if not v.requires_grad:
-        raise InputError(
-            "nothing can be trained: what the network returns does not depend on its parameters, or is cut off from them by"
-            " torch.no_grad() or detach()"
-        )
 
 
 def run(
@@ -286,7 +125,7 @@ def run(
     folder: Path,
     *,
     device: str = "cpu",
-    watch: Callable[[Record], None] = lambda record: None,
+    callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
     handle_signals: bool = False,
 ) -> dict[str, Any]:
@@ -308,7 +147,9 @@ def run(
         rehearse(recipe, base, reward, device)
 
         began = time.perf_counter()
-        tuned, loop = prepare(base, reward, recipe.method, recipe.training, seed=recipe.seed)
+        base, tuned = to_train(base, recipe.training)
+        items = items_of(base, recipe.training)
+        loop = prepare(base, tuned, items, reward, recipe.method, recipe.training, seed=recipe.seed).loop
         source = model_folder(recipe.model)
         kept = folder / BASE
         place.check_room(
@@ -330,7 +171,7 @@ def run(
         watcher = None
         if recipe.training.monitor is not None:
             watcher = make_watcher(recipe, base, tuned, reward, partial(save, to="best"), device)
-        place.train(loop, save, watch=watch, before=keep_base, watcher=watcher, handle_signals=handle_signals)
+        place.train(loop, save, callbacks=callbacks, before=keep_base, watcher=watcher, handle_signals=handle_signals)
         summary = evaluate_run(folder, device=device, seconds=time.perf_counter() - began)
         place.end(summary)
         return summary
@@ -697,7 +538,7 @@ def rehearse(recipe: Recipe, base: Model, reward: Reward, device: str) -> None:
     """Try on two samples of the base all that the training and the evaluation will need of others. Raises InputError, of one
     line, for what does not work: now, and not after the training."""
     settings = recipe.evaluation
-    check_classes(base, recipe.method, recipe.training)
+    check_fit(base, items_of(base, recipe.training), recipe.method, recipe.training)
     labels = evaluation_labels(base, recipe.training, 2)
     if labels is not None:
         labels = labels[:2]

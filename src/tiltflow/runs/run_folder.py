@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,17 +40,17 @@ from tiltflow.errors import (
     UserCodeError,
 )
 from tiltflow.evaluation.estimates import Estimate
-from tiltflow.evaluation.monitor import LOOKS, Look, Monitor, find_alarm, from_row, named, read_looks, to_row
+from tiltflow.evaluation.monitor import LOOKS, Look, find_alarm, from_row, named, read_looks, to_row
 from tiltflow.files import append_row, check_room, flush, write_folder, write_json, write_rows, write_text, writing
 from tiltflow.optimization import refuse_non_finite
-from tiltflow.rewards import NonFiniteRewards
 from tiltflow.runs import checkpoint
 from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
 from tiltflow.runs.fingerprints import absolute, compare, dotted, externals, fingerprints, put, read_fingerprints
 from tiltflow.runs.lock import HOLDER, LOCK, working_in
-from tiltflow.runs.trackers import Name, Tracker, check_tracker
-from tiltflow.settings import Settings, dump_yaml, read_yaml, validate
+from tiltflow.runs.trackers import Tracker, check_tracker
+from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.tensor_file import Tree, write_tensors
+from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.records import METRICS, known_records
 from tiltflow.training.signals import noted
 from tiltflow.training.trainer import BatchEnd, Record
@@ -72,40 +72,6 @@ FREE_TO_CHANGE = (
     "training.resume_from_checkpoint",
 )
 """What may differ from the recipe of a run that is gone on with: it does not change what is computed, or not before the end."""
-
-
-class Survival(Settings):
-    """How a run survives: part of the settings of every training loop."""
-
-    checkpointing_steps: Annotated[int, Field(ge=0)] = 50
-    """A checkpoint is written after so many steps, and when training ends or is asked to stop; 0 for only then."""
-    checkpoints_total_limit: Count | None = 2
-    """How many are kept; null for all."""
-    resume_from_checkpoint: str | None = None
-    """latest, or the name of a checkpoint, such as step-00000100: go on from there, in the same folder, as if the run had never
-    stopped. With `latest`, a run that has none yet begins."""
-    deterministic: bool = False
-    """Use kernels that add in the same order each time, and stop where a GPU has none: slower. CPUs do so anyway."""
-    report_to: Name | None = None
-    """Report metrics and pictures to tensorboard (in `logs/` of the run), trackio or wandb too, by accelerate's trackers."""
-    monitor: Monitor | None = None
-    """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
-    non_finite_rewards: NonFiniteRewards = "error"
-    """What happens where a reward is NaN or infinite: error stops the run; drop leaves these samples out, in training,
-    calibration and evaluation alike, and counts them in the metrics (`dropped`)."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
-    """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
-    first."""
-
-
-NEED_A_FOLDER = ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "monitor")
-
-
-def refuse_what_needs_a_folder(training: Survival) -> None:
-    """Raises InputError for a setting that means nothing where nothing is written, unless it is as by default."""
-    for name in NEED_A_FOLDER:
-        if (value := getattr(training, name)) != Survival.model_fields[name].default:
-            raise InputError(f"training.{name} ({value!r}) needs a folder to write to: give tune(.., output=..)")
 
 
 class Loop(Protocol):
@@ -365,7 +331,7 @@ class RunFolder:
         loop: Loop,
         save: Callable[[], None],
         *,
-        watch: Callable[[Record], None] = lambda record: None,
+        callbacks: Sequence[Callback] = (),
         before: Callable[[], None] = lambda: None,
         watcher: Watcher | None = None,
         handle_signals: bool = False,
@@ -373,7 +339,8 @@ class RunFolder:
         """Run the loop; write recipe, metrics and checkpoints, and whatever happens `save` the tuned model.
 
         Args:
-            before: called, in the first process, when the first step has shown that the recipe works: writes what the run
+            callbacks: shown every record, in the main process; see `Callback`.
+            before: called, in the main process, when the first step has shown that the recipe works: writes what the run
                 needs beside its recipe.
             watcher: how to look at the model while it trains, if the recipe has a monitor.
             handle_signals: whether signals (`tiltflow.training.signals`) ask the loop to stop while it runs; not for threads.
@@ -384,10 +351,10 @@ class RunFolder:
 
         unsaved = False
 
-        def shown(record: Record) -> None:
+        def shown(record: Record) -> bool:
             nonlocal unsaved
             unsaved = True
-            watch(record)
+            return asks_to_stop(callbacks, record)
 
         def heard(number: int) -> None:
             self.note(f"asked to stop: {'saving' if unsaved else 'no step is done yet'}; once more leaves at once")
@@ -402,13 +369,13 @@ class RunFolder:
         self,
         loop: Loop,
         save: Callable[[], None],
-        watch: Callable[[Record], None],
+        shown: Callable[[Record], bool],
         before: Callable[[], None],
         watcher: Watcher | None,
         stop: Callable[[], int | None],
     ) -> None:
         begun_at = 0 if self.state is None else self.state["step"]
-        written = seen = begun_at
+        written, seen, asked = begun_at, begun_at, False
         settings = self.recipe.training
 
         def on_batch_end(end: BatchEnd) -> None:
@@ -418,7 +385,7 @@ class RunFolder:
                 seen = end.step
                 with end.averaged():
                     alarm = self._look(watcher, end.step)
-            enough = alarm is not None and settings.monitor.stop
+            enough = any(processes.exchanged(asked or (alarm is not None and settings.monitor.stop)))
             if (due(end.step, written, settings.checkpointing_steps) or end.stopping or enough) and end.step > written:
                 processes.by_main(self._flush_metrics)
                 saved = {"environment": environment(), "fingerprints": self.known, "loop": end.state()}
@@ -428,6 +395,10 @@ class RunFolder:
                 written = end.step
             if enough:
                 raise _Enough
+
+        def show(record: Record) -> None:
+            nonlocal asked
+            asked = shown(record) or asked
 
         def due(step: int, last: int, every: int) -> bool:
             return step > last and (step >= settings.max_train_steps or (every > 0 and step // every > last // every))
@@ -439,11 +410,11 @@ class RunFolder:
                 processes.by_main(lambda: self._write_beginning(begun_at, watcher, before))
                 agreed, failed = True, True
                 try:
-                    record_to(self.path, chain(first, records), watch, self.tracker)
+                    record_to(self.path, chain(first, records), show, self.tracker)
                     failed = False
                 except _Enough:
                     failed = False
-                    self.note("training ends here, as training.monitor.stop says")
+                    self.note(f"training ends here, as {'a callback' if asked else 'training.monitor.stop'} says")
                 except (Interrupted, NonFiniteError, CollapseError):
                     raise
                 except BaseException:
@@ -551,7 +522,7 @@ def of_monitor(folder: Path) -> dict[str, Any]:
     }
 
 
-def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record], None], tracker: Tracker | None) -> None:
+def record_to(folder: Path, records: Iterable[Record], show: Callable[[Record], None], tracker: Tracker | None) -> None:
     """Add each training record to `metrics.jsonl` as a line, and show it."""
     if not processes.is_main():
         for _ in records:
@@ -561,7 +532,7 @@ def record_to(folder: Path, records: Iterable[Record], watch: Callable[[Record],
         row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
         row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
         append_row(folder / METRICS, row | record.metrics)
-        watch(record)
+        show(record)
         if tracker is not None:
             tracker.scalars(row | record.metrics, record.step)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,22 +25,17 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.conditions.prompts import Prompt, Prompts, key_of, read_prompts
 from tiltflow.data import load_images
-from tiltflow.errors import InputError, NonFiniteError, did_you_mean, not_installed
+from tiltflow.errors import InputError, NonFiniteError, did_you_mean
 from tiltflow.evaluation.estimates import Estimate, ImportanceWeights, effective_number
 from tiltflow.evaluation.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.evaluation.monitor import Look, look_at, over_groups, spread
 from tiltflow.evaluation.verdict import conclude, mean_test, of_rewards
 from tiltflow.files import write_file, write_json, write_text
-from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.chunks import in_chunks
-from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.flow import Flow
-from tiltflow.flows.guided import Guided
-from tiltflow.flows.precision import MixedPrecision, autocast_dtype
 from tiltflow.methods import Tilting
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.text_to_image import (
-    AdaptedDenoiser,
     GuidanceMode,
     TextToImage,
     from_diffusers,
@@ -48,31 +44,22 @@ from tiltflow.models.text_to_image import (
     save_tuned,
     with_adapter,
 )
-from tiltflow.optimization import Optimization, adamw
 from tiltflow.plugins import part_of
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import (
-    Metadata,
-    NonFiniteRewards,
-    PerPrompt,
-    Reward,
-    evaluate,
-    given,
-    select,
-    shared,
-    try_reward,
-    values_of,
-)
+from tiltflow.rewards import Metadata, NonFiniteRewards, PerPrompt, Reward, evaluate, shared, try_reward
 from tiltflow.runs.fingerprints import check_unchanged
+from tiltflow.runs.prepare import Prepared, check_fit, prepare, told
 from tiltflow.runs.recipe import is_text_to_image
 from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
-from tiltflow.runs.run_folder import RunFolder, Survival, Watcher, of_monitor, read_records, read_run_tree
+from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.sampler import Sampling, Solver, path_costs
 from tiltflow.settings import External, PathOrName, Settings, validate
 from tiltflow.streams import stream
+from tiltflow.training.callbacks import Callback
 from tiltflow.training.determinism import deterministic
-from tiltflow.training.trainer import Batch, Record, train, trainable_copy
+from tiltflow.training.settings import Training
+from tiltflow.training.trainer import trainable_copy
 from tiltflow.user_code import refused, tried
 
 PATHS = 32
@@ -177,51 +164,6 @@ def load_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
         pipeline.set_adapters(names, [lora.strength for lora in loras])
 
 
-class TextToImageTraining(Survival):
-    """The loop, in global numbers."""
-
-    max_train_steps: Count = 100
-    """Optimizer steps."""
-    prompts_per_step: Count = 4
-    """Different prompts in an iteration."""
-    num_generations: Count = 4
-    """Pictures of each of them."""
-    micro_batch_size: Count | None = None
-    """How many pictures a network sees at once. Changes the memory needed, not the result."""
-    decode_batch_size: Count | None = None
-    """How many pictures are decoded at once, with their gradient; as many as the network sees by default. Changes the memory
-    needed, not the result: at 512 pixels and in float32 a picture of Stable Diffusion needs more than 5 GB."""
-    guidance_mode: GuidanceMode = "rollout"
-    """none: pictures are drawn and learned from without guidance. rollout: drawn with it, learned from without: works best for
-    Stable Diffusion, but no law is known that it aims at. full: both with it: aims at the tilt of the guided law, and the
-    adjoint of a strongly guided flow grows large."""
-    per_prompt_normalization: Annotated[int, Field(ge=2)] | None = None
-    """Pictures of the base for each prompt, drawn when it first comes, that say what its rewards are like: the reward is then
-    (r - mean) / std of its prompt. The temperature is in these units."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the moving average of the weights, which draws the pictures and is what is saved; 0 for none."""
-    mixed_precision: MixedPrecision = "no"
-    """How the denoiser is evaluated, in training and in the evaluation: "bf16", "no", or "auto": bf16 where the hardware
-    multiplies it."""
-    use_8bit_adam: bool = False
-    """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
-
-    @property
-    def train_batch_size(self) -> int:
-        """Pictures in an iteration."""
-        return self.prompts_per_step * self.num_generations
-
-    @model_validator(mode="after")
-    def _divides(self) -> TextToImageTraining:
-        size = self.micro_batch_size
-        if size is not None and self.train_batch_size % size:
-            raise ValueError(
-                f"{self.prompts_per_step} prompts x {self.num_generations} generations = {self.train_batch_size} pictures do"
-                f" not divide into micro-batches of {size}"
-            )
-        return self
-
-
 class Point(Settings):
     """A way to sample, of which there is a row in the table."""
 
@@ -276,7 +218,7 @@ class TextToImageRecipe(Settings):
     """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
     """How it is tuned: `tiltflow settings` lists the methods."""
-    training: TextToImageTraining = TextToImageTraining()
+    training: Training = Training()
     """The loop."""
     evaluation: TextToImageEvaluation = TextToImageEvaluation()
     """What is measured after training."""
@@ -285,31 +227,21 @@ class TextToImageRecipe(Settings):
 
     @model_validator(mode="after")
     def _teaches(self) -> TextToImageRecipe:
+        object.__setattr__(self, "training", self.training.for_prompts())
+        assert self.training.num_generations is not None
         if why := self.method.learns_nothing(self.training.num_generations):
             raise ValueError(f"training.num_generations {self.training.num_generations} teaches nothing: {why}; give 2 or more")
         return self
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A reward of pictures, as one of latents."""
-
-    model: TextToImage
-    reward: Reward
-    batch_size: int
-
-    def select(self, which: Which) -> Decoded:
-        """The reward of these samples of the batch."""
-        return replace(self, reward=select(self.reward, which))
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        return values_of(self.reward, self.model.decode(latents, batch_size=self.batch_size))
-
-
-def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextToImage:
+def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int, trainable: str | re.Pattern[str] = "") -> TextToImage:
     """What is going to be trained: the model with a new adapter, or a copy of its denoiser beside it.
 
-    Raises InputError for a copy of a denoiser with a LoRA in it, which plain diffusers could not load again.
+    Args:
+        trainable: of a copy, the parameters in whose name this regular expression is found; the others stay as they are.
+
+    Raises InputError for a copy of a denoiser with a LoRA in it, which plain diffusers could not load again, and for a pattern
+    beside an adapter, which is trained alone.
     """
     if adapter is None:
         if loaded := getattr(model.denoiser.network, "peft_config", {}):
@@ -317,52 +249,13 @@ def tuned_copy(model: TextToImage, adapter: Adapter | None, seed: int) -> TextTo
                 f"adapter null tunes the whole {model.family.DENOISER}, and it has a LoRA loaded ({', '.join(loaded)}): call"
                 " pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
             )
-        copy = trainable_copy(cast(Flow, model.flow))
+        copy = trainable_copy(cast(Flow, model.flow), trainable)
         cast(Any, copy.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
         return replace(model, flow=copy)
+    if re.compile(trainable).pattern:
+        raise InputError("training.trainable: with an adapter the adapter alone is trained; leave it out, or set adapter null")
     options = {key: value for key, value in adapter.model_dump().items() if value is not None}
     return with_adapter(model, **options, seed=seed)
-
-
-def batches(
-    model: TextToImage,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    training: TextToImageTraining,
-    sampling: Sampling,
-) -> Callable[[torch.Generator], Batch]:
-    """What draws the start of an iteration: prompts, each one `num_generations` times, and their noise.
-
-    Raises InputError for guidance of a model that has no negative prompts.
-    """
-    mode = training.guidance_mode
-    if mode != "none" and model.distilled:
-        raise InputError(
-            f"training.guidance_mode {mode}: this model was distilled from guidance and has no negative prompts; its"
-            " guidance_scale is an input of the network. Use guidance_mode none"
-        )
-    first = sampling.times(model.grid)[0]
-    size = training.micro_batch_size or training.train_batch_size
-
-    def draw(generator: torch.Generator) -> Batch:
-        order = torch.randperm(len(prompts), generator=generator, device=generator.device).tolist()
-        some = [
-            prompts[order[i % len(order)]] for i in range(training.prompts_per_step) for _ in range(training.num_generations)
-        ]
-        condition, negative = model.encode([prompt.text for prompt in some])
-        x = model.start(len(some), generator, first)
-        told = Decoded(model, told_of(reward, some), training.decode_batch_size or size)
-
-        def guide(flow: VelocityField) -> Guided:
-            return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
-
-        def bound(flow: VelocityField) -> VelocityField:
-            conditional = flow.bind(condition)
-            return guide(conditional) if mode == "full" else conditional
-
-        return Batch(x, bound, guide if mode == "rollout" else None, told)
-
-    return draw
 
 
 @dataclass(frozen=True)
@@ -383,29 +276,7 @@ class Measures:
         return cls(dict(zip(names, rewards, strict=True)), extract)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that can begin.
-
-    Args:
-        model: as it was; after `tuned` has got an adapter, they share their network.
-        tuned: what is going to be trained, with its flow.
-        untuned: the model without what is trained, whatever that has become, with its flow `base`.
-        reward: as training sees it.
-        loop: takes the arguments of `train` about where to go on from and when to stop.
-    """
-
-    model: TextToImage
-    tuned: TextToImage
-    untuned: TextToImage
-    flow: Flow
-    base: Flow | AdapterOff
-    reward: Reward
-    draw: Callable[[torch.Generator], Batch]
-    loop: Callable[..., Generator[Record, None, None]]
-
-
-def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared, Measures]:
+def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared[TextToImage], Measures]:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
     prompts, _ = read_prompts(recipe.prompts, recipe.seed)
     model = recipe.model.load(device)
@@ -414,57 +285,18 @@ def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared, Me
     measures = Measures.build(recipe, device)
     reward = measures.rewards[recipe.reward.name]
     rehearse(recipe, model, measures, prompts[0], device)
-    tuned = tuned_copy(model, recipe.model.adapter, recipe.seed)
-    return prepare(model, tuned, prompts, reward, recipe.method, recipe.training, seed=recipe.seed), measures
+    check_fit(model, prompts, recipe.method, recipe.training)
+    tuned = tuned_copy(model, recipe.model.adapter, recipe.seed, recipe.training.trainable)
+    normalized = normalizer(recipe.training, recipe.method.sampling, reward, recipe.seed)
+    parts = prepare(model, tuned, prompts, reward, recipe.method, recipe.training, normalized=normalized, seed=recipe.seed)
+    return parts, measures
 
 
-def prepare(
-    model: TextToImage,
-    tuned: TextToImage,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    method: Any,
-    training: TextToImageTraining,
-    *,
-    seed: int = 0,
-) -> Prepared:
-    """What trains `tuned`, which is `model` with an adapter, or with a copy of its denoiser, toward the tilt of `model`.
-
-    Raises InputError if the method, the model and the settings do not fit.
-    """
-    adapted = isinstance(tuned.denoiser, AdaptedDenoiser)
-    untuned = tuned.base() if adapted else model
-    if training.per_prompt_normalization:
-        reward = PerPrompt(reward, BaseStatistics(training, method.sampling, untuned, reward, seed))
-    dtype = autocast_dtype(training.mixed_precision, model.device)
-    flow, frozen = (replace(cast(Flow, one.flow), autocast=dtype) for one in (tuned, model))
-    base = base_of(flow) if adapted else frozen
-
-    if isinstance(method, Optimization) and (why := method.learns_nothing(training.num_generations)):
-        raise InputError(f"training.num_generations {training.num_generations} teaches nothing: {why}; give 2 or more")
-    if len(prompts) > 1 and getattr(method, "needs_critic_of_condition", False):
-        raise InputError(
-            f"method.estimator {method.estimator!r} needs a critic that knows the prompt, and it sees latents alone; use"
-            " return-minus-value, which is right with any critic, or return"
-        )
-    draw = batches(tuned, prompts, reward, training, method.sampling)
-    loop = partial(
-        train,
-        flow,
-        base,
-        method,
-        reward,
-        draw,
-        max_train_steps=training.max_train_steps,
-        seed=seed,
-        start=model.grid,
-        ema_decay=training.ema_decay,
-        micro_batch_size=training.micro_batch_size,
-        adam=eight_bit_adam() if training.use_8bit_adam else adamw,
-        max_skipped_steps=training.max_skipped_steps,
-        non_finite_rewards=training.non_finite_rewards,
-    )
-    return Prepared(model, tuned, untuned, flow, base, reward, draw, loop)
+def normalizer(training: Training, sampling: Sampling, reward: Reward, seed: int) -> Callable[[TextToImage], Reward] | None:
+    """What makes of the untuned model the reward that `per_prompt_normalization` asks for; None if it is not asked for."""
+    if training.per_prompt_normalization is None:
+        return None
+    return lambda untuned: PerPrompt(reward, BaseStatistics(training, sampling, untuned, reward, seed))
 
 
 def run_text_to_image(
@@ -472,7 +304,7 @@ def run_text_to_image(
     folder: Path,
     *,
     device: str = "cpu",
-    watch: Callable[[Record], None] = lambda record: None,
+    callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
     handle_signals: bool = False,
 ) -> dict[str, Any]:
@@ -488,10 +320,10 @@ def run_text_to_image(
         if recipe.training.monitor is not None:
             watcher = make_watcher(recipe, parts, measures, partial(save, to="best"), device)
 
-        place.train(parts.loop, save, watch=watch, watcher=watcher, handle_signals=handle_signals)
+        place.train(parts.loop, save, callbacks=callbacks, watcher=watcher, handle_signals=handle_signals)
         seconds = time.perf_counter() - began
         summary = evaluate_text_to_image(
-            recipe, folder, parts.model, parts.tuned, device=device, measures=measures, seconds=seconds
+            recipe, folder, parts.untuned, parts.tuned, device=device, measures=measures, seconds=seconds
         )
         place.end(summary)
         return summary
@@ -499,7 +331,7 @@ def run_text_to_image(
 
 @torch.no_grad()
 def make_watcher(
-    recipe: TextToImageRecipe, parts: Prepared, measures: Measures, save_best: Callable[[], None], device: str
+    recipe: TextToImageRecipe, parts: Prepared[TextToImage], measures: Measures, save_best: Callable[[], None], device: str
 ) -> Watcher:
     """How the recipe's monitor looks at the model: on the evaluation's held-out prompts, by the reward, by the held-out ones,
     and by how much the pictures of a prompt differ."""
@@ -540,24 +372,9 @@ def evaluation_prompts(recipe: TextToImageRecipe) -> list[Prompt]:
     return [prompt for prompt in held_out[: settings.num_prompts] for _ in range(settings.num_generations)]
 
 
-def told_of(reward: Reward, prompts: Sequence[Prompt]) -> Reward:
-    """The reward of pictures of these prompts, one for each, told their texts and their metadata."""
-    return given(reward, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
-
-
 def compared(images: Tensor, extract: Features | None, batch_size: int, device: str) -> Tensor:
     """What of pictures is compared: their features, or, without any, their pixels."""
     return images.clamp(-1, 1) if extract is None else features_of(images, extract, batch_size, device)
-
-
-def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
-    """AdamW with its state in 8 bits. Raises InputError if bitsandbytes is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise not_installed("training.use_8bit_adam: bitsandbytes", "bitsandbytes") from None
-    optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
-    return optimizer
 
 
 ROUGH = 4
@@ -575,7 +392,7 @@ def check_reward(reward: Reward, method: Any, pictures: Tensor, prompt: Prompt) 
     """Raises InputError, of one line, if a reward does not take these two pictures of a prompt, or has no gradient where the
     method needs one. It need not be finite for rough pictures."""
     gradient = getattr(method, "needs_reward_gradient", False)
-    try_reward(told_of(reward, [prompt, prompt]), pictures, gradient=gradient, non_finite="drop")
+    try_reward(told(reward, [prompt, prompt]), pictures, gradient=gradient, non_finite="drop")
 
 
 def rehearse(recipe: TextToImageRecipe, model: TextToImage, measures: Measures, prompt: Prompt, device: str) -> None:
@@ -816,7 +633,7 @@ def scores(
     parts = []
     for i in range(0, len(prompts), batch_size):
         part = images[i : i + batch_size].to(device)
-        parts.append(evaluate(shared(told_of(reward, prompts[i : i + batch_size])), part, non_finite).double().cpu())
+        parts.append(evaluate(shared(told(reward, prompts[i : i + batch_size])), part, non_finite).double().cpu())
     return torch.cat(parts)
 
 
@@ -890,7 +707,7 @@ class BaseStatistics:
     """The mean and the standard deviation of the base's rewards for prompts, of these metadata; each prompt is sampled once, as
     in training."""
 
-    training: TextToImageTraining
+    training: Training
     sampling: Sampling
     base: TextToImage
     reward: Reward
@@ -911,7 +728,7 @@ class BaseStatistics:
     def measured(self, prompt: Prompt) -> tuple[float, float]:
         """(mean, standard deviation) of one prompt."""
         training = self.training
-        count, size = training.per_prompt_normalization, training.micro_batch_size or training.train_batch_size
+        count, size = training.per_prompt_normalization, training.micro_batch_size or training.samples_per_step
         assert count is not None
         images = self.base.sample(
             [prompt.text] * count,
@@ -963,12 +780,12 @@ def path_kl(
     return over_groups(torch.cat(parts), each)
 
 
-def guidance_limits(mode: GuidanceMode) -> list[str]:
+def guidance_limits(mode: GuidanceMode | None) -> list[str]:
     """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
     match mode:
         case "rollout":
             return ["Pictures were drawn with guidance and learned from without it: no law is known that this aims at."]
         case "full":
             return ["The base of the law is the guided one, whose sampler only approximates a law."]
-        case "none":
+        case _:
             return []

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,18 +17,18 @@ from PIL import Image
 from tiltflow.errors import InputError, not_installed
 from tiltflow.evaluation.metrics import described
 from tiltflow.files import writing
+from tiltflow.training.settings import TrackerName
 
-Name = Literal["tensorboard", "trackio", "wandb"]
 LOGS, PROJECT = "logs", "tiltflow"
 PICTURES = ("before", "after")
-MODULES: dict[Name, tuple[str, ...]] = {
+MODULES: dict[TrackerName, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
 
 
-def check_tracker(name: Name) -> None:
+def check_tracker(name: TrackerName) -> None:
     """Raises InputError if what the tracker needs is not installed."""
     for needed in (("accelerate",), MODULES[name]):
         if not any(importlib.util.find_spec(module) for module in needed):
@@ -52,7 +52,7 @@ class Tracker:
     tracker: Any
 
     @classmethod
-    def start(cls, name: Name, folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    def start(cls, name: TrackerName, folder: Path, settings: Mapping[str, Any]) -> Tracker:
         """Begin to report the run in `folder`, or go on with it.
 
         Args:

@@ -29,6 +29,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, shared
 from tiltflow.samplers.sampler import Sampling, Start, sample
 from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
 
 RATE, LIMIT = 0.1, 3.0
 NEAR = 0.95
@@ -80,7 +81,7 @@ def target_reward(
     base: VelocityField,
     reward: Reward,
     beta: float,
-    draw: Callable[[torch.Generator], Tensor],
+    draw: Callable[[torch.Generator], Tensor | Batch],
     sampling: Sampling,
     num_samples: int,
     *,
@@ -92,7 +93,8 @@ def target_reward(
     """E[r] under p_base(x) exp(r(x) / beta) and its standard error, from base samples.
 
     Args:
-        draw: starting points [batch, *event] at time `start`, from a generator.
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`, whose guidance is that of
+            the samples.
         num_samples: at least so many; a whole number of batches is drawn.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite.
 
@@ -101,8 +103,12 @@ def target_reward(
     rewards: list[Tensor] = []
     while sum(map(len, rewards)) < num_samples:
         generator = stream(seed, "calibration", len(rewards), device=device)
-        x = sample(in_chunks(base), draw(generator), sampling, generator, start=start)
-        rewards.append(evaluate(shared(reward), x, non_finite).cpu())
+        drawn = draw(generator)
+        batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+        bound = batch.bind(base)
+        acting = batch.guide(bound) if batch.guide else bound
+        x = sample(in_chunks(acting), batch.x, sampling, generator, start=start)
+        rewards.append(evaluate(shared(batch.reward or reward), x, non_finite).cpu())
     r = torch.cat(rewards)
     r = r[r.isfinite()]
     weights = ImportanceWeights.from_rewards(r, beta)

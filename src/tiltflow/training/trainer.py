@@ -29,6 +29,7 @@ from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.samplers.sampler import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
+from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
 
 
@@ -76,23 +77,6 @@ class Method(Protocol):
     ) -> Iterator[dict[str, float]]: ...
 
     def model_copy(self, *, update: dict[str, Any]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one iteration starts from.
-
-    Args:
-        x: starting points [batch, *event].
-        bind: binds the conditions of the batch to a flow; may guide it (`guidance_mode: full`).
-        guide: guides the flow that draws the samples, and not what is learned from them (`guidance_mode: rollout`).
-        reward: the reward of these samples, if it is bound to their prompts.
-    """
-
-    x: Tensor
-    bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
-    guide: Guide | None = None
-    reward: Reward | None = None
 
 
 @dataclass(frozen=True)

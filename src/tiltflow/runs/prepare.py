@@ -1,0 +1,317 @@
+"""From a model, a reward, a method and settings to a loop that can begin: the same for every kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from tiltflow.conditions.prompts import Prompt
+from tiltflow.errors import InputError, not_installed
+from tiltflow.flows.adapter import AdapterOff, base_of, has_adapter
+from tiltflow.flows.counting import CountEvaluations
+from tiltflow.flows.eval_mode import eval_mode
+from tiltflow.flows.field import VelocityField, Which
+from tiltflow.flows.flow import Flow, in_float32
+from tiltflow.flows.guided import Guided
+from tiltflow.flows.precision import autocast_dtype
+from tiltflow.models.model import Model
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
+from tiltflow.optimization import Optimization, adamw
+from tiltflow.rewards import Reward, given, select, values_of
+from tiltflow.streams import stream
+from tiltflow.tensor_file import Tree
+from tiltflow.training.batch import Batch
+from tiltflow.training.calibration import Calibration, target_reward
+from tiltflow.training.settings import Training
+from tiltflow.training.trainer import Record, train, trainable_copy
+from tiltflow.user_code import tried
+
+M = TypeVar("M", bound=GenerativeModel)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[M]):
+    """A training that can begin.
+
+    Args:
+        tuned: what is going to be trained.
+        untuned: the model without what is trained, whatever that has become.
+        flow, base: theirs, in the precision of the training.
+        reward: of samples, as training sees it.
+        draw: the start of an iteration.
+        loop: takes the arguments of `train` about where to resume from and when to stop.
+    """
+
+    tuned: M
+    untuned: M
+    flow: Flow
+    base: Flow | AdapterOff
+    reward: Reward
+    draw: Callable[[torch.Generator], Batch]
+    loop: Callable[..., Generator[Record, None, None]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A reward of samples, as one of states: differentiable, through the decoder of the model."""
+
+    model: GenerativeModel
+    reward: Reward
+    batch_size: int
+
+    def select(self, which: Which) -> Decoded:
+        """The reward of these samples of the batch."""
+        return replace(self, reward=select(self.reward, which))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return values_of(self.reward, self.model.decode(x, batch_size=self.batch_size))
+
+
+def told(reward: Reward, items: Sequence[Prompt]) -> Reward:
+    """The reward of samples of these items, one for each, if it asks what they are."""
+    return given(reward, [item.text for item in items], [item.metadata for item in items])
+
+
+# ---- what an iteration starts from ----
+
+
+class Items(Protocol):
+    """Draw the items of an iteration, one for each sample, from a generator."""
+
+    def __call__(self, generator: torch.Generator, /) -> list[Prompt]: ...
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """`size` samples, as many of each item as of another; the rest, if they do not divide it, at random."""
+
+    items: Sequence[Prompt]
+    size: int
+
+    def __call__(self, generator: torch.Generator) -> list[Prompt]:
+        order = torch.randperm(len(self.items), generator=generator, device=generator.device).tolist()
+        return [self.items[order[i % len(order)]] for i in range(self.size)]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """`count` different items, each of them `each` times in a row."""
+
+    items: Sequence[Prompt]
+    count: int
+    each: int
+
+    def __call__(self, generator: torch.Generator) -> list[Prompt]:
+        return [item for item in InTurn(self.items, self.count)(generator) for _ in range(self.each)]
+
+
+def batches(
+    model: GenerativeModel, items: Sequence[Prompt], reward: Reward, method: Any, training: Training
+) -> Callable[[torch.Generator], Batch]:
+    """Draw the start of an iteration: items, their conditions, and noise.
+
+    Args:
+        items: what samples are asked for; none for an unconditional model.
+    """
+    size, first = training.samples_per_step, method.sampling.times(model.grid)[0]
+    choose: Items = InTurn(items, size)
+    if training.prompts_per_step is not None and training.num_generations is not None:
+        choose = Repeated(items, training.prompts_per_step, training.num_generations)
+    decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
+
+    def draw(generator: torch.Generator) -> Batch:
+        if not items:
+            return Batch(model.start(size, generator, first))
+        some = choose(generator)
+        condition, negative = model.conditions(some)
+        x, of_items = model.start(len(some), generator, first), told(reward, some)
+        if isinstance(model, Model):
+            return Batch(x, lambda flow: flow.bind(condition), reward=of_items)
+
+        def guide(flow: VelocityField) -> Guided:
+            assert isinstance(model, TextToImage)
+            return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
+
+        def bound(flow: VelocityField) -> VelocityField:
+            conditional = flow.bind(condition)
+            return guide(conditional) if training.guidance_mode == "full" else conditional
+
+        of_states = Decoded(model, of_items, decode_batch_size)
+        return Batch(x, bound, guide if training.guidance_mode == "rollout" else None, of_states)
+
+    return draw
+
+
+# ---- the loop ----
+
+
+def prepare(
+    model: M,
+    tuned: M,
+    items: Sequence[Prompt],
+    reward: Reward,
+    method: Any,
+    training: Training,
+    *,
+    normalized: Callable[[M], Reward] | None = None,
+    seed: int = 0,
+) -> Prepared[M]:
+    """What trains `tuned` toward the tilt of `model`.
+
+    Args:
+        model: the base.
+        tuned: what `trainable` of the model gives: with an adapter, which it may share its network with, or a copy.
+        items: what samples are asked for; none for an unconditional model.
+        training: filled in for this kind of model.
+        normalized: the reward as training sees it, of the untuned model, if it is another.
+
+    Raises InputError if the method, the model and the settings do not fit.
+    """
+    check_fit(model, items, method, training)
+    try_network(tuned, items)
+    flow = cast(Flow, tuned.flow)
+    adapted = has_adapter(flow.network)
+    untuned = cast(M, tuned.base()) if adapted and isinstance(tuned, TextToImage) else model
+    if normalized is not None:
+        reward = normalized(untuned)
+    dtype = autocast_dtype(training.mixed_precision, model.device)
+    flow = replace(flow, autocast=dtype)
+    base = base_of(flow) if adapted else replace(cast(Flow, model.flow), autocast=dtype)
+    draw = batches(tuned, items, reward, method, training)
+
+    def calibrate() -> tuple[Calibration, int]:
+        networks = (flow.network, base.network)
+        with eval_mode(*networks, reward), CountEvaluations(*networks) as evaluations:
+            expected = target_reward(
+                base,
+                reward,
+                method.beta,
+                draw,
+                method.sampling,
+                training.calibration_samples,
+                seed=seed,
+                start=model.grid,
+                device=model.device,
+                non_finite=training.non_finite_rewards,
+            )
+        return Calibration(expected.value, method.beta), evaluations.total
+
+    def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
+        calibration, spent = None, 0
+        if training.calibration_samples:
+            known = None if resume_from is None else resume_from["calibration"]["target_reward"]
+            calibration, spent = calibrate() if known is None else (Calibration(known, method.beta), 0)
+        yield from train(
+            flow,
+            base,
+            method,
+            reward,
+            draw,
+            max_train_steps=training.max_train_steps,
+            seed=seed,
+            start=model.grid,
+            ema_decay=training.ema_decay,
+            micro_batch_size=training.micro_batch_size,
+            calibration=calibration,
+            network_evaluations=spent,
+            adam=eight_bit_adam() if training.use_8bit_adam else adamw,
+            max_skipped_steps=training.max_skipped_steps,
+            non_finite_rewards=training.non_finite_rewards,
+            resume_from=resume_from,
+            **options,
+        )
+
+    return Prepared(tuned, untuned, flow, base, reward, draw, loop)
+
+
+def to_train(model: Model, training: Training) -> tuple[Model, Model]:
+    """(base, what is going to be trained) of a network on tensors: a copy, or, if it has an adapter, the model itself.
+
+    Raises InputError for a pattern of names that fits no parameter, or is given beside an adapter.
+    """
+    if has_adapter(model.flow.network):
+        if training.trainable.pattern:
+            raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
+        return model, model
+    base = replace(model, flow=in_float32(model.flow))
+    return base, replace(base, flow=trainable_copy(base.flow, training.trainable))
+
+
+def items_of(model: Model, training: Training) -> list[Prompt]:
+    """The classes that are tuned, in order; none of an unconditional model. Raises InputError for one that it does not have."""
+    count = len(model.class_names)
+    classes = sorted(training.classes) or list(range(count))
+    if not count and classes:
+        raise InputError("training.classes: this model is not class-conditional; leave them out")
+    if classes and classes[-1] >= count:
+        raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
+    return model.items_of(classes)
+
+
+def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
+    """AdamW with its state in 8 bits. Raises InputError if bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise not_installed("training.use_8bit_adam: bitsandbytes", "bitsandbytes") from None
+    optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return optimizer
+
+
+# ---- what does not fit ----
+
+
+def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Any, training: Training) -> None:
+    """Raise InputError, of one line, if the method cannot work with this model and these settings."""
+    distinct, size = len(items), training.samples_per_step
+    prompts = training.prompts_per_step is not None
+    each = training.num_generations if prompts else size // max(1, distinct)
+    if isinstance(method, Optimization) and (why := method.learns_nothing(each or 0)):
+        if prompts:
+            raise InputError(f"training.num_generations {each} teaches nothing: {why}; give 2 or more")
+        of_class = f", {each} of each class," if distinct else ""
+        raise InputError(
+            f"training.train_batch_size {size}{of_class} teaches nothing: {why}; give {2 * max(1, distinct)} or more"
+        )
+    if training.calibration_samples and not hasattr(method, "beta"):
+        raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
+    if training.calibration_samples and distinct and (prompts is False or distinct > 1):
+        one = "prompt" if prompts else "class"
+        raise InputError(
+            f"training.calibration_samples: there is one working temperature, and each {one} would need its own; set it to 0"
+        )
+    if distinct > 1 and getattr(method, "needs_critic_of_condition", False):
+        knows = "the prompt, and it sees latents alone" if prompts else "the class, and it does not see labels"
+        raise InputError(
+            f"method.estimator {method.estimator!r} needs a critic that knows {knows}; use return-minus-value, which is right"
+            " with any critic, or return"
+        )
+    if distinct and not prompts and getattr(method, "data", None) is not None:
+        raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
+    if isinstance(model, TextToImage) and training.guidance_mode != "none" and model.distilled:
+        raise InputError(
+            f"training.guidance_mode {training.guidance_mode}: this model was distilled from guidance and has no negative"
+            " prompts; its guidance_scale is an input of the network. Use guidance_mode none"
+        )
+
+
+def try_network(model: GenerativeModel, items: Sequence[Prompt]) -> None:
+    """Raise InputError, of one line, if the network of a model cannot be called as it will be, or learns nothing."""
+    if not isinstance(model, Model):  # a pipeline has drawn pictures by now
+        return
+    flow = model.flow
+    x = model.start(2, stream(0, "check", device=model.device))
+    with tried(), eval_mode(flow.network), torch.enable_grad():
+        v = model.bound(model.labels(2))(x, torch.tensor(0.5))
+    if not any(True for _ in flow.parameters()):
+        raise InputError("nothing can be trained: no parameter of the network requires a gradient (is the adapter frozen?)")
+    if not v.requires_grad:
+        raise InputError(
+            "nothing can be trained: what the network returns does not depend on its parameters, or is cut off from them by"
+            " torch.no_grad() or detach()"
+        )
