@@ -30,7 +30,7 @@ from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verif
 
 HERE = Path(__file__).parent
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualBlock"}
-ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ZERO_2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
 TOLERANCE = 1e-6
 
 
@@ -183,7 +183,7 @@ def test_asked_to_stop_all_save_and_the_run_goes_on(asked: str, tmp_path: Path) 
     ("environment", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"}, "takes the stage of ZeRO alone"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; .*--use_fsdp --fsdp_version 2"),
     ],
 )
 def test_what_is_not_supported_is_said_before_anything_is_loaded(

@@ -1,14 +1,14 @@
 """Several processes, each with a device of its own, that work on one run: `accelerate launch -m tiltflow train ..`.
 
-Every process runs the same algorithm on the same batch with the same random numbers. What takes the time, evaluating networks
-and rewards, is shared out: each process does it for its `shares` of the batch, and what they find is `gathered`. So whatever
-a method computes from a batch, a mean, a weight, an advantage among the samples of a prompt, it computes from the samples of
-all processes, and the result is that of one process up to rounding. Gradients are summed once for each optimizer step.
+Every process runs the same algorithm on the same batch with the same random numbers. The expensive part, evaluating networks
+and rewards, is split: each process evaluates its `shares` of the batch, and the results are `gathered`. So a method computes
+a mean, a weight or an advantage among the samples of a prompt from the samples of all processes, and its result is that of one
+process up to rounding. Gradients are all-reduced once for each optimizer step.
 
-Weights lie on every device (data parallelism), or are sharded over them (FSDP2) where accelerate is configured so. Files are
-written by the first process alone, but for the shards of a checkpoint.
+Weights are replicated (data parallelism), or sharded (FSDP2) where accelerate is configured so. The main process (rank 0)
+alone writes files, except for the shards of a checkpoint.
 
-With one process, all of this does nothing. Each function here must be called by all processes in the same order.
+With one process, every function here is a no-op. With several, all of them must call each function, in the same order.
 """
 
 from __future__ import annotations
@@ -27,59 +27,38 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError, TiltflowError, not_installed
 
 _SHARDED: WeakSet[Any] = WeakSet()
-"""The modules whose weights are sharded."""
+"""Modules whose weights are sharded."""
 
 
 def launched() -> int:
-    """How many processes a launcher, such as accelerate or torchrun, has started; 1 without one."""
+    """The number of processes that a launcher, such as accelerate or torchrun, has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def begin(device: str, note: Callable[[str], None] = lambda text: None) -> str:
+def begin(device: str) -> str:
     """Join the other processes, if a launcher has started several. Returns the device of this one.
 
-    Args:
-        note: is told what a person should know.
-
-    Raises InputError if accelerate is not installed, or is configured for what is not supported.
+    Raises InputError if accelerate is not installed, or is configured for DeepSpeed or FSDP1.
     """
     if launched() == 1:
         return device
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # its engine would do the optimizer's steps, unchecked
+        raise InputError(
+            "DeepSpeed is not supported; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2"
+            " --fsdp_reshard_after_forward true (as ZeRO-3) or false (as ZeRO-2)"
+        )
     try:
         from accelerate import Accelerator
     except ImportError:
         raise not_installed("several processes: accelerate", "accelerate") from None
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        _do_as_deepspeed_would(note)
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
         raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
     own = Accelerator(cpu=device == "cpu", mixed_precision="no").device  # the recipe says how the flow is evaluated
     return "cpu" if own.type == "cpu" else str(own)
 
 
-def _do_as_deepspeed_would(note: Callable[[str], None]) -> None:
-    """Put a configuration of FSDP2 that shards the same in place of one of DeepSpeed, whose engine would take the gradient and
-    the optimizer's step away from the training loop, and its checks of both.
-
-    Raises InputError for more than a stage of ZeRO.
-    """
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    offload = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
-    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or set(offload) != {"none"}:
-        raise InputError(
-            "of DeepSpeed, tiltflow takes the stage of ZeRO alone (--use_deepspeed --zero_stage 2); for more, configure FSDP2:"
-            " accelerate launch --use_fsdp --fsdp_version 2"
-        )
-    del os.environ["ACCELERATE_USE_DEEPSPEED"]
-    if stage == "0":
-        return
-    shards = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": str(stage == "3").lower()}
-    os.environ.update(shards)
-    note(f"ZeRO stage {stage} is done by PyTorch's FSDP2, which shards the same; DeepSpeed itself is not used")
-
-
 def _sharding() -> Any:
-    """How accelerate is configured to shard weights, if it is."""
+    """Accelerate's configuration of FSDP, or None if weights are not sharded."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -94,35 +73,36 @@ def end() -> None:
 
 
 def count() -> int:
-    """How many processes work on this run."""
+    """The number of processes of this run (world size)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes and speaks."""
+    """Whether this is the main process (rank 0), which alone writes files and prints."""
     return index() == 0
 
 
-# ---- what is shared out ----
+# ---- shares of a batch ----
 
 
 def share_of(size: int) -> int:
-    """How many of `size` rows each process does: as many as the others, so that all call their networks equally often."""
+    """The number of rows, of `size`, that each process evaluates: the same for all, so that all call their networks equally
+    often."""
     return -(-size // count())
 
 
 def _first(process: int, size: int) -> int:
-    """Where the share of a process begins. The last ones are moved back to stay inside, and do a row that is done already."""
+    """The first row of a process's share. The last shares are moved back to stay inside, and overlap with those before."""
     return min(process * share_of(size), size - share_of(size))
 
 
 def shares(size: int, at_most: int | None = None) -> list[slice]:
-    """The rows of a batch of `size` that this process does, in parts of at most so many.
+    """The rows of a batch of `size` that this process evaluates, in micro-batches of at most `at_most`.
 
     >>> shares(5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -132,12 +112,12 @@ def shares(size: int, at_most: int | None = None) -> list[slice]:
 
 
 def first_counted(size: int) -> int:
-    """The first row of this process's shares that no process before it does: where a sum over the rows begins."""
+    """The first row of this process's share that no process before it evaluates: where a sum over rows begins."""
     return index() * share_of(size)
 
 
 def gathered(parts: Sequence[Tensor], size: int, dim: int = 0) -> Tensor:
-    """What all processes have found for their `shares` of `size` rows, in order along `dim`."""
+    """All-gather the results of all processes for their `shares` of `size` rows, in order along `dim`."""
     own = torch.cat(list(parts), dim)
     if count() == 1:
         return own
@@ -150,16 +130,16 @@ def gathered(parts: Sequence[Tensor], size: int, dim: int = 0) -> Tensor:
     return whole
 
 
-# ---- what is agreed on ----
+# ---- agreement ----
 
 
 def total(value: float, device: torch.device) -> float:
-    """The sum over processes of what each has found for its shares."""
+    """All-reduce a number by its sum over processes."""
     return value if count() == 1 else _reduced(value, device, dist.ReduceOp.SUM)
 
 
 def greatest(value: int, device: torch.device) -> int:
-    """The greatest value that any process has, for all of them."""
+    """All-reduce a number by its maximum over processes."""
     return value if count() == 1 else int(_reduced(value, device, dist.ReduceOp.MAX))
 
 
@@ -170,7 +150,7 @@ def _reduced(value: float, device: torch.device, operation: Any) -> float:
 
 
 def exchanged(value: Any) -> list[Any]:
-    """What each process says, in their order. It travels as JSON: nothing that is received is run."""
+    """All-gather a JSON value, in rank order. As JSON, so that nothing received is executed."""
     if count() == 1:
         return [value]
     device = "cuda" if "nccl" in dist.get_backend() else "cpu"
@@ -184,19 +164,19 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait for all processes (a barrier)."""
     exchanged(None)
 
 
 def by_main(write: Callable[[], None]) -> None:
-    """Let the first process write files, while the others wait for them to be there."""
+    """Let the main process write files, while the others wait."""
     if is_main():
         write()
     wait()
 
 
 def from_main(work: Callable[[], object]) -> None:
-    """Let the first process do something that all depend on: what it raises of tiltflow's own errors is raised in all."""
+    """Let the main process do something that all depend on. A TiltflowError that it raises is raised in all."""
     problem: TiltflowError | None = None
     if is_main():
         try:
@@ -210,11 +190,11 @@ def from_main(work: Callable[[], object]) -> None:
         raise InputError(said[1]) if said[0] else TiltflowError(said[1])
 
 
-# ---- gradients, and weights that are sharded ----
+# ---- gradients and sharded weights ----
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Of what each process has found for its shares. Those of sharded weights are summed already."""
+    """All-reduce the gradients; FSDP has already reduced sharded ones."""
     if count() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
@@ -246,15 +226,15 @@ def distribute(*networks: Any) -> None:
 
 
 def weights_changed() -> None:
-    """To be called where sharded weights were written to, other than by an optimizer after a backward pass: what an earlier
-    forward pass has gathered of them may still lie on the device, and would be used again."""
+    """Drop gathered copies of sharded weights. Call this after writing to sharded weights other than by an optimizer after a
+    backward pass: a copy that an earlier forward pass has gathered would be used again."""
     for module in _SHARDED:
         module.reshard()
 
 
 @contextmanager
 def whole(network: Any) -> Iterator[None]:
-    """In this context, the state_dict of a network whose weights are sharded gives them whole, to the first process."""
+    """In this context, the state_dict of a network with sharded weights gives whole tensors in the main process."""
     if count() == 1 or _sharding() is None:
         yield
         return
@@ -277,7 +257,7 @@ def whole(network: Any) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether only a part of it lies on this process."""
+    """Whether a tensor is sharded, so that this process has only a part of it."""
     if count() == 1:
         return False
     from torch.distributed.tensor import DTensor  # slow to import
@@ -286,19 +266,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this process."""
+    """This process's shard of a tensor, or the tensor itself if it is not sharded."""
     part: Any = tensor
     return part.to_local() if is_sharded(tensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process."""
+    """The whole tensor, all-gathered on every process if it is sharded."""
     part: Any = tensor
     return part.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part_like(saved: Tensor, own: Tensor) -> Tensor:
-    """Of a whole tensor, what `own` is: sharded as it is."""
+    """Shard a whole tensor as `own` is sharded."""
     if not is_sharded(own):
         return saved
     from torch.distributed.tensor import distribute_tensor

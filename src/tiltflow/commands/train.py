@@ -68,7 +68,7 @@ def train(
     settings = read_recipe(read_recipe_tree(path, [*with_seed(overrides, seed), *going_on]), recipe)
     training, console, quiet = settings.training, make_console(as_json), quiet or not is_main_process()
     note = partial(print_note, console)
-    chosen = processes.begin(set_up_torch(device, threads), note)
+    chosen = processes.begin(set_up_torch(device, threads))
     if not quiet:
         console.print(f"[bold]{escape(settings.description or path.stem)}[/bold]")
 
@@ -88,6 +88,7 @@ def train(
 
 
 def print_note(console: Console, text: str) -> None:
+    """Print what a person should know, in one line."""
     with suppress(OSError):  # of a terminal that was closed: no reason to stop
         console.print(f"[yellow]{escape(text)}[/yellow]")
 

@@ -60,7 +60,7 @@ app = make_app()
 
 def main() -> None:
     """Run the command line: errors that a user can cause, and notes, are one line each."""
-    warnings.showwarning = partial(print_note, warnings.showwarning)
+    warnings.showwarning = partial(print_warning, warnings.showwarning)
     try:
         app()
     except TiltflowError as error:
@@ -87,8 +87,8 @@ def print_error(error: TiltflowError) -> None:
     console.print(f"[red bold]error{process}:[/red bold] {escape(str(error))}")
 
 
-def print_note(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Print a note in one line, and leave any other warning to `otherwise`."""
+def print_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print a Note in one line, and leave any other warning to `otherwise`."""
     if not issubclass(category, Note):
         otherwise(message, category, *where)
     elif is_main_process():
