@@ -1,7 +1,7 @@
 """Mutation testing of the maths: change one operator at a time and see whether the tests notice.
 
     python scripts/mutants.py                            every mutant of every file that asks for it
-    python scripts/mutants.py --file sampler.py --sample 20
+    python scripts/mutants.py --file samplers/chain.py --sample 20
 
 A file of src/tiltflow asks for it by a line `# Mutation tests: test_this.py test_that.py`, the tests that must notice, the
 fastest first, beside its doctests; `# Mutation tests: none: ..` says why it does not.

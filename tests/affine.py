@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.samplers.sampler import Chain
+from tiltflow.samplers.chain import Chain
 
 MEAN, VARIANCE = 0.7, 0.25
 LINEAR, QUADRATIC = 1.7, 3.0

@@ -15,7 +15,13 @@ from tiltflow.control.adjoint import LeanAdjoint, lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.field import FunctionField
 from tiltflow.laws.problems import Mixture, QuadraticReward
-from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, step, time_grid
+from tiltflow.samplers.chain import Chain, sde, step
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.rollout import rollout
+from tiltflow.samplers.solvers.ddim import ddim
+from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.solvers.memoryless import memoryless
+from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -19,7 +19,13 @@ from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.laws.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
-from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, rollout, sde, time_grid
+from tiltflow.samplers.chain import Chain, sde
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.rollout import rollout
+from tiltflow.samplers.solvers.ddim import ddim
+from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.solvers.memoryless import memoryless
+from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.laws.problems import ExactVelocity, Gaussian
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.calibration import LIMIT, NEAR, Calibration, gain_at_limit, target_reward
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -18,7 +18,12 @@ from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.problems.verify import best_of_chain
-from tiltflow.samplers.sampler import Chain, ddim, euler, memoryless, memoryless_offset, time_grid
+from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.solvers.ddim import ddim
+from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.solvers.memoryless import memoryless
+from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -25,7 +25,7 @@ from tiltflow.runs.describe import topics
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import Recipe, run
 from tiltflow.runs.sweep import parse_grid, points_of
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import dump_yaml, read_yaml, validate
 
 ROOT = Path(__file__).parent.parent

@@ -135,6 +135,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Point": {"solver"},
         "OrwCfmW2": {"weight", "data", "solver"},
         "ScoreAsAction": {"solver"},
+        "AdjointMatching": {"solver"},
         "Critic": {"form"},
         "Aesthetic": {"model", "head"},
         "ClassLogOdds": {"classifier"},

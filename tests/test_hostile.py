@@ -44,7 +44,7 @@ from tiltflow.runs.export import export_run
 from tiltflow.runs.run import Recipe, evaluate_run, run
 from tiltflow.runs.run_text_to_image import TextToImageRecipe, load_text_to_image
 from tiltflow.runs.sweep import parse_grid
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))

@@ -15,7 +15,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.models.model import Model, load, load_classifier, shipped_models
 from tiltflow.plugins import allow_code
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network
 
 

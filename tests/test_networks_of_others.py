@@ -27,7 +27,7 @@ from tiltflow.flows.interpolant import (
 )
 from tiltflow.laws.problems import Mixture
 from tiltflow.models.model import Model, load
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
 
 METHODS: dict[str, Any] = {

@@ -24,13 +24,13 @@ from tiltflow.flows.field import FunctionField, VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
+from tiltflow.flows.noise import noise
 from tiltflow.laws.induced_law import Array, Law, induced_velocity
 from tiltflow.laws.problems import ExactVelocity, GaussianMixture, TwoModes
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
 from tiltflow.optimization import WeightAverage
 from tiltflow.problems.verify import read_verification, run_verification
 from tiltflow.runs.run import Recipe, run
-from tiltflow.samplers.sampler import noise
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.trainer import train

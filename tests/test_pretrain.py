@@ -26,7 +26,7 @@ from tiltflow.pretraining.pretrain import (
     read_pretraining,
     run_pretraining,
 )
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
 
 

@@ -19,7 +19,8 @@ from tiltflow.evaluation.estimates import ImportanceWeights, kolmogorov_smirnov,
 from tiltflow.laws.problems import ExactVelocity, Gaussian, GaussianMixture
 from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
 from tiltflow.runs.run import Recipe, calibration_in_words, distance_to_base, evaluate_run, path_kl, read_recipe, run
-from tiltflow.samplers.sampler import Sampling, path_costs
+from tiltflow.samplers.rollout import path_costs
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record

@@ -56,7 +56,8 @@ from tiltflow.runs.run_text_to_image import (
     squared_distance,
     tuned_copy,
 )
-from tiltflow.samplers.sampler import Sampling, rollout
+from tiltflow.samplers.rollout import rollout
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.settings import Training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import affine
 import pytest
@@ -18,26 +19,24 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import DiscreteVariancePreserving, Linear
-from tiltflow.samplers.sampler import (
-    Chain,
-    Sampling,
-    ddim,
-    dpm_solver,
-    euler,
-    euler_maruyama,
-    heun,
-    memoryless,
-    memoryless_offset,
-    memoryless_sigma,
-    noise,
-    rollout,
-    rollout_ode,
-    sample,
-    sde,
-    solve,
-    step,
-    time_grid,
-)
+from tiltflow.flows.noise import noise
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.plugins import names
+from tiltflow.samplers import solvers
+from tiltflow.samplers.chain import Chain, sde, step
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.rollout import rollout, rollout_ode, sample, solve
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, solver_named
+from tiltflow.samplers.solvers.ddim import ddim
+from tiltflow.samplers.solvers.dpm_solver_plus_plus import dpm_solver
+from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.solvers.euler_maruyama import euler_maruyama
+from tiltflow.samplers.solvers.heun import heun
+from tiltflow.samplers.solvers.memoryless import memoryless, memoryless_sigma
+from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -558,14 +557,14 @@ def test_what_acts_may_be_another_velocity(solver: Callable[..., list[Tensor]], 
         assert_close(v, gaussian_flow(path.states[k], times[k]))
     chain = memoryless(times)
     path = rollout(chain, gaussian_flow, x, stream(1), act=guided.guide)
-    noise = path.noise()
+    drawn = path.noise()
     for k, v in enumerate(path.velocities):
         assert torch.equal(v, gaussian_flow(path.states[k], times[k]))
-        assert_close(path.states[k + 1], chain.mean(k, path.states[k], 2 * v) + chain.std[k] * noise[k])
+        assert_close(path.states[k + 1], chain.mean(k, path.states[k], 2 * v) + chain.std[k] * drawn[k])
     assert torch.equal(path.states[-1], rollout(chain, guided, x, stream(1)).states[-1])
-    assert_close(noise, rollout(chain, guided, x, stream(1)).noise())
+    assert_close(drawn, rollout(chain, guided, x, stream(1)).noise())
     some = torch.tensor([2, 0])
-    assert torch.equal(path.select(some).noise(), noise[:, some])
+    assert torch.equal(path.select(some).noise(), drawn[:, some])
 
 
 def test_velocities_that_a_solver_did_not_ask_for_are_computed() -> None:
@@ -599,9 +598,83 @@ def test_solvers_by_name_of_a_function(generator: torch.Generator) -> None:
     sampling, x = Sampling(solver="test_sampler:midpoint", num_inference_steps=80), torch.tensor([[0.3], [-1.0]])
     assert_close(sample(gaussian_flow, x, sampling, generator), 0.7 + 0.5 * x, atol=1e-3, rtol=0)
     with pytest.raises(InputError, match=r"test_sampler has no 'midpont', did you mean 'midpoint'"):
-        Sampling(solver="test_sampler:midpont").ode_solver()
+        sample(gaussian_flow, x, Sampling(solver="test_sampler:midpont"), generator)
     with pytest.raises(SettingsError, match="there is no solver 'huen', did you mean 'heun'"):
         Sampling(solver="huen")
+
+
+# ---- solvers as values ----
+
+
+ODES = ("euler", "heun", "dpm-solver++")
+
+
+def measured_order(solver: Solver) -> float:
+    """Of the variance of a chain's law, and of the paths of an ODE solver, away from the end."""
+    steps, errors = [40, 80, 160, 320], []
+    for n in steps:
+        times = torch.linspace(0.1, 0.9, n + 1)
+        spread = torch.hypot(0.5 * times, 1 - times)
+        if isinstance(solver, ChainSolver):
+            law = on_gaussian(solver.chain(times)).law(0.7 * 0.1, spread[0] ** 2)
+            errors.append(abs(law[1].item() - spread[-1].item() ** 2))
+        else:
+            x = torch.tensor([-1.5, 0.2, 1.0])
+            exact = 0.7 * 0.9 + spread[-1] / spread[0] * (x - 0.7 * 0.1)
+            errors.append((solver.states(gaussian_flow, x, times)[-1] - exact).abs().max().item())
+    return order(steps, errors)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("name", names(SOLVERS))
+def test_a_solver_is_what_it_says_of_itself(name: str, eta: float) -> None:
+    solver = solver_named(name, eta)
+    assert solver == Sampling(solver=name, eta=eta).build()
+    assert (solver.has_noise, solver.is_memoryless) == ((eta > 0, eta == 1) if solver.uses_eta else (name not in ODES,) * 2)
+    assert solver.order is not None
+    assert measured_order(solver) > solver.order - 0.1
+    if isinstance(solver, ChainSolver):
+        chain = solver.chain(solver.times(40, start=1e-3))
+        assert bool((chain.std > 0).any()) == solver.has_noise
+        assert (abs(on_gaussian(chain).gain.prod().item()) < 2e-3) == solver.is_memoryless
+
+
+def test_a_solver_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    """Two, which someone adds: an ODE solver, and a chain with noise. Everything that names solvers knows them."""
+    head = "from tiltflow.samplers.chain import sde\nfrom tiltflow.samplers.solver import ChainSolver, OdeSolver\n"
+    (tmp_path / "mid_point.py").write_text(
+        f"{head}from test_sampler import midpoint\n"
+        "class MidPoint(OdeSolver):\n"
+        "    order = 2\n"
+        "    def states(self, velocity, x, times): return midpoint(velocity, x, times)\n"
+    )
+    (tmp_path / "forgetful.py").write_text(
+        f"{head}class Forgetful(ChainSolver):\n"
+        "    has_noise = is_memoryless = True\n"
+        "    def chain(self, times):\n"
+        "        h = times[1] - times[0]\n"
+        "        return sde(times, lambda t: (2 * (1 - t + h) / (t + h)).sqrt())\n"
+    )
+    monkeypatch.setattr(solvers, "__path__", [*solvers.__path__, str(tmp_path)])
+    assert {"mid-point", "forgetful", "euler"} < set(names(SOLVERS))
+    assert measured_order(solver_named("mid-point")) > 1.9
+
+    x, sampling = torch.tensor([[0.3], [-1.0]]), Sampling(solver="mid-point", num_inference_steps=80)
+    assert not sampling.has_noise
+    assert "no noise" in sampling.limits()[0]
+    assert_close(sample(gaussian_flow, x, sampling, generator), 0.7 + 0.5 * x, atol=1e-3, rtol=0)
+    assert OrwCfmW2(solver="mid-point").sampling.solver == "mid-point"
+    assert ScoreAsAction(solver="mid-point").estimator == "closed-form"
+
+    assert same(AdjointMatching(solver="forgetful", num_inference_steps=7).chain(), offset_sde(time_grid(7)))
+    assert ScoreAsAction(solver="forgetful").estimator == "return-minus-value"
+    assert Sampling(solver="forgetful").limits() == []
+    with pytest.raises(SettingsError, match="solver 'forgetful' has noise"):
+        OrwCfmW2(solver="forgetful")
+    with pytest.raises(SettingsError, match=r"a memoryless solver \(ddim, ddpm, .*forgetful, .*\), is 'mid-point'"):
+        AdjointMatching(solver="mid-point")
+    with pytest.raises(SettingsError, match="there is no solver 'forgetfull', did you mean 'forgetful'"):
+        AdjointMatching(solver="forgetfull")
 
 
 # ---- where the tilted law is out of reach ----

@@ -19,7 +19,7 @@ from tiltflow import from_diffusers
 from tiltflow.errors import InputError
 from tiltflow.flows.interpolant import Linear
 from tiltflow.models.schedules import Schedule, path_of, prediction_of_normal, schedule_of
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
 DIFFUSION = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False}

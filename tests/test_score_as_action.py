@@ -31,7 +31,7 @@ from tiltflow.problems.verify_lqg import (
     own_scale,
     reward_of,
 )
-from tiltflow.samplers.sampler import rollout
+from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record, train
 

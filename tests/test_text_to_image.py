@@ -24,7 +24,7 @@ from tiltflow.flows.guided import Guided
 from tiltflow.flows.linearize import linearize
 from tiltflow.models.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
 from tiltflow.runs.run_text_to_image import tuned_copy
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]

@@ -21,7 +21,7 @@ from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, Gaussian
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
-from tiltflow.samplers.sampler import rollout
+from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.calibration import Calibration
 from tiltflow.training.trainer import Record, train, trainable_copy

@@ -26,7 +26,9 @@ from tiltflow.rewards import evaluate, from_function, given, select, try_reward,
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.doctor import examine
 from tiltflow.runs.run import Recipe, run
-from tiltflow.samplers.sampler import heun, rollout_ode, time_grid
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.rollout import rollout_ode
+from tiltflow.samplers.solvers.heun import heun
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 

@@ -18,7 +18,7 @@ from tiltflow.laws.problems import Mixture
 from tiltflow.models.consistency import consistency
 from tiltflow.models.model import Model
 from tiltflow.rewards import evaluate, from_function, given
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-own-model.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^#+ ([^\n]+)\n(?:(?!^#+ ).)*?^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))

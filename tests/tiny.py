@@ -9,7 +9,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.models.model import ClassifierConfig, Model, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.networks.unet import Unet
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import dump_yaml
 from tiltflow.streams import new_network
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.doctor import examine_model
     from tiltflow.runs.fingerprints import accept_changes
     from tiltflow.runs.run_text_to_image import Adapter, load_text_to_image
-    from tiltflow.samplers.sampler import Sampling
+    from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.settings import Training
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
@@ -38,7 +38,7 @@ _HOME = {
     "Model": "models.model",
     "NonFiniteError": "errors",
     "OrwCfmW2": "methods.orw_cfm_w2",
-    "Sampling": "samplers.sampler",
+    "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
     "TiltflowError": "errors",
     "Training": "training.settings",

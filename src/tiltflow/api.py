@@ -46,7 +46,7 @@ from tiltflow.runs.run_text_to_image import (
     run_text_to_image,
     tuned_copy,
 )
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop

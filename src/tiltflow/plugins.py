@@ -1,4 +1,5 @@
-"""Parts that a recipe names: reward `class-log-odds` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`.
+"""Parts that a recipe names: reward `class-log-odds` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`, and
+solver `dpm-solver++` the class `DpmSolverPlusPlus` in `tiltflow/samplers/solvers/dpm_solver_plus_plus.py`.
 
 Adding a reward, a method or a network is adding that one file. Nothing is imported before it is asked for.
 """
@@ -21,27 +22,37 @@ from typing import TYPE_CHECKING, Any
 from tiltflow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from tiltflow.settings import Settings
+    pass
 
 
 def names(package: str) -> list[str]:
     """The names of the parts in `tiltflow.<package>`, in alphabetical order; its files, none of which is imported."""
     known = sys.modules.get(f"tiltflow.{package}")  # whose path may have got more folders than its own
     path = [str(Path(__file__).parent.joinpath(*package.split(".")))] if known is None else known.__path__
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(path) if not module.ispkg)
+    files = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
+    return sorted(file.replace("_plus", "+").replace("_", "-") for file in files)
 
 
-def find(package: str, name: str) -> type[Settings]:
-    """The settings class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
-    if name not in names(package):
-        raise InputError(f"there is no {package.removesuffix('s')} {name!r}{did_you_mean(name, names(package))}")
-    part: type[Settings] = getattr(module_of(package, name), "".join(word.capitalize() for word in name.split("-")))
+def find(package: str, name: str) -> type[Any]:
+    """The class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
+    if name not in (known := names(package)):
+        kind = package.rpartition(".")[2].removesuffix("s")
+        raise InputError(f"there is no {kind} {name!r}{did_you_mean(name, known)}")
+    part: type[Any] = getattr(module_of(package, name), "".join(word.capitalize() for word in _file(name).split("_")))
     return part
 
 
 def module_of(package: str, name: str) -> ModuleType:
     """The file of the part called `name`, imported."""
-    return importlib.import_module(f"tiltflow.{package}.{name.replace('-', '_')}")
+    return importlib.import_module(f"tiltflow.{package}.{_file(name)}")
+
+
+def _file(name: str) -> str:
+    """
+    >>> _file("dpm-solver++")
+    'dpm_solver_plus_plus'
+    """
+    return name.replace("+", "_plus").replace("-", "_")
 
 
 def part_of(package: str) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ import typer
 from tiltflow.commands.terminal.console import escape, make_console, print_json, spinner
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, completes, set_up_torch
 from tiltflow.errors import InputError
+from tiltflow.plugins import names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from tiltflow.models.model import Model
     from tiltflow.models.text_to_image import TextToImage
 
-SOLVERS = ("memoryless", "memoryless-offset", "ddpm", "ddim", "euler", "euler-maruyama", "heun", "dpm-solver++")
-"""A copy of the library's names: to import it takes seconds, which --help does not have. A test compares them."""
+SOLVERS = names("samplers.solvers")
 
 
 def model_names() -> Iterable[str]:
@@ -84,7 +84,7 @@ def sample(
     from tiltflow.api import load
     from tiltflow.files import check_output
     from tiltflow.models.text_to_image import TextToImage
-    from tiltflow.samplers.sampler import Sampling
+    from tiltflow.samplers.sampling import Sampling
     from tiltflow.settings import validate
 
     if output.suffix not in (".png", ".npz"):

@@ -30,7 +30,7 @@ from torch import Tensor
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.linearize import linearize
 from tiltflow.rewards import NonFiniteRewards, Reward, value_and_gradient
-from tiltflow.samplers.sampler import Chain
+from tiltflow.samplers.chain import Chain
 
 Pairing = Literal["after", "before", "right"]
 

@@ -114,11 +114,15 @@ def stream_seed(seed: int) -> int:
 
 def default_network(event_shape: tuple[int, ...]) -> Settings:
     """A network F for samples of this shape. Raises InputError if there is none."""
-    if len(event_shape) == 1:
-        return find("networks", "mlp")(dimension=event_shape[0], outputs=1)  # type: ignore[call-arg]
-    if len(event_shape) == 3:
-        return find("networks", "image-critic")(image_channels=event_shape[0], image_size=event_shape[1:])  # type: ignore[call-arg]
-    raise InputError(f"critic.network: there is no default for samples of shape {list(event_shape)}; give one")
+    network: Settings
+    match len(event_shape):
+        case 1:
+            network = find("networks", "mlp")(dimension=event_shape[0], outputs=1)
+        case 3:
+            network = find("networks", "image-critic")(image_channels=event_shape[0], image_size=event_shape[1:])
+        case _:
+            raise InputError(f"critic.network: there is no default for samples of shape {list(event_shape)}; give one")
+    return network
 
 
 class Value:

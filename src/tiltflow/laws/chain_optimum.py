@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.laws.problems import GaussianMixture, QuadraticReward
-from tiltflow.samplers.sampler import Chain
+from tiltflow.samplers.chain import Chain
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.optimization import Optimization
-from tiltflow.samplers.sampler import Chain, Start
+from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.grid import Start
 
 Positive = Annotated[float, Field(gt=0)]
 

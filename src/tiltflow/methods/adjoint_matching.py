@@ -37,7 +37,11 @@ from tiltflow.flows.interpolant import expand
 from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite, located
 from tiltflow.rewards import NonFiniteRewards, Reward, finite_only, select
-from tiltflow.samplers.sampler import Chain, Sampling, Start, Trajectory, memoryless_offset, rollout
+from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import Trajectory, rollout
+from tiltflow.samplers.sampling import MemorylessSolver, Sampling
+from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -105,8 +109,9 @@ class AdjointMatching(Tilting):
     preset: Literal["paper", "official-code"] | None = None
     """Start from a published setting; keys given beside it win."""
 
-    solver: Literal["memoryless", "memoryless-offset", "ddpm", "euler-maruyama"] = "memoryless"
-    """The chain that is tuned; memoryless is exact in the limit of small steps."""
+    solver: MemorylessSolver = "memoryless"
+    """The chain that is tuned: memoryless (exact in the limit of small steps), memoryless-offset, ddpm or euler-maruyama; any
+    memoryless solver of `Sampling`."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
     """Steps of the chain, from noise to data."""
     shift: Positive = 1.0

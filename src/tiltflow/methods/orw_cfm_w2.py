@@ -55,7 +55,9 @@ from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, finite_only, shared
-from tiltflow.samplers.sampler import Sampling, Solver, Start, sample, spread_times
+from tiltflow.samplers.grid import Start, spread_times
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
 from tiltflow.user_code import explained
@@ -93,7 +95,7 @@ class OrwCfmW2(Optimization):
     the two the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
     data: PathOrName | None = None
     """Where the other samples come from: an .npz file with x_train, or a folder of images; without it, from the base."""
-    solver: Solver = "heun"
+    solver: SolverName = "heun"
     """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned
     again in every round: euler with few steps narrows the law a little more each time."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20

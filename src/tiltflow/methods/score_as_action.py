@@ -58,7 +58,10 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.methods import Tilting
 from tiltflow.optimization import all_finite, load_optimizer, located
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, select, shared, value_and_gradient
-from tiltflow.samplers.sampler import Chain, Sampling, Solver, Start, Trajectory, rollout, rollout_ode
+from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import Trajectory, simulate
+from tiltflow.samplers.sampling import Sampling, SolverName
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -142,7 +145,7 @@ class ScoreAsAction(Tilting):
     preset: Literal["ddpo", "dxmi"] | None = None
     """Start from the settings of a published method; keys given beside it win."""
 
-    solver: Solver = "memoryless"
+    solver: SolverName = "memoryless"
     """Any solver of `Sampling`; `package.module:function` for one of your own."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
     """Steps of the sampler that is tuned, from noise to data."""
@@ -350,11 +353,8 @@ class ScoreAsAction(Tilting):
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories of the tuned flow, guided if need be, and the samples [batch, *event] that they end in. If only the last
         step of a sampler has no noise, it is not an action: the base takes it."""
-        sampling, act = self.sampling, None if guide is None else guide(tuned).guide
-        if sampling.is_chain:
-            path = rollout(sampling.chain(start), tuned, x, generator, act=act, to_the_end=not sampling.has_noise)
-        else:
-            path = rollout_ode(sampling.ode_solver(), sampling.times(start), tuned, x, act=act)
+        act = None if guide is None else guide(tuned).guide
+        path = simulate(tuned, x, self.sampling, generator, start=start, act=act)
         last, end = len(path.velocities), path.states[-1]
         if last < len(path.chain):
             own = base if guide is None else guide(base)

@@ -24,7 +24,7 @@ from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.interpolant import expand
 from tiltflow.models.model import Model
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import normal, stream
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

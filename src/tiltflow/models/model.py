@@ -25,9 +25,11 @@ from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow, TimeDirection
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType
+from tiltflow.flows.noise import noise
 from tiltflow.networks.factory import Factory
 from tiltflow.plugins import code_allowed, part_of
-from tiltflow.samplers.sampler import Sampling, check_sampling, noise, sample
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream

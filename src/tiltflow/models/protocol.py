@@ -15,7 +15,8 @@ from torch import Tensor
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
-from tiltflow.samplers.sampler import Sampling, Start
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.sampling import Sampling
 
 
 class GenerativeModel(Protocol):

@@ -33,7 +33,8 @@ from tiltflow.flows.interpolant import (
     interior,
     mixture_weights,
 )
-from tiltflow.samplers.sampler import Sampling, sample
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.user_code import refused
 

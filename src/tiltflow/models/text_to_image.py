@@ -41,7 +41,8 @@ from tiltflow.flows.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.models import pipelines
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.models.schedules import Schedule, schedule_of
-from tiltflow.samplers.sampler import Sampling, check_sampling, sample
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.streams import stream
 from tiltflow.user_code import check_device, explained, refused, whole_number

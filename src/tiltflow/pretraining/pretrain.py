@@ -29,7 +29,7 @@ from tiltflow.plugins import part_of
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree
 from tiltflow.runs.run_folder import claim
-from tiltflow.samplers.sampler import Sampling
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings, validate
 from tiltflow.streams import new_network, stream
 

@@ -32,7 +32,9 @@ from tiltflow.networks.mlp import Mlp
 from tiltflow.plugins import find, part_of
 from tiltflow.problems.verify_lqg import LqgVerification, verify_lqg
 from tiltflow.problems.verify_two_modes import TwoModesVerification, verify_two_modes
-from tiltflow.samplers.sampler import Sampling, sample, time_grid
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.streams import new_network, stream
 from tiltflow.training.trainer import Record, train

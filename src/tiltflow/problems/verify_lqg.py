@@ -26,7 +26,8 @@ from tiltflow.laws.problems import QuadraticReward
 from tiltflow.methods.score_as_action import ScoreAsAction, State
 from tiltflow.networks.quadratic import chebyshev
 from tiltflow.plugins import part_of
-from tiltflow.samplers.sampler import Sampling, sample
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record, train

@@ -18,7 +18,8 @@ from tiltflow.laws.induced_law import Array, Law, velocity_distance
 from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, TwoModes
 from tiltflow.networks.mlp import Mlp
 from tiltflow.plugins import part_of
-from tiltflow.samplers.sampler import Sampling, sample
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import new_network, stream
 from tiltflow.training.trainer import Record, train

@@ -35,7 +35,9 @@ from tiltflow.rewards import LearnedReward, Reward, evaluate, select, value_and_
 from tiltflow.runs.prepare import Decoded, items_of, prepare, to_train
 from tiltflow.runs.run import Recipe, build_reward, rehearse
 from tiltflow.runs.run_text_to_image import TextToImageRecipe, prepare_recipe
-from tiltflow.samplers.sampler import Sampling, Start, rollout, sample
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import rollout, sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.memory import free_memory, peak_of

@@ -54,7 +54,8 @@ from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, 
 from tiltflow.runs.fingerprints import BASE
 from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train
 from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
-from tiltflow.samplers.sampler import Sampling, path_costs
+from tiltflow.samplers.rollout import path_costs
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Labels, PathOrName, Settings, validate
 from tiltflow.shipped import ASSETS
 from tiltflow.streams import stream

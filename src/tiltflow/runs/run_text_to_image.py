@@ -53,7 +53,8 @@ from tiltflow.runs.prepare import Prepared, check_fit, prepare, told
 from tiltflow.runs.recipe import is_text_to_image
 from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
 from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
-from tiltflow.samplers.sampler import Sampling, Solver, path_costs
+from tiltflow.samplers.rollout import path_costs
+from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.settings import External, PathOrName, Settings, validate
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
@@ -167,7 +168,7 @@ def load_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
 class Point(Settings):
     """A way to sample, of which there is a row in the table."""
 
-    solver: Solver = "euler"
+    solver: SolverName = "euler"
     """Any solver of `Sampling`."""
     num_inference_steps: Count = 50
     """Steps from noise to data."""

@@ -27,7 +27,9 @@ from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, shared
-from tiltflow.samplers.sampler import Sampling, Start, sample
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 

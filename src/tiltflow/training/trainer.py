@@ -26,7 +26,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guide
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
-from tiltflow.samplers.sampler import Start
+from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Batch

@@ -1,4 +1,4 @@
-"""KL divergence of the tuned sampler's paths from the base's. Computed by `samplers.sampler.path_costs`."""
+"""KL divergence of the tuned sampler's paths from the base's. Computed by `samplers.rollout.path_costs`."""
 
 from __future__ import annotations
 
