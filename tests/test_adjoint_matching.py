@@ -10,6 +10,7 @@ import affine
 import pytest
 import torch
 from affine import Affine, on_gaussian, riccati
+from tiny import iterate
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -72,8 +73,8 @@ def one_iteration(method: AdjointMatching, tuned: Any, reward: Any, *, batch: in
     x = torch.randn(batch, 1, generator=stream(seed, "start"))
     state = options.pop("state", State())
     return list(
-        method.gradients(
-            FunctionField(tuned), FunctionField(affine.velocity), reward, x, stream(seed, "noise"), state, **options
+        iterate(
+            method, FunctionField(tuned), FunctionField(affine.velocity), reward, x, stream(seed, "noise"), state, **options
         )
     )
 
@@ -256,7 +257,7 @@ def test_bootstrapping_moves_the_fixed_point_of_a_network_that_cannot_be_optimal
             method, tuned = AdjointMatching(num_inference_steps=12, beta=0.6, bootstrap=value), AffineShift(*weights)
             x = torch.randn(3000, 1, generator=stream(seed, "start"))
             fields = FunctionField(tuned), FunctionField(AffineShift.law.velocity)
-            (measured,) = method.gradients(*fields, reward, x, stream(seed, "noise"), State())
+            (measured,) = iterate(method, *fields, reward, x, stream(seed, "noise"), State())
             found.append(tuned.weights.grad)
         rewards.append(measured["reward"])
     z = {value: torch.stack(found).mean(0) / torch.stack(found).std(0) * 20**0.5 for value, found in gradients.items()}
@@ -442,7 +443,7 @@ class Corrected(nn.Module):
 def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **options: Any) -> list[dict[str, float]]:
     x = torch.randn(batch, 2, generator=stream(3))
     state = options.pop("state", State())
-    return list(method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), state, **options))
+    return list(iterate(method, FunctionField(tuned), FIELD, bent, x, stream(4), state, **options))
 
 
 def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -556,7 +557,7 @@ def test_a_term_at_the_limit_is_kept() -> None:
         shift = nn.Parameter(torch.zeros(1))
         x, reward = torch.zeros(4, 1), QuadraticReward(torch.ones(1))
         tuned, base = FunctionField(lambda x, t, s=shift: s.expand_as(x)), FunctionField(still)
-        (measured,) = method.gradients(tuned, base, reward, x, stream(0), State())
+        (measured,) = iterate(method, tuned, base, reward, x, stream(0), State())
         assert (measured["loss"], measured["clipped"]) == (0.25, clipped)
         assert (shift.grad.item() == 0) == bool(clipped)
 
@@ -590,7 +591,7 @@ def test_every_pass_has_its_gradient() -> None:
     terms, _, _ = terms_by_hand(method.chain(), tuned, 1.0)
     expected = gradients_of(terms.sum(0).mean(), tuned)
     passes = 0
-    for _ in method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), State()):
+    for _ in iterate(method, FunctionField(tuned), FIELD, bent, x, stream(4), State()):
         assert_close((tuned.weight.grad, tuned.bias.grad), expected)
         tuned.zero_grad()
         passes += 1
@@ -614,7 +615,7 @@ def regressed(method: AdjointMatching, batch: int = 6) -> list[Tensor]:
     chain, passes = method.chain(), []
     x = torch.randn(batch, 2, generator=stream(3))
     path = rollout(chain, tuned, x, stream(4))
-    for _ in method.gradients(FunctionField(tuned), FIELD, bent, x, stream(4), State()):
+    for _ in iterate(method, FunctionField(tuned), FIELD, bent, x, stream(4), State()):
         count = torch.zeros(len(chain), batch)
         for seen, time in tuned.asked:
             if time.ndim:
@@ -680,7 +681,7 @@ def test_steps_outside_the_strata_cost_nothing_and_change_nothing() -> None:
     for method in (some, everything):
         tuned = Controlled(method.chain(), torch.full((9,), 0.1), torch.full((9,), -0.2))
         x = torch.randn(8, 1, generator=stream(1))
-        for _ in method.gradients(FunctionField(tuned), FunctionField(base), quadratic_reward(), x, stream(2), State()):
+        for _ in iterate(method, FunctionField(tuned), FunctionField(base), quadratic_reward(), x, stream(2), State()):
             gradients.append(tuned.slope.grad)
     assert_close(gradients[0][4:], gradients[1][4:])
     assert not gradients[0][:4].any()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import iterate
 from torch import Tensor, nn
 
 from tiltflow.flows.adapter import AdapterOff, base_of
@@ -69,7 +70,7 @@ def gradient(name: str, kind: str, micro: int | None) -> list[Tensor]:
     if hasattr(state, "value"):
         state.value.network.double()
     reward = TowardLabel(LABELS.double())
-    for _ in method.gradients(flow, base, reward, x, stream(1), state, micro_batch_size=micro):
+    for _ in iterate(method, flow, base, reward, x, stream(1), state, micro_batch_size=micro):
         found.append(flow.network.gain.grad.clone())  # type: ignore[union-attr]
         flow.network.gain.grad = None  # type: ignore[union-attr]
     return found
@@ -100,7 +101,7 @@ def test_returns_are_centred_among_the_samples_of_one_condition() -> None:
             return 100 * self.labels
 
     x = torch.randn(8, 2, generator=stream(0, "x"), dtype=torch.float64)
-    next(method.gradients(flow, flow, Constant(LABELS.double()), x, stream(1), method.new_state((2,), 0, x.device)))
+    next(iterate(method, flow, flow, Constant(LABELS.double()), x, stream(1), method.new_state((2,), 0, x.device)))
     assert flow.network.gain.grad.abs() < 1e-10  # type: ignore[union-attr]
 
 

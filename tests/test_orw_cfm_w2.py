@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from tiny import tiny_recipe
+from tiny import iterate, tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
@@ -33,6 +33,7 @@ from tiltflow.problems.verify import read_verification, run_verification
 from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
 from tiltflow.training.trainer import train
 
 
@@ -92,7 +93,7 @@ def gradient_at(value: float, method: OrwCfmW2, *, batches: int = 16, size: int 
         generator = stream(i, "test")
         x1 = torch.randn(size, 1, generator=generator)
         flow.network.value.grad = None  # type: ignore[attr-defined]
-        method._regress(flow, base, x1, method.weights(first(x1)), generator, 0.0, None)
+        method._regress(Batch(x1, flow, base, first, generator), x1, method.weights(first(x1)))
         found.append(flow.network.value.grad.item())  # type: ignore[attr-defined]
     return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(batches))
 
@@ -225,8 +226,14 @@ def test_weights_are_normalised_among_samples_of_one_condition() -> None:
 def test_the_effective_sample_size() -> None:
     """exp(tau x) of N(0, 1): exp(-tau^2) of the samples."""
     method = OrwCfmW2(tau=0.5, num_inference_steps=30, regression_batch_size=4)
-    steps = method.gradients(
-        Flow(Shifted()), Flow(Shifted()), first, torch.randn(200_000, 1, generator=stream(0, "test")), stream(0), State()
+    steps = iterate(
+        method,
+        Flow(Shifted()),
+        Flow(Shifted()),
+        first,
+        torch.randn(200_000, 1, generator=stream(0, "test")),
+        stream(0),
+        State(),
     )
     assert next(iter(steps))["effective_sample_size"] / 200_000 == pytest.approx(math.exp(-0.25), abs=0.01)
 
@@ -273,7 +280,7 @@ def one_step(
     tuned = flow or Flow(Shifted())
     base = Flow(ExactVelocity(normal())) if flow is None else flow
     x, state = torch.randn(64, 1, generator=stream(0, "x")), State()
-    steps = method.gradients(tuned, base, reward, x, stream(0, "r"), state, micro_batch_size=micro)
+    steps = iterate(method, tuned, base, reward, x, stream(0, "r"), state, micro_batch_size=micro)
     measured = next(iter(steps))
     return measured, [p.grad.item() for p in tuned.parameters() if p.grad is not None]
 
@@ -349,9 +356,7 @@ class Adapted(Shifted):
 def test_an_adapter_is_its_own_base() -> None:
     flow = Flow(Adapted())
     flow.network.mean.data.fill_(0.4)  # type: ignore[attr-defined]
-    steps = OrwCfmW2().gradients(
-        flow, AdapterOff(flow), first, torch.randn(64, 1, generator=stream(0, "x")), stream(0), State()
-    )
+    steps = iterate(OrwCfmW2(), flow, AdapterOff(flow), first, torch.randn(64, 1, generator=stream(0, "x")), stream(0), State())
     measured = next(iter(steps))
     # E (0.4 (1 - t slope))^2 = 0.16 int ((1 - t) / (t^2 + (1 - t)^2))^2 dt, up to the noise of 64 times in 64 equal parts
     assert measured["velocity_distance"] == pytest.approx(0.16 * math.pi / 4, rel=0.02)
@@ -376,7 +381,8 @@ def test_what_is_around_a_flow_does_not_change_the_weight_of_its_times(name: str
         base, generator = Flow(Shifted(path, "epsilon"), "epsilon", path), stream(0, "test")
         x1 = torch.randn(64, 1, generator=generator)
         method = OrwCfmW2()
-        method._regress(wrap(flow), base, x1, method.weights(first(x1)), generator, flow.noise_time, None)
+        batch = Batch(x1, wrap(flow), base, first, generator, start=flow.noise_time)
+        method._regress(batch, x1, method.weights(first(x1)))
         gradients.append(flow.network.mean.grad.item())  # type: ignore[attr-defined]
     assert gradients[1] == gradients[0] != 0
 

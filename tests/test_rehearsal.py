@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_recipe
+from tiny import iterate, tiny_recipe
 from torch import Tensor, nn
 
 import tiltflow
@@ -248,7 +248,7 @@ def test_one_sample_to_compare(method: dict[str, Any], message: str | None, pipe
         if method["name"] == "score-as-action":
             state.value.fitted = True  # not by the only reward
         x = torch.randn(1, 2, generator=stream(0, "x"))
-        steps = settings.gradients(tuned, base, lambda x, s=scale: s * x.sin().sum(1), x, stream(0, "r"), state)
+        steps = iterate(settings, tuned, base, lambda x, s=scale: s * x.sin().sum(1), x, stream(0, "r"), state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             next(iter(steps))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import iterate
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -156,7 +157,8 @@ def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path)
     assert isinstance(model.flow, Flow)
     tuned, base = batch.bind(model.flow), batch.bind(model.base().flow)
     for micro in (None, 1):
-        updates = AdjointMatching(num_inference_steps=3, bootstrap=0.5).gradients(
+        updates = iterate(
+            AdjointMatching(num_inference_steps=3, bootstrap=0.5),
             tuned,
             base,
             batch.reward,

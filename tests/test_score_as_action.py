@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import iterate
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -178,8 +179,16 @@ def test_gradient_of_the_ode(solver: str) -> None:
         x = (x - x.mean()) / x.std() * math.sqrt(1) / own_scale(torch.tensor(base.noise_time))  # moments without error
         state = State(value, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0))
         next(
-            method.gradients(
-                tuned, base, reward_of(problem), x, stream(0), state, start=base.noise_time, micro_batch_size=TRAJECTORIES
+            iterate(
+                method,
+                tuned,
+                base,
+                reward_of(problem),
+                x,
+                stream(0),
+                state,
+                start=base.noise_time,
+                micro_batch_size=TRAJECTORIES,
             )
         )
         (coefficients,) = tuned.parameters()
@@ -201,7 +210,7 @@ def one_iteration(
         network.coefficients.copy_(torch.tensor(policy)[:, None])
     tuned, start = Flow(network, "epsilon", interpolant(problem)), base.noise_time
     x = draw_start(problem, count, start, stream(0, "start"))
-    updates = method.gradients(tuned, base, reward_of(problem), x, stream(0), method.new_state((1,), 0, x.device), start=start)
+    updates = iterate(method, tuned, base, reward_of(problem), x, stream(0), method.new_state((1,), 0, x.device), start=start)
     return [next(updates) for _ in range(passes)][-1], tuned
 
 
@@ -247,8 +256,15 @@ def test_costs_add_over_dimensions() -> None:
         x = draw_start(problem, 20_000, base.noise_time, stream(0, "start"))
         method = on_lqg("return", 6)
         tuned = Flow(network, "epsilon", interpolant(problem))
-        updates = method.gradients(
-            tuned, base, reward_of(problem), x, stream(0), method.new_state((dimension,), 0, x.device), start=base.noise_time
+        updates = iterate(
+            method,
+            tuned,
+            base,
+            reward_of(problem),
+            x,
+            stream(0),
+            method.new_state((dimension,), 0, x.device),
+            start=base.noise_time,
         )
         costs.append(next(updates)["path_kl"])
     assert costs[1] / costs[0] == pytest.approx(3, rel=0.03)
@@ -302,7 +318,7 @@ def test_the_penalty_pulls_back_to_the_policy_that_made_the_trajectories() -> No
     state = method.new_state((1,), 0, torch.device("cpu"))
     state.penalty = 1e9
     x = draw_start(PROBLEM, 256, start, stream(0, "start"))
-    updates = method.gradients(tuned, base, reward_of(PROBLEM), x, stream(0), state, start=start)
+    updates = iterate(method, tuned, base, reward_of(PROBLEM), x, stream(0), state, start=start)
     next(updates)
     network.coefficients.grad = None
     with torch.no_grad():
@@ -339,7 +355,7 @@ def test_a_ratio_that_is_not_one_is_an_error(settings: dict[str, Any], message: 
     method = ScoreAsAction(num_inference_steps=4, **settings)
     state = method.new_state((2,), 0, torch.device("cpu"))
     x = torch.randn(8, 2, generator=generator)
-    updates = method.gradients(tuned, base, Mixture().reward(), x, stream(0), state)
+    updates = iterate(method, tuned, base, Mixture().reward(), x, stream(0), state)
     with pytest.raises(InputError, match=f"before the first update the policy's ratio must be 1, .*{message}"):
         next(updates)
 
@@ -384,7 +400,7 @@ def test_step_kl_is_the_path_kl_between_the_policies() -> None:
     tuned, start = Flow(network, "epsilon", interpolant(problem)), base.noise_time
     x = draw_start(problem, 4000, start, stream(0, "start"))
     state = method.new_state((1,), 0, x.device)
-    updates = method.gradients(tuned, base, reward_of(problem), x, stream(0), state, start=start)
+    updates = iterate(method, tuned, base, reward_of(problem), x, stream(0), state, start=start)
     assert next(updates)["step_kl"] == 0
     with torch.no_grad():
         network.coefficients.copy_(torch.tensor([[-0.2], [0.3]]))
@@ -394,10 +410,10 @@ def test_step_kl_is_the_path_kl_between_the_policies() -> None:
 def test_standardised_rewards_are_those_of_ddpo() -> None:
     method = ScoreAsAction(preset="ddpo", num_inference_steps=4)
     assert (method.estimator, method.update, method.clip_range, method.running_reward) == ("return", "clip", 1e-4, "none")
-    from tiltflow.control.value import Batch
+    from tiltflow.control.value import Experience
 
     rewards, costs = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.zeros(3, 4)
-    batch = Batch(torch.zeros(3, 4, 1), torch.linspace(0, 1, 4), costs, costs, rewards)
+    batch = Experience(torch.zeros(3, 4, 1), torch.linspace(0, 1, 4), costs, costs, rewards)
     advantages = method._advantages(Value(nn.Identity(), FORMS["reward-free"]), batch, [torch.arange(4)])
     expected = (rewards - rewards.mean()) * 4 / 3 / rewards.std(correction=0)
     assert_close(advantages, expected.expand(3, 4), rtol=1e-6, atol=0)
@@ -492,7 +508,7 @@ def test_rewards_that_make_no_sense_are_refused(reward: Callable[[Tensor], Tenso
     law: GaussianMixture = Mixture().base()
     method = ScoreAsAction(num_inference_steps=3)
     state = method.new_state((2,), 0, torch.device("cpu"))
-    updates = method.gradients(Flow(ExactVelocity(law)), Flow(ExactVelocity(law)), reward, torch.randn(8, 2), stream(0), state)
+    updates = iterate(method, Flow(ExactVelocity(law)), Flow(ExactVelocity(law)), reward, torch.randn(8, 2), stream(0), state)
     with pytest.raises(error, match=message):
         next(updates)
 
@@ -535,7 +551,7 @@ def test_pathwise_pulls_the_reward_back_through_the_last_step_of_the_base() -> N
         return x[:, 0].sin() + (x[:, 1] ** 3) / 3
 
     x, state = torch.randn(6, 2, generator=stream(3)), method.new_state((2,), 0, torch.device("cpu"))
-    list(method.gradients(FunctionField(tuned), FunctionField(base.velocity), reward, x, stream(4), state))
+    list(iterate(method, FunctionField(tuned), FunctionField(base.velocity), reward, x, stream(4), state))
     before = rollout(chain, base.velocity, x, stream(4)).states[4].requires_grad_()
     end = chain.mean(4, before, base.velocity(before, chain.times[4]))
     (vectors,) = torch.autograd.grad(reward(end).sum(), before)

@@ -23,6 +23,7 @@ from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
 from tiltflow.training.trainer import Record, train, trainable_copy
 
@@ -127,12 +128,11 @@ class GivenGradients:
     def new_state(self, *about: Any) -> None:
         return None
 
-    def gradients(
-        self, tuned: Flow, base: Flow, reward: Any, x: Tensor, *rest: Any, **options: Any
-    ) -> Iterator[dict[str, float]]:
-        (weight,) = tuned.parameters()
+    def gradients(self, batch: Batch, state: Any) -> Iterator[dict[str, float]]:
+        assert isinstance(batch.tuned, Flow)
+        (weight,) = batch.tuned.parameters()
         for value in self.batches.pop(0):
-            tuned(x, torch.tensor(0.5))
+            batch.tuned(batch.x, torch.tensor(0.5))
             assert weight.grad is None or not weight.grad.any()
             weight.grad = torch.tensor([value])
             yield {"loss": self.loss}
@@ -251,10 +251,11 @@ def test_trajectories_are_drawn_from_the_average() -> None:
     seen: list[float] = []
 
     class Watching(GivenGradients):
-        def gradients(self, tuned: Flow, *rest: Any, policy: Any, **options: Any) -> Iterator[dict[str, float]]:
-            seen.append(policy(torch.ones(1, 1), torch.tensor(0.5)).item())
-            assert policy(torch.ones(1, 1), torch.tensor(0.5)).item() == seen[-1]
-            yield from super().gradients(tuned, *rest, **options)
+        def gradients(self, batch: Batch, state: Any) -> Iterator[dict[str, float]]:
+            assert batch.actor is not None
+            seen.append(batch.actor(torch.ones(1, 1), torch.tensor(0.5)).item())
+            assert batch.actor(torch.ones(1, 1), torch.tensor(0.5)).item() == seen[-1]
+            yield from super().gradients(batch, state)
 
     run_given(Watching([[0.3], [-0.5], [0.1]]), 3, ema_decay=0.9)
     first, second, _ = adamw([0.3, -0.5, 0.1], [0.1, 0.1, 0.1])

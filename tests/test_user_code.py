@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_recipe
+from tiny import iterate, tiny_recipe
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -461,7 +461,7 @@ def gradient_of(method: Any, kept: list[int], monkeypatch: pytest.MonkeyPatch) -
         state.value.fitted = True  # by the rewards that are kept, which would tie the samples to each other
     x = torch.randn(8, 2, generator=stream(0, "start"))
     base = Flow(Net().requires_grad_(False))
-    measured = next(iter(method.gradients(tuned, base, reward, x, stream(0, "rollout"), state, non_finite="drop")))
+    measured = next(iter(iterate(method, tuned, base, reward, x, stream(0, "rollout"), state, non_finite="drop")))
     return torch.cat([cast(Tensor, p.grad).flatten() for p in tuned.parameters()]), measured
 
 

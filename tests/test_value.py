@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiltflow.control.value import FORMS, Batch, Critic, Value, critic_loss, improve, returns
+from tiltflow.control.value import FORMS, Critic, Experience, Value, critic_loss, improve, returns
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.laws.lqg import Lqg, evaluate_chain
@@ -169,7 +169,7 @@ def test_the_trace_decays_in_time() -> None:
 # ---- losses ----
 
 
-def lqg_batch(count: int, generator: torch.Generator, steps: int = STEPS) -> tuple[Batch, Any]:
+def lqg_batch(count: int, generator: torch.Generator, steps: int = STEPS) -> tuple[Experience, Any]:
     """Trajectories of the problem's policy, in the diffusion's own coordinates, and the exact values (P, p, c) of each step."""
     D, K, k = PROBLEM.T / steps, PROBLEM.K, PROBLEM.k
     x, states, costs = torch.randn(count, 1, generator=generator), [], []
@@ -181,7 +181,7 @@ def lqg_batch(count: int, generator: torch.Generator, steps: int = STEPS) -> tup
     rewards = (PROBLEM.q * x - PROBLEM.Q * x.square() / 2).sum(1)
     exact = evaluate_chain(PROBLEM, BETA, np.full(steps, K), np.full(steps, k))
     times = torch.linspace(0, 1, steps + 1)
-    batch = Batch(torch.stack(states), times, torch.zeros(steps, count), torch.stack(costs), rewards)
+    batch = Experience(torch.stack(states), times, torch.zeros(steps, count), torch.stack(costs), rewards)
     return batch, np.array([exact.value(n) for n in range(steps)])
 
 
@@ -266,7 +266,7 @@ class Sketch:
         self.value.shift, self.value.scale, self.value.fitted = 0.7, 2.5, True
         states, self.times = torch.randn(3, 4, 2, generator=generator), torch.tensor([0.2, 0.5, 0.6, 1.0])
         self.costs, self.rewards = torch.rand(3, 4, generator=generator), torch.randn(4, generator=generator)
-        self.batch = Batch(states, self.times, torch.zeros(3, 4), self.costs, self.rewards)
+        self.batch = Experience(states, self.times, torch.zeros(3, 4), self.costs, self.rewards)
         t = self.times[:3, None, None].expand(3, 4, 1)
         self.features = torch.cat([states, t], 2)  # dV / d(a, b), over the scale
         inside = 0.7 + 2.5 * (self.features @ torch.tensor([0.5, -1.0, 2.0]))
@@ -346,7 +346,7 @@ def test_improve_takes_its_steps_on_some_trajectories(generator: torch.Generator
     assert improve(value, optimizer, batch, Critic(num_steps=0), generator, 1) == 0
     with pytest.raises(InputError, match="at least two trajectories"):
         critic_loss(value, batch.part(torch.tensor([0])), Critic(loss="orthogonality"))
-    broken = Batch(batch.states, batch.times, batch.known, batch.costs, batch.rewards * math.nan)
+    broken = Experience(batch.states, batch.times, batch.known, batch.costs, batch.rewards * math.nan)
     with pytest.raises(NonFiniteError, match="the critic's loss is nan"):
         improve(value, optimizer, broken, Critic(), stream(0), 7)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tiltflow.flows.flow import Flow
 from tiltflow.models.model import ClassifierConfig, Model, save_model
@@ -12,6 +16,7 @@ from tiltflow.networks.unet import Unet
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import dump_yaml
 from tiltflow.streams import new_network
+from tiltflow.training.batch import Batch
 
 UNET = Unet(channels=(8, 8), blocks=(1, 1), embedding=8)
 
@@ -49,3 +54,11 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(dump_yaml(tree))
     return path
+
+
+def iterate(
+    method: Any, tuned: Any, base: Any, reward: Any, x: Tensor, generator: torch.Generator, state: Any, **options: Any
+) -> Iterator[dict[str, float]]:
+    """The optimizer steps of a method on one batch."""
+    updates: Iterator[dict[str, float]] = method.gradients(Batch(x, tuned, base, reward, generator, **options), state)
+    return updates

@@ -182,7 +182,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Experience:
     """Trajectories as the critic sees them.
 
     Args:
@@ -198,8 +198,8 @@ class Batch:
     costs: Tensor
     rewards: Tensor
 
-    def part(self, which: Tensor) -> Batch:
-        return Batch(self.states[:, which], self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
+    def part(self, which: Tensor) -> Experience:
+        return Experience(self.states[:, which], self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
 
     def values(self, value: Value) -> Tensor:
         """V at all states, and the rewards at the end: [steps + 1, batch]."""
@@ -223,7 +223,7 @@ def returns(values: Tensor, costs: Tensor, keep: Tensor) -> Tensor:
     return torch.stack(targets[::-1])
 
 
-def critic_loss(value: Value, batch: Batch, critic: Critic) -> Tensor:
+def critic_loss(value: Value, batch: Experience, critic: Critic) -> Tensor:
     """The loss of `critic` on a batch of trajectories, a scalar; see the top of this file."""
     lengths = batch.times.diff()
     if critic.loss == "orthogonality":
@@ -239,7 +239,7 @@ def critic_loss(value: Value, batch: Batch, critic: Critic) -> Tensor:
     return (weights[:, None] * ((targets - values[:-1]) / value.scale).square()).sum(0).mean() / 2
 
 
-def _orthogonality(value: Value, batch: Batch) -> Tensor:
+def _orthogonality(value: Value, batch: Experience) -> Tensor:
     """A scalar whose gradient is that of |m|^2 / 2 for the moment m = E sum_k dV/dtheta (V_{k+1} - V_k - cost_k), with the test
     functions dV/dtheta held fixed. The two factors of the square come from two halves of the batch, so it is unbiased."""
     half = len(batch.rewards) // 2
@@ -266,7 +266,7 @@ def _orthogonality(value: Value, batch: Batch) -> Tensor:
 def improve(
     value: Value,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: Experience,
     critic: Critic,
     generator: torch.Generator,
     step: int,

@@ -27,21 +27,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow import processes
 from tiltflow.control.adjoint import Pairing, lean_adjoint
 from tiltflow.control.timesteps import Stratum, choose_timesteps
-from tiltflow.flows.chunks import in_chunks
-from tiltflow.flows.field import VelocityField
-from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.methods import Tilting
-from tiltflow.optimization import Numbers, all_finite, located
-from tiltflow.rewards import NonFiniteRewards, Reward, finite_only, select
+from tiltflow.optimization import Numbers, all_finite
+from tiltflow.rewards import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
+from tiltflow.training.batch import Batch
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -176,37 +173,17 @@ class AdjointMatching(Tilting):
         """What is kept between iterations."""
         return State()
 
-    def gradients(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        x: Tensor,
-        generator: torch.Generator,
-        state: State,
-        *,
-        start: Start = 0.0,
-        micro_batch_size: int | None = None,
-        policy: VelocityField | None = None,
-        guide: Guide | None = None,
-        non_finite: NonFiniteRewards = "error",
-    ) -> Iterator[dict[str, float]]:
+    def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
         Args:
-            x: starting points [batch, *event] at time `start`.
             state: what is kept between iterations; changed in place.
-            micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
-            policy: the flow that the trajectories are drawn from, and that stands in for the adjoint, if it is not `tuned`:
-                an average of its weights, which settles at the same fixed point.
-            guide: guides the flow that draws the trajectories, if they are to be guided and what is learned is not
-                (`guidance_mode: rollout`).
-            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
         """
-        chain = self.chain(start)
+        x, generator, chain = batch.x, batch.generator, self.chain(batch.start)
         with torch.no_grad():
-            actor = in_chunks(policy or tuned, micro_batch_size)
-            path = rollout(chain, actor, x, generator, act=None if guide is None else guide(actor).guide)
+            actor = batch.whole(batch.actor or batch.tuned)
+            act = None if batch.guide is None else batch.guide(actor).guide
+            path = rollout(chain, actor, x, generator, act=act)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,
@@ -223,11 +200,9 @@ class AdjointMatching(Tilting):
 
         # residuals of the steps from `first` on, [steps, batch, *event], from what the two passes have already computed
         velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
-        targets, base_velocities, rewards = self._adjoints(
-            chain, base, path, reward, first, right, micro_batch_size, non_finite
-        )
+        targets, base_velocities, rewards = self._adjoints(batch, chain, path, first, right)
         if (kept := finite_only(rewards)) is not None:
-            path, tuned, rewards = path.select(kept), tuned.select(kept), rewards[kept]
+            path, batch, rewards = path.select(kept), batch.select(kept), rewards[kept]
             velocities, targets, base_velocities = (each[:, kept] for each in (velocities, targets, base_velocities))
             chosen = [pairs[:, kept] for pairs in chosen]
         steps = slice(first, len(path.velocities))
@@ -246,7 +221,7 @@ class AdjointMatching(Tilting):
         for pairs in chosen:
             in_loss = terms.gather(0, pairs - first)
             limits = self._limits(chain, pairs, in_loss, state)
-            self._regress(tuned, chain, regression, pairs, limits, micro_batch_size)
+            self._regress(batch, chain, regression, pairs, limits)
             yield {**measured, "clipped": (in_loss > limits).double().mean().item()}
 
     def _group_size(self, batch: int, *, alone: int) -> int:
@@ -256,41 +231,31 @@ class AdjointMatching(Tilting):
         return self.share_timesteps
 
     def _adjoints(
-        self,
-        chain: Chain,
-        base: VelocityField,
-        path: Trajectory,
-        reward: Reward,
-        first: int,
-        right: Chain | None,
-        micro_batch_size: int | None,
-        non_finite: NonFiniteRewards,
+        self, batch: Batch, chain: Chain, path: Trajectory, first: int, right: Chain | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and base velocities of the controlled steps from `first` on, [steps, batch, *event], and rewards [batch]."""
-        size, controlled = len(path.states[0]), slice(first, len(path.velocities))
-        parts = []
-        for part in processes.shares(size, micro_batch_size):
-            with located(part):
-                parts.append(
-                    lean_adjoint(
-                        chain,
-                        base.select(part),
-                        [states[part] for states in path.states],
-                        select(reward, part),
-                        self.beta,
-                        pairing=self.pairing,
-                        reward_at=self.reward_at,
-                        first=first,
-                        right=right,
-                        tuned_velocities=[v[part] for v in path.velocities],
-                        bootstrap=self.bootstrap,
-                        non_finite=non_finite,
-                    )
-                )
-        targets = [torch.stack(cast(list[Tensor], part.targets[controlled])) for part in parts]
-        velocities = [torch.stack(cast(list[Tensor], part.base_velocities[controlled])) for part in parts]
-        rewards = processes.gathered([part.rewards for part in parts], size)
-        return processes.gathered(targets, size, dim=1), processes.gathered(velocities, size, dim=1), rewards
+        controlled = slice(first, len(path.velocities))
+
+        def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            found = lean_adjoint(
+                chain,
+                some.base,
+                [states[part] for states in path.states],
+                some.reward,
+                self.beta,
+                pairing=self.pairing,
+                reward_at=self.reward_at,
+                first=first,
+                right=right,
+                tuned_velocities=[v[part] for v in path.velocities],
+                bootstrap=self.bootstrap,
+                non_finite=some.non_finite,
+            )
+            targets, velocities = (cast(list[Tensor], each[controlled]) for each in (found.targets, found.base_velocities))
+            return torch.stack(targets), torch.stack(velocities), found.rewards
+
+        targets, velocities, rewards = batch.map(adjoints, dims=(1, 1, 0))
+        return targets, velocities, rewards
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of (step, sample) `pairs` [count, batch] is clipped (or
@@ -311,30 +276,23 @@ class AdjointMatching(Tilting):
                 limit.clamp_(max=state.threshold**2)  # a view of `limits`
         return limits
 
-    def _regress(
-        self,
-        tuned: VelocityField,
-        chain: Chain,
-        regression: Regression,
-        pairs: Tensor,
-        limits: Tensor,
-        micro_batch_size: int | None,
-    ) -> None:
+    def _regress(self, batch: Batch, chain: Chain, regression: Regression, pairs: Tensor, limits: Tensor) -> None:
         """Accumulate the gradient of the mean over the batch of sum_k |w_k + s_k a|^2 over the chosen (step, sample) pairs
         whose term is not above its limit, both [count, batch]."""
-        batch = regression.states.shape[1]
+        size = regression.states.shape[1]
         k, limit = pairs.flatten(), limits.flatten()
-        i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
-        counted = torch.arange(len(k), device=k.device) >= processes.first_counted(len(k))
-        for part in processes.shares(len(k), micro_batch_size or processes.share_of(batch)):
+        i = torch.arange(size, device=k.device).expand_as(pairs).flatten()
+
+        def terms_of(part: slice) -> dict[str, Tensor]:
             kk, row, ii = k[part], k[part] - regression.first, i[part]
             x = regression.states[row, ii]
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
-            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
+            v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
-            kept = (terms.detach() <= limit[part]) & counted[part]
-            ((kept * terms).sum() / batch).backward()
+            return {"loss": (terms.detach() <= limit[part]) * terms}
+
+        batch.accumulate(terms_of, len(k), over=size)
 
 
 def _columns(values: Tensor, x: Tensor) -> Tensor:

@@ -43,23 +43,21 @@ from pydantic import Field, field_validator, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from tiltflow import processes
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
 from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
-from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
-from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
 from tiltflow.optimization import Numbers, Optimization
 from tiltflow.plugins import import_function
-from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, finite_only, shared
+from tiltflow.rewards import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start, spread_times
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
+from tiltflow.training.batch import Batch
 from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
@@ -275,48 +273,27 @@ class OrwCfmW2(Optimization):
             raise InputError(f"method.data: are of shape {list(images.shape[1:])}, the samples of {list(event_shape)}")
         return State(data=images)
 
-    def gradients(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        x: Tensor,
-        generator: torch.Generator,
-        state: State,
-        *,
-        start: Start = 0.0,
-        micro_batch_size: int | None = None,
-        policy: VelocityField | None = None,
-        guide: Guide | None = None,
-        non_finite: NonFiniteRewards = "error",
-    ) -> Iterator[dict[str, float]]:
-        """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
+    def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
+        """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated. As many
+        samples are drawn in the round as the batch has starting points.
 
         Args:
-            x: starting points [batch, *event] at time `start`: as many samples are drawn in the round.
             state: what is kept between rounds; changed in place.
-            micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
-            policy: the flow that samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
-                the same fixed point.
-            guide: guides the flow that draws the samples, if they are to be guided and what is learned is not
-                (`guidance_mode: rollout`).
-            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
-        Where the flow is bound to one condition for each sample, weights are normalised among the samples of each condition.
+        Where the flow is bound to one condition for each sample, weights are normalised among samples of the same.
 
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
         """
-        acting, other = (guide(flow) if guide else flow for flow in (policy or tuned, base))
-        x1 = self._samples(in_chunks(acting, micro_batch_size), in_chunks(other, micro_batch_size), x, generator, state, start)
-        rewards = evaluate(shared(reward), x1, non_finite).detach()
+        size, x1 = len(batch), self._samples(batch, state)
+        rewards = evaluate(shared(batch.reward), x1, batch.non_finite).detach()
         if (kept := finite_only(rewards)) is not None:
-            x1, rewards, tuned, base = x1[kept], rewards[kept], tuned.select(kept), base.select(kept)
+            x1, rewards, batch = x1[kept], rewards[kept], batch.select(kept)
         if state.rounds == 0 and len(rewards) > 1 and bool((rewards == rewards[0]).all()):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )
-        weights = self.weights(rewards, tuned.groups(len(rewards), rewards.device))
+        weights = self.weights(rewards, batch.tuned.groups(len(rewards), rewards.device))
         state.rounds += 1
         effective = ImportanceWeights(weights.double() / weights.double().sum()).effective_sample_size
         if effective < self.min_effective_sample_size:
@@ -330,29 +307,25 @@ class OrwCfmW2(Optimization):
             "reward_std": rewards.std(correction=0).item(),
             "effective_sample_size": effective,
             "largest_weight": weights.max().item(),
-            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
+            **({} if kept is None else {"dropped": float(size - len(kept))}),
         }
         for _ in range(self.num_passes):
-            yield {**measured, **self._regress(tuned, base, x1, weights, generator, start, micro_batch_size)}
+            yield {**measured, **self._regress(batch, x1, weights)}
 
     @torch.no_grad()
-    def _samples(
-        self,
-        policy: VelocityField,
-        base: VelocityField,
-        x: Tensor,
-        generator: torch.Generator,
-        state: State,
-        start: Start,
-    ) -> Tensor:
+    def _samples(self, batch: Batch, state: State) -> Tensor:
         """The samples of a round [batch, *event]: the first ones of the current model, the others of the data or the base."""
+        x, generator = batch.x, batch.generator
+        flows = (batch.actor or batch.tuned, batch.base)
+        acting, base = (batch.whole(batch.guide(flow) if batch.guide else flow) for flow in flows)
         online = round(self.online_fraction * len(x))
         parts = []
         if online:
-            parts.append(sample(policy.select(slice(online)), x[:online], self.sampling, generator, start=start))
+            parts.append(sample(acting.select(slice(online)), x[:online], self.sampling, generator, start=batch.start))
         if online < len(x):
             if state.data is None:
-                parts.append(sample(base.select(slice(online, None)), x[online:], self.sampling, generator, start=start))
+                rest = slice(online, None)
+                parts.append(sample(base.select(rest), x[rest], self.sampling, generator, start=batch.start))
             else:
                 which = torch.randint(len(state.data), (len(x) - online,), generator=generator, device=generator.device)
                 parts.append(state.data[which].to(x))
@@ -400,17 +373,9 @@ class OrwCfmW2(Optimization):
         logs: Tensor = raw.double().log()
         return logs
 
-    def _regress(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        x1: Tensor,
-        weights: Tensor,
-        generator: torch.Generator,
-        start: Start,
-        micro_batch_size: int | None,
-    ) -> dict[str, float]:
-        """Accumulate the gradient of the loss over one batch of fresh noise and times."""
+    def _regress(self, batch: Batch, x1: Tensor, weights: Tensor) -> dict[str, float]:
+        """Accumulate the gradient of the loss over samples x1 [batch, *event], with fresh noise and times."""
+        generator = batch.generator
         size, device = self.regression_batch_size or len(x1), x1.device
         if self.coupling == "independent":
             which = torch.cat(
@@ -428,31 +393,26 @@ class OrwCfmW2(Optimization):
             x0 = x0[cheapest_pairing(x0, x1[which])]
         # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
         parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-        t = spread_times(parts / size, start=self.sampling.times(start)[0].item(), shift=self.shift)
+        t = spread_times(parts / size, start=self.sampling.times(batch.start)[0].item(), shift=self.shift)
 
-        fit, penalty, total = 0.0, 0.0, 0.0
-        counted = torch.arange(size, device=device) >= processes.first_counted(size)
-        for part in processes.shares(size, micro_batch_size):
+        def terms_of(part: slice) -> dict[str, Tensor]:
             i, s = which[part], t[part]
             left, right = expand(1 - s, x0[part]), expand(s, x0[part])
             x = left * x0[part] + right * x1[i]
-            v = tuned.select(i)(x, s)
+            v = batch.tuned.select(i)(x, s)
             # measured in the network's own prediction, errors near the ends of the path weigh as they did in pretraining
-            scale = counted[part] * tuned.prediction_scale(s).to(x) ** 2 / x[0].numel()
+            scale = batch.tuned.prediction_scale(s).to(x) ** 2 / x[0].numel()
             misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
-            terms = of_fit[part] * misfit
+            terms = {"loss": of_fit[part] * misfit, "flow_matching_loss": misfit.detach()}
             if self.alpha > 0:
                 with torch.no_grad():
-                    origin = base.select(i)(x, s)
+                    origin = batch.base.select(i)(x, s)
                 away = (v - origin).flatten(1).square().sum(1)
-                terms = terms + self.alpha * of_penalty[part] * scale * away
-                penalty += (counted[part] * away.detach()).sum().item() / size
-            loss = terms.sum() / size
-            loss.backward()
-            fit += misfit.detach().sum().item() / size
-            total += loss.item()
-        total, fit, penalty = (processes.total(value, device) for value in (total, fit, penalty))
-        return {"loss": total, "flow_matching_loss": fit} | ({"velocity_distance": penalty} if self.alpha > 0 else {})
+                terms["loss"] = terms["loss"] + self.alpha * of_penalty[part] * scale * away
+                terms["velocity_distance"] = away.detach()
+            return terms
+
+        return batch.accumulate(terms_of, size, over=size)
 
 
 def cheapest_pairing(x0: Tensor, x1: Tensor) -> Tensor:

@@ -46,22 +46,21 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from tiltflow import processes
 from tiltflow.control.timesteps import Stratum, choose_timesteps
-from tiltflow.control.value import FORMS, Batch, Critic, Value, improve, returns
+from tiltflow.control.value import FORMS, Critic, Experience, Value, improve, returns
 from tiltflow.errors import InputError
-from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.methods import Tilting
-from tiltflow.optimization import all_finite, load_optimizer, located
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, select, shared, value_and_gradient
+from tiltflow.optimization import all_finite, load_optimizer
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, simulate
 from tiltflow.samplers.sampling import Sampling, SolverName
+from tiltflow.training.batch import Batch
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -260,62 +259,47 @@ class ScoreAsAction(Tilting):
         value = self.critic.build(event_shape, seed, device)
         return State(value, torch.optim.Adam(value.network.parameters(), lr=self.critic.learning_rate))
 
-    def gradients(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        x: Tensor,
-        generator: torch.Generator,
-        state: State,
-        *,
-        start: Start = 0.0,
-        micro_batch_size: int | None = None,
-        policy: VelocityField | None = None,
-        guide: Guide | None = None,
-        non_finite: NonFiniteRewards = "error",
-    ) -> Iterator[dict[str, float]]:
+    def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
+        Trajectories are drawn from `batch.tuned` itself, whose gradient this is, and not from an average of its weights. Where
+        samples alone are guided, the gradient takes one of the two ways through the guided policy.
+
         Args:
-            x: starting points [batch, *event] at time `start`.
             state: what is kept between iterations; changed in place.
-            micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
-            policy: not used. The trajectories must come from `tuned` itself, whose gradient this is.
-            guide: guides the flow that draws the trajectories, if they are to be guided and what is learned is not
-                (`guidance_mode: rollout`); the gradient then takes one of the two ways through the guided policy.
-            non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
 
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
         """
+        x, generator = batch.x, batch.generator
         with torch.no_grad():
-            whole, whole_base = (in_chunks(flow, micro_batch_size) for flow in (tuned, base))
-            path, end = self.rollout(whole, whole_base, x, generator, start, guide)
+            tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
+            path, end = self.rollout(tuned, base, x, generator, batch.start, batch.guide)
             chain, count = path.chain, len(path.velocities)
             noise = None if self._uses_value_gradient else path.noise()
             states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
             all_finite(velocities, "velocity", chain.times)
-            rewards = evaluate(shared(reward), end, non_finite).detach()
-            base_velocities = torch.stack([whole_base(y, t) for y, t in zip(states, chain.times, strict=False)])
+            reward = shared(batch.reward)
+            rewards = evaluate(reward, end, batch.non_finite).detach()
+            base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
             energy = self._energy(chain)[:count, None].to(x)
             path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
             costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
-            batch = self._for_critic(state.value, states, velocities, chain, costs, rewards, shared(reward), non_finite)
-            if (kept := finite_only(rewards + batch.known.sum(0))) is not None:
-                path, batch, end, rewards = path.select(kept), batch.part(kept), end[kept], rewards[kept]
-                tuned, base, reward = tuned.select(kept), base.select(kept), select(reward, kept)
+            experience = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward, batch.non_finite)
+            if (kept := finite_only(rewards + experience.known.sum(0))) is not None:
+                path, experience, end, rewards = path.select(kept), experience.part(kept), end[kept], rewards[kept]
+                batch = batch.select(kept)
                 states, velocities, base_velocities = (each[:, kept] for each in (states, velocities, base_velocities))
                 path_costs, noise = path_costs[:, kept], None if noise is None else noise[:, kept]
-            if not isinstance(reward, LearnedReward):  # whose first values say nothing of the later ones
+            if not isinstance(batch.reward, LearnedReward):  # whose first values say nothing of the later ones
                 state.value.fit_scale(rewards)
-            members = tuned.groups(len(rewards), x.device)
-            advantages = None if self._uses_value_gradient else self._advantages(state.value, batch, members)
+            members = batch.tuned.groups(len(rewards), x.device)
+            advantages = None if self._uses_value_gradient else self._advantages(state.value, experience, members)
         steps = None
         if state.iterations >= self.critic_warmup_steps:
             if advantages is not None:
                 all_finite(advantages, "advantage", chain.times)
-            vectors = self._vectors(state.value, path, noise, advantages, tuned, base, reward, micro_batch_size)
+            vectors = self._vectors(batch, state.value, path, noise, advantages)
             all_finite(vectors, "vector of the policy gradient", chain.times)
             steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
         state.iterations += 1
@@ -327,9 +311,11 @@ class ScoreAsAction(Tilting):
             **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
         if state.optimizer is not None:
-            measured["critic_loss"] = improve(state.value, state.optimizer, batch, self.critic, generator, state.iterations)
-        if isinstance(reward, LearnedReward):
-            measured["reward_loss"] = reward.learn(end, generator)
+            measured["critic_loss"] = improve(
+                state.value, state.optimizer, experience, self.critic, generator, state.iterations
+            )
+        if isinstance(batch.reward, LearnedReward):
+            measured["reward_loss"] = batch.reward.learn(end, generator)
         if steps is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return
@@ -337,7 +323,7 @@ class ScoreAsAction(Tilting):
             pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(rewards), generator).to(
                 x.device
             )
-            loss, step_kl = self._improve_policy(tuned, chain, steps, pairs, state, micro_batch_size, first=i == 0)
+            loss, step_kl = self._improve_policy(batch, chain, steps, pairs, state, first=i == 0)
             if i == self.num_passes - 1 > 0:
                 self._adapt(state, step_kl)
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
@@ -374,7 +360,7 @@ class ScoreAsAction(Tilting):
         rewards: Tensor,
         reward: Reward,
         non_finite: NonFiniteRewards,
-    ) -> Batch:
+    ) -> Experience:
         count = len(states)
         times = torch.cat([chain.times[:count], chain.times[-1:]])
         known = torch.stack(
@@ -383,9 +369,9 @@ class ScoreAsAction(Tilting):
                 for y, v, t in zip(states, velocities, times, strict=False)
             ]
         )
-        return Batch(states, times, known.to(costs), costs, rewards.to(costs))
+        return Experience(states, times, known.to(costs), costs, rewards.to(costs))
 
-    def _advantages(self, value: Value, batch: Batch, members: list[Tensor]) -> Tensor:
+    def _advantages(self, value: Value, batch: Experience, members: list[Tensor]) -> Tensor:
         """[steps, batch], in units of reward unless standardised; of `return`, among the samples of one condition."""
         if self.estimator == "return":
             total = batch.rewards - batch.costs.sum(0)
@@ -403,88 +389,54 @@ class ScoreAsAction(Tilting):
             return returns(values, batch.costs, torch.ones(len(batch.costs))) - values[:-1]
         return values.diff(dim=0) - batch.costs
 
-    def _vectors(
-        self,
-        value: Value,
-        path: Trajectory,
-        noise: Tensor | None,
-        advantages: Tensor | None,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        micro_batch_size: int | None,
-    ) -> Tensor:
+    def _vectors(self, batch: Batch, value: Value, path: Trajectory, noise: Tensor | None, advantages: Tensor | None) -> Tensor:
         """vec_k of the estimator, see the top of this file: [steps, batch, *event]."""
         chain, count = path.chain, len(path.velocities)
         if noise is not None and advantages is not None:
             return noise * _per_sample(advantages / chain.std[:count, None].to(noise), noise)
         if self.estimator == "pathwise":
-            return self._after_steps(value, path, tuned, base, reward, micro_batch_size)
-        return torch.stack(
-            [self._value_gradient(value, path.states[k], chain.times[k], tuned, reward, micro_batch_size) for k in range(count)]
-        )
+            return self._after_steps(batch, value, path)
+        return torch.stack([self._value_gradient(batch, value, path.states[k], chain.times[k]) for k in range(count)])
 
-    def _value_gradient(
-        self, value: Value, x: Tensor, t: Tensor, tuned: VelocityField, reward: Reward, micro_batch_size: int | None
-    ) -> Tensor:
-        parts = []
-        for part in processes.shares(len(x), micro_batch_size):
-            with located(part):
-                parts.append(value.gradient(x[part], t, tuned.select(part), select(reward, part)))
-        return processes.gathered(parts, len(x))
+    def _value_gradient(self, batch: Batch, value: Value, x: Tensor, t: Tensor) -> Tensor:
+        def gradient(some: Batch, part: slice) -> tuple[Tensor]:
+            return (value.gradient(x[part], t, some.tuned, some.reward),)
 
-    def _after_steps(
-        self,
-        value: Value,
-        path: Trajectory,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        micro_batch_size: int | None,
-    ) -> Tensor:
+        return batch.map(gradient)[0]
+
+    def _after_steps(self, batch: Batch, value: Value, path: Trajectory) -> Tensor:
         """grad V after each step, the last one that of the reward: [steps, batch, *event]."""
-        count, times = len(path.velocities), path.chain.times
-        before = [
-            self._value_gradient(value, path.states[k], times[k], tuned, reward, micro_batch_size) for k in range(1, count)
-        ]
-        last, parts = path.states[count], []
-        for which in processes.shares(len(last), micro_batch_size):
-            x, their_reward = last[which], select(reward, which)
-            with located(which):
-                if count == len(path.chain):
-                    parts.append(value_and_gradient(their_reward, x)[1].to(x))
-                else:  # one step of the base, without noise, is between it and the reward
-                    v, pullback = linearize(base.select(which), x, times[count])
-                    gradient = value_and_gradient(their_reward, path.chain.mean(count, x, v))[1].to(x)
-                    x_scale, v_scale = (c[count].item() for c in (path.chain.x_scale, path.chain.v_scale))
-                    parts.append(x_scale * gradient + pullback(v_scale * gradient))
-        return torch.stack([*before, processes.gathered(parts, len(last))])
+        chain, count = path.chain, len(path.velocities)
+        before = [self._value_gradient(batch, value, path.states[k], chain.times[k]) for k in range(1, count)]
+
+        def last(some: Batch, part: slice) -> tuple[Tensor]:
+            x = path.states[count][part]
+            if count == len(chain):
+                return (value_and_gradient(some.reward, x)[1].to(x),)
+            # one step of the base, without noise, is between it and the reward
+            v, pullback = linearize(some.base, x, chain.times[count])
+            gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
+            x_scale, v_scale = (c[count].item() for c in (chain.x_scale, chain.v_scale))
+            return (x_scale * gradient + pullback(v_scale * gradient),)
+
+        return torch.stack([*before, batch.map(last)[0]])
 
     def _improve_policy(
-        self,
-        tuned: VelocityField,
-        chain: Chain,
-        steps: Steps,
-        pairs: Tensor,
-        state: State,
-        micro_batch_size: int | None,
-        *,
-        first: bool,
+        self, batch: Batch, chain: Chain, steps: Steps, pairs: Tensor, state: State, *, first: bool
     ) -> tuple[float, float]:
         """Accumulate the gradient over the chosen (step, sample) pairs, of -J / beta, with its trust region. Returns the loss
         and the path KL from the policy that made the trajectories, scaled up to all steps."""
-        batch = steps.states.shape[1]
+        size = steps.states.shape[1]
         k = pairs.flatten()
-        i = torch.arange(batch, device=k.device).expand_as(pairs).flatten()
-        loss, moved = 0.0, 0.0
-        counted = torch.arange(len(k), device=k.device) >= processes.first_counted(len(k))
-        for part in processes.shares(len(k), micro_batch_size or processes.share_of(batch)):
+        i = torch.arange(size, device=k.device).expand_as(pairs).flatten()
+
+        def terms_of(part: slice) -> dict[str, Tensor]:
             kk, ii = k[part], i[part]
             x = steps.states[kk, ii]
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
-            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
+            v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
             old, origin = steps.velocities[kk, ii], steps.base_velocities[kk, ii]
-            step_kl = counted[part] * energy / 2 * (v - old).flatten(1).square().sum(1)
+            step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
             if self.running_reward != "none":
                 terms = energy / 2 * (v - origin).flatten(1).square().sum(1)
@@ -501,12 +453,10 @@ class ScoreAsAction(Tilting):
                     _check_velocities(v.detach(), old)
                 direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
                 terms = terms - gain * direction / self.beta + state.penalty * step_kl
-            total = (counted[part] * terms).sum() / batch
-            total.backward()
-            loss += total.item()
-            moved += step_kl.detach().sum().item() / batch
-        loss, moved = (processes.total(value, k.device) for value in (loss, moved))
-        return loss, moved * len(steps.states) / max(len(pairs), 1)
+            return {"loss": terms, "step_kl": step_kl.detach()}
+
+        sums = batch.accumulate(terms_of, len(k), over=size)
+        return sums["loss"], sums["step_kl"] * len(steps.states) / max(len(pairs), 1)
 
     def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
         """PPO's objective, min(ratio A, clip(ratio) A) [pairs]."""

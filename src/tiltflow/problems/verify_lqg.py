@@ -30,6 +30,7 @@ from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
 from tiltflow.training.trainer import Record, train
 
 Count = Annotated[int, Field(ge=1)]
@@ -162,7 +163,8 @@ def gradient_samples(problem: Lqg, method: ScoreAsAction, trajectories: int, see
         once = method.model_copy(update={"num_passes": 1, "train_timesteps": None, "critic": frozen})
         x = draw_start(problem, trajectories, start, stream(seed, "start"))
         reward, generator = reward_of(problem), stream(seed, "gradient", method.estimator)
-        next(once.gradients(tuned, base, reward, x, generator, state, start=start, micro_batch_size=trajectories))
+        batch = Batch(x, tuned, base, reward, generator, start=start, micro_batch_size=trajectories)
+        next(once.gradients(batch, state))
         (coefficients,) = tuned.parameters()
         assert coefficients.grad is not None
         return -coefficients.grad * (trajectories * method.beta)

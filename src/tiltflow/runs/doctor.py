@@ -39,7 +39,7 @@ from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import rollout, sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
-from tiltflow.training.batch import Batch
+from tiltflow.training.batch import Drawn
 from tiltflow.training.memory import free_memory, peak_of
 from tiltflow.training.trainer import Record
 from tiltflow.user_code import tried
@@ -76,7 +76,7 @@ class Patient:
     tuned: Flow
     base: Flow | AdapterOff
     reward: Reward
-    batch: Batch
+    batch: Drawn
     start: Start
     device: torch.device
     loop: Callable[..., Generator[Record, None, None]]

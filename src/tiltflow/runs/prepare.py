@@ -25,7 +25,7 @@ from tiltflow.optimization import Optimization, adamw
 from tiltflow.rewards import Reward, given, select, values_of
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
-from tiltflow.training.batch import Batch
+from tiltflow.training.batch import Drawn
 from tiltflow.training.calibration import Calibration, target_reward
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import Record, train, trainable_copy
@@ -52,7 +52,7 @@ class Prepared(Generic[M]):
     flow: Flow
     base: Flow | AdapterOff
     reward: Reward
-    draw: Callable[[torch.Generator], Batch]
+    draw: Callable[[torch.Generator], Drawn]
     loop: Callable[..., Generator[Record, None, None]]
 
 
@@ -112,7 +112,7 @@ class Repeated:
 
 def batches(
     model: GenerativeModel, items: Sequence[Prompt], reward: Reward, method: Any, training: Training
-) -> Callable[[torch.Generator], Batch]:
+) -> Callable[[torch.Generator], Drawn]:
     """Draw the start of an iteration: items, their conditions, and noise.
 
     Args:
@@ -124,14 +124,14 @@ def batches(
         choose = Repeated(items, training.prompts_per_step, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
 
-    def draw(generator: torch.Generator) -> Batch:
+    def draw(generator: torch.Generator) -> Drawn:
         if not items:
-            return Batch(model.start(size, generator, first))
+            return Drawn(model.start(size, generator, first))
         some = choose(generator)
         condition, negative = model.conditions(some)
         x, of_items = model.start(len(some), generator, first), told(reward, some)
         if isinstance(model, Model):
-            return Batch(x, lambda flow: flow.bind(condition), reward=of_items)
+            return Drawn(x, lambda flow: flow.bind(condition), reward=of_items)
 
         def guide(flow: VelocityField) -> Guided:
             assert isinstance(model, TextToImage)
@@ -142,7 +142,7 @@ def batches(
             return guide(conditional) if training.guidance_mode == "full" else conditional
 
         of_states = Decoded(model, of_items, decode_batch_size)
-        return Batch(x, bound, guide if training.guidance_mode == "rollout" else None, of_states)
+        return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_states)
 
     return draw
 

@@ -1,20 +1,25 @@
-"""What one iteration starts from."""
+"""What an iteration starts from, and what a method sees of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from tiltflow.flows.field import VelocityField
+from tiltflow import processes
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide
-from tiltflow.rewards import Reward
+from tiltflow.optimization import located
+from tiltflow.rewards import NonFiniteRewards, Reward, select
+from tiltflow.samplers.grid import Start
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one iteration starts from.
+class Drawn:
+    """The start of an iteration.
 
     Args:
         x: starting points [batch, *event].
@@ -27,3 +32,78 @@ class Batch:
     bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
     guide: Guide | None = None
     reward: Reward | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a method needs for an iteration. Conditions, guidance, micro-batches and processes are in here.
+
+    Args:
+        x: starting points [batch, *event] at time `start`.
+        tuned, base: their velocity fields, bound to the conditions of the batch.
+        reward: of these samples.
+        actor: the field that the samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
+            the same fixed point.
+        guide: guides the field that draws the samples, if they are to be guided and what is learned is not
+            (`guidance_mode: rollout`).
+        micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
+        non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
+    """
+
+    x: Tensor
+    tuned: VelocityField
+    base: VelocityField
+    reward: Reward
+    generator: torch.Generator
+    start: Start = 0.0
+    actor: VelocityField | None = None
+    guide: Guide | None = None
+    micro_batch_size: int | None = None
+    non_finite: NonFiniteRewards = "error"
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def whole(self, flow: VelocityField) -> VelocityField:
+        """`flow` on the whole batch, by all processes, a micro-batch at a time."""
+        return in_chunks(flow, self.micro_batch_size)
+
+    def select(self, which: Which) -> Batch:
+        """The batch of these samples."""
+        actor = None if self.actor is None else self.actor.select(which)
+        tuned, base = self.tuned.select(which), self.base.select(which)
+        return replace(self, x=self.x[which], tuned=tuned, base=base, reward=select(self.reward, which), actor=actor)
+
+    def map(self, function: Callable[[Batch, slice], tuple[Tensor, ...]], dims: Sequence[int] = (0,)) -> tuple[Tensor, ...]:
+        """Call `function` with each micro-batch and its place in the batch, shared out among the processes.
+
+        Args:
+            dims: the dimension of each of its results that runs over samples.
+
+        Returns its results, joined. Raises NonFiniteError with the samples counted from the first of the batch.
+        """
+        parts = []
+        for part in processes.shares(len(self), self.micro_batch_size):
+            with located(part):
+                parts.append(function(self.select(part), part))
+        return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
+
+    def accumulate(self, terms_of: Callable[[slice], Mapping[str, Tensor]], count: int, over: int) -> dict[str, float]:
+        """Add the gradient of a loss to the parameters, a micro-batch at a time and shared out among the processes.
+
+        Args:
+            terms_of: the terms [part] of some of `count` summands: of the `loss`, and of what else is to be summed up.
+            over: what the sums are divided by.
+
+        Returns the sums, each summand counted once.
+        """
+        counted = torch.arange(count, device=self.x.device) >= processes.first_counted(count)
+        sums: dict[str, float] = {}
+        for part in processes.shares(count, self.micro_batch_size or processes.share_of(over)):
+            terms = {name: (counted[part] * each).sum() for name, each in terms_of(part).items()}
+            loss = terms.pop("loss") / over
+            loss.backward()
+            sums["loss"] = sums.get("loss", 0.0) + loss.item()
+            for name, each in terms.items():
+                sums[name] = sums.get(name, 0.0) + each.item() / over
+        return {name: processes.total(value, self.x.device) for name, value in sums.items()}

@@ -31,7 +31,7 @@ from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
-from tiltflow.training.batch import Batch
+from tiltflow.training.batch import Drawn
 
 RATE, LIMIT = 0.1, 3.0
 NEAR = 0.95
@@ -83,7 +83,7 @@ def target_reward(
     base: VelocityField,
     reward: Reward,
     beta: float,
-    draw: Callable[[torch.Generator], Tensor | Batch],
+    draw: Callable[[torch.Generator], Tensor | Drawn],
     sampling: Sampling,
     num_samples: int,
     *,
@@ -95,7 +95,7 @@ def target_reward(
     """E[r] under p_base(x) exp(r(x) / beta) and its standard error, from base samples.
 
     Args:
-        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`, whose guidance is that of
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`, whose guidance is that of
             the samples.
         num_samples: at least so many; a whole number of batches is drawn.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite.
@@ -106,7 +106,7 @@ def target_reward(
     while sum(map(len, rewards)) < num_samples:
         generator = stream(seed, "calibration", len(rewards), device=device)
         drawn = draw(generator)
-        batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+        batch = drawn if isinstance(drawn, Drawn) else Drawn(drawn)
         bound = batch.bind(base)
         acting = batch.guide(bound) if batch.guide else bound
         x = sample(in_chunks(acting), batch.x, sampling, generator, start=start)

@@ -21,15 +21,13 @@ from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.averaged import Averaged
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
-from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
-from tiltflow.flows.guided import Guide
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
-from tiltflow.training.batch import Batch
+from tiltflow.training.batch import Batch, Drawn
 from tiltflow.training.calibration import Calibration
 
 
@@ -60,21 +58,7 @@ class Method(Protocol):
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Any: ...
 
-    def gradients(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        reward: Reward,
-        x: Tensor,
-        generator: torch.Generator,
-        state: Any,
-        *,
-        start: Start,
-        micro_batch_size: int | None,
-        policy: VelocityField | None,
-        guide: Guide | None,
-        non_finite: NonFiniteRewards,
-    ) -> Iterator[dict[str, float]]: ...
+    def gradients(self, batch: Batch, state: Any, /) -> Iterator[dict[str, float]]: ...
 
     def model_copy(self, *, update: dict[str, Any]) -> Any: ...
 
@@ -114,7 +98,7 @@ def train(
     base: Flow | AdapterOff,
     method: Method,
     reward: Reward,
-    draw: Callable[[torch.Generator], Tensor | Batch],
+    draw: Callable[[torch.Generator], Tensor | Drawn],
     *,
     max_train_steps: int,
     seed: int = 0,
@@ -134,7 +118,7 @@ def train(
     that is a module, are in eval mode: the policy that is trained must be the one that is sampled.
 
     Args:
-        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Batch`.
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
@@ -315,25 +299,25 @@ class _Loop:
 
     # ---- a batch ----
 
-    def batch(self, draw: Callable[[torch.Generator], Tensor | Batch]) -> Iterator[Record]:
+    def batch(self, draw: Callable[[torch.Generator], Tensor | Drawn]) -> Iterator[Record]:
         """All the optimizer steps on a batch. Raises NonFiniteError and Interrupted, what was not yet learned from being as
         before."""
         evaluated, self.moved, self.before = self.count.total, False, None
         reward = copy.deepcopy(self.of_reward())  # drawing the batch may ask what the base's rewards are
         try:
-            drawn = draw(stream(self.seed, "start", self.step, device=self.device))
-            batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+            found = draw(stream(self.seed, "start", self.step, device=self.device))
+            drawn = found if isinstance(found, Drawn) else Drawn(found)
             if self.of_method is None:
-                self.of_method = self.method.new_state(tuple(batch.x.shape[1:]), self.seed, self.device)
+                self.of_method = self.method.new_state(tuple(drawn.x.shape[1:]), self.seed, self.device)
                 if self.resumed is not None and isinstance(self.of_method, Stateful):
                     self.of_method.load_state_dict(self.resumed["method"])
             self.before = copy.deepcopy(self.learners())
             self.poll()
             measured: dict[str, float] = {}
-            for measured in self.updates(batch):
+            for measured in self.updates(drawn):
                 if not self.moved:
-                    self.drawn += len(batch.x)
-                    self.warn_of_constant_reward(measured, len(batch.x))
+                    self.drawn += len(drawn.x)
+                    self.warn_of_constant_reward(measured, len(drawn.x))
                 self.moved = True
                 self.step += 1
                 metrics = {**measured, **self.optimize(measured)}
@@ -369,24 +353,24 @@ class _Loop:
                 stacklevel=2,
             )
 
-    def updates(self, batch: Batch) -> Iterator[dict[str, float]]:
+    def updates(self, drawn: Drawn) -> Iterator[dict[str, float]]:
         """What the method measures before each optimizer step on a batch, its gradient accumulated."""
         method = self.method
         if self.calibration is not None:
             method = method.model_copy(update={"beta": self.calibration.working_beta})
-        return method.gradients(
-            batch.bind(self.tuned),
-            batch.bind(self.base),
-            batch.reward or self.reward,
-            batch.x,
-            stream(self.seed, "rollout", self.step, device=self.device),
-            self.of_method,
+        batch = Batch(
+            x=drawn.x,
+            tuned=drawn.bind(self.tuned),
+            base=drawn.bind(self.base),
+            reward=drawn.reward or self.reward,
+            generator=stream(self.seed, "rollout", self.step, device=self.device),
             start=self.start,
+            actor=drawn.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
+            guide=drawn.guide,
             micro_batch_size=self.micro_batch_size,
-            policy=batch.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
-            guide=batch.guide,
             non_finite=self.non_finite_rewards,
         )
+        return method.gradients(batch, self.of_method)
 
     def optimize(self, measured: dict[str, float]) -> dict[str, float]:
         """An optimizer step, if loss and gradient are finite."""
