@@ -488,9 +488,9 @@ def test_a_round_without_some_samples_is_of_the_others(monkeypatch: pytest.Monke
     seen: list[tuple[Tensor, Tensor]] = []
     regress = OrwCfmW2._regress
 
-    def watched(self: Any, tuned: Any, base: Any, x1: Tensor, weights: Tensor, *rest: Any) -> Any:
+    def watched(self: Any, batch: Any, x1: Tensor, weights: Tensor) -> Any:
         seen.append((x1, weights))
-        return regress(self, tuned, base, x1, weights, *rest)
+        return regress(self, batch, x1, weights)
 
     monkeypatch.setattr(OrwCfmW2, "_regress", watched)
     settings = tiltflow.OrwCfmW2(num_inference_steps=4, min_effective_sample_size=1)
