@@ -1,5 +1,7 @@
 """A batch in chunks: less memory at a time, and a share of the work for each process."""
 
+# Mutation tests: test_flow.py test_conditions.py
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ A condition is anything that a network takes as its third argument. A tensor [ba
 one for each sample; anything else is for all.
 """
 
+# Mutation tests: test_conditions.py test_orw_cfm_w2.py
+
 from __future__ import annotations
 
 from collections.abc import Mapping

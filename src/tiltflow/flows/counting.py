@@ -1,5 +1,7 @@
 """The cost of sampling and training: how many samples networks are evaluated on."""
 
+# Mutation tests: test_flow.py test_networks_of_others.py
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
