@@ -394,7 +394,7 @@ def test_a_constant_reward_has_nothing_to_teach() -> None:
 
 def test_a_single_sample_teaches_where_weights_are_raw() -> None:
     method, x = OrwCfmW2(weight_mode="raw", min_effective_sample_size=1), torch.ones(1, 1)
-    measured = next(iter(method.gradients(Flow(Shifted()), Flow(Shifted()), first, x, stream(0), State())))
+    measured = next(iter(iterate(method, Flow(Shifted()), Flow(Shifted()), first, x, stream(0), State())))
     assert measured["effective_sample_size"] == 1
 
 
@@ -404,14 +404,15 @@ def test_samples_that_are_dropped_are_counted() -> None:
 
     x = torch.randn(64, 1, generator=stream(0, "x"))
     method, flow = OrwCfmW2(), Flow(Shifted())
-    assert next(iter(method.gradients(flow, flow, reward, x, stream(0), State(), non_finite="drop")))["dropped"] == 3
+    assert next(iter(iterate(method, flow, flow, reward, x, stream(0), State(), non_finite="drop")))["dropped"] == 3
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
 def test_the_rest_of_the_samples_are_data(fraction: float) -> None:
     method, flow = OrwCfmW2(online_fraction=fraction, num_inference_steps=2), Flow(Shifted())
     data = 100 + torch.arange(5.0)[:, None]
-    x1 = method._samples(flow, flow, torch.randn(64, 1, generator=stream(0, "x")), stream(0), State(data=data), 0.0)
+    batch = Batch(torch.randn(64, 1, generator=stream(0, "x")), flow, flow, first, stream(0))
+    x1 = method._samples(batch, State(data=data))
     assert len(x1) == 64
     assert (x1[:, 0] >= 100).tolist() == [i >= round(64 * fraction) for i in range(64)]
 
