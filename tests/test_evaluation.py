@@ -593,3 +593,27 @@ def test_entropy_and_variance() -> None:
     assert entropy(torch.tensor([0.9, 0.1])) == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     # two points at distance 2 in the first coordinate, 4 in the second: 1 + 4 around their middle
     assert total_variance(torch.tensor([[0.0, 1.0], [2.0, 5.0]])) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_the_divergence_over_groups_is_the_jackknife_done_by_hand(groups: int, generator: torch.Generator) -> None:
+    """Sample after sample is left out; the error has the spread over groups and a third of the bias, in quadrature."""
+    tilt = torch.randn(groups, 7, generator=generator, dtype=torch.float64)
+
+    def divergence(some: Tensor) -> float:
+        w = torch.softmax(some, 0)
+        return float((w * (w * len(some)).log()).sum())
+
+    raw = [divergence(row) for row in tilt]
+    without = [[divergence(row[torch.arange(7) != i]) for i in range(7)] for row in tilt]
+    corrected = [7 * one - 6 * sum(each) / 7 for one, each in zip(raw, without, strict=True)]
+    mean = sum(corrected) / groups
+    spread = sum((each - mean) ** 2 for each in corrected) / (groups - 1) / groups
+    found = ImportanceWeights.from_log_tilt(tilt.flatten(), groups).divergence()
+    assert found.value == pytest.approx(mean)
+    assert found.standard_error == pytest.approx(math.sqrt(spread + (mean - sum(raw) / groups) ** 2 / 9))
+
+
+def test_where_groups_do_not_differ_the_null_distance_is_a_third_of_the_bias(generator: torch.Generator) -> None:
+    distance = DistanceOverGroups(torch.full((4, 3), 0.2, dtype=torch.float64), torch.tensor([0.03, -0.09, 0.0]).double())
+    assert_close(distance.null(generator, 5), torch.full((5,), 0.03, dtype=torch.float64))

@@ -257,3 +257,13 @@ def test_expand_shapes_a_coefficient_to_multiply_a_batch() -> None:
     for wrong in (torch.zeros(2), torch.zeros(3, 1)):
         with pytest.raises(ValueError, match=r"must be \[\] or \[3\]"):
             expand(wrong, x)
+
+
+def test_zero_terminal_snr_moves_alpha_by_one_affine_map() -> None:
+    """The noisiest alpha is 0 and the cleanest one stays (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    rescaled = STABLE_DIFFUSION.model_copy(update={"rescale_betas_zero_snr": True}).alphas_cumprod[:-1].sqrt()
+    alpha = STABLE_DIFFUSION.alphas_cumprod[:-1].sqrt()
+    assert rescaled[0] == 0
+    assert rescaled[-1] == pytest.approx(alpha[-1].item())
+    slope = rescaled[1:] / (alpha[1:] - alpha[0])
+    assert slope.min().item() == pytest.approx(slope.max().item())

@@ -203,3 +203,17 @@ def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run(resuming, tmp_path / "parts")
     assert (tmp_path / "parts" / LOOKS).read_text() == (tmp_path / "whole" / LOOKS).read_text()
     assert (tmp_path / "parts/best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
+
+
+def test_the_error_of_one_group_is_that_of_its_values() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert over_groups(values, 4).standard_error == pytest.approx(values.std().item() / 2)
+    assert over_groups(values, 2).standard_error == pytest.approx(1.0)  # of means 1.5 and 3.5
+
+
+@pytest.mark.parametrize("measure", [["high", 0.1], [0.5, None]])
+def test_a_look_whose_measures_are_no_numbers_is_left_out(measure: list[Any], tmp_path: Path) -> None:
+    good = to_row(look_at(1, {"reward": torch.tensor([1.0, 2.0])}), None)
+    bad = good | {"measures": {"reward": measure}}
+    (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, bad)))
+    assert len(read_looks(tmp_path)) == 1

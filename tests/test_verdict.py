@@ -260,3 +260,11 @@ def test_a_model_no_nearer_than_the_base_is_called_so() -> None:
     nearer = conclude([row(1e-9)], UNKNOWN | summary | {"target_distance": 0.1, "target_distance_kind": "total variation"})
     assert nearer["verdict"]["tone"] == "fair"
     assert "it has come 82% of the way from the base" in nearer["verdict"]["text"]  # .31 of .38
+
+
+@pytest.mark.parametrize(("members", "tested"), [(8, False), (100, True), (412, True), (504, False)])
+def test_a_share_of_few_members_or_of_few_others_is_not_tested(members: int, tested: bool) -> None:
+    """20 of each kind are needed for a share to be a normal number."""
+    of_group = (torch.arange(512) < members).double()
+    weights = ImportanceWeights(torch.full((512,), 1 / 512, dtype=torch.float64))
+    assert (share_test("share", of_group, of_group, weights) is not None) == tested
