@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -115,3 +116,14 @@ def test_a_file_with_formulas_says_which_tests_notice_a_mistake_in_them() -> Non
         )
         for file in marker[1].split() if marker and not marker[1].startswith("none: ") else ():
             assert (Path(__file__).parent / file).exists(), f"{name} names {file}, which is not in tests/"
+
+
+def test_the_readme_of_the_package_has_every_file() -> None:
+    """By `python scripts/tree.py --write`."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "tree.py"))
+    assert script["page"]() == (PACKAGE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_of_the_package_has_the_folders_in_their_order() -> None:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    assert ", ".join(FLOORS) in " ".join(text.split())
