@@ -1,8 +1,8 @@
 """Methods, one paper and one file each: a class of settings named after the file, with `gradients()`.
 
 `gradients(batch, state)` is a generator: at each yield it has added the gradient of one optimizer step to the parameters of
-`batch.tuned`, and hands out what it measured. `tiltflow.training.batch.Batch` has all that it needs for an iteration; `state` is
-what `new_state` has made, kept from batch to batch.
+`batch.tuned`, and hands out what it measured. A `tiltflow.training.batch.Batch` has all that it needs for an iteration; `state`
+is what `new_state` has made, kept from batch to batch.
 """
 
 from __future__ import annotations
