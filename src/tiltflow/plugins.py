@@ -1,7 +1,8 @@
 """Parts that a recipe names: reward `class-log-odds` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`, and
 solver `dpm-solver++` the class `DpmSolverPlusPlus` in `tiltflow/samplers/solvers/dpm_solver_plus_plus.py`.
 
-Adding a reward, a method or a network is adding that one file. Nothing is imported before it is asked for.
+Adding a reward, a method or a network is adding that one file; in a package of your own, one file and an entry point of the
+group `tiltflow.rewards` (or `tiltflow.methods`, ..) that names its module. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -10,27 +11,39 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tiltflow.errors import InputError, did_you_mean
 
-if TYPE_CHECKING:
-    pass
-
 
 def names(package: str) -> list[str]:
-    """The names of the parts in `tiltflow.<package>`, in alphabetical order; its files, none of which is imported."""
+    """The names of the parts in `tiltflow.<package>`, in alphabetical order: its files, and the entry points of other packages.
+    None of them is imported."""
+    return sorted({*own_names(package), *entries(package)})
+
+
+def own_names(package: str) -> list[str]:
+    """The names of the parts that are files of `tiltflow.<package>`."""
     known = sys.modules.get(f"tiltflow.{package}")  # whose path may have got more folders than its own
     path = [str(Path(__file__).parent.joinpath(*package.split(".")))] if known is None else known.__path__
     files = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
-    return sorted(file.replace("_plus", "+").replace("_", "-") for file in files)
+    return [file.replace("_plus", "+").replace("_", "-") for file in files]
+
+
+@cache
+def entries(package: str) -> Mapping[str, EntryPoint]:
+    """The parts that installed packages add, by name: entry points of the group `tiltflow.<package>`, each naming a module that
+    is made like a file of that folder. A part of tiltflow's own of that name is meant before one of them."""
+    return {entry.name: entry for entry in entry_points(group=f"tiltflow.{package}")}
 
 
 def find(package: str, name: str) -> type[Any]:
@@ -38,13 +51,30 @@ def find(package: str, name: str) -> type[Any]:
     if name not in (known := names(package)):
         kind = package.rpartition(".")[2].removesuffix("s")
         raise InputError(f"there is no {kind} {name!r}{did_you_mean(name, known)}")
-    part: type[Any] = getattr(module_of(package, name), "".join(word.capitalize() for word in _file(name).split("_")))
+    part: type[Any] = member(package, name, "".join(word.capitalize() for word in _file(name).split("_")))
     return part
 
 
+def member(package: str, name: str, what: str) -> Any:
+    """`what` in the module of the part called `name`. Raises InputError if a package has the part, and the module lacks it."""
+    module = module_of(package, name)
+    if not hasattr(module, what):
+        raise InputError(f"entry point tiltflow.{package} {name!r}: {module.__name__} has no {what!r}")
+    return getattr(module, what)
+
+
 def module_of(package: str, name: str) -> ModuleType:
-    """The file of the part called `name`, imported."""
-    return importlib.import_module(f"tiltflow.{package}.{_file(name)}")
+    """The file of the part called `name`, imported. Raises InputError if it is another package's and cannot be."""
+    if name in own_names(package) or name not in entries(package):
+        return importlib.import_module(f"tiltflow.{package}.{_file(name)}")
+    entry = entries(package)[name]
+    try:
+        module = entry.load()
+    except Exception as error:  # whatever the other package's code does while it is imported
+        raise InputError(f"entry point tiltflow.{package} {name!r}: {entry.value} cannot be imported ({error})") from error
+    if not isinstance(module, ModuleType):
+        raise InputError(f"entry point tiltflow.{package} {name!r}: {entry.value} must be a module")
+    return module
 
 
 def _file(name: str) -> str:

@@ -6,13 +6,11 @@ the pipeline's own; what is particular to a family of pipelines is one file in `
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import json
 import math
 import os
-import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,9 +36,9 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import AnyFloats, Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.precision import GRADIENT_SCALE, scale_gradient
-from tiltflow.models import pipelines
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.models.schedules import Schedule, schedule_of
+from tiltflow.plugins import module_of, names
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.shipped import INDEX, assets, by_name
@@ -362,8 +360,7 @@ def joined(conditions: Sequence[Any]) -> Any:
 
 def families() -> dict[str, ModuleType]:
     """The family of each pipeline class that is known, by the name of the class."""
-    names = (module.name for module in pkgutil.iter_modules(pipelines.__path__))
-    found = [importlib.import_module(f"tiltflow.models.pipelines.{name}") for name in names]
+    found = [module_of("models.pipelines", name) for name in names("models.pipelines")]
     return {module.PIPELINE: module for module in found}
 
 

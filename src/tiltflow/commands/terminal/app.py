@@ -6,7 +6,6 @@ beside its one line.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from tiltflow import __version__, plugins
 from tiltflow.commands.terminal.console import escape, is_main_process
 from tiltflow.commands.terminal.exit_codes import CTRL_C, FAILURE, exit_code
-from tiltflow.errors import Note, TiltflowError
+from tiltflow.errors import InputError, Note, TiltflowError
 
 ORDER = (
     *("train", "doctor", "verify-checkpoint", "sweep", "evaluate", "export"),
@@ -44,8 +43,10 @@ def make_app() -> typer.Typer:
     )
     made.callback(invoke_without_command=True)(print_version)
     for name in sorted(plugins.names("commands"), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
-        file = name.replace("-", "_")
-        made.command(name)(getattr(importlib.import_module(f"tiltflow.commands.{file}"), file))
+        try:
+            made.command(name)(plugins.member("commands", name, name.replace("-", "_")))
+        except InputError as error:  # of another package: the verbs of tiltflow still work
+            warnings.warn(str(error), Note, stacklevel=2)
     return made
 
 

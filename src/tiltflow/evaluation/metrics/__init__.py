@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Literal
 
-from tiltflow.plugins import module_of, names
+from tiltflow.plugins import member, names
 
 Source = Literal["summary", "training", "table"]
 """Where a number is: in summary.json, in a line of metrics.jsonl, or in a row of the summary's table of sampling points."""
@@ -106,7 +106,7 @@ ORDER = (
 def every_metric() -> tuple[Metric, ...]:
     """All descriptions, family by family."""
     families = sorted(names("evaluation.metrics"), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    return tuple(metric for name in families for metric in module_of("evaluation.metrics", name).METRICS)
+    return tuple(metric for name in families for metric in member("evaluation.metrics", name, "METRICS"))
 
 
 def described(source: Source) -> dict[str, Metric]:

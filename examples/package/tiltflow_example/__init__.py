@@ -1,0 +1,1 @@
+"""Parts for tiltflow; see pyproject.toml."""

@@ -1,0 +1,85 @@
+"""Somebody else's package: its parts are found like tiltflow's own, by the entry points of its pyproject.toml."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from tiny import tiny_recipe
+
+from tiltflow import plugins
+from tiltflow.errors import InputError
+from tiltflow.settings import dump_yaml, read_yaml
+
+PACKAGE = Path(__file__).parents[1] / "examples" / "package"
+
+
+def installed(site: Path, broken: str = "") -> Path:
+    """What an installer leaves of the package in `site`: the files, and the metadata that says which parts it has."""
+    groups = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in parts.items()) for group, parts in groups.items()]
+    metadata = site / "tiltflow_example-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tiltflow-example\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + broken + "\n")
+    (site / "tiltflow_example").symlink_to(PACKAGE / "tiltflow_example")
+    return site
+
+
+def tiltflow(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "tiltflow", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
+    """A reward, a method, a solver and a metric in one run; a command; a network among the settings that are listed."""
+    site = installed(tmp_path / "site")
+    tree = read_yaml(tiny_recipe(tmp_path))
+    tree |= {"reward": {"name": "bowl", "level": 0.5}, "method": {"name": "best-of", "learning_rate": 1e-3}}
+    tree["sampling"] = {"solver": "midpoint", "num_inference_steps": 3}
+    (tmp_path / "example.yaml").write_text(dump_yaml(tree))
+    done = tiltflow(site, "train", str(tmp_path / "example.yaml"), "--output", str(tmp_path / "run"), "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["method"], summary["reward"]) == ("best-of", "bowl")
+    assert summary["limits"][0] == "No law is known that the best half of each batch leads to."
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["kept"] >= tree["training"]["train_batch_size"] / 2
+    assert "Samples of the batch that the model learned." in (tmp_path / "run" / "report.html").read_text()
+    assert tiltflow(site, "greet", "you").stdout == "hello, you\n"
+    listed = tiltflow(site, "settings", "linear-field")
+    assert "dimension" in listed.stdout, listed.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_package.lost", "'lost': no_such_package.lost cannot be imported (No module"),
+        ("json.decoder", "'lost': json.decoder has no 'Lost'"),
+        ("json:loads", "'lost': json:loads must be a module"),
+    ],
+)
+def test_a_broken_part_of_another_package_is_one_line(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a name that is not there, for which its own are among those that may be meant."""
+    entry = EntryPoint("lost", value, "tiltflow.rewards")
+    monkeypatch.setattr(plugins, "entries", lambda package: {"lost": entry} if package == "rewards" else {})
+    with pytest.raises(InputError) as raised:
+        plugins.find("rewards", "lost")
+    assert str(raised.value).startswith(f"entry point tiltflow.rewards {message}")
+    with pytest.raises(InputError, match="did you mean 'lost'"):
+        plugins.find("rewards", "losst")
+
+
+def test_a_broken_command_of_another_package_is_named_and_the_others_work(tmp_path: Path) -> None:
+    site = installed(tmp_path / "site", "\n[tiltflow.commands]\nlost = tiltflow_example.lost")
+    done = tiltflow(site, "greet", "you")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "hello, you\n"
