@@ -111,5 +111,7 @@ def test_what_belongs_to_samples_and_what_to_all() -> None:
     assert (chosen["size"].item(), chosen["name"]) == (5, "a")
     flow = Flow(Labelled())
     assert [g.tolist() for g in flow.bind(LABELS).groups(8, LABELS.device)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    several = {"embeds": LABELS[:, None].expand(-1, 3), "guidance": torch.arange(8.0)}
+    assert [g.tolist() for g in flow.bind(several).groups(8, LABELS.device)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert [g.tolist() for g in flow.bind("a prompt for all").groups(3, LABELS.device)] == [[0, 1, 2]]
     assert AdapterOff(flow.bind(LABELS)).select(slice(2, 4)).flow.condition.tolist() == [2, 0]

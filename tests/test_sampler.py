@@ -27,7 +27,7 @@ from tiltflow.plugins import names
 from tiltflow.samplers import solvers
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid
-from tiltflow.samplers.rollout import rollout, rollout_ode, sample, solve
+from tiltflow.samplers.rollout import path_costs, rollout, rollout_ode, sample, solve
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, solver_named
 from tiltflow.samplers.solvers.ddim import ddim
@@ -515,6 +515,17 @@ def test_euler_maruyama_needs_a_start_above_pure_noise() -> None:
         Sampling(solver="euler-maruyama").chain()
 
 
+# ---- the path KL ----
+
+
+def test_the_costs_of_a_constant_change_of_velocity() -> None:
+    """sum_k |w_k|^2 / 2 with w_k the change in units of the noise, over the steps that have some."""
+    chain, change = memoryless(time_grid(5)), torch.tensor([0.3, -0.1])
+    costs = path_costs(chain, lambda x, t: gaussian_flow(x, t) + change, gaussian_flow, torch.zeros(3, 2), stream(1))
+    expected = (chain.v_scale[:4] / chain.std[:4]).square().sum() * change.square().sum() / 2
+    assert_close(costs, expected.expand(3))
+
+
 # ---- solvers of one's own ----
 
 
@@ -538,7 +549,7 @@ def test_rollouts_keep_states_and_velocities(solver: Callable[..., list[Tensor]]
     x, times = torch.randn(4, 1, generator=generator), time_grid(6)
     path = rollout_ode(solver, times, flow, x)
     alone = len(asked)
-    assert [state.shape for state in path.states] == 7 * [x.shape]
+    assert [value.shape for value in (*path.states, *path.velocities)] == (7 + 6) * [x.shape]
     assert torch.equal(path.states[-1], solver(gaussian_flow, x, times)[-1])
     for state, t, v in zip(path.states, times, path.velocities, strict=False):
         assert_close(v, gaussian_flow(state, t))

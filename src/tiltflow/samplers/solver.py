@@ -8,6 +8,8 @@ Each one is a file in `tiltflow.samplers.solvers`, which a recipe names: `dpm-so
 `dpm_solver_plus_plus.py`.
 """
 
+# Mutation tests: test_sampler.py
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
