@@ -251,7 +251,7 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
         16,
         16,
     )
-    assert model.interpolant.rescale_betas_zero_snr  # type: ignore[union-attr]
+    assert model.flow.interpolant.rescale_betas_zero_snr  # type: ignore[union-attr]
     assert model.own_grid(4)[0] == 0  # pure noise
     with pytest.raises(InputError, match="already holds something"):
         run_pipeline_pretraining(recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny")
