@@ -142,6 +142,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "ClassProbability": {"classifier"},
         "ClipScore": {"model"},
         "Energy": {"data"},
+        "Factory": {"path"},
         "Function": {"path"},
         "Hps": {"model", "tokenizer"},
         "ImageReward": {"model", "tokenizer"},
