@@ -268,3 +268,12 @@ def test_a_share_of_few_members_or_of_few_others_is_not_tested(members: int, tes
     of_group = (torch.arange(512) < members).double()
     weights = ImportanceWeights(torch.full((512,), 1 / 512, dtype=torch.float64))
     assert (share_test("share", of_group, of_group, weights) is not None) == tested
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_said_of_groups_where_there_are_several(groups: int, generator: torch.Generator) -> None:
+    rewards = torch.randn(800, generator=generator)
+    weights = ImportanceWeights.from_log_tilt(0.1 * rewards, groups)
+    entries, _ = of_rewards(rewards, rewards, weights, generator, draws=100)
+    for key in ("effective_sample_size_of_group", "reward_target_bias"):
+        assert (key in entries) == (groups > 1)
