@@ -261,7 +261,8 @@ def test_expand_shapes_a_coefficient_to_multiply_a_batch() -> None:
 
 def test_zero_terminal_snr_moves_alpha_by_one_affine_map() -> None:
     """The noisiest alpha is 0 and the cleanest one stays (Lin et al., arXiv 2305.08891, algorithm 1)."""
-    rescaled = STABLE_DIFFUSION.model_copy(update={"rescale_betas_zero_snr": True}).alphas_cumprod[:-1].sqrt()
+    settings = STABLE_DIFFUSION.model_dump() | {"rescale_betas_zero_snr": True}
+    rescaled = DiscreteVariancePreserving(**settings).alphas_cumprod[:-1].sqrt()
     alpha = STABLE_DIFFUSION.alphas_cumprod[:-1].sqrt()
     assert rescaled[0] == 0
     assert rescaled[-1] == pytest.approx(alpha[-1].item())
