@@ -381,6 +381,30 @@ def test_a_constant_reward_has_nothing_to_teach() -> None:
         one_step(OrwCfmW2(), lambda x: torch.full((len(x),), 3.0))
 
 
+def test_a_single_sample_teaches_where_weights_are_raw() -> None:
+    method, x = OrwCfmW2(weight_mode="raw", min_effective_sample_size=1), torch.ones(1, 1)
+    measured = next(iter(method.gradients(Flow(Shifted()), Flow(Shifted()), first, x, stream(0), State())))
+    assert measured["effective_sample_size"] == 1
+
+
+def test_samples_that_are_dropped_are_counted() -> None:
+    def reward(x: Tensor) -> Tensor:
+        return x[:, 0].index_fill(0, torch.tensor([3, 7, 60]), math.nan)
+
+    x = torch.randn(64, 1, generator=stream(0, "x"))
+    method, flow = OrwCfmW2(), Flow(Shifted())
+    assert next(iter(method.gradients(flow, flow, reward, x, stream(0), State(), non_finite="drop")))["dropped"] == 3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_the_rest_of_the_samples_are_data(fraction: float) -> None:
+    method, flow = OrwCfmW2(online_fraction=fraction, num_inference_steps=2), Flow(Shifted())
+    data = 100 + torch.arange(5.0)[:, None]
+    x1 = method._samples(flow, flow, torch.randn(64, 1, generator=stream(0, "x")), stream(0), State(data=data), 0.0)
+    assert len(x1) == 64
+    assert (x1[:, 0] >= 100).tolist() == [i >= round(64 * fraction) for i in range(64)]
+
+
 def test_a_collapse_stops_the_run() -> None:
     with pytest.raises(CollapseError, match=r"round 1: the weights of 64 samples rest on 1\.\d of them .* lower method.tau"):
         one_step(OrwCfmW2(tau=100.0))
