@@ -549,3 +549,26 @@ def test_the_law_aimed_at_is_the_reward_over_the_temperature() -> None:
     for beta, mean_reward in ((1.0, 0.61689), (0.3, 0.89566)):
         log_tilt = ScoreAsAction(beta=beta).log_tilt(torch.from_numpy(problem.reward_at(law.points)), 1)
         assert law.tilt(log_tilt.numpy()).expectation(problem.reward_at) == pytest.approx(mean_reward, abs=5e-6)
+
+
+def test_a_single_return_teaches_nothing_and_a_value_does() -> None:
+    assert "always 0" in str(ScoreAsAction(estimator="return").learns_nothing(1))
+    assert ScoreAsAction(estimator="return").learns_nothing(2) is None
+    assert ScoreAsAction().learns_nothing(1) is None
+
+
+def test_what_a_change_of_each_step_costs() -> None:
+    """On a grid of three steps, by hand; the last one has no noise, belongs to the base, and costs nothing."""
+    priced = ScoreAsAction(num_inference_steps=3).priced_chain()
+    assert priced is not None
+    chain, energy = priced
+    assert energy.tolist()[-1] == 0
+    # the jump: mean t_1 (x + v), noise 1 - t_1, at t_1 = 1/3; the step of the SDE: v_scale 2 h, variance h 2 (1 - t) / t
+    first, second = (1 / 3 / (2 / 3)) ** 2, (1 / 3 * 2) ** 2 / (1 / 3 * 2 * (2 / 3) / (1 / 3))
+    assert energy.tolist()[:-1] == pytest.approx([first, second])
+    assert len(energy) == len(chain) == 3
+    euler = ScoreAsAction(num_inference_steps=3, solver="euler", estimator="closed-form").priced_chain()
+    assert euler is not None
+    assert (euler[1] > 0).all()  # without noise every step is an action
+    assert ScoreAsAction(solver="heun", estimator="closed-form").priced_chain() is None
+    assert ScoreAsAction(running_reward="none").priced_chain() is None
