@@ -353,3 +353,28 @@ def test_improve_takes_its_steps_on_some_trajectories(generator: torch.Generator
 
 def test_a_perceptron_can_be_a_value_function() -> None:
     assert Mlp(dimension=3, outputs=1).build()(torch.randn(4, 3), torch.rand(4)).shape == (4, 1)
+
+
+def test_the_parts_of_an_image_critic() -> None:
+    """Channels of any widths; time is embedded in thousandths; a scale of 1 doubles what a convolution gives."""
+    network: Any = ImageCritic(image_size=(16, 8), channels=(3, 5, 2), hidden=4, embedding=4).build()
+    with torch.no_grad():
+        network.head.weight.fill_(1.0)
+        for layer in network.modulations:
+            layer.weight.zero_()
+            layer.bias.zero_()
+            layer.bias[: len(layer.bias) // 2] = 1.0
+    x, time, seen = torch.randn(6, 1, 16, 8, generator=stream(0, "x")), torch.full((6,), 0.25), list[Tensor]()
+    handle = network.time[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    scaled = network(x, time)
+    handle.remove()
+    frequencies = torch.tensor([1.0, 0.01])  # 10,000 to the power of -i / 2
+    angles = 250 * frequencies
+    assert torch.allclose(seen[0][0].sort().values, torch.cat([angles.sin(), angles.cos()]).sort().values, atol=1e-4)
+    with torch.no_grad():
+        for convolution, layer in zip(network.convolutions, network.modulations, strict=True):
+            convolution.weight *= 2
+            convolution.bias *= 2
+            layer.bias.zero_()
+    assert scaled.std() > 0
+    assert torch.allclose(network(x, time), scaled, atol=1e-5)
