@@ -276,7 +276,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
     recipe = tiny_recipe(tmp_path, reward={"name": "function", "path": "asks:reward"}, evaluation={"num_samples": 4})
     code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json")
     assert code == 143
-    assert "asked to stop: no step is done yet" in err
+    assert "Stopping: no step is done yet. Press Ctrl-C again to quit at once." in err
     assert "stopped by signal 15 at step 0; the same command with --resume begins; nothing was saved" in err
     assert "saving" not in err
     code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json", "--resume")

@@ -120,7 +120,7 @@ def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
     try:
         patient = admit(recipe, device)
     except TiltflowError as error:
-        yield Finding("parts", "red", str(error), "put this right; nothing else was looked at")
+        yield Finding("parts", "red", str(error), "fix this first; the other checks were not run")
         return
     yield Finding("parts", "green", f"model, reward and method are there and fit each other ({patient.device.type})")
     for check in (denoising, temperature, reward_itself, reward_gradient, ratio, memoryless, parity, memory, iteration):
@@ -130,7 +130,7 @@ def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
             smaller = "lower training.micro_batch_size: the result is the same"
             yield Finding(check.__name__, "red", str(error).splitlines()[0], smaller)
         except TiltflowError as error:
-            yield Finding(check.__name__.replace("_", " "), "red", str(error), "put this right before anything else")
+            yield Finding(check.__name__.replace("_", " "), "red", str(error), "fix this first")
 
 
 def admit(recipe: Any, device: str) -> Patient:
@@ -302,7 +302,7 @@ def reward_gradient(patient: Patient) -> Iterator[Finding]:
         text = f"autograd and finite differences differ by {error / scale:.0%} of the slope"
         yield Finding("gradient", "red" if error > 0.9 * scale else "amber", text, fix)
     else:
-        yield Finding("gradient", "green", f"autograd is the finite difference, to {error / scale:.1%}")
+        yield Finding("gradient", "green", f"autograd matches finite differences within {error / scale:.1%}")
 
 
 def ratio(patient: Patient) -> Iterator[Finding]:
@@ -524,4 +524,4 @@ def gigabytes(count: float) -> str:
 
 def refuse(error: InputError) -> Finding:
     """A recipe that cannot be read."""
-    return Finding("recipe", "red", str(error), "put this right; nothing else was looked at")
+    return Finding("recipe", "red", str(error), "fix this first; the other checks were not run")

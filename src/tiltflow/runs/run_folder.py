@@ -111,7 +111,7 @@ class _Enough(Exception):
 
 @dataclass
 class RunFolder:
-    """Where a run lies, and what it goes on from.
+    """A run's folder and the checkpoint it resumes from.
 
     Args:
         recipe: with absolute paths.
@@ -357,7 +357,8 @@ class RunFolder:
             return asks_to_stop(callbacks, record)
 
         def heard(number: int) -> None:
-            self.note(f"asked to stop: {'saving' if unsaved else 'no step is done yet'}; once more leaves at once")
+            saves = "saving a checkpoint" if unsaved else "no step is done yet"
+            self.note(f"Stopping: {saves}. Press Ctrl-C again to quit {'without saving' if unsaved else 'at once'}.")
 
         echo = ECHO if processes.count() > 1 else 0.0
         with noted(heard, echo=echo) if handle_signals else nullcontext(lambda: None) as stop:

@@ -104,7 +104,7 @@ class DiffusersModel(Settings):
     variant: str | None = None
     """Of its files, such as fp16."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
+    """dtype of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
     height: Count | None = None
     """Of the pictures, in pixels; the pipeline's own by default."""
     width: Count | None = None
