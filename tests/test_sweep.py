@@ -93,7 +93,9 @@ def test_a_point_that_fails_does_not_stop_the_others(tree: dict[str, Any], tmp_p
     points = json.loads(result.stdout.splitlines()[-1])["points"]
     assert points[0]["runs"] == 1
     assert "the weights of 4 samples rest on" in points[1]["error"]
-    assert (out / "min_effective_sample_size=1" / "report.html").exists()
+    report = (out / "min_effective_sample_size=1" / "report.html").read_text()
+    assert "tiltflow sample ./min_effective_sample_size=1 " in report  # where the run lies in the end
+    assert ".partial" not in report
     assert not (out / "min_effective_sample_size=1000").exists()
     assert (out / "pareto.svg").exists()
 

@@ -244,3 +244,16 @@ def _largest_file() -> int | None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+PARTIAL = ".partial"
+"""The end of a folder's name while a run that is part of a sweep fills it."""
+
+
+def final_name(folder: Path) -> str:
+    """The name that a folder has once it is complete.
+
+    >>> final_name(Path("sweep/alpha=1.partial"))
+    'alpha=1'
+    """
+    return folder.resolve().name.removesuffix(PARTIAL)

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tiltflow.evaluation.monitor import read_looks
-from tiltflow.files import read_json, trusted, write_text
+from tiltflow.files import final_name, read_json, trusted, write_text
 from tiltflow.reports.page import Page, page_of
 from tiltflow.training.records import known_records
 
@@ -34,7 +34,7 @@ def write_report(folder: Path) -> Path:
                 looks=read_looks(folder),
                 pictures=[path.read_bytes() for path in pictures if path.exists()],
                 recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
-                folder=folder.resolve().name,
+                folder=final_name(folder),
             )
         )
     path = folder / "report.html"

@@ -42,7 +42,7 @@ from tiltflow.evaluation.estimates import (
 )
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, target_measures
 from tiltflow.evaluation.verdict import Row, class_tests, conclude, distance_test, mean_test, of_rewards, share_test
-from tiltflow.files import write_file, write_folder, write_json
+from tiltflow.files import final_name, write_file, write_folder, write_json
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.methods import Tilting
@@ -274,7 +274,7 @@ def evaluate_run(
         "torch": torch.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
-        "name": folder.name,
+        "name": final_name(folder),
         "description": recipe.description,
         "model": recipe.model,
         "method": recipe.method.name,

@@ -30,7 +30,7 @@ from tiltflow.evaluation.estimates import Estimate, ImportanceWeights, effective
 from tiltflow.evaluation.features import Features, distances_to_reference, feature_extractor, features_of
 from tiltflow.evaluation.monitor import Look, look_at, over_groups, spread
 from tiltflow.evaluation.verdict import conclude, mean_test, of_rewards
-from tiltflow.files import write_file, write_json, write_text
+from tiltflow.files import final_name, write_file, write_json, write_text
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.flow import Flow
 from tiltflow.methods import Tilting
@@ -537,7 +537,7 @@ def evaluate_text_to_image(
         "torch": torch.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
-        "name": folder.name,
+        "name": final_name(folder),
         "description": recipe.description,
         "model": recipe.model.diffusers,
         "method": method.name,

@@ -27,7 +27,7 @@ import torch
 from tiltflow.api import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.metrics import every_metric
-from tiltflow.files import read_json, trusted, write_json, write_text, writing
+from tiltflow.files import PARTIAL, read_json, trusted, write_json, write_text, writing
 from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.lock import working_in
@@ -163,7 +163,7 @@ def _sweep(
 def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool = False) -> str | None:
     """Train and evaluate one point. Returns what went wrong, if something of its own did."""
     torch.set_num_threads(threads)
-    partial = folder / f"{point.name}.partial"
+    partial = folder / f"{point.name}{PARTIAL}"
     try:
         with writing(partial):
             if partial.exists():
