@@ -27,6 +27,7 @@ FLOORS = [
     "laws",
     "control",
     "methods",
+    "testing",
     "problems",
     "reports",
     "runs",
