@@ -1,5 +1,7 @@
 """A Gaussian on the linear path: the field, and what a solver makes of it, in closed form."""
 
+# Mutation tests: test_testing.py
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """A method on a Gaussian, whose target law is known: its gradient leads there from both sides."""
 
+# Mutation tests: test_testing.py
+
 from __future__ import annotations
 
 import math

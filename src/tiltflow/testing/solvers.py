@@ -1,5 +1,7 @@
 """A solver against a Gaussian: order, noise and memory are what it says of itself."""
 
+# Mutation tests: test_testing.py
+
 from __future__ import annotations
 
 import math
