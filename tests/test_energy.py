@@ -163,3 +163,11 @@ def test_the_cifar_recipes_run_in_small(tmp_path: Path) -> None:
     tree = read_recipe_tree(find_recipe("cifar10-jpeg-orw", "train"), [*both, "method.regression_batch_size=4"])
     summary = run(validate(Recipe, tree, "cifar"), tmp_path / "jpeg")
     assert summary["w2_base"] > 0
+
+
+def test_the_energy_can_be_another_network(npz: Path) -> None:
+    other = Energy.model_validate(
+        {"data": str(npz), "network": {"name": "image-critic", "image_size": [8, 8], "channels": [4]}}
+    )
+    assert type(other.build().network).__name__ == "ImageCriticModule"
+    assert type(Energy(data=str(npz)).build().network).__name__ != "ImageCriticModule"

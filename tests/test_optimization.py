@@ -21,6 +21,7 @@ from tiltflow.optimization import (
     learning_rate_factor,
     load_optimizer,
     located,
+    refuse_non_finite,
 )
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -110,3 +111,17 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
             optimizer.step()
     assert torch.equal(*weights)
     assert [state["step"].shape for state in optimizers[1].state.values()] == [torch.Size([])]
+
+
+@pytest.mark.parametrize("values", [[1.0, math.inf], [-math.inf, 1.0], [math.nan, 1.0]])
+def test_an_infinity_at_either_end_is_refused(values: list[float]) -> None:
+    with pytest.raises(NonFiniteError, match="b and 1 other tensors of the model are not finite"):
+        bad = torch.tensor(values)
+        refuse_non_finite({"a": torch.ones(2), "b": bad, "c": torch.tensor([], dtype=torch.float32), "d": bad}, "the model")
+    refuse_non_finite({"a": torch.ones(2), "b": torch.tensor([3])}, "the model")
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, None)])
+def test_adamw_is_fused_where_the_device_has_that(dtype: torch.dtype, fused: bool | None) -> None:
+    optimizer = adamw([nn.Parameter(torch.ones(2, dtype=dtype))], lr=1e-3)
+    assert optimizer.defaults["fused"] is fused
