@@ -115,8 +115,8 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped() -> None:
 
 @pytest.mark.parametrize("values", [[1.0, math.inf], [-math.inf, 1.0], [math.nan, 1.0]])
 def test_an_infinity_at_either_end_is_refused(values: list[float]) -> None:
+    bad = torch.tensor(values)
     with pytest.raises(NonFiniteError, match="b and 1 other tensors of the model are not finite"):
-        bad = torch.tensor(values)
         refuse_non_finite({"a": torch.ones(2), "b": bad, "c": torch.tensor([], dtype=torch.float32), "d": bad}, "the model")
     refuse_non_finite({"a": torch.ones(2), "b": torch.tensor([3])}, "the model")
 

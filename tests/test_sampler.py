@@ -28,7 +28,7 @@ from tiltflow.samplers import solvers
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import path_costs, rollout, rollout_ode, sample, solve
-from tiltflow.samplers.sampling import Sampling
+from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, solver_named
 from tiltflow.samplers.solvers.ddim import ddim
 from tiltflow.samplers.solvers.dpm_solver_plus_plus import dpm_solver
@@ -719,3 +719,10 @@ def test_without_noise_every_step_is_an_action() -> None:
         assert len(path.states) == 5
     for chain in (ddim(time_grid(4), 0.0), euler_maruyama(time_grid(4, start=0.1), 0.0)):
         assert_close(chain.energy, euler(chain.times).energy)
+
+
+def test_a_sampling_of_another_kind_is_refused() -> None:
+    check_sampling(None)
+    check_sampling(Sampling())
+    with pytest.raises(InputError, match="sampling must be a Sampling"):
+        check_sampling(40)
