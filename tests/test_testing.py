@@ -134,6 +134,17 @@ class Doubled(AdjointMatching):
         return 3 * super().log_tilt(rewards, steps)
 
 
+class Offset(AdjointMatching):
+    """A log density up to a constant."""
+
+    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
+        return 7 + super().log_tilt(rewards, steps)
+
+
+def test_the_constant_of_a_log_tilt_does_not_matter() -> None:
+    check_method(Offset(beta=0.5, num_inference_steps=20))
+
+
 def test_a_method_that_aims_elsewhere() -> None:
     with pytest.raises(AssertionError, match="which does not lead there"):
         check_method(Doubled(beta=0.5, num_inference_steps=20))
