@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tiltflow.data import load_images, to_pixels
+from tiltflow.data import ImageData, load_images, to_pixels
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.interpolant import Cosine
 from tiltflow.models.model import load, load_classifier
@@ -21,6 +21,7 @@ from tiltflow.pretraining.pretrain import (
     ClassifierPretraining,
     FlowPretraining,
     classifier_loss,
+    classifier_scores,
     flow_loss,
     pretrain,
     read_pretraining,
@@ -286,3 +287,56 @@ def test_captioned_pictures_that_cannot_be_read(arrays: Any, include: Any, messa
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(InputError, match=message):
         load_captioned(tmp_path / "x.npz", include=include)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon", "v", "x1"])
+def test_the_loss_of_one_point_is_zero_at_its_exact_prediction(prediction: str) -> None:
+    """Data that are all 0.7: x_0 = (X - alpha 0.7) / beta is known from X, and with it what every network should say."""
+    recipe = FlowPretraining.model_validate(
+        {"network": Mlp(dimension=1), "interpolant": Cosine(), "prediction": prediction}, strict=False
+    )
+
+    class Exact(torch.nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            c = Cosine()(time.double())
+            x0 = (x - c.alpha[:, None] * 0.7) / c.beta[:, None]
+            a, b = {
+                "velocity": (c.d_alpha, c.d_beta),
+                "epsilon": (0 * c.alpha, 1 + 0 * c.alpha),
+                "v": (-c.beta, c.alpha),
+                "x1": (1 + 0 * c.alpha, 0 * c.alpha),
+            }[prediction]
+            return (a[:, None] * 0.7 + b[:, None] * x0).float()
+
+    x1 = torch.full((64, 1), 0.7)
+    assert flow_loss(recipe, Exact(), x1, stream(0, "test")).item() < 1e-5
+    assert flow_loss(recipe, Exact(), -x1, stream(0, "test")).item() > 0.01
+
+
+def test_a_classifier_is_scored_under_noise_of_a_standard_deviation_of_three_tenths() -> None:
+    seen: list[Tensor] = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return torch.zeros(len(x), 2)
+
+    images = ImageData(torch.zeros(500, 1, 4, 4), torch.zeros(500, dtype=torch.long), ("0", "1"))
+    classifier_scores(Watching(), images)
+    spreads = sorted(float(x.std()) for x in seen)
+    assert spreads[0] == 0
+    assert spreads[-1] == pytest.approx(0.3, rel=0.05)
+
+
+def test_noise_from_zero_up_is_added_too() -> None:
+    recipe = ClassifierPretraining(network=PlainClassifier(), noise=(0.0, 0.5), max_shift=0)
+    seen: list[Tensor] = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return torch.zeros(len(x), 2)
+
+    labels = torch.zeros(32, dtype=torch.long)
+    classifier_loss(recipe, Watching(), torch.zeros(32, 1, 4, 4), labels, stream(0, "test"))
+    assert 0.1 < float(seen[0].std()) < 0.5
