@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -23,7 +23,7 @@ from tiltflow.rewards.aesthetic import Aesthetic
 from tiltflow.rewards.backbones.clip import MEAN, STD, Clip, resized
 from tiltflow.rewards.clip_score import ClipScore
 from tiltflow.rewards.hps import Hps
-from tiltflow.rewards.image_reward import ImageReward
+from tiltflow.rewards.image_reward import ImageReward, read_weights
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.pick_score import PickScore
 from tiltflow.streams import stream
@@ -279,3 +279,10 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(InputError, match=r"is refused|cannot be read"):
         ImageReward(model=str(tmp_path / "evil.pt")).build()
     assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tensor", ["blip.visual_encoder.cls_token", "mlp.layers.0.weight"])
+def test_half_of_image_reward_is_not_it(tensor: str, tmp_path: Path) -> None:
+    save_file({tensor: torch.zeros(2, 2)}, tmp_path / "half.safetensors")
+    with pytest.raises(InputError, match="is not ImageReward, it has no"):
+        read_weights(tmp_path / "half.safetensors")

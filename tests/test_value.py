@@ -356,7 +356,8 @@ def test_a_perceptron_can_be_a_value_function() -> None:
 
 
 def test_the_parts_of_an_image_critic() -> None:
-    """Channels of any widths; time is embedded in thousandths; a scale of 1 doubles what a convolution gives."""
+    """Channels of any widths; time is embedded in thousandths; a scale of 1 doubles what a convolution gives, and a shift
+    is added."""
     network: Any = ImageCritic(image_size=(16, 8), channels=(3, 5, 2), hidden=4, embedding=4).build()
     with torch.no_grad():
         network.head.weight.fill_(1.0)
@@ -364,6 +365,7 @@ def test_the_parts_of_an_image_critic() -> None:
             layer.weight.zero_()
             layer.bias.zero_()
             layer.bias[: len(layer.bias) // 2] = 1.0
+            layer.bias[len(layer.bias) // 2 :] = 0.25
     x, time, seen = torch.randn(6, 1, 16, 8, generator=stream(0, "x")), torch.full((6,), 0.25), list[Tensor]()
     handle = network.time[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     scaled = network(x, time)
@@ -374,7 +376,7 @@ def test_the_parts_of_an_image_critic() -> None:
     with torch.no_grad():
         for convolution, layer in zip(network.convolutions, network.modulations, strict=True):
             convolution.weight *= 2
-            convolution.bias *= 2
+            convolution.bias.mul_(2).add_(0.25)
             layer.bias.zero_()
     assert scaled.std() > 0
     assert torch.allclose(network(x, time), scaled, atol=1e-5)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tiltflow.errors import InputError
-from tiltflow.problems.verify import read_verification, run_verification, verify
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.problems.verify import read_verification, run_verification, temperature, verify
 from tiltflow.problems.verify_lqg import LqgVerification
 
 SMALL = [
@@ -156,3 +158,12 @@ def test_score_as_action_reaches_the_mixture_without_a_gradient() -> None:
     result = verify(read_verification("mixture", "score-as-action", ["iterations=1000"]))  # type: ignore[arg-type]
     assert result["distance"] <= 3 * result["floor"]
     assert result["distance_ode"] <= 3 * result["floor"]
+
+
+def test_the_temperature_of_rounds_without_a_penalty() -> None:
+    """After 25 steps of 10 a round the law is p_base exp(3 tau r)."""
+    assert temperature(OrwCfmW2(alpha=0, tau=0.5, num_passes=10), 25) == pytest.approx(1 / 1.5)
+    assert temperature(AdjointMatching(beta=0.3), 25) == 0.3
+    for settings in ({"alpha": 0.5}, {"alpha": 0.0, "online_fraction": 0.5}, {"alpha": 0.0, "weight": "reward"}):
+        with pytest.raises(InputError, match="known for alpha = 0, online_fraction = 1 and exponential weights"):
+            temperature(OrwCfmW2.model_validate(settings), 25)
