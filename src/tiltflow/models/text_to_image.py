@@ -1,7 +1,7 @@
 """Text-to-image pipelines of diffusers: what a recipe tunes with `model: {diffusers: PATH_OR_ID}`.
 
 A pipeline becomes a flow on its latents, conditioned on prompts. The base, its schedule, its text encoders and its decoder are
-the pipeline's own; what is particular to a family of pipelines is one file in `tiltflow/pipelines`.
+the pipeline's own; what is particular to a family of pipelines is one file in `tiltflow/models/pipelines`.
 """
 
 from __future__ import annotations
