@@ -880,3 +880,15 @@ def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
     a, b = (batch.bind(one.flow)(batch.x, torch.tensor(0.5)) for one in (tuned, model))  # type: ignore[arg-type]
     assert a.dtype == b.dtype == torch.float32
     assert (a - b).abs().max() < 0.1
+
+
+def test_the_calibration_of_one_prompt_is_in_the_summary(tmp_path: Path) -> None:
+    """The working temperature of its last step, and whether it is at its limit, which three steps do not reach."""
+    tree = recipe_for(tmp_path, "stable-diffusion", prompts={"texts": ["a red cat"]}, evaluation={"num_generations": 2})
+    tree["training"] |= {"prompts_per_step": 1, "calibration_samples": 128, "num_generations": 16, "micro_batch_size": 16}
+    tree["evaluation"] |= {"points": [{"num_inference_steps": 2}]}
+    tree["method"] |= {"beta": 50.0}
+    summary = train(tree, tmp_path / "run")
+    assert summary["working_beta"] == read_records(tmp_path / "run")[-1]["beta"]
+    assert summary["calibration_at_limit"] is False
+    assert not any("Calibration" in limit for limit in summary["limits"])

@@ -411,6 +411,17 @@ def test_steps_are_those_of_tune() -> None:
     model, records = tiltflow.steps(base, reward, SHORT, training)
     assert [record.step for record in records] == [1, 2, 3, 4]
     assert torch.equal(Tuned(model, []).weights, tuned().weights)
+    seen: list[bool] = []
+
+    def watching(x: Tensor) -> Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return reward(x)
+
+    wanted = training.model_copy(update={"deterministic": True, "max_train_steps": 1})
+    list(tiltflow.steps(base, watching, SHORT, wanted)[1])
+    assert all(seen)
+    assert seen
+    assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(InputError, match="needs a folder to write to"):
         tiltflow.steps(base, reward, SHORT, training.model_copy(update={"checkpointing_steps": 1}))
 

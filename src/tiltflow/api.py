@@ -233,7 +233,12 @@ def steps(
     settings = check_arguments(model, reward, method, training, (), print, prompts, adapter)
     refuse_what_needs_a_folder(settings)
     tuning = _tuning(model, from_function(reward), method, settings, prompts, adapter, whole_number(seed, "steps: seed"))
-    return tuning.tuned, tuning.loop()
+
+    def loop() -> Generator[Record, None, None]:
+        with deterministic(settings.deterministic), closing(tuning.loop()) as records:
+            yield from records
+
+    return tuning.tuned, loop()
 
 
 def check_arguments(

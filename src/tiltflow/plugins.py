@@ -46,6 +46,7 @@ def entries(package: str) -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=f"tiltflow.{package}")}
 
 
+@cache
 def find(package: str, name: str) -> type[Any]:
     """The class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
     if name not in (known := names(package)):

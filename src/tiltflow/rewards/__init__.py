@@ -364,10 +364,3 @@ def value_and_gradient(reward: Reward, x: Tensor, non_finite: NonFiniteRewards =
             {"gradient": gradient[bad[:8]], "samples": x[bad[:8]], "rewards": value},
         )
     return value.detach(), gradient
-
-
-def told(reward: Reward, labels: Tensor, class_names: Sequence[str]) -> Reward:
-    """The reward of samples with these labels [batch], for one that asks for them: as `labels`, as the names of their classes
-    in `prompts`, or as `label` in `metadata`."""
-    numbers = labels.tolist()
-    return given(reward, [class_names[i] for i in numbers], [{"label": i} for i in numbers])

@@ -173,7 +173,7 @@ def prepare(
     Raises InputError if the method, the model and the settings do not fit.
     """
     check_fit(model, items, method, training)
-    try_network(tuned, items)
+    try_network(tuned)
     flow = cast(Flow, tuned.flow)
     adapted = has_adapter(flow.network)
     untuned = cast(M, tuned.base()) if adapted and isinstance(tuned, TextToImage) else model
@@ -300,7 +300,7 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Any, trai
         )
 
 
-def try_network(model: GenerativeModel, items: Sequence[Prompt]) -> None:
+def try_network(model: GenerativeModel) -> None:
     """Raise InputError, of one line, if the network of a model cannot be called as it will be, or learns nothing."""
     if not isinstance(model, Model):  # a pipeline has drawn pictures by now
         return

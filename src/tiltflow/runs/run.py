@@ -50,9 +50,9 @@ from tiltflow.models.model import ClassifierConfig, Model, load, load_classifier
 from tiltflow.plugins import part_of
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, select, told, try_reward
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, select, try_reward
 from tiltflow.runs.fingerprints import BASE
-from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train
+from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train, told
 from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.rollout import path_costs
 from tiltflow.samplers.sampling import Sampling
@@ -199,7 +199,7 @@ def make_watcher(
         model = replace(model, flow=replace(model.flow, autocast=dtype))
         seed = stream(recipe.seed, "monitor").initial_seed()  # other noise than the evaluation's
         x = model.sample(count, labels=labels, seed=seed, sampling=recipe.sampling, batch_size=settings.batch_size)
-        asked = reward if labels is None else told(reward, labels, base.class_names)
+        asked = reward if labels is None else told(reward, base.items_of(labels.tolist()))
         x, rewards, _ = scored(asked, x, settings.batch_size, device, recipe.training.non_finite_rewards, classes)
         found, features = {"reward": rewards}, x.flatten(1)
         if network is not None:
@@ -249,7 +249,7 @@ def evaluate_run(
     labels = evaluation_labels(base, recipe.training, count)
     classes = [] if labels is None else labels.unique().tolist()
     count = count if labels is None else len(labels)
-    asked = reward if labels is None else told(reward, labels, base.class_names)
+    asked = reward if labels is None else told(reward, base.items_of(labels.tolist()))
     samples = (
         model.sample(count, labels=labels, seed=recipe.seed, sampling=recipe.sampling, batch_size=settings.batch_size)
         for model in (base, tuned)
@@ -543,7 +543,7 @@ def rehearse(recipe: Recipe, base: Model, reward: Reward, device: str) -> None:
     labels = evaluation_labels(base, recipe.training, 2)
     if labels is not None:
         labels = labels[:2]
-        reward = told(reward, labels, base.class_names)
+        reward = told(reward, base.items_of(labels.tolist()))
     with tried():
         x = base.sample(2, labels=labels, seed=recipe.seed, sampling=recipe.sampling).to(device)
     gradient = getattr(recipe.method, "needs_reward_gradient", False)

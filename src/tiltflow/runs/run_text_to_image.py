@@ -51,7 +51,7 @@ from tiltflow.rewards import Metadata, NonFiniteRewards, PerPrompt, Reward, eval
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.prepare import Prepared, check_fit, prepare, told
 from tiltflow.runs.recipe import is_text_to_image
-from tiltflow.runs.run import VARIETY, build_reward, left_out_in_words
+from tiltflow.runs.run import VARIETY, build_reward, calibration_in_words, left_out_in_words
 from tiltflow.runs.run_folder import RunFolder, Watcher, of_monitor, read_records, read_run_tree
 from tiltflow.samplers.rollout import path_costs
 from tiltflow.samplers.sampling import Sampling, SolverName
@@ -528,7 +528,10 @@ def evaluate_text_to_image(
         {key: each[which] for key, each in rewards[name].items()} for name, which in (("base", in_base), ("tuned", in_tuned))
     )
     weights = ImportanceWeights.from_log_tilt(method.log_tilt(tilted[in_base], taken), groups)
-    of_reward, tests = of_rewards(of_tuned[own], of_base[own], weights, stream(recipe.seed, "bootstrap"), group="prompt")
+    calibrated = calibration_in_words(getattr(method, "beta", None), rows_of_metrics[-1].get("beta"))
+    # a gain at its limit has not made the mean reward what it should be
+    counted, generator = calibrated["calibration_at_limit"] is not False, stream(recipe.seed, "bootstrap")
+    of_reward, tests = of_rewards(of_tuned[own], of_base[own], weights, generator, counted=counted, group="prompt")
     if of_reward["target_unknown"] is None:
         others = [name for name in measures.rewards if name != own]
         tests += [mean_test(f"mean {name}", of_tuned[name], of_base[name], weights) for name in others]
@@ -542,11 +545,13 @@ def evaluate_text_to_image(
         "model": recipe.model.diffusers,
         "method": method.name,
         "beta": getattr(method, "beta", None),
-        "working_beta": None,
+        "working_beta": rows_of_metrics[-1].get("beta"),
+        "calibration_at_limit": calibrated["calibration_at_limit"],
         "target_law": method.target_law(taken)
         + (", r in standard deviations of the base's for its prompt" if recipe.training.per_prompt_normalization else ""),
         "limits": [
             *method.limits(model.grid),
+            *calibrated["limits"],
             *guidance_limits(recipe.training.guidance_mode),
             *left_out_in_words(left_out["base"], left_out["tuned"], len(prompts)),
         ],
