@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 import tiltflow
 from tiltflow.api import read_recipe
 from tiltflow.commands.terminal.app import app
-from tiltflow.pretraining.pretrain import pretraining_of
-from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining
+from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.problems.verify import read_verification
 from tiltflow.reports.page import commands
 from tiltflow.runs.describe import topics
@@ -98,9 +97,7 @@ def check(name: str, given: dict[str, Any]) -> None:
             method = given["method"] or ("score-as-action" if given["problem"] == "lqg" else "adjoint-matching")
             read_verification(given["problem"], method, overrides)
         case "pretrain":
-            tree = read_recipe_tree(find_recipe(given["recipe"], "pretrain"), overrides)
-            of_pipeline = tree["task"] == "text-to-image"
-            assert validate(PipelinePretraining, tree, name) if of_pipeline else pretraining_of(tree, name)
+            assert read_pretraining(given["recipe"], overrides)
         case "sample":
             validate(Sampling, {key: value for key in ("solver", "num_inference_steps") if (value := given[key])}, "sample")
         case "settings":

@@ -14,7 +14,8 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError
-from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.pretraining.recipe import read_pretraining
+from tiltflow.pretraining.run import run_pretraining
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.energy import Energy, EnergyReward
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree

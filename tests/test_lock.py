@@ -21,7 +21,8 @@ from tiny import tiny_recipe
 
 from tiltflow.api import evaluate
 from tiltflow.errors import InputError, Note
-from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.pretraining.recipe import read_pretraining
+from tiltflow.pretraining.run import run_pretraining
 from tiltflow.runs.lock import HOLDER, LOCK, Holder, started_of, working_in
 from tiltflow.runs.run import Recipe, run
 from tiltflow.runs.run_folder import read_records

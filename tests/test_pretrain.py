@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tiltflow import plugins
 from tiltflow.data import ImageData, load_images, to_pixels
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.interpolant import Cosine
 from tiltflow.models.model import load, load_classifier
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.plain_classifier import PlainClassifier
-from tiltflow.pretraining.pretrain import (
-    ClassifierPretraining,
-    FlowPretraining,
-    classifier_loss,
-    classifier_scores,
-    flow_loss,
-    pretrain,
-    read_pretraining,
-    run_pretraining,
-)
+from tiltflow.pretraining.loop import train
+from tiltflow.pretraining.recipe import kind_of, read_pretraining
+from tiltflow.pretraining.run import run_pretraining
+from tiltflow.pretraining.tasks.classifier import ClassifierPretraining, classifier_loss, classifier_scores
+from tiltflow.pretraining.tasks.flow import FlowPretraining, FlowTask, flow_loss
+from tiltflow.runs.recipe import shipped_recipes
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
 
@@ -125,7 +123,7 @@ def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path
 def test_a_judge_or_a_test_split_that_does_not_fit_is_found_before_training(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltflow.pretraining.pretrain.pretrain", lambda *arguments: pytest.fail("trained"))
+    monkeypatch.setattr("tiltflow.pretraining.run.train", lambda *arguments: pytest.fail("trained"))
     flow, small = "digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]"]
     arrays = dict(np.load(npz))
     np.savez(tmp_path / "sizes.npz", **arrays | {"x_test": arrays["x_test"][:, :4]})
@@ -147,7 +145,7 @@ def test_scores_that_cannot_be_had_do_not_lose_the_model(npz: Path, tmp_path: Pa
     def fails(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tiltflow.pretraining.pretrain.flow_scores", fails)
+    monkeypatch.setattr(FlowTask, "scores", fails)
     flow = read_pretraining("digits-flow", ["training.max_train_steps=3", "network.channels=[8, 8]", "judge=null"])
     with pytest.raises(MemoryError):
         run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
@@ -178,25 +176,27 @@ def test_a_class_conditional_flow_learns_a_law_for_each_class(npz: Path, tmp_pat
 
 
 def test_the_same_seed_is_the_same_network_bit_for_bit(npz: Path) -> None:
+    """The network has dropout, which draws from torch's global generator: that plays no part, and is put back."""
     recipe = read_pretraining("digits-judge", ["training.max_train_steps=3", "network.image_size=8", "network.classes=2"])
-    networks = []
+    weights = []
     for _ in range(2):
-        torch.rand(7)  # the global generator plays no part
-        networks.append(new_network(recipe.network, recipe.seed))
-        for _ in pretrain(recipe, load_images(npz), networks[-1]):
-            pass
-    for a, b in zip(*(network.parameters() for network in networks), strict=True):
-        assert torch.equal(a, b)
+        torch.rand(7)
+        before = torch.random.get_rng_state()
+        task = recipe.prepare(npz, "cpu")
+        list(train(task.stages(), recipe.seed))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        weights.append(torch.cat([p.flatten() for p in task.networks["plain-classifier"].parameters()]))
+    assert torch.equal(*weights)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(npz: Path) -> None:
-    recipe = read_pretraining("digits-flow", ["network.channels=[8, 8]"])
-    data = load_images(npz)
-    data.images[:] = float("nan")
-    network = new_network(recipe.network, 0)
+    task = read_pretraining("digits-flow", ["network.channels=[8, 8]", "judge=null"]).prepare(npz, "cpu")
+    assert isinstance(task, FlowTask)
+    task.train.images[:] = float("nan")
+    network = task.network
     before = [parameter.clone() for parameter in network.parameters()]
     with pytest.raises(NonFiniteError, match="step 1: the loss is nan"):
-        list(pretrain(recipe, data, network))
+        list(train(task.stages(), 0))
     for old, new in zip(before, network.parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -207,15 +207,52 @@ def test_wrong_recipes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a recipe for `tiltflow train`"):
         read_pretraining("digits-even", [])
     (tmp_path / "r.yaml").write_text("task: clasifier\n")
-    with pytest.raises(InputError, match="task must be 'flow' or 'classifier'"):
+    with pytest.raises(InputError, match=r"task must be .* or 'text-to-image', did you mean 'classifier'.* .got 'clasifier'."):
         read_pretraining(str(tmp_path / "r.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "why"),
+    [
+        ("digits-class-flow", "prompt_dropout=0.1", "prompt_dropout has no meaning here: .* none for no class"),
+        ("digits-judge", "judge=digits-judge", "judge has no meaning here: a classifier is scored by its accuracy"),
+        ("tiles-pipeline", "judge=digits-judge", "judge has no meaning here: the pictures have captions and no classes"),
+        ("tiles-pipeline", "judg=digits-judge", "judg is not a setting"),
+    ],
+)
+def test_what_has_a_meaning_in_another_task_alone_is_refused_with_the_reason(recipe: str, setting: str, why: str) -> None:
+    with pytest.raises(InputError, match=f"^{recipe}: {why}") as error:
+        read_pretraining(recipe, [setting])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", shipped_recipes("pretrain"))
+def test_what_a_task_refuses_are_settings_of_another_one(name: str) -> None:
+    kind, others = type(read_pretraining(name, [])), set()
+    for task in plugins.names("pretraining.tasks"):
+        others |= set(kind_of(task).model_fields)
+    assert set(kind.ELSEWHERE) <= others - set(kind.model_fields)
+
+
+def test_there_is_room_before_a_pipeline_is_trained(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("tiltflow.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr("tiltflow.pretraining.run.train", lambda *arguments: pytest.fail("trained"))
+    np.savez(tmp_path / "tiles.npz", images=np.zeros((2, 32, 32, 3), np.uint8), names=np.array(["mon/a", "item/b"]))
+    for name, data, small in (
+        ("tiles-pipeline", tmp_path / "tiles.npz", ["unet_channels=[16, 16]"]),
+        ("digits-flow", npz, ["judge=null"]),
+    ):
+        with pytest.raises(InputError, match=r"the disk has 0\.0 MB left"):
+            run_pretraining(read_pretraining(name, small), data, tmp_path / "out", name=name)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
     """Of diffusers' own classes, in miniature: it is written, its tokenizer knows the words, and tiltflow reads it."""
     pytest.importorskip("diffusers")
     from tiltflow import from_diffusers
-    from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
+    from tiltflow.pretraining.tasks.text_to_image import PipelinePretraining
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (6, 16, 16, 4), dtype=np.uint8)
@@ -236,12 +273,16 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
         autoencoder=few,
         training=few,
     )
-    seen: list[int] = []
-    scores = run_pipeline_pretraining(
-        recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny", watch=lambda progress: seen.append(progress.step)
+    seen: list[tuple[int, int]] = []
+    scores = run_pretraining(
+        recipe,
+        tmp_path / "tiles.npz",
+        tmp_path / "out",
+        name="tiny",
+        watch=lambda progress: seen.append((progress.step, progress.samples)),
     )
     assert set(scores) == {"autoencoder_loss", "denoiser_loss"}
-    assert seen == [1, 2, 3, 4]
+    assert seen == [(1, 3), (2, 6), (3, 9), (4, 12)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 pictures, 2 backgrounds" in card  # the transparent one is left out
     assert "undead bone dragon on a red background" in card or "sword on a red background" in card
@@ -255,12 +296,24 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
     assert model.flow.interpolant.rescale_betas_zero_snr  # type: ignore[union-attr]
     assert model.own_grid(4)[0] == 0  # pure noise
     with pytest.raises(InputError, match="already holds something"):
-        run_pipeline_pretraining(recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny")
+        run_pretraining(recipe, tmp_path / "tiles.npz", tmp_path / "out", name="tiny")
+
+
+def test_the_same_captions_are_the_same_tokenizer() -> None:
+    """The trainer of `tokenizers` numbers what it meets in an order that is drawn anew for each tokenizer."""
+    pytest.importorskip("transformers")
+    from tiltflow.pretraining.tasks.text_to_image import learn_tokenizer
+
+    things = [f"{kind} {thing}" for kind in ("undead", "wooden", "iron") for thing in ("dragon", "sword", "axe", "shield")]
+    captions = [f"{thing} on a {colour} background" for thing in things for colour in ("red", "blue", "green")]
+    first, *others = (learn_tokenizer(captions, 330).get_vocab() for _ in range(4))
+    assert first["dragon</w>"] > first["n</w>"]
+    assert all(other == first for other in others)
 
 
 def test_pictures_on_a_background() -> None:
     from tiltflow.data import CaptionedImages
-    from tiltflow.pretraining.pretrain_pipeline import compose
+    from tiltflow.pretraining.tasks.text_to_image import compose
 
     half = torch.full((1, 4, 1, 2), 1.0)
     half[0, 3, 0, 1] = -1  # white, opaque on the left, transparent on the right

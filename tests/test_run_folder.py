@@ -28,7 +28,8 @@ from tiltflow.errors import CheckpointError, InputError, Note, OutputError, Tilt
 from tiltflow.evaluation.monitor import LOOKS, read_looks
 from tiltflow.files import LITTER, check_output, repair, write_folder
 from tiltflow.models.model import load
-from tiltflow.pretraining.pretrain import read_pretraining, run_pretraining
+from tiltflow.pretraining.recipe import read_pretraining
+from tiltflow.pretraining.run import run_pretraining
 from tiltflow.reports.report import write_report
 from tiltflow.runs.checkpoint import FOLDER
 from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
@@ -229,7 +230,7 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_is_loaded(
     def loaded(*arguments: object, **options: object) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("tiltflow.runs.run.load", "tiltflow.pretraining.pretrain.load_images", "tiltflow.runs.sweep.run_point"):
+    for name in ("tiltflow.runs.run.load", "tiltflow.pretraining.images.load_images", "tiltflow.runs.sweep.run_point"):
         monkeypatch.setattr(name, loaded)
     attempts: list[Callable[[Path], object]] = [
         lambda output: run(recipe, output),

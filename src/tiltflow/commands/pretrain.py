@@ -46,25 +46,15 @@ def pretrain(
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
     """
-    from tiltflow.pretraining.pretrain import pretraining_of, run_pretraining
-    from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+    from tiltflow.pretraining.recipe import read_pretraining
+    from tiltflow.pretraining.run import run_pretraining
 
     changes = with_seed(overrides, seed)
     chosen = set_up_torch(device, threads)
     console = make_console(as_json)
-    tree = read_recipe_tree(find_recipe(recipe, "pretrain"), changes)
-    if tree.get("task") == "text-to-image":
-        from tiltflow.pretraining.pretrain_pipeline import PipelinePretraining, run_pipeline_pretraining
-        from tiltflow.settings import validate
-
-        pipeline = validate(PipelinePretraining, tree, recipe)
-        steps = pipeline.autoencoder.max_train_steps + pipeline.training.max_train_steps
-        with training_progress(console, quiet, steps, pipeline.training.train_batch_size) as watch:
-            scores = run_pipeline_pretraining(pipeline, data, output, name=recipe, device=chosen, watch=watch)
-    else:
-        settings = pretraining_of(tree, recipe)
-        with training_progress(console, quiet, settings.training.max_train_steps, settings.training.train_batch_size) as watch:
-            scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
+    settings = read_pretraining(recipe, changes)
+    with training_progress(console, quiet, settings.max_train_steps) as watch:
+        scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
     if not quiet:
         print_table(
             console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"

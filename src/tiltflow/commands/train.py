@@ -75,7 +75,7 @@ def train(
     if training.samples_per_step % processes.count():
         note(uneven(training.samples_per_step))
     try:
-        with training_progress(console, quiet, training.max_train_steps, training.samples_per_step) as watch:
+        with training_progress(console, quiet, training.max_train_steps) as watch:
             summary = run(settings, output, device=chosen, callbacks=[watch], note=note, handle_signals=True)
     except Interrupted as error:
         does = "goes on" if checkpoints(output / FOLDER) else "begins; nothing was saved"

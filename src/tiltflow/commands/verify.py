@@ -64,7 +64,7 @@ def verify(
     method = method or ("score-as-action" if problem == "lqg" else "adjoint-matching")
     settings = read_verification(problem, method, [*(overrides or []), *extra])
     set_up_torch("cpu", threads)
-    with training_progress(console, quiet, settings.iterations, settings.train_batch_size) as watch:
+    with training_progress(console, quiet, settings.iterations) as watch:
         result = run_verification(settings, watch)
     print_verification(console, result)
     print_json(as_json, result)

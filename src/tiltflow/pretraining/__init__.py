@@ -1,1 +1,1 @@
-"""Base models from data."""
+"""Base models and classifiers from data: `tiltflow pretrain`"""

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.plugins import find, names
+from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
 PARTS = {"methods": "method", "rewards": "reward", "networks": "network"}
@@ -34,11 +34,6 @@ PROBLEMS = {
     "lqg": ("laws.lqg", "Lqg"),
     "mixture": ("laws.problems", "Mixture"),
     "two-modes": ("laws.problems", "TwoModes"),
-}
-PRETRAINING = {
-    "flow": ("pretraining.pretrain", "FlowPretraining"),
-    "classifier": ("pretraining.pretrain", "ClassifierPretraining"),
-    "text-to-image": ("pretraining.pretrain_pipeline", "PipelinePretraining"),
 }
 Topic = tuple[str, Callable[[], type[Settings]]]
 """What it is, and how its class is had: nothing is imported before it is asked for."""
@@ -66,8 +61,8 @@ def topics() -> dict[str, list[Topic]]:
         found[section] = [(f"{section} in a recipe of {which}", partial(_section, section, which)) for which in recipes]
     for name, place in PROBLEMS.items():
         found[name] = [(f"problem {name} of `tiltflow verify`", partial(_class, *place))]
-    for name, place in PRETRAINING.items():
-        found[name] = [(f"recipe of `tiltflow pretrain`, task {name}", partial(_class, *place))]
+    for name in names("pretraining.tasks"):
+        found[name] = [(f"recipe of `tiltflow pretrain`, task {name}", partial(member, "pretraining.tasks", name, "RECIPE"))]
     return found
 
 

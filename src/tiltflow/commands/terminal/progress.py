@@ -11,16 +11,14 @@ from rich.console import Console
 from tiltflow.commands.terminal.console import escape
 
 if TYPE_CHECKING:
-    from tiltflow.pretraining.pretrain import Progress as PretrainingRecord
+    from tiltflow.pretraining.loop import Progress as PretrainingRecord
     from tiltflow.training.trainer import Record
 
 
 @contextmanager
-def training_progress(
-    console: Console, quiet: bool, total: int, batch: int
-) -> Iterator[Callable[[Record | PretrainingRecord], None]]:
-    """A callback for training records, which shows them; without a terminal, a line for each tenth of the work. The rate is of
-    the samples drawn, in pretraining of the `batch` real ones of each step.
+def training_progress(console: Console, quiet: bool, total: int) -> Iterator[Callable[[Record | PretrainingRecord], None]]:
+    """A callback for training records, which shows them; without a terminal, a line for each tenth of the work. The rate is
+    that of the samples drawn; in pretraining, of images of the data.
 
     Args:
         total: the number of steps.
@@ -46,7 +44,7 @@ def training_progress(
         def watch(record: Record | PretrainingRecord) -> None:
             shown = record.metrics if isinstance(record, Record) else {"loss": record.loss}
             parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
-            done = record.samples_drawn if isinstance(record, Record) else record.step * batch
+            done = record.samples_drawn if isinstance(record, Record) else record.samples
             text = "  ".join([*parts, f"{done / max(record.seconds, 1e-9):.0f} samples/s"])
             stage = "left" if record.step < total else "now evaluating"
             with suppress(OSError):  # of a terminal that was closed
