@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.problems.verify import read_verification
-from tiltflow.problems.verify_lqg import LqgVerification, verify_lqg
+from tiltflow.problems.verification.verify import Verification, read_verification, verify
 
 TRAINED, EVALUATED = (5, 10, 50, 100), (5, 10, 20, 50, 100, 200)
 ITERATIONS, BATCH = 400, 512
@@ -35,18 +34,16 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def settings_of(method: str, steps: int, seed: int) -> LqgVerification:
+def settings_of(method: str, steps: int, seed: int) -> Verification:
     overrides = [*METHODS[method], f"N={steps}", f"seed={seed}", f"evaluate_steps={list(EVALUATED)}", "num_samples=100"]
     overrides += [f"iterations={ITERATIONS}", f"train_batch_size={BATCH}", "trajectories=2", "draws=2"]
-    settings = read_verification("lqg", "score-as-action", overrides)
-    assert isinstance(settings, LqgVerification)
-    return settings
+    return read_verification("lqg", "score-as-action", overrides)
 
 
-def shortfalls(settings: LqgVerification) -> dict[int, float]:
+def shortfalls(settings: Verification) -> dict[int, float]:
     """How far the trained policy is below the optimum of each chain it is evaluated on, relative to that optimum."""
     torch.set_num_threads(1)
-    rows = verify_lqg(settings)["at_other_steps"]
+    rows = verify(settings).values["at_other_steps"]
     return {n: (rows[str(n)]["optimum"] - rows[str(n)]["objective"]) / abs(rows[str(n)]["optimum"]) for n in EVALUATED}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.problems.verify import read_verification, run_verification
+from tiltflow.problems.verification.verify import read_verification, verify
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -43,7 +43,7 @@ def main() -> None:
     results = []
     for seed in range(options.seeds):
         settings = read_verification(options.problem, options.method, [*overrides, f"seed={seed}"])
-        results.append(dict(numbers(run_verification(settings))))
+        results.append(dict(numbers(verify(settings).values)))
         print(f"seed {seed}: distance {results[-1]['distance']:.4f}, floor {results[-1]['floor']:.4f}", flush=True)
     found = {}
     for key in results[0]:

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from tiltflow.control.adjoint import LeanAdjoint, lean_adjoint
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.field import FunctionField
-from tiltflow.laws.problems import Mixture, QuadraticReward
+from tiltflow.laws.problems import QuadraticReward
+from tiltflow.problems.mixture import Mixture
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import rollout

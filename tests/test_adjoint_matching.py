@@ -18,8 +18,10 @@ from tiltflow.control.adjoint import lean_adjoint
 from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
-from tiltflow.laws.problems import GaussianMixture, Mixture, QuadraticReward, TwoModes
+from tiltflow.laws.problems import GaussianMixture, QuadraticReward
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
+from tiltflow.problems.mixture import Mixture
+from tiltflow.problems.two_modes import TwoModes
 from tiltflow.samplers.chain import Chain, sde
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import rollout

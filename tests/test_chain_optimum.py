@@ -17,7 +17,7 @@ from tiltflow.laws.problems import GaussianMixture, QuadraticReward
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
-from tiltflow.problems.verify import best_of_chain
+from tiltflow.problems.verification.quadratic_tilt import best_of_chain
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.solvers.ddim import ddim

@@ -18,7 +18,7 @@ import tiltflow
 from tiltflow.api import read_recipe
 from tiltflow.commands.terminal.app import app
 from tiltflow.pretraining.recipe import read_pretraining
-from tiltflow.problems.verify import read_verification
+from tiltflow.problems.verification.verify import read_verification
 from tiltflow.reports.page import commands
 from tiltflow.runs.describe import topics
 from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
@@ -94,8 +94,7 @@ def check(name: str, given: dict[str, Any]) -> None:
             tree = read_recipe_tree(find_recipe(given["recipe"], "train"), overrides)
             assert points_of(tree, parse_grid(given["over"]), "sweep")
         case "verify":
-            method = given["method"] or ("score-as-action" if given["problem"] == "lqg" else "adjoint-matching")
-            read_verification(given["problem"], method, overrides)
+            read_verification(given["problem"], given["method"], overrides)
         case "pretrain":
             assert read_pretraining(given["recipe"], overrides)
         case "sample":

@@ -8,9 +8,9 @@ import pytest
 
 from tiltflow.errors import InputError
 from tiltflow.laws.lqg import Lqg
-from tiltflow.problems.verify import PROBLEMS as VERIFIED
+from tiltflow.plugins import names
 from tiltflow.rewards.sum import Sum
-from tiltflow.runs.describe import PROBLEMS, listed, sentences, settings_of, topics
+from tiltflow.runs.describe import listed, sentences, settings_of, topics
 from tiltflow.runs.recipe import shipped_recipes
 from tiltflow.runs.run import Recipe
 from tiltflow.settings import read_yaml
@@ -69,7 +69,8 @@ def test_types_and_defaults_are_those_of_the_code() -> None:
 
 
 def test_every_problem_is_there() -> None:
-    assert {name: kind.__name__ for name, kind in VERIFIED.items()} == {name: kind for name, (_, kind) in PROBLEMS.items()}
+    for name in names("problems"):
+        assert f"problem {name} of `tiltflow verify`" in settings_of(name)
 
 
 def test_a_sentence_is_the_one_below_its_field() -> None:

@@ -59,6 +59,22 @@ def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
     assert "dimension" in listed.stdout, listed.stderr
 
 
+def test_verify_uses_the_problem_of_another_package(tmp_path: Path) -> None:
+    """It is listed, meant by a name that is nearly its own, and verified with a method of tiltflow and of the package."""
+    site = installed(tmp_path / "site")
+    assert "mixture, pair, two-modes" in tiltflow(site, "verify", "--help").stdout
+    assert "did you mean 'pair'" in tiltflow(site, "verify", "pairs").stderr
+    small = ("num_samples=200", "num_samples_w2=100", "draws=2", "hidden=8", "distance=3", "method.num_inference_steps=5")
+    settings = [part for one in small for part in ("--set", one)]
+    for method in ("adjoint-matching", "best-of"):
+        done = tiltflow(site, "verify", "pair", "--method", method, "--iterations", "2", *settings, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert (found["problem"], found["method"], found["dimension"]) == ("pair", method, 1)
+        assert found["reward_base"] == pytest.approx(0.5 * (2 * 1.5 - 1.5) / 3)
+        assert f"{method} on pair" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -18,7 +18,7 @@ from tiltflow.laws.induced_law import (
     push_forward,
     velocity_distance,
 )
-from tiltflow.problems.verify_two_modes import sampler
+from tiltflow.problems.two_modes import sampler
 from tiltflow.streams import stream
 
 TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tiltflow.laws.lqg import Lqg, chain_optimum, evaluate_chain, evaluate_policy, optimum
-from tiltflow.problems.verify import read_verification, run_verification
+from tiltflow.problems.verification.verify import read_verification, verify
 
 UNIT, BETA = Lqg(), 0.5
 Q, q, T, K, k = UNIT.Q, UNIT.q, UNIT.T, UNIT.K, UNIT.k
@@ -303,7 +303,7 @@ class Precise:
 @pytest.mark.parametrize("point", POINTS)
 def test_what_verify_reports_is_what_mpmath_derives(point: str) -> None:
     overrides = [*POINTS[point].split(), "iterations=1", "trajectories=2", "num_samples=100", "train_batch_size=4", "draws=2"]
-    result = run_verification(read_verification("lqg", "score-as-action", overrides))
+    result = verify(read_verification("lqg", "score-as-action", overrides)).values
     with mpmath.workdps(30):
         precise = Precise(POINTS[point])
         assert result["policy"]["gradient_of_chain"] == pytest.approx(list(map(float, precise.gradient())), rel=1e-11)

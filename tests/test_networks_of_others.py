@@ -25,8 +25,8 @@ from tiltflow.flows.interpolant import (
     PredictionType,
     VariancePreserving,
 )
-from tiltflow.laws.problems import Mixture
 from tiltflow.models.model import Model, load
+from tiltflow.problems.mixture import Mixture
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
 

@@ -26,10 +26,11 @@ from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.flows.noise import noise
 from tiltflow.laws.induced_law import Array, Law, induced_velocity
-from tiltflow.laws.problems import ExactVelocity, GaussianMixture, TwoModes
+from tiltflow.laws.problems import ExactVelocity, GaussianMixture
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
 from tiltflow.optimization import WeightAverage
-from tiltflow.problems.verify import read_verification, run_verification
+from tiltflow.problems.two_modes import TwoModes
+from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
@@ -600,7 +601,7 @@ def test_a_network_starts_on_its_way_to_the_law_of_two_modes() -> None:
         "num_inference_steps=10",
         "sampling.num_inference_steps=10",
     ]
-    result = run_verification(read_verification("two-modes", "orw-cfm-w2", [*settings, "train_batch_size=4096"]))
+    result = verify(read_verification("two-modes", "orw-cfm-w2", [*settings, "train_batch_size=4096"])).values
     assert result["laws"]["own"]["reward"] == pytest.approx(0.30845, abs=2e-5)
     assert 0.6 < result["reached"]["reward"] / 0.30845 < 1.1
     assert result["laws"]["tilted"]["reward"] > 0  # that of half the tilt: (1 + alpha)^-1 after one round
@@ -616,12 +617,12 @@ def test_a_network_starts_on_its_way_to_the_law_of_two_modes() -> None:
 )
 def test_laws_that_are_not_known_are_refused_before_training(problem: str, settings: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run_verification(read_verification(problem, "orw-cfm-w2", [*settings, "iterations=1", "train_batch_size=64"]))
+        verify(read_verification(problem, "orw-cfm-w2", [*settings, "iterations=1", "train_batch_size=64"]))
 
 
 def test_where_no_closed_form_is_known_verify_says_so() -> None:
     with pytest.raises(InputError, match="known for alpha = 0"):
-        run_verification(read_verification("mixture", "orw-cfm-w2", ["alpha=1", "iterations=1", "train_batch_size=64"]))
+        verify(read_verification("mixture", "orw-cfm-w2", ["alpha=1", "iterations=1", "train_batch_size=64"]))
 
 
 @pytest.mark.slow
@@ -629,7 +630,7 @@ def test_where_no_closed_form_is_known_verify_says_so() -> None:
 @pytest.mark.parametrize("problem", ["gaussian", "mixture"])
 def test_the_law_of_n_rounds(problem: str, rounds: int) -> None:
     """w^n p_base, for a network, in sliced W2 to exact samples."""
-    result = run_verification(read_verification(problem, "orw-cfm-w2", [f"iterations={800 * rounds}"]))
+    result = verify(read_verification(problem, "orw-cfm-w2", [f"iterations={800 * rounds}"])).values
     assert result["distance"] < 3 * result["floor"]
 
 
@@ -638,7 +639,7 @@ def test_the_law_of_n_rounds(problem: str, rounds: int) -> None:
 def test_the_fixed_point_of_a_network(mode: str, alpha: float) -> None:
     """Within the tolerance of a trained perceptron: .03 in the mean and P(x > 0), .02 in the mean reward."""
     overrides = [f"alpha={alpha}", f"weight_mode={mode}"]
-    result = run_verification(read_verification("two-modes", "orw-cfm-w2", overrides))
+    result = verify(read_verification("two-modes", "orw-cfm-w2", overrides)).values
     own, reached = result["laws"]["own"], result["reached"]
     assert reached["mean"] == pytest.approx(own["mean"], abs=0.05)
     assert reached["positive"] == pytest.approx(own["positive"], abs=0.03)

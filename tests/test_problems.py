@@ -15,15 +15,15 @@ from tiltflow.errors import SettingsError
 from tiltflow.laws.problems import (
     CorrectedVelocity,
     ExactVelocity,
-    Gaussian,
     GaussianMixture,
-    Mixture,
-    Problem,
     QuadraticReward,
     lean_propagator,
     optimal_control,
     span_of_tilt,
 )
+from tiltflow.problems.gaussian import Gaussian
+from tiltflow.problems.mixture import Mixture
+from tiltflow.problems.verification.quadratic_tilt import QuadraticTilt
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -340,7 +340,7 @@ def test_mixture_by_number() -> None:
         (Mixture, {"means": ((1.0,), (2.0,)), "scale": (1.0,)}, "scale has 1 numbers for 2 modes"),
     ],
 )
-def test_impossible_problems_are_refused(problem: type[Problem], settings: dict[str, object], message: str) -> None:
+def test_impossible_problems_are_refused(problem: type[QuadraticTilt], settings: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         problem(**settings)
 

@@ -16,7 +16,8 @@ from tiny import tiny_flow, tiny_recipe
 import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import ImportanceWeights, kolmogorov_smirnov, reward_distance
-from tiltflow.laws.problems import ExactVelocity, Gaussian, GaussianMixture
+from tiltflow.laws.problems import ExactVelocity, GaussianMixture
+from tiltflow.problems.gaussian import Gaussian
 from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
 from tiltflow.runs.run import Recipe, calibration_in_words, distance_to_base, evaluate_run, path_kl, read_recipe, run
 from tiltflow.samplers.rollout import path_costs

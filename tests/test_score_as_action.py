@@ -19,19 +19,12 @@ from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.lqg import Lqg, evaluate_chain, evaluate_policy
-from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture, Mixture, TwoModes
+from tiltflow.laws.lqg_fields import LinearPolicy, OnePolicyEach, base_flow, draw_start, interpolant, own_scale, reward_of
+from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
-from tiltflow.problems.verify_lqg import (
-    ESTIMATORS,
-    LinearPolicy,
-    OnePolicyEach,
-    base_flow,
-    draw_start,
-    gradient_samples,
-    interpolant,
-    own_scale,
-    reward_of,
-)
+from tiltflow.problems.mixture import Mixture
+from tiltflow.problems.two_modes import TwoModes
+from tiltflow.problems.verification.policy_gradients import ESTIMATORS, gradient_samples
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record, train
@@ -144,14 +137,14 @@ def test_variances_at_ten_steps() -> None:
 
 @pytest.mark.parametrize("estimator", ["return", "return-minus-value"])
 def test_a_wrong_critic_leaves_the_first_two_unbiased(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.problems.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
+    monkeypatch.setattr("tiltflow.laws.lqg_fields.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
     samples = gradient_samples(PROBLEM, on_lqg(estimator, 5), TRAJECTORIES, 0)
     assert z_scores(samples, exact_gradient(PROBLEM, 5)).abs().max() < 3
 
 
 @pytest.mark.parametrize("estimator", ["temporal-difference", "closed-form"])
 def test_a_wrong_critic_biases_the_last_two(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.problems.verify_lqg.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
+    monkeypatch.setattr("tiltflow.laws.lqg_fields.QuadraticValue.forward", lambda self, x, t: 3 * x[:, :1] + 1)
     samples = gradient_samples(PROBLEM, on_lqg(estimator, 5), TRAJECTORIES, 0)
     assert z_scores(samples, exact_gradient(PROBLEM, 5)).abs().max() > 20
 

@@ -17,10 +17,11 @@ from torch.testing import assert_close
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
-from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, Gaussian
+from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
+from tiltflow.problems.gaussian import Gaussian
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch

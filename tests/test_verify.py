@@ -7,8 +7,9 @@ import pytest
 from tiltflow.errors import InputError
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
-from tiltflow.problems.verify import read_verification, run_verification, temperature, verify
-from tiltflow.problems.verify_lqg import LqgVerification
+from tiltflow.problems.lqg import Lqg
+from tiltflow.problems.verification.quadratic_tilt import temperature
+from tiltflow.problems.verification.verify import read_verification, verify
 
 SMALL = [
     "num_samples=4000",
@@ -25,7 +26,7 @@ def test_a_key_without_a_dot_finds_its_place() -> None:
         "mixture", "adjoint-matching", ["scale=0.3", "beta=2", "seed=4", "solver=ddpm", "sampling.solver=euler", "modes=5"]
     )
     assert (settings.problem.scale, settings.method.beta, settings.seed, settings.problem.modes) == (0.3, 2, 4, 5)  # type: ignore[union-attr]
-    assert (settings.method.solver, settings.sampling.solver) == ("ddpm", "euler")
+    assert (settings.method.solver, settings.problem.sampling.solver) == ("ddpm", "euler")
     with pytest.raises(InputError, match="'bta' is not a setting, did you mean 'beta'"):
         read_verification("mixture", "adjoint-matching", ["bta=2"])
     with pytest.raises(InputError, match="linear has 3 numbers, dimension is 2"):
@@ -36,7 +37,7 @@ def test_a_linear_reward_on_a_gaussian_is_reached() -> None:
     settings = read_verification(
         "gaussian", "adjoint-matching", [*SMALL, "dimension=1", "iterations=150", "train_batch_size=128"]
     )
-    result = verify(settings)
+    result = verify(settings).values
     # the chain of 20 steps leaves 0.5 % in the variance (2.5e-3 in W2); the rest is the Monte-Carlo floor
     assert result["distance"] < result["floor"] + 3 * result["floor_std"] + 0.02
     assert result["distance"] < 0.1 * result["distance_base"]
@@ -49,7 +50,7 @@ def test_a_linear_reward_on_a_gaussian_is_reached() -> None:
 
 def test_without_training_the_report_shows_the_base() -> None:
     settings = read_verification("mixture", "adjoint-matching", [*SMALL, "iterations=1", "learning_rate=1e-9"])
-    result = verify(settings)
+    result = verify(settings).values
     assert result["distance"] == pytest.approx(result["distance_base"], rel=0.05)
     assert result["control_error"] == pytest.approx(1, abs=0.01)
     # the tilt moves the mean by more than one standard deviation of a mode
@@ -61,7 +62,7 @@ def test_many_dimensions_do_not_hide_that_the_base_is_untuned() -> None:
     reward is a plane, and shows it."""
     overrides = ["dimension=64", "iterations=1", "learning_rate=1e-9", "train_batch_size=8", "solver=ddpm", "hidden=8"]
     sizes = ["num_samples=2000", "num_samples_w2=300", "method.num_inference_steps=5", "num_inference_steps=20", "draws=4"]
-    result = verify(read_verification("mixture", "adjoint-matching", [*overrides, *sizes, "sampling.solver=heun"]))
+    result = verify(read_verification("mixture", "adjoint-matching", [*overrides, *sizes, "sampling.solver=heun"])).values
     assert result["w2"] < 1.1 * result["w2_floor"]
     assert result["span"] == 2
     assert result["distance_span"] > 10 * result["floor_span"]
@@ -73,7 +74,9 @@ def test_many_dimensions_do_not_hide_that_the_base_is_untuned() -> None:
 def test_the_best_that_a_chain_can_is_told_from_a_run_that_has_not_converged() -> None:
     two = ["dimension=1", "means=[[-1.5], [1.5]]", "weights=[3, 2]", f"scale=[{0.15**0.5}, {0.3**0.5}]", "linear=0.8"]
     overrides = [*two, "quadratic=0.7", "beta=0.6", "num_inference_steps=20", "method.num_inference_steps=15"]
-    result = verify(read_verification("mixture", "adjoint-matching", [*overrides, *SMALL[:2], "iterations=1", "draws=2"]))
+    result = verify(
+        read_verification("mixture", "adjoint-matching", [*overrides, *SMALL[:2], "iterations=1", "draws=2"])
+    ).values
     best = result["chain_optimum"]
     assert best["num_inference_steps"] == 15  # of the chain that is tuned, not of the one that samples it
     assert (best["reward"], best["distance"]) == pytest.approx((0.2084, 0.2324), abs=2e-4)
@@ -82,7 +85,7 @@ def test_the_best_that_a_chain_can_is_told_from_a_run_that_has_not_converged() -
 
 @pytest.mark.slow
 def test_the_ring_of_eight_gaussians_is_within_twice_the_floor() -> None:
-    result = verify(read_verification("mixture", "adjoint-matching", ["iterations=1000"]))
+    result = verify(read_verification("mixture", "adjoint-matching", ["iterations=1000"])).values
     assert result["distance"] <= 2 * result["floor"]
     assert result["reward_exact"] == pytest.approx(2.0887, abs=1e-4)
 
@@ -107,7 +110,7 @@ def test_any_mixture_can_be_posed() -> None:
 def test_letters_of_the_lqg_problem_find_their_place() -> None:
     overrides = ["Q=2", "q=-0.3", "T=1.5", "K=0.1", "k=0.4", "lambda=0.25", "N=7", "eta=0.5", "variance=0.6"]
     settings = read_verification("lqg", "score-as-action", overrides)
-    assert isinstance(settings, LqgVerification)
+    assert isinstance(settings.problem, Lqg)
     problem, method = settings.problem, settings.method
     assert (problem.Q, problem.q, problem.T, problem.K, problem.k) == (2, -0.3, 1.5, 0.1, 0.4)
     assert (method.beta, method.num_inference_steps, method.solver) == (0.25, 7, "euler-maruyama")
@@ -120,7 +123,7 @@ def test_letters_of_the_lqg_problem_find_their_place() -> None:
 def test_verify_lqg_reports_what_is_known() -> None:
     overrides = ["N=5", "iterations=40", "trajectories=4000", "num_samples=2000", "evaluate_steps=[5, 20]"]
     settings = read_verification("lqg", "score-as-action", overrides)
-    result = run_verification(settings)
+    result = verify(settings).values
     assert result["policy"]["objective"] == pytest.approx(-1.1051919302489641, abs=1e-9)
     assert result["policy"]["objective_of_chain"] == pytest.approx(-1.170981, abs=1e-6)
     assert result["objective_continuous"] == pytest.approx(-0.1911624249, abs=1e-9)
@@ -135,7 +138,7 @@ def test_verify_lqg_reports_what_is_known() -> None:
 
 def test_adjoint_matching_solves_lqg_too() -> None:
     settings = read_verification("lqg", "adjoint-matching", ["N=10", "iterations=300", "num_samples=2000"])
-    result = run_verification(settings)
+    result = verify(settings).values
     assert result["gradients"] is None
     assert result["objective"] == pytest.approx(result["objective_exact"], rel=0.02)
 
@@ -146,7 +149,7 @@ def test_training_reaches_the_optimum_at_every_number_of_steps() -> None:
     at_100 = {}
     for steps in (5, 10, 50, 100):
         overrides = [f"N={steps}", "trajectories=2", "num_samples=200", "evaluate_steps=[100]"]
-        rows = run_verification(read_verification("lqg", "score-as-action", overrides))["at_other_steps"]
+        rows = verify(read_verification("lqg", "score-as-action", overrides)).values["at_other_steps"]
         here = rows[str(steps)]
         assert here["objective"] > here["optimum"] - 0.01 * abs(here["optimum"])
         at_100[steps] = rows["100"]["objective"]
@@ -155,7 +158,7 @@ def test_training_reaches_the_optimum_at_every_number_of_steps() -> None:
 
 @pytest.mark.slow
 def test_score_as_action_reaches_the_mixture_without_a_gradient() -> None:
-    result = verify(read_verification("mixture", "score-as-action", ["iterations=1000"]))  # type: ignore[arg-type]
+    result = verify(read_verification("mixture", "score-as-action", ["iterations=1000"])).values
     assert result["distance"] <= 3 * result["floor"]
     assert result["distance_ode"] <= 3 * result["floor"]
 

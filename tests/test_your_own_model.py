@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import tiltflow
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
-from tiltflow.laws.problems import Mixture
 from tiltflow.models.consistency import consistency
 from tiltflow.models.model import Model
+from tiltflow.problems.mixture import Mixture
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.samplers.sampling import Sampling
 

@@ -10,12 +10,9 @@ from tiltflow import plugins
 from tiltflow.commands.terminal.console import make_console, print_json, print_table
 from tiltflow.commands.terminal.options import AllowCode, Json, Quiet, Set, Threads, completes, set_up_torch
 from tiltflow.commands.terminal.progress import training_progress
-from tiltflow.commands.terminal.verification import print_verification
-from tiltflow.errors import InputError, did_you_mean
 
 METHODS = plugins.names("methods")
-PROBLEMS = ("gaussian", "lqg", "mixture", "two-modes")
-"""A copy of the library's names: to import it takes seconds, which --help does not have. A test compares them."""
+PROBLEMS = plugins.names("problems")
 
 
 def verify(
@@ -27,7 +24,7 @@ def verify(
         str | None,
         typer.Option(
             help=f"{', '.join(METHODS)}.",
-            show_default="adjoint-matching; score-as-action for lqg",
+            show_default="the problem's",
             autocompletion=completes(lambda: METHODS),
         ),
     ] = None,
@@ -50,21 +47,20 @@ def verify(
     [dim]tiltflow verify two-modes --method orw-cfm-w2 --set alpha=0.3[/dim]
     [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
-    from tiltflow.problems.verify import PROBLEMS, read_verification, run_verification
+    from tiltflow.commands.terminal.verification import print_findings
+    from tiltflow.problems.verification.verify import read_verification
+    from tiltflow.problems.verification.verify import verify as run_verification
 
     console = make_console(as_json)
     if problem is None:
-        descriptions = {name: (part.__doc__ or "").splitlines()[0] for name, part in PROBLEMS.items()}
+        descriptions = {name: (plugins.find("problems", name).__doc__ or "").splitlines()[0] for name in PROBLEMS}
         print_table(console, descriptions, "problem")
         print_json(as_json, {"problems": descriptions})
         return
-    if problem not in PROBLEMS:
-        raise InputError(f"there is no problem {problem!r}{did_you_mean(problem, PROBLEMS)}")
     extra = [f"{key}={value}" for key, value in (("iterations", iterations), ("seed", seed)) if value is not None]
-    method = method or ("score-as-action" if problem == "lqg" else "adjoint-matching")
     settings = read_verification(problem, method, [*(overrides or []), *extra])
     set_up_torch("cpu", threads)
     with training_progress(console, quiet, settings.iterations) as watch:
-        result = run_verification(settings, watch)
-    print_verification(console, result)
-    print_json(as_json, result)
+        found = run_verification(settings, watch)
+    print_findings(console, found)
+    print_json(as_json, found.values)

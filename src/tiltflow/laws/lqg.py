@@ -12,7 +12,7 @@ quadratic: V(tau, x) = -P x^2 / 2 + p x + c. So is that of the Euler-Maruyama ch
 program optimises. Both are solved here, for constant or time-dependent K and k, and for the optimal ones.
 """
 
-# Mutation tests: test_lqg.py
+# Mutation tests: test_lqg.py test_verify.py
 
 from __future__ import annotations
 
@@ -242,3 +242,16 @@ def _chain_solution(
         value=lambda n: values[int(n)],
         policy=lambda n: policies[int(n)],
     )
+
+
+def control_error(problem: Lqg, best: Solution, K: Array, k: Array) -> float:
+    """sqrt(E sum |u - u*|^2 / E sum |u*|^2) of policies K, k [N] over the chain's optimal process."""
+    (mean, variance), wrong, right, D = problem.start(), 0.0, 0.0, problem.T / len(K)
+    for n in range(len(K)):
+        (slope, intercept), (F, h), square = best.policy(n), problem.drift(n * D), mean**2 + variance
+        a, b = K[n] - slope, k[n] - intercept
+        wrong += a**2 * square + 2 * a * b * mean + b**2
+        right += slope**2 * square + 2 * slope * intercept * mean + intercept**2
+        A, B = 1 + (F + problem.gain * slope) * D, (h + problem.gain * intercept) * D
+        mean, variance = A * mean + B, A**2 * variance + problem.eta**2 * D
+    return float((wrong / right) ** 0.5) if right > 0 else float((wrong / len(K)) ** 0.5)

@@ -1,4 +1,4 @@
-r"""Problems with known answers: Gaussian and Gaussian-mixture bases under linear and quadratic rewards.
+r"""Gaussian mixtures under linear and quadratic rewards: laws, velocity fields, tilts and optimal controls in closed form.
 
 The base is the exact velocity field of a law p = sum_i w_i N(m_i, s_i^2 I) on the linear path, so no pretraining error
 hides the error of a method. The reward is r(x) = c.x - q |x|^2 / 2, whose tilt exp(r / beta) keeps p a Gaussian mixture:
@@ -9,22 +9,13 @@ target law, optimal control and value function are closed forms.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tiltflow.flows.interpolant import expand
-from tiltflow.laws.induced_law import Array, Law, log_normal
-from tiltflow.settings import Settings
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Vector = float | tuple[float, ...]
 
 
@@ -163,112 +154,13 @@ class CorrectedVelocity(nn.Module):
         return self.base(x, time) + self.correction(x, time)  # type: ignore[no-any-return]
 
 
-class Problem(Settings):
-    """A reward on a base law of some dimension; the laws are below."""
-
-    dimension: Annotated[int, Field(ge=1)] = 2
-    """Of x."""
-    linear: Vector = 0.0
-    """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list whose missing numbers are 0."""
-    quadratic: NotNegative = 0.0
-    """q of the reward."""
-
-    def reward(self) -> QuadraticReward:
-        return QuadraticReward(_vector(self.linear, self.dimension), self.quadratic)
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Problem:
-        for name in ("linear", "mean"):
-            value = getattr(self, name, 0.0)
-            if isinstance(value, tuple) and len(value) > self.dimension:
-                raise ValueError(f"{name} has {len(value)} numbers, dimension is {self.dimension}")
-        return self
-
-
-class Gaussian(Problem):
-    """A Gaussian base N(mean, scale^2 I) under a linear or quadratic reward."""
-
-    name: Literal["gaussian"] = "gaussian"
-    mean: Vector = 0.7
-    """Of the base: one number for all coordinates, or a list whose missing numbers are 0."""
-    scale: Positive = 0.5
-    """Standard deviation of the base."""
-    linear: Vector = 1.7
-
-    def base(self) -> GaussianMixture:
-        return _mixture(_vector(self.mean, self.dimension)[None], (1.0,), self.scale)
-
-
-class Mixture(Problem):
-    """A mixture of Gaussians under a linear or quadratic reward: a ring of equal ones, unless `means` are given."""
-
-    name: Literal["mixture"] = "mixture"
-    modes: Annotated[int, Field(ge=1)] = 8
-    """How many are on the ring."""
-    radius: NotNegative = 2.0
-    """Of the ring, in the first two coordinates."""
-    means: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)] | None = None
-    """One list for each mode, instead of the ring; missing numbers are 0."""
-    weights: tuple[Positive, ...] | None = None
-    """One number for each mode, of any sum; equal by default."""
-    scale: Positive | tuple[Positive, ...] = 0.6
-    """Standard deviation of the modes: one for all, or one for each."""
-    linear: Vector = (1.0, 0.5)
-
-    @model_validator(mode="after")
-    def _check_modes(self) -> Mixture:
-        if self.means is None and self.dimension < 2:
-            raise ValueError("a ring needs dimension 2 or more; give means=[[..], ..] instead")
-        if self.means is not None and max((len(mean) for mean in self.means), default=0) > self.dimension:
-            raise ValueError(f"a mean has more numbers than dimension {self.dimension}")
-        modes = self.modes if self.means is None else len(self.means)
-        for name, value in (("weights", self.weights), ("scale", self.scale)):
-            if isinstance(value, tuple) and len(value) != modes:
-                raise ValueError(f"{name} has {len(value)} numbers for {modes} modes")
-        return self
-
-    def base(self) -> GaussianMixture:
-        if self.means is not None:
-            means = torch.stack([_vector(mean, self.dimension) for mean in self.means])
-        else:
-            angle = torch.arange(self.modes, dtype=torch.float64) * (2 * math.pi / self.modes)
-            means = torch.zeros(self.modes, self.dimension, dtype=torch.float64)
-            means[:, 0], means[:, 1] = self.radius * angle.cos(), self.radius * angle.sin()
-        return _mixture(means, self.weights or (1.0,) * len(means), self.scale)
-
-
-class TwoModes(Settings):
-    """Two equal modes in one dimension under the bounded reward tanh(x): every method's law is known."""
-
-    name: Literal["two-modes"] = "two-modes"
-    separation: Positive = 1.5
-    """The modes are at -separation and separation."""
-    scale: Positive = 0.5
-    """Standard deviation of each."""
-
-    def base(self) -> GaussianMixture:
-        return _mixture(torch.tensor([[-self.separation], [self.separation]], dtype=torch.float64), (1.0, 1.0), self.scale)
-
-    def law(self) -> Law:
-        """The base on a grid."""
-        m, s = self.separation, self.scale
-        return Law.of(lambda x: np.logaddexp(log_normal(x, -m, s), log_normal(x, m, s)))
-
-    def reward(self) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.tanh(x[:, 0])
-
-    @staticmethod
-    def reward_at(x: Array) -> Array:
-        """The same reward of points x [n]."""
-        return np.tanh(x)
-
-
-def _mixture(means: Tensor, weights: tuple[float, ...], scale: float | tuple[float, ...]) -> GaussianMixture:
+def mixture(means: Tensor, weights: tuple[float, ...], scale: float | tuple[float, ...]) -> GaussianMixture:
+    """The mixture with these means [n, dimension], weights of any sum, and one standard deviation or one for each."""
     log_weights = torch.tensor(weights, dtype=torch.float64).log()
-    return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, _vector(scale, len(means)) ** 2)
+    return GaussianMixture(log_weights - torch.logsumexp(log_weights, 0), means, vector(scale, len(means)) ** 2)
 
 
-def _vector(value: Vector, size: int) -> Tensor:
+def vector(value: Vector, size: int) -> Tensor:
     """One number for all entries, or a list whose missing entries are 0: [size], float64."""
     if not isinstance(value, tuple):
         return torch.full((size,), value, dtype=torch.float64)

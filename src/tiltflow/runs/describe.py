@@ -29,12 +29,6 @@ SECTIONS = {
     "evaluation": ("image models", "pipelines"),
 }
 """Of which recipes; their settings are dotted, as `--set` takes them."""
-PROBLEMS = {
-    "gaussian": ("laws.problems", "Gaussian"),
-    "lqg": ("laws.lqg", "Lqg"),
-    "mixture": ("laws.problems", "Mixture"),
-    "two-modes": ("laws.problems", "TwoModes"),
-}
 Topic = tuple[str, Callable[[], type[Settings]]]
 """What it is, and how its class is had: nothing is imported before it is asked for."""
 
@@ -59,8 +53,8 @@ def topics() -> dict[str, list[Topic]]:
     found["recipe"] = [(f"recipe of {which}", partial(_class, *place)) for which, place in RECIPES.items()]
     for section, recipes in SECTIONS.items():
         found[section] = [(f"{section} in a recipe of {which}", partial(_section, section, which)) for which in recipes]
-    for name, place in PROBLEMS.items():
-        found[name] = [(f"problem {name} of `tiltflow verify`", partial(_class, *place))]
+    for name in names("problems"):
+        found[name] = [(f"problem {name} of `tiltflow verify`", partial(find, "problems", name))]
     for name in names("pretraining.tasks"):
         found[name] = [(f"recipe of `tiltflow pretrain`, task {name}", partial(member, "pretraining.tasks", name, "RECIPE"))]
     return found

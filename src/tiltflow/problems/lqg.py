@@ -1,0 +1,286 @@
+"""Linear-quadratic-Gaussian control of a diffusion: the method's own code against exact gradients and optima.
+
+Two questions. Is the policy gradient of the method right? At the problem's (K, k), for every estimator, with the exact value
+function of the chain, from many trajectories at once, against the exact gradient of that chain. Does training reach the
+optimum? From the base, with a linear policy whose slope and intercept are polynomials of time, the critic being learned.
+"""
+
+# Mutation tests: test_lqg.py test_score_as_action.py
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tiltflow.errors import InputError
+from tiltflow.evaluation.estimates import distance_to_law, mean_estimate
+from tiltflow.flows.flow import Flow
+from tiltflow.laws import lqg as exact
+from tiltflow.laws.lqg import Solution, chain_optimum, control_error, evaluate_chain, evaluate_policy, optimum
+from tiltflow.laws.lqg_fields import LinearPolicy, base_flow, draw_start, interpolant, reward_of
+from tiltflow.laws.problems import QuadraticReward
+from tiltflow.methods import Tilting
+from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.plugins import find
+from tiltflow.problems import Check, Defaults, Findings, Table, Trained, Tree, to_law
+from tiltflow.problems.verification.policy_gradients import check_gradients, gradients_table
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.streams import stream
+
+Count = Annotated[int, Field(ge=1)]
+TUNING: dict[str, Tree] = {
+    "adjoint-matching": {"learning_rate": 2e-2},
+    "score-as-action": {
+        "learning_rate": 2e-2,
+        "estimator": "temporal-difference",  # its optimum is that of the chain; the closed form's is off by O(1 / N)
+        "critic": {"network": {"name": "quadratic"}, "learning_rate": 2e-2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ChainLaw:
+    """The law of the optimal chain's last state.
+
+    Args:
+        dimension: of x, of independent and equal coordinates.
+        solution: the optimal chain.
+    """
+
+    dimension: int
+    solution: Solution
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Exact samples [count, dimension], float64."""
+        noise = torch.randn(count, self.dimension, generator=generator, dtype=torch.float64)
+        x: Tensor = self.solution.mean + self.solution.variance**0.5 * noise
+        return x
+
+
+class Lqg(exact.Lqg):
+    """Linear-quadratic-Gaussian control of a diffusion: exact objective, gradient, value function and optimum."""
+
+    degree: Annotated[int, Field(ge=0)] = 4
+    """Of the polynomials of time that are the slope and the intercept of the policy."""
+    evaluate_steps: tuple[Count, ...] = (5, 10, 50, 100)
+    """Numbers of steps at which the trained policy is evaluated, exactly, beside the one it was trained at."""
+    trajectories: Annotated[int, Field(ge=2)] = 40_000
+    """For the estimates of the gradient."""
+
+    usual_method: ClassVar[str] = "score-as-action"
+    letters: ClassVar[Mapping[str, Sequence[str]]] = {
+        "lambda": ["method.beta"],
+        "N": ["method.num_inference_steps"],
+        "eta": ["problem.eta", "method.eta"],
+    }
+
+    @classmethod
+    def defaults(cls, method: str) -> Defaults:
+        """See `tiltflow.problems.Problem`."""
+        if not issubclass(find("methods", method), Tilting):
+            raise InputError(
+                f"verify lqg is for methods that control a sampler at a price beta, {method} does not; use two-modes"
+            )
+        own = {"beta": 0.5, "solver": "euler-maruyama"} if method in TUNING else {}
+        return Defaults(TUNING.get(method, {}), own, {"iterations": 400, "ema_decay": 0.98})
+
+    def base_flow(self) -> Flow:
+        """The exact base."""
+        return base_flow(self)
+
+    def tuned_flow(self, seed: int) -> Flow:
+        """The base plus a linear policy, zero at the start."""
+        return Flow(LinearPolicy(self, self.degree), "epsilon", interpolant(self))
+
+    def reward(self) -> QuadraticReward:
+        """q x - Q x^2 / 2, summed over the coordinates."""
+        return reward_of(self)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """X_0 on the linear path: [count, dimension]."""
+        return draw_start(self, count, base_flow(self).noise_time, generator)
+
+    def exact_law(self, method: Any, iterations: int) -> ChainLaw:
+        """The law of the chain's optimum. Raises InputError if the method's sampler has other noise than the problem's."""
+        if method.sampling.eta != self.eta:
+            raise InputError("verify lqg: problem.eta and method.eta are the noise of one sampler: they must be the same")
+        return ChainLaw(self.dimension, chain_optimum(self, method.beta, method.num_inference_steps))
+
+    def check(self, trained: Trained[ChainLaw]) -> Findings:
+        """Measure the trained policy against the optimum of its chain and, for Score as Action, the estimates of the gradient
+        against the exact one."""
+        method, best = trained.method, trained.law.solution
+        steps = method.num_inference_steps
+        policy = policy_at(trained.tuned, steps)
+        found = evaluate_chain(self, method.beta, *policy)
+        values: dict[str, Any] = {
+            **self._distances(trained),
+            "reward_exact": self.dimension * (self.q * best.mean - self.Q * (best.mean**2 + best.variance) / 2),
+            "control_error": control_error(self, best, *policy),
+            "objective": found.objective,
+            "objective_exact": best.objective,
+            "objective_base": evaluate_chain(self, method.beta, np.zeros(steps), np.zeros(steps)).objective,
+            "objective_continuous": optimum(self, method.beta).objective,
+            "path_kl": found.path_kl,
+            "path_kl_exact": best.path_kl,
+            "at_other_steps": self._at_other_steps(trained),
+            "policy": self._exact_policy(method.beta, steps),
+            "optimum": self._exact_optimum(method.beta),
+        }
+        gradients = (
+            check_gradients(self, method, self.trajectories, trained.seed) if isinstance(method, ScoreAsAction) else None
+        )
+        values["gradients"] = None if gradients is None else {name: row.values() for name, row in gradients.items()}
+        tables = [policy_table(values["policy"]), optimum_table(values)]
+        if gradients is not None:
+            tables.append(gradients_table(gradients))
+        tables += [steps_table(values["at_other_steps"], steps), self._reached(trained, values)]
+        return Findings(values, tables)
+
+    def _distances(self, trained: Trained[ChainLaw]) -> dict[str, float]:
+        """Sliced W2 of samples to the law of the chain's optimum, and the mean reward."""
+        start, generator = trained.base.noise_time, stream(trained.seed, "evaluation")
+        steps = trained.method.num_inference_steps
+        sampling = Sampling(solver="euler-maruyama", num_inference_steps=steps, eta=self.eta)
+        x0 = draw_start(self, trained.num_samples, start, generator)
+        x = sample(trained.tuned, x0, sampling, generator, start=start)
+        x_base = sample(trained.base, x0, sampling, generator, start=start)
+        law, before = (
+            distance_to_law(
+                y,
+                trained.law.sample,
+                stream(trained.seed, "exact"),
+                directions=stream(trained.seed, "directions"),
+                draws=trained.draws,
+            )
+            for y in (x, x_base)
+        )
+        best, (mean, variance) = optimum(self, trained.method.beta), self.tilted(trained.method.beta)
+        reward = mean_estimate(self.reward()(x))
+        return {
+            "distance": law.distance,
+            "floor": law.floor,
+            "floor_std": law.floor_std,
+            "distance_base": before.distance,
+            "initial_value_bias": float(
+                ((best.mean - mean) ** 2 + (best.variance**0.5 - variance**0.5) ** 2) ** 0.5 * self.dimension**0.5
+            ),
+            "reward": reward.value,
+            "reward_error": reward.standard_error,
+        }
+
+    def _at_other_steps(self, trained: Trained[ChainLaw]) -> dict[str, dict[str, float]]:
+        """The objective of the trained policy, and the optimum, of chains of other numbers of steps."""
+        beta, steps = trained.method.beta, trained.method.num_inference_steps
+        return {
+            str(n): {
+                "objective": evaluate_chain(self, beta, *policy_at(trained.tuned, n)).objective,
+                "optimum": chain_optimum(self, beta, n).objective,
+            }
+            for n in sorted({*self.evaluate_steps, steps})
+        }
+
+    def _exact_policy(self, beta: float, steps: int) -> dict[str, Any]:
+        """All that is known exactly of the policy (K, k)."""
+        continuous = evaluate_policy(self, beta)
+        chain = evaluate_chain(self, beta, np.full(steps, self.K), np.full(steps, self.k))
+        return {
+            "K": self.K,
+            "k": self.k,
+            "objective": continuous.objective,
+            "gradient": list(continuous.gradient),
+            "value": dict(zip("Ppc", map(float, continuous.value(0.0)), strict=True)),
+            "terminal_mean": continuous.mean,
+            "terminal_variance": continuous.variance,
+            "num_inference_steps": steps,
+            "objective_of_chain": chain.objective,
+            "gradient_of_chain": list(chain.gradient),
+        }
+
+    def _exact_optimum(self, beta: float) -> dict[str, Any]:
+        """All that is known exactly of the optimal policy, in continuous time."""
+        best, (mean, variance) = optimum(self, beta), self.tilted(beta)
+        return {
+            "value": dict(zip("Ppc", map(float, best.value(0.0)), strict=True)),
+            "K": float(best.policy(0.0)[0]),
+            "k": float(best.policy(0.0)[1]),
+            "terminal_mean": best.mean,
+            "terminal_variance": best.variance,
+            "path_kl": best.path_kl,
+            "tilted_mean": mean,
+            "tilted_variance": variance,
+        }
+
+    def _reached(self, trained: Trained[ChainLaw], values: dict[str, Any]) -> Table:
+        """The distance to the law of the optimum, and what else can be compared with exact values."""
+        rows: dict[str, Check | str] = {
+            "sliced W2 to the exact target": to_law(values["distance"], values["floor"]),
+            "floor": Check(values["floor"], values["floor_std"]),
+            "untuned base": Check(values["distance_base"]),
+            "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
+            "relative error of the control": Check(values["control_error"], format=".1%"),
+            "path KL": Check(values["path_kl"], theory=values["path_kl_exact"]),
+            "cost": trained.cost,
+        }
+        return Table(f"{trained.method.name} on {self.name}", rows)
+
+
+def policy_table(policy: Mapping[str, Any]) -> Table:
+    """The exact numbers of the policy (K, k)."""
+    rows = {
+        "J, continuous": f"{policy['objective']:.10f}",
+        "dJ/dK, dJ/dk": numbers(policy["gradient"]),
+        "P, p, c at the start": numbers(policy["value"].values()),
+        "terminal mean, variance": numbers([policy["terminal_mean"], policy["terminal_variance"]]),
+        f"J, chain of {policy['num_inference_steps']} steps": f"{policy['objective_of_chain']:.10f}",
+        "dJ/dK, dJ/dk of the chain": numbers(policy["gradient_of_chain"]),
+    }
+    return Table(f"exact, u = {policy['K']:g} x {policy['k']:+g}", rows)
+
+
+def optimum_table(values: Mapping[str, Any]) -> Table:
+    """The exact numbers of the optimal policy."""
+    best = values["optimum"]
+    rows = {
+        "J, continuous": f"{values['objective_continuous']:.10f}",
+        "J, chain": f"{values['objective_exact']:.10f}",
+        "K, k at the start": numbers([best["K"], best["k"]]),
+        "P, p, c at the start": numbers(best["value"].values()),
+        "terminal mean, variance": numbers([best["terminal_mean"], best["terminal_variance"]]),
+        "of the tilted law": numbers([best["tilted_mean"], best["tilted_variance"]])
+        + f"   (initial-value bias {values['initial_value_bias']:.4f} in W2)",
+        "path KL": f"{best['path_kl']:.6f}",
+    }
+    return Table("exact, the optimum", rows)
+
+
+def steps_table(at: Mapping[str, Mapping[str, float]], steps: int) -> Table:
+    """The objective at other numbers of steps, and how far it is below its optimum."""
+    rows: dict[str, Check | str] = {}
+    for n, found in at.items():
+        best = found["optimum"]
+        shortfall = (best - found["objective"]) / abs(best)
+        note = f"optimum {best:.5f}; short by {shortfall:.2%}"
+        rows[f"{n} steps"] = Check(found["objective"], note=note, format=".5f")
+    return Table(f"J of the policy trained at {steps} steps, evaluated at", rows)
+
+
+def numbers(values: Iterable[float]) -> str:
+    """Numbers in a row, to six decimals."""
+    return ", ".join(f"{value:.6f}" for value in values)
+
+
+def policy_at(flow: Flow, steps: int) -> tuple[Any, Any]:
+    """K and k of a tuned flow's policy at the times of a chain of so many steps: [steps] each, float64."""
+    policy = flow.network
+    assert isinstance(policy, LinearPolicy)
+    with torch.no_grad():
+        K, k = policy.at(torch.arange(steps).to(policy.coefficients) / steps).double().numpy()
+    return K, k

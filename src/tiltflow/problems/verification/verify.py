@@ -1,0 +1,107 @@
+"""Verification: train a method on a problem whose answer is known, and check how far from it the result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, InstanceOf
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.plugins import find, part_of
+from tiltflow.problems import Findings, Problem, Trained
+from tiltflow.settings import Settings, apply_overrides, validate
+from tiltflow.training.trainer import Record, train
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Verification(Settings):
+    """What `tiltflow verify` runs. Every number can be set from the command line."""
+
+    problem: Annotated[InstanceOf[Problem[Any]], BeforeValidator(part_of("problems"))]
+    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    iterations: Count = 500
+    """Optimizer steps."""
+    train_batch_size: Count = 512
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    num_samples: Annotated[int, Field(ge=100)] = 20_000
+    draws: Annotated[int, Field(ge=2)] = 10
+    """Exact samples behind each distance and each floor."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def read_verification(problem: str, method: str | None = None, overrides: Sequence[str] = ()) -> Verification:
+    """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method and the sampling
+    of the problem, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
+
+    Args:
+        method: by default the problem's usual one.
+
+    Raises InputError for an unknown key, a wrong value, or an unknown problem or method.
+    """
+    posed: type[Any] = find("problems", problem)
+    method = method or posed.usual_method
+    parts = {"problem": posed, "method": find("methods", method)}
+    if "sampling" in posed.model_fields:
+        parts["problem.sampling"] = posed.model_fields["sampling"].annotation
+    defaults = posed.defaults(method)
+    with_preset = any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides)
+    tuning = {} if with_preset else defaults.tuning
+    tree = {"problem": {"name": problem}, "method": {"name": method, **tuning, **defaults.method}, **defaults.run}
+    dotted = [place for override in overrides for place in places(override, parts, posed.letters)]
+    return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
+
+
+def places(override: str, parts: dict[str, type[Settings]], letters: dict[str, Sequence[str]]) -> list[str]:
+    """An override with the dotted names of what it sets. Raises InputError if there is none."""
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    first = key.partition(".")[0]
+    if key in letters:
+        return [f"{place}{equals}{value}" for place in letters[key]]
+    if first in Verification.model_fields:
+        return [f"{key}{equals}{value}"]
+    for name, part in parts.items():
+        if first in part.model_fields:
+            return [f"{name}.{key}{equals}{value}"]
+    known = {*Verification.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
+    raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
+
+
+def verify(settings: Verification, watch: Callable[[Record], None] = lambda record: None) -> Findings:
+    """Train the method on the problem, then check what it reached. `watch` sees every training record.
+
+    Raises InputError, before it trains, if the method's law is not known.
+    """
+    problem, method = settings.problem, settings.method
+    law = problem.exact_law(method, settings.iterations)
+    base, tuned = problem.base_flow(), problem.tuned_flow(settings.seed)
+    record = None
+    for record in train(
+        tuned,
+        base,
+        method,
+        problem.reward(),
+        lambda generator: problem.draw(settings.train_batch_size, generator),
+        max_train_steps=settings.iterations,
+        seed=settings.seed,
+        start=base.noise_time,
+        ema_decay=settings.ema_decay,
+    ):
+        watch(record)
+    assert record is not None
+    run = settings.model_dump(include={"iterations", "train_batch_size", "num_samples", "draws", "seed"})
+    trained = Trained(method, tuned, base, law, record, **run)
+    found = problem.check(trained)
+    values = {
+        "problem": problem.name,
+        "method": method.name,
+        **found.values,
+        "iterations": settings.iterations,
+        "network_evaluations": record.network_evaluations,
+        "evaluations_per_trajectory": trained.evaluations_per_trajectory,
+        "seconds": record.seconds,
+        "seed": settings.seed,
+    }
+    return Findings(values, found.tables)
