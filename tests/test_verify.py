@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tiltflow.errors import InputError
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.plugins import find, names
+from tiltflow.problems import Check, Problem, to_law
 from tiltflow.problems.lqg import Lqg
 from tiltflow.problems.verification.quadratic_tilt import temperature
 from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.streams import stream
 
 SMALL = [
     "num_samples=4000",
@@ -102,6 +106,31 @@ def test_any_mixture_can_be_posed() -> None:
     for wrong, message in (("weights=[1]", "weights has 1 numbers for 8 modes"), ("dimension=1", "dimension is 1")):
         with pytest.raises(InputError, match=message):
             read_verification("mixture", "adjoint-matching", [wrong])
+
+
+@pytest.mark.parametrize("name", names("problems"))
+def test_a_problem_is_complete_and_starts_at_its_base(name: str) -> None:
+    """Of every problem: the flow that is trained is the base before it is, and the usual method has a known law."""
+    problem = read_verification(name).problem
+    assert isinstance(problem, Problem)
+    x = problem.draw(7, stream(0, "noise"))
+    base, tuned = problem.base_flow(), problem.tuned_flow(seed=0)
+    assert not list(base.parameters())
+    assert list(tuned.parameters())
+    for t in (0.3, 0.8):
+        assert torch.equal(tuned(x, torch.tensor(t)), base(x, torch.tensor(t)))
+    assert problem.reward()(x).shape == (7,)
+    assert problem.exact_law(find("methods", problem.usual_method)(beta=0.5), 1) is not None
+
+
+def test_a_check_says_a_number_beside_theory() -> None:
+    assert str(Check(1.23456)) == "1.2346"
+    assert str(Check(1.2, 0.1, 1.0)) == "1.2000 ± 0.1000   (exact 1.0000)"
+    assert str(Check(0.5, note="floor 0.1", format=".1%")) == "50.0%   (floor 0.1)"
+    assert str(to_law(0.3, 0.2)) == "0.3000   (1.50 x the Monte-Carlo floor)"
+    assert Check(1.2, 0.1, 1.0).z == pytest.approx(2)
+    with pytest.raises(ValueError, match="requires an exact value and a standard error"):
+        _ = Check(1.2, 0.1).z
 
 
 # ---- the linear-quadratic-Gaussian problem ----
