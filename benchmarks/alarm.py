@@ -33,10 +33,8 @@ RECIPE: dict[str, Any] = {
         "shift": 3.0,
         "bootstrap": 0.5,
         "train_timesteps": [{"count": 3}],
-        "learning_rate": 1e-3,
-        "lr_scheduler": "constant",
-        "adam_beta2": 0.999,
     },
+    "optimizer": {"learning_rate": 1e-3, "lr_scheduler": "constant", "adam_beta2": 0.999},
     "training": {
         "max_train_steps": 40,
         "train_batch_size": 32,

@@ -36,8 +36,8 @@ METHODS: dict[str, list[str]] = {
         "method.estimator=return",
         "method.solver=memoryless",
         "method.clip_range=0.1",
-        "method.lr_scheduler=cosine",
-        "method.learning_rate={rate}",
+        "optimizer.lr_scheduler=cosine",
+        "optimizer.learning_rate={rate}",
     ],
 }
 
@@ -59,7 +59,7 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     tree = read_recipe_tree(find_recipe("digits-png", "train"), [*overrides, f"seed={seed}"])
     recipe = validate(Recipe, tree, name)
     base, reward = load(recipe.model), recipe.reward.build()
-    tuned, records = steps(base, reward, recipe.method, recipe.training, seed=seed)
+    tuned, records = steps(base, reward, recipe.method, recipe.training, optimizer=recipe.optimizer, seed=seed)
     curve = [
         (record.network_evaluations, record.metrics["reward"], record.metrics["path_kl"], record.seconds) for record in records
     ]

@@ -38,7 +38,8 @@ OFFLINE = ["method.alpha=0", "method.online_fraction=0"]
 # as many samples as the rounds draw, of the memoryless chain that DDPO needs, one pass over each as published
 DDPO = [
     "method={name: score-as-action, preset: ddpo, estimator: return, solver: memoryless, num_inference_steps: 15, shift: 3.0,"
-    " clip_range: 0.1, num_passes: 1, learning_rate: %s, train_timesteps: [{count: 5}]}",
+    " clip_range: 0.1, num_passes: 1, train_timesteps: [{count: 5}]}",
+    "optimizer={learning_rate: %s}",  # the rest is the preset's
     "training.train_batch_size=64",
     "training.max_train_steps=40",
 ]
@@ -47,7 +48,7 @@ DDPO = [
 def variants(task: str, ddpo_rate: str) -> dict[str, list[str]]:
     """Name -> overrides of the task's recipe."""
     online = {f"alpha = {alpha:g}": [f"method.alpha={alpha}"] for alpha in ALPHAS[task]}
-    ddpo = [DDPO[0] % ddpo_rate, *DDPO[1:]]
+    ddpo = [DDPO[0], DDPO[1] % ddpo_rate, *DDPO[2:]]
     return {**online, "offline, alpha = 0": OFFLINE, "DDPO": ddpo}
 
 

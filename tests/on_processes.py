@@ -69,7 +69,7 @@ def pictures(folder: Path) -> None:
             "ema_decay": 0.5,
         }
         tree["training"]["monitor"] = {"steps": 2}
-        tree["method"]["learning_rate"] = 1e-4
+        tree["optimizer"]["learning_rate"] = 1e-4
         if method != "orw-cfm-w2":
             tree["method"]["train_timesteps"] = [{"count": 1}]  # else the pairs of step and sample are even
         if tree["method"].pop("preset", None):

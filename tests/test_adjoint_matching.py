@@ -30,6 +30,7 @@ from tiltflow.samplers.solvers.euler import euler
 from tiltflow.samplers.solvers.memoryless import memoryless
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.streams import stream
+from tiltflow.training.optimizer import Optimizer, fill_optimizer
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -745,8 +746,9 @@ def test_paper_preset_has_the_published_numbers() -> None:
     )
     assert method.train_timesteps == (Stratum(start=0, end=0.75, count=10), Stratum(start=0.75, end=1, count=10))
     assert (method.loss_clip, method.drop_quantile) == (1.6, None)
-    assert (method.learning_rate, method.adam_beta1, method.adam_beta2) == (2e-5, 0.95, 0.999)
-    assert (method.adam_weight_decay, method.max_grad_norm) == (1e-2, 1.0)
+    optimizer = fill_optimizer(method)
+    assert (optimizer.learning_rate, optimizer.adam_beta1, optimizer.adam_beta2) == (2e-5, 0.95, 0.999)
+    assert (optimizer.adam_weight_decay, optimizer.max_grad_norm, optimizer.lr_warmup_steps) == (1e-2, 1.0, 0)
 
 
 def test_official_code_preset_has_the_published_numbers() -> None:
@@ -756,8 +758,9 @@ def test_official_code_preset_has_the_published_numbers() -> None:
     assert method.train_timesteps == (Stratum(start=0, end=0.6, count=2), Stratum(start=0.6, end=1, count=2))
     assert method.share_timesteps == 5  # the batches of 5 pictures that they accumulate 25 of
     assert (method.loss_clip, method.drop_quantile) == (None, 0.9)
-    assert (method.learning_rate, method.adam_beta1, method.adam_beta2) == (3e-6, 0.9, 0.95)
-    assert (method.adam_weight_decay, method.max_grad_norm, method.lr_warmup_steps) == (0, None, 20)
+    optimizer = fill_optimizer(method)
+    assert (optimizer.learning_rate, optimizer.adam_beta1, optimizer.adam_beta2) == (3e-6, 0.9, 0.95)
+    assert (optimizer.adam_weight_decay, optimizer.max_grad_norm, optimizer.lr_warmup_steps) == (0, None, 20)
 
 
 @pytest.mark.parametrize("preset", ["paper", "official-code"])
@@ -770,8 +773,10 @@ def test_presets_run(preset: str, start: float) -> None:
 
 
 def test_keys_beside_a_preset_win() -> None:
-    method = AdjointMatching(preset="paper", learning_rate=1e-3, loss_clip=None)
-    assert (method.learning_rate, method.loss_clip, method.solver) == (1e-3, None, "memoryless-offset")
+    method = AdjointMatching(preset="paper", loss_clip=None)
+    assert (method.loss_clip, method.solver) == (None, "memoryless-offset")
+    optimizer = fill_optimizer(method, Optimizer(learning_rate=1e-3))
+    assert (optimizer.learning_rate, optimizer.adam_beta1) == (1e-3, 0.95)
     assert AdjointMatching() == AdjointMatching(preset=None)
 
 

@@ -129,8 +129,8 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     )
     return {
         "wrong key": (["train", recipe, *new, "--set", "training.max_train_step=3"], "max_train_step is not a setting, did you mean 'max_train_steps'"),
-        "wrong type": (["train", recipe, *new, "--set", "method.learning_rate=fast"], "method.learning_rate must be a valid number"),
-        "wrong range": (["train", recipe, *new, "--set", "method.learning_rate=-1"], "method.learning_rate must be greater than 0 (got -1)"),
+        "wrong type": (["train", recipe, *new, "--set", "optimizer.learning_rate=fast"], "optimizer.learning_rate must be a valid number"),
+        "wrong range": (["train", recipe, *new, "--set", "optimizer.learning_rate=-1"], "optimizer.learning_rate must be greater than 0 (got -1)"),
         "key in a file": (["train", str(tmp_path / "typo.yaml"), *new], "modle is not a setting, did you mean 'model'"),
         "missing file": (["train", str(tmp_path / "none.yaml"), *new], "none.yaml: no such file"),
         "unreadable weights": (["train", recipe, *new, "--set", f"model={broken}"], "the weights cannot be read"),

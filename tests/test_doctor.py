@@ -31,8 +31,9 @@ TRAINING = {"max_train_steps": 4, "train_batch_size": 8}
 
 
 def recipe_for(folder: Path, **changes: Any) -> Recipe:
-    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e-3, "beta": 0.5}
-    return validate(Recipe, read_yaml(tiny_recipe(folder, **({"training": TRAINING, "method": method} | changes))), "recipe")
+    method = {"name": "adjoint-matching", "num_inference_steps": 4, "beta": 0.5}
+    tree = {"training": TRAINING, "method": method, "optimizer": {"learning_rate": 1e-3}} | changes
+    return validate(Recipe, read_yaml(tiny_recipe(folder, **tree)), "recipe")
 
 
 def patient_for(folder: Path, **changes: Any) -> Patient:

@@ -111,15 +111,16 @@ def test_a_run_with_a_learned_reward(tmp_path: Path, npz: Path, method: dict[str
 
 def test_the_policy_waits_for_the_energy_and_the_critic(tmp_path: Path, npz: Path) -> None:
     judge(tmp_path, npz)
-    path = few_steps(tmp_path, npz, critic_warmup_steps=2, lr_warmup_steps=0, critic={"form": "reward-free", "num_steps": 1})
-    waiting = run(recipe_of(path, "training.max_train_steps=2"), tmp_path / "waiting")
+    path = few_steps(tmp_path, npz, critic_warmup_steps=2, critic={"form": "reward-free", "num_steps": 1})
+    waiting = run(recipe_of(path, "training.max_train_steps=2", "optimizer.lr_warmup_steps=0"), tmp_path / "waiting")
     assert waiting["judge"]["frechet_tuned"] == waiting["judge"]["frechet_base"]
     assert waiting["path_kl"] is None  # a sampler without noise has none
     assert waiting["reward_tuned"] == waiting["reward_base"]
     rows = [json.loads(line) for line in (tmp_path / "waiting" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["reward_loss"] != rows[1]["reward_loss"]
     assert rows[0]["critic_loss"] != rows[1]["critic_loss"]
-    moving = run(recipe_of(path, "training.max_train_steps=3", "method.lr_scheduler=constant"), tmp_path / "moving")
+    now = ["optimizer.lr_warmup_steps=0", "optimizer.lr_scheduler=constant"]
+    moving = run(recipe_of(path, "training.max_train_steps=3", *now), tmp_path / "moving")
     assert moving["judge"]["frechet_tuned"] != moving["judge"]["frechet_base"]
 
 

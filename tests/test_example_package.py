@@ -43,7 +43,7 @@ def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
     """A reward, a method, a solver and a metric in one run; a command; a network among the settings that are listed."""
     site = installed(tmp_path / "site")
     tree = read_yaml(tiny_recipe(tmp_path))
-    tree |= {"reward": {"name": "bowl", "level": 0.5}, "method": {"name": "best-of", "learning_rate": 1e-3}}
+    tree |= {"reward": {"name": "bowl", "level": 0.5}, "method": "best-of", "optimizer": {"learning_rate": 1e-3}}
     tree["sampling"] = {"solver": "midpoint", "num_inference_steps": 3}
     (tmp_path / "example.yaml").write_text(dump_yaml(tree))
     done = tiltflow(site, "train", str(tmp_path / "example.yaml"), "--output", str(tmp_path / "run"), "--threads", "1")

@@ -266,9 +266,10 @@ def recipe_of_all(folder: Path) -> Recipe:
             ],
         },
         method={
-            "name": "orw-cfm-w2", "num_inference_steps": 2, "min_effective_sample_size": 1, "lr_scheduler": "constant",
+            "name": "orw-cfm-w2", "num_inference_steps": 2, "min_effective_sample_size": 1,
             "online_fraction": 0.5, "data": str(folder / "data.npz"),
         },
+        optimizer={"lr_scheduler": "constant"},
     )  # fmt: skip
     return validate(Recipe, read_yaml(path), "recipe")
 

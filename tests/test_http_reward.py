@@ -482,9 +482,10 @@ def test_a_run_keeps_the_name_of_a_secret_and_goes_on_with_it(tmp_path: Path, mo
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Bright)) as url:
         reward = {"name": "http", "url": url + "?key=${REWARD_KEY}", "batch_size": 8}
-        method = {"name": "orw-cfm-w2", "num_inference_steps": 3, "lr_scheduler": "constant", "min_effective_sample_size": 1}
+        method = {"name": "orw-cfm-w2", "num_inference_steps": 3, "min_effective_sample_size": 1}
         training = {"max_train_steps": 1, "train_batch_size": 8}
-        path = tiny_recipe(tmp_path, reward=reward, method=method, training=training, evaluation={"num_samples": 16})
+        tree = {"method": method, "optimizer": {"lr_scheduler": "constant"}, "training": training}
+        path = tiny_recipe(tmp_path, reward=reward, **tree, evaluation={"num_samples": 16})
         run(validate(Recipe, read_yaml(path), "recipe"), tmp_path / "run")
         kept = read_yaml(tmp_path / "run" / "recipe.yaml")
         assert kept["reward"]["url"] == url + "?key=${REWARD_KEY}"

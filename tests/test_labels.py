@@ -56,19 +56,21 @@ def two_gaussians() -> tiltflow.Model:
     return tiltflow.Model(Flow(TwoGaussians()), (1,), tiltflow.Sampling(num_inference_steps=60), class_names=NAMES)
 
 
-METHODS: dict[str, tuple[Any, dict[str, int]]] = {
+METHODS: dict[str, tuple[Any, tiltflow.Optimizer, dict[str, int]]] = {
     "adjoint-matching": (
-        tiltflow.AdjointMatching(beta=BETA, num_inference_steps=20, learning_rate=3e-2, lr_warmup_steps=0, max_grad_norm=None),
+        tiltflow.AdjointMatching(beta=BETA, num_inference_steps=20),
+        tiltflow.Optimizer(learning_rate=3e-2, lr_warmup_steps=0, max_grad_norm=None),
         {"max_train_steps": 100, "train_batch_size": 4},
     ),
     "score-as-action": (
-        tiltflow.ScoreAsAction(beta=BETA, estimator="return", num_inference_steps=30, learning_rate=3e-2, lr_warmup_steps=0),
+        tiltflow.ScoreAsAction(beta=BETA, estimator="return", num_inference_steps=30),
+        tiltflow.Optimizer(learning_rate=3e-2, lr_warmup_steps=0),
         {"max_train_steps": 200, "train_batch_size": 1024},
     ),
     "orw-cfm-w2": (
-        tiltflow.OrwCfmW2(
-            tau=1.0, alpha=0.5, weight_mode="both-terms", num_inference_steps=20, learning_rate=2e-2, lr_warmup_steps=0
-        ),  # which settles at p exp(tau r / alpha) exactly, for a Gaussian and a linear reward
+        # which settles at p exp(tau r / alpha) exactly, for a Gaussian and a linear reward
+        tiltflow.OrwCfmW2(tau=1.0, alpha=0.5, weight_mode="both-terms", num_inference_steps=20),
+        tiltflow.Optimizer(learning_rate=2e-2, lr_warmup_steps=0),
         {"max_train_steps": 320, "train_batch_size": 8192},
     ),
 }
@@ -78,8 +80,8 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "name", ["adjoint-matching", *(pytest.param(name, marks=pytest.mark.slow) for name in ("score-as-action", "orw-cfm-w2"))]
 )
 def test_each_class_reaches_its_own_tilt(name: str) -> None:
-    method, training = METHODS[name]
-    tuned = tiltflow.tune(two_gaussians(), along_slope, method, tiltflow.Training(**training))
+    method, optimizer, training = METHODS[name]
+    tuned = tiltflow.tune(two_gaussians(), along_slope, method, tiltflow.Training(**training), optimizer=optimizer)
     for label, (mean, variance) in enumerate(zip(MEANS + SHIFTS, VARIANCES, strict=True)):
         x = tuned.sample(4000, labels=label, seed=1)[:, 0]
         assert abs(x.mean() - mean) < 4 * variance.sqrt() / 4000**0.5
@@ -89,13 +91,13 @@ def test_each_class_reaches_its_own_tilt(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_each_class_moves_toward_its_own_tilt(name: str) -> None:
     """Up for one, down for the other, whatever is done to the batch on the way."""
-    method, _ = METHODS[name]
+    method, optimizer, _ = METHODS[name]
     training = tiltflow.Training(max_train_steps=16, train_batch_size=64, micro_batch_size=24, ema_decay=0.5)
-    network: Any = tiltflow.tune(two_gaussians(), along_slope, method, training).flow.network
+    network: Any = tiltflow.tune(two_gaussians(), along_slope, method, training, optimizer=optimizer).flow.network
     assert 0.1 < network.shift[0] / SHIFTS[0] < 2
     assert 0.1 < network.shift[1] / SHIFTS[1] < 2
     one = tiltflow.Training(max_train_steps=16, train_batch_size=64, classes=(1,))
-    network = tiltflow.tune(two_gaussians(), along_slope, method, one).flow.network
+    network = tiltflow.tune(two_gaussians(), along_slope, method, one, optimizer=optimizer).flow.network
     assert network.shift[0] == 0
     assert 0.1 < network.shift[1] / SHIFTS[1] < 2
 
@@ -259,7 +261,8 @@ def test_a_recipe_trains_a_class_conditional_model(tmp_path: Path) -> None:
     tree = {
         "model": str(tmp_path / "m"),
         "reward": FUNCTION | {"path": "test_labels:bright_by_class"},
-        "method": {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e-2, "beta": 0.1},
+        "method": {"name": "adjoint-matching", "num_inference_steps": 4, "beta": 0.1},
+        "optimizer": {"learning_rate": 1e-2},
         "training": {"max_train_steps": 3, "train_batch_size": 6, "classes": [0, 2], "monitor": {"steps": 2, "num_samples": 9}},
         "sampling": {"num_inference_steps": 4},
         "evaluation": {"num_samples": 33, "batch_size": 8},

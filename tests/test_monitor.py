@@ -117,9 +117,10 @@ MONITORED = {"max_train_steps": 12, "train_batch_size": 4, "ema_decay": 0.5, "mo
 
 
 def recipe_for(folder: Path, reward: Any = None, **training: Any) -> Recipe:
-    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 3e-2, "beta": 1e-3, "lr_warmup_steps": 0}
+    method = {"name": "adjoint-matching", "num_inference_steps": 4, "beta": 1e-3}
+    optimizer = {"learning_rate": 3e-2, "lr_warmup_steps": 0}
     changes = {} if reward is None else {"reward": reward}
-    path = tiny_recipe(folder, method=method, training=MONITORED | training, **changes)
+    path = tiny_recipe(folder, method=method, optimizer=optimizer, training=MONITORED | training, **changes)
     return validate(Recipe, read_yaml(path), "recipe")
 
 

@@ -31,9 +31,9 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
 
 METHODS: dict[str, Any] = {
-    "adjoint-matching": tiltflow.AdjointMatching(num_inference_steps=4, learning_rate=1e-2),
-    "score-as-action": tiltflow.ScoreAsAction(num_inference_steps=4, learning_rate=1e-2),
-    "orw-cfm-w2": tiltflow.OrwCfmW2(num_inference_steps=4, learning_rate=1e-2),
+    "adjoint-matching": tiltflow.AdjointMatching(num_inference_steps=4),
+    "score-as-action": tiltflow.ScoreAsAction(num_inference_steps=4),
+    "orw-cfm-w2": tiltflow.OrwCfmW2(num_inference_steps=4),
 }
 
 
@@ -57,7 +57,8 @@ def reward(x: Tensor) -> Tensor:
 
 def tune(network: Any, method: str = "adjoint-matching", event_shape: tuple[int, ...] = (2,), **options: Any) -> Model:
     training = tiltflow.Training(max_train_steps=2, train_batch_size=8)
-    return tiltflow.tune(Model(Flow(network, **options), event_shape), reward, METHODS[method], training)
+    model = Model(Flow(network, **options), event_shape)
+    return tiltflow.tune(model, reward, METHODS[method], training, optimizer=tiltflow.Optimizer(learning_rate=1e-2))
 
 
 # ---- floats ----

@@ -35,6 +35,7 @@ from tiltflow.runs.run import Recipe, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.trainer import train
 
 
@@ -127,15 +128,13 @@ def mean_after(
             "tau": 0.5,
             "weight_mode": "both-terms",
             "num_passes": passes,
-            "learning_rate": learning_rate,
-            "lr_scheduler": "constant",
-            "lr_warmup_steps": 0,
-            "adam_beta2": 0.95,
-            "max_grad_norm": None,
             "num_inference_steps": 30,
             "regression_batch_size": 8000,
         }
         | settings
+    )
+    optimizer = Optimizer(
+        learning_rate=learning_rate, lr_scheduler="constant", lr_warmup_steps=0, adam_beta2=0.95, max_grad_norm=None
     )
     base = (
         Flow(ExactVelocity(normal()))
@@ -151,7 +150,8 @@ def mean_after(
         return (start * torch.special.ndtri(levels).float()).reshape(-1, 1)
 
     steps = rounds * passes
-    for _ in train(tuned, base, method, first, draw, max_train_steps=steps, start=tuned.noise_time, ema_decay=0.95):
+    options = {"max_train_steps": steps, "start": tuned.noise_time, "ema_decay": 0.95}
+    for _ in train(tuned, base, method, first, draw, optimizer=optimizer, **options):
         pass
     return tuned.network.mean.item()  # type: ignore[attr-defined, no-any-return]
 

@@ -16,6 +16,7 @@ from tiltflow.flows.precision import autocast_dtype
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.model import Model
 from tiltflow.streams import new_network, stream
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
 
 
@@ -58,8 +59,8 @@ def test_a_flow_in_bf16_is_the_flow_to_rounding(prediction: str) -> None:
 def test_bf16_does_not_make_the_base_differ_from_its_copy() -> None:
     """The control of an untuned copy is zero, not rounding: the first step costs no path KL, and then there is some."""
     model = Model(image_flow(), (1, 28, 28))
-    method = AdjointMatching(num_inference_steps=4, lr_warmup_steps=0)
-    _, records = steps(model, lambda x: x.mean((1, 2, 3)), method, Training(train_batch_size=4, mixed_precision="bf16"))
+    method, training = AdjointMatching(num_inference_steps=4), Training(train_batch_size=4, mixed_precision="bf16")
+    _, records = steps(model, lambda x: x.mean((1, 2, 3)), method, training, optimizer=Optimizer(lr_warmup_steps=0))
     first, second = next(records).metrics, next(records).metrics
     assert first["path_kl"] == 0 < second["path_kl"]
     records.close()

@@ -33,11 +33,12 @@ from tiltflow.runs.run_folder import RunFolder, read_records
 from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.training.signals import noted
 
-SHORT = {"num_inference_steps": 4, "learning_rate": 1e-3}
+SHORT = {"num_inference_steps": 4}
+RATE = {"learning_rate": 1e-3}
 CRITIC = {"num_steps": 2, "train_batch_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"beta": 0.1, "num_passes": 2, "drop_quantile": 0.8, "train_timesteps": [{"count": 2}]},
-    "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5, "lr_scheduler": "constant"},
+    "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5},
     "score-as-action": {"critic": CRITIC, "num_passes": 3, "train_timesteps": [{"count": 2}]},
     "score-as-action-ddpo": {"name": "score-as-action", "preset": "ddpo", "num_passes": 2},
     "score-as-action-ode": {"name": "score-as-action", "solver": "euler", "critic": CRITIC | {"form": "cos-sin"}},
@@ -57,7 +58,8 @@ NO_JUDGE = {"num_samples": 8, "grid": 4, "batch_size": 8}
 
 def recipe_for(folder: Path, method: str, **training: Any) -> Recipe:
     settings = {"name": method} | SHORT | METHODS[method]
-    path = tiny_recipe(folder, method=settings, training=TRAINING | training, evaluation=NO_JUDGE)
+    optimizer = RATE | ({"lr_scheduler": "constant"} if method == "adjoint-matching-bootstrap" else {})
+    path = tiny_recipe(folder, method=settings, optimizer=optimizer, training=TRAINING | training, evaluation=NO_JUDGE)
     return validate(Recipe, read_yaml(path), "recipe")
 
 

@@ -131,7 +131,8 @@ def recipe_in(folder: Path) -> Recipe:
     """Two steps, a checkpoint and a look after each; a base that is copied."""
     path = tiny_recipe(
         folder,
-        method={"name": "adjoint-matching", "num_inference_steps": 2, "num_passes": 1, "lr_scheduler": "constant"},
+        method={"name": "adjoint-matching", "num_inference_steps": 2, "num_passes": 1},
+        optimizer={"lr_scheduler": "constant"},
         training={
             "max_train_steps": 2,
             "train_batch_size": 2,

@@ -72,9 +72,9 @@ def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SHORT = {"num_inference_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
-    "adjoint-matching": {"num_inference_steps": 3, "learning_rate": 5e-2},
-    "score-as-action": {"preset": "ddpo", "num_inference_steps": 3, "learning_rate": 1e-2},
-    "orw-cfm-w2": {"num_inference_steps": 3, "num_passes": 2, "min_effective_sample_size": 1, "learning_rate": 1e-2},
+    "adjoint-matching": {"num_inference_steps": 3},
+    "score-as-action": {"preset": "ddpo", "num_inference_steps": 3},
+    "orw-cfm-w2": {"num_inference_steps": 3, "num_passes": 2, "min_effective_sample_size": 1},
 }
 
 
@@ -89,6 +89,7 @@ def recipe_for(folder: Path, name: str, method: str = "adjoint-matching", **chan
         "prompts": {"texts": ["a red cat", "a blue dog", "a green hat"], "validation": 0.34},
         "reward": "named-colour",
         "method": {"name": method, **METHODS[method]},
+        "optimizer": {"learning_rate": 5e-2 if method == "adjoint-matching" else 1e-2},
         "training": {
             "max_train_steps": 3, "prompts_per_step": 2, "num_generations": 2, "micro_batch_size": 2, "guidance_mode": mode,
         },
@@ -480,7 +481,8 @@ PUBLISHED = [
 
 OF_TABLE = {
     "model": {"adapter": {"rank": 8}, "guidance_scale": 5, "dtype": "float32"},
-    "method": {"num_inference_steps": 20, "learning_rate": 1e-4, "adam_weight_decay": 1e-2, "max_grad_norm": 1},
+    "method": {"num_inference_steps": 20},
+    "optimizer": {"learning_rate": 1e-4, "adam_weight_decay": 1e-2, "max_grad_norm": 1},
     "training": {"max_train_steps": 400, "train_batch_size": 32},
     "evaluation": {"num_generations": 16},
 }
@@ -493,8 +495,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
             "num_inference_steps": 50,
             "share_timesteps": 5,
             "drop_quantile": 0.9,
-            "learning_rate": 3e-6,
         },
+        "optimizer": {"learning_rate": 3e-6},
         "training": {"train_batch_size": 5 * 25, "micro_batch_size": 5, "max_train_steps": 10 * 10_000 // 125},
         "evaluation": {"num_prompts": 100, "num_generations": 10},
     },
@@ -503,16 +505,15 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "method": {
             "num_inference_steps": 50,
             "eta": 1,
-            "learning_rate": 5e-5,
-            "adam_weight_decay": 1e-4,
-            "max_grad_norm": 1,
             "clip_range": pytest.approx(1.5e-5 * 4 * 64 * 64, rel=0.02),
         },
+        "optimizer": {"learning_rate": 5e-5, "adam_weight_decay": 1e-4, "max_grad_norm": 1},
         "training": {"train_batch_size": 64 * 2 * 4},
     },
     "sd3-aesthetic": {"method": {"beta": 1 / 5e3}} | {key: OF_TABLE[key] for key in ("model", "training", "evaluation")},
     "sd3-hps": {"method": {"beta": pytest.approx(1 / 3e5, rel=2e-3)}, "training": OF_TABLE["training"]},
-    "sd3-pick-score": {"method": {"beta": 1 / 1e4, **OF_TABLE["method"]}, "model": OF_TABLE["model"]},
+    "sd3-pick-score": {"method": {"beta": 1 / 1e4, **OF_TABLE["method"]}}
+    | {key: OF_TABLE[key] for key in ("model", "optimizer")},
     "sd3-spatial": {"reward": {"name": "clip-score"}},
 }
 
@@ -629,7 +630,7 @@ def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, mo
     for folder in (home, away):
         (folder / "prompts.txt").write_text("a red cat\na blue dog\na green hat\n")
     tree["model"]["diffusers"], tree["prompts"] = "pipe", {"path": "prompts.txt", "validation": 0.34}
-    tree["method"]["lr_scheduler"] = "constant"
+    tree["optimizer"]["lr_scheduler"] = "constant"
     tree["training"]["max_train_steps"] = 1
     monkeypatch.chdir(home)
     train(tree, home / "run")

@@ -27,6 +27,7 @@ from tiltflow.problems.two_modes import TwoModes
 from tiltflow.problems.verification.policy_gradients import ESTIMATORS, gradient_samples
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.trainer import Record, train
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -437,10 +438,8 @@ def training(method: ScoreAsAction, steps: int, **options: Any) -> tuple[Flow, l
 @pytest.mark.parametrize("settings", [{}, {"estimator": "temporal-difference"}, {"solver": "ddpm"}, {"solver": "heun"}])
 @pytest.mark.parametrize("form", ["reward-free", "cos-sin"])
 def test_the_objective_rises(settings: dict[str, Any], form: str) -> None:
-    method = ScoreAsAction.model_validate(
-        {"num_inference_steps": 8, "learning_rate": 1e-2, "critic": {"form": form}} | settings
-    )
-    _, records = training(method, 60)
+    method = ScoreAsAction.model_validate({"num_inference_steps": 8, "critic": {"form": form}} | settings)
+    _, records = training(method, 60, optimizer=Optimizer(learning_rate=1e-2))
     first, last = (sum(r.metrics["objective"] for r in part) / 10 for part in (records[:10], records[-10:]))
     assert last > first + 0.2
 

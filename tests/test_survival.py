@@ -46,12 +46,13 @@ def recipe_with(
     name = f"broken_{abs(hash(folder)) % 10**8}"
     (folder / f"{name}.py").write_text(BROKEN.format(when=when, how=how))
     monkeypatch.syspath_prepend(folder)
-    settings = {"name": method, "num_inference_steps": 4, "learning_rate": 1e-3}
+    settings = {"name": method, "num_inference_steps": 4}
     settings |= {"min_effective_sample_size": 1} if method == "orw-cfm-w2" else {}
     path = tiny_recipe(
         folder,
         reward={"name": "function", "path": f"{name}:reward"},
         method=settings | {"num_passes": 1},
+        optimizer={"learning_rate": 1e-3},
         training=TRAINING | training,
         evaluation=MEASURED,
     )
@@ -243,14 +244,15 @@ def test_another_runtime_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
 def test_gradients_of_a_split_batch_are_those_of_the_whole_one(method: str, tmp_path: Path) -> None:
     """Whole runs, batch by batch in parts: the weights after the first step, within 1e-6."""
-    settings = {"name": method, "num_inference_steps": 4, "learning_rate": 1e-3, "num_passes": 1}
+    settings = {"name": method, "num_inference_steps": 4, "num_passes": 1}
     settings |= {"min_effective_sample_size": 1} if method == "orw-cfm-w2" else {}
     found = []
     for size in (None, 2, 1):
         training = {"max_train_steps": 1, "train_batch_size": 4, "micro_batch_size": size}
         folder = tmp_path / str(size)
         folder.mkdir()
-        path = tiny_recipe(folder, method=settings, training=training, evaluation=MEASURED)
+        optimizer = {"learning_rate": 1e-3}
+        path = tiny_recipe(folder, method=settings, optimizer=optimizer, training=training, evaluation=MEASURED)
         run(validate(Recipe, read_yaml(path), "recipe"), folder / "run")
         found.append(load_checkpoint(checkpoints(folder / "run" / FOLDER)[-1])["loop"]["optimizer"]["state"])
     for parts in found[1:]:
@@ -272,8 +274,9 @@ def test_the_command_line_shows_the_remedy(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("unmeasured")
 def test_what_the_optimizer_step_has_broken_is_not_saved(tmp_path: Path) -> None:
     """A learning rate that makes the weights infinite, from a loss and a gradient that are finite."""
-    method = {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e39, "lr_warmup_steps": 0}
-    recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path, method=method, training=TRAINING, evaluation=MEASURED)), "recipe")
+    method = {"name": "adjoint-matching", "num_inference_steps": 4}
+    tree = {"method": method, "optimizer": {"learning_rate": 1e39, "lr_warmup_steps": 0}, "training": TRAINING}
+    recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path, **tree, evaluation=MEASURED)), "recipe")
     notes: list[str] = []
     with pytest.raises(NonFiniteError) as error:
         run(recipe, tmp_path / "run", note=notes.append)

@@ -26,6 +26,7 @@ from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.trainer import Record, train, trainable_copy
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -48,8 +49,9 @@ def run(
     steps: int, seed: int = 0, reward: Callable[[Tensor], Tensor] | None = None, **options: Any
 ) -> tuple[Flow, list[Record]]:
     tuned, base = flows()
-    method = AdjointMatching(num_inference_steps=5, learning_rate=1e-2, lr_warmup_steps=2)
-    records = train(tuned, base, method, reward or PROBLEM.reward(), draw, max_train_steps=steps, seed=seed, **options)
+    method = AdjointMatching(num_inference_steps=5)
+    options = {"optimizer": Optimizer(learning_rate=1e-2, lr_warmup_steps=2), "seed": seed, **options}
+    records = train(tuned, base, method, reward or PROBLEM.reward(), draw, max_train_steps=steps, **options)
     return tuned, list(records)
 
 
@@ -66,8 +68,8 @@ def test_training_reaches_the_tilted_gaussian() -> None:
     By Talagrand's inequality the terminal law is then within sqrt(variance * loss) of the optimum in W2.
     """
     tuned, base = flows()
-    method = AdjointMatching(num_inference_steps=8, learning_rate=5e-3, lr_warmup_steps=0)
-    records = list(train(tuned, base, method, PROBLEM.reward(), draw, max_train_steps=120))
+    method, optimizer = AdjointMatching(num_inference_steps=8), Optimizer(learning_rate=5e-3, lr_warmup_steps=0)
+    records = list(train(tuned, base, method, PROBLEM.reward(), draw, max_train_steps=120, optimizer=optimizer))
     chain = method.chain()
     exact = on_gaussian(chain)
     mean, variance = (value.item() for value in exact.law())
@@ -117,14 +119,19 @@ class GivenGradients:
     """A method whose gradients are given: `batches` of them, one list for each batch of trajectories."""
 
     batches: list[list[float]]
-    learning_rate: float = 0.1
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.8
-    adam_beta2: float = 0.9
-    adam_weight_decay: float = 0.5
-    max_grad_norm: float | None = None
     loss: float = 1.0
+
+    @property
+    def optimizer_defaults(self) -> dict[str, Any]:
+        return {
+            "learning_rate": 0.1,
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "adam_beta1": 0.8,
+            "adam_beta2": 0.9,
+            "adam_weight_decay": 0.5,
+            "max_grad_norm": None,
+        }
 
     def new_state(self, *about: Any) -> None:
         return None
@@ -161,8 +168,8 @@ def adamw(
 
 
 def test_weights_follow_adamw_under_the_schedule() -> None:
-    method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]], lr_warmup_steps=2)
-    _, records, path = run_given(method, 4)
+    method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]])
+    _, records, path = run_given(method, 4, optimizer=Optimizer(lr_warmup_steps=2))
     assert path == pytest.approx(adamw([0.3, -0.5, 2.0, 0.1], [0.05, 0.1, 0.1, 0.1]))
     assert [r.metrics["learning_rate"] for r in records] == pytest.approx([0.05, 0.1, 0.1, 0.1])
     assert [r.metrics["gradient_norm"] for r in records] == pytest.approx([0.3, 0.5, 2.0, 0.1])
@@ -170,7 +177,7 @@ def test_weights_follow_adamw_under_the_schedule() -> None:
 
 
 def test_long_gradients_are_cut_and_their_length_is_shown() -> None:
-    _, records, path = run_given(GivenGradients([[0.3], [-5.0]], max_grad_norm=0.5), 2)
+    _, records, path = run_given(GivenGradients([[0.3], [-5.0]]), 2, optimizer=Optimizer(max_grad_norm=0.5))
     assert path == pytest.approx(adamw([0.3, -0.5], [0.1, 0.1]), abs=1e-5)  # torch adds 1e-6 to the norm it divides by
     assert records[1].metrics["gradient_norm"] == 5
 
@@ -287,7 +294,7 @@ def test_the_method_works_at_the_calibrated_temperature() -> None:
     [
         (GivenGradients([[0.3]], loss=math.nan), "step 1: the loss is nan"),
         (GivenGradients([[math.inf]]), "step 1: the gradient norm is inf"),
-        (GivenGradients([[math.nan]], max_grad_norm=1.0), "step 1: the gradient norm is nan"),
+        (GivenGradients([[math.nan]]), "step 1: the gradient norm is nan"),
     ],
 )
 def test_bad_numbers_stop_before_the_weights_change(method: GivenGradients, message: str) -> None:
@@ -306,8 +313,8 @@ def test_a_reward_that_breaks_later_leaves_the_weights_before_it() -> None:
         return x[:, 0] * (torch.nan if calls == 3 else 1)
 
     tuned, base = flows()
-    method, history = AdjointMatching(num_inference_steps=4, lr_warmup_steps=0), []
-    loop = train(tuned, base, method, reward, draw, max_train_steps=5)
+    method, history = AdjointMatching(num_inference_steps=4), []
+    loop = train(tuned, base, method, reward, draw, max_train_steps=5, optimizer=Optimizer(lr_warmup_steps=0))
     for _ in range(2):
         next(loop)
         history.append(weights(tuned))

@@ -175,7 +175,8 @@ def test_a_module_is_one_function_with_and_without_prompts() -> None:
 
 # ---- every setting is honoured or refused ----
 
-SHORT = tiltflow.AdjointMatching(num_inference_steps=4, learning_rate=1e-2, lr_scheduler="constant", lr_warmup_steps=0)
+SHORT = tiltflow.AdjointMatching(num_inference_steps=4)
+FAST = tiltflow.Optimizer(learning_rate=1e-2, lr_scheduler="constant", lr_warmup_steps=0)
 
 
 @dataclass
@@ -195,7 +196,8 @@ def tuned(reward: Any = reward, method: Any = SHORT, seed: int = 0, **settings: 
     rows: list[Any] = []
     training = tiltflow.Training(**{"max_train_steps": 4, "train_batch_size": 8} | settings)
     base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
-    model = tiltflow.tune(base, reward, method, training, output=output, seed=seed, callbacks=[rows.append])
+    options = {"output": output, "seed": seed, "callbacks": [rows.append]}
+    model = tiltflow.tune(base, reward, method, training, optimizer=FAST, **options)
     return Tuned(model, [row.metrics for row in rows])
 
 
@@ -375,7 +377,7 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
 
     base = tiltflow.load(tiny_flow(tmp_path / "flow"))
     training = tiltflow.Training(max_train_steps=2, train_batch_size=4)
-    model = tiltflow.tune(base, lambda x: x.mean((1, 2, 3)), SHORT, training, output=tmp_path / "own")
+    model = tiltflow.tune(base, lambda x: x.mean((1, 2, 3)), SHORT, training, optimizer=FAST, output=tmp_path / "own")
     assert torch.equal(tiltflow.load(tmp_path / "own").sample(2), model.sample(2))
 
 
@@ -386,9 +388,9 @@ def test_a_run_of_another_base_is_not_gone_on_with(tmp_path: Path) -> None:
     other.leave.bias.data.add_(1)
     base = tiltflow.Model(Flow(other), (2,), tiltflow.Sampling(num_inference_steps=4))
     with pytest.raises(InputError, match="what model names is not what it was when the run was begun"):
-        tiltflow.tune(base, reward, SHORT, training, output=tmp_path / "run")
+        tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=tmp_path / "run")
     with tiltflow.accept_changes():
-        tiltflow.tune(base, reward, SHORT, training, output=tmp_path / "run")
+        tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=tmp_path / "run")
 
 
 def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
@@ -399,7 +401,7 @@ def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
     base = tiltflow.Model(Flow(Net()), (2,))
     training = tiltflow.Training(max_train_steps=9, train_batch_size=8)
     with pytest.raises(KeyboardInterrupt):
-        tiltflow.tune(base, reward, SHORT, training, output=tmp_path, callbacks=[stop])
+        tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=tmp_path, callbacks=[stop])
     two = tuned(max_train_steps=2)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(saved["leave.weight"], two.model.flow.network.leave.weight)
@@ -408,7 +410,7 @@ def test_a_run_that_is_cut_off_leaves_what_was_tuned(tmp_path: Path) -> None:
 def test_steps_are_those_of_tune() -> None:
     base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
     training = tiltflow.Training(max_train_steps=4, train_batch_size=8)
-    model, records = tiltflow.steps(base, reward, SHORT, training)
+    model, records = tiltflow.steps(base, reward, SHORT, training, optimizer=FAST)
     assert [record.step for record in records] == [1, 2, 3, 4]
     assert torch.equal(Tuned(model, []).weights, tuned().weights)
     seen: list[bool] = []
@@ -418,7 +420,7 @@ def test_steps_are_those_of_tune() -> None:
         return reward(x)
 
     wanted = training.model_copy(update={"deterministic": True, "max_train_steps": 1})
-    list(tiltflow.steps(base, watching, SHORT, wanted)[1])
+    list(tiltflow.steps(base, watching, SHORT, wanted, optimizer=FAST)[1])
     assert all(seen)
     assert seen
     assert not torch.are_deterministic_algorithms_enabled()
@@ -434,10 +436,9 @@ def test_a_callback_can_end_the_training(output: str | None, tmp_path: Path) -> 
     training = tiltflow.Training(max_train_steps=9, train_batch_size=8)
     base = tiltflow.Model(Flow(Net()), (2,), tiltflow.Sampling(num_inference_steps=4))
     callbacks = [lambda record: record.step == 3, lambda record: seen.append(record.step)]
-    constant = SHORT.model_copy(update={"lr_scheduler": "constant"})
-    model = tiltflow.tune(base, reward, constant, training, output=folder, callbacks=callbacks)
+    model = tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=folder, callbacks=callbacks)
     assert seen == [1, 2, 3]
-    assert torch.equal(Tuned(model, []).weights, tuned(method=constant, max_train_steps=3).weights)
+    assert torch.equal(Tuned(model, []).weights, tuned(max_train_steps=3).weights)
     if folder is not None:
         assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-00000003"]
 

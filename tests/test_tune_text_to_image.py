@@ -28,7 +28,8 @@ from tiltflow.settings import validate
 from tiltflow.training.settings import NEED_A_FOLDER
 
 PROMPTS = ["a red cat", "a blue dog", "a green hat"]
-METHOD = tiltflow.AdjointMatching(num_inference_steps=3, learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
+METHOD = tiltflow.AdjointMatching(num_inference_steps=3)
+FAST = tiltflow.Optimizer(learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
 SMALL = {"max_train_steps": 1, "prompts_per_step": 2, "num_generations": 2, "guidance_mode": "none"}
 
 
@@ -67,7 +68,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
         rows: list[Any] = []
         training = tiltflow.Training.model_validate(SMALL | settings)
         model = tiltflow.tune(
-            model or pipeline(folder), reward, METHOD, training, prompts=PROMPTS, output=output, callbacks=[rows.append]
+            model or pipeline(folder),
+            reward,
+            METHOD,
+            training,
+            optimizer=FAST,
+            prompts=PROMPTS,
+            output=output,
+            callbacks=[rows.append],
         )
         return Tuned(model, [row.metrics for row in rows])
 
@@ -93,6 +101,7 @@ def test_tune_is_the_run_of_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
         NamedColour().build(),
         recipe.method,
         recipe.training,
+        optimizer=recipe.optimizer,
         prompts=PROMPTS,
         adapter=recipe.model.adapter,
         output=tmp_path / "tune",
@@ -121,7 +130,9 @@ def test_what_is_tuned(tmp_path: Path, tuned: Run) -> None:
     model = pipeline(tmp_path)
     before = [p.clone() for p in model.denoiser.parameters()]
     training = tiltflow.Training.model_validate(SMALL)
-    full = tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS, adapter=None, output=tmp_path / "full")
+    full = tiltflow.tune(
+        model, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS, adapter=None, output=tmp_path / "full"
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, full.denoiser.parameters(), strict=True))
     assert (tmp_path / "full" / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
@@ -136,7 +147,7 @@ def test_rewards_are_told_prompts_and_metadata(tmp_path: Path) -> None:
 
     prompts = [{"prompt": "a red cat", "colour": "red"}, "a dog"]
     training = tiltflow.Training.model_validate(SMALL)
-    tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, prompts=prompts)
+    tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, optimizer=FAST, prompts=prompts)
     assert {(prompt, tuple(more.items())) for prompt, more in seen} == {("a red cat", (("colour", "red"),)), ("a dog", ())}
 
 
@@ -251,7 +262,7 @@ def check_trainable(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None
     """Of the whole denoiser; see `test_what_does_not_fit_is_one_line` for an adapter."""
     training = tiltflow.Training.model_validate(SMALL | {"trainable": "conv_in"})
     base = pipeline(folder.parent / "another")
-    model = tiltflow.tune(base, brightness, METHOD, training, prompts=PROMPTS[:2], adapter=None)
+    model = tiltflow.tune(base, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS[:2], adapter=None)
     before, after = (dict(one.denoiser.network.named_parameters()) for one in (base, model))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -313,7 +324,7 @@ def test_what_needs_a_folder_is_refused_before_the_pipeline_is_touched(settings:
     model = pipeline(tmp_path)
     training = tiltflow.Training.model_validate(SMALL | settings)
     with pytest.raises(InputError, match=rf"training\.{name} \(.*\) needs a folder to write to"):
-        tiltflow.tune(model, brightness, METHOD, training, prompts=PROMPTS)
+        tiltflow.tune(model, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS)
     assert not hasattr(model.denoiser.network, "peft_config")
 
 

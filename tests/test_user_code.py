@@ -96,15 +96,16 @@ class Buffered:
 
 
 METHODS = {
-    "orw": tiltflow.OrwCfmW2(num_inference_steps=4, learning_rate=1e-2),
-    "saa": tiltflow.ScoreAsAction(num_inference_steps=4, learning_rate=1e-2),
-    "am": tiltflow.AdjointMatching(num_inference_steps=4, learning_rate=1e-2),
+    "orw": tiltflow.OrwCfmW2(num_inference_steps=4),
+    "saa": tiltflow.ScoreAsAction(num_inference_steps=4),
+    "am": tiltflow.AdjointMatching(num_inference_steps=4),
 }
 
 
 def weights(reward: Any, method: Any) -> Tensor:
     base = tiltflow.Model(Flow(Net()), (2,))
-    tuned = tiltflow.tune(base, reward, method, tiltflow.Training(max_train_steps=3, train_batch_size=8, calibration_samples=0))
+    training = tiltflow.Training(max_train_steps=3, train_batch_size=8, calibration_samples=0)
+    tuned = tiltflow.tune(base, reward, method, training, optimizer=tiltflow.Optimizer(learning_rate=1e-2))
     return torch.cat([p.detach().flatten() for p in tuned.flow.parameters()])
 
 
@@ -146,8 +147,12 @@ def test_evaluation_monitor_and_calibration_are_those_of_the_pure_reward(tmp_pat
             "calibration_samples": 0,
             "monitor": {"steps": 2, "num_samples": 8},
         }
-        method = {"name": "score-as-action", "num_inference_steps": 3, "learning_rate": 1e-3, "beta": 0.5}
-        changes = {"reward": {"name": "function", "path": f"{name}:{function}"}, "method": method}
+        method = {"name": "score-as-action", "num_inference_steps": 3, "beta": 0.5}
+        changes = {
+            "reward": {"name": "function", "path": f"{name}:{function}"},
+            "method": method,
+            "optimizer": {"learning_rate": 1e-3},
+        }
         changes["training"] = training | {"calibration_samples": 256}
         recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path / function, **changes)), "recipe")
         summary = run(recipe, tmp_path / function / "run")
@@ -405,8 +410,8 @@ def test_drop_works_from_the_start_to_the_report(tmp_path: Path, write: Callable
     training = {
         "max_train_steps": 2, "train_batch_size": 32, "calibration_samples": 512, "monitor": {"steps": 1, "num_samples": 64},
     }  # fmt: skip
-    method = {"name": "score-as-action", "num_inference_steps": 3, "learning_rate": 1e-3, "beta": 0.5}
-    changes = {"reward": {"name": "function", "path": f"{name}:face"}, "method": method}
+    method = {"name": "score-as-action", "num_inference_steps": 3, "beta": 0.5}
+    changes = {"reward": {"name": "function", "path": f"{name}:face"}, "method": method, "optimizer": {"learning_rate": 1e-3}}
     evaluation = {"num_samples": 400, "batch_size": 64}
 
     def recipe(policy: str) -> Recipe:

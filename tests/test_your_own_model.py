@@ -97,9 +97,10 @@ def test_conventions_of_other_libraries(title: str) -> None:
     exec(BLOCKS["Is it right?"], space)
     assert space["finding"].level == "green"
     before = space["network"].bias.detach().clone()
-    method = tiltflow.AdjointMatching(num_inference_steps=3, learning_rate=0.1, lr_warmup_steps=0, lr_scheduler="constant")
+    method = tiltflow.AdjointMatching(num_inference_steps=3)
+    fast = tiltflow.Optimizer(learning_rate=0.1, lr_warmup_steps=0, lr_scheduler="constant")
     training = tiltflow.Training(max_train_steps=1, train_batch_size=16)
-    (bias,) = tiltflow.tune(model, lambda x: x.sum(1), method, training).flow.parameters()
+    (bias,) = tiltflow.tune(model, lambda x: x.sum(1), method, training, optimizer=fast).flow.parameters()
     assert torch.equal(space["network"].bias, before)
     assert (bias - before).min() > 0.05  # toward more reward, whichever way the network's own velocity points
 

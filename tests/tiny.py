@@ -40,7 +40,7 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
         "description": "tiny",
         "model": str(tiny_flow(folder / "flow")),
         "reward": {"name": "class-log-odds", "classifier": str(tiny_classifier(folder / "classifier")), "classes": [0]},
-        "method": {"name": "adjoint-matching", "num_inference_steps": 4, "learning_rate": 1e-3, "beta": 0.1},
+        "method": {"name": "adjoint-matching", "num_inference_steps": 4, "beta": 0.1},
         "training": {"max_train_steps": 4, "train_batch_size": 4, "ema_decay": 0.5},
         "sampling": {"num_inference_steps": 4},
         "evaluation": {
@@ -51,6 +51,8 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
             "batch_size": 16,
         },
     } | changes
+    if "method" not in changes:
+        tree.setdefault("optimizer", {"learning_rate": 1e-3})
     path = folder / "recipe.yaml"
     path.write_text(dump_yaml(tree))
     return path

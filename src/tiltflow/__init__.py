@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.fingerprints import accept_changes
     from tiltflow.runs.run_text_to_image import Adapter, load_text_to_image
     from tiltflow.samplers.sampling import Sampling
+    from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
@@ -37,6 +38,7 @@ _HOME = {
     "InputError": "errors",
     "Model": "models.model",
     "NonFiniteError": "errors",
+    "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
@@ -63,6 +65,7 @@ __all__ = [
     "InputError",
     "Model",
     "NonFiniteError",
+    "Optimizer",
     "OrwCfmW2",
     "Sampling",
     "ScoreAsAction",

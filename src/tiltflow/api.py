@@ -51,6 +51,7 @@ from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.determinism import deterministic
+from tiltflow.training.optimizer import Optimizer, check_optimizer
 from tiltflow.training.settings import Training, refuse_what_needs_a_folder
 from tiltflow.training.trainer import Method, Record
 from tiltflow.user_code import check_device, whole_number
@@ -131,6 +132,7 @@ def tune(
     method: Any,
     training: Training | None = None,
     *,
+    optimizer: Optimizer | None = None,
     output: str | Path | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = ...,
@@ -145,6 +147,7 @@ def tune(
     method: Any,
     training: Training | None = None,
     *,
+    optimizer: Optimizer | None = None,
     prompts: Sequence[str | Mapping[str, Any]],
     adapter: Adapter | None = ...,
     output: str | Path | None = None,
@@ -160,6 +163,7 @@ def tune(
     method: Any,
     training: Training | None = None,
     *,
+    optimizer: Optimizer | None = None,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     output: str | Path | None = None,
@@ -179,6 +183,7 @@ def tune(
             [-1, 1], and of `prompts` and `metadata` if it has arguments called so.
         method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
         training: the loop; settings that mean nothing for the model are refused.
+        optimizer: AdamW and its schedule; what is left out is as the method has it by default.
         prompts: for a pipeline: texts, or mappings with the key `prompt`, whose other keys are the metadata.
         adapter: for a pipeline: the LoRA to add. By default one is added, unless the model has one of `with_adapter`, which is
             then trained. None tunes the whole denoiser beside a frozen copy.
@@ -192,20 +197,23 @@ def tune(
     """
     seed = whole_number(seed, "tune: seed")
     settings = check_arguments(model, reward, method, training, callbacks, note, prompts, adapter)
+    optimizer = check_optimizer(method, optimizer)
     with deterministic(settings.deterministic):
         if output is None:
-            tuned, loop = steps(model, reward, method, settings, prompts=prompts, adapter=adapter, seed=seed)
+            tuned, loop = steps(
+                model, reward, method, settings, optimizer=optimizer, prompts=prompts, adapter=adapter, seed=seed
+            )
             with closing(loop) as records:
                 for record in records:
                     if asks_to_stop(callbacks, record):
                         break
             return tuned
-        run = PythonRun.of(model, reward, method, settings, prompts, seed)
+        run = PythonRun.of(model, reward, method, settings, optimizer, prompts, seed)
         folder = Path(output)
         network = model.denoiser if isinstance(model, TextToImage) else model.flow.network
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
         with RunFolder.begin(folder, run, note, also) as place:
-            tuning = _tuning(model, from_function(reward), method, settings, prompts, adapter, seed)
+            tuning = _tuning(model, from_function(reward), method, settings, optimizer, prompts, adapter, seed)
 
             save = partial(place.save, tuning.network, tuning.write)
             watcher = tuning.watcher(run, partial(save, to="best")) if settings.monitor is not None else None
@@ -220,6 +228,7 @@ def steps(
     method: Any,
     training: Training | None = None,
     *,
+    optimizer: Optimizer | None = None,
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     seed: int = 0,
@@ -231,8 +240,10 @@ def steps(
     Raises InputError as `tune` does, and for settings of `training` that need a folder.
     """
     settings = check_arguments(model, reward, method, training, (), print, prompts, adapter)
+    optimizer = check_optimizer(method, optimizer)
     refuse_what_needs_a_folder(settings)
-    tuning = _tuning(model, from_function(reward), method, settings, prompts, adapter, whole_number(seed, "steps: seed"))
+    seed = whole_number(seed, "steps: seed")
+    tuning = _tuning(model, from_function(reward), method, settings, optimizer, prompts, adapter, seed)
 
     def loop() -> Generator[Record, None, None]:
         with deterministic(settings.deterministic), closing(tuning.loop()) as records:
@@ -285,6 +296,7 @@ class PythonRun(Settings):
     """The function, or its class."""
     prompts: tuple[str | dict[str, Any], ...] = ()
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    optimizer: Optimizer
     training: Training
     sampling: Sampling
     evaluation: Evaluation = Evaluation()
@@ -298,6 +310,7 @@ class PythonRun(Settings):
         reward: Callable[..., Any],
         method: Any,
         training: Training,
+        optimizer: Optimizer,
         prompts: Sequence[str | Mapping[str, Any]] | None,
         seed: int,
     ) -> PythonRun:
@@ -308,6 +321,7 @@ class PythonRun(Settings):
             "reward": getattr(reward, "__qualname__", type(reward).__qualname__),
             "prompts": tuple(prompts or ()),
             "method": method,
+            "optimizer": optimizer,
             "training": training,
             "sampling": model.sampling,
             "seed": seed,
@@ -338,18 +352,19 @@ def _tuning(
     reward: Reward,
     method: Any,
     training: Training,
+    optimizer: Optimizer,
     prompts: Sequence[str | Mapping[str, Any]] | None,
     adapter: Adapter | None,
     seed: int,
 ) -> _Tuning:
     if isinstance(model, TextToImage):
-        return _of_pipeline(model, reward, method, training, prompts, adapter, seed)
-    return _of_pixels(model, reward, method, training, seed)
+        return _of_pipeline(model, reward, method, training, optimizer, prompts, adapter, seed)
+    return _of_pixels(model, reward, method, training, optimizer, seed)
 
 
-def _of_pixels(model: Model, reward: Reward, method: Any, training: Training, seed: int) -> _Tuning:
+def _of_pixels(model: Model, reward: Reward, method: Any, training: Training, optimizer: Optimizer, seed: int) -> _Tuning:
     base, tuned = to_train(model, training)
-    loop = prepare(base, tuned, items_of(base, training), reward, method, training, seed=seed).loop
+    loop = prepare(base, tuned, items_of(base, training), reward, method, training, optimizer, seed=seed).loop
     if model.network_settings is None and consistency(model).wrong:  # of a network that tiltflow does not know
         warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=4)
 
@@ -373,6 +388,7 @@ def _of_pipeline(
     reward: Reward,
     method: Any,
     training: Training,
+    optimizer: Optimizer,
     prompts: Sequence[str | Mapping[str, Any]] | None,
     adapter: Adapter | None,
     seed: int,
@@ -395,7 +411,7 @@ def _of_pipeline(
     own = adapter is NEW_ADAPTER and isinstance(model.denoiser, AdaptedDenoiser)
     tuned = model if own else tuned_copy(model, adapter, seed, training.trainable)
     normalized = normalizer(training, method.sampling, reward, seed)
-    parts = prepare(model, tuned, texts, reward, method, training, normalized=normalized, seed=seed)
+    parts = prepare(model, tuned, texts, reward, method, training, optimizer, normalized=normalized, seed=seed)
 
     def no_watcher(run: PythonRun, save_best: Callable[[], None]) -> Watcher:
         raise AssertionError("a monitor was refused")

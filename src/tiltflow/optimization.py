@@ -1,5 +1,5 @@
-"""What every training loop here shares: the optimizer's settings, the learning rate, the moving average of weights, and the
-refusal of bad numbers."""
+"""What every training loop here shares: AdamW and the learning rate, the moving average of weights, and the refusal of bad
+numbers."""
 
 # Mutation tests: test_optimization.py test_trainer.py
 
@@ -8,42 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.errors import NonFiniteError
-from tiltflow.settings import Settings
-
-Positive = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimization(Settings):
-    """AdamW and its schedule: part of the settings of every method."""
-
-    learning_rate: Positive = 1e-4
-    """Of AdamW, after the warm-up."""
-    lr_scheduler: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: flat, or down to 0 along a cosine."""
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps over which the learning rate grows from 0, linearly."""
-    adam_beta1: Decay = 0.9
-    """Memory of AdamW's mean of the gradients."""
-    adam_beta2: Decay = 0.99
-    """Memory of AdamW's mean of their squares."""
-    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW, decoupled from the gradient; 0 for none."""
-    max_grad_norm: Positive | None = 1.0
-    """A longer gradient is shortened to this length; null for none."""
-
-    def learns_nothing(self, group: int) -> str | None:
-        """Why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing; None if it
-        teaches it something."""
-        return None
 
 
 class Numbers:

@@ -273,7 +273,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"--set {override}: must read key=value, for example method.learning_rate=1e-4")
+            raise InputError(f"--set {override}: must read key=value, for example optimizer.learning_rate=1e-4")
         *parents, last = key.strip().split(".")
         node = result
         for name in parents:

@@ -7,19 +7,43 @@ is what `new_state` has made, kept from batch to batch.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow.optimization import Optimization
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
+from tiltflow.settings import Settings
+from tiltflow.training.optimizer import Optimizer
 
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Tilting(Optimization):
+class MethodSettings(Settings):
+    """Part of the settings of every method."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_is_apart(cls, values: Any) -> Any:
+        for key in Optimizer.model_fields:
+            if isinstance(values, dict) and key in values and key not in cls.model_fields:
+                raise ValueError(f"{key} is optimizer.{key} now")
+        return values
+
+    @property
+    def optimizer_defaults(self) -> Mapping[str, Any]:
+        """The settings of `tiltflow.Optimizer` whose defaults are others with this method."""
+        return {}
+
+    def learns_nothing(self, group: int) -> str | None:
+        """Why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing; None if it
+        teaches it something."""
+        return None
+
+
+class Tilting(MethodSettings):
     """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
 
     beta: Positive = 1.0

@@ -19,7 +19,7 @@ iteration is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
@@ -55,13 +55,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss_clip": 1.6,
         "train_timesteps": [{"start": 0, "end": 0.75, "count": 10}, {"start": 0.75, "end": 1, "count": 10}],
         "share_timesteps": True,
-        "learning_rate": 2e-5,
-        "adam_beta1": 0.95,
-        "adam_beta2": 0.999,
-        "adam_weight_decay": 1e-2,
-        "max_grad_norm": 1.0,
-        "lr_warmup_steps": 0,
-        "lr_scheduler": "constant",
     },
     "official-code": {
         "solver": "ddpm",
@@ -71,6 +64,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "drop_quantile": 0.9,
         "train_timesteps": [{"start": 0, "end": 0.6, "count": 2}, {"start": 0.6, "end": 1, "count": 2}],
         "share_timesteps": 5,
+    },
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "learning_rate": 2e-5,
+        "adam_beta1": 0.95,
+        "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-2,
+        "max_grad_norm": 1.0,
+        "lr_warmup_steps": 0,
+        "lr_scheduler": "constant",
+    },
+    "official-code": {
         "learning_rate": 3e-6,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -80,6 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
     },
 }
+"""With each of the presets."""
 
 
 class Regression(NamedTuple):
@@ -150,6 +157,11 @@ class AdjointMatching(Tilting):
         if self.bootstrap > 0 and self.pairing != "after":
             raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
         return self
+
+    @property
+    def optimizer_defaults(self) -> Mapping[str, Any]:
+        """The published settings of the preset."""
+        return OPTIMIZERS.get(self.preset or "", {})
 
     def chain(self, start: Start = 0.0) -> Chain:
         """The chain that is tuned, from time `start`."""

@@ -49,7 +49,8 @@ from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
-from tiltflow.optimization import Numbers, Optimization
+from tiltflow.methods import MethodSettings
+from tiltflow.optimization import Numbers
 from tiltflow.plugins import import_function
 from tiltflow.rewards import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start, spread_times
@@ -72,7 +73,7 @@ class State(Numbers):
     data: Tensor | None = None
 
 
-class OrwCfmW2(Optimization):
+class OrwCfmW2(MethodSettings):
     """ORW-CFM-W2. Any reward, no gradient; aims at its own law, near p_base(x) exp(tau r(x) / alpha) for a weak tilt."""
 
     name: Literal["orw-cfm-w2"] = "orw-cfm-w2"
@@ -134,7 +135,7 @@ class OrwCfmW2(Optimization):
         return self
 
     def learns_nothing(self, group: int) -> str | None:
-        """See `Optimization`: the weight of a single sample, normalised, is 1 whatever its reward."""
+        """See `MethodSettings`: the weight of a single sample, normalised, is 1 whatever its reward."""
         if group > 1 or self.weight_mode == "raw":
             return None
         return "weights are normalised among the samples of a prompt, a class or a batch, and of one the weight is always 1"

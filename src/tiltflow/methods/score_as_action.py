@@ -37,7 +37,7 @@ still holds signal) reaches it only up to the initial-value bias: paths can be t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -77,12 +77,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_scaling": "none",
         "solver": "ddpm",
         "num_inference_steps": 50,
-        "learning_rate": 3e-4,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-        "adam_beta2": 0.999,
-        "adam_weight_decay": 1e-4,
-        "max_grad_norm": 1.0,
     },
     # arXiv 2407.00626, its sampler's update: through one step into a value function learned by TD(0), towards an energy that is
     # learned against data (reward `energy`). Without its learned noise levels, and without its price on the length of a step.
@@ -92,6 +86,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic": {"form": "reward-free", "loss": "td"},
     },
 }
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "ddpo": {
+        "learning_rate": 3e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+    },
+}
+"""With those of the presets that say."""
 MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
 RATIO_TOLERANCE = 1e-2  # nats: rounding of sums over many dimensions stays below
 VELOCITY_TOLERANCE = 2e-2  # of the largest velocity: a few roundings of bfloat16, by which two kernels may differ
@@ -222,8 +227,13 @@ class ScoreAsAction(Tilting):
             raise ValueError("standardize is for the estimator 'return' alone: the others' advantages are in units of reward")
         return self
 
+    @property
+    def optimizer_defaults(self) -> Mapping[str, Any]:
+        """The published settings of the preset, if it has any."""
+        return OPTIMIZERS.get(self.preset or "", {})
+
     def learns_nothing(self, group: int) -> str | None:
-        """See `Optimization`: the return of a single sample is its own mean."""
+        """See `MethodSettings`: the return of a single sample is its own mean."""
         if group > 1 or self.estimator != "return":
             return None
         return "estimator return compares the samples of a prompt, a class or a batch, and of one the advantage is always 0"

@@ -95,11 +95,13 @@ class Defaults:
         tuning: settings of the method; a preset of the method replaces them.
         method: settings of the method that stay with a preset.
         run: settings of `Verification`, such as the number of iterations.
+        optimizer: settings of the optimizer; a preset of the method replaces them.
     """
 
     tuning: Tree = field(default_factory=dict)
     method: Tree = field(default_factory=dict)
     run: Tree = field(default_factory=dict)
+    optimizer: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

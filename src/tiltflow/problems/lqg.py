@@ -35,12 +35,12 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
 Count = Annotated[int, Field(ge=1)]
+FAST = {"learning_rate": 2e-2}
 TUNING: dict[str, Tree] = {
-    "adjoint-matching": {"learning_rate": 2e-2},
+    "adjoint-matching": {},
     "score-as-action": {
-        "learning_rate": 2e-2,
         "estimator": "temporal-difference",  # its optimum is that of the chain; the closed form's is off by O(1 / N)
-        "critic": {"network": {"name": "quadratic"}, "learning_rate": 2e-2},
+        "critic": {"network": {"name": "quadratic"}, **FAST},
     },
 }
 
@@ -89,7 +89,8 @@ class Lqg(exact.Lqg):
                 f"verify lqg is for methods that control a sampler at a price beta, {method} does not; use two-modes"
             )
         own = {"beta": 0.5, "solver": "euler-maruyama"} if method in TUNING else {}
-        return Defaults(TUNING.get(method, {}), own, {"iterations": 400, "ema_decay": 0.98})
+        run = {"iterations": 400, "ema_decay": 0.98}
+        return Defaults(TUNING.get(method, {}), own, run, FAST if method in TUNING else {})
 
     def base_flow(self) -> Flow:
         """The exact base."""

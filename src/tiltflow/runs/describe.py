@@ -24,6 +24,7 @@ RECIPES = {"image models": ("runs.run", "Recipe"), "pipelines": ("runs.run_text_
 SECTIONS = {
     "model": ("pipelines",),
     "prompts": ("pipelines",),
+    "optimizer": ("image models", "pipelines"),
     "training": ("image models", "pipelines"),
     "sampling": ("image models",),
     "evaluation": ("image models", "pipelines"),

@@ -145,7 +145,9 @@ def admit(recipe: Any, device: str) -> Patient:
     reward = build_reward(recipe.reward, recipe.method, device)
     rehearse(recipe, given, reward, device)
     base, tuned = to_train(given, recipe.training)
-    fit = prepare(base, tuned, items_of(base, recipe.training), reward, recipe.method, recipe.training, seed=recipe.seed)
+    fit = prepare(
+        base, tuned, items_of(base, recipe.training), reward, recipe.method, recipe.training, recipe.optimizer, seed=recipe.seed
+    )
     batch = fit.draw(stream(recipe.seed, "start", 0, device=base.device))
     return Patient(recipe, tuned.flow, base.flow, reward, batch, base.grid, base.device, fit.loop, model=base)
 

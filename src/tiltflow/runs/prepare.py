@@ -21,12 +21,13 @@ from tiltflow.flows.precision import autocast_dtype
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
-from tiltflow.optimization import Optimization, adamw
+from tiltflow.optimization import adamw
 from tiltflow.rewards import Reward, given, select, values_of
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
 from tiltflow.training.calibration import Calibration, target_reward
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import Record, train, trainable_copy
 from tiltflow.user_code import tried
@@ -157,6 +158,7 @@ def prepare(
     reward: Reward,
     method: Any,
     training: Training,
+    optimizer: Optimizer | None = None,
     *,
     normalized: Callable[[M], Reward] | None = None,
     seed: int = 0,
@@ -168,6 +170,7 @@ def prepare(
         tuned: what `trainable` of the model gives: with an adapter, which it may share its network with, or a copy.
         items: what samples are asked for; none for an unconditional model.
         training: filled in for this kind of model.
+        optimizer: by default the method's own.
         normalized: the reward as training sees it, of the untuned model, if it is another.
 
     Raises InputError if the method, the model and the settings do not fit.
@@ -213,6 +216,7 @@ def prepare(
             reward,
             draw,
             max_train_steps=training.max_train_steps,
+            optimizer=optimizer,
             seed=seed,
             start=model.grid,
             ema_decay=training.ema_decay,
@@ -271,7 +275,7 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Any, trai
     distinct, size = len(items), training.samples_per_step
     prompts = training.prompts_per_step is not None
     each = training.num_generations if prompts else size // max(1, distinct)
-    if isinstance(method, Optimization) and (why := method.learns_nothing(each or 0)):
+    if why := method.learns_nothing(each or 0):
         if prompts:
             raise InputError(f"training.num_generations {each} teaches nothing: {why}; give 2 or more")
         of_class = f", {each} of each class," if distinct else ""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.plugins import run_around
 from tiltflow.settings import apply_overrides, read_yaml
 from tiltflow.shipped import by_name
+from tiltflow.training.optimizer import move_old_keys
 
 Kind = Literal["train", "pretrain"]
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
@@ -40,7 +42,9 @@ def find_recipe(name_or_path: str, kind: Kind) -> Path:
 
 def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The settings in a recipe file with `a.b=value` overrides applied, not yet validated."""
-    return apply_overrides(read_yaml(path), overrides)
+    tree = read_yaml(path)
+    in_run = path.name == "recipe.yaml" and run_around(path.parent) == path.parent
+    return apply_overrides(move_old_keys(tree) if in_run else tree, overrides)
 
 
 def is_text_to_image(tree: Any) -> bool:

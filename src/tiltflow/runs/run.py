@@ -62,6 +62,7 @@ from tiltflow.streams import stream
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.determinism import deterministic
+from tiltflow.training.optimizer import Optimizer, fill_optimizer
 from tiltflow.training.settings import Training
 from tiltflow.user_code import refused, tried
 
@@ -103,6 +104,8 @@ class Recipe(Settings):
     """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
     """How it is tuned: `tiltflow settings` lists the methods."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW and its schedule."""
     training: Training = Training()
     """The loop."""
     sampling: Sampling = Sampling()
@@ -116,6 +119,7 @@ class Recipe(Settings):
     def _teaches(self) -> Recipe:
         training = self.training.for_samples()
         object.__setattr__(self, "training", training)
+        object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
         if why := self.method.learns_nothing(training.train_batch_size):
             raise ValueError(f"training.train_batch_size {training.train_batch_size} teaches nothing: {why}; give 2 or more")
         return self
@@ -150,7 +154,7 @@ def run(
         began = time.perf_counter()
         base, tuned = to_train(base, recipe.training)
         items = items_of(base, recipe.training)
-        loop = prepare(base, tuned, items, reward, recipe.method, recipe.training, seed=recipe.seed).loop
+        loop = prepare(base, tuned, items, reward, recipe.method, recipe.training, recipe.optimizer, seed=recipe.seed).loop
         source = model_folder(recipe.model)
         kept = folder / BASE
         place.check_room(

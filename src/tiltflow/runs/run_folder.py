@@ -51,6 +51,7 @@ from tiltflow.runs.trackers import Tracker, check_tracker
 from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.tensor_file import Tree, write_tensors
 from tiltflow.training.callbacks import Callback, asks_to_stop
+from tiltflow.training.optimizer import move_old_keys
 from tiltflow.training.records import METRICS, known_records
 from tiltflow.training.signals import noted
 from tiltflow.training.trainer import BatchEnd, Record
@@ -460,7 +461,7 @@ def environment() -> dict[str, Any]:
 def refuse_changes(path: Path, recipe: Any) -> None:
     """Raises InputError if `recipe` is not the one of the run in `path`, other than where it makes no difference: a setting
     that an earlier version did not have yet was as it is by default, and what has been moved is still the same."""
-    before = read_yaml(path / RECIPE)
+    before = move_old_keys(read_yaml(path / RECIPE))
     with suppress(InputError):
         known = absolute(validate(type(recipe), before, str(path / RECIPE)))
         before = known.model_dump(mode="json")
@@ -472,7 +473,7 @@ def refuse_changes(path: Path, recipe: Any) -> None:
     then, now = flat(before), flat(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     steps = "training.max_train_steps"
-    free = [*FREE_TO_CHANGE, *([steps] if recipe.method.lr_scheduler == "constant" else [])]
+    free = [*FREE_TO_CHANGE, *([steps] if recipe.optimizer.lr_scheduler == "constant" else [])]
     unsafe = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
     if unsafe:
         listed = "; ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in unsafe[:5])
@@ -558,7 +559,7 @@ def read_run_tree(folder: Path) -> dict[str, Any]:
         if not (folder / needed).exists():
             raise InputError(f"{folder}: not a run folder, it has no {needed}")
     refuse_links(folder)
-    return read_yaml(folder / RECIPE)
+    return move_old_keys(read_yaml(folder / RECIPE))
 
 
 def refuse_links(folder: Path) -> None:

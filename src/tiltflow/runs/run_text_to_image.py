@@ -59,6 +59,7 @@ from tiltflow.settings import External, PathOrName, Settings, validate
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.determinism import deterministic
+from tiltflow.training.optimizer import Optimizer, fill_optimizer
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import trainable_copy
 from tiltflow.user_code import refused, tried
@@ -219,6 +220,8 @@ class TextToImageRecipe(Settings):
     """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
     """How it is tuned: `tiltflow settings` lists the methods."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW and its schedule."""
     training: Training = Training()
     """The loop."""
     evaluation: TextToImageEvaluation = TextToImageEvaluation()
@@ -229,6 +232,7 @@ class TextToImageRecipe(Settings):
     @model_validator(mode="after")
     def _teaches(self) -> TextToImageRecipe:
         object.__setattr__(self, "training", self.training.for_prompts())
+        object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
         assert self.training.num_generations is not None
         if why := self.method.learns_nothing(self.training.num_generations):
             raise ValueError(f"training.num_generations {self.training.num_generations} teaches nothing: {why}; give 2 or more")
@@ -289,7 +293,9 @@ def prepare_recipe(recipe: TextToImageRecipe, device: str) -> tuple[Prepared[Tex
     check_fit(model, prompts, recipe.method, recipe.training)
     tuned = tuned_copy(model, recipe.model.adapter, recipe.seed, recipe.training.trainable)
     normalized = normalizer(recipe.training, recipe.method.sampling, reward, recipe.seed)
-    parts = prepare(model, tuned, prompts, reward, recipe.method, recipe.training, normalized=normalized, seed=recipe.seed)
+    parts = prepare(
+        model, tuned, prompts, reward, recipe.method, recipe.training, recipe.optimizer, normalized=normalized, seed=recipe.seed
+    )
     return parts, measures
 
 

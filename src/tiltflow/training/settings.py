@@ -24,7 +24,7 @@ OF_PROMPTS = ("prompts_per_step", "num_generations", "guidance_mode", "per_promp
 
 
 class Training(Settings):
-    """The loop, in global numbers; the optimizer's settings belong to the method."""
+    """The loop, in global numbers; the optimizer has settings of its own, `tiltflow.Optimizer`."""
 
     max_train_steps: Count = 100
     """Optimizer steps."""

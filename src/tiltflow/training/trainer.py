@@ -29,6 +29,7 @@ from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Batch, Drawn
 from tiltflow.training.calibration import Calibration
+from tiltflow.training.optimizer import Optimizer, fill_optimizer
 
 
 @runtime_checkable
@@ -48,13 +49,10 @@ class Stateful(Protocol):
 class Method(Protocol):
     """What the loop needs of a method; see `tiltflow.methods`."""
 
-    learning_rate: float
-    lr_scheduler: Any
-    lr_warmup_steps: int
-    adam_beta1: float
-    adam_beta2: float
-    adam_weight_decay: float
-    max_grad_norm: float | None
+    @property
+    def optimizer_defaults(self) -> Mapping[str, Any]: ...
+
+    def learns_nothing(self, group: int, /) -> str | None: ...
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Any: ...
 
@@ -101,6 +99,7 @@ def train(
     draw: Callable[[torch.Generator], Tensor | Drawn],
     *,
     max_train_steps: int,
+    optimizer: Optimizer | None = None,
     seed: int = 0,
     start: Start = 0.0,
     ema_decay: float = 0.0,
@@ -119,6 +118,7 @@ def train(
 
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`.
+        optimizer: settings of AdamW and its schedule; by default the method's own.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
@@ -140,19 +140,20 @@ def train(
     trained = dict(tuned.named_parameters())
     if not trained:
         raise InputError("nothing can be trained: no parameter of the network requires a gradient")
-    optimizer = adam(
-        trained.values(),
-        lr=method.learning_rate,
-        betas=(method.adam_beta1, method.adam_beta2),
-        weight_decay=method.adam_weight_decay,
-    )
+    settings = fill_optimizer(method, optimizer)
     loop = _Loop(
         tuned,
         base,
         method,
         reward,
         trained,
-        optimizer,
+        adam(
+            trained.values(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.adam_weight_decay,
+        ),
+        settings,
         WeightAverage(trained.values(), ema_decay),
         max_train_steps=max_train_steps,
         seed=seed,
@@ -199,6 +200,8 @@ class _Loop:
     reward: Reward
     trained: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    settings: Optimizer
+    """Of the optimizer."""
     average: WeightAverage
     max_train_steps: int
     seed: int
@@ -374,19 +377,19 @@ class _Loop:
 
     def optimize(self, measured: dict[str, float]) -> dict[str, float]:
         """An optimizer step, if loss and gradient are finite."""
-        method = self.method
+        settings = self.settings
         factor = learning_rate_factor(
-            self.step, warmup=method.lr_warmup_steps, total=self.max_train_steps, scheduler=method.lr_scheduler
+            self.step, warmup=settings.lr_warmup_steps, total=self.max_train_steps, scheduler=settings.lr_scheduler
         )
         finite(measured["loss"], "the loss", self.step)
         processes.sum_gradients(self.trained.values())
-        norm = gradient_norm(list(self.trained.values()), method.max_grad_norm, self.step, list(self.trained))
-        self.optimizer.param_groups[0]["lr"] = method.learning_rate * factor
+        norm = gradient_norm(list(self.trained.values()), settings.max_grad_norm, self.step, list(self.trained))
+        self.optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update()
         self.skipped = 0
-        return {"gradient_norm": norm, "learning_rate": method.learning_rate * factor}
+        return {"gradient_norm": norm, "learning_rate": settings.learning_rate * factor}
 
 
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:

@@ -22,10 +22,10 @@ Count = Annotated[int, Field(ge=1)]
 
 # What suits a few dimensions; the methods' own defaults suit large networks.
 FEW_DIMENSIONS: dict[str, Tree] = {
-    "adjoint-matching": {"learning_rate": 5e-3},
-    "score-as-action": {"learning_rate": 5e-3, "critic": {"train_batch_size": 128}},
-    "orw-cfm-w2": {"learning_rate": 3e-3, "regression_batch_size": 1024},
+    "score-as-action": {"critic": {"train_batch_size": 128}},
+    "orw-cfm-w2": {"regression_batch_size": 1024},
 }
+LEARNING_RATES = {"adjoint-matching": 5e-3, "score-as-action": 5e-3, "orw-cfm-w2": 3e-3}
 
 
 class ExactBase(Settings):
@@ -49,7 +49,8 @@ class ExactBase(Settings):
     @classmethod
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
-        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}))
+        optimizer = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
+        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), optimizer=optimizer)
 
     def base_flow(self) -> Flow:
         """The exact velocity field of the base."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -61,7 +62,7 @@ class QuadraticTilt(ExactBase):
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
         suited = super().defaults(method)
-        return Defaults(suited.tuning, ROUNDS, RUN_OF_ROUNDS) if method == "orw-cfm-w2" else suited
+        return replace(suited, method=ROUNDS, run=RUN_OF_ROUNDS) if method == "orw-cfm-w2" else suited
 
     def exact_law(self, method: Any, iterations: int) -> GaussianMixture:
         """p_base exp(r / beta). Raises InputError where the method aims at another law."""

@@ -11,6 +11,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, part_of
 from tiltflow.problems import Findings, Problem, Trained
 from tiltflow.settings import Settings, apply_overrides, validate
+from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.trainer import Record, train
 
 Count = Annotated[int, Field(ge=1)]
@@ -21,6 +22,7 @@ class Verification(Settings):
 
     problem: Annotated[InstanceOf[Problem[Any]], BeforeValidator(part_of("problems"))]
     method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    optimizer: Optimizer = Optimizer()
     iterations: Count = 500
     """Optimizer steps."""
     train_batch_size: Count = 512
@@ -32,8 +34,8 @@ class Verification(Settings):
 
 
 def read_verification(problem: str, method: str | None = None, overrides: Sequence[str] = ()) -> Verification:
-    """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method and the sampling
-    of the problem, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
+    """The settings of `tiltflow verify`. A key without a dot is looked up in the run, the problem, the method, the optimizer
+    and the sampling of the problem, in that order, so `scale=0.3` and `problem.scale=0.3` are the same.
 
     Args:
         method: by default the problem's usual one.
@@ -42,13 +44,14 @@ def read_verification(problem: str, method: str | None = None, overrides: Sequen
     """
     posed: type[Any] = find("problems", problem)
     method = method or posed.usual_method
-    parts = {"problem": posed, "method": find("methods", method)}
+    parts: dict[str, type[Settings]] = {"problem": posed, "method": find("methods", method), "optimizer": Optimizer}
     if "sampling" in posed.model_fields:
         parts["problem.sampling"] = posed.model_fields["sampling"].annotation
     defaults = posed.defaults(method)
     with_preset = any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides)
-    tuning = {} if with_preset else defaults.tuning
+    tuning, optimizer = ({}, {}) if with_preset else (defaults.tuning, defaults.optimizer)
     tree = {"problem": {"name": problem}, "method": {"name": method, **tuning, **defaults.method}, **defaults.run}
+    tree["optimizer"] = dict(optimizer)
     dotted = [place for override in overrides for place in places(override, parts, posed.letters)]
     return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
 
@@ -85,6 +88,7 @@ def verify(settings: Verification, watch: Callable[[Record], None] = lambda reco
         problem.reward(),
         lambda generator: problem.draw(settings.train_batch_size, generator),
         max_train_steps=settings.iterations,
+        optimizer=settings.optimizer,
         seed=settings.seed,
         start=base.noise_time,
         ema_decay=settings.ema_decay,
