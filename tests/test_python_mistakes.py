@@ -73,11 +73,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "negative seed": (
         lambda: tune(base(), reward, METHOD, SHORT, seed=-1),
-        "tune: seed must be a whole number from 0 on, is -1",
+        "tune: seed must be an integer >= 0, is -1",
     ),
     "seed with a fraction": (
         lambda: any_tune(base(), reward, METHOD, SHORT, seed=1.5),
-        "tune: seed must be a whole number from 0 on, is 1.5",
+        "tune: seed must be an integer >= 0, is 1.5",
     ),
     "prompts for vectors": (
         lambda: any_tune(base(), reward, METHOD, SHORT, prompts=["a"]),
@@ -150,18 +150,18 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "Sampling: num_inference_step is not a setting, did you mean 'num_inference_steps'?",
     ),  # type: ignore[call-arg]
     "setting by position": (lambda: Sampling("euler"), "Sampling: settings are given by name, as in Sampling(solver=..)"),  # type: ignore[call-arg]
-    "negative count": (lambda: base().sample(-2), "num_samples must be a whole number from 1 on, is -2"),
-    "no count": (lambda: base().sample(0), "num_samples must be a whole number from 1 on, is 0"),
+    "negative count": (lambda: base().sample(-2), "num_samples must be an integer >= 1, is -2"),
+    "no count": (lambda: base().sample(0), "num_samples must be an integer >= 1, is 0"),
     "count as a float": (
         lambda: any_model(Flow(Net()), (2,)).sample(4.0),
-        "num_samples must be a whole number from 1 on, is 4.0",
+        "num_samples must be an integer >= 1, is 4.0",
     ),
     "noise for a count": (
         lambda: any_model(Flow(Net()), (2,)).sample(torch.zeros(3, 2)),
-        "num_samples must be a whole number from 1 on, is Tensor",
+        "num_samples must be an integer >= 1, is Tensor",
     ),
-    "no batch": (lambda: base().sample(2, batch_size=0), "batch_size must be a whole number from 1 on, is 0"),
-    "negative seed of samples": (lambda: base().sample(2, seed=-1), "seed must be a whole number from 0 on, is -1"),
+    "no batch": (lambda: base().sample(2, batch_size=0), "batch_size must be an integer >= 1, is 0"),
+    "negative seed of samples": (lambda: base().sample(2, seed=-1), "seed must be an integer >= 0, is -1"),
     "sampling by name": (
         lambda: any_model(Flow(Net()), (2,)).sample(2, sampling="euler"),
         "sampling must be a Sampling(solver=.., num_inference_steps=..), is 'euler'",
@@ -248,7 +248,7 @@ def test_pipelines() -> None:
             """prompts must be a list of texts, as in ["a red cat"], is 'a red cat'""",
         ),
         (lambda: from_diffusers("tiles-pipeline").sample([]), "prompts must be a list of texts"),
-        (lambda: from_diffusers("tiles-pipeline").sample(["a"], seed=-1), "seed must be a whole number from 0 on, is -1"),
+        (lambda: from_diffusers("tiles-pipeline").sample(["a"], seed=-1), "seed must be an integer >= 0, is -1"),
         (lambda: from_diffusers("tiles-pipeline").sample(["a"], sampling="euler"), "sampling must be a Sampling"),
     ):
         with pytest.raises(InputError) as caught:

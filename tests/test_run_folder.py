@@ -268,7 +268,7 @@ def test_too_little_room_is_found_before_the_first_step(tmp_path: Path, monkeypa
             monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {"iterations": 0})
             run(recipe, tmp_path / "run")
         else:
-            with pytest.raises(InputError, match=r"the disk has .* left, and the run will write .* at least"):
+            with pytest.raises(InputError, match=r"the disk has .* left, and the run needs at least .*"):
                 run(recipe, tmp_path / "run")
             assert not (tmp_path / "run").exists()
 

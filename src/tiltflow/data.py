@@ -23,7 +23,7 @@ UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, OverflowError, SyntaxError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
 )
-"""What NumPy and Pillow raise for an archive that is damaged, or was made to do damage."""
+"""Exceptions that NumPy and Pillow raise for a damaged or malicious file."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -39,7 +39,7 @@ class ImageData:
         return len(self.images)
 
     def to(self, device: str) -> ImageData:
-        """The same on a device."""
+        """Copy images and labels to a device."""
         return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
 
 
@@ -102,12 +102,13 @@ def _to_tensor(images: np.ndarray[Any, Any], where: Path) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] floats as uint8, values outside clipped."""
+    """Convert floats in [-1, 1] to uint8; values outside are clipped."""
     return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def fingerprint(path: Path) -> str:
-    """First 8 hex digits of the file's sha256 (of all file names and sizes for a folder): says which data a model saw."""
+    """First 8 hex digits of the sha256 of a file, or of the names and sizes of the files in a folder: identifies the data of a
+    model."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(path.rglob("*")):
@@ -119,7 +120,7 @@ def fingerprint(path: Path) -> str:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """RGBA images [count, 4, height, width] in [-1, 1], and what is on each of them."""
+    """RGBA images [count, 4, height, width] in [-1, 1], and a caption for each."""
 
     images: Tensor
     captions: list[str]
@@ -128,7 +129,7 @@ class CaptionedImages:
         return len(self.images)
 
     def to(self, device: str) -> CaptionedImages:
-        """The same on a device."""
+        """Copy the images to a device."""
         return replace(self, images=self.images.to(device))
 
 
@@ -137,8 +138,8 @@ def load_captioned(path: str | Path, *, include: tuple[str, ...] = (), least_opa
     an undead bone dragon.
 
     Args:
-        include: only names that begin so.
-        least_opaque: only images of which this share of the pixels is not transparent.
+        include: beginnings of the names of the images that are read; empty for all.
+        least_opaque: share of the pixels of an image that must not be transparent; others are left out.
 
     Raises InputError if there is nothing readable.
     """
@@ -168,7 +169,8 @@ def load_captioned(path: str | Path, *, include: tuple[str, ...] = (), least_opa
 
 
 def words_of(name: str) -> str:
-    """
+    """The words of a name, without its first folder and without numbers.
+
     >>> words_of("mon/undead/zombies/zombie_crab_2")
     'undead zombie crab'
     """

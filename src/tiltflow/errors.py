@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 SECRET = r"[\w.-]*(?:key|token|secret|pass|auth|credential|sig)[\w.-]*"
-"""Names of parameters whose values are nobody's business."""
+"""Names of URL parameters whose values are secret."""
 KEY = re.compile(rf"([?&;]{SECRET}=)(?!\$\{{)[^&#\s'\"]+", re.IGNORECASE)
 LOGIN = re.compile(r"(?<=://)(?![^/?#\s@]*\$\{)(?:[^/?#\s@:]*:[^\s]*|[^/?#\s]*)(?=@)")
 
@@ -22,8 +22,8 @@ class InputError(TiltflowError):
 
 
 class SettingsError(InputError, ValueError):
-    """Settings that are wrong where they were made in Python; what pydantic takes for a wrong value where they are a part of
-    others."""
+    """Settings that were made in Python are wrong. It is a ValueError too, which pydantic reports as a wrong value where they
+    are part of other settings."""
 
 
 class CheckpointError(TiltflowError):
@@ -51,7 +51,7 @@ class UserCodeError(TiltflowError):
     what is tried before the first step raises InputError instead.
 
     Args:
-        traceback: the whole of it, as Python prints it.
+        traceback: the full traceback, as Python prints it.
     """
 
     def __init__(self, message: str, traceback: str = ""):
@@ -63,8 +63,8 @@ class NonFiniteError(TiltflowError):
     """A number that must be finite is not: training stops before the weights are touched. Exit code 1.
 
     Args:
-        where: what is known of it: the names of parameters, the number of the step, the samples.
-        tensors: some of what it was computed from, to look at.
+        where: names of parameters, number of the step and samples, as far as they are known.
+        tensors: some of the tensors from which it was computed, for diagnosis.
     """
 
     def __init__(self, message: str, where: dict[str, Any] | None = None, tensors: Mapping[str, Any] | None = None):
@@ -73,11 +73,12 @@ class NonFiniteError(TiltflowError):
 
 
 class CollapseError(TiltflowError):
-    """So few samples carry the weight that nothing can be learned: training stops, the weights as before. Exit code 1."""
+    """Nearly all weight is on so few samples that nothing can be learned: training stops before the network changes. Exit
+    code 1."""
 
 
 def visible(text: str) -> str:
-    """`text` in one line, with what a terminal would not print but obey written out: control characters, marks of direction.
+    """`text` on one line, with the characters escaped that a terminal would obey: control characters and marks of direction.
 
     >>> visible("red\\x1b[31m\\n\\u202e")
     'red\\\\x1b[31m\\\\n\\\\u202e'
@@ -86,7 +87,7 @@ def visible(text: str) -> str:
 
 
 class Note(UserWarning):
-    """A warning of tiltflow about what it does instead of what may have been meant. The command line prints it as one line."""
+    """Warning that tiltflow does something else than may have been meant. The command line prints it as one line."""
 
 
 def redacted(text: str) -> str:
@@ -115,7 +116,7 @@ def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
 
 
 def not_installed(package: str, extra: str) -> InputError:
-    """The error for a part that an extra of pyproject.toml brings.
+    """Make the error for a package that is missing and that an extra of pyproject.toml installs.
 
     >>> print(not_installed("peft", "adapters"))
     peft is not installed: pip install '.[adapters]' in tiltflow's source folder

@@ -1,10 +1,10 @@
-"""Writing files: whole or not at all, and what the disk refuses is one line.
+"""Atomic writing of files and folders; what the operating system refuses is an error of one line.
 
-A file is written beside its place and renamed. So is a folder; the one that was there is moved aside first, so for a moment
-there is none: `repair` puts it back if the process ended just then. What is not yet in its place is called
-`.NAME.tmp-1a2b3c4d`, what was moved aside `.NAME.old-1a2b3c4d`.
+A file is written under another name in the same folder and renamed. So is a folder; the old one is moved aside first, so for a
+moment there is none: `repair` puts it back if the process ended just then. A draft is called `.NAME.tmp-1a2b3c4d`, what was
+moved aside `.NAME.old-1a2b3c4d`.
 
-Files of lines are read as if a power cut, a full disk or a person had damaged them: what is as it was written is kept.
+Files in JSON Lines may have been damaged by a power cut, a full disk or a person: the lines that are intact are read.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PROBE = 4096  # bytes
 
 
 def reason(error: BaseException) -> str:
-    """Why the operating system refused, in a few words."""
+    """Reason of an error in a few words: the operating system's, or the first line of the message."""
     return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """In this context `path` is written; what keeps it from being so is an OutputError of one line."""
+    """Turn an error while `path` is written in this context into an OutputError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
@@ -42,7 +42,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Onto the disk itself: a rename may otherwise be there before the content is."""
+    """Flush a file or folder onto the disk (fsync): a rename may otherwise reach it before the content does."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +51,7 @@ def flush(path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
-    """Let `write` fill a file of another name, and rename it: whole or not there. Raises OutputError.
+    """Let `write` fill a file of another name and rename it, so that `path` is complete or unchanged. Raises OutputError.
 
     Args:
         durable: flush it onto the disk first, so that it survives a power cut too.
@@ -69,22 +69,22 @@ def write_file(path: Path, write: Callable[[Path], object], *, durable: bool = F
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write at once or not at all. Raises OutputError."""
+    """Write a text atomically. Raises OutputError."""
     write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"), durable=durable)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write at once or not at all. Raises OutputError."""
+    """Write JSON atomically. Raises OutputError."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """One line for each; at once or not at all. Raises OutputError."""
+    """Write a line of JSON for each row, atomically. Raises OutputError."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows), durable=True)
 
 
 def append_row(path: Path, row: Any) -> None:
-    """One line more. Raises OutputError, the file then perhaps ending in half a line."""
+    """Append a line of JSON. Raises OutputError; the file may then end in half a line."""
     line = (json.dumps(row) + "\n").encode()
     with writing(path), open(path, "ab", buffering=0) as file:
         while line:
@@ -92,13 +92,13 @@ def append_row(path: Path, row: Any) -> None:
 
 
 def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a file that are as they were written, and how many are not; none if there is no file. A last line that has
-    no end is not counted: it is being written.
+    """Read the intact lines of a file in JSON Lines and count the damaged ones; there are none of both if there is no file. A
+    last line without an end is not counted: it is being written.
 
-    Each line has a `step` that is above that of the line before, and not below the number of the line, from 0.
+    Each line has a `step` that is greater than that of the line before and at least the number of the line, counted from 0.
 
     Args:
-        check: raises an exception for a line that is not what was written.
+        check: raises an exception for a damaged line.
 
     Raises InputError if the file cannot be read.
     """
@@ -125,15 +125,15 @@ def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str
 
 @contextmanager
 def trusted(path: Path) -> Iterator[None]:
-    """In this context, what was read from `path` is used as if it were what was written; that it is not is an InputError."""
+    """Turn an error while the content of `path` is used in this context into an InputError: the file is damaged."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise InputError(f"{path}: is not what was written ({error!r}); `tiltflow evaluate` writes it anew") from None
+        raise InputError(f"{path}: is damaged ({error!r}); `tiltflow evaluate` writes it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a file. Raises InputError if there is none."""
+    """Read the JSON mapping in a file. Raises InputError if it cannot be read or is no mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -144,8 +144,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder of another name, flush it onto the disk, and rename it in place of what was there: whole, or
-    as it was. Raises OutputError."""
+    """Let `write` fill a folder of another name, flush it onto the disk and rename it in place of the old one, so that `path`
+    is complete or unchanged. Raises OutputError."""
     draft, old = _beside(path, "tmp"), _beside(path, "old")
     with writing(path):
         try:
@@ -168,7 +168,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A folder to write into; what is in it is moved into `folder` when the context ends well. Raises OutputError."""
+    """Yield a draft folder, whose content is moved into `folder` when the context ends without an error. Raises OutputError."""
     draft = _beside(folder / "content", "tmp")
     with writing(folder):
         try:
@@ -185,7 +185,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def repair(folder: Path) -> None:
-    """Put back what a process that ended in the middle of `write_folder` has moved aside; delete what it left half-written."""
+    """Put back what a process that ended in the middle of `write_folder` has moved aside, and delete its drafts."""
     for path in list(folder.iterdir()):
         if match := LITTER.fullmatch(path.name):
             place = folder / match[1]
@@ -198,9 +198,9 @@ def repair(folder: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Make the folder of an output file, and try that it can be written, before the work that it is to hold is done.
+    """Make the folder of an output file and try to write into it, before the work is done.
 
-    Raises InputError if not.
+    Raises InputError if that fails.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def check_output(path: Path) -> None:
 
 
 def probe(folder: Path, name: str = "probe") -> None:
-    """Write a small file in a folder, flush it onto the disk and delete it again. Raises OSError if that fails."""
+    """Write a small file into a folder, flush it onto the disk and delete it. Raises OSError if that fails."""
     draft = _beside(folder / name, "tmp")
     try:
         draft.write_bytes(bytes(PROBE))
@@ -225,7 +225,7 @@ def check_room(folder: Path, total: int, largest: int) -> None:
     """Raises InputError if a disk has clearly too little room for `total` bytes, or allows no file of `largest` bytes."""
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise InputError(f"{folder}: the disk has {_size(free)} left, and the run will write {_size(total)} at least")
+        raise InputError(f"{folder}: the disk has {_size(free)} left, and the run needs at least {_size(total)}")
     if (limit := _largest_file()) is not None and limit < largest:
         raise InputError(
             f"{folder}: no file may be larger than {_size(limit)} (ulimit -f), and a checkpoint will have {_size(largest)}"
@@ -233,7 +233,7 @@ def check_room(folder: Path, total: int, largest: int) -> None:
 
 
 def _largest_file() -> int | None:
-    """Bytes that a file of this process may have, if that is limited."""
+    """Largest size in bytes of a file of this process; None if it is not limited."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -247,7 +247,7 @@ def _size(count: int) -> str:
 
 
 PARTIAL = ".partial"
-"""The end of a folder's name while a run that is part of a sweep fills it."""
+"""Suffix of the folder of a run in a sweep until the run is complete."""
 
 
 def final_name(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """Parts that a recipe names: reward `class-log-odds` is the class `ClassLogOdds` in `tiltflow/rewards/class_log_odds.py`, and
 solver `dpm-solver++` the class `DpmSolverPlusPlus` in `tiltflow/samplers/solvers/dpm_solver_plus_plus.py`.
 
-Adding a reward, a method or a network is adding that one file; in a package of your own, one file and an entry point of the
-group `tiltflow.rewards` (or `tiltflow.methods`, ..) that names its module. Nothing is imported before it is asked for.
+To add a reward, a method or a network is to add one such file; in a package of your own, a file and an entry point of the group
+`tiltflow.rewards` (or `tiltflow.methods`, ..) that names its module. Nothing is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def names(package: str) -> list[str]:
 
 def own_names(package: str) -> list[str]:
     """The names of the parts that are files of `tiltflow.<package>`."""
-    known = sys.modules.get(f"tiltflow.{package}")  # whose path may have got more folders than its own
+    known = sys.modules.get(f"tiltflow.{package}")  # its path may have been extended with more folders
     path = [str(Path(__file__).parent.joinpath(*package.split(".")))] if known is None else known.__path__
     files = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     return [file.replace("_plus", "+").replace("_", "-") for file in files]
@@ -42,13 +42,13 @@ def own_names(package: str) -> list[str]:
 @cache
 def entries(package: str) -> Mapping[str, EntryPoint]:
     """The parts that installed packages add, by name: entry points of the group `tiltflow.<package>`, each naming a module that
-    is made like a file of that folder. A part of tiltflow's own of that name is meant before one of them."""
+    is made like a file of that folder. A part of tiltflow's own takes precedence over one of the same name."""
     return {entry.name: entry for entry in entry_points(group=f"tiltflow.{package}")}
 
 
 @cache
 def find(package: str, name: str) -> type[Any]:
-    """The class of the part called `name`. Raises InputError, with the nearest name, if there is none."""
+    """Return the class of a part by name. Raises InputError, with the nearest name, if there is none."""
     if name not in (known := names(package)):
         kind = package.rpartition(".")[2].removesuffix("s")
         raise InputError(f"there is no {kind} {name!r}{did_you_mean(name, known)}")
@@ -57,7 +57,7 @@ def find(package: str, name: str) -> type[Any]:
 
 
 def member(package: str, name: str, what: str) -> Any:
-    """`what` in the module of the part called `name`. Raises InputError if a package has the part, and the module lacks it."""
+    """Return `what` from the module of a part. Raises InputError if the part is another package's and its module lacks it."""
     module = module_of(package, name)
     if not hasattr(module, what):
         raise InputError(f"entry point tiltflow.{package} {name!r}: {module.__name__} has no {what!r}")
@@ -65,7 +65,7 @@ def member(package: str, name: str, what: str) -> Any:
 
 
 def module_of(package: str, name: str) -> ModuleType:
-    """The file of the part called `name`, imported. Raises InputError if it is another package's and cannot be."""
+    """Import the module of a part by name. Raises InputError if it is another package's and cannot be imported."""
     if name in own_names(package) or name not in entries(package):
         return importlib.import_module(f"tiltflow.{package}.{_file(name)}")
     entry = entries(package)[name]
@@ -116,8 +116,8 @@ def part_of(package: str) -> Callable[[Any], Any]:
 
 @contextmanager
 def allow_code() -> Iterator[None]:
-    """Within it, functions that a recipe names may lie in the folder of a run. Otherwise they never do: who looks at a run that
-    somebody else made does not run code that came with it.
+    """Allow, in this context, code that comes with a run or a model folder. Otherwise it is refused: to look at a run that
+    somebody else made does not execute code that came with it.
 
     >>> with allow_code():
     ...     pass
@@ -133,12 +133,12 @@ _CODE_OF_RUNS: ContextVar[bool] = ContextVar("code of runs", default=False)
 
 
 def code_allowed() -> bool:
-    """Whether this is within `allow_code`."""
+    """True inside `allow_code`."""
     return _CODE_OF_RUNS.get()
 
 
 def run_around(path: Path) -> Path | None:
-    """The folder of the run that `path` is or lies in, if there is one."""
+    """Folder of the run that is or contains `path`; None if there is none."""
     for folder in (path, *path.parents):
         if (folder / "recipe.yaml").exists() and any((folder / name).exists() for name in PARTS_OF_RUNS):
             return folder
@@ -149,9 +149,9 @@ PARTS_OF_RUNS = ("metrics.jsonl", "checkpoints", "summary.json", "report.html")
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
-    """The user's function at `package.module:function`, from the Python path or the current directory.
+    """Import the user's function `package.module:function` from the Python path or the current directory.
 
-    Raises InputError, naming it as `what`, if the module, the function or something they import is missing, or if it lies in
+    Raises InputError, which calls it `what`, if the module, the function or something they import is missing, or if it is in
     the folder of a run (see `allow_code`).
     """
     module_name, _, name = path.partition(":")
@@ -168,11 +168,11 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
 
 
 def import_module(name: str, what: str) -> ModuleType:
-    """The module called `name`. The current directory is searched last, so that nothing in it hides an installed package, and
-    not at all if it is that of a run."""
+    """Import a module. The current directory is searched last, so that nothing in it hides an installed package, and not at all
+    if it belongs to a run."""
     here = os.getcwd()
     if here not in sys.path and (code_allowed() or run_around(Path(here)) is None):
-        sys.path.append(here)  # for good: the function may import its neighbours when it is called
+        sys.path.append(here)  # permanently: the function may import its neighbours when it is called
     importlib.invalidate_caches()
     parts = name.split(".")
     try:
@@ -193,7 +193,7 @@ def import_module(name: str, what: str) -> ModuleType:
 
 
 def _refuse_code_of_runs(spec: ModuleSpec | None, what: str) -> None:
-    """Raises InputError if the code lies in a run, by its name or by where a link leads, and nobody has consented."""
+    """Raises InputError if the code is in a run, by its path or by the target of a link, and `allow_code` is not active."""
     if spec is None or code_allowed():
         return
     for place in map(

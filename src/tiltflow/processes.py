@@ -53,7 +53,7 @@ def begin(device: str) -> str:
         raise not_installed("several processes: accelerate", "accelerate") from None
     if (plugin := _sharding()) is not None and plugin.fsdp_version != 2:
         raise InputError("FSDP1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
-    own = Accelerator(cpu=device == "cpu", mixed_precision="no").device  # the recipe says how the flow is evaluated
+    own = Accelerator(cpu=device == "cpu", mixed_precision="no").device  # the recipe sets the precision
     return "cpu" if own.type == "cpu" else str(own)
 
 
@@ -83,7 +83,7 @@ def index() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the main process (rank 0), which alone writes files and prints."""
+    """True in the main process (rank 0), which alone writes files and prints."""
     return index() == 0
 
 
@@ -176,7 +176,7 @@ def by_main(write: Callable[[], None]) -> None:
 
 
 def from_main(work: Callable[[], object]) -> None:
-    """Let the main process do something that all depend on. A TiltflowError that it raises is raised in all."""
+    """Let the main process do something that all processes depend on. A TiltflowError that it raises is raised in all."""
     problem: TiltflowError | None = None
     if is_main():
         try:
@@ -212,7 +212,7 @@ def distribute(*networks: Any) -> None:
 
     options: dict[str, Any] = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     for network in {id(network): network for network in networks}.values():
-        root = getattr(network, "network", network)  # that of a pipeline is inside another, which knows how to call it
+        root = getattr(network, "network", network)  # a pipeline's network is inside a wrapper that knows how to call it
         mesh = init_device_mesh(next(root.parameters()).device.type, (count(),))
         blocks = plugin.transformer_cls_names_to_wrap or getattr(root, "_no_split_modules", None) or ()
         for parameter in root.parameters():
@@ -257,7 +257,7 @@ def whole(network: Any) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded, so that this process has only a part of it."""
+    """True if a tensor is sharded, so that this process has only a part of it."""
     if count() == 1:
         return False
     from torch.distributed.tensor import DTensor  # slow to import

@@ -36,11 +36,11 @@ from ruamel.yaml.representer import SafeRepresenter
 from tiltflow.errors import InputError, SettingsError, did_you_mean, redacted
 
 MOST_CHARACTERS, MOST_DEPTH = 1 << 18, 64
-"""Of a YAML file, and of what is nested in it: far more than any recipe has, and read in seconds."""
+"""Limits on the length and the nesting of a YAML file: far more than any recipe needs, and parsed in seconds."""
 
 
 class _OneLine(type(BaseModel)):  # type: ignore[misc]
-    """Settings that are made in Python with wrong values raise SettingsError, of one line, in place of pydantic's error."""
+    """Metaclass that raises a SettingsError of one line in place of pydantic's error."""
 
     def __call__(cls, *values: Any, **settings: Any) -> Any:
         if values:
@@ -61,15 +61,15 @@ else:
 
 
 class Settings(_Checked):
-    """Frozen, unknown keys forbidden, no value taken for one of another type: "3" and true are no integers. Construct it in
-    Python, or from a recipe; both are checked alike, and SettingsError says in one line what is wrong."""
+    """Base class of settings: frozen, without unknown keys, and strict about types: "3" and true are no integers. Constructed
+    in Python or read from a recipe, they are checked alike; SettingsError says in one line what is wrong."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _lists_are_tuples(cls, values: Any) -> Any:
-        """YAML and JSON have lists, NumPy has its own numbers; settings have tuples and Python's."""
+        """Convert the lists of YAML and JSON to tuples, and NumPy's numbers to Python's."""
         return _tuples(values) if isinstance(values, dict) else values
 
 
@@ -78,12 +78,12 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class External:
-    """Marks a setting, a text, that names what lies outside the recipe: a file or folder, something that ships with tiltflow, a
-    name on the hub, or a function, `package.module:function`. See `tiltflow.runs.fingerprints`.
+    """Mark of a setting, a text, that names something outside the recipe: a file or folder, something that ships with tiltflow,
+    a name on the hub, or a function, `package.module:function`. See `tiltflow.runs.fingerprints`.
 
     Args:
-        only_functions: other values are words of tiltflow's own.
-        but: values that name nothing.
+        only_functions: only functions are outside; other values are names of tiltflow's own.
+        but: values that name nothing outside.
     """
 
     only_functions: bool = False
@@ -97,7 +97,7 @@ FunctionOrName = Annotated[str, External(only_functions=True)]
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
-    if isinstance(value, np.generic):  # a number out of an array is one of Python's
+    if isinstance(value, np.generic):  # a number out of an array
         return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
@@ -123,7 +123,7 @@ def _different(labels: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Labels = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_different)]
-"""Classes of a classifier, by index from 0, each once."""
+"""Distinct classes of a classifier, by index from 0."""
 
 # the core schema of YAML 1.2, with `_` between digits
 WORDS: dict[str, Any] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
@@ -135,10 +135,10 @@ ZERO_LED = re.compile(r"[-+]?0[\d_]+(?:\.\d*)?(?:[eE][-+]?\d+)?", re.ASCII)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The content of one YAML 1.2 document: mappings with text as keys, lists, and the scalars of the core schema.
+    """Parse one YAML 1.2 document: mappings with text as keys, lists, and the scalars of the core schema.
 
-    `1e-4` is a number, `no`, `on` and `1:30` are words. Refused are what could mean something else than it looks like, numbers
-    with a leading zero and repeated keys, and what recipes have no use for, tags, anchors and aliases.
+    `1e-4` is a number; `no`, `on` and `1:30` are text. Numbers with a leading zero and repeated keys are refused, as they are
+    ambiguous; so are tags, anchors and aliases, for which recipes have no use.
 
     Raises InputError, with `where` and the line, if it is not valid.
     """
@@ -180,7 +180,7 @@ def _document(events: Iterator[Event]) -> Any:
 
 
 def _node(event: Event, events: Iterator[Event], depth: int) -> Any:
-    """The value that begins with `event`, and whose other events come next."""
+    """Build the value that begins with `event`; `events` has the rest of it next."""
     if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
         raise InputError(f"anchors and aliases are not read; write out what {shown(event.anchor)} stands for, or quote it")
     if isinstance(event, (ScalarEvent, MappingStartEvent, SequenceStartEvent)) and event.ctag is not None:
@@ -206,7 +206,7 @@ def _node(event: Event, events: Iterator[Event], depth: int) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """What a word without quotes means."""
+    """Value of a scalar without quotes."""
     if text in WORDS:
         return WORDS[text]
     if ZERO_LED.fullmatch(text):
@@ -240,7 +240,7 @@ AMBIGUOUS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 
 
 def dump_yaml(tree: Any) -> str:
-    """Mappings, lists and scalars as YAML; a text that a reader could take for anything else is in quotes."""
+    """Write mappings, lists and scalars as YAML; a text that a reader could take for anything else is in quotes."""
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Representer
     writer.default_flow_style = writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -251,7 +251,7 @@ def dump_yaml(tree: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, a pipe or whatever else opens; read once.
+    """Read the mapping in a YAML file or a pipe, which is opened once.
 
     Raises InputError if it is missing, unreadable or no mapping.
     """
@@ -267,7 +267,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work, and `0,2` is a
+    """Copy `tree` with each `a.b=value` set; values are read as YAML, so `1e-4`, `[0, 2]` and `true` work, and `0,2` is a
     list of numbers too: no shell needs it in quotes. `0,` is a list of one."""
     result = copy.deepcopy(tree)
     for override in overrides:
@@ -286,7 +286,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def validate(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
-    """`tree` as an instance of `kind`. Raises InputError with one line for the first thing that is wrong."""
+    """Make an instance of `kind` from `tree`. Raises InputError of one line for the first thing that is wrong."""
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as error:
@@ -294,7 +294,7 @@ def validate(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
 
 
 def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
-    """One line for the problem that most likely explains the others, with the dotted name of the setting."""
+    """Describe, in one line with the dotted name of the setting, the problem that most likely explains the others."""
     problems = error.errors(include_url=False)
     # an unknown key is most often the cause of the other complaints
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -323,7 +323,7 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error says it: as it was written, without secrets, and not longer than a line.
+    """Show a value in an error: as it was written, without secrets, in at most 80 characters.
 
     >>> shown((1, "a"))
     "[1, 'a']"
@@ -333,7 +333,7 @@ def shown(value: Any) -> str:
 
 
 def _walk(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The settings along a location, without the tags of unions, and the models that the last one may be."""
+    """Names of the settings along a location, without the tags of unions, and the models that the last one may be."""
     path: list[str] = []
     models = [kind]
     for part in location:

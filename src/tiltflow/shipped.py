@@ -12,7 +12,7 @@ from tiltflow.errors import Note
 
 ASSETS = Path(str(resources.files("tiltflow"))) / "assets"
 INDEX = "model_index.json"
-"""What makes a folder a pipeline of diffusers."""
+"""File that marks a folder as a pipeline of diffusers."""
 
 
 def assets(marker: str) -> dict[str, Path]:
@@ -21,10 +21,10 @@ def assets(marker: str) -> dict[str, Path]:
 
 
 def by_name(name_or_path: str | Path, shipped: Mapping[str, Path], what: str) -> Path | None:
-    """What ships with tiltflow under this name; None for a path, or a name of nothing that ships.
+    """Place of what ships with tiltflow under this name; None for a path and for any other name.
 
     A str without a separator is a name first. A Path is always a path. If the current directory has a file or folder of that
-    name too, a warning says which of them is meant and how to write the other.
+    name too, a warning says which one is used and how to write the other.
 
     Args:
         what: a word for such things, as in "model".

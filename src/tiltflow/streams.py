@@ -22,17 +22,19 @@ def stream(seed: int, *name: str | int, device: torch.device | str = "cpu") -> t
 
 
 def normal(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers on the device of the generator, drawn in float32 and then put in `dtype`: a model gets the same
-    noise in whatever floats it computes."""
+    """Standard normal numbers on the device of the generator, drawn in float32 and then converted to `dtype`, so that a model
+    gets the same noise in any precision."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
 
 class Buildable(Protocol):
+    """Settings of a network."""
+
     def build(self) -> nn.Module: ...
 
 
 def new_network(settings: Buildable, seed: int) -> nn.Module:
-    """The network of `settings` with initial weights that depend on `seed` alone."""
+    """Build a network with initial weights that depend on its settings and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "weights").initial_seed())
         network = settings.build()

@@ -1,7 +1,7 @@
 """Writing tensors as a .safetensors file, with its sha256 computed on the way.
 
-safetensors reads them. Its own `save_file` would do to write them, but for what a checkpoint asks: the digest without reading
-the file again, one tensor at a time on the CPU instead of a copy of all, and no file of another name where a process is killed.
+The `save_file` of safetensors would do, but a checkpoint needs more: the digest without reading the file again, one tensor at a
+time on the CPU instead of a copy of all, and no temporary file of another name when a process is killed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-"""Their names in the format."""
+"""Names of the dtypes in the format."""
 PART = 1 << 24  # bytes that are hashed and written at a time
 
 Tree = dict[str, Any]
-"""Nested mappings and lists of tensors, numbers, words and None."""
+"""Nested mappings and lists of tensors, numbers, text and None."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write tensors of any device, layout and shape, and flush them onto the disk. Returns bytes and sha256 of the file.
 
-    Raises TypeError for a dtype that the format does not have.
+    Raises TypeError for a dtype that the format lacks.
     """
     header, offset = {}, 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # as readers align them

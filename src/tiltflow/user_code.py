@@ -1,4 +1,4 @@
-"""What the user wrote: networks, rewards, solvers, features. It gets copies, and what it raises is told in one line."""
+"""Calls of user code, such as networks, rewards, solvers and features: its exceptions become errors of one line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tiltflow.errors import InputError, NonFiniteError, OutOfMemoryError, Tiltfl
 
 OWN = str(Path(__file__).parent)
 LIBRARIES = tuple({OWN, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))})
-"""Folders whose code the user did not write."""
+"""Folders of code that is not the user's."""
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """In this context any exception becomes a UserCodeError of one line that begins with `what`.
+    """Turn any exception in this context into a UserCodeError of one line that begins with `what`.
 
     tiltflow's own errors and a lack of memory pass through.
     """
@@ -35,8 +35,8 @@ def explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """In this context a library reads what it was given: whatever it raises is an InputError of one line that begins with
-    `what`, since none has a list of what it raises for files and settings that are damaged, or were made to do damage.
+    """Turn whatever a library raises in this context, while it reads files or settings, into an InputError of one line that
+    begins with `what`. No library lists what it raises for damaged or malicious input.
 
     tiltflow's own errors pass through; a lack of memory is an OutOfMemoryError.
     """
@@ -52,20 +52,20 @@ def refused(what: str) -> Iterator[None]:
 
 
 def passes_through(error: Exception) -> bool:
-    """Whether an exception is not of user code: one of tiltflow's own, or a lack of memory."""
+    """True for tiltflow's own exceptions and for a lack of memory, which are no mistakes of user code."""
     return isinstance(error, TiltflowError) or out_of_memory(error)
 
 
 def explanation(what: str, error: Exception, hint: str = "") -> UserCodeError:
-    """The error that tells what user code has raised in one line that begins with `what` and ends with the hint."""
+    """Make the error of one line for an exception of user code; it begins with `what` and ends with the hint."""
     lines = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return UserCodeError(f"{what} raised {said}{place(error)}{hint}", "".join(traceback.format_exception(error)))
 
 
 def place(error: Exception) -> str:
-    """` (in function, line 3 of file.py)`: the innermost line that the user wrote, or else that of the library he uses; nothing
-    if it was raised in tiltflow or in torch."""
+    """Place where an exception was raised, as ` (in function, line 3 of file.py)`: the innermost line of the user's own code,
+    or else the outermost one of a library; empty if all of it is tiltflow's or torch's."""
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
@@ -79,12 +79,12 @@ def place(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what went wrong; on the CPU torch has no type for it."""
+    """True for a lack of memory, for which torch has no type on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def whole_number(value: Any, name: str, least: int = 0) -> int:
-    """`value` as an int. Raises InputError, naming it, for anything that is no whole number, or one below `least`.
+    """Convert `value` to an int. Raises InputError, with its name, if it is no integer or less than `least`.
 
     >>> whole_number(3, "seed")
     3
@@ -95,7 +95,7 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
         number = least - 1
     if isinstance(value, bool) or number < least:
         got = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
-        raise InputError(f"{name} must be a whole number from {least} on, is {got}")
+        raise InputError(f"{name} must be an integer >= {least}, is {got}")
     return number
 
 
@@ -109,8 +109,8 @@ def check_device(device: torch.device | str) -> None:
 
 @contextmanager
 def tried(where: str = "") -> Iterator[None]:
-    """In this context user code runs to see whether it works at all: what it raises, or a number that is not finite, is wrong
-    input. The message begins with `where`, if anything."""
+    """Turn an error of user code or a number that is not finite in this context, where user code is only tried, into an
+    InputError. The message begins with `where`, if that is given."""
     try:
         yield
     except (UserCodeError, NonFiniteError, InputError) as error:

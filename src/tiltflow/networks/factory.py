@@ -1,4 +1,4 @@
-"""A network of your own, by the function that builds it."""
+"""A network of your own, built by your function."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Factory(Settings):
     path: FunctionOrName
     """`package.module:function`, or a class, from the Python path or the current directory."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """What it is called with: numbers, words, and lists and mappings of them."""
+    """Arguments of the function, by name: numbers, text, and lists and mappings of them."""
 
     def build(self) -> nn.Module:
-        """Call the function. Raises InputError if it cannot be had or returns no torch module, UserCodeError if it raises."""
+        """Call the function. Raises InputError if it cannot be imported or returns no torch module,
+        UserCodeError if it raises."""
         function = import_function(self.path, "the network's factory")
         with explained(f"the network's factory {self.path}"):
             network: Any = function(**self.arguments)

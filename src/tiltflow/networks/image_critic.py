@@ -1,4 +1,4 @@
-"""A value function of images: strided convolutions, with time as a scale and a shift after each, and one number at the end."""
+"""A value function of images: strided convolutions, with time as a scale and a shift after each, and one output."""
 
 # Mutation tests: test_value.py
 
@@ -20,15 +20,15 @@ Count = Annotated[int, Field(ge=1)]
 class ImageCritic(Settings):
     name: Literal["image-critic"] = "image-critic"
     image_channels: Count = 1
-    """1 or 3."""
+    """Channels of the images, 1 or 3."""
     image_size: tuple[Count, Count] = (28, 28)
     """Height and width, in pixels."""
     channels: tuple[Count, ...] = (32, 64, 64)
-    """Of the convolutions; each halves the picture."""
+    """Channels of the convolutions; each halves the image."""
     embedding: Count = 64
     """Width of the embedding of time."""
     hidden: Count = 128
-    """Width of the last layer but one."""
+    """Width of the last hidden layer."""
 
     def build(self) -> nn.Module:
         return ImageCriticModule(self)

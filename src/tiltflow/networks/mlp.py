@@ -17,13 +17,13 @@ Count = Annotated[int, Field(ge=1)]
 class Mlp(Settings):
     name: Literal["mlp"] = "mlp"
     dimension: Count = 2
-    """Of x."""
+    """Dimension of x."""
     outputs: Count | None = None
-    """As many as `dimension` unless given; 1 for a value function."""
+    """Dimension of the output: by default that of x; 1 for a value function."""
     hidden: Count = 128
-    """Width of the layers."""
+    """Width of the hidden layers."""
     layers: Count = 3
-    """How many of that width."""
+    """Number of hidden layers."""
 
     def build(self) -> nn.Module:
         return MlpModule(self)

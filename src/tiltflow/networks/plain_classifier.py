@@ -1,4 +1,5 @@
-"""A plain convolutional classifier with 5x5 kernels and max pooling: unlike `residual_classifier`, so that it can judge."""
+"""A plain convolutional classifier with 5x5 kernels and max pooling: unlike `residual_classifier`, so that it is an independent
+judge."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ Count = Annotated[int, Field(ge=1)]
 class PlainClassifier(Settings):
     name: Literal["plain-classifier"] = "plain-classifier"
     image_channels: Count = 1
-    """1 or 3."""
+    """Channels of the images, 1 or 3."""
     image_size: Count = 28
-    """Height, and width, in pixels."""
+    """Height and width in pixels."""
     classes: Count = 10
-    """How many it tells apart."""
+    """Number of classes."""
     channels: tuple[Count, Count] = (32, 64)
-    """Of the two convolutions."""
+    """Channels of the two convolutions."""
     hidden: Count = 64
     """Width of the features."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Share of the features that training leaves out."""
+    """Dropout rate of the features during training."""
 
     def build(self) -> nn.Module:
         return PlainClassifierModule(self)

@@ -16,7 +16,7 @@ from tiltflow.settings import Settings
 class Quadratic(Settings):
     name: Literal["quadratic"] = "quadratic"
     degree: Annotated[int, Field(ge=0)] = 4
-    """Of the polynomials in time."""
+    """Degree of the polynomials in time."""
 
     def build(self) -> nn.Module:
         return QuadraticModule(self)

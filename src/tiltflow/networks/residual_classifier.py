@@ -17,11 +17,11 @@ Count = Annotated[int, Field(ge=1)]
 class ResidualClassifier(Settings):
     name: Literal["residual-classifier"] = "residual-classifier"
     image_channels: Count = 1
-    """1 or 3."""
+    """Channels of the images, 1 or 3."""
     classes: Count = 10
-    """How many it tells apart."""
+    """Number of classes."""
     channels: tuple[Count, ...] = (24, 48, 96)
-    """Of its stages; each halves the picture."""
+    """Channels of the stages; each halves the image."""
 
     def build(self) -> nn.Module:
         return ResidualClassifierModule(self)

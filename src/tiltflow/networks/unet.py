@@ -20,19 +20,20 @@ class Unet(Settings):
 
     name: Literal["unet"] = "unet"
     image_channels: Count = 1
-    """1 or 3."""
+    """Channels of the images, 1 or 3."""
     patch: Count = 2
-    """Side of the squares of pixels that become channels first."""
+    """Side of the squares of pixels that are folded into channels at the input."""
     channels: tuple[Count, Count] = (32, 96)
-    """At full and at half resolution."""
+    """Channels at full and at half resolution."""
     blocks: tuple[Count, Count] = (1, 3)
     """Residual blocks on each side, and at half resolution."""
     embedding: Count = 64
     """Width of the embedding of time."""
     time_scale: Annotated[float, Field(gt=0)] = 1000.0
-    """What the network time is multiplied by before its sinusoidal embedding: 1000 for t in [0, 1], 1 for timesteps."""
+    """Factor on the network time before its sinusoidal embedding: 1000 for t in [0, 1], 1 for timesteps."""
     num_classes: Count | None = None
-    """Of a class-conditional network, which takes labels too: their embedding is added to that of the time."""
+    """Number of classes of a class-conditional network, which takes labels too and adds their embedding to that of the time;
+    null for an unconditional one."""
 
     def build(self) -> nn.Module:
         return UnetModule(self)
@@ -56,8 +57,8 @@ class ResidualBlock(nn.Module):
 
 
 class UnetModule(nn.Module):
-    """(images [batch, image_channels, height, width], time [batch]) -> the shape of the images; with `num_classes`, of
-    labels [batch] int64 too."""
+    """(images [batch, image_channels, height, width], time [batch]) -> the shape of the images; with `num_classes`, labels
+    [batch] int64 are a third argument."""
 
     def __init__(self, settings: Unet):
         super().__init__()

@@ -29,7 +29,6 @@ class ClassifierPretraining(ImagePretraining):
         **dict.fromkeys(("prediction", "interpolant", "sampling"), "a classifier generates no samples"),
         "judge": "a classifier is scored by its accuracy on the test split",
         "prompt_dropout": "a classifier is asked for nothing, and has no guidance",
-        **dict.fromkeys(("autoencoder", "backgrounds", "vocabulary"), "it describes a text-to-image pipeline"),
     }
 
     task: Literal["classifier"] = "classifier"

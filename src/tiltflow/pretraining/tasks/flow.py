@@ -28,9 +28,6 @@ from tiltflow.pretraining.regression import point_and_target
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network
 
-OF_PIPELINES = "it describes a text-to-image pipeline, and a flow is one network on the images themselves"
-OF_CLASSIFIERS = "it describes the cross-entropy of a classifier"
-
 
 class FlowPretraining(ImagePretraining):
     """Regress the prediction of a generative model at a uniform time of the interpolant's own clock."""
@@ -38,8 +35,7 @@ class FlowPretraining(ImagePretraining):
     ELSEWHERE: ClassVar = {
         "prompt_dropout": "a network has an embedding for each class and none for no class, so labels cannot be left out;"
         " classifier-free guidance is for pipelines",
-        **dict.fromkeys(("autoencoder", "backgrounds", "vocabulary"), OF_PIPELINES),
-        **dict.fromkeys(("label_smoothing", "noise", "max_shift"), OF_CLASSIFIERS),
+        "autoencoder": "a flow is a network on the images themselves; latents are for pipelines",
     }
 
     task: Literal["flow"] = "flow"

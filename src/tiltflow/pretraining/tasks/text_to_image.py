@@ -39,7 +39,6 @@ class PipelinePretraining(Pretraining):
         "network": "a pipeline has a denoiser, an autoencoder and a text encoder, sized by `unet_channels`, `vae_channels`, ..",
         **dict.fromkeys(("prediction", "interpolant", "sampling"), "the scheduler of the pipeline has it"),
         "judge": "the pictures have captions and no classes, and their file has no test split",
-        **dict.fromkeys(("label_smoothing", "noise", "max_shift"), "it describes the cross-entropy of a classifier"),
     }
 
     task: Literal["text-to-image"] = "text-to-image"
