@@ -53,7 +53,7 @@ class Remembering(Memoryless):
     ("solver", "said"),
     [
         (Lagging(), r"says that its order is 2, and its error falls as h\^0\.99: 0\.019 at 40 steps, 0\.0098 at 80"),
-        (Loud(), "says has_noise = False, and its steps say True"),
+        (Loud(), "claims has_noise = False, but its steps say True"),
         (Remembering(), "says is_memoryless = False, and 0"),
     ],
 )
@@ -86,8 +86,8 @@ def test_rewards_of_images(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (lambda x: x.sum(1) - x.mean(), "the reward of a sample is another alone"),
-        (lambda x: x[:, 0] + torch.randn(len(x)), "other values the second time"),
+        (lambda x: x.sum(1) - x.mean(), "the reward of a sample changes by up to .* alone"),
+        (lambda x: x[:, 0] + torch.randn(len(x)), "different values for the same samples"),
         (lambda x: x[:, 0] * x[:, 0].detach(), "slope of the reward is off by"),
         (lambda x: (x[:, 0] > 0).float() + 0 * x[:, 0], "zero everywhere"),
     ],
@@ -110,7 +110,7 @@ class Crowd(nn.Module):
 
 
 def test_a_model_whose_samples_look_at_each_other() -> None:
-    with pytest.raises(AssertionError, match="the velocity of a sample is another alone"):
+    with pytest.raises(AssertionError, match=r"the velocity of a sample changes by up to .* when it is evaluated alone"):
         check_model(tiltflow.Model(Flow(Crowd()), (1,)))
 
 

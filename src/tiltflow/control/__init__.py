@@ -1,1 +1,1 @@
-"""What methods compute along trajectories."""
+"""Quantities that methods compute along trajectories."""

@@ -37,7 +37,7 @@ Pairing = Literal["after", "before", "right"]
 
 @dataclass(frozen=True)
 class LeanAdjoint:
-    """What the backward pass along a batch of trajectories gives.
+    """Result of the backward pass along a batch of trajectories.
 
     `targets[k]` is the adjoint that step k regresses on, `base_velocities[k]` is v_base(x_k, t_k), both [batch, *event];
     None for the steps before the first one asked for. `end` is the sample whose reward was taken, `rewards` is [batch].
@@ -64,7 +64,7 @@ def lean_adjoint(
     bootstrap: float = 0.0,
     non_finite: NonFiniteRewards = "error",
 ) -> LeanAdjoint:
-    """Run the adjoint backwards along a batch of trajectories, down to what step `first` regresses on.
+    """Run the adjoint backwards along a batch of trajectories, down to the target of step `first`.
 
     Args:
         states: x_0 .. x_K, each [batch, *event]; without x_K if the last step has no noise, for that step is the base's
@@ -77,7 +77,7 @@ def lean_adjoint(
         reward_at: where the gradient of the reward is taken if the last step is noisy: at x_K, or at the base's denoised
             estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
         tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
-        bootstrap: how fast the adjoint is replaced by what the learned control says it is, per unit of variance added.
+        bootstrap: how fast the adjoint is replaced by its estimate from the learned control, per unit of variance added.
         non_finite: `drop` gives NaN for rewards that are NaN or infinite; the adjoints of these samples mean nothing.
     """
     last = len(chain) - 1

@@ -1,4 +1,4 @@
-"""Which steps of a trajectory enter a loss: fewer of them are a cheaper estimate of the same sum."""
+"""The steps of a trajectory that enter a loss: fewer of them are a cheaper estimate of the same sum."""
 
 # Mutation tests: test_adjoint_matching.py
 
@@ -20,11 +20,11 @@ class Stratum(Settings):
     """`count` different steps, drawn anew at each iteration from the part [start, end) of the grid."""
 
     start: Fraction = 0.0
-    """Where the part begins: 0 is noise."""
+    """Start of the part: 0 is noise."""
     end: Fraction = 1.0
-    """Where it ends: 1 is data."""
+    """End of the part: 1 is data."""
     count: Annotated[int, Field(ge=1)]
-    """How many of its steps."""
+    """Number of steps drawn from the part."""
 
 
 def choose_timesteps(

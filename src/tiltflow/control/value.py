@@ -66,11 +66,11 @@ class Critic(Settings):
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
     """F: (x [batch, *event], time [batch]) -> [batch, 1]. By default a perceptron for vectors, convolutions for images."""
     loss: Literal["martingale", "td", "td-lambda", "orthogonality"] = "martingale"
-    """What makes it the value function: see the top of `tiltflow.control.value`."""
+    """The loss that makes it the value function: see the top of `tiltflow.control.value`."""
     trace: Positive = 0.2
     """Of td-lambda: the time, of the 1 between noise and data, over which a target forgets the return."""
     learning_rate: Positive = 1e-3
-    """Of its own Adam."""
+    """Learning rate of its own Adam."""
     num_steps: Annotated[int, Field(ge=0)] = 4
     """Optimizer steps on each batch of trajectories; 0 leaves the value function as it is."""
     train_batch_size: Count | None = None
@@ -108,7 +108,7 @@ def _form_of_the_user(path: str) -> Form:
 
 
 def stream_seed(seed: int) -> int:
-    """Another seed than the tuned network's."""
+    """Seed of the network, different from the tuned network's."""
     return stream(seed, "critic").initial_seed()
 
 
@@ -133,12 +133,12 @@ class Value:
         self.shift, self.scale, self.fitted = 0.0, 1.0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state for `load_state_dict`."""
         scale = {"shift": self.shift, "scale": self.scale, "fitted": self.fitted}
         return {"network": self.network.state_dict(), **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore a state of `state_dict`."""
         self.network.load_state_dict(state["network"])
         self.shift, self.scale, self.fitted = state["shift"], state["scale"], state["fitted"]
 

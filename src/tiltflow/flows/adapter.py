@@ -19,7 +19,7 @@ _OFF: WeakSet[Any] = WeakSet()
 
 
 def has_adapter(network: object) -> bool:
-    """Whether a network has an adapter that can be switched off, as those of peft do: itself, or what it is compiled from."""
+    """True if a network, or the one it is compiled from, has an adapter that can be switched off, as those of peft have."""
     return hasattr(network, "disable_adapter")
 
 

@@ -28,7 +28,7 @@ class CountEvaluations:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is evaluated in this context is not counted, and `total` is right inside it too."""
+        """Evaluations in this context are not counted, and `total` is right inside it too."""
         self.counting = False
         try:
             yield

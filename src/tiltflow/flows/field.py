@@ -24,7 +24,7 @@ class Velocity(Protocol):
 
 
 class VelocityField(ABC):
-    """A velocity that knows of its network and of what each sample of a batch is conditioned on.
+    """A velocity that knows its network and the condition of each sample of a batch.
 
     The protocol is closed: a field is a `Flow`, a `Wrapper` around another field, or a `FunctionField`. So whatever is put
     around a flow, its samples can be selected, and what is measured in its predictions stays so.
@@ -49,7 +49,7 @@ class VelocityField(ABC):
 
     @abstractmethod
     def prediction_scale(self, t: Tensor) -> Tensor:
-        """By how much the network's prediction changes for a change of velocity by 1, at t [] or [batch]: of the shape of t."""
+        """Change of the network's prediction for a change of velocity by 1, at t [] or [batch]: of the shape of t."""
 
     def own_weights(self) -> AbstractContextManager[None]:
         """The context in which the network has the weights of this field; a call enters it by itself. Nested entry is a

@@ -121,7 +121,7 @@ class Flow(VelocityField):
         return (c.alpha + c.beta) / (c.alpha * b - c.beta * a)
 
     def prediction_scale(self, t: Tensor) -> Tensor:
-        """By how much the network's prediction changes for a change of velocity by 1, at t [] or [batch]: 1 for velocities on
+        """Change of the network's prediction for a change of velocity by 1, at t [] or [batch]: 1 for velocities on
         the linear path, t for epsilon there, 1 - t for x1."""
         if isinstance(self.interpolant, Linear) and self.prediction == "velocity":
             return torch.ones_like(t)
@@ -163,7 +163,7 @@ class Flow(VelocityField):
         return ""
 
     def _unlike(self, predicted: Any, x: Tensor) -> str:
-        """How a prediction differs from floats of the shape of x, and the likely cause."""
+        """Differences of a prediction from floats of the shape of x, and the likely cause."""
         if not isinstance(predicted, Tensor):
             return f", and returns {type(predicted).__name__}; wrap it to return the tensor in there"
         if predicted.shape == x.shape:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 MixedPrecision = Literal["no", "bf16", "auto"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
-"""Of the weights of a network."""
+"""dtype of the weights of a network."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def autocast_dtype(mixed_precision: MixedPrecision, device: torch.device | str) -> torch.dtype | None:
-    """What `mixed_precision` means on `device`: "auto" is bf16 where the hardware multiplies it, and "no" where it would be
-    emulated. None stands for no autocast."""
+    """The autocast dtype for `mixed_precision` on `device`, None for no autocast: "auto" is bf16 where the hardware multiplies
+    it, and "no" where it would be emulated."""
     if mixed_precision == "no" or (mixed_precision == "auto" and not _multiplies_bf16(torch.device(device))):
         return None
     return torch.bfloat16
@@ -32,7 +32,7 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 
 GRADIENT_SCALE = 1024.0
-"""What gradients are multiplied with inside a network in float16, whose smallest number is 6e-8; exact, as a power of two."""
+"""Factor of the gradients inside a network in float16, whose smallest number is 6e-8; exact, as a power of two."""
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,1 +1,1 @@
-"""Closed forms: laws that are aimed at, and what reaches them."""
+"""Closed forms: target laws, optimal controls, and the laws that methods reach."""

@@ -1,4 +1,4 @@
-r"""What the best control of a sampler's chain reaches: no network, no training, in one and two dimensions.
+r"""The optimum of a sampler's chain under control: no network, no training, in one and two dimensions.
 
 A method that controls a chain x_{k+1} = m_k(x_k) + s_k eps_k can only shift the mean of each Gaussian step, at a price: by
 the control w_k, to y = m_k(x) + s_k w_k, for |w_k|^2 / 2 = |y - m_k|^2 / (2 s_k^2), or whatever energy the method charges.
@@ -37,13 +37,13 @@ from tiltflow.samplers.chain import Chain
 
 Array = NDArray[np.float64]
 
-NODES = {1: (500, 4000), 2: (96, 256)}  # fewest and most of the grid for each dimension, by how many there are
-REACH = 6.5  # standard deviations of every component, at every time, that the grid holds
-FINE = 0.4  # of the smallest standard deviation: the most that two points may be apart
-REFINED = {1: 10, 2: 4}  # times, for distances
-NOISE = 7.5  # standard deviations of a step that its quadrature holds
-DIRECTIONS = 32  # of the sliced distance: it is smooth and periodic in the angle, so that equal angles are accurate
-LEVELS = 4000  # quantiles of each
+NODES = {1: (500, 4000), 2: (96, 256)}  # fewest and most grid points of an axis, by the dimension of x
+REACH = 6.5  # reach of the grid, in standard deviations of every component at every time
+FINE = 0.4  # largest spacing of the grid, in smallest standard deviations
+REFINED = {1: 10, 2: 4}  # refinement of the grid for distances, by the dimension of x
+NOISE = 7.5  # reach of a step's quadrature, in its standard deviations
+DIRECTIONS = 32  # directions of the sliced distance, smooth and periodic in the angle: equal angles are accurate
+LEVELS = 4000  # quantiles for each direction
 NEWTON_STEPS = 8
 
 
@@ -274,7 +274,7 @@ def _directions(dimension: int) -> Array:
 
 
 def _quantiles(x: Array, probabilities: Array, levels: Array) -> Array:
-    """Of a law with these probabilities at x, its distribution function linear between them."""
+    """Quantiles at `levels` of a law with these probabilities at x, its distribution function linear between them."""
     order = np.argsort(x, kind="stable")
     cdf = np.cumsum(probabilities[order]) - probabilities[order] / 2
     return np.interp(levels, cdf, x[order])

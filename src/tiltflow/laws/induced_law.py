@@ -31,9 +31,9 @@ Array = NDArray[np.float64]
 Density = Callable[[Array], Array]
 
 NOISE = np.linspace(-8, 8, 121)  # quadrature over x_0: the trapezoid rule is spectrally accurate for Gaussians
-SUPPORT = 8.0  # samples are sought on [-SUPPORT, SUPPORT]
+SUPPORT = 8.0  # the grid of samples is [-SUPPORT, SUPPORT]
 NODES = 321
-STEPS = 24  # of Runge-Kutta 4, shorter at both ends
+STEPS = 24  # steps of Runge-Kutta 4, shorter at both ends
 TAIL = 24  # points that the extrapolation beyond the last one is fitted to
 FLOOR = -60.0  # log densities below are extrapolated: the backward ODE has no digits there
 
@@ -66,7 +66,7 @@ class Law:
 
     @cached_property
     def probabilities(self) -> Array:
-        """Of the points: their densities times their spacing."""
+        """Probabilities of the points: density times spacing."""
         p = np.exp(self.log_density)
         return np.asarray(p / p.sum())
 
@@ -148,7 +148,7 @@ class Law:
 def induced_velocity(
     q: Law, base: Law, log_weight: Array, alpha: float, *, both_terms: bool = False
 ) -> Callable[[Array, float], Array]:
-    """v+ of the top of this file, for a law q, weights w at its points, and the base.
+    """v+ as defined at the top of this file, for a law q, weights w at its points, and the base.
 
     Args:
         both_terms: whether w is in the penalty as well; lambda is then 1 / (1 + alpha).
@@ -219,7 +219,7 @@ def mixture_of_rounds(data: Law, log_weight: Density, online_fraction: float) ->
 
     low, high = f * w.max() * (1 + 1e-9), float(w.max()) * 2
     if excess(low) <= 0:
-        raise ValueError(f"with online_fraction {f:g} the rounds run into the best samples: there is no law to settle at")
+        raise ValueError(f"with online_fraction {f:g} the rounds converge to the best samples: there is no law to settle at")
     z = brentq(excess, low, high, xtol=1e-13)
     return data.tilt(np.log((1 - f) * w / (z - f * w)))
 

@@ -36,7 +36,7 @@ Gain = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Solution:
-    """What is known of a policy; sums over the coordinates where there are several.
+    """The exact solution of a policy; sums over the coordinates where there are several.
 
     `gradient` is (dJ/dK, dJ/dk) for K and k moved alike at all times, zero at an optimum. `mean` and `variance` are those of
     X_T. `value` gives (P, p, c) of one coordinate at a time tau; of a chain, at the step number.
@@ -57,11 +57,11 @@ class Lqg(Settings):
 
     name: Literal["lqg"] = "lqg"
     dimension: Annotated[int, Field(ge=1)] = 1
-    """Of x; the coordinates are independent and alike."""
+    """Dimension of x; the coordinates are independent and alike."""
     Q: Annotated[float, Field(ge=0)] = 1.3
-    """Of the reward q x - Q x^2 / 2, for each coordinate."""
+    """Quadratic coefficient of the reward q x - Q x^2 / 2 of each coordinate."""
     q: float = 0.7
-    """Of the reward q x - Q x^2 / 2, for each coordinate."""
+    """Linear coefficient of the same reward."""
     T: Positive = 2.0
     """Length of the diffusion in its own time: at its noise end exp(-T) of the data's variance is left."""
     K: float = 0.2
@@ -69,20 +69,20 @@ class Lqg(Settings):
     k: float = -0.1
     """Its intercept."""
     mean: float = 0.0
-    """Of the data."""
+    """Mean of the data."""
     variance: Positive = 1.0
-    """Of the data."""
+    """Variance of the data."""
     eta: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Noise of the sampler; 1 is memoryless up to the signal left at the noise end."""
 
     @property
     def gain(self) -> float:
-        """e: what a change of the score does to the drift."""
+        """e: the change of the drift for a change of the score by 1."""
         return (1 + self.eta**2) / 2
 
     @property
     def price(self) -> float:
-        """w: the path KL per unit of time of a change of the score by 1, doubled."""
+        """w: twice the path KL per unit of time of a change of the score by 1."""
         return (self.gain / self.eta) ** 2
 
     def marginal(self, tau: float) -> tuple[float, float]:

@@ -87,7 +87,7 @@ class GaussianMixture:
         return torch.log_softmax(self.log_weights.to(x) + log_density, 1), time, total, away
 
     def posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which component, and where its data point is, given x_t = x [batch, dimension] on the linear path at t [] or [batch].
+        """Posterior of the component and of its data point, given x_t = x [batch, dimension] at t [] or [batch].
 
         Returns (log responsibilities [batch, n], means of x_1 [batch, n, dimension], variances of x_1 [batch or 1, n]).
         """

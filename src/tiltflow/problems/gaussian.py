@@ -15,7 +15,7 @@ class Gaussian(QuadraticTilt):
 
     name: Literal["gaussian"] = "gaussian"
     mean: Vector = 0.7
-    """Of the base: one number for all coordinates, or a list whose missing numbers are 0."""
+    """Mean of the base: one number for all coordinates, or a list whose missing numbers are 0."""
     scale: Annotated[float, Field(gt=0)] = 0.5
     """Standard deviation of the base."""
     linear: Vector = 1.7

@@ -68,11 +68,11 @@ class Lqg(exact.Lqg):
     """Linear-quadratic-Gaussian control of a diffusion: exact objective, gradient, value function and optimum."""
 
     degree: Annotated[int, Field(ge=0)] = 4
-    """Of the polynomials of time that are the slope and the intercept of the policy."""
+    """Degree of the polynomials of time that are the slope and the intercept of the policy."""
     evaluate_steps: tuple[Count, ...] = (5, 10, 50, 100)
     """Numbers of steps at which the trained policy is evaluated, exactly, beside the one it was trained at."""
     trajectories: Annotated[int, Field(ge=2)] = 40_000
-    """For the estimates of the gradient."""
+    """Number of trajectories for the estimates of the gradient."""
 
     usual_method: ClassVar[str] = "score-as-action"
     letters: ClassVar[Mapping[str, Sequence[str]]] = {

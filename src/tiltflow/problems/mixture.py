@@ -19,13 +19,13 @@ class Mixture(QuadraticTilt):
 
     name: Literal["mixture"] = "mixture"
     modes: Annotated[int, Field(ge=1)] = 8
-    """How many are on the ring."""
+    """Number of modes on the ring."""
     radius: Annotated[float, Field(ge=0)] = 2.0
-    """Of the ring, in the first two coordinates."""
+    """Radius of the ring, in the first two coordinates."""
     means: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)] | None = None
-    """One list for each mode, instead of the ring; missing numbers are 0."""
+    """Means of the modes, one list each, instead of the ring; missing numbers are 0."""
     weights: tuple[Positive, ...] | None = None
-    """One number for each mode, of any sum; equal by default."""
+    """Weights of the modes, of any sum; equal by default."""
     scale: Positive | tuple[Positive, ...] = 0.6
     """Standard deviation of the modes: one for all, or one for each."""
     linear: Vector = (1.0, 0.5)

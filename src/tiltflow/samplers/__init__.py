@@ -1,1 +1,1 @@
-"""How a velocity field becomes samples."""
+"""Solvers, grids and rollouts: from a velocity field to samples."""

@@ -1,4 +1,4 @@
-r"""Samplers, as the Markov chains that they are.
+r"""Samplers as Markov chains of Gaussian steps.
 
 Every sampler here that evaluates the network once a step is a chain of Gaussian steps on the linear path,
 
@@ -43,7 +43,7 @@ class Chain:
 
     @property
     def control_scale(self) -> Tensor:
-        """[K]: what turns a change of velocity into the control w_k; 0 where a step has no noise and cannot be controlled."""
+        """[K] factors from a change of velocity to the control w_k; 0 where a step has no noise and cannot be controlled."""
         return torch.where(self.std > 0, self.v_scale / self.std, 0.0)
 
     @property
@@ -53,7 +53,7 @@ class Chain:
         return self.control_scale**2 if self.price is None else self.price
 
     def with_last_step_of(self, other: Chain) -> Chain:
-        """The chain whose last step, and its price, are those of another one."""
+        """This chain with the last step, and its price, of another one."""
         pairs = (
             (self.x_scale, other.x_scale),
             (self.v_scale, other.v_scale),

@@ -1,4 +1,4 @@
-"""Time grids: at which times a sampler asks for the velocity."""
+"""Time grids: the times at which a sampler evaluates the velocity."""
 
 # Mutation tests: test_sampler.py
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Start = float | Callable[[int], Tensor]
-"""Where sampling begins: a time, from which the grid of `Sampling` is spread; or the grid of a model that has its own, from the
+"""The start of sampling: a time, from which the grid of `Sampling` is spread; or the grid of a model that has its own, from the
 number of steps K to K + 1 times, float64."""
 
 

@@ -25,7 +25,7 @@ class Trajectory:
     """One simulated batch: the states x_0, x_1, .. and the velocities of the flow there, all [batch, *event].
 
     Args:
-        acting: the velocities that took the steps, where they are others: guided ones.
+        acting: the velocities that took the steps, where they differ from the flow's: guided ones.
     """
 
     chain: Chain

@@ -23,7 +23,7 @@ MemorylessSolver = Annotated[str, AfterValidator(check_memoryless), External(onl
 
 
 class Sampling(Settings):
-    """How to sample: which solver, on which grid."""
+    """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
     """memoryless, memoryless-offset, ddpm, ddim, euler, euler-maruyama, heun, dpm-solver++, or `package.module:function`, an
@@ -41,17 +41,17 @@ class Sampling(Settings):
 
     @property
     def is_chain(self) -> bool:
-        """Whether the solver is a chain of Gaussian steps, with or without noise."""
+        """True for a chain of Gaussian steps, with or without noise."""
         return isinstance(self.build(), ChainSolver)
 
     @property
     def has_noise(self) -> bool:
-        """Whether its steps are random."""
+        """True if its steps are random."""
         return self.build().has_noise
 
     def limits(self, start: Start = 0.0) -> list[str]:
-        """Why a method that controls this sampler, begun at time `start`, does not aim at p_base exp(r / beta) exactly: one
-        sentence for each reason; none for the memoryless samplers from pure noise."""
+        """Reasons why a method that controls this sampler, from time `start` on, does not aim at p_base exp(r / beta) exactly:
+        one sentence each; none for the memoryless samplers from pure noise."""
         solver = self.build()
         if not solver.has_noise:
             return [

@@ -1,4 +1,4 @@
-"""Solvers, as values: how a velocity becomes samples, and all that anyone has to know of it.
+"""Solvers as values: how a velocity field becomes samples, and the properties of each.
 
 A solver is a chain of Gaussian steps (`ChainSolver`), with or without noise, or it integrates the probability-flow ODE in
 some other way (`OdeSolver`): several evaluations a step, several steps of memory, or a function of yours. Of both, the visited
@@ -33,7 +33,7 @@ the velocity wherever and as often as it likes."""
 
 @dataclass(frozen=True)
 class BaseSolver:
-    """What is known of a solver.
+    """Properties of a solver.
 
     Args:
         eta: the scale of its noise, from 0 to 1, of a solver that has one (`uses_eta`).
@@ -43,18 +43,18 @@ class BaseSolver:
 
     uses_eta: ClassVar[bool] = False
     order: ClassVar[int | None] = 1
-    """The errors fall with the step h as h^order, or faster; None if nobody knows."""
+    """The errors fall with the step h as h^order, or faster; None if unknown."""
     bias: ClassVar[str] = ""
-    """What else keeps a law that is tuned on it from p_base exp(r / beta): the end of a sentence about the solver."""
+    """A further reason why a law tuned on it is not p_base exp(r / beta): the end of a sentence about the solver."""
 
     @property
     def has_noise(self) -> bool:
-        """Whether its steps are random."""
+        """True if its steps are random."""
         return False
 
     @property
     def is_memoryless(self) -> bool:
-        """Whether samples do not depend on the noise they start from, if that is pure and the steps are small: what makes a
+        """True if samples do not depend on the noise they start from, if that is pure and the steps are small: this makes a
         tilt of the paths one of the samples (2409.08861, Theorem 1)."""
         return False
 

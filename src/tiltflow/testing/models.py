@@ -28,9 +28,13 @@ def check_model(model: Model, data: Tensor | None = None) -> None:
             time = torch.full((4,), t, dtype=torch.float64, device=x.device)
             v, again = flow(x, time), flow(x, time)
             assert v.isfinite().all(), f"velocities at t = {t} are not finite"
-            assert torch.equal(v, again), "the network gives other velocities the second time: does it draw random numbers?"
+            assert torch.equal(v, again), (
+                "the network gives different velocities for the same input: does it draw random numbers?"
+            )
             alone = torch.cat([flow.select(slice(i, i + 1))(x[i : i + 1], time[:1]) for i in range(4)])
             worst, size = (v - alone).abs().max().item(), v.abs().max().item()
-            assert worst <= 1e-3 * (1 + size), f"the velocity of a sample is another alone, by up to {worst:.2g}"
+            assert worst <= 1e-3 * (1 + size), (
+                f"the velocity of a sample changes by up to {worst:.2g} when it is evaluated alone"
+            )
     found = consistency(model, data)
     assert not found.wrong, f"the network is not the velocity field of the law that it samples: {WRONG_CLOCK}"

@@ -25,11 +25,13 @@ def check_reward(reward: Reward, x: Tensor, *, gradient: bool = True) -> None:
         turned = evaluate(reward, x.flip(0)).flip(0)
         alone = torch.cat([evaluate(reward, x[i : i + 1]) for i in range(len(x))])
     assert torch.equal(x, before), "the reward changes its argument"
-    assert torch.equal(values, again), "the reward gives other values the second time: is it random, or in training mode?"
+    assert torch.equal(values, again), (
+        "the reward gives different values for the same samples: is it random, or in training mode?"
+    )
     for name, other in (("in another order", turned), ("alone", alone)):
         worst = (values - other).abs().max().item()
         size = values.abs().max().item()
-        assert worst <= 1e-4 * (1 + size), f"the reward of a sample is another {name}, by up to {worst:.2g}"
+        assert worst <= 1e-4 * (1 + size), f"the reward of a sample changes by up to {worst:.2g} {name}"
     if not gradient:
         return
     _, slopes = value_and_gradient(reward, x)

@@ -1,4 +1,4 @@
-"""A solver against a Gaussian: order, noise and memory are what it says of itself."""
+"""A solver against a Gaussian: order, noise and memory are as it claims."""
 
 # Mutation tests: test_testing.py
 
@@ -14,7 +14,7 @@ from tiltflow.testing.gaussian import MEAN, law_of, spread, velocity
 
 COARSE, FINE = 40, 80
 SLACK = 0.25
-"""By how much a measured order may be below the one that is claimed, at steps that are not yet infinitely small."""
+"""Margin by which a measured order may fall below the claimed one, at finite steps."""
 
 
 def check_solver(solver: ChainSolver | OdeSolver) -> None:
@@ -35,7 +35,7 @@ def check_solver(solver: ChainSolver | OdeSolver) -> None:
     if isinstance(solver, ChainSolver):
         chain = solver.chain(solver.times(COARSE, start=1e-3))
         noise = bool((chain.std > 0).any())
-        assert noise == solver.has_noise, f"the solver says has_noise = {solver.has_noise}, and its steps say {noise}"
+        assert noise == solver.has_noise, f"the solver claims has_noise = {solver.has_noise}, but its steps say {noise}"
         left = abs(law_of(chain)[2])
         assert (left < 2e-3) == solver.is_memoryless, (
             f"the solver says is_memoryless = {solver.is_memoryless}, and {left:.1%} of its start is left at the end"
@@ -52,5 +52,5 @@ def error(solver: ChainSolver | OdeSolver, times: Tensor) -> float:
     x = torch.tensor([-1.5, 0.2, 1.0], dtype=torch.float64)
     exact = MEAN * times[-1] + spread(times[-1]) / spread(times[0]) * (x - MEAN * times[0])
     states = solver.states(velocity, x, times)
-    assert len(states) == len(times), f"the solver must give a state for each of {len(times)} times, gives {len(states)}"
+    assert len(states) == len(times), f"the solver must give a state for each of {len(times)} times, got {len(states)}"
     return (states[-1] - exact).abs().max().item()

@@ -36,7 +36,7 @@ class QuadraticTilt(ExactBase):
     """Part of the settings of every problem whose base is a Gaussian mixture and whose reward is quadratic."""
 
     dimension: Annotated[int, Field(ge=1)] = 2
-    """Of x."""
+    """Dimension of x."""
     linear: Vector = 0.0
     """c of the reward c.x - q |x|^2 / 2: one number for all coordinates, or a list whose missing numbers are 0."""
     quadratic: Annotated[float, Field(ge=0)] = 0.0
@@ -151,8 +151,8 @@ class QuadraticTilt(ExactBase):
 
 
 def temperature(method: Any, iterations: int) -> float:
-    """The beta of the tilted law that a method aims at after so many optimizer steps. Raises InputError where its law is
-    another one."""
+    """The beta of the tilted law that a method aims at after so many optimizer steps. Raises InputError where its law is not
+    a tilted one."""
     if isinstance(method, Tilting):
         return float(method.beta)
     if not isinstance(method, OrwCfmW2):
