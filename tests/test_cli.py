@@ -24,6 +24,7 @@ from tiltflow.commands.terminal.progress import training_progress
 from tiltflow.commands.verify import METHODS
 from tiltflow.errors import TiltflowError
 from tiltflow.plugins import find
+from tiltflow.pretraining.loop import Progress
 from tiltflow.problems import Problem
 from tiltflow.settings import parse_yaml
 from tiltflow.training.trainer import Record
@@ -80,10 +81,13 @@ def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_of_samples_that_were_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    """64 samples in four steps on each, eight seconds: eight a second, not 32."""
-    with training_progress(Console(width=200), False, 4, 64) as watch:
+    """64 samples in four steps on each, eight seconds: eight a second, not 32. In pretraining, images of all stages."""
+    with training_progress(Console(width=200), False, 4) as watch:
         watch(Record(4, {"reward": 1.0}, 8.0, 0, samples_drawn=64))
     assert "8 samples/s" in capsys.readouterr().out
+    with training_progress(Console(width=200), False, 4) as watch:
+        watch(Progress("denoiser", 4, samples=64, loss=1.0, seconds=8.0))
+    assert "loss 1.000  8 samples/s" in capsys.readouterr().out
 
 
 def test_verify_prints_one_json_object_with_the_promised_keys() -> None:

@@ -19,7 +19,7 @@ from tiltflow.flows.interpolant import Cosine
 from tiltflow.models.model import load, load_classifier
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.plain_classifier import PlainClassifier
-from tiltflow.pretraining.loop import train
+from tiltflow.pretraining.loop import Progress, train
 from tiltflow.pretraining.recipe import kind_of, read_pretraining
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.pretraining.tasks.classifier import ClassifierPretraining, classifier_loss, classifier_scores
@@ -273,16 +273,18 @@ def test_a_pipeline_from_captioned_pictures(tmp_path: Path) -> None:
         autoencoder=few,
         training=few,
     )
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     scores = run_pretraining(
         recipe,
         tmp_path / "tiles.npz",
         tmp_path / "out",
         name="tiny",
-        watch=lambda progress: seen.append((progress.step, progress.samples)),
+        watch=seen.append,
     )
     assert set(scores) == {"autoencoder_loss", "denoiser_loss"}
-    assert seen == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    assert [(progress.step, progress.samples) for progress in seen] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    assert [progress.stage for progress in seen] == ["autoencoder"] * 2 + ["denoiser"] * 2
+    assert 0 < seen[0].seconds < seen[-1].seconds < 60
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 pictures, 2 backgrounds" in card  # the transparent one is left out
     assert "undead bone dragon on a red background" in card or "sword on a red background" in card
