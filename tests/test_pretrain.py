@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +21,11 @@ from tiltflow.models.model import load, load_classifier
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.plain_classifier import PlainClassifier
 from tiltflow.pretraining.loop import Progress, train
-from tiltflow.pretraining.recipe import kind_of, read_pretraining
+from tiltflow.pretraining.recipe import kind_of, pretraining_of, read_pretraining
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.pretraining.tasks.classifier import ClassifierPretraining, classifier_loss, classifier_scores
 from tiltflow.pretraining.tasks.flow import FlowPretraining, FlowTask, flow_loss
+from tiltflow.runs.describe import settings_of
 from tiltflow.runs.recipe import shipped_recipes
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
@@ -232,6 +234,44 @@ def test_what_a_task_refuses_are_settings_of_another_one(name: str) -> None:
     for task in plugins.names("pretraining.tasks"):
         others |= set(kind_of(task).model_fields)
     assert set(kind.ELSEWHERE) <= others - set(kind.model_fields)
+
+
+def test_a_task_of_another_package_is_found_by_its_entry_point(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with `RECIPE`: it is trained, written and described like tiltflow's own."""
+    (tmp_path / "mean_task.py").write_text(
+        """
+from typing import Literal
+from tiltflow.pretraining.images import ImagePretraining, ImageTask, load_splits
+from tiltflow.streams import new_network
+
+class MeanPretraining(ImagePretraining):
+    "A network of the mean of the images."
+    task: Literal["mean"] = "mean"
+    def prepare(self, path, device):
+        return MeanTask(self, new_network(self.network, self.seed), *load_splits(path))
+
+class MeanTask(ImageTask):
+    def loss(self, images, labels, generator):
+        return (self.network(images).mean() - images.mean()) ** 2
+    def save(self, folder, card):
+        (folder / "README.md").write_text(card)
+    def scores(self):
+        return {"images": float(len(self.test))}
+
+RECIPE = MeanPretraining
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("mean", "mean_task", "tiltflow.pretraining.tasks")
+    monkeypatch.setattr(plugins, "entries", lambda package: {"mean": entry} if package == "pretraining.tasks" else {})
+    network = {"name": "plain-classifier", "image_size": 8}
+    recipe = pretraining_of({"task": "mean", "network": network, "training": {"max_train_steps": 2}}, "mine")
+    scores = run_pretraining(recipe, npz, tmp_path / "out", name="mine")
+    assert set(scores) == {"training_loss", "images"}
+    assert "| images | 32 |" in (tmp_path / "out" / "README.md").read_text()
+    assert "recipe of `tiltflow pretrain`, task mean" in settings_of("mean")
 
 
 def test_there_is_room_before_a_pipeline_is_trained(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

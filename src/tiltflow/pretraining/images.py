@@ -1,5 +1,7 @@
 """What the tasks on images have in common: a network, a training and a test split, and the batches that are drawn."""
 
+# Mutation tests: test_pretrain.py
+
 from __future__ import annotations
 
 from abc import abstractmethod
