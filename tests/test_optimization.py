@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def test_the_log_tilt_is_the_reward_over_the_temperature() -> None:
-    assert Tilting(beta=0.25).log_tilt(torch.tensor([1.0, -0.5], dtype=torch.float32), 7).tolist() == [4, -2]
+    target = Tilting(beta=0.25).target(7)
+    assert target.log_tilt(torch.tensor([1.0, -0.5], dtype=torch.float32)).tolist() == [4, -2]
+    assert (target.beta, target.temperature, target.caveats) == (0.25, 0.25, ())
     assert Tilting().priced_chain() is None
 
 

@@ -456,14 +456,31 @@ def test_the_tilt_after_some_rounds() -> None:
     assert OrwCfmW2(tau=0.5, alpha=0, online_fraction=0).tilt(9) == 0.5
     assert OrwCfmW2(tau=0.5, alpha=0.25, online_fraction=0).tilt(9) == pytest.approx(0.5 * 0.8)
     method = OrwCfmW2(tau=0.5, alpha=0, num_passes=10, weight="reward")
-    assert method.log_tilt(torch.tensor([2.0]), 25).item() == pytest.approx(3 * math.log(2))
+    assert method.target(25).log_tilt(torch.tensor([2.0])).item() == pytest.approx(3 * math.log(2))
 
 
 def test_without_a_penalty_the_exact_law_is_the_power_of_the_weight() -> None:
     """N(0, 1) under tau = 0.5 and r = x, after 25 steps of 10 a round: three rounds, N(1.5, 1)."""
     method = OrwCfmW2(tau=0.5, alpha=0, num_passes=10)
-    law = method.exact_law(Law.of(lambda x: -(x**2) / 2), lambda x: x, 25)
+    law = method.target(25).law(Law.of(lambda x: -(x**2) / 2), lambda x: x)
     assert (law.mean, law.variance) == pytest.approx((1.5, 1), abs=1e-6)
+
+
+def test_the_target_says_whether_it_is_an_exponential_tilt_and_whether_it_settles() -> None:
+    """Three rounds of tau = 0.5 without a penalty: p exp(1.5 r). With alpha = 1/4, two rounds: 1 / (1 - 0.8^2)."""
+    drifting = OrwCfmW2(tau=0.5, alpha=0, num_passes=10).target(25)
+    assert (drifting.beta, drifting.temperature, drifting.balance) == (None, pytest.approx(1 / 1.5), None)
+    assert drifting.words == "p_base(x) exp(1.5 r(x))"
+    settling = OrwCfmW2(tau=0.5, alpha=0.25, num_passes=10).target(20)
+    assert settling.temperature is None
+    assert settling.balance is not None
+    assert settling.balance.expected == pytest.approx(1 / 0.36)
+    for other in ({"weight": "reward"}, {"online_fraction": 0.0}, {"online_fraction": 0.5}):
+        target = OrwCfmW2.model_validate({"alpha": 0.0} | other).target(1)
+        assert (target.temperature, target.balance) == (None, None)
+    assert OrwCfmW2(alpha=0.25, online_fraction=0.5).target(1).balance is None
+    with pytest.raises(ValueError, match="no exact law is known"):
+        OrwCfmW2(alpha=0.25, online_fraction=0.5).target(1).law(Law.of(lambda x: -(x**2) / 2), lambda x: x)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +495,7 @@ def test_without_a_penalty_the_exact_law_is_the_power_of_the_weight() -> None:
     ],
 )
 def test_the_reasons_why_the_law_is_another(settings: dict[str, Any], said: list[str]) -> None:
-    limits = OrwCfmW2.model_validate(settings).limits()
+    limits = OrwCfmW2.model_validate(settings).target(1).caveats
     assert len(limits) == len(said)
     assert all(words in limit for words, limit in zip(said, limits, strict=True))
 
@@ -566,7 +583,7 @@ def test_the_balance_at_the_law_of_two_modes(mode: WeightMode) -> None:
     """The field that makes the fixed point of a bounded reward, where m varies in space, is in balance."""
     problem, method = TwoModes(), OrwCfmW2(tau=1.0, alpha=0.5, weight_mode=mode)
     base = problem.law()
-    q = method.exact_law(base, problem.reward_at, 10_000)
+    q = method.target(10_000).law(base, problem.reward_at)
     logs = method.log_weights(torch.from_numpy(problem.reward_at(q.points))).numpy()
     logs -= np.log(q.probabilities @ np.exp(logs)) if mode == "normalized" else 0
     there = induced_velocity(q, base, logs, method.alpha)

@@ -525,7 +525,7 @@ def test_a_broken_critic_is_refused_before_the_first_update() -> None:
     ],
 )
 def test_who_needs_the_gradient_of_the_reward(settings: dict[str, Any], needed: bool) -> None:
-    assert ScoreAsAction(**settings).needs_reward_gradient is needed
+    assert ScoreAsAction(**settings).needs.reward_gradient is needed
 
 
 def test_pathwise_pulls_the_reward_back_through_the_last_step_of_the_base() -> None:
@@ -556,8 +556,8 @@ def test_the_law_aimed_at_is_the_reward_over_the_temperature() -> None:
     problem = TwoModes()
     law = problem.law()
     for beta, mean_reward in ((1.0, 0.61689), (0.3, 0.89566)):
-        log_tilt = ScoreAsAction(beta=beta).log_tilt(torch.from_numpy(problem.reward_at(law.points)), 1)
-        assert law.tilt(log_tilt.numpy()).expectation(problem.reward_at) == pytest.approx(mean_reward, abs=5e-6)
+        tilted = ScoreAsAction(beta=beta).target(1).law(law, problem.reward_at)
+        assert tilted.expectation(problem.reward_at) == pytest.approx(mean_reward, abs=5e-6)
 
 
 def test_a_single_return_teaches_nothing_and_a_value_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 import tiltflow
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import Coefficients, Cosine, DiscreteVariancePreserving, Linear, VariancePreserving
+from tiltflow.laws.target import Target
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.plugins import names
 from tiltflow.rewards.ink import Ink
 from tiltflow.rewards.stroke_thickness import StrokeThickness
+from tiltflow.samplers.grid import Start
 from tiltflow.samplers.solver import SOLVERS, OdeSolver, solver_named
 from tiltflow.samplers.solvers.memoryless import Memoryless
 from tiltflow.testing import check_interpolant, check_method, check_model, check_reward, check_solver
@@ -130,15 +133,17 @@ def test_every_method_leads_to_its_law(name: str) -> None:
 class Doubled(AdjointMatching):
     """Says that it aims at a tilt three times as strong as its own."""
 
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        return 3 * super().log_tilt(rewards, steps)
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        own = super().target(steps, start)
+        return replace(own, log_tilt=lambda rewards: 3 * own.log_tilt(rewards))
 
 
 class Offset(AdjointMatching):
     """A log density up to a constant."""
 
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        return 7 + super().log_tilt(rewards, steps)
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        own = super().target(steps, start)
+        return replace(own, log_tilt=lambda rewards: 7 + own.log_tilt(rewards))
 
 
 def test_the_constant_of_a_log_tilt_does_not_matter() -> None:

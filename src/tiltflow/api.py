@@ -51,9 +51,10 @@ from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.determinism import deterministic
+from tiltflow.training.method import Method
 from tiltflow.training.optimizer import Optimizer, check_optimizer
 from tiltflow.training.settings import Training, refuse_what_needs_a_folder
-from tiltflow.training.trainer import Method, Record
+from tiltflow.training.trainer import Record
 from tiltflow.user_code import check_device, whole_number
 
 AnyRecipe = Recipe | TextToImageRecipe

@@ -1,11 +1,12 @@
 """A method: learn the best half of each batch by flow matching. It aims at no known law, and says so."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from tiltflow.flows.interpolant import expand
+from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.rewards import evaluate
 from tiltflow.samplers.grid import Start
@@ -17,8 +18,6 @@ from tiltflow.training.batch import Batch
 class BestOf(Tilting):
     """Flow matching on the samples whose reward is above the median."""
 
-    needs_reward_gradient: ClassVar[bool] = False
-    trajectory_copies: ClassVar[int] = 1
     name: Literal["best-of"] = "best-of"
     num_inference_steps: int = 4
     """Steps from noise to data."""
@@ -27,8 +26,8 @@ class BestOf(Tilting):
     def sampling(self) -> Sampling:
         return Sampling(solver="midpoint", num_inference_steps=self.num_inference_steps)
 
-    def limits(self, start: Start = 0.0) -> list[str]:
-        return ["No law is known that the best half of each batch leads to."]
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        return exponential_tilt(self.beta, ["No law is known that the best half of each batch leads to."])
 
     def new_state(self, *shape_seed_device: object) -> None:
         """Nothing is kept between batches."""

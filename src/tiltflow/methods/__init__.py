@@ -7,15 +7,18 @@ is what `new_state` has made, kept from batch to batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.settings import Settings
+from tiltflow.training.method import Needs
 from tiltflow.training.optimizer import Optimizer
 
 Positive = Annotated[float, Field(gt=0)]
@@ -33,6 +36,11 @@ class MethodSettings(Settings):
         return values
 
     @property
+    def needs(self) -> Needs:
+        """What the method needs of the reward and the model."""
+        return Needs()
+
+    @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
         """The settings of `tiltflow.Optimizer` whose defaults are others with this method."""
         return {}
@@ -42,6 +50,29 @@ class MethodSettings(Settings):
         teaches it something."""
         return None
 
+    @abstractmethod
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """The law that a run of so many optimizer steps aims at, sampled from time `start`."""
+
+    # ---- by the names that runs/ asks for them ----
+
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return self.needs.reward_gradient
+
+    @property
+    def learns_reward(self) -> bool:
+        return self.needs.learned_reward
+
+    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
+        return self.target(steps).log_tilt(rewards)
+
+    def target_law(self, steps: int) -> str:
+        return self.target(steps).words
+
+    def limits(self, start: Start = 0.0) -> list[str]:
+        return [*self.target(1, start).caveats]
+
 
 class Tilting(MethodSettings):
     """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
@@ -50,13 +81,9 @@ class Tilting(MethodSettings):
     """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
     nat of path KL."""
 
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        """log of the density that the law aimed at has over p_base, up to a constant, where the rewards are these: [batch]."""
-        return rewards.double() / self.beta
-
-    def target_law(self, steps: int) -> str:
-        """The law that the method aims at, in words."""
-        return "p_base(x) exp(r(x) / beta)"
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """p_base(x) exp(r(x) / beta)."""
+        return exponential_tilt(self.beta)
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
         """The chain from time `start` whose control is what is optimised, and the price of a change of its velocities, [K], as

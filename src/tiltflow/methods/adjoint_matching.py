@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,7 @@ from torch import Tensor
 from tiltflow.control.adjoint import Pairing, lean_adjoint
 from tiltflow.control.timesteps import Stratum, choose_timesteps
 from tiltflow.flows.interpolant import expand
+from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite
 from tiltflow.rewards import finite_only
@@ -39,6 +40,7 @@ from tiltflow.samplers.rollout import Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.training.batch import Batch
+from tiltflow.training.method import Needs
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -140,10 +142,6 @@ class AdjointMatching(Tilting):
     num_passes: Count = 1
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
 
-    needs_reward_gradient: ClassVar[bool] = True
-    trajectory_copies: ClassVar[int] = 9
-    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
-
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
@@ -177,9 +175,14 @@ class AdjointMatching(Tilting):
         """How the chain that is tuned is sampled."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
-    def limits(self, start: Start = 0.0) -> list[str]:
-        """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
-        return self.sampling.limits(start)
+    @property
+    def needs(self) -> Needs:
+        """The gradient of the reward, and memory for the adjoints."""
+        return Needs(reward_gradient=True, passes=self.num_passes, trajectory_copies=9)
+
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """p_base exp(r / beta), as far as the sampler reaches it; see `Sampling.limits`."""
+        return exponential_tilt(self.beta, self.sampling.limits(start))
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """What is kept between iterations."""

@@ -36,7 +36,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -49,6 +50,7 @@ from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
+from tiltflow.laws.target import Balance, Target
 from tiltflow.methods import MethodSettings
 from tiltflow.optimization import Numbers
 from tiltflow.plugins import import_function
@@ -59,6 +61,7 @@ from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
 from tiltflow.training.batch import Batch
+from tiltflow.training.method import Needs
 from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
@@ -110,10 +113,6 @@ class OrwCfmW2(MethodSettings):
     regression_batch_size: Count | None = None
     """Samples in each of them; all of the round by default."""
 
-    needs_reward_gradient: ClassVar[bool] = False
-    trajectory_copies: ClassVar[int] = 1
-    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
-
     @field_validator("weight")
     @classmethod
     def _known(cls, weight: str) -> str:
@@ -141,6 +140,11 @@ class OrwCfmW2(MethodSettings):
         return "weights are normalised among the samples of a prompt, a class or a batch, and of one the weight is always 1"
 
     @property
+    def needs(self) -> Needs:
+        """Any reward; with data of its own, a model without conditions."""
+        return Needs(own_data=self.data is not None, passes=self.num_passes)
+
+    @property
     def sampling(self) -> Sampling:
         """How samples are drawn from the model while it trains."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
@@ -155,12 +159,28 @@ class OrwCfmW2(MethodSettings):
             return self.tau * decay * rounds
         return self.tau * decay * (1 - float(decay**rounds)) / (1 - decay)
 
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        """log of the density that the law of a run of so many optimizer steps has over p_base, up to a constant, where the
-        rewards are these: [batch]. See `tilt` for where it is exact."""
-        return self.tilt(math.ceil(steps / self.num_passes)) / self.tau * self.log_weights(rewards)
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """The law of a run of so many optimizer steps: a power of the weights where that is exact, else what its own law is to
+        first order in tau; the caveats say which."""
+        rounds = math.ceil(steps / self.num_passes)
+        tilt, settles = self.tilt(rounds), self.alpha > 0 and self.online_fraction == 1
+        power, exponential = tilt / self.tau, self.weight == "exponential"
 
-    def exact_law(self, base: Law, reward: Callable[[Array], Array], steps: int) -> Law:
+        def log_tilt(rewards: Tensor) -> Tensor:
+            return power * self.log_weights(rewards)
+
+        only_rounds = self.alpha == 0 and self.online_fraction == 1 and exponential
+        return Target(
+            log_tilt=log_tilt,
+            words=f"p_base(x) exp({tilt:.3g} r(x))" if exponential else f"p_base(x) w(x)^{power:.3g}",
+            caveats=tuple(self._caveats()),
+            temperature=1 / float(log_tilt(torch.ones(1))) if only_rounds else None,
+            exact=partial(self._exact_law, steps=steps),
+            # of rounds, each fitted perfectly
+            balance=Balance(self.balance, 1 / (1 - float((1 + self.alpha) ** -rounds))) if settles else None,
+        )
+
+    def _exact_law(self, base: Law, reward: Callable[[Array], Array], steps: int) -> Law:
         """The law after so many optimizer steps, in one dimension, each round being fitted perfectly; the law at which the
         rounds settle if they do so before. Raises ValueError if part of the samples is not of the current model and alpha > 0.
 
@@ -182,17 +202,11 @@ class OrwCfmW2(MethodSettings):
             return base.tilt(rounds * log_weight(base.points))
         return fixed_point(base, log_weight, self.alpha, self.weight_mode, rounds=rounds)
 
-    def target_law(self, steps: int) -> str:
-        """The law that a run of so many optimizer steps is compared with, in words: its own where that is a power of the
-        weights, else what its own is to first order in tau; `limits` says which."""
-        rounds = math.ceil(steps / self.num_passes)
-        if self.weight == "exponential":
-            return f"p_base(x) exp({self.tilt(rounds):.3g} r(x))"
-        return f"p_base(x) w(x)^{self.tilt(rounds) / self.tau:.3g}"
-
     def balance_expected(self, steps: int) -> float:
-        """`balance` after so many optimizer steps, to first order in tau, each round being fitted perfectly."""
-        return 1 / (1 - float((1 + self.alpha) ** -math.ceil(steps / self.num_passes)))
+        """By the name that runs/ asks for it."""
+        found = self.target(steps).balance
+        assert found is not None
+        return found.expected
 
     @torch.no_grad()
     def balance(
@@ -247,7 +261,7 @@ class OrwCfmW2(MethodSettings):
         influence = pull / leash.mean() - balance * (leash / leash.mean() + own_mean)
         return Estimate(balance.item(), (influence.std() / math.sqrt(len(x1))).item())
 
-    def limits(self, start: Start = 0.0) -> list[str]:
+    def _caveats(self) -> list[str]:
         """Why the law is not p_base exp(r / beta): one sentence for each reason."""
         reasons = []
         if self.alpha == 0 and self.online_fraction == 1:

@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -53,6 +53,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
+from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.optimization import all_finite, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
@@ -61,6 +62,7 @@ from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, simulate
 from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.training.batch import Batch
+from tiltflow.training.method import Needs
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -186,20 +188,20 @@ class ScoreAsAction(Tilting):
     """Steps at the start in which the policy stays, and only the critic learns, and the reward if it is one that does. Until
     they have, their gradients are noise that the policy would follow."""
 
-    learns_reward: ClassVar[bool] = True
-    trajectory_copies: ClassVar[int] = 9
-    """Tensors [steps, batch, *event] that are alive at once at the most; one more where samples alone are guided."""
-
     @property
-    def needs_reward_gradient(self) -> bool:
-        """Whether a reward without a gradient is refused."""
-        return self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free")
-
-    @property
-    def needs_critic_of_condition(self) -> bool:
-        """Whether the gradient is wrong where the critic is not told what a sample is asked for: the others are right with any
-        baseline."""
-        return self.estimator in ("temporal-difference", "closed-form", "pathwise")
+    def needs(self) -> Needs:
+        """What the estimator needs. Those that add up values of the critic are wrong where it does not know the condition of a
+        sample; the others are right with any baseline."""
+        of_critic = self.estimator in ("temporal-difference", "closed-form", "pathwise")
+        return Needs(
+            reward_gradient=self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free"),
+            learned_reward=True,
+            critic_of_condition=f"method.estimator {self.estimator!r}" if of_critic else None,
+            without_critic="return-minus-value, which is right with any critic, or return",
+            passes=self.num_passes,
+            warmup_steps=self.critic_warmup_steps,
+            trajectory_copies=9,
+        )
 
     @property
     def _uses_value_gradient(self) -> bool:
@@ -243,14 +245,15 @@ class ScoreAsAction(Tilting):
         """How the policy is rolled out."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
 
-    def limits(self, start: Start = 0.0) -> list[str]:
-        """Why the optimum is not p_base exp(r / beta): one sentence for each reason; see `Sampling.limits`."""
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """p_base exp(r / beta), as far as the price of a step and the sampler reach it; see `Sampling.limits`."""
         if self.running_reward == "none":
-            return ["Nothing but the size of the steps holds the model near the base: there is no target law."]
-        reasons = self.sampling.limits(start)
+            nothing = "Nothing but the size of the steps holds the model near the base: there is no target law."
+            return exponential_tilt(self.beta, [nothing])
+        caveats = self.sampling.limits(start)
         if self.running_reward == "transition-kl":
-            reasons.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
-        return reasons
+            caveats.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
+        return exponential_tilt(self.beta, caveats)
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
         """The chain of the policy and the energy of a change of its velocities; None for other solvers, and without a price."""

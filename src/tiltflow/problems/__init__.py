@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltflow.flows.flow import Flow
 from tiltflow.rewards import Reward
+from tiltflow.training.method import Method
 from tiltflow.training.trainer import Record
 
 Tree = Mapping[str, Any]
@@ -121,7 +122,7 @@ class Trained(Generic[L]):
         seed: of all random numbers.
     """
 
-    method: Any
+    method: Method
     tuned: Flow
     base: Flow
     law: L
@@ -176,7 +177,7 @@ class Problem(Protocol[L]):
         """Starting points [count, *event] on the linear path, at `base_flow().noise_time`."""
         ...
 
-    def exact_law(self, method: Any, iterations: int) -> L:
+    def exact_law(self, method: Method, iterations: int) -> L:
         """The law that the method aims at after so many optimizer steps. Raises InputError if it is not known."""
         ...
 

@@ -33,6 +33,7 @@ from tiltflow.problems.verification.policy_gradients import check_gradients, gra
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.method import Method
 
 Count = Annotated[int, Field(ge=1)]
 FAST = {"learning_rate": 2e-2}
@@ -51,10 +52,14 @@ class ChainLaw:
 
     Args:
         dimension: of x, of independent and equal coordinates.
+        beta: the price of a nat of path KL, in units of reward.
+        steps: of the chain.
         solution: the optimal chain.
     """
 
     dimension: int
+    beta: float
+    steps: int
     solution: Solution
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
@@ -108,32 +113,35 @@ class Lqg(exact.Lqg):
         """X_0 on the linear path: [count, dimension]."""
         return draw_start(self, count, base_flow(self).noise_time, generator)
 
-    def exact_law(self, method: Any, iterations: int) -> ChainLaw:
+    def exact_law(self, method: Method, iterations: int) -> ChainLaw:
         """The law of the chain's optimum. Raises InputError if the method's sampler has other noise than the problem's."""
         if method.sampling.eta != self.eta:
             raise InputError("verify lqg: problem.eta and method.eta are the noise of one sampler: they must be the same")
-        return ChainLaw(self.dimension, chain_optimum(self, method.beta, method.num_inference_steps))
+        beta, steps = method.target(iterations).beta, method.sampling.num_inference_steps
+        if beta is None:
+            raise InputError(f"verify lqg: {method.name} has no price beta of its control")
+        return ChainLaw(self.dimension, beta, steps, chain_optimum(self, beta, steps))
 
     def check(self, trained: Trained[ChainLaw]) -> Findings:
         """Measure the trained policy against the optimum of its chain and, for Score as Action, the estimates of the gradient
         against the exact one."""
         method, best = trained.method, trained.law.solution
-        steps = method.num_inference_steps
+        beta, steps = trained.law.beta, trained.law.steps
         policy = policy_at(trained.tuned, steps)
-        found = evaluate_chain(self, method.beta, *policy)
+        found = evaluate_chain(self, beta, *policy)
         values: dict[str, Any] = {
             **self._distances(trained),
             "reward_exact": self.dimension * (self.q * best.mean - self.Q * (best.mean**2 + best.variance) / 2),
             "control_error": control_error(self, best, *policy),
             "objective": found.objective,
             "objective_exact": best.objective,
-            "objective_base": evaluate_chain(self, method.beta, np.zeros(steps), np.zeros(steps)).objective,
-            "objective_continuous": optimum(self, method.beta).objective,
+            "objective_base": evaluate_chain(self, beta, np.zeros(steps), np.zeros(steps)).objective,
+            "objective_continuous": optimum(self, beta).objective,
             "path_kl": found.path_kl,
             "path_kl_exact": best.path_kl,
             "at_other_steps": self._at_other_steps(trained),
-            "policy": self._exact_policy(method.beta, steps),
-            "optimum": self._exact_optimum(method.beta),
+            "policy": self._exact_policy(beta, steps),
+            "optimum": self._exact_optimum(beta),
         }
         gradients = (
             check_gradients(self, method, self.trajectories, trained.seed) if isinstance(method, ScoreAsAction) else None
@@ -148,7 +156,7 @@ class Lqg(exact.Lqg):
     def _distances(self, trained: Trained[ChainLaw]) -> dict[str, float]:
         """Sliced W2 of samples to the law of the chain's optimum, and the mean reward."""
         start, generator = trained.base.noise_time, stream(trained.seed, "evaluation")
-        steps = trained.method.num_inference_steps
+        steps = trained.law.steps
         sampling = Sampling(solver="euler-maruyama", num_inference_steps=steps, eta=self.eta)
         x0 = draw_start(self, trained.num_samples, start, generator)
         x = sample(trained.tuned, x0, sampling, generator, start=start)
@@ -163,7 +171,7 @@ class Lqg(exact.Lqg):
             )
             for y in (x, x_base)
         )
-        best, (mean, variance) = optimum(self, trained.method.beta), self.tilted(trained.method.beta)
+        best, (mean, variance) = optimum(self, trained.law.beta), self.tilted(trained.law.beta)
         reward = mean_estimate(self.reward()(x))
         return {
             "distance": law.distance,
@@ -179,7 +187,7 @@ class Lqg(exact.Lqg):
 
     def _at_other_steps(self, trained: Trained[ChainLaw]) -> dict[str, dict[str, float]]:
         """The objective of the trained policy, and the optimum, of chains of other numbers of steps."""
-        beta, steps = trained.method.beta, trained.method.num_inference_steps
+        beta, steps = trained.law.beta, trained.law.steps
         return {
             str(n): {
                 "objective": evaluate_chain(self, beta, *policy_at(trained.tuned, n)).objective,

@@ -16,12 +16,12 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import distance_to_law, mean_estimate, sliced_w2
 from tiltflow.laws.induced_law import Array, Law, log_normal, velocity_distance
 from tiltflow.laws.problems import GaussianMixture, mixture
-from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
 from tiltflow.problems.verification.exact_base import ExactBase
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.method import Method
 
 Positive = Annotated[float, Field(gt=0)]
 QUANTITIES = {
@@ -73,17 +73,14 @@ class TwoModes(ExactBase):
         """The same reward of points x [n]."""
         return np.tanh(x)
 
-    def tilted(self, method: Any, iterations: int) -> Law:
+    def tilted(self, method: Method, iterations: int) -> Law:
         """The exponential tilt that the method aims at, or that its own law is to first order."""
-        law = self.law()
-        return law.tilt(method.log_tilt(torch.from_numpy(self.reward_at(law.points)), iterations).numpy())
+        return method.target(iterations).tilted(self.law(), self.reward_at)
 
-    def exact_law(self, method: Any, iterations: int) -> Law:
+    def exact_law(self, method: Method, iterations: int) -> Law:
         """The method's own law. Raises InputError if it is not known or does not exist."""
-        if not isinstance(method, OrwCfmW2):
-            return self.tilted(method, iterations)
         try:
-            return method.exact_law(self.law(), self.reward_at, iterations)
+            return method.target(iterations).law(self.law(), self.reward_at)
         except ValueError as error:
             raise InputError(f"verify two-modes: {error}") from None
 
@@ -103,7 +100,7 @@ class TwoModes(ExactBase):
         mean = mean_estimate(reward(x))
         laws = {"base": law, "own": own, "tilted": tilted}
         values: dict[str, Any] = {
-            "target_law": trained.method.target_law(trained.record.step),
+            "target_law": trained.method.target(trained.record.step).words,
             "laws": {name: describe(q, law, self.reward_at) for name, q in laws.items()},
             "reached": {
                 "mean": x.mean().item(),

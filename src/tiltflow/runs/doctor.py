@@ -27,6 +27,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.linearize import linearize
 from tiltflow.formatting import duration
+from tiltflow.laws.target import Target
 from tiltflow.models.consistency import TIMES, WRONG_CLOCK, consistency
 from tiltflow.models.model import Model, load
 from tiltflow.models.schedules import TOLERANCE
@@ -41,6 +42,7 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.batch import Drawn
 from tiltflow.training.memory import free_memory, peak_of
+from tiltflow.training.method import Method
 from tiltflow.training.trainer import Record
 from tiltflow.user_code import tried
 
@@ -84,6 +86,16 @@ class Patient:
     model: Model | None = None
 
     @property
+    def method(self) -> Method:
+        method: Method = self.recipe.method
+        return method
+
+    @property
+    def target(self) -> Target:
+        """The law that the whole run aims at."""
+        return self.method.target(self.recipe.training.max_train_steps, self.start)
+
+    @property
     def size(self) -> int:
         return min(len(self.batch.x), MOST)
 
@@ -108,7 +120,7 @@ class Patient:
 
     def ends(self) -> Tensor:
         """Samples of the base, drawn as in training."""
-        sampling: Sampling = self.recipe.method.sampling
+        sampling = self.method.sampling
         generator = stream(self.recipe.seed, "doctor", device=self.device)
         with torch.no_grad():
             return sample(self.bound(self.base), self.batch.x[self.few], sampling, generator, start=self.start)
@@ -198,8 +210,8 @@ def geometry(recipe: Any) -> Finding:
 
 def temperature(patient: Patient) -> Iterator[Finding]:
     """Whether the target law is within reach of the base at all, and whether the evaluation has samples enough to know it."""
-    method, of_pictures = patient.recipe.method, isinstance(patient.recipe, TextToImageRecipe)
-    if not hasattr(method, "log_tilt") or isinstance(patient.reward, LearnedReward):
+    of_pictures, target = isinstance(patient.recipe, TextToImageRecipe), patient.target
+    if isinstance(patient.reward, LearnedReward):
         return
     found = patient.rewards(patient.ends()).cpu()
     finite = found.isfinite()
@@ -209,14 +221,13 @@ def temperature(patient: Patient) -> Iterator[Finding]:
         yield Finding("temperature", "red", why, "is it the right one? training drops all others")
         return
     tilt = torch.full((len(found),), -math.inf, dtype=torch.float64)
-    tilt[finite] = method.log_tilt(rewards, patient.recipe.training.max_train_steps).double()
+    tilt[finite] = target.log_tilt(rewards).double()
     # each prompt, and each class, has a target law of its own
     members = [each.cpu() for each in patient.bound(patient.base).groups(len(found), patient.device)]
     weights = [torch.softmax(tilt[each], 0) for each in members if finite[each].any()]
     effective = ImportanceWeights(torch.cat(weights) / len(weights)).effective_sample_size
     share, count = effective / len(rewards), len(rewards)
-    law = method.target_law(patient.recipe.training.max_train_steps)
-    text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {law}"
+    text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {target.words}"
     if not float(rewards.std(correction=0)) > 0:
         same = f"the reward is {rewards[0].item():g} for all {count} samples"
         yield Finding("temperature", "red", same, "is it the right one?")
@@ -260,7 +271,7 @@ def reward_itself(patient: Patient) -> Iterator[Finding]:
         return  # said of the temperature
     spread = float(finite.std(correction=0)) or 1.0
     low, high = finite.min().item(), finite.max().item()
-    unit = getattr(patient.recipe.reward, "unit", "")
+    unit = patient.recipe.reward.unit
     price = f"{seconds / len(x):.2g} s a sample"
     text = f"{finite.mean().item():.4g} ± {spread:.2g} {unit} at the base, {low:.4g} to {high:.4g}; {price}"
     if not torch.allclose(first, again, rtol=0, atol=0, equal_nan=True):
@@ -279,7 +290,7 @@ def reward_itself(patient: Patient) -> Iterator[Finding]:
 
 def reward_gradient(patient: Patient) -> Iterator[Finding]:
     """Against a finite difference along a random direction."""
-    if not getattr(patient.recipe.method, "needs_reward_gradient", False):
+    if not patient.method.needs.reward_gradient:
         return
     ends = patient.ends()
     kept = patient.rewards(ends).isfinite().nonzero()[:4, 0]
@@ -333,8 +344,7 @@ def ratio(patient: Patient) -> Iterator[Finding]:
 
 def memoryless(patient: Patient) -> Iterator[Finding]:
     """Whether samples depend on the noise that they started from: the covariance of both, over the base's trajectories."""
-    sampling: Sampling = patient.recipe.method.sampling
-    limits = patient.recipe.method.limits(patient.start)
+    sampling, limits = patient.method.sampling, patient.target.caveats
     if not sampling.has_noise:
         if limits:
             yield Finding("target", "amber", " ".join(limits), "docs/mathematics.md says what it aims at instead")
@@ -376,7 +386,7 @@ def parity(patient: Patient) -> Iterator[Finding]:
         ).images
         theirs = model.decode(cast(Tensor, drawn).to(latents)).cpu()
     error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()
-    samplings = [patient.recipe.method.sampling, *(point.sampling for point in patient.recipe.evaluation.points)]
+    samplings = [patient.method.sampling, *(point.sampling for point in patient.recipe.evaluation.points)]
     asked = {sampling.num_inference_steps for sampling in samplings if sampling.solver == "euler"}
     steps = {count: apart for count in sorted(asked) if (apart := model.schedule.own_difference(count)) > TOLERANCE}
     if steps or error > (1e-3 if model.pipeline.dtype == torch.float32 else 0.02):
@@ -399,13 +409,13 @@ class Forecast(NamedTuple):
 
 def forecast(patient: Patient) -> Forecast:
     """What an iteration will need: counted on one and two samples, or known from its shapes."""
-    training, method, event = patient.recipe.training, patient.recipe.method, patient.batch.x[0]
+    training, method, event = patient.recipe.training, patient.method, patient.batch.x[0]
     parameters = list(patient.tuned.parameters())
     average = sum(p.numel() * p.element_size() for p in parameters) if training.ema_decay else 0
-    moments = sum(2 * p.numel() * (1 if getattr(training, "use_8bit_adam", False) else p.element_size()) for p in parameters)
+    moments = sum(2 * p.numel() * (1 if training.use_8bit_adam else p.element_size()) for p in parameters)
     batch = len(patient.batch.x)
     size = min(training.micro_batch_size or training.train_batch_size, batch)
-    steps, copies = method.sampling.num_inference_steps, method.trajectory_copies + int(patient.batch.guide is not None)
+    steps, copies = method.sampling.num_inference_steps, method.needs.trajectory_copies + int(patient.batch.guide is not None)
     always = {
         "optimizer, average": moments + average,
         f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
@@ -418,7 +428,7 @@ def forecast(patient: Patient) -> Forecast:
         bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
         always[f"conditions of {batch} samples"] = batch * bytes_of_one
     of_reward = max(while_.values())
-    if method.needs_reward_gradient:  # it is taken through the last step, whose graph waits for it
+    if method.needs.reward_gradient:  # it is taken through the last step, whose graph waits for it
         while_[f"adjoints of {size} samples"] = peak_of(partial(_pull_back, patient), size)
         of_reward += while_[f"adjoints of {size} samples"]
     of_loss = while_[f"loss and gradients of {size} samples"] = peak_of(partial(_regress, patient), size)
@@ -463,7 +473,7 @@ def _pull_back(patient: Patient, count: int) -> None:
 def _decode(patient: Patient, count: int) -> None:
     """Pictures of some latents, with their gradient if the method asks for it."""
     assert patient.own is not None
-    latents = patient.batch.x[:count].clone().requires_grad_(bool(patient.recipe.method.needs_reward_gradient))
+    latents = patient.batch.x[:count].clone().requires_grad_(patient.method.needs.reward_gradient)
     with torch.set_grad_enabled(latents.requires_grad):
         images = patient.own.decode(latents, batch_size=count)
         if latents.requires_grad:
@@ -475,7 +485,7 @@ def _score(patient: Patient, count: int) -> None:
     x, reward = patient.batch.x[:count], select(patient.told, slice(count))
     if isinstance(reward, Decoded):
         x, reward = x.new_zeros(count, *reward.model.sample_shape), reward.reward
-    if patient.recipe.method.needs_reward_gradient:
+    if patient.method.needs.reward_gradient:
         value_and_gradient(reward, x, "drop")
     else:
         with torch.no_grad():
@@ -484,8 +494,8 @@ def _score(patient: Patient, count: int) -> None:
 
 def iteration(patient: Patient) -> Iterator[Finding]:
     """One real iteration, and what the whole run will take."""
-    training, method = patient.recipe.training, patient.recipe.method
-    count = min(getattr(method, "num_passes", 1), training.max_train_steps)
+    training, needs = patient.recipe.training, patient.method.needs
+    count = min(needs.passes, training.max_train_steps)
     records, before, first = patient.loop(), 0.0, dict[str, float]()
     for attempt in range(2):  # the first one warms up
         several = [next(records) for _ in range(count)]
@@ -504,7 +514,7 @@ def iteration(patient: Patient) -> Iterator[Finding]:
     elif first.get("path_kl", 0) > 0.1:
         fix = "mixed precision rounds the difference; mixed_precision: no is exact"
         yield Finding("iteration", "amber", f"{text}. The path KL is {first['path_kl']:.2g} before the first update", fix)
-    elif first["gradient_norm"] == 0 and not getattr(method, "critic_warmup_steps", 0):
+    elif first["gradient_norm"] == 0 and not needs.warmup_steps:
         yield Finding("iteration", "red", f"{text}. Nothing would be learned", "is the reward the same for all samples?")
     else:
         yield Finding("iteration", "green", text)

@@ -27,6 +27,7 @@ from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
 from tiltflow.training.calibration import Calibration, target_reward
+from tiltflow.training.method import Method
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import Record, train, trainable_copy
@@ -112,7 +113,7 @@ class Repeated:
 
 
 def batches(
-    model: GenerativeModel, items: Sequence[Prompt], reward: Reward, method: Any, training: Training
+    model: GenerativeModel, items: Sequence[Prompt], reward: Reward, method: Method, training: Training
 ) -> Callable[[torch.Generator], Drawn]:
     """Draw the start of an iteration: items, their conditions, and noise.
 
@@ -156,7 +157,7 @@ def prepare(
     tuned: M,
     items: Sequence[Prompt],
     reward: Reward,
-    method: Any,
+    method: Method,
     training: Training,
     optimizer: Optimizer | None = None,
     *,
@@ -187,13 +188,15 @@ def prepare(
     base = base_of(flow) if adapted else replace(cast(Flow, model.flow), autocast=dtype)
     draw = batches(tuned, items, reward, method, training)
 
-    def calibrate() -> tuple[Calibration, int]:
+    beta = method.target(training.max_train_steps, model.grid).beta
+
+    def calibrate(beta: float) -> tuple[Calibration, int]:
         networks = (flow.network, base.network)
         with eval_mode(*networks, reward), CountEvaluations(*networks) as evaluations:
             expected = target_reward(
                 base,
                 reward,
-                method.beta,
+                beta,
                 draw,
                 method.sampling,
                 training.calibration_samples,
@@ -202,13 +205,13 @@ def prepare(
                 device=model.device,
                 non_finite=training.non_finite_rewards,
             )
-        return Calibration(expected.value, method.beta), evaluations.total
+        return Calibration(expected.value, beta), evaluations.total
 
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
         calibration, spent = None, 0
-        if training.calibration_samples:
+        if beta is not None and training.calibration_samples:
             known = None if resume_from is None else resume_from["calibration"]["target_reward"]
-            calibration, spent = calibrate() if known is None else (Calibration(known, method.beta), 0)
+            calibration, spent = calibrate(beta) if known is None else (Calibration(known, beta), 0)
         yield from train(
             flow,
             base,
@@ -270,7 +273,7 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
 # ---- what does not fit ----
 
 
-def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Any, training: Training) -> None:
+def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Method, training: Training) -> None:
     """Raise InputError, of one line, if the method cannot work with this model and these settings."""
     distinct, size = len(items), training.samples_per_step
     prompts = training.prompts_per_step is not None
@@ -282,20 +285,19 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Any, trai
         raise InputError(
             f"training.train_batch_size {size}{of_class} teaches nothing: {why}; give {2 * max(1, distinct)} or more"
         )
-    if training.calibration_samples and not hasattr(method, "beta"):
+    if training.calibration_samples and method.target(training.max_train_steps, model.grid).beta is None:
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
     if training.calibration_samples and distinct and (prompts is False or distinct > 1):
         one = "prompt" if prompts else "class"
         raise InputError(
             f"training.calibration_samples: there is one working temperature, and each {one} would need its own; set it to 0"
         )
-    if distinct > 1 and getattr(method, "needs_critic_of_condition", False):
+    if distinct > 1 and method.needs.critic_of_condition:
         knows = "the prompt, and it sees latents alone" if prompts else "the class, and it does not see labels"
         raise InputError(
-            f"method.estimator {method.estimator!r} needs a critic that knows {knows}; use return-minus-value, which is right"
-            " with any critic, or return"
+            f"{method.needs.critic_of_condition} needs a critic that knows {knows}; use {method.needs.without_critic}"
         )
-    if distinct and not prompts and getattr(method, "data", None) is not None:
+    if distinct and not prompts and method.needs.own_data:
         raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
     if isinstance(model, TextToImage) and training.guidance_mode != "none" and model.distilled:
         raise InputError(

@@ -319,7 +319,7 @@ class RunFolder:
             copied: bytes of what else is put into the folder.
         """
         training = self.recipe.training
-        saved = int(trained * (1 + (training.ema_decay > 0) + (0.5 if getattr(training, "use_8bit_adam", False) else 2)))
+        saved = int(trained * (1 + (training.ema_decay > 0) + (0.5 if training.use_8bit_adam else 2)))
         processes.from_main(lambda: check_room(self.path, saved + model + copied, max(saved, model)))
 
     def end(self, summary: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +13,23 @@ from tiltflow.flows.flow import Flow
 from tiltflow.streams import stream
 from tiltflow.testing.gaussian import Shifted
 from tiltflow.training.batch import Batch
+from tiltflow.training.method import Method
 
 BATCH, BATCHES = 512, 12
 STEPS = 10_000
 """Optimizer steps after which a method that tilts round by round has settled."""
 
 
-def check_method(method: Any, *, batch_size: int = BATCH, batches: int = BATCHES) -> None:
+def check_method(method: Method, *, batch_size: int = BATCH, batches: int = BATCHES) -> None:
     """Check that a method pulls a model toward the law that it says it aims at, from below and from above.
 
-    The base is N(0, 1), the reward is x, so the law is N(m, 1) with m the slope of `method.log_tilt`. The tuned field is that
+    The base is N(0, 1), the reward is x, so the law is N(m, 1) with m the slope of the target in x. The tuned field is that
     of N(mean, 1): at half of m the gradient must raise the mean, at one and a half times m lower it, each by more than four
     standard errors.
 
     Raises AssertionError.
     """
-    ends = method.log_tilt(torch.tensor([0.0, 1.0]), STEPS)
+    ends = method.target(STEPS).log_tilt(torch.tensor([0.0, 1.0]))
     target = (ends[1] - ends[0]).item()
     assert math.isfinite(target), f"log_tilt is {target} for a reward of 1"
     assert target != 0, "log_tilt does not depend on the reward: the method aims at the base"
@@ -43,7 +43,7 @@ def check_method(method: Any, *, batch_size: int = BATCH, batches: int = BATCHES
         )
 
 
-def slope_at(method: Any, mean: float, seed: int, batch_size: int) -> float:
+def slope_at(method: Method, mean: float, seed: int, batch_size: int) -> float:
     """The gradient of one batch in the mean of the tuned model."""
     tuned, base = Flow(Shifted(mean)), Flow(Shifted())
     x = torch.randn(batch_size, 1, generator=stream(seed, "check method"))

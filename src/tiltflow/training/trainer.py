@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,36 +29,8 @@ from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Batch, Drawn
 from tiltflow.training.calibration import Calibration
+from tiltflow.training.method import Method, Stateful
 from tiltflow.training.optimizer import Optimizer, fill_optimizer
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What a method keeps between iterations, where that is part of a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Resume from there."""
-        ...
-
-
-@runtime_checkable
-class Method(Protocol):
-    """What the loop needs of a method; see `tiltflow.methods`."""
-
-    @property
-    def optimizer_defaults(self) -> Mapping[str, Any]: ...
-
-    def learns_nothing(self, group: int, /) -> str | None: ...
-
-    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> Any: ...
-
-    def gradients(self, batch: Batch, state: Any, /) -> Iterator[dict[str, float]]: ...
-
-    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.method import Method
 
 # ORW-CFM-W2 learns in rounds, each from many samples: without a penalty four of them, whose law is p exp(r). A round must be
 # fitted well there, as nothing pulls the law back.
@@ -64,7 +65,7 @@ class QuadraticTilt(ExactBase):
         suited = super().defaults(method)
         return replace(suited, method=ROUNDS, run=RUN_OF_ROUNDS) if method == "orw-cfm-w2" else suited
 
-    def exact_law(self, method: Any, iterations: int) -> GaussianMixture:
+    def exact_law(self, method: Method, iterations: int) -> GaussianMixture:
         """p_base exp(r / beta). Raises InputError where the method aims at another law."""
         return self.base().tilt(self.reward(), temperature(method, iterations))
 
@@ -150,22 +151,21 @@ class QuadraticTilt(ExactBase):
         return x, x_base, sample(trained.tuned, noise, ode, generator)
 
 
-def temperature(method: Any, iterations: int) -> float:
+def temperature(method: Method, iterations: int) -> float:
     """The beta of the tilted law that a method aims at after so many optimizer steps. Raises InputError where its law is not
     a tilted one."""
-    if isinstance(method, Tilting):
-        return float(method.beta)
-    if not isinstance(method, OrwCfmW2):
-        raise InputError(f"no law of {method.name} is known on this problem")
-    if method.alpha > 0 or method.online_fraction < 1 or method.weight != "exponential":
+    found = method.target(iterations).temperature
+    if found is None and isinstance(method, OrwCfmW2):
         raise InputError(
             f"on this problem the law of {method.name} is known for alpha = 0, online_fraction = 1 and exponential weights"
             f" only; `tiltflow verify two-modes --method {method.name}` knows them all"
         )
-    return 1 / float(method.log_tilt(torch.ones(1), iterations))
+    if found is None:
+        raise InputError(f"no law of {method.name} is known on this problem")
+    return found
 
 
-def best_of_chain(method: Any, law: GaussianMixture, reward: QuadraticReward, beta: float) -> dict[str, Any]:
+def best_of_chain(method: Method, law: GaussianMixture, reward: QuadraticReward, beta: float) -> dict[str, Any]:
     """`chain_optimum`: what the best control of the method's own chain reaches, so that a run that has not converged is told
     from a chain that cannot come closer. None, with the reason, where it is not computed.
 

@@ -11,6 +11,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, part_of
 from tiltflow.problems import Findings, Problem, Trained
 from tiltflow.settings import Settings, apply_overrides, validate
+from tiltflow.training.method import NamedMethod
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.trainer import Record, train
 
@@ -21,7 +22,7 @@ class Verification(Settings):
     """What `tiltflow verify` runs. Every number can be set from the command line."""
 
     problem: Annotated[InstanceOf[Problem[Any]], BeforeValidator(part_of("problems"))]
-    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    method: NamedMethod
     optimizer: Optimizer = Optimizer()
     iterations: Count = 500
     """Optimizer steps."""

@@ -1,0 +1,97 @@
+"""The law that a method aims at: the base, tilted by the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tiltflow.evaluation.estimates import Estimate
+from tiltflow.flows.field import VelocityField
+from tiltflow.laws.induced_law import Array, Law
+from tiltflow.samplers.grid import Start
+
+RewardAt = Callable[[Array], Array]
+"""A reward of points on the line: [n] -> [n]."""
+
+
+class MeasureBalance(Protocol):
+    """Estimate the pull of the reward over the penalty from samples of the tuned model."""
+
+    def __call__(
+        self,
+        tuned: VelocityField,
+        base: VelocityField,
+        x1: Tensor,
+        rewards: Tensor,
+        generator: torch.Generator,
+        /,
+        *,
+        start: Start = 0.0,
+        batch_size: int | None = None,
+    ) -> Estimate | None:
+        """The estimate, of samples x1 [batch, *event] of `tuned` and their rewards [batch]; None where nothing was learned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How far training is from the law at which it settles: there the pull of the reward over the penalty is 1.
+
+    Args:
+        measure: estimates that ratio.
+        expected: the ratio after the steps of the run, to first order.
+    """
+
+    measure: MeasureBalance
+    expected: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """The law that a method aims at, of so many optimizer steps.
+
+    Args:
+        log_tilt: rewards [batch] -> log of the law's density over p_base, up to a constant, float64 [batch].
+        words: the law, in words.
+        caveats: reasons why the law that is reached is not p_base exp(r / beta), one sentence each.
+        beta: the temperature that the method works at, in units of reward; None for a method without one.
+        temperature: beta of the law p_base exp(r / beta), where the target is exactly that law; None where it is another.
+        exact: the law on the line, of the law of the base and the reward; None where it is the base tilted by `log_tilt`.
+            Raises ValueError where the law is not known.
+        balance: of a method that settles where the pull of the reward is in balance with a penalty.
+    """
+
+    log_tilt: Callable[[Tensor], Tensor]
+    words: str
+    caveats: tuple[str, ...] = ()
+    beta: float | None = None
+    temperature: float | None = None
+    exact: Callable[[Law, RewardAt], Law] | None = None
+    balance: Balance | None = None
+
+    def tilted(self, base: Law, reward: RewardAt) -> Law:
+        """The law on the line whose density over that of `base` is exp(log_tilt)."""
+        return base.tilt(self.log_tilt(torch.from_numpy(reward(base.points))).numpy())
+
+    def law(self, base: Law, reward: RewardAt) -> Law:
+        """The target on the line. Raises ValueError if it is not known."""
+        return self.tilted(base, reward) if self.exact is None else self.exact(base, reward)
+
+
+def exponential_tilt(beta: float, caveats: Sequence[str] = ()) -> Target:
+    """p_base(x) exp(r(x) / beta), at temperature beta in units of reward.
+
+    >>> exponential_tilt(0.25).log_tilt(torch.tensor([1.0, -0.5])).tolist()
+    [4.0, -2.0]
+    """
+    return Target(
+        log_tilt=lambda rewards: rewards.double() / beta,
+        words="p_base(x) exp(r(x) / beta)",
+        caveats=tuple(caveats),
+        beta=beta,
+        temperature=beta,
+    )
