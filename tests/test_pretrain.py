@@ -116,6 +116,8 @@ def test_a_classifier_and_a_flow_learn_and_are_written(npz: Path, tmp_path: Path
     )
     scores = run_pretraining(flow, npz, tmp_path / "flow", name="tiny-flow")
     assert scores["frechet_distance_heun"] > 0
+    assert sum(scores["class_fractions_heun"]) == pytest.approx(1, abs=0.002)
+    assert not any(key.startswith("label_agreement") for key in scores)  # the flow has no classes
     assert load(tmp_path / "flow").event_shape == (1, 8, 8)
     assert "seed 0" in (tmp_path / "flow" / "README.md").read_text()
     with pytest.raises(InputError, match="already holds something"):
@@ -417,10 +419,23 @@ def test_a_classifier_is_scored_under_noise_of_a_standard_deviation_of_three_ten
             return torch.zeros(len(x), 2)
 
     images = ImageData(torch.zeros(500, 1, 4, 4), torch.zeros(500, dtype=torch.long), ("0", "1"))
-    classifier_scores(Watching(), images)
+    assert set(classifier_scores(Watching(), images).values()) == {1}  # all are of class 0, and nothing speaks for another one
     spreads = sorted(float(x.std()) for x in seen)
     assert spreads[0] == 0
     assert spreads[-1] == pytest.approx(0.3, rel=0.05)
+
+
+def test_images_are_shifted_by_every_distance_up_to_the_greatest() -> None:
+    recipe = ClassifierPretraining(network=PlainClassifier(), max_shift=2)
+    images, seen = torch.zeros(400, 1, 8, 8), []
+    images[:, :, 4, 4] = 1
+
+    def network(shifted: Tensor) -> Tensor:
+        seen.extend(divmod(int(place), 8) for place in shifted.flatten(1).argmax(1))
+        return torch.zeros(len(shifted), 10)
+
+    classifier_loss(recipe, network, images, torch.zeros(400, dtype=torch.long), stream(0, "shift"))
+    assert set(seen) == {(row, column) for row in range(2, 7) for column in range(2, 7)}
 
 
 def test_noise_from_zero_up_is_added_too() -> None:

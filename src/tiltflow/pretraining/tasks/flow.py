@@ -148,8 +148,7 @@ def judged(model: Model, name: str, test: ImageData) -> Scores:
             *(in_batches(judge.features, y, 500) for y in (x, images[:5000]))
         )
         seen = probabilities.argmax(1)
-        asked = model.labels(len(x))
-        if asked is not None and model.class_names == judge.class_names:
+        if model.class_names == judge.class_names and (asked := model.labels(len(x))) is not None:
             scores[f"label_agreement_{solver}"] = (seen == asked).double().mean().item()
         counts = seen.bincount(minlength=len(judge.class_names))
         scores[f"class_fractions_{solver}"] = [round(fraction, 3) for fraction in (counts / 1000).tolist()]
