@@ -21,8 +21,8 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.models.model import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
+from tiltflow.rewards import LearnedReward, RewardSettings, evaluate, given, select, value_and_gradient
 from tiltflow.rewards import class_log_odds as class_log_odds_module
-from tiltflow.rewards import evaluate, given, select, value_and_gradient
 from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odds
 from tiltflow.rewards.function import Function
 from tiltflow.rewards.ink import Ink
@@ -123,6 +123,8 @@ def problem(name: str, **tree: Any) -> str:
 @pytest.mark.parametrize("name", LOCAL)
 def test_conventions(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]
+    assert isinstance(settings, RewardSettings)
+    assert settings.learned == isinstance(settings.build(), LearnedReward)
     assert settings.name == name
     assert type(settings).__doc__
     assert isinstance(settings.differentiable, bool)

@@ -10,6 +10,7 @@ class Bowl(Settings):
     """Minus the mean squared distance to `level`."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "squared grey levels"
     description: ClassVar[str] = "minus the mean squared distance to a grey level"
     name: Literal["bowl"] = "bowl"

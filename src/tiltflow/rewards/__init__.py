@@ -1,18 +1,11 @@
 """Rewards, one file each: a class of settings named after the file, with `build()`. A new reward is a new file.
 
-`build(device)` loads what the reward needs and returns a plain function: images [batch, channels, height, width] in [-1, 1]
--> [batch] floats, higher is better, no sample looking at its neighbours. Three attributes of the settings say what the
-numbers are: `unit`, `description` (one line for the report: what is measured, its range and sign) and `differentiable`.
-Some of them depend on the settings, so read them on an instance.
+A reward takes x [batch, *event], images [batch, channels, height, width] in [-1, 1] for most, and returns [batch]: one number
+for each sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its
+gradient get it from autograd. A reward may ask for the prompts of the samples and their metadata; and it may learn, while a
+method trains, from the samples that it is shown after each iteration.
 
-
-Rewards: functions of a sample, higher is better.
-
-A reward takes x [batch, *event] and returns [batch]: finite, one number per sample, no sample looking at its neighbours.
-Methods that need a gradient say so, and get it from autograd. A plain function is a reward. A reward may learn while a method
-trains: from the samples that it is shown after each iteration. A reward of a text-to-image model may be told the prompts.
-
-A reward is code of the user: it gets a copy of the samples, which it may write into, and what it returns is copied.
+A reward is the user's code: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """
 
 from __future__ import annotations
@@ -21,10 +14,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from tiltflow import processes
@@ -32,6 +26,7 @@ from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.field import Which
 from tiltflow.flows.interpolant import expand
+from tiltflow.plugins import part_of
 from tiltflow.user_code import explained
 
 Metadata = Mapping[str, Any]
@@ -47,6 +42,47 @@ class Reward(Protocol):
     """x [batch, *event] -> [batch]."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class RewardSettings(Protocol):
+    """Settings of a reward. Some of what they say depends on the settings, so read it on an instance."""
+
+    @property
+    def name(self) -> str:
+        """The name by which a recipe asks for it."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line for the report: what is measured, its range and sign."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """The unit of the numbers."""
+        ...
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether autograd gives the gradient in the samples."""
+        ...
+
+    @property
+    def learned(self) -> bool:
+        """Whether `build` gives a `LearnedReward`."""
+        ...
+
+    def build(self, device: torch.device | str = "cpu") -> Reward:
+        """The reward, with all that it needs loaded. Raises InputError for what cannot be had."""
+        ...
+
+
+if TYPE_CHECKING:
+    NamedReward = RewardSettings
+else:
+    NamedReward = Annotated[Any, BeforeValidator(part_of("rewards"))]
+"""The type of a setting that is a reward: its name, or a mapping with its name and settings."""
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ class Aesthetic(Settings):
     """LAION's aesthetic predictor, version 2: linear layers on the normalised features of CLIP ViT-L/14; ratings of 1 to 10."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "points of ten"
 
     name: Literal["aesthetic"] = "aesthetic"

@@ -35,6 +35,7 @@ class ClassLogOdds(Settings):
     """log P(wanted) - log P(not wanted) in nats: 0 is undecided, 2.2 is 9 to 1, and `bound` is approached but never reached."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "nats"
 
     name: Literal["class-log-odds"] = "class-log-odds"

@@ -16,6 +16,7 @@ class ClassProbability(Settings):
     """P(wanted), in [0, 1]: what papers report. `class-log-odds` has the better gradient: this one is flat at both ends."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "probability"
 
     name: Literal["class-probability"] = "class-probability"

@@ -16,6 +16,7 @@ class ClipScore(Settings):
     """CLIPScore (2104.08718) without its cut at 0: 100 cos(picture, prompt), 20 to 35 for most pictures."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "points"
 
     name: Literal["clip-score"] = "clip-score"

@@ -21,6 +21,7 @@ class Function(Settings):
     """
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "reward"
 
     name: Literal["function"] = "function"

@@ -18,6 +18,7 @@ class Hps(Settings):
     10 or 100."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "points"
 
     name: Literal["hps"] = "hps"

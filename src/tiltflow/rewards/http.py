@@ -45,6 +45,7 @@ class Http(Settings):
     """Your server gets pictures and their prompts and returns a number for each, higher is better, in any unit."""
 
     differentiable: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "reward"
 
     name: Literal["http"] = "http"

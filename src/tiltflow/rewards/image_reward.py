@@ -43,6 +43,7 @@ class ImageReward(Settings):
     to 2, 0 the mean of the rated pictures."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "standard deviations"
 
     name: Literal["image-reward"] = "image-reward"

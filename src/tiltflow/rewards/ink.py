@@ -21,6 +21,7 @@ class Ink(Settings):
     """
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "fraction of full ink"
 
     name: Literal["ink"] = "ink"

@@ -17,6 +17,7 @@ class JpegSize(Settings):
     """Bytes of the JPEG file that Pillow writes at a quality, header included (Black et al., arXiv 2305.13301)."""
 
     differentiable: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "bytes"
 
     name: Literal["jpeg-size"] = "jpeg-size"

@@ -22,6 +22,7 @@ class NamedColour(Settings):
     prompt that is a colour of CSS."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "share of the picture"
 
     name: Literal["named-colour"] = "named-colour"

@@ -16,6 +16,7 @@ class PickScore(Settings):
     """PickScore (2305.01569): exp(logit_scale) cos(picture, prompt) of a CLIP that was trained on choices of people."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "points"
 
     name: Literal["pick-score"] = "pick-score"

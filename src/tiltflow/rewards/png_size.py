@@ -20,6 +20,7 @@ class PngSize(Settings):
     """Bytes of the PNG file that Pillow writes by default, header included. It varies a little with Pillow's compressor."""
 
     differentiable: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "bytes"
 
     name: Literal["png-size"] = "png-size"

@@ -23,6 +23,7 @@ class StrokeThickness(Settings):
     """Mean thickness of bright strokes on a dark ground, 0 for a blank image, half its side for a full one."""
 
     differentiable: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "pixels"
 
     name: Literal["stroke-thickness"] = "stroke-thickness"

@@ -6,22 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from tiltflow.flows.field import Which
-from tiltflow.plugins import part_of
-from tiltflow.rewards import Metadata, Reward, given, select, values_of
+from tiltflow.rewards import Metadata, NamedReward, Reward, given, select, values_of
 from tiltflow.settings import Settings
 
 
 class Term(Settings):
     """One reward and what a unit of it is worth."""
 
-    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    reward: NamedReward
     """Any of the rewards; `tiltflow settings` lists them."""
     weight: float = 1.0
     """Units of the sum per unit of this reward; below 0 for a penalty."""
@@ -36,6 +35,7 @@ class Term(Settings):
 class Sum(Settings):
     """weight_1 r_1(x) + weight_2 r_2(x) + ..., each clipped if you say so; differentiable if all its parts are."""
 
+    learned: ClassVar[bool] = False
     unit: ClassVar[str] = "weighted units"
 
     name: Literal["sum"] = "sum"

@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator
 
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError, visible
-from tiltflow.plugins import part_of
-from tiltflow.rewards import Reward, evaluate, given
+from tiltflow.rewards import NamedReward, Reward, evaluate, given
 from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.settings import Settings
 
@@ -26,7 +24,7 @@ MOST_BYTES = 1 << 28  # of a request
 class Served(Settings):
     """What is served."""
 
-    reward: Annotated[Any, BeforeValidator(part_of("rewards"))]
+    reward: NamedReward
 
 
 def make_server(reward: Reward, port: int, *, token: str | None = None, device: str = "cpu") -> ThreadingHTTPServer:
