@@ -1,5 +1,5 @@
-"""What every training loop here shares: AdamW and the learning rate, the moving average of weights, and the refusal of bad
-numbers."""
+"""Shared by all training loops: AdamW and the learning rate, the moving average of weights, and checks for numbers that are
+not finite."""
 
 # Mutation tests: test_optimization.py test_trainer.py
 
@@ -18,14 +18,14 @@ from tiltflow.errors import NonFiniteError
 
 
 class Numbers:
-    """What is kept between iterations, where that is a dataclass of numbers."""
+    """Base of a method's state that is a dataclass of numbers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {key: value for key, value in vars(self).items() if isinstance(value, (int, float))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         vars(self).update(state)
 
 
@@ -43,15 +43,15 @@ def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Liter
 
 
 def adamw(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
-    """AdamW in one pass over the memory, where the device has that: the step of a large network is all memory."""
+    """AdamW, fused where the device has that: the step of a large network is bound by memory bandwidth."""
     several = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") and p.dtype in (torch.float32, torch.float64) for p in several)
     return torch.optim.AdamW(several, fused=fused or None, **options)
 
 
 class WeightAverage:
-    """The exponential moving average of parameters, with the short memory at the start that keeps it unbiased. With a decay
-    of 0 it is the parameters themselves, and costs nothing."""
+    """The exponential moving average of parameters, with a smaller decay at the start, so that the first values do not
+    dominate it. With a decay of 0 it is the parameters themselves, and costs nothing."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         self.parameters, self.decay, self.updates = list(parameters) if decay else [], decay, 0
@@ -66,8 +66,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters are their average in this context, and what they were after it. Nothing is copied; nested entry is a
-        no-op."""
+        """A context in which the parameters are their average. Memory is swapped, not copied; nested entry is a no-op."""
         if self.in_place:
             yield
             return
@@ -90,25 +89,25 @@ class WeightAverage:
         processes.weights_changed()
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {"values": self.values, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.updates = state["updates"]
         for value, saved in zip(self.values, state["values"], strict=True):
             value.copy_(processes.part_like(saved, value))
 
     @torch.no_grad()
     def store(self) -> None:
-        """Write the average into the parameters themselves."""
+        """Write the average into the parameters."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             parameter.copy_(value)
         processes.weights_changed()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put the state of an optimizer in place, in the memory layout of its parameters: another may round otherwise."""
+    """Load the state of an optimizer in the memory layout of its parameters: another layout may round differently."""
     optimizer.load_state_dict(saved)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -120,8 +119,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 def gradient_norm(
     parameters: Sequence[nn.Parameter], limit: float | None, step: int, names: Sequence[str] | None = None
 ) -> float:
-    """Clip the gradients to a global norm of `limit` and return the norm before. Raises NonFiniteError, which names the
-    parameters, if it is not finite."""
+    """Clip the gradients to a global norm of `limit`, and return the norm before. Raises NonFiniteError, naming the
+    parameters, if the norm is not finite."""
     norm = processes.full(nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)).item()
     if not math.isfinite(norm):
         gradients = {i: processes.full(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
@@ -134,8 +133,8 @@ def gradient_norm(
 
 @contextmanager
 def located(part: slice) -> Iterator[None]:
-    """In this context, what is not finite is counted from the first sample of the batch, not of the part; and all processes
-    know of what each has found in its own."""
+    """A context in which NonFiniteError counts samples from the first of the batch, not of the part, and names those that any
+    process has found."""
     try:
         yield
     except NonFiniteError as error:
@@ -148,7 +147,7 @@ def located(part: slice) -> Iterator[None]:
 
 
 def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
-    """`values` [steps, batch, ...]. Raises NonFiniteError, which names steps, times and samples, if one is not finite."""
+    """`values` [steps, batch, ...]. Raises NonFiniteError, naming steps, times and samples, if one is not finite."""
     if bool(values.isfinite().all()):
         return values
     bad = (~values.isfinite()).flatten(2).any(2) if values.ndim > 2 else ~values.isfinite()
@@ -163,11 +162,11 @@ def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str, step: int | None = None) -> None:
-    """Raises NonFiniteError, in all processes, that names those of the tensors that hold a NaN or an infinity.
+    """Raises NonFiniteError, in all processes, naming the tensors that hold a NaN or an infinity.
 
     Args:
-        what: what they are of, such as "the tuned model".
-        step: after how many optimizer steps, if that is known.
+        what: their owner, such as "the tuned model".
+        step: the number of optimizer steps taken, if known.
     """
     bad = [name for name, tensor in tensors.items() if not _is_finite(processes.local(tensor.detach()))]
     bad = list(dict.fromkeys(name for found in processes.exchanged(bad) for name in found))
@@ -188,7 +187,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def finite(value: Tensor | float, what: str, step: int) -> float:
-    """`value` as a float. Raises NonFiniteError, before the weights are touched, if it is NaN or infinite."""
+    """`value` as a float. Raises NonFiniteError if it is NaN or infinite."""
     number = value.item() if isinstance(value, Tensor) else value
     if not math.isfinite(number):
         raise NonFiniteError(f"step {step}: {what} is {number}; the weights are as before this step", {"what": what})

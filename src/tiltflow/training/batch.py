@@ -1,4 +1,4 @@
-"""What an iteration starts from, and what a method sees of it."""
+"""The start of an iteration, and the batch that a method sees."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that a method needs for an iteration. Conditions, guidance, micro-batches and processes are in here.
+    """All that a method needs for an iteration. It handles conditions, guidance, micro-batches and processes.
 
     Args:
         x: starting points [batch, *event] at time `start`.
-        tuned, base: their velocity fields, bound to the conditions of the batch.
-        reward: of these samples.
+        tuned, base: the velocity fields, bound to the conditions of the batch.
+        reward: the reward of these samples.
         actor: the field that the samples are drawn from, if it is not `tuned`: an average of its weights, which settles at
             the same fixed point.
-        guide: guides the field that draws the samples, if they are to be guided and what is learned is not
+        guide: guides the field that draws the samples, where they are guided and what is learned from them is not
             (`guidance_mode: rollout`).
         micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
-        non_finite: `drop` leaves samples out whose reward is NaN or infinite, and counts them as `dropped`.
+        non_finite: `drop` leaves out samples whose reward is NaN or infinite, and counts them as `dropped`.
     """
 
     x: Tensor
@@ -65,11 +65,11 @@ class Batch:
         return len(self.x)
 
     def whole(self, flow: VelocityField) -> VelocityField:
-        """`flow` on the whole batch, by all processes, a micro-batch at a time."""
+        """Evaluate `flow` on the whole batch, a micro-batch at a time, shared out among the processes."""
         return in_chunks(flow, self.micro_batch_size)
 
     def select(self, which: Which) -> Batch:
-        """The batch of these samples."""
+        """The part of the batch with these samples."""
         actor = None if self.actor is None else self.actor.select(which)
         tuned, base = self.tuned.select(which), self.base.select(which)
         return replace(self, x=self.x[which], tuned=tuned, base=base, reward=select(self.reward, which), actor=actor)
@@ -78,9 +78,9 @@ class Batch:
         """Call `function` with each micro-batch and its place in the batch, shared out among the processes.
 
         Args:
-            dims: the dimension of each of its results that runs over samples.
+            dims: for each result of `function`, the dimension that runs over samples.
 
-        Returns its results, joined. Raises NonFiniteError with the samples counted from the first of the batch.
+        Returns the results, joined. Raises NonFiniteError, with samples counted from the first of the batch.
         """
         parts = []
         for part in processes.shares(len(self), self.micro_batch_size):
@@ -92,10 +92,11 @@ class Batch:
         """Add the gradient of a loss to the parameters, a micro-batch at a time and shared out among the processes.
 
         Args:
-            terms_of: the terms [part] of some of `count` summands: of the `loss`, and of what else is to be summed up.
+            terms_of: a slice of the `count` summands -> their terms [part], by name: of the `loss`, whose gradient is taken,
+                and of anything else to sum.
             over: what the sums are divided by.
 
-        Returns the sums, each summand counted once.
+        Returns the sums by name, each summand counted once.
         """
         counted = torch.arange(count, device=self.x.device) >= processes.first_counted(count)
         sums: dict[str, float] = {}

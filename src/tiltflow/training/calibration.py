@@ -35,26 +35,26 @@ from tiltflow.training.batch import Drawn
 
 RATE, LIMIT = 0.1, 3.0
 NEAR = 0.95
-"""A gain beyond this part of its limit is at it: the noise of the batches keeps it from resting there."""
+"""A gain beyond this fraction of its limit counts as at the limit: the noise of the batches keeps it from resting there."""
 
 
 class Calibration:
-    """The gain, and its integral control."""
+    """Integral control of the gain."""
 
     def __init__(self, target_reward: float, beta: float):
         self.target_reward, self.beta, self.log_gain = target_reward, beta, 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {"target_reward": self.target_reward, "log_gain": self.log_gain}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.target_reward, self.log_gain = state["target_reward"], state["log_gain"]
 
     @property
     def at_limit(self) -> bool:
-        """Whether the gain is held back by its limit: the mean reward is then not the target's."""
+        """True where the limit holds the gain back: the mean reward is then not the target's."""
         return gain_at_limit(math.exp(self.log_gain))
 
     @property
@@ -63,14 +63,14 @@ class Calibration:
         return self.beta / math.exp(self.log_gain)
 
     def update(self, reward: float) -> None:
-        """Take in the mean reward of a batch that was drawn at the working temperature."""
+        """Adapt the gain to the mean reward of a batch drawn at the working temperature."""
         most = math.log(LIMIT)
         self.log_gain += RATE * (self.target_reward - reward) / self.beta
         self.log_gain = min(max(self.log_gain, -most), most)
 
 
 def gain_at_limit(gain: float) -> bool:
-    """Whether the gain beta / working beta is at LIMIT or at 1 / LIMIT.
+    """True where the gain beta / working beta is at LIMIT or at 1 / LIMIT.
 
     >>> gain_at_limit(2.97), gain_at_limit(1 / 2.97), gain_at_limit(2.5)
     (True, True, False)
@@ -97,10 +97,10 @@ def target_reward(
     Args:
         draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`, whose guidance is that of
             the samples.
-        num_samples: at least so many; a whole number of batches is drawn.
+        num_samples: at least this many; a whole number of batches is drawn.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite.
 
-    Raises InputError if too few of them carry the weight of the target law to know it; see `ImportanceWeights.unknown`.
+    Raises InputError if too few of them carry the weight of the target law for an estimate; see `ImportanceWeights.unknown`.
     """
     rewards: list[Tensor] = []
     while sum(map(len, rewards)) < num_samples:

@@ -1,4 +1,4 @@
-"""The same bits from the same kernels: where a GPU has several for an operation, some add in an order that varies."""
+"""Deterministic kernels: some of those that a GPU has for an operation add in an order that varies from run to run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 @contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
     """In this context, operations whose results vary from run to run raise a RuntimeError where they have no other kernel, and
-    float32 is multiplied in float32. cuBLAS reads its part of it when it is first used, so enter before any work on a GPU."""
+    float32 is multiplied in float32. cuBLAS reads its setting when it is first used, so enter before any work on a GPU."""
     if not wanted:
         yield
         return

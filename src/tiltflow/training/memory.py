@@ -1,4 +1,4 @@
-"""How much memory something needs, counted as it runs, on any device."""
+"""Peak memory of a computation, counted as it runs, on any device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made in its context, while they live: `with PeakMemory() as memory: ..`.
+    """Counts the bytes of live tensors that were made in its context: `with PeakMemory() as memory: ..`.
 
-    Also what activation checkpointing makes once more on the way back. What a kernel needs for itself is not seen.
+    Includes what activation checkpointing recomputes in the backward pass; excludes the workspace of kernels.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PeakMemory(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         for part in tree_leaves((args, kwargs)):
-            if isinstance(part, Tensor):  # it was there before, and so was what is only a view of it
+            if isinstance(part, Tensor):  # made before the context, or a view of what was
                 self.known.add(part.untyped_storage()._cdata)
         out = func(*args, **(kwargs or {}))
         for part in tree_leaves(out):
@@ -50,7 +50,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_of(run: Callable[[int], object], count: int) -> int:
-    """Bytes that `run(count)` needs at the most, from what it needs for one and for two: what there is for each, and once."""
+    """Peak bytes of `run(count)`, extrapolated linearly from `run(1)` and `run(2)`."""
     peaks: list[int] = []
     for few in range(1, min(count, 2) + 1):
         with PeakMemory() as memory:
@@ -60,12 +60,12 @@ def peak_of(run: Callable[[int], object], count: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left."""
+    """Free bytes on the device."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         return 1 << 62

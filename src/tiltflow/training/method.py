@@ -1,4 +1,4 @@
-"""What the training loop, and everything around it, asks of a method."""
+"""The protocol of a method: what the training loop, and everything around it, asks of one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tiltflow.training.batch import Batch
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What a method keeps between iterations, where that is part of a checkpoint."""
+    """The state of a method between iterations, where that is part of a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Resume from there."""
+        """Resume from a state."""
         ...
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of the reward and the model, and how it uses a batch.
+    """Requirements of a method on the reward and the model, and how it uses a batch.
 
     Args:
         reward_gradient: whether the reward must be differentiable.
@@ -72,12 +72,12 @@ class Method(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What the method needs of the reward and the model."""
+        """Requirements on the reward and the model."""
         ...
 
     @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
-        """The settings of `Optimizer` whose defaults are others with this method."""
+        """Settings of `tiltflow.Optimizer` that have other defaults with this method."""
         ...
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
@@ -89,11 +89,11 @@ class Method(Protocol):
         ...
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device, /) -> Any:
-        """What is kept between iterations. Raises InputError if the settings do not fit samples of this shape."""
+        """The state that is kept between iterations. Raises InputError if the settings do not fit samples of this shape."""
         ...
 
     def gradients(self, batch: Batch, state: Any, /) -> Iterator[dict[str, float]]:
-        """Accumulate the gradient of one optimizer step in the parameters of `batch.tuned` before each yield of what was
+        """Before each yield, accumulate the gradient of one optimizer step in the parameters of `batch.tuned`; yield what was
         measured. Changes the state in place."""
         ...
 

@@ -1,4 +1,4 @@
-"""The optimizer of a training: AdamW, the schedule of its learning rate, and the clip of its gradients."""
+"""Settings of the optimizer: AdamW, the schedule of its learning rate, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Optimizer(Settings):
 
 
 class WithDefaults(Protocol):
-    """A method, as far as the optimizer asks."""
+    """A method that has defaults for the optimizer."""
 
     @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
-        """The settings of `Optimizer` whose defaults are others with this method."""
+        """Settings of `Optimizer` that have other defaults with this method."""
         ...
 
 
 def fill_optimizer(method: WithDefaults, given: Optimizer | None = None) -> Optimizer:
-    """Settings with every key set: as given, else as the method has it by default, else as `Optimizer` has it.
+    """Settings with every key set: as given, else the default of the method, else that of `Optimizer`.
 
     >>> from tiltflow.methods.adjoint_matching import AdjointMatching
     >>> filled = fill_optimizer(AdjointMatching(preset="paper"), Optimizer(adam_beta1=0.5))
@@ -62,7 +62,7 @@ def check_optimizer(method: WithDefaults, given: Any) -> Optimizer:
 
 
 def move_old_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a run, with the optimizer's settings where they are now: earlier versions had them in `method`."""
+    """The recipe of a run with its optimizer's settings in `optimizer`; earlier versions wrote them into `method`."""
     method = tree.get("method")
     if "optimizer" in tree or not isinstance(method, dict):
         return tree

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each optimizer step of a run, read as if it were damaged."""
+"""metrics.jsonl, one line for each optimizer step of a run; damaged lines are skipped and counted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ METRICS = "metrics.jsonl"
 
 
 def known_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of `metrics.jsonl` that are as they were written, and how many are not."""
+    """The intact lines of `metrics.jsonl`, and the number of damaged ones."""
     return read_rows(folder / METRICS, _check_record)
 
 
 def _check_record(row: Any) -> None:
-    """Raises an exception if this is no line of metrics.jsonl."""
+    """Raises an exception if `row` is no line of metrics.jsonl."""
     if not {"seconds", "network_evaluations"} <= row.keys():
         raise ValueError("no record")
     if not all(isinstance(key, str) and type(value) in (int, float) for key, value in row.items()):

@@ -1,4 +1,4 @@
-"""The settings of the training loop, for every kind of model."""
+"""Settings of the training loop, for every kind of model."""
 
 from __future__ import annotations
 
@@ -18,80 +18,80 @@ GuidanceMode = Literal["none", "rollout", "full"]
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 BATCH_SIZE, PROMPTS, GENERATIONS = 64, 4, 4
-"""The sizes of a batch where a recipe says nothing."""
+"""Default sizes of a batch."""
 OF_PROMPTS = ("prompts_per_step", "num_generations", "guidance_mode", "per_prompt_normalization", "decode_batch_size")
-"""Settings that mean something only for a model with prompts."""
+"""Settings for models with prompts alone."""
 
 
 class Training(Settings):
-    """The loop, in global numbers; the optimizer has settings of its own, `tiltflow.Optimizer`."""
+    """The training loop. Numbers are over all processes. The optimizer has settings of its own, `tiltflow.Optimizer`."""
 
     max_train_steps: Count = 100
     """Optimizer steps."""
     train_batch_size: Count | None = None
     """Samples in an iteration: 64 by default; with prompts, prompts_per_step x num_generations."""
     prompts_per_step: Count | None = None
-    """Different prompts in an iteration, 4 by default."""
+    """Number of different prompts in an iteration, 4 by default."""
     num_generations: Count | None = None
-    """Pictures of each of them, 4 by default."""
+    """Pictures of each prompt, 4 by default."""
     micro_batch_size: Count | None = None
-    """How many samples a network sees at once; changes the memory needed, not the result."""
+    """Samples that a network sees at once. Changes the memory needed, not the result."""
     decode_batch_size: Count | None = None
-    """How many pictures are decoded at once, with their gradient; as many as the network sees by default. Changes the memory
+    """Pictures that are decoded at once, with their gradient; by default as many as the network sees. Changes the memory
     needed, not the result: at 512 pixels and in float32 a picture of Stable Diffusion needs more than 5 GB."""
     classes: Labels = ()
-    """Of a class-conditional model: the classes whose samples are tuned, as many of one as of another; all by default. Each has
-    a target law of its own."""
+    """Classes to tune, of a class-conditional model, all by default: samples of each in equal number. Each class has a target
+    law of its own."""
     guidance_mode: GuidanceMode | None = None
-    """none: pictures are drawn and learned from without guidance. rollout, the default of models with negative prompts: drawn
-    with it, learned from without: works best for Stable Diffusion, but no law is known that it aims at. full: both with it:
-    aims at the tilt of the guided law, and the adjoint of a strongly guided flow grows large."""
+    """none: draw pictures, and learn from them, without guidance. rollout, the default of models with negative prompts: draw
+    with guidance and learn without; it works best for Stable Diffusion, but no law is known that it aims at. full: both with
+    guidance; it aims at the tilt of the guided law, and the adjoint of a strongly guided flow grows large."""
     per_prompt_normalization: Annotated[int, Field(ge=2)] | None = None
-    """Pictures of the base for each prompt, drawn when it first comes, that say what its rewards are like: the reward is then
-    (r - mean) / std of its prompt. The temperature is in these units."""
+    """Pictures of the base for each prompt, drawn when it first comes, for the mean and std of its rewards: the reward is then
+    (r - mean) / std, and the temperature in these units."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the moving average of the weights, which draws the trajectories and is what is saved; 0 for none."""
+    """Decay of the moving average of the weights, which draws the trajectories and is saved; 0 for none."""
     trainable: Pattern = re.compile("")
-    """Train only the parameters in whose name this regular expression is found, "^middle" for example."""
+    """Train only the parameters whose names match this regular expression, such as "^middle"."""
     calibration_samples: Annotated[int, Field(ge=0)] = 0
-    """From how many base samples the mean reward of the target law is estimated, to which the working temperature is then
-    adapted (see `tiltflow.training.calibration`); 0 to run at the method's beta throughout."""
+    """Base samples for an estimate of the target law's mean reward, to which the working temperature is then adapted (see
+    `tiltflow.training.calibration`); 0 to run at the method's beta throughout."""
     mixed_precision: MixedPrecision = "no"
-    """How the network is evaluated, in training and in the evaluation: "bf16", "no", or "auto": bf16 where the hardware
+    """Precision of the network, in training and in the evaluation: "bf16", "no", or "auto", which is bf16 where the hardware
     multiplies it."""
     use_8bit_adam: bool = False
     """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
 
     checkpointing_steps: Annotated[int, Field(ge=0)] = 50
-    """A checkpoint is written after so many steps, and when training ends or is asked to stop; 0 for only then."""
+    """Steps between checkpoints. One is also written when training ends or is asked to stop; 0 for these alone."""
     checkpoints_total_limit: Count | None = 2
-    """How many are kept; null for all."""
+    """Checkpoints to keep, the latest ones; null for all."""
     resume_from_checkpoint: str | None = None
-    """latest, or the name of a checkpoint, such as step-00000100: resume from there, in the same folder, as if the run had
-    never stopped. With `latest`, a run that has none yet begins."""
+    """latest, or the name of a checkpoint, such as step-00000100: resume from there, in the same folder, bit for bit. With
+    `latest`, a run that has no checkpoint yet begins anew."""
     deterministic: bool = False
-    """Use kernels that add in the same order each time, and stop where a GPU has none: slower. CPUs do so anyway."""
+    """Use kernels that add in the same order each time, and stop where a GPU has none. Slower; CPUs do so anyway."""
     report_to: TrackerName | None = None
     """Report metrics and pictures to tensorboard (in `logs/` of the run), trackio or wandb too, by accelerate's trackers."""
     monitor: Monitor | None = None
-    """Look at the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
+    """Evaluate the model while it trains, and raise an alarm if the reward rises at the cost of what it does not see."""
     non_finite_rewards: NonFiniteRewards = "error"
-    """What happens where a reward is NaN or infinite: error stops the run; drop leaves these samples out, in training,
-    calibration and evaluation alike, and counts them in the metrics (`dropped`)."""
+    """For samples whose reward is NaN or infinite: error stops the run; drop leaves them out, in training, calibration and
+    evaluation alike, and counts them in the metrics (`dropped`)."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
-    """How many batches in a row may be left out because a loss, a reward or a gradient in them is not finite; 0 stops at the
+    """Batches in a row that may be skipped because a loss, a reward or a gradient in them is not finite; 0 stops at the
     first."""
 
     @property
     def samples_per_step(self) -> int:
-        """Samples in an iteration, once `for_samples` or `for_prompts` has filled the sizes in."""
+        """Samples in an iteration, once `for_samples` or `for_prompts` has filled in the sizes."""
         assert self.train_batch_size is not None
         return self.train_batch_size
 
     def for_samples(self) -> Training:
         """The settings with the defaults of a model without prompts.
 
-        Raises InputError for a setting that such a model gives no meaning.
+        Raises InputError for a setting that has no meaning for such a model.
         """
         for name in OF_PROMPTS:
             if (value := getattr(self, name)) not in (None, "none"):
@@ -102,7 +102,7 @@ class Training(Settings):
     def for_prompts(self) -> Training:
         """The settings with the defaults of a model with prompts.
 
-        Raises InputError for a setting that such a model gives no meaning, and for sizes that contradict each other.
+        Raises InputError for a setting that has no meaning for such a model, and for sizes that contradict each other.
         """
         if self.classes:
             raise InputError("training.classes: this model has prompts; name them there, and leave classes out")

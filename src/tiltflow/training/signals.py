@@ -1,7 +1,7 @@
-"""Being asked to stop: the first signal is noted, for a loop to save and leave; a second one leaves at once.
+"""Signals that ask to stop: the first one is noted, so that a loop can save and leave; a second one quits at once.
 
-SIGINT is Ctrl-C, SIGTERM what schedulers and launchers send, SIGHUP a terminal that was closed, and SIGUSR1 what Slurm is often
-told to send before the time limit (`--signal=USR1@300`).
+SIGINT is Ctrl-C; schedulers and launchers send SIGTERM, a closed terminal SIGHUP; Slurm is often told to send SIGUSR1
+before the time limit (`--signal=USR1@300`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 @contextmanager
 def noted(told: Callable[[int], None] = lambda number: None, *, echo: float = 0.0) -> Iterator[Callable[[], int | None]]:
-    """In this context, a function says which signal has asked to stop, if one has: 2 or 15, for example.
+    """A context that gives a function: the number of the signal that has asked to stop, such as 2 or 15, or None.
 
-    A signal that is ignored when the context begins stays ignored, as `nohup` wants it for SIGHUP.
+    A signal that is ignored when the context begins stays ignored: `nohup` does that to SIGHUP.
 
     Args:
-        told: is called with the first one, from within the handler, to say that it was heard.
-        echo: for so many seconds after the first one, others are taken for the same: a launcher of several processes passes on
-            what has reached them already.
+        told: called with the first signal, from within the handler, to say that it was heard.
+        echo: seconds after the first signal in which others count as the same one: a launcher of several processes passes on
+            signals that have reached them already.
     """
     received: list[int] = []
     first = 0.0
@@ -38,7 +38,7 @@ def noted(told: Callable[[int], None] = lambda number: None, *, echo: float = 0.
         if received and time.monotonic() - first < echo:
             return
         if received:
-            os._exit(128 + number)  # whoever asks twice does not want to wait
+            os._exit(128 + number)  # a second signal: quit at once
         first = time.monotonic()
         received.append(number)
         if number == HANGUP:
@@ -54,7 +54,7 @@ def noted(told: Callable[[int], None] = lambda number: None, *, echo: float = 0.
 
 
 def _silence(terminals: list[int]) -> None:
-    """Writing to a terminal that is gone fails, and would end the run before it has saved: write nowhere instead."""
+    """Send output to nowhere: writing to a closed terminal fails, and would end the run before it has saved."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for fd in terminals:

@@ -35,15 +35,15 @@ from tiltflow.training.optimizer import Optimizer, fill_optimizer
 
 @dataclass(frozen=True)
 class Record:
-    """One optimizer step: what the method measured before it, and what it cost so far."""
+    """One optimizer step: the metrics measured before it, and the cost so far."""
 
     step: int
     metrics: dict[str, float]
     seconds: float
     network_evaluations: int
-    """Samples that the tuned and the base network have been evaluated on, counted together."""
+    """Samples on which the tuned and the base network were evaluated, added up."""
     samples_drawn: int = 0
-    """Samples that the model has drawn to learn from, each counted once, however many steps it is learned from in."""
+    """Samples drawn from the model for training; one that several steps learn from is counted once."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class BatchEnd:
 
     Args:
         step: optimizer steps taken so far.
-        state: gives what `train(resume_from=..)` takes.
+        state: gives the state that `train(resume_from=..)` takes.
         averaged: the context in which the weights are their moving average.
-        stopping: whether Interrupted, or what user code has raised, is raised next.
+        stopping: True where Interrupted, or an exception of user code, is raised next.
     """
 
     step: int
@@ -94,19 +94,19 @@ def train(
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
         calibration: adapts the temperature that the method works at; `beta` in the metrics.
-        network_evaluations: how many were spent before, on the calibration; the records count on from there.
+        network_evaluations: how many were spent before, on the calibration; the records count from there.
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
-        max_skipped_steps: how many steps in a row may be left out because a number in them is not finite.
-        non_finite_rewards: what happens to samples whose reward is NaN or infinite: an error, or they are dropped, and counted
+        max_skipped_steps: how many steps in a row may be skipped because a number in them is not finite.
+        non_finite_rewards: `error` raises for samples whose reward is NaN or infinite; `drop` leaves them out, and counts them
             in the metrics (`dropped`).
-        resume_from: the state of an earlier loop with the same arguments, to go on from, bit for bit.
+        resume_from: the state of an earlier loop with the same arguments; training resumes from it bit for bit.
         on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
             not counted.
-        stop: asked at every evaluation of a network; the number of the signal that asks to stop, if one does.
+        stop: called at every evaluation of a network; gives the number of the signal that asks to stop, or None.
 
-    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted, with the
-    state as it was before the batch, or after it where the weights have moved already, if it is asked to stop; UserCodeError,
-    likewise, if a function of the user raises an exception; InputError if `resume_from` is of another model or method.
+    Raises NonFiniteError, before the optimizer steps, if a loss, a reward or a gradient is not finite; Interrupted if it is
+    asked to stop, and UserCodeError if a function of the user raises an exception, both with the state as it was before the
+    batch, or after it where the weights have moved already; InputError if `resume_from` is of another model or method.
     """
     processes.distribute(*networks_of(tuned, base))
     trained = dict(tuned.named_parameters())
@@ -148,7 +148,7 @@ def train(
                     on_batch_end(end(loop.step, stopping=True))
                     raise
                 except UserCodeError:
-                    if loop.as_before and processes.count() == 1:  # several may not all be here
+                    if loop.as_before and processes.count() == 1:  # other processes may not have raised
                         on_batch_end(end(loop.step, stopping=True))
                     raise
                 except NonFiniteError:
@@ -164,7 +164,7 @@ def train(
 
 @dataclass
 class _Loop:
-    """The state of `train`, and what it does with a batch; see there."""
+    """The state of `train`, and its handling of a batch."""
 
     tuned: Flow
     base: Flow | AdapterOff
@@ -173,7 +173,7 @@ class _Loop:
     trained: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     settings: Optimizer
-    """Of the optimizer."""
+    """Settings of the optimizer."""
     average: WeightAverage
     max_train_steps: int
     seed: int
@@ -183,65 +183,65 @@ class _Loop:
     non_finite_rewards: NonFiniteRewards
     stop: Callable[[], int | None]
     spent: int
-    """Network evaluations before this loop began."""
+    """Network evaluations before the loop began."""
 
     step: int = 0
     drawn: int = 0
-    """Samples learned from."""
+    """Samples drawn for training."""
     skipped: int = 0
-    """Batches in a row that were left out."""
+    """Batches skipped in a row."""
     of_method: Any = None
-    """What the method keeps between iterations."""
+    """The method's state between iterations."""
     resumed: Tree | None = None
     before: Tree | None = None
-    """What learns while trajectories are drawn, as it was before the batch."""
+    """`learners` before the batch."""
     moved: bool = True
-    """Whether the weights have changed since the batch began, so that it is taken to its end."""
+    """True once the weights have changed in this batch, which is then finished before training stops."""
     as_before: bool = True
-    """Whether all is as it was before the batch that has been left."""
+    """True where the state is that before the batch that was abandoned."""
 
     def __post_init__(self) -> None:
         self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
         self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
 
     def poll(self) -> None:
-        """Raises Interrupted if a signal asks to stop, and the batch can be left."""
+        """Raises Interrupted if a signal asks to stop and the batch can be abandoned."""
         if not self.moved and (signal := processes.greatest(self.stop() or 0, self.device)):
             raise Interrupted(f"stopped by signal {signal} at step {self.step}", signal)
 
     def record(self, metrics: dict[str, float]) -> Record:
-        """What is known after an optimizer step."""
+        """The record of an optimizer step."""
         return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations, self.drawn)
 
     @property
     def evaluations(self) -> int:
-        """Samples that networks were evaluated on, by all processes."""
+        """Samples on which networks were evaluated, in all processes."""
         return self.spent + self.count.total * processes.count()
 
-    # ---- to be left and gone on with ----
+    # ---- checkpoints ----
 
     def learners(self) -> Tree:
-        """What may change while trajectories are drawn, before the weights do."""
+        """States that may change while trajectories are drawn: of the method and of the reward."""
         method = self.of_method.state_dict() if isinstance(self.of_method, Stateful) else {}
         return {"method": method, "reward": self.of_reward()}
 
     def of_reward(self) -> Tree:
-        """What a reward keeps, if it is one that learns or that is told of the base."""
+        """The state of a reward that learns, or that is normalised by the base's rewards; else nothing."""
         return self.reward.state_dict() if isinstance(self.reward, LearnedReward | PerPrompt) else {}
 
     def put_back(self, tree: Tree) -> None:
-        """`learners` as they were."""
+        """Restore `learners`."""
         if isinstance(self.of_method, Stateful):
             self.of_method.load_state_dict(tree["method"])
         self.put_reward_back(tree["reward"])
 
     def put_reward_back(self, tree: Tree) -> None:
-        """`of_reward` as it was."""
+        """Restore `of_reward`."""
         if isinstance(self.reward, LearnedReward | PerPrompt):
             self.reward.load_state_dict(tree)
 
     def state_dict(self) -> Tree:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {
             "step": self.step,
             "seconds": time.perf_counter() - self.began,
@@ -257,7 +257,7 @@ class _Loop:
         }
 
     def load_state_dict(self, state: Tree) -> None:
-        """Go on from there. Raises InputError if it is of another model, CheckpointError if it is of no such loop."""
+        """Resume from a state. Raises InputError if it is of another model, CheckpointError if it is not that of a loop."""
         try:
             load_weights(state, self.trained, buffers_of(self.tuned.network))
             load_optimizer(self.optimizer, state["optimizer"])
@@ -267,7 +267,7 @@ class _Loop:
             self.put_reward_back(state["reward"])
             self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
             self.began -= float(state["seconds"])
-            self.drawn = int(state.get("samples_drawn", 0))  # which earlier versions did not count
+            self.drawn = int(state.get("samples_drawn", 0))  # earlier versions did not count them
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
         self.resumed = state
@@ -275,10 +275,10 @@ class _Loop:
     # ---- a batch ----
 
     def batch(self, draw: Callable[[torch.Generator], Tensor | Drawn]) -> Iterator[Record]:
-        """All the optimizer steps on a batch. Raises NonFiniteError and Interrupted, what was not yet learned from being as
-        before."""
+        """Take all optimizer steps on a batch. Raises NonFiniteError, Interrupted and UserCodeError; where the weights have not
+        changed yet, all states are then as before the batch."""
         evaluated, self.moved, self.before = self.count.total, False, None
-        reward = copy.deepcopy(self.of_reward())  # drawing the batch may ask what the base's rewards are
+        reward = copy.deepcopy(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
         try:
             found = draw(stream(self.seed, "start", self.step, device=self.device))
             drawn = found if isinstance(found, Drawn) else Drawn(found)
@@ -314,14 +314,14 @@ class _Loop:
                 if self.as_before:
                     self.put_reward_back(reward)
             else:
-                self.step += not self.moved  # else it is counted already
+                self.step += not self.moved  # otherwise it is counted already
                 self.skipped += 1
                 error.where |= {"step": self.step, "seed": self.seed}
             self.moved = True
             raise
 
     def warn_of_constant_reward(self, measured: Mapping[str, float], count: int) -> None:
-        """Say so where the first batch of all has one reward. A rare reward may be so by chance, so it is no error."""
+        """Warn if all samples of the first batch have the same reward; no error, as a rare reward may do that by chance."""
         if self.step == 0 and count > 1 and measured.get("reward_std") == 0 and processes.is_main():
             warnings.warn(
                 f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
@@ -329,7 +329,7 @@ class _Loop:
             )
 
     def updates(self, drawn: Drawn) -> Iterator[dict[str, float]]:
-        """What the method measures before each optimizer step on a batch, its gradient accumulated."""
+        """Run the method on a batch: yields its metrics before each optimizer step, with the gradient accumulated."""
         method = self.method
         if self.calibration is not None:
             method = method.model_copy(update={"beta": self.calibration.working_beta})
@@ -348,7 +348,7 @@ class _Loop:
         return method.gradients(batch, self.of_method)
 
     def optimize(self, measured: dict[str, float]) -> dict[str, float]:
-        """An optimizer step, if loss and gradient are finite."""
+        """Take an optimizer step. Raises NonFiniteError, with the weights as before, if loss or gradient is not finite."""
         settings = self.settings
         factor = learning_rate_factor(
             self.step, warmup=settings.lr_warmup_steps, total=self.max_train_steps, scheduler=settings.lr_scheduler
@@ -365,18 +365,18 @@ class _Loop:
 
 
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
-    """The network of each: one and the same where the base is the tuned flow without its adapter."""
+    """Both networks; the same one where the base is the tuned flow with its adapter off."""
     return tuned.network, base.network
 
 
 def buffers_of(network: object) -> dict[str, Tensor]:
-    """The tensors of a network that are no parameters, but change with it."""
+    """The buffers of a network, by name."""
     return dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
 
 
 @torch.no_grad()
 def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Put the weights of a saved state in place. Raises InputError if they are of another network."""
+    """Load the weights of a saved state. Raises InputError if they are of another network."""
     for kind, own in (("parameters", parameters), ("buffers", buffers)):
         saved = state[kind]
         for name in sorted(own.keys() ^ saved.keys()):
@@ -392,14 +392,16 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
-    """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
-    expression `trainable` is found. Raises InputError if it is found in none, or if there is nothing that could be trained."""
+    """`flow` with a copy of its network in which the parameters whose names match the regular expression `trainable` require
+    gradients; by default all of them. Raises InputError if none matches, or if the network has no parameters."""
     if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
         raise InputError("nothing can be trained: the network is no torch module with parameters")
     try:
         network = copy.deepcopy(flow.network)
-    except Exception as error:  # of a module of the user, which may hold anything
-        raise InputError(f"the network cannot be copied, and is tuned as a copy ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a module of the user may hold anything
+        raise InputError(
+            f"the network cannot be copied, and training works on a copy ({str(error).splitlines()[0]})"
+        ) from error
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(re.search(trainable, name) is not None)
     if not any(parameter.requires_grad for parameter in network.parameters()):
