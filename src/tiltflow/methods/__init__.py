@@ -1,8 +1,9 @@
 """Methods, one paper and one file each: a class of settings named after the file, with `gradients()`.
 
-`gradients(batch, state)` is a generator: at each yield it has added the gradient of one optimizer step to the parameters of
-`batch.tuned`, and hands out what it measured. A `tiltflow.training.batch.Batch` has all that it needs for an iteration; `state`
-is what `new_state` has made, kept from batch to batch.
+`gradients(batch, state)` is a generator: before each yield it adds the gradient of one optimizer step to the parameters of
+`batch.tuned`, and it yields what it measured. A `tiltflow.training.batch.Batch` has all that an iteration needs; `state` is
+made by `new_state` and kept from batch to batch. `target` is the law that the method aims at (`tiltflow.laws.target`), `needs`
+what it needs of the reward and the model (`tiltflow.training.method`).
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ class MethodSettings(Settings):
 
     @property
     def needs(self) -> Needs:
-        """What the method needs of the reward and the model."""
+        """Requirements on the reward and the model."""
         return Needs()
 
     @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
-        """The settings of `tiltflow.Optimizer` whose defaults are others with this method."""
+        """Settings of `tiltflow.Optimizer` that have other defaults with this method."""
         return {}
 
     def learns_nothing(self, group: int) -> str | None:
-        """Why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing; None if it
-        teaches it something."""
+        """The reason why a batch with `group` samples of each condition (prompt, class, or none) teaches the model nothing;
+        None if there is none."""
         return None
 
     @abstractmethod
@@ -86,6 +87,6 @@ class Tilting(MethodSettings):
         return exponential_tilt(self.beta)
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
-        """The chain from time `start` whose control is what is optimised, and the price of a change of its velocities, [K], as
-        `Chain.energy` says it, 0 where a step is not controlled. None where there is no such chain."""
+        """The chain from time `start` whose control is optimised, and the price of a change of its velocities [K], in the units
+        of `Chain.energy`, 0 for steps that are not controlled. None where there is no such chain."""
         return None

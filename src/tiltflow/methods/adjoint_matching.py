@@ -88,11 +88,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
     },
 }
-"""With each of the presets."""
+"""The optimizer of each preset."""
 
 
 class Regression(NamedTuple):
-    """The regression of the steps from `first` on: [steps, batch, *event]."""
+    """Inputs and targets of the regression, of the steps from `first` on: [steps, batch, *event]."""
 
     states: Tensor
     base_velocities: Tensor
@@ -102,7 +102,7 @@ class Regression(NamedTuple):
 
 @dataclass
 class State(Numbers):
-    """What is kept between iterations: the running threshold of `drop_quantile`."""
+    """The running threshold of `drop_quantile`."""
 
     threshold: float = 0.0
     updates: int = 0
@@ -127,13 +127,13 @@ class AdjointMatching(Tilting):
     reward_at: Literal["end", "denoised"] = "end"
     """Where the reward's gradient is taken if the last step is noisy: at its end, or at the base's denoised start."""
     bootstrap: Annotated[float, Field(ge=0)] = 0.0
-    """Above 0, the learned control stands in for part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k: the same
-    fixed point, for a network that can represent it, with far less noise near t = 0, where most of the noise is; one that
+    """Above 0, the learned control replaces part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k. The fixed point
+    is the same for a network that can represent it, with far less noise near t = 0, where most of the noise is; a network that
     cannot ends at a weaker tilt. 0 is the paper."""
     train_timesteps: tuple[Stratum, ...] | None = None
-    """Which steps enter the loss: all, or so many from each part of the grid."""
+    """Steps that enter the loss: all, or `count` of each part of the grid."""
     share_timesteps: bool | Count = False
-    """One draw of steps for the whole batch instead of one for each sample; or for each group of so many samples in a row."""
+    """Draw steps once for the whole batch, or for each group of this many samples in a row, instead of for each sample."""
     loss_clip: Positive | None = None
     """Clip each term, in the paper's units |w|^2 / h, at loss_clip / beta^2. A clipped term has no gradient."""
     drop_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -166,13 +166,13 @@ class AdjointMatching(Tilting):
         return self.sampling.chain(start)
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor]:
-        """The chain that is tuned, and the path KL of a change of its velocities."""
+        """The chain that is tuned, and the weights of a change of its velocities in the path KL; see `Tilting.priced_chain`."""
         chain = self.chain(start)
         return chain, chain.control_scale**2
 
     @property
     def sampling(self) -> Sampling:
-        """How the chain that is tuned is sampled."""
+        """The sampler of the chain that is tuned."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
     @property
@@ -185,14 +185,14 @@ class AdjointMatching(Tilting):
         return exponential_tilt(self.beta, self.sampling.limits(start))
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
-        """What is kept between iterations."""
+        """The state that is kept between iterations."""
         return State()
 
     def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
         Args:
-            state: what is kept between iterations; changed in place.
+            state: kept between iterations; changed in place.
         """
         x, generator, chain = batch.x, batch.generator, self.chain(batch.start)
         with torch.no_grad():
@@ -213,7 +213,7 @@ class AdjointMatching(Tilting):
         first = int(torch.stack(chosen).min())
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
-        # residuals of the steps from `first` on, [steps, batch, *event], from what the two passes have already computed
+        # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
         velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
         targets, base_velocities, rewards = self._adjoints(batch, chain, path, first, right)
         if (kept := finite_only(rewards)) is not None:
@@ -240,7 +240,7 @@ class AdjointMatching(Tilting):
             yield {**measured, "clipped": (in_loss > limits).double().mean().item()}
 
     def _group_size(self, batch: int, *, alone: int) -> int:
-        """How many samples in a row share their steps; `alone` where each one has its own."""
+        """The number of samples in a row that share their steps; `alone` where none do."""
         if isinstance(self.share_timesteps, bool):
             return batch if self.share_timesteps else alone
         return self.share_timesteps
@@ -273,8 +273,8 @@ class AdjointMatching(Tilting):
         return targets, velocities, rewards
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
-        """[count, batch]: the size above which each of the `terms` of (step, sample) `pairs` [count, batch] is clipped (or
-        dropped), infinite where neither is asked for."""
+        """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or
+        dropped; infinite where neither is asked for."""
         limits = torch.full_like(terms, float("inf"))
         if self.loss_clip is not None:
             h = chain.times.diff().to(terms)[pairs]

@@ -11,7 +11,7 @@ No gradient of the reward, no likelihood, no SDE. One round is
     2.  weigh them by their rewards
     3.  regress: conditional flow matching on the weighted samples, and the penalty at the same (x_t, t).
 
-What it aims at is not p_base exp(r / beta). With q the law of the samples and m(x, t) = E_q[w | x_t = x], the minimiser of one
+The target law is not p_base exp(r / beta). With q the law of the samples and m(x, t) = E_q[w | x_t = x], the minimiser of one
 round is lambda v_wq + (1 - lambda) v_base, where lambda = m / (m + alpha) and v_wq is the field of w q / E_q[w]. So
 
     alpha = 0     round n samples w^n p_base, exactly, and runs into the best mode as n grows
@@ -20,10 +20,10 @@ round is lambda v_wq + (1 - lambda) v_base, where lambda = m / (m + alpha) and v
     alpha -> inf  the base.
 
 The laws are the same for every Gaussian path and every prediction type, as both terms are measured in the prediction of the
-network. What `weight_mode` does to them:
+network. They depend on `weight_mode`:
 
     normalized  w / mean(w) in the first term. alpha means the same whatever the offset and scale of the reward. (default)
-    raw         the paper's w. The leash in effect is alpha / E_q[w]: it gives way as the reward grows and moves with its
+    raw         the paper's w. The effective penalty is alpha / E_q[w]: it shrinks as the reward grows, and changes with its
                 offset. It reaches the same curve of laws as `normalized`, at other alphas.
     both-terms  w in both terms, so lambda = 1 / (1 + alpha) everywhere. The only one that has a fixed point for rewards that
                 are not bounded above: for a Gaussian base and a linear reward exactly p_base exp(tau r / alpha).
@@ -70,7 +70,7 @@ WeightMode = Literal["normalized", "raw", "both-terms"]
 
 @dataclass
 class State(Numbers):
-    """What is kept between rounds."""
+    """The number of rounds, and the data."""
 
     rounds: int = 0
     data: Tensor | None = None
@@ -81,37 +81,39 @@ class OrwCfmW2(MethodSettings):
 
     name: Literal["orw-cfm-w2"] = "orw-cfm-w2"
     tau: Annotated[float, Field(gt=0)] = 1.0
-    """Sharpness of the weights exp(tau r), in units of 1 / reward: it multiplies, so it is an inverse temperature."""
+    """Inverse temperature of the weights exp(tau r), in units of 1 / reward."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the Wasserstein penalty. 0 never stops: after n rounds the law is p_base exp(n tau r)."""
+    """Weight of the Wasserstein penalty. With 0 the law never settles: after n rounds it is p_base exp(n tau r)."""
     weight: FunctionOrName = "exponential"
-    """exponential: exp(tau r). reward: r itself, which must not be negative. Or `package.module:function`, a function of yours
-    from rewards [batch] to weights [batch]."""
+    """exponential: exp(tau r). reward: r itself, which must not be negative. Or `package.module:function`, your own
+    function from rewards [batch] to weights [batch]."""
     weight_mode: WeightMode = "normalized"
-    """See the top of this file."""
+    """normalized: weights of mean 1. raw: the weights themselves, as in the paper. both-terms: weights in the penalty too. The
+    top of this file has their laws."""
     min_effective_sample_size: Annotated[float, Field(ge=1)] = 2.0
-    """Stop when the weights of a round rest on fewer samples, (sum w)^2 / sum w^2, than this."""
+    """Stop when the effective number of samples of a round, (sum w)^2 / sum w^2, is less than this."""
 
     online_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the samples that come from the current model. 1 is online; 0 is offline (RW-CFM), whose law is w p_data; between
-    the two the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
+    """Share of the samples that come from the current model. 1 is online; 0 is offline (RW-CFM), whose law is w p_data. Between
+    them, the rounds settle, with alpha = 0, at (1 - f) w p_data / (Z - f w)."""
     data: PathOrName | None = None
-    """Where the other samples come from: an .npz file with x_train, or a folder of images; without it, from the base."""
+    """Source of the other samples: an .npz file with x_train, or a folder of images; the base by default."""
     solver: SolverName = "heun"
-    """How samples are drawn: an ODE solver of `Sampling`. The model learns its samples, so the error of the solver is learned
-    again in every round: euler with few steps narrows the law a little more each time."""
+    """An ODE solver of `Sampling`, which draws the samples. The model learns them, so the error of the solver is learned again
+    in every round: euler with few steps narrows the law a little more each time."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20
-    """Of the solver, from noise to data."""
+    """Steps of the solver, from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
-    """As in the sampler, above 1 for more steps near the noise. The times of the regression are spread in the same way."""
+    """Above 1, more steps are near the noise; see `time_grid`. The times of the regression are spread in the same way."""
 
     coupling: Literal["independent", "optimal-transport"] = "independent"
-    """How noise meets samples. optimal-transport pairs a batch at least cost; only with weight_mode both-terms, where samples
-    are drawn in proportion to their weights first: after pairing, a weight would be of the pair and no longer tilt the law."""
+    """How noise is paired with samples. optimal-transport pairs a batch at least cost, with weight_mode both-terms alone:
+    samples are first drawn in proportion to their weights, as after pairing a weight would be that of the pair, and would no
+    longer tilt the law."""
     num_passes: Count = 8
     """Optimizer steps on the samples of a round, each with fresh noise and times."""
     regression_batch_size: Count | None = None
-    """Samples in each of them; all of the round by default."""
+    """Samples in each of these steps; by default all of the round."""
 
     @field_validator("weight")
     @classmethod
@@ -141,17 +143,17 @@ class OrwCfmW2(MethodSettings):
 
     @property
     def needs(self) -> Needs:
-        """Any reward; with data of its own, a model without conditions."""
+        """Takes any reward; with data of its own, a model without conditions."""
         return Needs(own_data=self.data is not None, passes=self.num_passes)
 
     @property
     def sampling(self) -> Sampling:
-        """How samples are drawn from the model while it trains."""
+        """The sampler that draws samples from the model while it trains."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
     def tilt(self, rounds: float) -> float:
-        """c such that the law after so many rounds is p_base exp(c r): tau sum_{k=1..n} (1 + alpha)^-k. Exact for alpha = 0 and
-        exponential weights, else to first order in tau. Offline, one round is all that there is."""
+        """c such that the law after this many rounds is p_base exp(c r): tau sum_{k=1..n} (1 + alpha)^-k. Exact for alpha = 0
+        and exponential weights, otherwise to first order in tau. Offline there is only one round."""
         if self.online_fraction == 0:
             rounds = 1
         decay: float = 1 / (1 + self.alpha)
@@ -160,8 +162,8 @@ class OrwCfmW2(MethodSettings):
         return self.tau * decay * (1 - float(decay**rounds)) / (1 - decay)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
-        """The law of a run of so many optimizer steps: a power of the weights where that is exact, else what its own law is to
-        first order in tau; the caveats say which."""
+        """The base tilted by a power of the weights: the law of a run of this many optimizer steps, exactly or to first order
+        in tau; the caveats say which."""
         rounds = math.ceil(steps / self.num_passes)
         tilt, settles = self.tilt(rounds), self.alpha > 0 and self.online_fraction == 1
         power, exponential = tilt / self.tau, self.weight == "exponential"
@@ -176,16 +178,16 @@ class OrwCfmW2(MethodSettings):
             caveats=tuple(self._caveats()),
             temperature=1 / float(log_tilt(torch.ones(1))) if only_rounds else None,
             exact=partial(self._exact_law, steps=steps),
-            # of rounds, each fitted perfectly
+            # expected if each round is fitted perfectly
             balance=Balance(self.balance, 1 / (1 - float((1 + self.alpha) ** -rounds))) if settles else None,
         )
 
     def _exact_law(self, base: Law, reward: Callable[[Array], Array], steps: int) -> Law:
-        """The law after so many optimizer steps, in one dimension, each round being fitted perfectly; the law at which the
-        rounds settle if they do so before. Raises ValueError if part of the samples is not of the current model and alpha > 0.
+        """The law after this many optimizer steps, in one dimension, if each round is fitted perfectly; the law at which the
+        rounds settle if they do so before. Raises ValueError if alpha > 0 and some samples are not of the current model.
 
         Args:
-            reward: of points [n].
+            reward: points [n] -> their rewards [n].
         """
 
         def log_weight(x: Array) -> Array:
@@ -221,20 +223,20 @@ class OrwCfmW2(MethodSettings):
         draws: int = 8,
         batch_size: int | None = None,
     ) -> Estimate | None:
-        """The pull of the reward over the leash: 1 at the law at which the rounds settle.
+        """The pull of the reward over the penalty: 1 at the law at which the rounds settle.
 
         There the derivative of the loss vanishes in every direction, so also along what was learned, d = v - v_base:
         E[w (x_1 - x_0 - v) . d] = alpha E|d|^2. The estimate is the left side over the right one, with the standard error over
-        samples. Above 1 the model is still on its way: it has made one part in so many of the displacement, exactly for a
-        Gaussian base, a linear reward and both-terms, to first order in tau otherwise. Below 1 it has moved further than the
-        reward pulls, by overshooting or by noise: of the fit, or of rounds with few samples, whose law drifts.
+        samples. Above 1, at b, the model is still on its way, and has made 1 / b of the displacement: exactly for a Gaussian
+        base, a linear reward and both-terms, otherwise to first order in tau. Below 1 it has moved further than the reward
+        pulls, by overshooting or by noise: of the fit, or of rounds with few samples, whose law drifts.
 
         Args:
             x1: samples of `tuned` [batch, *event].
-            rewards: theirs [batch].
-            draws: of noise and time for each.
+            rewards: their rewards [batch].
+            draws: draws of noise and time for each sample.
 
-        None without a penalty, with samples that are not of the model, or where nothing was learned.
+        Returns None without a penalty, with samples that are not of the model, or where nothing was learned.
         """
         if self.alpha == 0 or self.online_fraction < 1:
             return None
@@ -256,13 +258,13 @@ class OrwCfmW2(MethodSettings):
         if not float(leash.mean()) > 0:
             return None
         balance = pull.mean() / leash.mean()
-        # normalised weights divide by their own mean, so a weight that is drawn too large shrinks all the others
+        # normalised weights are divided by their mean, so a weight that is drawn too large shrinks all others
         own_mean = weights - 1 if self.weight_mode == "normalized" else torch.zeros_like(weights)
         influence = pull / leash.mean() - balance * (leash / leash.mean() + own_mean)
         return Estimate(balance.item(), (influence.std() / math.sqrt(len(x1))).item())
 
     def _caveats(self) -> list[str]:
-        """Why the law is not p_base exp(r / beta): one sentence for each reason."""
+        """Reasons why the law is not p_base exp(r / beta), one sentence each."""
         reasons = []
         if self.alpha == 0 and self.online_fraction == 1:
             reasons.append("alpha = 0: every round tilts the law again, until one mode is left; there is no target to stop at.")
@@ -280,7 +282,7 @@ class OrwCfmW2(MethodSettings):
         return reasons
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
-        """What is kept between rounds. Raises InputError if the data cannot be read or are of another shape."""
+        """The state that is kept between rounds. Raises InputError if the data cannot be read or are of another shape."""
         if self.data is None:
             return State()
         images = load_images(self.data).images.to(device)
@@ -289,13 +291,12 @@ class OrwCfmW2(MethodSettings):
         return State(data=images)
 
     def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
-        """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated. As many
-        samples are drawn in the round as the batch has starting points.
+        """One round of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated. A round
+        draws as many samples as the batch has starting points. Where the flow is bound to conditions, weights are normalised
+        among the samples of each condition.
 
         Args:
-            state: what is kept between rounds; changed in place.
-
-        Where the flow is bound to one condition for each sample, weights are normalised among samples of the same.
+            state: kept between rounds; changed in place.
 
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
@@ -329,7 +330,7 @@ class OrwCfmW2(MethodSettings):
 
     @torch.no_grad()
     def _samples(self, batch: Batch, state: State) -> Tensor:
-        """The samples of a round [batch, *event]: the first ones of the current model, the others of the data or the base."""
+        """The samples of a round [batch, *event]: first those of the current model, then those of the data or the base."""
         x, generator = batch.x, batch.generator
         flows = (batch.actor or batch.tuned, batch.base)
         acting, base = (batch.whole(batch.guide(flow) if batch.guide else flow) for flow in flows)
@@ -347,10 +348,10 @@ class OrwCfmW2(MethodSettings):
         return torch.cat(parts)
 
     def weights(self, rewards: Tensor, members: list[Tensor] | None = None) -> Tensor:
-        """The weights [batch] of samples with these rewards [batch], of mean 1 unless they are raw.
+        """Weights [batch] for rewards [batch], of mean 1 unless they are raw.
 
         Args:
-            members: the indices of each group of samples among which weights are normalised; of all samples by default.
+            members: indices of each group of samples among which weights are normalised; one group of all by default.
 
         Raises InputError if one is negative or infinite, or all are zero.
         """
@@ -415,7 +416,8 @@ class OrwCfmW2(MethodSettings):
             left, right = expand(1 - s, x0[part]), expand(s, x0[part])
             x = left * x0[part] + right * x1[i]
             v = batch.tuned.select(i)(x, s)
-            # measured in the network's own prediction, errors near the ends of the path weigh as they did in pretraining
+            # measured in the network's own prediction, errors near the ends of the path have the weight that they had in
+            # pretraining
             scale = batch.tuned.prediction_scale(s).to(x) ** 2 / x[0].numel()
             misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
             terms = {"loss": of_fit[part] * misfit, "flow_matching_loss": misfit.detach()}
@@ -431,6 +433,6 @@ class OrwCfmW2(MethodSettings):
 
 
 def cheapest_pairing(x0: Tensor, x1: Tensor) -> Tensor:
-    """The order of x0 [batch, *event] that pairs it with x1 at the least sum of squared distances: [batch]."""
+    """Indices [batch] into x0 [batch, *event] that pair it with x1 at the least sum of squared distances."""
     cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()).square()
     return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x0.device)

@@ -98,7 +98,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
 }
-"""With those of the presets that say."""
+"""The optimizer of the presets that have published one."""
 MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
 RATIO_TOLERANCE = 1e-2  # nats: rounding of sums over many dimensions stays below
 VELOCITY_TOLERANCE = 2e-2  # of the largest velocity: a few roundings of bfloat16, by which two kernels may differ
@@ -106,7 +106,7 @@ VELOCITY_TOLERANCE = 2e-2  # of the largest velocity: a few roundings of bfloat1
 
 @dataclass
 class State:
-    """What is kept between iterations: the critic and its optimizer, and the penalty of the trust region, in units of beta."""
+    """The critic and its optimizer, and the penalty of the trust region, in units of beta."""
 
     value: Value
     optimizer: torch.optim.Optimizer | None = None
@@ -115,7 +115,7 @@ class State:
     iterations: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {
             "value": self.value.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
@@ -125,7 +125,7 @@ class State:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.value.load_state_dict(state["value"])
         if self.optimizer is not None:
             load_optimizer(self.optimizer, state["optimizer"])
@@ -158,40 +158,40 @@ class ScoreAsAction(Tilting):
     shift: Positive = 1.0
     """Above 1, its steps are smaller near the noise; see `time_grid`."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of `ddim` and `euler-maruyama`, as in `Sampling`."""
+    """Noise of `ddim` and `euler-maruyama`, as in `Sampling`."""
 
     estimator: Estimator = "return-minus-value"
-    """Which form of the policy gradient; see the top of this file. Solvers without noise have closed-form by default."""
+    """Form of the policy gradient; see the top of this file. By default closed-form for solvers without noise."""
     running_reward: Literal["path-kl", "transition-kl", "none"] = "path-kl"
-    """What is subtracted from the reward, times beta: the path KL in the closed form of continuous time, which means the same
-    on every grid; the KL of the solver's Gaussian transitions, as others do; or nothing."""
+    """Subtracted from the reward, times beta: the path KL in the closed form of continuous time, which means the same on every
+    grid; the KL of the solver's Gaussian transitions, as other implementations have it; or nothing."""
     standardize: bool = False
-    """Of `return`: divide the centred rewards by their standard deviation over the batch, or over the samples of one
-    condition where the flow has one for each sample, as the centring is."""
+    """For the estimator return: divide the centred rewards by their standard deviation, over the batch or, where the flow is
+    bound to conditions, over the samples of one condition, as they are centred."""
     update: Literal["trust-region", "clip"] = "trust-region"
     """trust-region: a penalty on the path KL to the policy that made the trajectories. clip: PPO's clipped ratio."""
     target_kl: Positive = 0.05
-    """Of trust-region: path KL of one iteration, in nats; the penalty is halved or doubled until it fits."""
+    """For the update trust-region: path KL of one iteration, in nats; the penalty is halved or doubled until it fits."""
     clip_range: Positive = 0.3
-    """Of clip: how far the ratio of a step may be from 1, for a step as long as the whole way from noise to data."""
+    """For the update clip: limit on |ratio - 1|, for a step as long as the whole way from noise to data."""
     clip_scaling: Literal["sqrt-step", "none"] = "sqrt-step"
-    """sqrt-step multiplies clip_range by the square root of the length of the step, as the ratio's spread is, so that it means
-    the same on every grid."""
+    """sqrt-step multiplies clip_range by the square root of the length of the step, with which the spread of the ratio grows,
+    so that it means the same on every grid."""
     critic: Critic = Critic()
-    """The value function, for the estimators that have one."""
+    """Value function, for the estimators that have one."""
 
     train_timesteps: tuple[Stratum, ...] | None = None
-    """Which steps enter the loss of the policy: all, or so many from each part of the grid."""
+    """Steps that enter the loss of the policy: all, or `count` of each part of the grid."""
     num_passes: Count = 2
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps at the start in which the policy stays, and only the critic learns, and the reward if it is one that does. Until
-    they have, their gradients are noise that the policy would follow."""
+    """Steps at the start in which the policy stays as it is, and only the critic learns, with the reward if that learns too:
+    before they have learned, their gradients are noise that the policy would follow."""
 
     @property
     def needs(self) -> Needs:
-        """What the estimator needs. Those that add up values of the critic are wrong where it does not know the condition of a
-        sample; the others are right with any baseline."""
+        """Requirements of the estimator. Those whose gradient rests on the critic are wrong where it does not know the
+        condition of a sample; for the others it is a baseline, and any is right."""
         of_critic = self.estimator in ("temporal-difference", "closed-form", "pathwise")
         return Needs(
             reward_gradient=self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free"),
@@ -215,7 +215,7 @@ class ScoreAsAction(Tilting):
         values = {**PRESETS.get(str(values.get("preset")), {}), **values}
         if "estimator" not in values:
             sampler = {key: values[key] for key in ("solver", "eta") if key in values}
-            with suppress(ValidationError):  # said of the sampler's own setting
+            with suppress(ValidationError):  # the sampler's own check reports it
                 values["estimator"] = "return-minus-value" if Sampling.model_validate(sampler).has_noise else "closed-form"
         return values
 
@@ -231,7 +231,7 @@ class ScoreAsAction(Tilting):
 
     @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
-        """The published settings of the preset, if it has any."""
+        """The published settings of the preset, if there are any."""
         return OPTIMIZERS.get(self.preset or "", {})
 
     def learns_nothing(self, group: int) -> str | None:
@@ -242,7 +242,7 @@ class ScoreAsAction(Tilting):
 
     @property
     def sampling(self) -> Sampling:
-        """How the policy is rolled out."""
+        """The sampler of the policy."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
@@ -256,7 +256,8 @@ class ScoreAsAction(Tilting):
         return exponential_tilt(self.beta, caveats)
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
-        """The chain of the policy and the energy of a change of its velocities; None for other solvers, and without a price."""
+        """The chain of the policy and the energy of a change of its velocities; None for a solver that is no chain, or without
+        a price."""
         if not self.sampling.is_chain or self.running_reward == "none":
             return None
         chain = self.sampling.chain(start)
@@ -266,8 +267,8 @@ class ScoreAsAction(Tilting):
         return chain, energy
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
-        """What is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
-        if self.estimator == "return":  # which asks no critic
+        """The state that is kept between iterations. Raises InputError for a critic that does not fit; see `Critic.build`."""
+        if self.estimator == "return":  # it has no critic
             return State(Value(nn.Identity(), FORMS["reward-free"]))
         value = self.critic.build(event_shape, seed, device)
         return State(value, torch.optim.Adam(value.network.parameters(), lr=self.critic.learning_rate))
@@ -275,11 +276,11 @@ class ScoreAsAction(Tilting):
     def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: yields once for each of `num_passes` optimizer steps, its gradient accumulated.
 
-        Trajectories are drawn from `batch.tuned` itself, whose gradient this is, and not from an average of its weights. Where
-        samples alone are guided, the gradient takes one of the two ways through the guided policy.
+        Trajectories are drawn from `batch.tuned` itself, not from an average of its weights: a policy gradient is on-policy.
+        Where samples alone are guided, the gradient is taken through the conditional velocity of the guided policy alone.
 
         Args:
-            state: what is kept between iterations; changed in place.
+            state: kept between iterations; changed in place.
 
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
@@ -304,7 +305,7 @@ class ScoreAsAction(Tilting):
                 batch = batch.select(kept)
                 states, velocities, base_velocities = (each[:, kept] for each in (states, velocities, base_velocities))
                 path_costs, noise = path_costs[:, kept], None if noise is None else noise[:, kept]
-            if not isinstance(batch.reward, LearnedReward):  # whose first values say nothing of the later ones
+            if not isinstance(batch.reward, LearnedReward):  # its first values tell nothing of the scale of later ones
                 state.value.fit_scale(rewards)
             members = batch.tuned.groups(len(rewards), x.device)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, experience, members)
@@ -350,8 +351,8 @@ class ScoreAsAction(Tilting):
         start: Start = 0.0,
         guide: Guide | None = None,
     ) -> tuple[Trajectory, Tensor]:
-        """Trajectories of the tuned flow, guided if need be, and the samples [batch, *event] that they end in. If only the last
-        step of a sampler has no noise, it is not an action: the base takes it."""
+        """Trajectories of the tuned flow, guided by `guide` if given, and the samples [batch, *event] at their ends. If only
+        the last step of a sampler has no noise, it is not an action: the base takes it."""
         act = None if guide is None else guide(tuned).guide
         path = simulate(tuned, x, self.sampling, generator, start=start, act=act)
         last, end = len(path.velocities), path.states[-1]
@@ -385,7 +386,8 @@ class ScoreAsAction(Tilting):
         return Experience(states, times, known.to(costs), costs, rewards.to(costs))
 
     def _advantages(self, value: Value, batch: Experience, members: list[Tensor]) -> Tensor:
-        """[steps, batch], in units of reward unless standardised; of `return`, among the samples of one condition."""
+        """Advantages [steps, batch], in units of reward unless standardised; of `return`, among the samples of one
+        condition."""
         if self.estimator == "return":
             total = batch.rewards - batch.costs.sum(0)
             centred = torch.zeros_like(total)
@@ -418,7 +420,7 @@ class ScoreAsAction(Tilting):
         return batch.map(gradient)[0]
 
     def _after_steps(self, batch: Batch, value: Value, path: Trajectory) -> Tensor:
-        """grad V after each step, the last one that of the reward: [steps, batch, *event]."""
+        """grad V after each step, and that of the reward after the last one: [steps, batch, *event]."""
         chain, count = path.chain, len(path.velocities)
         before = [self._value_gradient(batch, value, path.states[k], chain.times[k]) for k in range(1, count)]
 
@@ -426,7 +428,7 @@ class ScoreAsAction(Tilting):
             x = path.states[count][part]
             if count == len(chain):
                 return (value_and_gradient(some.reward, x)[1].to(x),)
-            # one step of the base, without noise, is between it and the reward
+            # the last state is one noiseless step of the base before the sample
             v, pullback = linearize(some.base, x, chain.times[count])
             gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
             x_scale, v_scale = (c[count].item() for c in (chain.x_scale, chain.v_scale))
@@ -437,7 +439,7 @@ class ScoreAsAction(Tilting):
     def _improve_policy(
         self, batch: Batch, chain: Chain, steps: Steps, pairs: Tensor, state: State, *, first: bool
     ) -> tuple[float, float]:
-        """Accumulate the gradient over the chosen (step, sample) pairs, of -J / beta, with its trust region. Returns the loss
+        """Accumulate the gradient of -J / beta, with its trust region, over the chosen (step, sample) pairs. Returns the loss
         and the path KL from the policy that made the trajectories, scaled up to all steps."""
         size = steps.states.shape[1]
         k = pairs.flatten()
@@ -489,18 +491,18 @@ class ScoreAsAction(Tilting):
 
 
 def log_ratio(change: Tensor, noise: Tensor) -> Tensor:
-    """log of the density of a step under another policy over that under its own: [batch], a sum over dimensions, for a mean
-    would make a clip depend on the size of the sample.
+    """log of the density of a step under a changed policy over that under the policy that took it: [batch]. It is a sum over
+    dimensions; with a mean, a clip would depend on the size of the sample.
 
     Args:
-        change: of the step's mean, in units of its noise, [batch, *event].
-        noise: what the step drew, [batch, *event].
+        change: change of the step's mean, in units of its noise, [batch, *event].
+        noise: the standard normal noise of the step, [batch, *event].
     """
     return (change * noise).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """[steps, batch] shaped to multiply [steps, batch, *event]."""
+    """`values` [steps, batch], reshaped to multiply [steps, batch, *event]."""
     return values.to(x).reshape(*values.shape, *(1 for _ in x.shape[2:]))
 
 
