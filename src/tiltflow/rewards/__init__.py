@@ -30,11 +30,11 @@ from tiltflow.plugins import part_of
 from tiltflow.user_code import explained
 
 Metadata = Mapping[str, Any]
-"""What the file of prompts says of one beside its text: its other columns."""
+"""The other columns of a prompt in its file, by name."""
 NonFiniteRewards = Literal["error", "drop"]
-"""What happens to samples whose reward is NaN or infinite: the run ends, or they are left out."""
+"""Handling of samples whose reward is NaN or infinite: the run ends, or they are left out."""
 FEWEST = 2
-"""Samples that must be left where others are left out."""
+"""The fewest samples that may be left where others are left out."""
 Told = TypeVar("Told")
 
 
@@ -65,16 +65,16 @@ class RewardSettings(Protocol):
 
     @property
     def differentiable(self) -> bool:
-        """Whether autograd gives the gradient in the samples."""
+        """True where autograd gives the gradient in the samples."""
         ...
 
     @property
     def learned(self) -> bool:
-        """Whether `build` gives a `LearnedReward`."""
+        """True where `build` gives a `LearnedReward`."""
         ...
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        """The reward, with all that it needs loaded. Raises InputError for what cannot be had."""
+        """Load what the reward needs. Raises InputError if something cannot be loaded."""
         ...
 
 
@@ -87,7 +87,7 @@ else:
 
 @runtime_checkable
 class BoundReward(Protocol):
-    """A reward that is bound to the samples of a batch: to what each of them was asked to be."""
+    """A reward that is bound to the samples of a batch: to the prompt or class of each."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -96,8 +96,29 @@ class BoundReward(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptedReward(Protocol):
+    """A reward that depends on the prompts of the samples."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> Reward:
+        """The reward of samples of these prompts, one for each."""
+        ...
+
+
+@runtime_checkable
+class WithPrompts(Protocol):
+    """A reward that is bound to prompts."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The prompts, one for each sample; none before it is bound."""
+        ...
+
+
 def select(reward: Reward, which: Which) -> Reward:
-    """The reward of these samples of the batch; one that is bound to none is the same for all."""
+    """The reward of these samples of the batch; a reward that is not bound is the same for all."""
     return reward.select(which) if isinstance(reward, BoundReward) else reward
 
 
@@ -110,24 +131,24 @@ class LearnedReward(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
-        """Learn from samples x [batch, *event] of the tuned model; returns the loss before."""
+        """Learn from samples x [batch, *event] of the tuned model. Returns the loss before."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes while it learns; what `load_state_dict` takes."""
+        """The state that `load_state_dict` takes: all that changes while it learns."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         ...
 
 
 @dataclass(frozen=True)
 class OfPrompts:
-    """A reward of pictures that is told what they were made for.
+    """A reward of pictures that depends on their prompts, metadata or labels.
 
     Args:
-        score: called score(images [batch, ..], **those that it asks for) -> [batch].
+        score: score(images [batch, ..], **asked) -> [batch], `asked` being the arguments that it asks for.
         asks: which of these: `prompts`, a text for each picture; `metadata`, a mapping for each; `labels`, int64 [batch], the
             classes that a class-conditional model was asked for.
     """
@@ -163,7 +184,7 @@ class OfPrompts:
 
 @dataclass(frozen=True)
 class InEvalMode:
-    """A module that is called in eval mode: a reward is one function, without dropout and batch statistics."""
+    """A module called in eval mode: a reward is one function, without dropout and batch statistics."""
 
     module: nn.Module
 
@@ -174,8 +195,8 @@ class InEvalMode:
 
 def from_function(function: Callable[..., Any], name: str = "the reward") -> Reward:
     """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts`,
-    `metadata` and `labels`: they are passed by name, so their order does not matter. It returns [batch] floats, or that and
-    anything, as DDPO's rewards do. A module is called in eval mode, and is in its own again afterwards.
+    `metadata` and `labels`: they are passed by name, so their order does not matter. It returns [batch] floats, or a pair of
+    them and anything else, as DDPO's rewards do. A module is called in eval mode, and then put back into its own mode.
 
     Raises InputError, naming it as `name`, if it needs any other argument.
     """
@@ -183,7 +204,7 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
         raise InputError(f"{name} must be a function of samples [batch, ..] -> [batch], is {type(function).__name__}")
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # written in C: it takes the images
+    except (TypeError, ValueError):  # written in C: only the images are passed
         return cast(Reward, function)
     parameters = [p for p in signature.parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
     asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata", "labels"))
@@ -209,26 +230,26 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
 
 
 class Statistics(Protocol):
-    """Prompts and their metadata -> (mean, standard deviation) of the base's rewards, both [len(prompts)] in float64; each is
-    found out when it is first asked for, and kept."""
+    """Prompts and their metadata -> (mean, standard deviation) of the base's rewards, both [len(prompts)] in float64, computed
+    when first asked for, and kept."""
 
     def __call__(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None, /) -> tuple[Tensor, Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known so far; what `load_state_dict` takes."""
+        """The statistics computed so far, for `load_state_dict`."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         ...
 
 
 @dataclass(frozen=True)
 class PerPrompt:
     """(r - mean) / std, with the mean and the standard deviation of the base's rewards for the prompt: every prompt is tilted
-    as hard as any other, however far apart its pictures are. A fixed reward, unlike one that is standardised in its batch.
+    equally, however far apart its pictures are. It is a fixed reward, unlike one that is standardised in its batch.
 
-    The statistics are kept, and are part of a checkpoint: a run that goes on neither draws nor counts their samples again.
+    The statistics are part of a checkpoint: a resumed run neither draws nor counts their samples again.
     """
 
     reward: Reward
@@ -238,15 +259,15 @@ class PerPrompt:
     std: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics that are known so far; what `load_state_dict` takes."""
+        """The statistics computed so far, for `load_state_dict`."""
         return self.statistics.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.statistics.load_state_dict(state)
 
     def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> PerPrompt:
-        """The reward of samples of these prompts, whose statistics are asked for now: by all processes together."""
+        """The reward of samples of these prompts. Computes their statistics now, as all processes must do that together."""
         mean, std = self.statistics(prompts, metadata)
         return replace(self, reward=given(self.reward, prompts, metadata), prompts=tuple(prompts), mean=mean, std=std)
 
@@ -262,26 +283,30 @@ class PerPrompt:
 
 
 def chosen(told: Sequence[Told], which: Which) -> Sequence[Told]:
-    """Those of the prompts, or of their metadata, one for each sample."""
+    """Select the prompts, or their metadata, of these samples."""
     return told[which] if isinstance(which, slice) else [told[i] for i in which.tolist() if told]
 
 
 def given(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> Reward:
-    """The reward of samples of these prompts, one for each; one that does not ask for prompts is the same for all."""
-    told: Reward = reward.given(prompts, metadata) if hasattr(reward, "given") else reward
-    return told
+    """Bind a reward to the prompts of samples, one for each; a reward that does not ask for them is returned as it is."""
+    return reward.given(prompts, metadata) if isinstance(reward, PromptedReward) else reward
+
+
+def prompts_of(reward: Reward) -> Sequence[str]:
+    """The prompts that a reward is bound to, if any."""
+    return reward.prompts if isinstance(reward, WithPrompts) else ()
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A reward that all processes evaluate together, each on its share of the samples; without a gradient."""
+    """A reward that all processes evaluate together, each on its share of the samples, without a gradient."""
 
     reward: Reward
 
     @property
     def prompts(self) -> Sequence[str]:
-        """Of all samples, if the reward was told them."""
-        return getattr(self.reward, "prompts", ())
+        """The prompts of all samples, where the reward is bound to them."""
+        return prompts_of(self.reward)
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = processes.shares(len(x))
@@ -289,12 +314,12 @@ class Shared:
 
 
 def shared(reward: Reward) -> Reward:
-    """`reward`, evaluated by all processes together; without a gradient if they are several."""
+    """`reward`, evaluated by all processes together: without a gradient where there are several."""
     return reward if processes.count() == 1 else Shared(reward)
 
 
 def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") -> Tensor:
-    """`reward(x)`, checked: [batch].
+    """Evaluate and check `reward(x)`: [batch].
 
     Args:
         non_finite: `drop` gives NaN where the reward is NaN or infinite, for the caller to leave out.
@@ -311,7 +336,7 @@ def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") 
             {
                 "what": "reward",
                 "samples": bad.tolist(),
-                "prompts": [str(p) for p in chosen(getattr(reward, "prompts", ()), bad)],
+                "prompts": [str(p) for p in chosen(prompts_of(reward), bad)],
             },
             {"rewards": value, "samples": x[bad[:8]]},
         )
@@ -319,7 +344,7 @@ def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") 
 
 
 def values_of(reward: Reward, x: Tensor) -> Tensor:
-    """`reward(x)` [batch], of a copy of x through which gradients pass. NaN and infinity are not looked for.
+    """`reward(x)` [batch], of a copy of x through which gradients pass. NaN and infinity are not checked for.
 
     Raises InputError for a wrong shape or type, or if the reward hides from autograd that it changes its copy; UserCodeError if
     it raises an exception.
@@ -336,7 +361,7 @@ def values_of(reward: Reward, x: Tensor) -> Tensor:
         raise InputError(f"the reward must return one number per sample, shape [{len(x)}], got {list(value.shape)}")
     if not value.dtype.is_floating_point:
         raise InputError(f"the reward must return floats, got {str(value.dtype).removeprefix('torch.')}")
-    # what autograd sees is counted in _version: its gradient is right, or torch refuses it
+    # changes that autograd sees are counted in _version: the gradient is right, or torch refuses it
     if value.requires_grad and handed._version == 0 and not torch.allclose(handed, x, rtol=0, atol=0, equal_nan=True):
         raise InputError(
             "the reward changes its argument through .data or NumPy, which makes its gradient wrong; use a clone()"
@@ -347,22 +372,21 @@ def values_of(reward: Reward, x: Tensor) -> Tensor:
 def try_reward(
     reward: Reward, x: Tensor, what: str = "the reward", *, gradient: bool = False, non_finite: NonFiniteRewards = "error"
 ) -> None:
-    """Raises InputError, of one line, if the reward does not work for samples x [batch, *event] as a method will use it: shape,
-    type, an exception; with `gradient`, that too; and, unless they are going to be dropped, numbers that are not finite."""
+    """Raises InputError, of one line, if the reward does not work for samples x [batch, *event] as a method will use it: for a
+    wrong shape or type, an exception, a missing gradient with `gradient`, and numbers that are not finite unless dropped."""
     try:
         with torch.set_grad_enabled(gradient):
             (value_and_gradient if gradient else evaluate)(reward, x, non_finite)
     except NonFiniteError as error:
         raise InputError(str(error)) from error
     except UserCodeError as error:
-        unfit = isinstance(error.__cause__, RuntimeError)  # torch's word for a wrong shape
+        unfit = isinstance(error.__cause__, RuntimeError)  # torch raises it for a wrong shape
         fit = f"{what} does not take samples of shape {list(x.shape[1:])}: " if unfit else ""
         raise InputError(f"{fit}{error}") from error
 
 
 def finite_only(rewards: Tensor) -> Tensor | None:
-    """The indices of those of the rewards [batch] that are finite; None if all are. Raises NonFiniteError if fewer than two
-    are."""
+    """Indices of the finite rewards among [batch]; None if all are finite. Raises NonFiniteError if fewer than two are."""
     finite = rewards.isfinite()
     if bool(finite.all()):
         return None
@@ -380,7 +404,7 @@ def value_and_gradient(reward: Reward, x: Tensor, non_finite: NonFiniteRewards =
     Args:
         non_finite: `drop` gives NaN where the reward is NaN or infinite, and 0 for its gradient there.
 
-    Raises InputError if the reward has no gradient, or what it writes in place is needed for it; NonFiniteError if it is not
+    Raises InputError if the reward has no gradient, or overwrites in place what the gradient needs; NonFiniteError if it is not
     finite.
     """
     with torch.enable_grad():

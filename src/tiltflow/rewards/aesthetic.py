@@ -1,4 +1,4 @@
-"""How beautiful people find a picture, by LAION's predictor."""
+"""LAION's aesthetic predictor: how beautiful people find a picture."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Aesthetic(Settings):
 
     name: Literal["aesthetic"] = "aesthetic"
     model: PathOrName = "openai/clip-vit-large-patch14"
-    """A folder or a name on the hub."""
+    """The CLIP model: a folder or a name on the hub."""
     head: PathOrName
     """The file `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor, or its tensors as safetensors."""
     dtype: Dtype = "float32"
-    """Of its weights."""
+    """dtype of its weights."""
 
     @property
     def description(self) -> str:
@@ -52,7 +52,7 @@ class Aesthetic(Settings):
 
 @refused("reward.head: is not the aesthetic predictor")
 def load_head(path: Path) -> nn.Sequential:
-    """The predictor's layers; in evaluation the dropout between them is nothing. Raises InputError if they cannot be read."""
+    """The predictor's layers, without the dropout between them. Raises InputError if they cannot be read."""
     weights = read_tensors(path, "reward.head")
     names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
     if any(f"{name}.{part}" not in weights for name in names for part in ("weight", "bias")):

@@ -1,4 +1,4 @@
-"""What a classifier thinks: the log-odds that an image belongs to one of the wanted classes."""
+"""Log-odds, by a classifier, that an image belongs to one of the wanted classes."""
 
 # Mutation tests: test_rewards.py
 
@@ -40,9 +40,9 @@ class ClassLogOdds(Settings):
 
     name: Literal["class-log-odds"] = "class-log-odds"
     classifier: PathOrName = "digits-classifier"
-    """A classifier that ships with the package, by name, or the folder of another one."""
+    """The name of a classifier that ships with tiltflow, or the folder of another one."""
     classes: Classes
-    """The wanted classes, by index from 0: at least one, and not all that the classifier knows."""
+    """The wanted classes, by index from 0: at least one, and not all of the classifier's."""
     bound: Annotated[float, Field(gt=0)] | None = 10.0
     """Largest absolute value, in nats; null for no bound. Without one, a few extreme samples can outweigh all others."""
 
@@ -72,7 +72,7 @@ class ClassLogOdds(Settings):
 
 
 def class_log_odds(logits: Tensor, wanted: Tensor, others: Tensor) -> Tensor:
-    """Logits [batch, classes] and the indices of two sets of classes -> log P(wanted) - log P(others) [batch] in nats.
+    """log P(wanted) - log P(others) [batch] in nats, from logits [batch, classes] and the indices of two sets of classes.
 
     The normaliser of the softmax cancels, so neither probability is ever formed and none can round to 0 or 1.
     """

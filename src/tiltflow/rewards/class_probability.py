@@ -1,4 +1,4 @@
-"""What a classifier thinks: the probability that an image belongs to one of the wanted classes."""
+"""Probability, by a classifier, that an image belongs to one of the wanted classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiltflow.settings import PathOrName, Settings
 
 
 class ClassProbability(Settings):
-    """P(wanted), in [0, 1]: what papers report. `class-log-odds` has the better gradient: this one is flat at both ends."""
+    """P(wanted), in [0, 1], as papers report it. `class-log-odds` has the better gradient: this one is flat at both ends."""
 
     differentiable: ClassVar[bool] = True
     learned: ClassVar[bool] = False
@@ -21,9 +21,9 @@ class ClassProbability(Settings):
 
     name: Literal["class-probability"] = "class-probability"
     classifier: PathOrName = "digits-classifier"
-    """A classifier that ships with the package, by name, or the folder of another one."""
+    """The name of a classifier that ships with tiltflow, or the folder of another one."""
     classes: Classes
-    """The wanted classes, by index from 0: at least one, and not all that the classifier knows."""
+    """The wanted classes, by index from 0: at least one, and not all of the classifier's."""
 
     @property
     def description(self) -> str:

@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by CLIP."""
+"""CLIPScore: how well a picture fits its prompt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ClipScore(Settings):
 
     name: Literal["clip-score"] = "clip-score"
     model: PathOrName = "openai/clip-vit-large-patch14"
-    """A folder or a name on the hub."""
+    """The CLIP model: a folder or a name on the hub."""
     dtype: Dtype = "float32"
-    """Of its weights."""
+    """dtype of its weights."""
 
     @property
     def description(self) -> str:

@@ -1,4 +1,4 @@
-"""How much a sample looks like data: minus an energy that learns, while a method trains, to tell the samples from data."""
+"""Likeness to data: minus an energy that learns, while a method trains, to tell samples from data."""
 
 # Mutation tests: test_energy.py
 
@@ -24,7 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 class Energy(Settings):
     """Minus E(x), where E minimises E(data) - E(samples) + regularization (E(data)^2 + E(samples)^2) (arXiv 2407.00626).
 
-    The reward moves with the model: there is no fixed target law, and rewards of different moments cannot be compared.
+    The reward changes with the model: there is no fixed target law, and rewards of different steps cannot be compared.
     """
 
     differentiable: ClassVar[bool] = True
@@ -37,13 +37,13 @@ class Energy(Settings):
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
     """Images [batch, channels, height, width] -> [batch, 1]; by default a residual classifier with one class."""
     learning_rate: Positive = 3e-4
-    """Of its own Adam."""
+    """Learning rate of its own Adam."""
     num_steps: Annotated[int, Field(ge=1)] = 2
     """Optimizer steps on each batch of samples."""
     regularization: Positive = 1.0
-    """How strongly energies are held near 0."""
+    """Weight of the penalty on large energies."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the network's first weights."""
+    """Seed of the network's first weights."""
 
     @property
     def description(self) -> str:
@@ -69,16 +69,16 @@ class EnergyReward:
         return -energy[:, 0]
 
     def state_dict(self) -> dict[str, Any]:
-        """The network and its optimizer."""
+        """The state of the network and of its optimizer."""
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
 
     def learn(self, x: Tensor, generator: torch.Generator) -> float:
-        """Optimizer steps on samples x [batch, *event] and as many images; returns the loss before them.
+        """Take optimizer steps on samples x [batch, *event] and as many images. Returns the loss before them.
 
         Raises InputError if they are of different shapes.
         """

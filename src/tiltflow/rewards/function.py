@@ -14,10 +14,10 @@ from tiltflow.settings import FunctionOrName, Settings
 
 class Function(Settings):
     """Your function gets x [batch, *event] and returns [batch] floats, higher is better, in any unit. If it has an argument
-    `prompts`, or `metadata`, it gets those of a text-to-image model, one for each picture, by name: a text, and a mapping of
-    what else the file of prompts says of it. It may return (rewards, info) as DDPO's do; the second is not looked at.
+    `prompts` or `metadata`, these are passed by name, one for each picture of a text-to-image model: a text, and a mapping of
+    the other columns of its file. It may return (rewards, info), as DDPO's do; the second is ignored.
 
-    x is a copy, about [-1, 1] for pictures. Whether it has a gradient shows when a method that needs one asks for it.
+    x is a copy, about [-1, 1] for pictures. A missing gradient is refused where a method needs one.
     """
 
     differentiable: ClassVar[bool] = True

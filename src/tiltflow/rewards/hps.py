@@ -1,4 +1,4 @@
-"""Which picture of a prompt people would prefer, by HPS."""
+"""HPS: which picture of a prompt people would prefer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tiltflow.settings import PathOrName, Settings
 
 
 class Hps(Settings):
-    """HPS v2.1 (2306.09341): cos(picture, prompt) of a CLIP ViT-H/14 that was trained on preferences; papers print it times 1,
-    10 or 100."""
+    """HPS v2.1 (2306.09341): cos(picture, prompt) of a CLIP ViT-H/14 that was trained on preferences. Papers report it times
+    1, 10 or 100."""
 
     differentiable: ClassVar[bool] = True
     learned: ClassVar[bool] = False
@@ -26,9 +26,9 @@ class Hps(Settings):
     """The published file, `HPS_v2.1_compressed.pt`, or its tensors as safetensors; or a CLIPModel of transformers with its
     weights: a folder or a name on the hub."""
     tokenizer: PathOrName | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """Where its tokenizer is; null for the folder of the model."""
+    """A folder or a name on the hub with its tokenizer; null for the folder of the model."""
     dtype: Dtype = "float32"
-    """Of its weights."""
+    """dtype of its weights."""
 
     @property
     def description(self) -> str:

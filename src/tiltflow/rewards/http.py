@@ -1,8 +1,8 @@
 """A reward on another machine, or in another environment, over HTTP.
 
 POST JSON {"images": [base64 of .png or .npy files], "prompts": [texts]}, and "metadata": [mappings] where the prompts have any,
-answered by JSON {"rewards": [numbers]}, or by {"error": text}. A picture that cannot be scored has null in place of a number.
-Models without prompts send none. Nothing is ever unpickled. `tiltflow serve-reward` is such a server.
+answered with JSON {"rewards": [numbers]}, or {"error": text}. A picture that cannot be scored has null in place of a number.
+Models without prompts send none. Nothing is unpickled. `tiltflow serve-reward` is such a server.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tiltflow.errors import SECRET, InputError, redacted, visible
 from tiltflow.rewards import Metadata, OfPrompts, Reward
 from tiltflow.settings import Settings
 
-MOST_BYTES = 1 << 20  # of an answer
-LONGEST_WAIT = 60.0  # seconds, before a server is asked again
+MOST_BYTES = 1 << 20  # of an answer, at most
+LONGEST_WAIT = 60.0  # seconds before a server is asked again, at most
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -50,19 +50,19 @@ class Http(Settings):
 
     name: Literal["http"] = "http"
     url: str
-    """Such as http://127.0.0.1:8777/score. What is secret in it stands in the environment: `https://host/score?key=${API_KEY}`
-    or `https://user:${PASSWORD}@host/score`; files and messages of a run have the name of the variable alone."""
+    """Such as http://127.0.0.1:8777/score. Secrets come from the environment: `https://host/score?key=${API_KEY}` or
+    `https://user:${PASSWORD}@host/score`; files and messages of a run have the names of the variables alone."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Pictures in a request."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds for an answer, from the connection to its last byte."""
+    """Seconds for an answer, from connecting to its last byte."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often a request is made again, after 1, 2, 4 .. seconds or as many as the server asks for (`Retry-After`), if there
-    is no answer, a broken one, or the server is busy (429, 5xx). In all it takes (retries + 1) * timeout seconds at most."""
+    """Retries of a request after 1, 2, 4 .. seconds, or as many as the server asks for (`Retry-After`), if there is no answer
+    or a broken one, or if the server is busy (429, 5xx). Together they take (retries + 1) * timeout seconds at most."""
     format: Literal["png", "npy"] = "png"
     """png: rounded to 8 bits; npy: float32 [channels, height, width] in [-1, 1]."""
     token_variable: str | None = None
-    """The environment variable with the token that is sent as `Authorization: Bearer ..`; it is not written anywhere."""
+    """Environment variable with the token that is sent as `Authorization: Bearer ..`. The token is never written down."""
 
     @field_validator("url")
     @classmethod
@@ -83,7 +83,7 @@ class Http(Settings):
         return f"what the server at {self.url} says; higher is better"
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
-        """Raises InputError if the token, or another variable of the environment, is asked for and not there."""
+        """Raises InputError if the environment lacks the token, or another variable that the URL names."""
         headers = {"Content-Type": "application/json", "User-Agent": "tiltflow"}
         names = [*VARIABLE.findall(self.url), *([self.token_variable] if self.token_variable is not None else [])]
         for name in names:
@@ -117,14 +117,14 @@ class Http(Settings):
 
 
 class WithOrWithoutPrompts(OfPrompts):
-    """A reward that is told the prompts, if there are any."""
+    """A reward that gets the prompts, if there are any."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) if self.prompts else self.score(x, prompts=(), metadata=())
 
 
 class NoAnswerError(Exception):
-    """There is no answer, or not a whole one: what to say of it, and how many seconds the server wants to be left alone."""
+    """There is no whole answer. It carries the message, and the seconds that the server asks to wait."""
 
     def __init__(self, message: str, wait: float = 0.0, final: bool = False):
         super().__init__(message)
@@ -151,7 +151,7 @@ class Server:
     secrets: tuple[str, ...]
 
     def ask(self, body: bytes) -> Any:
-        """The JSON that it answers. Raises InputError, with its last reason, if it does not."""
+        """The JSON of the answer. Raises InputError, with the last reason, if there is none."""
         deadline = time.monotonic() + (self.retries + 1) * self.timeout
         for attempt in range(self.retries + 1):
             try:
@@ -164,13 +164,13 @@ class Server:
         raise AssertionError("the last attempt returns or raises")
 
     def shown(self, text: str) -> str:
-        """What the server said, as a message can repeat it."""
+        """The server's words without secrets, for a message."""
         for secret in self.secrets:
             text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
         return visible(text)[:400]
 
     def _in_time(self, body: bytes, seconds: float) -> Any:
-        """`_once`, left alone after so many seconds: the timeout of a socket begins anew with every byte."""
+        """`_once` with a limit on its time in all: the timeout of a socket begins anew with every byte."""
         answers: SimpleQueue[Any] = SimpleQueue()
 
         def ask() -> None:
@@ -210,20 +210,20 @@ class Server:
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A token is for the server of the recipe, and not for one that it points to."""
+    """Follow no redirect: a token is for the server of the recipe alone."""
 
     def redirect_request(self, *arguments: Any, **options: Any) -> None:
         return None
 
 
 def check_url(url: str, name: str) -> None:
-    """Raises ValueError, which calls it by `name`, if it is no URL that can be asked."""
+    """Raises ValueError, naming it as `name`, if it is no URL of a server."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"must begin with http:// or https://, got {redacted(name)!r}")
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname and parts.hostname.encode("idna")) and parts.port != 0
-    except ValueError:  # of the port, of brackets, of a name too long
+    except ValueError:  # a wrong port, unmatched brackets, a name that is too long
         usable = False
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError(f"is no URL: {redacted(name)!r}")
@@ -258,7 +258,7 @@ def files_of(images: Tensor, format: str) -> list[bytes]:
 
 
 def rewards_in(tree: Any, count: int, server: Server) -> list[float]:
-    """The numbers of an answer, NaN where there is none. Raises InputError if it is anything else."""
+    """The numbers of an answer, NaN for null. Raises InputError if it is anything else."""
     values = tree.get("rewards") if isinstance(tree, dict) else None
     if not isinstance(values, list) or len(values) != count or not all(map(is_number_or_null, values)):
         raise InputError(
@@ -268,7 +268,7 @@ def rewards_in(tree: Any, count: int, server: Server) -> list[float]:
 
 
 def is_number_or_null(value: Any) -> bool:
-    """true and false are neither."""
+    """True for numbers and null; JSON's true and false are neither."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
@@ -281,7 +281,7 @@ def to_float(value: float) -> float:
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
-    """What a server says in {"error": ..}."""
+    """The text of {"error": ..} in an answer."""
     try:
         tree = json.loads(error.read(MOST_BYTES))
         return f" ({tree['error']})" if isinstance(tree, dict) and isinstance(tree.get("error"), str) else ""

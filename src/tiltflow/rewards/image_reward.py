@@ -1,4 +1,4 @@
-"""How well people would rate a picture of its prompt, by ImageReward."""
+"""ImageReward: how well people would rate a picture of its prompt."""
 
 # Mutation tests: test_scorers.py
 
@@ -22,7 +22,7 @@ from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the ratings that the authors trained on: the published scores are in these units."""
+"""Mean and std of the ratings that the authors trained on: published scores are standardised by them."""
 LONGEST = 35  # tokens of a prompt
 
 VISION = (
@@ -35,7 +35,7 @@ VISION = (
     (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.projection"),
     (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
 )
-"""From the names of the authors' vision transformer to those of transformers."""
+"""Names in the authors' vision transformer, and in that of transformers."""
 
 
 class ImageReward(Settings):
@@ -50,9 +50,9 @@ class ImageReward(Settings):
     model: PathOrName
     """The published file `ImageReward.pt`, or its tensors as safetensors."""
     tokenizer: PathOrName = "google-bert/bert-base-uncased"
-    """A folder or a name on the hub."""
+    """The tokenizer: a folder or a name on the hub."""
     dtype: Dtype = "float32"
-    """Of its weights."""
+    """dtype of its weights."""
 
     @property
     def description(self) -> str:
@@ -74,7 +74,7 @@ class Scorer:
 
     @classmethod
     def load(cls, path: Path, tokenizer: str, device: torch.device | str, dtype: torch.dtype) -> Scorer:
-        """From the authors' weights. Raises InputError if they cannot be had."""
+        """Load the authors' weights. Raises InputError if they cannot be loaded."""
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -87,7 +87,7 @@ class Scorer:
             return cls(vision, text, layers, AutoTokenizer.from_pretrained(tokenizer))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[batch], with its gradient to the images [batch, 3, height, width] in [-1, 1]."""
+        """Scores [batch] of images [batch, 3, height, width] in [-1, 1], with their gradient."""
         pixels = resized(images, self.vision.config.image_size).to(self.vision.dtype)
         seen = self.vision(pixels).last_hidden_state
         words = self.tokenizer(
@@ -101,7 +101,7 @@ class Scorer:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The authors' tensors. Raises InputError if they cannot be read, or are of something else."""
+    """The authors' tensors. Raises InputError if they cannot be read, or are those of another model."""
     weights = read_tensors(path, "reward.model")
     if "blip.visual_encoder.cls_token" not in weights or "mlp.layers.0.weight" not in weights:
         raise InputError(f"reward.model {path}: is not ImageReward, it has no blip.visual_encoder and mlp.layers")

@@ -1,4 +1,4 @@
-"""How much ink there is: the mean brightness of an image."""
+"""Amount of ink: the mean brightness of an image."""
 
 # Mutation tests: test_rewards.py
 

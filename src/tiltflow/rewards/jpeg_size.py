@@ -1,4 +1,4 @@
-"""How well an image compresses with loss: the size of its JPEG file."""
+"""Size of an image as a JPEG file: how well it compresses with loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a picture has the colour that its prompt names."""
+"""Share of a picture that has the colour named in its prompt."""
 
 # Mutation tests: test_rewards.py
 
@@ -27,7 +27,7 @@ class NamedColour(Settings):
 
     name: Literal["named-colour"] = "named-colour"
     width: Annotated[float, Field(gt=0)] = 0.25
-    """How far off a pixel may be: at this distance it counts 0.6, at twice the distance 0.14."""
+    """Tolerance: a pixel at this distance from the colour counts 0.6, at twice the distance 0.14."""
 
     @property
     def description(self) -> str:

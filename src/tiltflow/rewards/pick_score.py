@@ -1,4 +1,4 @@
-"""Which picture of a prompt people would pick, by PickScore."""
+"""PickScore: which picture of a prompt people would pick."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class PickScore(Settings):
 
     name: Literal["pick-score"] = "pick-score"
     model: PathOrName = "yuvalkirstain/PickScore_v1"
-    """A folder or a name on the hub."""
+    """The CLIP model: a folder or a name on the hub."""
     tokenizer: PathOrName | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """Where its tokenizer is, if not in the same place: null."""
+    """A folder or a name on the hub with its tokenizer; null for that of the model."""
     dtype: Dtype = "float32"
-    """Of its weights."""
+    """dtype of its weights."""
 
     @property
     def description(self) -> str:

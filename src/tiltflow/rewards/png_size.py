@@ -1,4 +1,4 @@
-"""How well an image compresses without loss: the size of its PNG file."""
+"""Size of an image as a PNG file: how well it compresses without loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PngSize(Settings):
 
 
 def file_sizes(x: Tensor, write: Callable[[Image.Image, io.BytesIO], None]) -> Tensor:
-    """Images [batch, 1 or 3, height, width], clipped to [-1, 1] -> bytes that `write` makes of each [batch], float32.
+    """Bytes [batch], float32, that `write` makes of each of the images [batch, 1 or 3, height, width], clipped to [-1, 1].
 
     No gradient. An image with NaN or infinity has no file and gets NaN. Raises InputError for another number of channels.
     """

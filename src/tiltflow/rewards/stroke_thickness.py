@@ -1,4 +1,4 @@
-"""How thick the strokes are: area over half the perimeter, in pixels."""
+"""Thickness of strokes: area over half the perimeter, in pixels."""
 
 # Mutation tests: test_rewards.py
 
@@ -45,7 +45,7 @@ class StrokeThickness(Settings):
 
 
 def thickness(x: Tensor) -> Tensor:
-    """Images [batch, channels, height, width] in [-1, 1] -> area / (perimeter / 2) [batch] in pixels.
+    """area / (perimeter / 2) [batch] in pixels, of images [batch, channels, height, width] in [-1, 1].
 
     A stroke of width w and length L, straight or curved, has the area w L and the perimeter 2 L + 2 w, so the ratio is
     w / (1 + w / L): the width, a little low where strokes are short. Area is the sum of ink; perimeter is its total variation,
@@ -58,7 +58,7 @@ def thickness(x: Tensor) -> Tensor:
 
 
 def perimeter(ink: Tensor) -> Tensor:
-    """Smoothed isotropic total variation of ink [batch, height, width] -> [batch] in pixels.
+    """Smoothed isotropic total variation [batch], in pixels, of ink [batch, height, width].
 
     The gradient of each 2x2 cell is taken along its two diagonals. Among the usual stencils this one depends least on the
     angle of an edge: forward differences read strokes of width 3, drawn at different angles, 20 % apart; this 6 %.

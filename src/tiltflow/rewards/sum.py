@@ -1,4 +1,4 @@
-"""Several rewards at once: their weighted sum."""
+"""The weighted sum of several rewards."""
 
 # Mutation tests: test_rewards.py
 
@@ -18,22 +18,23 @@ from tiltflow.settings import Settings
 
 
 class Term(Settings):
-    """One reward and what a unit of it is worth."""
+    """One reward and its weight in the sum."""
 
     reward: NamedReward
     """Any of the rewards; `tiltflow settings` lists them."""
     weight: float = 1.0
     """Units of the sum per unit of this reward; below 0 for a penalty."""
     clip: tuple[float | None, float | None] = (None, None)
-    """The reward counts as if it were between these two: outside there is nothing to gain, and no gradient."""
+    """Limits that the reward is clipped to: beyond them there is nothing to gain, and no gradient."""
 
     def of(self, value: Tensor) -> Tensor:
-        """What a value of the reward adds to the sum."""
+        """The term of the sum for a value of the reward."""
         return self.weight * (value if self.clip == (None, None) else value.clamp(*self.clip))
 
 
 class Sum(Settings):
-    """weight_1 r_1(x) + weight_2 r_2(x) + ..., each clipped if you say so; differentiable if all its parts are."""
+    """weight_1 r_1(x) + weight_2 r_2(x) + ..., each clipped to its limits if it has any; differentiable if all its parts
+    are."""
 
     learned: ClassVar[bool] = False
     unit: ClassVar[str] = "weighted units"
@@ -78,5 +79,5 @@ class WeightedSum:
     def __call__(self, x: Tensor) -> Tensor:
         values = [term.of(values_of(part, x)) for term, part in self.parts]
         total = torch.stack(values).sum(0)
-        # with one part constant to autograd, what it calls the gradient of the sum would be that of the others
+        # with one part constant to autograd, its gradient of the sum would be that of the other parts
         return total if all(value.requires_grad for value in values) else total.detach()

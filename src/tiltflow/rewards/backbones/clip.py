@@ -1,4 +1,4 @@
-"""CLIP models of transformers, as rewards and judges need them: features of pictures, with gradient, and of prompts."""
+"""CLIP models of transformers, for rewards and judges: features of pictures, with gradient, and of prompts."""
 
 # Mutation tests: test_scorers.py
 
@@ -40,7 +40,7 @@ OPEN_CLIP = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-"""From the names of open_clip to those of transformers."""
+"""Names of open_clip -> names of transformers."""
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}
 """Of the vision transformers H, g and G; it is 64 in the smaller ones, and in all text transformers but G's."""
 
@@ -56,7 +56,7 @@ class Clip:
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu", dtype: str = "float32", tokenizer: str | None = None) -> Clip:
-        """From a folder or a name on the hub. Raises InputError if it cannot be had."""
+        """Load a folder or a name on the hub. Raises InputError if it cannot be loaded."""
         CLIPModel, words = _transformers().CLIPModel, load_tokenizer(tokenizer or path, f"CLIP model {path}")
         with refused(f"CLIP model {path}: cannot be loaded"):
             model: Any = CLIPModel.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -66,21 +66,21 @@ class Clip:
     def load_open_clip(
         cls, path: str, device: torch.device | str = "cpu", dtype: str = "float32", tokenizer: str | None = None
     ) -> Clip:
-        """From a file of open_clip's tensors, and a tokenizer of transformers. Raises InputError if they cannot be had."""
+        """Load a file of open_clip's tensors, and a tokenizer of transformers. Raises InputError if they cannot be loaded."""
         with refused(f"CLIP model {path}: is none of open_clip"):
             model: Any = from_open_clip(read_tensors(Path(path), "CLIP model"), path)
         words = load_tokenizer(tokenizer or str(Path(path).parent), f"CLIP model {path}")
         return cls(model.to(device, getattr(torch, dtype)).requires_grad_(False).eval(), words)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """[batch, width] for images [batch, 3, height, width] in [-1, 1], with their gradient."""
+        """Features [batch, width] of images [batch, 3, height, width] in [-1, 1], with their gradient."""
         side = self.model.config.vision_config.image_size
         pixels = resized(images, side).to(self.model.dtype)
         return F.normalize(at_least_float32(pooled(self.model.get_image_features(pixel_values=pixels))), dim=1)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """[len(prompts), width]. A prompt is computed once."""
+        """Features [len(prompts), width]. Each prompt is computed once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
         if new:
             tokens = self.tokenizer(new, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
@@ -94,13 +94,13 @@ class Clip:
 
     @property
     def temperature(self) -> float:
-        """What the model multiplies cosines with: exp(logit_scale)."""
+        """The model's factor on cosines: exp(logit_scale)."""
         scale: float = self.model.logit_scale.exp().item()
         return scale
 
 
 def load_tokenizer(path: str, what: str) -> Any:
-    """CLIP's tokenizer, from a folder or a name on the hub. Raises InputError if it cannot be had."""
+    """CLIP's tokenizer, from a folder or a name on the hub. Raises InputError if it cannot be loaded."""
     with refused(f"{what}: cannot be loaded"):
         return _transformers().CLIPTokenizer.from_pretrained(path)
 
@@ -116,7 +116,7 @@ def _transformers() -> Any:
 def from_open_clip(weights: Mapping[str, Tensor], where: str) -> Any:
     """A CLIPModel of transformers with the weights of a CLIP model of open_clip whose activations are exact GELUs.
 
-    Raises InputError, naming `where`, if they are of something else.
+    Raises InputError, naming `where`, if they are those of another model.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -134,7 +134,7 @@ def from_open_clip(weights: Mapping[str, Tensor], where: str) -> Any:
         for pattern, theirs in OPEN_CLIP:
             name = re.sub(pattern, theirs, name)
         if name in ("visual_projection.weight", "text_projection.weight"):
-            value = value.T.contiguous()  # ours are layers, theirs are matrices
+            value = value.T.contiguous()  # transformers has layers where open_clip has matrices
         if ".attn.in_proj_" in name:
             layer, kind = name.split(".attn.in_proj_")
             for part, third in zip("qkv", value.chunk(3), strict=True):
@@ -170,13 +170,13 @@ def from_open_clip(weights: Mapping[str, Tensor], where: str) -> Any:
     model = CLIPModel(config)
     try:
         model.load_state_dict(renamed)
-    except RuntimeError as error:  # torch's word for names or shapes
+    except RuntimeError as error:  # torch raises it for wrong names or shapes
         raise InputError(f"{where}: is no CLIP model of open_clip ({str(error).strip().splitlines()[-1].strip()})") from None
     return model
 
 
 def depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """How many layers there are with this prefix."""
+    """The number of layers with this prefix."""
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
 
 
@@ -187,8 +187,8 @@ def pooled(output: Any) -> Tensor:
 
 
 def resized(images: Tensor, side: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Images [batch, 3, height, width] in [-1, 1] as CLIP was shown them: the shorter side resized to `side` (bicubic, with
-    antialiasing), the middle cut out, normalised. Values outside of [-1, 1] are cut off, as in a picture on disk."""
+    """Images [batch, 3, height, width] in [-1, 1], preprocessed as for CLIP's training: shorter side resized to `side`
+    (bicubic, with antialiasing), centre cropped, normalised. Values outside of [-1, 1] are clipped, as in a picture on disk."""
     height, width = images.shape[-2:]
     scale = side / min(height, width)
     size = [max(side, round(length * scale)) for length in (height, width)]

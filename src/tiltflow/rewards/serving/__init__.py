@@ -1,1 +1,1 @@
-"""The other end of reward `http`: a server that scores with any reward of a recipe."""
+"""The server side of reward `http`: it scores with any reward of a recipe."""

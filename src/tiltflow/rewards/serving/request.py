@@ -1,4 +1,4 @@
-"""Requests to the server: JSON with pictures as base64, their prompts and metadata. Each may have been made to do damage."""
+"""Requests to the server: JSON with pictures as base64, their prompts and metadata. Any of them may be malicious."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 MOST_PIXELS = 1 << 24  # of all pictures of a request together
-NPY = b"\x93NUMPY"  # how a .npy file begins
+NPY = b"\x93NUMPY"  # first bytes of a .npy file
 
 
 class BadRequestError(Exception):
-    """The request is not what it should be."""
+    """The request is malformed."""
 
 
 def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
@@ -47,7 +47,7 @@ def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
 
 
 def read_base64(text: str, number: int) -> bytes:
-    """The file that is image `number` of a request."""
+    """The file of image `number` in a request."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -63,7 +63,7 @@ def size_of(file: bytes, number: int) -> tuple[int, int, int]:
         content = io.BytesIO(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read_header[np.lib.format.read_magic(content)](content, max_header_size=1000)
-    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
+    except Exception as error:  # Pillow and NumPy raise many kinds of exceptions for malicious files
         raise BadRequestError(f"image {number}: cannot be read ({error})") from None
     if dtype != np.float32 or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
         raise BadRequestError(f"image {number}: must be float32 [1 or 3, height, width], got {dtype} {shape}")
@@ -78,5 +78,5 @@ def read_image(file: bytes, channels: int, number: int) -> Tensor:
         with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
             pixels = torch.from_numpy(np.array(image if channels == 1 else image.convert("RGB")))
             return pixels.reshape(*pixels.shape[:2], channels).permute(2, 0, 1).float() / 127.5 - 1
-    except Exception as error:  # what Pillow and NumPy raise for files that were made to do damage is no short list
+    except Exception as error:  # Pillow and NumPy raise many kinds of exceptions for malicious files
         raise BadRequestError(f"image {number}: cannot be read ({error})") from None

@@ -1,4 +1,4 @@
-"""A server for reward `http`: any reward of a recipe, on this machine's own address alone."""
+"""A server for reward `http`: any reward of a recipe, on 127.0.0.1 alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 28  # of a request
 
 
 class Served(Settings):
-    """What is served."""
+    """The reward that is served."""
 
     reward: NamedReward
 
@@ -31,7 +31,7 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
     """A server of POST /score on 127.0.0.1; `serve_forever` runs it. Port 0 takes any that is free.
 
     Args:
-        token: what requests must bring as `Authorization: Bearer ..`, if anything.
+        token: if given, requests must bring it as `Authorization: Bearer ..`.
 
     Raises InputError if the port is taken.
     """
@@ -44,7 +44,7 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
                 with torch.no_grad():
                     values = evaluate(given(reward, prompts, metadata) if prompts else reward, images.to(device))
             except NonFiniteError as error:
-                values = error.tensors["rewards"]  # the client decides what becomes of the others
+                values = error.tensors["rewards"]  # the client decides what to do with the others
             except (InputError, UserCodeError, RuntimeError) as error:
                 raise BadRequestError(str(error)) from None
         return [value if math.isfinite(value) else None for value in values.tolist()]
