@@ -71,7 +71,7 @@ def test_it_learns_to_prefer_data() -> None:
 
 
 def test_samples_of_another_shape_are_refused() -> None:
-    with pytest.raises(InputError, match=r"the data are of shape \[1, 4, 4\], the samples of \[1, 8, 8\]"):
+    with pytest.raises(InputError, match=r"images of shape \[1, 4, 4\] in the data, but samples of \[1, 8, 8\]"):
         energy(0.1).learn(torch.zeros(2, 1, 8, 8), stream(0))
 
 

@@ -264,7 +264,7 @@ def test_an_answer_is_there_in_time_or_not_at_all(answer: Any, monkeypatch: pyte
     monkeypatch.setattr("tiltflow.rewards.http.time.sleep", WAIT)
     with raw_answers(answer) as url:
         began = time.monotonic()
-        with pytest.raises(InputError, match=r"no whole answer after [\d.]+ s, asked [23] times"):
+        with pytest.raises(InputError, match=r"no complete answer after [\d.]+ s, asked [23] times"):
             ask(url, 2, timeout=0.3, retries=2)
         assert 0.5 < time.monotonic() - began < 1.5
 
@@ -305,7 +305,7 @@ def test_urls_that_are_none(url: str) -> None:
      "https://h/?access_token=s3cret&x=${X}", "https://h/?sig=s3cret", "https://h/?password=s3cret${X}"],
 )  # fmt: skip
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(InputError, match=r"a (password|secret) does not belong into a recipe; write .*\$\{NAME\}") as caught:
+    with pytest.raises(InputError, match=r"a (password|secret) does not belong in a recipe; write .*\$\{NAME\}") as caught:
         validate(Http, {"url": url}, "r")
     assert "s3cret" not in str(caught.value)
 

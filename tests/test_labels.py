@@ -155,7 +155,7 @@ def test_rewards_are_told_labels_names_and_metadata() -> None:
     tiltflow.tune(model, score, METHODS["adjoint-matching"][0], training)
     assert set(seen) == {(0, "low", 0), (1, "high", 1)}
     with pytest.raises(
-        InputError, match="the reward asks for labels, and has 0 for 3 samples: this model is not asked for anything"
+        InputError, match="the reward asks for labels, and there are 0 for 3 samples: this model has no prompts and no classes"
     ):
         evaluate(from_function(along_slope), torch.zeros(3, 1))
     with pytest.raises(InputError, match="the reward asks for labels, which are those of a class-conditional model"):

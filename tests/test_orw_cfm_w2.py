@@ -444,7 +444,7 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x_train=np.zeros((4, 8, 8), dtype=np.uint8))
     method = OrwCfmW2(online_fraction=0.5, data=str(tmp_path / "d.npz"))
     assert method.new_state((1, 8, 8), 0, torch.device("cpu")).data.shape == (4, 1, 8, 8)  # type: ignore[union-attr]
-    with pytest.raises(InputError, match=r"method.data: are of shape \[1, 8, 8\], the samples of \[2\]"):
+    with pytest.raises(InputError, match=r"method.data: images of shape \[1, 8, 8\], but samples of \[2\]"):
         method.new_state((2,), 0, torch.device("cpu"))
 
 

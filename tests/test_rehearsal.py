@@ -203,11 +203,11 @@ class Linear(nn.Module):
 
 
 ALONE: list[tuple[dict[str, Any], str | None]] = [
-    ({"name": "orw-cfm-w2"}, "of one the weight is always 1; give 2 or more"),
-    ({"name": "orw-cfm-w2", "weight_mode": "both-terms"}, "of one the weight is always 1"),
+    ({"name": "orw-cfm-w2"}, "that of a single sample is always 1; give 2 or more"),
+    ({"name": "orw-cfm-w2", "weight_mode": "both-terms"}, "that of a single sample is always 1"),
     ({"name": "orw-cfm-w2", "weight_mode": "raw"}, None),
-    ({"name": "score-as-action", "estimator": "return"}, "of one the advantage is always 0"),
-    ({"name": "score-as-action", "preset": "ddpo"}, "of one the advantage is always 0"),
+    ({"name": "score-as-action", "estimator": "return"}, "the advantage of a single sample is always 0"),
+    ({"name": "score-as-action", "preset": "ddpo"}, "the advantage of a single sample is always 0"),
     ({"name": "score-as-action"}, None),
     ({"name": "adjoint-matching"}, None),
 ]

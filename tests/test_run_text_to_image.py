@@ -857,7 +857,7 @@ def test_two_rewards_of_one_name_are_both_measured(tmp_path: Path) -> None:
         (
             {"name": "score-as-action", "estimator": "temporal-difference"},
             "jpeg-size",
-            "needs a critic that knows the prompt, and it sees latents alone; use return-minus-value",
+            "needs a critic that knows the prompt, and ours sees latents alone; use return-minus-value",
         ),
     ],
 )

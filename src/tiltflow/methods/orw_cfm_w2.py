@@ -139,7 +139,9 @@ class OrwCfmW2(MethodSettings):
         """See `MethodSettings`: the weight of a single sample, normalised, is 1 whatever its reward."""
         if group > 1 or self.weight_mode == "raw":
             return None
-        return "weights are normalised among the samples of a prompt, a class or a batch, and of one the weight is always 1"
+        return (
+            "weights are normalised among the samples of a prompt, a class or a batch, and that of a single sample is always 1"
+        )
 
     @property
     def needs(self) -> Needs:
@@ -287,7 +289,7 @@ class OrwCfmW2(MethodSettings):
             return State()
         images = load_images(self.data).images.to(device)
         if images.shape[1:] != event_shape:
-            raise InputError(f"method.data: are of shape {list(images.shape[1:])}, the samples of {list(event_shape)}")
+            raise InputError(f"method.data: images of shape {list(images.shape[1:])}, but samples of {list(event_shape)}")
         return State(data=images)
 
     def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:

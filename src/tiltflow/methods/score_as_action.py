@@ -238,7 +238,10 @@ class ScoreAsAction(Tilting):
         """See `MethodSettings`: the return of a single sample is its own mean."""
         if group > 1 or self.estimator != "return":
             return None
-        return "estimator return compares the samples of a prompt, a class or a batch, and of one the advantage is always 0"
+        return (
+            "estimator return compares the samples of a prompt, a class or a batch, and the advantage of a single sample is"
+            " always 0"
+        )
 
     @property
     def sampling(self) -> Sampling:

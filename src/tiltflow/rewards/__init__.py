@@ -169,8 +169,8 @@ class OfPrompts:
     def __call__(self, x: Tensor) -> Tensor:
         if len(self.prompts) != len(x):
             raise InputError(
-                f"the reward asks for {' and '.join(self.asks)}, and has {len(self.prompts)} for {len(x)} samples"
-                + ("" if self.prompts else ": this model is not asked for anything")
+                f"the reward asks for {' and '.join(self.asks)}, and there are {len(self.prompts)} for {len(x)} samples"
+                + ("" if self.prompts else ": this model has no prompts and no classes")
             )
         told: dict[str, Any] = {"prompts": self.prompts, "metadata": self.metadata}
         if "labels" in self.asks:

@@ -83,7 +83,7 @@ class EnergyReward:
         Raises InputError if they are of different shapes.
         """
         if x.shape[1:] != self.images.shape[1:]:
-            raise InputError(f"the data are of shape {list(self.images.shape[1:])}, the samples of {list(x.shape[1:])}")
+            raise InputError(f"images of shape {list(self.images.shape[1:])} in the data, but samples of {list(x.shape[1:])}")
         losses: list[float] = []
         for _ in range(self.settings.num_steps):
             which = torch.randint(len(self.images), (len(x),), generator=generator, device=generator.device)

@@ -70,11 +70,11 @@ class Http(Settings):
         check_url(VARIABLE.sub("x", url), url)
         user, _, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
         if user and not VARIABLE.fullmatch(password or user):
-            raise ValueError("a password does not belong into a recipe; write ${NAME}, and set NAME in the environment")
+            raise ValueError("a password does not belong in a recipe; write ${NAME}, and set NAME in the environment")
         for key, value in parse_qsl(urlsplit(url).query):
             if re.fullmatch(SECRET, key, re.IGNORECASE) and not VARIABLE.fullmatch(value):
                 raise ValueError(
-                    f"a secret does not belong into a recipe; write {key}=${{NAME}}, and set NAME in the environment"
+                    f"a secret does not belong in a recipe; write {key}=${{NAME}}, and set NAME in the environment"
                 )
         return url
 
@@ -124,7 +124,7 @@ class WithOrWithoutPrompts(OfPrompts):
 
 
 class NoAnswerError(Exception):
-    """There is no whole answer. It carries the message, and the seconds that the server asks to wait."""
+    """There is no complete answer. It carries the message, and the seconds that the server asks to wait."""
 
     def __init__(self, message: str, wait: float = 0.0, final: bool = False):
         super().__init__(message)
@@ -183,7 +183,7 @@ class Server:
         try:
             answer, error = answers.get(timeout=seconds)
         except Empty:
-            raise NoAnswerError(f"no whole answer after {seconds:.3g} s") from None
+            raise NoAnswerError(f"no complete answer after {seconds:.3g} s") from None
         if error is not None:
             raise error
         return answer

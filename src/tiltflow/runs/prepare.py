@@ -293,7 +293,7 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Method, t
             f"training.calibration_samples: there is one working temperature, and each {one} would need its own; set it to 0"
         )
     if distinct > 1 and method.needs.critic_of_condition:
-        knows = "the prompt, and it sees latents alone" if prompts else "the class, and it does not see labels"
+        knows = "the prompt, and ours sees latents alone" if prompts else "the class, and ours does not see labels"
         raise InputError(
             f"{method.needs.critic_of_condition} needs a critic that knows {knows}; use {method.needs.without_critic}"
         )
