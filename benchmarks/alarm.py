@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.rewards.class_log_odds import ClassLogOdds
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import validate
 
 EVEN = {"name": "class-log-odds", "classes": [0, 2, 4, 6, 8], "bound": 6}

@@ -22,8 +22,7 @@ from tiltflow.api import steps
 from tiltflow.flows.adapter import base_of
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.models.model import load, load_classifier
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree
-from tiltflow.runs.run import Recipe
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
 from tiltflow.settings import validate
 from tiltflow.streams import stream
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
+from tiltflow.runs.run import run
 from tiltflow.settings import validate
 
 METHODS: dict[str, list[str]] = {

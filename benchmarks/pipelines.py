@@ -38,8 +38,9 @@ from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
 from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser
+from tiltflow.models.trainable import trainable_copy
 from tiltflow.training.batch import Batch
-from tiltflow.training.trainer import train, trainable_copy
+from tiltflow.training.trainer import train
 
 ROWS: dict[str, dict[str, Any]] = {
     "full, float32": {},

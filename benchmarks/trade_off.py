@@ -24,8 +24,8 @@ import torch
 from tiltflow.models.model import load
 from tiltflow.reports.plots import image_grid
 from tiltflow.rewards.jpeg_size import JpegSize
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
+from tiltflow.runs.run import run
 from tiltflow.settings import validate
 
 TASKS: dict[str, tuple[str, list[str]]] = {

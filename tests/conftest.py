@@ -32,4 +32,4 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the evaluation out."""
-    monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {"iterations": 0})
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {"iterations": 0})

@@ -19,8 +19,8 @@ from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.lock import LOCK
-from tiltflow.runs.run import Recipe, run
-from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
 
 
@@ -77,7 +77,7 @@ def pictures(folder: Path) -> None:
             # the rewards of pictures of noise are hardly different: in units of that, the critic would learn from rounding
             tree["training"]["per_prompt_normalization"] = None
         kind = "full" if adapter is None else "adapter"
-        run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder / f"{name}-{method}-{kind}")
+        run(validate(Recipe, tree, "recipe"), folder / f"{name}-{method}-{kind}")
 
 
 def interrupted(folder: Path) -> None:
@@ -105,8 +105,8 @@ def not_finite(folder: Path) -> None:
         recipe = shared_recipe(folder, method, non_finite_rewards=policy)
         import tiltflow.runs.run
 
-        before, tiltflow.runs.run.build_reward = tiltflow.runs.run.build_reward, lambda *arguments: reward
-        check, tiltflow.runs.run.rehearse = tiltflow.runs.run.rehearse, lambda *arguments: None
+        before, tiltflow.runs.run.build_reward = tiltflow.runs.run.build_reward, lambda *arguments, **options: reward
+        check, tiltflow.runs.run.rehearse = tiltflow.runs.run.rehearse, lambda *arguments, **options: None
         try:
             run(recipe, folder / f"{method}-{policy}")
         except NonFiniteError as error:
@@ -129,8 +129,8 @@ def dies(folder: Path) -> None:
 
     build = tiltflow.runs.run.build_reward
 
-    def built(*arguments: object) -> object:
-        reward = build(*arguments)
+    def built(*arguments: object, **options: object) -> object:
+        reward = build(*arguments, **options)
 
         def told(x: Tensor) -> Tensor:
             watch()

@@ -15,14 +15,13 @@ from tiny import tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.api import read_recipe
 from tiltflow.commands.terminal.app import app
 from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.problems.verification.verify import read_verification
 from tiltflow.reports.page import commands
 from tiltflow.runs.describe import topics
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.runs.run import run
 from tiltflow.runs.sweep import parse_grid, points_of
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import dump_yaml, read_yaml, validate
@@ -198,7 +197,7 @@ def test_what_the_report_of_a_pipeline_says_works(tmp_path: Path, monkeypatch: p
     pytest.importorskip("diffusers")
     from tiny_pipelines import tiny_pipeline
 
-    monkeypatch.setattr("tiltflow.runs.run_text_to_image.PATHS", 2)  # the path KL is not what is tested
+    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)  # the path KL is not what is tested
 
     tiny_pipeline("stable-diffusion", tmp_path).save_pretrained(tmp_path / "pipeline")
     tree = {

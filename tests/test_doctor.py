@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from tiltflow.commands.terminal.app import app
+from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
 from tiltflow.runs import doctor
 from tiltflow.runs.doctor import Finding, Patient, admit, examine, verdict
-from tiltflow.runs.run import Recipe
-from tiltflow.runs.run_text_to_image import TextToImageEvaluation
+from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import read_yaml, validate
 from tiltflow.training import memory
 
@@ -179,13 +179,13 @@ def test_an_evaluation_too_small_to_know_its_target(tmp_path: Path) -> None:
     """A share of the base's samples carries the weight; so many of them are needed for 100 of the target, and for ten of each
     prompt: what the evaluation itself asks for."""
     pixels = recipe_for(tmp_path).evaluation.model_copy(update={"num_samples": 300})
-    assert doctor.too_few_to_know(pixels, 0.4, of_pictures=False) is None
-    said, remedy = doctor.too_few_to_know(pixels, 0.25, of_pictures=False) or ("", "")
+    assert doctor.too_few_to_know(pixels, 0.4) is None
+    said, remedy = doctor.too_few_to_know(pixels, 0.25) or ("", "")
     assert "evaluation's 300 that would be 75" in said
     assert remedy.startswith("evaluation.num_samples=400 ")
-    pictures = TextToImageEvaluation(num_generations=16)
-    assert doctor.too_few_to_know(pictures, 0.7, of_pictures=True) is None
-    said, remedy = doctor.too_few_to_know(pictures, 0.5, of_pictures=True) or ("", "")
+    pictures = Evaluation(num_generations=16)
+    assert doctor.too_few_to_know(pictures, 0.7) is None
+    said, remedy = doctor.too_few_to_know(pictures, 0.5) or ("", "")
     assert "16 pictures of a prompt that would be 8.0" in said
     assert remedy.startswith("evaluation.num_generations=20 ")
     tiny = patient_for(tmp_path)  # 32 samples can never weigh as much as 100
@@ -223,13 +223,13 @@ def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.recipe import Recipe
 
     tree = pipeline_recipe(folder, "stable-diffusion", training.pop("name", "adjoint-matching"))
     tree["model"] |= {"height": 32, "width": 32, **training.pop("model", {})}
     tree["method"] |= training.pop("method", {})
     tree["training"] |= training
-    return validate(TextToImageRecipe, tree, "recipe")
+    return validate(Recipe, tree, "recipe")
 
 
 @pytest.mark.parametrize(
@@ -382,9 +382,9 @@ def test_a_pipeline(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.recipe import Recipe
 
-    recipe = validate(TextToImageRecipe, pipeline_recipe(tmp_path, "stable-diffusion"), "recipe")
+    recipe = validate(Recipe, pipeline_recipe(tmp_path, "stable-diffusion"), "recipe")
     findings = list(examine(recipe))
     assert the(findings, "batch").text == "4 samples in an iteration = 2 prompts x 2 generations, 2 at a time, 2 times"
     assert the(findings, "parity").level == "green"
@@ -397,12 +397,12 @@ def patient_of(family: str, folder: Path, **changes: Any) -> doctor.Patient:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
 
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe
+    from tiltflow.runs.recipe import Recipe
 
     tree = pipeline_recipe(folder, family)
     for key, value in changes.items():
         tree[key] |= value
-    return doctor.admit(validate(TextToImageRecipe, tree, "recipe"), "cpu")
+    return doctor.admit(validate(Recipe, tree, "recipe"), "cpu")
 
 
 def test_parity_is_at_equal_guidance(tmp_path: Path) -> None:

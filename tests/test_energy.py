@@ -18,8 +18,8 @@ from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.energy import Energy, EnergyReward
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree
-from tiltflow.runs.run import Recipe, evaluate_run, run
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
+from tiltflow.runs.run import evaluate_run, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 

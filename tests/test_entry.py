@@ -16,11 +16,12 @@ from tiny import tiny_classifier, tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.api import evaluate, read_recipe, run
+from tiltflow.api import evaluate
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.models.model import load_classifier, model_folder
-from tiltflow.runs.recipe import find_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree, shipped_recipes
+from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml
 from tiltflow.shipped import ASSETS
 
@@ -88,7 +89,7 @@ def test_the_command_line_says_which_is_meant_in_one_line(tmp_path: Path) -> Non
 def test_a_recipe_is_of_the_kind_of_its_model(tmp_path: Path) -> None:
     for name in ("digits-even", "tiles-colour"):
         recipe = read_recipe(read_yaml(shipped_recipes("train")[name]), name)
-        assert hasattr(recipe, "prompts") == (name == "tiles-colour")
+        assert (recipe.prompts is not None) == (name == "tiles-colour")
     summary = run(read_recipe(read_yaml(tiny_recipe(tmp_path)), "tiny"), tmp_path / "run")
     assert evaluate(tmp_path / "run", num_samples=16)["num_samples"] == 16
     assert summary["num_samples"] == 32

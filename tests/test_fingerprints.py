@@ -22,8 +22,8 @@ from tiltflow.plugins import find, names
 from tiltflow.runs import fingerprints
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from tiltflow.runs.fingerprints import FILE, absolute, digest, externals, module_file, of_network, read_fingerprints
-from tiltflow.runs.run import Recipe, run
-from tiltflow.runs.run_text_to_image import TextToImageRecipe
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import External, Settings, read_yaml, validate
 from tiltflow.streams import new_network
 
@@ -126,12 +126,12 @@ def test_every_setting_that_names_something_says_so() -> None:
     """By hand: those that are paths, names of models or functions. A new text is to be put into one list or the other."""
     named = {
         "Recipe": {"model"},
-        "Evaluation": {"judge", "data"},
+        "Evaluation": {"judge", "data", "features", "reference"},
+        "NetworkModel": {"path"},
         "Sampling": {"solver"},
         "DiffusersModel": {"diffusers"},
         "Lora": {"path"},
         "Prompts": {"path", "validation"},
-        "TextToImageEvaluation": {"features", "reference"},
         "Point": {"solver"},
         "OrwCfmW2": {"weight", "data", "solver"},
         "ScoreAsAction": {"solver"},
@@ -153,7 +153,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
-    todo: list[type[Settings]] = [Recipe, TextToImageRecipe]
+    todo: list[type[Settings]] = [Recipe, Recipe]
     todo += [find(package, name) for package in ("rewards", "methods", "networks") for name in names(package)]
     done: set[type[Settings]] = set()
     unknown = set()

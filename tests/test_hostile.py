@@ -41,8 +41,8 @@ from tiltflow.rewards.http import Http
 from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.runs.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint
 from tiltflow.runs.export import export_run
-from tiltflow.runs.run import Recipe, evaluate_run, run
-from tiltflow.runs.run_text_to_image import TextToImageRecipe, load_text_to_image
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import evaluate_run, load_text_to_image, run
 from tiltflow.runs.sweep import parse_grid
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
@@ -174,7 +174,7 @@ yaml_text = st.text(max_size=60) | st.lists(
 
 def any_recipe(tree: dict[str, Any], text: str) -> None:
     only_our_errors(lambda: validate(Recipe, tree, "recipe"))
-    only_our_errors(lambda: validate(TextToImageRecipe, tree, "recipe"))
+    only_our_errors(lambda: validate(Recipe, tree, "recipe"))
     only_our_errors(lambda: apply_overrides(tree, [text]))
     only_our_errors(lambda: apply_overrides(tree, [f"a.b={text}"]))
     only_our_errors(lambda: parse_grid([f"a={text}"]))

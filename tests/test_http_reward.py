@@ -31,7 +31,8 @@ from tiltflow.rewards.http import Http
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.rewards.serving.server import make_server
-from tiltflow.runs.run import Recipe, evaluate_run, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import evaluate_run, run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 

@@ -19,7 +19,8 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.networks.unet import Unet
 from tiltflow.rewards import evaluate, from_function, given
-from tiltflow.runs.run import Recipe, evaluate_run, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import evaluate_run, run
 from tiltflow.runs.run_folder import write_yaml
 from tiltflow.streams import new_network, stream
 
@@ -202,14 +203,14 @@ FUNCTION = {"name": "function", "path": "test_labels:along_slope"}
 def evaluated(folder: Path, shift: Tensor, patch: pytest.MonkeyPatch, **evaluation: Any) -> dict[str, Any]:
     """The summary of a run whose tuned model has these shifts."""
 
-    def load(path: Any, device: str) -> tiltflow.Model:
+    def load(path: Any, device: Any) -> tiltflow.Model:
         model = two_gaussians()
         if Path(path).name == "model":
             with torch.no_grad():
                 model.flow.network.shift.copy_(shift)  # type: ignore[attr-defined]
         return model
 
-    patch.setattr("tiltflow.runs.run.load", load)
+    patch.setattr("tiltflow.models.source.load", load)
     recipe = Recipe.model_validate(
         {
             "model": "exact",

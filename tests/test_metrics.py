@@ -15,7 +15,8 @@ from tiltflow.evaluation.metrics import Source, described
 from tiltflow.plugins import module_of, names
 from tiltflow.reports.report import write_report
 from tiltflow.reports.tables import measures
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
 
 

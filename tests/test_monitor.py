@@ -25,7 +25,8 @@ from tiltflow.evaluation.monitor import (
     target_measures,
     to_row,
 )
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -179,7 +180,7 @@ def test_a_reward_that_learns_has_no_looks_to_compare(tmp_path: Path, monkeypatc
 
         learn = state_dict = load_state_dict = __call__
 
-    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: Learning())
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments, **options: Learning())
     with pytest.raises(InputError, match=r"training\.monitor: the reward learns along the way"):
         run(recipe_for(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -187,7 +188,7 @@ def test_a_reward_that_learns_has_no_looks_to_compare(tmp_path: Path, monkeypatc
 
 def test_a_run_that_goes_on_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks of a run that was killed and resumed are those of the one that was not, without double or missing lines."""
-    monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
 
     class Killed(BaseException):
         pass

@@ -31,7 +31,8 @@ from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pa
 from tiltflow.optimization import WeightAverage
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.problems.verification.verify import read_verification, verify
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch

@@ -80,8 +80,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "tune: seed must be an integer >= 0, is 1.5",
     ),
     "prompts for vectors": (
-        lambda: any_tune(base(), reward, METHOD, SHORT, prompts=["a"]),
-        "prompts and adapter are for a pipeline",
+        lambda: any_tune(base(), reward, METHOD, SHORT, conditions=["a"]),
+        "tune: conditions: this model has none; leave them out",
     ),
     "no such parameters": (
         lambda: tune(base(), reward, METHOD, Training(trainable="zz")),

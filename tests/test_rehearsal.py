@@ -20,7 +20,8 @@ import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.plugins import find
 from tiltflow.runs.doctor import examine, verdict
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import ready, run
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -147,9 +148,7 @@ def tree_for(pipeline: Path, **changes: Any) -> dict[str, Any]:
 
 
 def refused(tree: dict[str, Any], folder: Path, message: str) -> None:
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
-
-    assert_refused(lambda: validate(TextToImageRecipe, tree, "recipe"), run_text_to_image, folder, message)
+    assert_refused(lambda: validate(Recipe, tree, "recipe"), run, folder, message)
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -185,9 +184,7 @@ def test_reference_pictures_of_another_size_that_the_features_do_not_take(pipeli
 
 def test_a_reward_that_sees_nothing_in_rough_pictures_may_start(pipeline: Path) -> None:
     """A detector finds nothing in what is drawn in few steps; the first batch decides."""
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe, prepare_recipe
-
-    prepare_recipe(validate(TextToImageRecipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")
+    ready(validate(Recipe, tree_for(pipeline, reward=function("nothing_in_noise")), "recipe"), "cpu")
 
 
 # ---- batches that teach nothing ----
@@ -216,14 +213,12 @@ ALONE: list[tuple[dict[str, Any], str | None]] = [
 @pytest.mark.parametrize(("method", "message"), ALONE)
 def test_one_sample_to_compare(method: dict[str, Any], message: str | None, pipeline: Path, tmp_path: Path) -> None:
     """The gradient of one sample does not depend on its reward, for just those that are refused."""
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe
-
     path = tiny_recipe(tmp_path, method=method, training={"train_batch_size": 1}, reward="ink")
     tree = tree_for(pipeline, method=method)
     tree["training"] |= {"prompts_per_step": 4, "num_generations": 1}
     recipes: list[tuple[str, Callable[[], Any]]] = [
         ("train_batch_size", lambda: validate(Recipe, read_yaml(path), "recipe")),
-        ("num_generations", lambda: validate(TextToImageRecipe, tree, "recipe")),
+        ("num_generations", lambda: validate(Recipe, tree, "recipe")),
     ]
     for name, read in recipes:
         if message is None:

@@ -28,7 +28,8 @@ from torch import Tensor
 from tiltflow.errors import InputError, Interrupted
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.runs.run_folder import RunFolder, read_records
 from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.training.signals import noted

@@ -35,7 +35,8 @@ from tiltflow.runs.checkpoint import FOLDER
 from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
 from tiltflow.runs.fingerprints import read_fingerprints
 from tiltflow.runs.lock import HOLDER, Holder, working_in
-from tiltflow.runs.run import Recipe, read_recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import read_run, run
 from tiltflow.runs.run_folder import RECIPE, of_monitor, read_records
 from tiltflow.runs.sweep import Point, collect, sweep
 from tiltflow.settings import read_yaml, validate
@@ -231,7 +232,7 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_is_loaded(
     def loaded(*arguments: object, **options: object) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("tiltflow.runs.run.load", "tiltflow.pretraining.images.load_images", "tiltflow.runs.sweep.run_point"):
+    for name in ("tiltflow.models.source.load", "tiltflow.pretraining.images.load_images", "tiltflow.runs.sweep.run_point"):
         monkeypatch.setattr(name, loaded)
     attempts: list[Callable[[Path], object]] = [
         lambda output: run(recipe, output),
@@ -265,7 +266,7 @@ def test_too_little_room_is_found_before_the_first_step(tmp_path: Path, monkeypa
     for free, enough in ((3 * weights, False), (10 * weights, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if enough:
-            monkeypatch.setattr("tiltflow.runs.run.evaluate_run", lambda folder, **options: {"iterations": 0})
+            monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {"iterations": 0})
             run(recipe, tmp_path / "run")
         else:
             with pytest.raises(InputError, match=r"the disk has .* left, and the run needs at least .*"):
@@ -376,7 +377,7 @@ READ: dict[str, Callable[[Path], object]] = {
         write_report(run),
         collect([Point("run", {"seed": 0}, Recipe.model_construct())], run.parent, {}),
     ),
-    RECIPE: read_recipe,
+    RECIPE: read_run,
     HOLDER: lambda run: Holder.read(run / HOLDER),
     FINGERPRINTS: read_fingerprints,
     "model/config.json": load,

@@ -31,10 +31,14 @@ from typer.testing import CliRunner
 from tiltflow import accept_changes, load, load_text_to_image
 from tiltflow.commands.terminal.app import app
 from tiltflow.conditions.prompts import Prompt
+from tiltflow.control.path_kl import path_kl
 from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation.estimates import effective_number
 from tiltflow.evaluation.features import distances_to_reference
+from tiltflow.evaluation.metrics.distance_to_reference import reference_images
+from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
 from tiltflow.evaluation.monitor import over_groups, read_looks
+from tiltflow.evaluation.samples import Asked
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.text_to_image import TextToImage, from_diffusers, with_adapter
@@ -42,32 +46,21 @@ from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
 from tiltflow.runs.export import export_run
 from tiltflow.runs.prepare import batches
-from tiltflow.runs.recipe import is_text_to_image, shipped_recipes
-from tiltflow.runs.run_folder import read_records
-from tiltflow.runs.run_text_to_image import (
-    BaseStatistics,
-    TextToImageRecipe,
-    diversity,
-    evaluate_text_to_image,
-    load_run,
-    path_kl,
-    read_run,
-    reference_images,
-    run_text_to_image,
-    squared_distance,
-    tuned_copy,
-)
+from tiltflow.runs.recipe import Recipe, shipped_recipes
+from tiltflow.runs.run import evaluate_run, load_run, read_run, run
+from tiltflow.runs.run_folder import read_records, write_yaml
 from tiltflow.samplers.rollout import rollout
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
+from tiltflow.training.base_statistics import BaseStatistics
 from tiltflow.training.settings import Training
 
 
 @pytest.fixture(autouse=True)
 def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trajectories of 50 steps for the path KL instead of 32, which are most of the time of a run of three updates."""
-    monkeypatch.setattr("tiltflow.runs.run_text_to_image.PATHS", 2)
+    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)
 
 
 SHORT = {"num_inference_steps": 2}
@@ -102,7 +95,7 @@ def recipe_for(folder: Path, name: str, method: str = "adjoint-matching", **chan
 
 
 def train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), folder)
+    return run(validate(Recipe, tree, "recipe"), folder)
 
 
 QUICK = {("stable-diffusion-3", method) for method in METHODS} | {(name, "adjoint-matching") for name in PIPELINES}
@@ -194,9 +187,10 @@ def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
     chain = Sampling(num_inference_steps=model.sampling.num_inference_steps).chain(model.grid)
     size = torch.tensor(model.event_shape).prod().item()
     exact = (chain.control_scale**2).sum().item() * shift**2 * size / 2
-    found = path_kl(moved, model, ["a"] * 2, 0, 2)
-    assert found.value == pytest.approx(exact, rel=1e-3)
-    assert path_kl(moved, model, ["a", "a", "b", "b"], 0, 4, 2).value == pytest.approx(exact, rel=1e-3)
+    for texts, batch_size in (("aa", 2), ("aabb", 4), ("aabb", 3)):
+        items = [Prompt(text) for text in texts]
+        found = path_kl(moved, model, items, model.sampling, seed=0, batch_size=batch_size)
+        torch.testing.assert_close(found, torch.full_like(found, exact), rtol=1e-3, atol=0)
 
 
 # ---- export ----
@@ -308,10 +302,11 @@ def test_the_effective_number_of_different_pictures() -> None:
 
 def test_pictures_that_are_all_alike_have_no_variance() -> None:
     one = torch.rand(2, 3, 4, 4, generator=stream(0, "x")).repeat_interleave(3, 0)
-    assert diversity(one, 3)["variance"] == pytest.approx(0, abs=1e-12)
-    assert diversity(one, 3)["vendi"] == pytest.approx(1)
+    asked = Asked.of_prompts([Prompt("a"), Prompt("b")], 3)
+    assert diversity(one, asked)["variance"] == pytest.approx(0, abs=1e-12)
+    assert diversity(one, asked)["vendi"] == pytest.approx(1)
     other = torch.rand(6, 3, 4, 4, generator=stream(0, "x"))
-    features = diversity(torch.nn.functional.normalize(other.flatten(1), dim=1), 3)
+    features = diversity(torch.nn.functional.normalize(other.flatten(1), dim=1), asked)
     assert 0 < features["variance"] < 2
     assert 1 < features["vendi"] < 3
 
@@ -321,18 +316,18 @@ def test_the_vendi_score_of_pixels_falls_as_pictures_become_one(prompts: int) ->
     """Towards their own mean, which is the base's, and towards another picture; with one prompt as with several."""
     count = 16
     base = torch.rand(prompts * count, 3, 4, 4, generator=stream(0, "x"), dtype=torch.float64)
-    scale = squared_distance(base, count)
-    assert scale == pytest.approx(2 * diversity(base, count)["variance"])
+    scale, asked = squared_distance(base, count), Asked.of_prompts([Prompt("a")] * prompts, count)
+    assert scale == pytest.approx(2 * diversity(base, asked)["variance"])
     own = base.reshape(prompts, count, -1).mean(1).repeat_interleave(count, 0).reshape(base.shape)
     for end in (own, torch.zeros_like(base)):
-        scores = [diversity(end + contrast * (base - end), count, scale)["vendi"] for contrast in (1, 0.5, 0.1, 1e-4)]
+        scores = [diversity(end + contrast * (base - end), asked, scale)["vendi"] for contrast in (1, 0.5, 0.1, 1e-4)]
         assert scores == sorted(scores, reverse=True)
         assert scores[0] > 7
         assert scores[2] < 1.2
         assert scores[3] == pytest.approx(1, abs=1e-4)
     # two kinds of picture far apart: two, whatever the scale
     two = torch.cat([torch.zeros(8, 3, 4, 4), 1e3 * torch.ones(8, 3, 4, 4)])
-    assert diversity(two, 16, scale)["vendi"] == pytest.approx(2)
+    assert diversity(two, Asked.of_prompts([Prompt("a")], 16), scale)["vendi"] == pytest.approx(2)
 
 
 def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> None:
@@ -348,8 +343,9 @@ def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> No
     assert summary["reward_distance_floor"] == summary["target_distance_floor"] > 0
     assert summary["path_kl_target"] is None  # of the guided law, beside unguided paths
     assert summary["path_kl_error"] > 0
-    few = validate(TextToImageRecipe, {**tree, "evaluation": {**evaluation, "num_generations": 2}}, "recipe")
-    unknown = evaluate_text_to_image(few, tmp_path / "run", *load_run(few, tmp_path / "run"))
+    few = validate(Recipe, {**tree, "evaluation": {**evaluation, "num_generations": 2}}, "recipe")
+    write_yaml(tmp_path / "run" / "recipe.yaml", few.model_dump(mode="json"))
+    unknown = evaluate_run(tmp_path / "run")
     assert "The 2 base samples of a prompt weigh as much as" in unknown["target_unknown"]
     assert unknown["reward_target"] is unknown["target_distance"] is unknown["reward_distance"] is None
     assert unknown["verdict"]["text"].startswith("No verdict")
@@ -437,11 +433,11 @@ def test_guidance_of_a_distilled_model_is_refused(tmp_path: Path) -> None:
         train(tree, tmp_path / "run")
 
 
-def test_a_run_of_another_kind_is_not_exported(tmp_path: Path) -> None:
+def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
     for name in ("model", "metrics.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "recipe.yaml").write_text("model: digits-flow\n")
-    with pytest.raises(InputError, match="is no run of a diffusers pipeline"):
+    with pytest.raises(InputError, match="reward is missing"):
         export_run(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -449,7 +445,7 @@ def test_a_run_of_another_kind_is_not_exported(tmp_path: Path) -> None:
 def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
     train(recipe_for(tmp_path, "stable-diffusion"), tmp_path / "run")
     recipe = read_run(tmp_path / "run")
-    assert recipe.model.adapter is not None
+    assert recipe.source.adapter is not None
     adapter = recipe.model.adapter.model_copy(update={"rank": 3})
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"adapter": adapter})})
     with pytest.raises(InputError, match="is not an adapter of this model"):
@@ -475,7 +471,7 @@ FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-di
 PUBLISHED = [
     name
     for name, path in shipped_recipes("train").items()
-    if is_text_to_image(tree := read_yaml(path)) and name != "tiles-colour"
+    if isinstance(read_yaml(path)["model"], dict) and name != "tiles-colour"
 ]
 
 
@@ -530,7 +526,7 @@ def agree(settings: Any, published: dict[str, Any], where: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_numbers_of_recipes_are_those_that_were_published(name: str) -> None:
     """And its comments say which are not."""
-    agree(validate(TextToImageRecipe, read_yaml(shipped_recipes("train")[name]), name), NUMBERS[name], name)
+    agree(validate(Recipe, read_yaml(shipped_recipes("train")[name]), name), NUMBERS[name], name)
     comments = [line for line in shipped_recipes("train")[name].read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# Published") for line in comments)
     assert any(line.startswith(("# Guesses", "# Other than theirs")) for line in comments)
@@ -541,7 +537,7 @@ def test_the_numbers_of_recipes_are_those_that_were_published(name: str) -> None
 )
 def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp_path: Path) -> None:
     tree: Any = read_yaml(shipped_recipes("train")[name])
-    assert validate(TextToImageRecipe, tree, name).description
+    assert validate(Recipe, tree, name).description
     source = tmp_path / "pipeline"
     tiny_pipeline(FAMILY[tree["model"]["diffusers"].split("/")[0]], tmp_path).save_pretrained(source)
     clip, (image_reward, tokenizer) = str(tiny_clip(tmp_path)), tiny_image_reward(tmp_path)
@@ -576,7 +572,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
 
 
 def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
     training = recipe_for(tmp_path, "stable-diffusion")["training"] | {"max_train_steps": 5, "checkpointing_steps": 2}
     training |= {"ema_decay": 0.5, "monitor": {"steps": 2}, "per_prompt_normalization": 2, "non_finite_rewards": "drop"}
     tree = recipe_for(tmp_path, "stable-diffusion", training=training)
@@ -590,17 +586,17 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
 
     train(tree, tmp_path / "whole")
     tree["training"] = training | {"resume_from_checkpoint": "latest"}
-    recipe = validate(TextToImageRecipe, tree, "recipe")
+    recipe = validate(Recipe, tree, "recipe")
     with pytest.raises(Killed):
-        run_text_to_image(recipe, tmp_path / "parts", callbacks=[watch])
+        run(recipe, tmp_path / "parts", callbacks=[watch])
     patience = iter(range(100))  # a signal in the middle of a batch, which is then begun again
     with monkeypatch.context() as patch:
         patch.setattr(
             "tiltflow.runs.run_folder.noted", lambda heard, echo: nullcontext(lambda: 15 if next(patience) >= 6 else None)
         )
         with pytest.raises(Interrupted):
-            run_text_to_image(recipe, tmp_path / "parts", handle_signals=True)
-    run_text_to_image(recipe, tmp_path / "parts")
+            run(recipe, tmp_path / "parts", handle_signals=True)
+    run(recipe, tmp_path / "parts")
     for name in ("model", "best"):
         parts, whole = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("parts", "whole"))
         assert parts.keys() == whole.keys()
@@ -618,9 +614,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
 
 def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe says `pipe` and `prompts.txt`; another folder has others of these names."""
-    monkeypatch.setattr(
-        "tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {"iterations": 1}
-    )
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {"iterations": 1})
     home, away = tmp_path / "home", tmp_path / "away"
     tree = recipe_for(home, "stable-diffusion")
     (home / "stable-diffusion").rename(home / "pipe")
@@ -679,14 +673,14 @@ def test_every_prompt_is_tilted_as_hard_as_any_other(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     tree = recipe_for(tmp_path, "stable-diffusion", reward={"name": "function", "path": "my_rewards:moved"})
     tree["training"]["per_prompt_normalization"] = 16
-    recipe = validate(TextToImageRecipe, tree, "recipe")
-    model = tuned_copy(recipe.model.load("cpu"), recipe.model.adapter, 0)
+    recipe = validate(Recipe, tree, "recipe")
+    base, _ = recipe.source.load("cpu").trainable(recipe.source.adapter)
     told = {}
     for function in ("plain", "moved"):
         reward = validate(Function, {"path": f"my_rewards:{function}"}, "reward").build()
-        statistics = BaseStatistics(recipe.training, recipe.method.sampling, model.base(), reward, recipe.seed)
+        statistics = BaseStatistics(recipe.training, recipe.method.sampling, base, reward, recipe.seed)
         mean, std = statistics(["a red cat", "a blue dog", "a red cat"])
-        images = model.base().sample(["a red cat"] * 64, seed=5, sampling=recipe.method.sampling, batch_size=32)
+        images = base.sample(["a red cat"] * 64, seed=5, sampling=recipe.method.sampling, batch_size=32)
         values = given(reward, ["a red cat"] * 64)(images).double()
         assert mean[0] == mean[2] != mean[1]
         assert abs(mean[0] - values.mean()) < 4 * values.std() / 16**0.5
@@ -735,7 +729,7 @@ def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 30, 90)).save(pictures / f"{i}.png")
     tree["evaluation"]["reference"] = str(pictures)
-    assert reference_images(str(pictures)).shape == (4, 3, 20, 20)
+    assert reference_images(str(pictures), torch.zeros(1, 3, 8, 8)).shape == (4, 3, 20, 20)
     for change, message in (
         ({"features": "my_features:wrong"}, r"must return \[batch, width\]"),
         ({"features": "my_features:chanels"}, "did you mean 'channels'"),
@@ -746,7 +740,7 @@ def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.Mon
             train(wrong, tmp_path / "wrong")
         assert not (tmp_path / "wrong").exists()
     with pytest.raises(InputError, match="needs features"):
-        validate(TextToImageRecipe, {**tree, "evaluation": {"reference": "base"}}, "recipe")
+        validate(Recipe, {**tree, "evaluation": {"reference": "base"}}, "recipe")
 
 
 def test_another_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,20 +767,20 @@ def test_another_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_settings_of_the_scheduler(tmp_path: Path) -> None:
     tree = recipe_for(tmp_path, "stable-diffusion")
     tree["model"]["scheduler"] = {"beta_start": 0.002, "beta_end": 0.009, "timestep_spacing": "trailing"}
-    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    model = validate(Recipe, tree, "recipe").model.load("cpu")
     # terminal alpha^2 of these betas, as the authors' schedule has it
     t = model.own_grid(50)[0]
     assert (t**2 / (t**2 + (1 - t) ** 2)).item() == pytest.approx(0.00612, abs=1e-5)
     tree["model"]["scheduler"] = {"beta_strat": 0.002}
     with pytest.raises(InputError, match="DDIMScheduler has no 'beta_strat', did you mean 'beta_start'"):
-        validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+        validate(Recipe, tree, "recipe").model.load("cpu")
 
 
 def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
     """From a recipe: its conditions are then zero, as in the pipeline itself."""
     tree = recipe_for(tmp_path, "stable-diffusion-3")
     tree["model"]["without"] = ["text_encoder_3", "tokenizer_3"]
-    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    model = validate(Recipe, tree, "recipe").model.load("cpu")
     pipeline = tiny_pipeline("stable-diffusion-3", tmp_path)
     pipeline.text_encoder_3 = None
     latents = torch.randn(1, *model.event_shape, generator=stream(0, "latents"))
@@ -797,7 +791,7 @@ def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
     for without, message in (("text_encoder_4", "did you mean 'text_encoder_[23]?'"), ("vae", "has no vae")):
         tree["model"]["without"] = [without]
         with pytest.raises(InputError, match=message):
-            validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+            validate(Recipe, tree, "recipe").model.load("cpu")
 
 
 def test_a_recipe_that_starts_from_loras(tmp_path: Path) -> None:
@@ -811,7 +805,7 @@ def test_a_recipe_that_starts_from_loras(tmp_path: Path) -> None:
         places.append(tmp_path / f"lora{i}")
     tree["model"]["loras"] = [{"path": str(places[0])}, {"path": str(places[1]), "strength": 0.5}]
     tree["evaluation"]["points"] = [{"num_inference_steps": 2, "guidance_scale": 1}]
-    model = validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+    model = validate(Recipe, tree, "recipe").model.load("cpu")
     plain = tiny_pipeline("stable-diffusion", tmp_path)
     plain.load_lora_weights(places[0], adapter_name="a")
     with warnings.catch_warnings():
@@ -834,7 +828,7 @@ def test_a_recipe_that_starts_from_loras(tmp_path: Path) -> None:
     )
     tree["model"]["loras"] = [{"path": str(tmp_path / "nowhere")}]
     with pytest.raises(InputError, match=r"model.loras.0.path .*nowhere: cannot be loaded"):
-        validate(TextToImageRecipe, tree, "recipe").model.load("cpu")
+        validate(Recipe, tree, "recipe").model.load("cpu")
 
 
 def test_two_rewards_of_one_name_are_both_measured(tmp_path: Path) -> None:
@@ -868,7 +862,7 @@ def test_rewards_that_the_method_cannot_use(method: Any, reward: Any, message: s
 
 def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path).to(torch.bfloat16))
-    tuned = tuned_copy(model, None, 0)
+    _, tuned = model.trainable()
     assert {p.dtype for p in tuned.denoiser.parameters()} == {torch.float32}
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     batch = batches(

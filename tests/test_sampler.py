@@ -14,6 +14,7 @@ from affine import on_gaussian
 from torch import Tensor
 from torch.testing import assert_close
 
+from tiltflow.control.path_kl import path_costs
 from tiltflow.errors import InputError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
@@ -27,7 +28,7 @@ from tiltflow.plugins import names
 from tiltflow.samplers import solvers
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid
-from tiltflow.samplers.rollout import path_costs, rollout, rollout_ode, sample, solve
+from tiltflow.samplers.rollout import rollout, rollout_ode, sample, solve
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, solver_named
 from tiltflow.samplers.solvers.ddim import ddim

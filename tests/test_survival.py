@@ -20,7 +20,8 @@ from tiltflow.commands.terminal.app import app
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, UserCodeError
 from tiltflow.optimization import all_finite
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.runs.run_folder import read_records
 from tiltflow.settings import read_yaml, validate
 
@@ -226,8 +227,8 @@ def test_out_of_memory_says_what_to_lower(
     says: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING | {"train_batch_size": 12, "micro_batch_size": 6}, evaluation=MEASURED)
-    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: says)
-    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments, **options: says)
+    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments, **options: None)
     with pytest.raises(
         OutOfMemoryError, match=r"out of memory \(.*training.micro_batch_size=3 \(now 6\) gives the same result"
     ):
@@ -262,8 +263,8 @@ def test_gradients_of_a_split_batch_are_those_of_the_whole_one(method: str, tmp_
 
 def test_the_command_line_shows_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_recipe(tmp_path, training=TRAINING, evaluation=MEASURED)
-    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments: cuda_says)
-    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments: None)
+    monkeypatch.setattr("tiltflow.runs.run.build_reward", lambda *arguments, **options: cuda_says)
+    monkeypatch.setattr("tiltflow.runs.run.rehearse", lambda *arguments, **options: None)
     result = CliRunner().invoke(app, ["train", str(path), "-o", str(tmp_path / "run")])
     assert isinstance(result.exception, OutOfMemoryError)
 

@@ -23,7 +23,6 @@ from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.linearize import linearize
 from tiltflow.models.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
-from tiltflow.runs.run_text_to_image import tuned_copy
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
@@ -496,7 +495,7 @@ def test_a_lora_in_a_network_that_is_tuned_in_full_is_refused(tmp_path: Path) ->
     pipeline = tiny_pipeline("stable-diffusion", tmp_path)
     pipeline.load_lora_weights(style(tmp_path), adapter_name="style")
     with pytest.raises(InputError, match=r"it has a LoRA loaded \(style\): call pipeline.fuse_lora"):
-        tuned_copy(from_diffusers(pipeline), None, 0)
+        from_diffusers(pipeline).trainable()
 
 
 # ---- what cannot work ----

@@ -16,7 +16,8 @@ from tiny import tiny_recipe
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.metrics import described
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.runs.trackers import Tracker
 from tiltflow.settings import read_yaml, validate
 

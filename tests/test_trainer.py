@@ -19,6 +19,7 @@ from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.models.trainable import trainable_copy
 from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
 from tiltflow.problems.gaussian import Gaussian
@@ -27,7 +28,7 @@ from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
 from tiltflow.training.optimizer import Optimizer
-from tiltflow.training.trainer import Record, train, trainable_copy
+from tiltflow.training.trainer import Record, train
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import tiltflow
 from tiltflow.api import evaluate as evaluate_folder
-from tiltflow.api import read_recipe
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.flows.eval_mode import eval_mode
@@ -23,6 +22,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.optimization import adamw
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.runs.checkpoint import checkpoints
+from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.run_folder import read_records
 from tiltflow.settings import read_yaml
 from tiltflow.streams import stream
@@ -298,6 +298,11 @@ def check_refused(name: str, value: Any) -> Callable[[Path], None]:
     return check
 
 
+def check_normalization(folder: Path) -> None:  # of classes: see test_every_kind
+    with pytest.raises(InputError, match=r"training\.per_prompt_normalization: this model has neither prompts nor classes"):
+        tuned(per_prompt_normalization=4)
+
+
 def check_8bit_adam(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         asked: list[bool] = []
@@ -311,7 +316,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "num_generations": check_refused("num_generations", 2),
     "decode_batch_size": check_refused("decode_batch_size", 2),
     "guidance_mode": check_refused("guidance_mode", "rollout"),
-    "per_prompt_normalization": check_refused("per_prompt_normalization", 4),
+    "per_prompt_normalization": check_normalization,
     "use_8bit_adam": check_8bit_adam,
     "max_train_steps": lambda folder: differs(max_train_steps=5),
     "train_batch_size": lambda folder: differs(train_batch_size=9),
@@ -365,7 +370,7 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
     run = tuned(output=tmp_path / "mine")
     assert torch.equal(run.weights, tuned().weights)
     names = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert names == {"recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model"}
+    assert names == {"recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model", "summary.json", "report.html"}
     saved = load_file(tmp_path / "mine" / "model" / "model.safetensors")
     assert torch.equal(saved["enter.weight"], run.model.flow.network.enter.weight)
     with pytest.raises(InputError, match="already holds something"):
@@ -458,6 +463,7 @@ def test_settings_of_the_other_kind_of_model(settings: dict[str, Any], message: 
     with pytest.raises(InputError, match=message):
         tiltflow.tune(base, reward, SHORT, tiltflow.Training(**settings))
     shared = tiltflow.Training(max_train_steps=1, ema_decay=0.5)
-    for options in ({"prompts": ["a"]}, {"adapter": None}):
-        with pytest.raises(InputError, match="prompts and adapter are for a pipeline"):
-            tiltflow.tune(base, reward, SHORT, shared, **options)  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="conditions: this model has none; leave them out"):
+        tiltflow.tune(base, reward, SHORT, shared, conditions=["a"])
+    with pytest.raises(InputError, match=r"evaluation\.num_prompts \(3\): this model has no prompts"):
+        tiltflow.tune(base, reward, SHORT, shared, evaluation=tiltflow.Evaluation(num_prompts=3), output="run")

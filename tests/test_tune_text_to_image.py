@@ -18,12 +18,14 @@ from tiny_pipelines import tiny_pipeline
 
 import tiltflow
 from tiltflow.errors import InputError
+from tiltflow.evaluation.monitor import read_looks
 from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.optimization import adamw
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.runs.checkpoint import checkpoints
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.runs.run_folder import read_records
-from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 from tiltflow.settings import validate
 from tiltflow.training.settings import NEED_A_FOLDER
 
@@ -31,6 +33,7 @@ PROMPTS = ["a red cat", "a blue dog", "a green hat"]
 METHOD = tiltflow.AdjointMatching(num_inference_steps=3)
 FAST = tiltflow.Optimizer(learning_rate=5e-2, lr_scheduler="constant", lr_warmup_steps=0)
 SMALL = {"max_train_steps": 1, "prompts_per_step": 2, "num_generations": 2, "guidance_mode": "none"}
+MEASURED = tiltflow.Evaluation.model_validate({"num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 2}]})
 
 
 def pipeline(folder: Path) -> TextToImage:
@@ -73,7 +76,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
             METHOD,
             training,
             optimizer=FAST,
-            prompts=PROMPTS,
+            conditions=PROMPTS,
+            evaluation=None if output is None else MEASURED,
             output=output,
             callbacks=[rows.append],
         )
@@ -90,10 +94,10 @@ def plain(tuned: Run) -> Tensor:
 
 def test_tune_is_the_run_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: metrics, weights, and what it leaves in its folder."""
-    monkeypatch.setattr("tiltflow.runs.run_text_to_image.evaluate_text_to_image", lambda *arguments, **options: {})
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
     tree = recipe_for(tmp_path, "stable-diffusion", prompts={"texts": PROMPTS, "validation": 0})
-    recipe = validate(TextToImageRecipe, tree, "recipe")
-    run_text_to_image(recipe, tmp_path / "recipe")
+    recipe = validate(Recipe, tree, "recipe")
+    run(recipe, tmp_path / "recipe")
     model = tiltflow.from_diffusers(tmp_path / "stable-diffusion", height=16, width=16, guidance_scale=3.0)
     before = model.sample(PROMPTS[:1])
     tuned = tiltflow.tune(
@@ -102,8 +106,8 @@ def test_tune_is_the_run_of_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
         recipe.method,
         recipe.training,
         optimizer=recipe.optimizer,
-        prompts=PROMPTS,
-        adapter=recipe.model.adapter,
+        conditions=PROMPTS,
+        adapter=recipe.source.adapter,
         output=tmp_path / "tune",
     )
     ours, theirs = (load_file(tmp_path / name / "model" / "pytorch_lora_weights.safetensors") for name in ("tune", "recipe"))
@@ -114,9 +118,9 @@ def test_tune_is_the_run_of_the_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(tuned, TextToImage)
     assert torch.equal(tuned.base().sample(PROMPTS[:1]), before)
     assert not torch.equal(tuned.sample(PROMPTS[:1]), before)
-    run = tiltflow.load(tmp_path / "recipe")
-    assert isinstance(run, TextToImage)
-    assert torch.equal(tuned.sample(PROMPTS[:1], sampling=run.sampling), run.sample(PROMPTS[:1]))
+    loaded = tiltflow.load(tmp_path / "recipe")
+    assert isinstance(loaded, TextToImage)
+    assert torch.equal(tuned.sample(PROMPTS[:1], sampling=loaded.sampling), loaded.sample(PROMPTS[:1]))
 
 
 def test_what_is_tuned(tmp_path: Path, tuned: Run) -> None:
@@ -131,7 +135,15 @@ def test_what_is_tuned(tmp_path: Path, tuned: Run) -> None:
     before = [p.clone() for p in model.denoiser.parameters()]
     training = tiltflow.Training.model_validate(SMALL)
     full = tiltflow.tune(
-        model, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS, adapter=None, output=tmp_path / "full"
+        model,
+        brightness,
+        METHOD,
+        training,
+        optimizer=FAST,
+        conditions=PROMPTS,
+        adapter=None,
+        output=tmp_path / "full",
+        evaluation=MEASURED,
     )
     assert all(torch.equal(a, b) for a, b in zip(before, model.denoiser.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, full.denoiser.parameters(), strict=True))
@@ -147,7 +159,7 @@ def test_rewards_are_told_prompts_and_metadata(tmp_path: Path) -> None:
 
     prompts = [{"prompt": "a red cat", "colour": "red"}, "a dog"]
     training = tiltflow.Training.model_validate(SMALL)
-    tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, optimizer=FAST, prompts=prompts)
+    tiltflow.tune(pipeline(tmp_path), of_both, METHOD, training, optimizer=FAST, conditions=prompts)
     assert {(prompt, tuple(more.items())) for prompt, more in seen} == {("a red cat", (("colour", "red"),)), ("a dog", ())}
 
 
@@ -186,9 +198,11 @@ def check_report(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def check_monitor(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"training\.monitor: looks at held-out prompts, which a recipe has"):
-        tuned(output=folder, monitor={"steps": 1})
-    assert not folder.exists()
+    """Looks at the prompts that are tuned, there being no others."""
+    tuned(output=folder, monitor={"steps": 1}, max_train_steps=2)
+    looks = read_looks(folder)
+    assert [row["step"] for row in looks] == [0, 1, 2]
+    assert set(looks[0]["measures"]) == {"reward", "variety"}
 
 
 def check_non_finite(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -262,7 +276,7 @@ def check_trainable(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None
     """Of the whole denoiser; see `test_what_does_not_fit_is_one_line` for an adapter."""
     training = tiltflow.Training.model_validate(SMALL | {"trainable": "conv_in"})
     base = pipeline(folder.parent / "another")
-    model = tiltflow.tune(base, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS[:2], adapter=None)
+    model = tiltflow.tune(base, brightness, METHOD, training, optimizer=FAST, conditions=PROMPTS[:2], adapter=None)
     before, after = (dict(one.denoiser.network.named_parameters()) for one in (base, model))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -273,7 +287,9 @@ def check_calibration(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> No
     """Of one prompt, whose target law is one."""
     training = tiltflow.Training.model_validate(SMALL | {"calibration_samples": 128, "prompts_per_step": 1})
     method, rows = METHOD.model_copy(update={"beta": 50.0}), list[Any]()
-    tiltflow.tune(pipeline(folder.parent / "one"), brightness, method, training, prompts=PROMPTS[:1], callbacks=[rows.append])
+    tiltflow.tune(
+        pipeline(folder.parent / "one"), brightness, method, training, conditions=PROMPTS[:1], callbacks=[rows.append]
+    )
     assert "beta" in rows[0].metrics
 
 
@@ -324,27 +340,27 @@ def test_what_needs_a_folder_is_refused_before_the_pipeline_is_touched(settings:
     model = pipeline(tmp_path)
     training = tiltflow.Training.model_validate(SMALL | settings)
     with pytest.raises(InputError, match=rf"training\.{name} \(.*\) needs a folder to write to"):
-        tiltflow.tune(model, brightness, METHOD, training, optimizer=FAST, prompts=PROMPTS)
+        tiltflow.tune(model, brightness, METHOD, training, optimizer=FAST, conditions=PROMPTS)
     assert not hasattr(model.denoiser.network, "peft_config")
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     model = pipeline(tmp_path)
     for options, message in (
-        ({}, "a pipeline needs prompts"),
-        ({"prompts": [" "]}, "all prompts are blank"),
-        ({"prompts": [{"text": "a cat"}]}, "row 1: has no 'prompt'"),
+        ({}, "a pipeline needs conditions"),
+        ({"conditions": [" "]}, "all prompts are blank"),
+        ({"conditions": [{"text": "a cat"}]}, "row 1: has no 'prompt'"),
         (
-            {"prompts": PROMPTS, "training": tiltflow.Training(calibration_samples=8)},
+            {"conditions": PROMPTS, "training": tiltflow.Training(calibration_samples=8)},
             "there is one working temperature, and each prompt would need its own",
         ),
         (
-            {"prompts": PROMPTS, "training": tiltflow.Training(train_batch_size=8)},
+            {"conditions": PROMPTS, "training": tiltflow.Training(train_batch_size=8)},
             "training.train_batch_size 8: there are 4 prompts x 4 generations = 16 pictures; leave it out",
         ),
-        ({"prompts": PROMPTS, "training": tiltflow.Training(classes=(0,))}, "training.classes: this model has prompts"),
+        ({"conditions": PROMPTS, "training": tiltflow.Training(classes=(0,))}, "training.classes: this model has prompts"),
         (
-            {"prompts": PROMPTS, "training": tiltflow.Training(trainable="attn")},  # type: ignore[arg-type]
+            {"conditions": PROMPTS, "training": tiltflow.Training(trainable="attn")},  # type: ignore[arg-type]
             "with an adapter the adapter alone is trained",
         ),
     ):

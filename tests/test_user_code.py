@@ -18,14 +18,17 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.commands.terminal.app import app
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.features import features_of
+from tiltflow.evaluation.samples import Asked, kept
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.rewards import evaluate, from_function, given, select, try_reward, value_and_gradient
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.doctor import examine
-from tiltflow.runs.run import Recipe, run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import run
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import rollout_ode
 from tiltflow.samplers.solvers.heun import heun
@@ -520,27 +523,24 @@ def test_a_constant_reward_is_said_once() -> None:
 
 
 def test_pictures_that_stand_for_the_laws() -> None:
-    from tiltflow.runs.run_text_to_image import kept_of_groups
-
     nan = torch.nan
     base = {"own": torch.tensor([1.0, nan, 2, 3, 4, 5, 6, 7, nan, nan, nan, 8]), "other": torch.zeros(12)}
     tuned = {"own": torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9]), "other": torch.zeros(12)}
     tuned["other"][6] = nan
-    of_base, of_tuned, groups = kept_of_groups({"base": base, "tuned": tuned}, 4)
+    asked = Asked.of_prompts([Prompt("a"), Prompt("b"), Prompt("c")], 4)
+    of_base, of_tuned, groups = kept(asked, base, tuned)
     assert of_base.tolist() == [0, 2, 3, 4, 5, 6]  # three of two prompts are more than one of all three
     assert of_tuned.tolist() == [0, 1, 2, 4, 5, 7]
-    assert groups == 2
-    whole, _, groups = kept_of_groups({"base": {"own": torch.zeros(12)}, "tuned": {"own": torch.zeros(12)}}, 4)
-    assert (whole.tolist(), groups) == (list(range(12)), 3)
+    assert (groups.groups, groups.size, [item.text for item in groups.items[::3]]) == (2, 3, ["a", "b"])
+    whole, _, groups = kept(asked, {"own": torch.zeros(12)}, {"own": torch.zeros(12)})
+    assert (whole.tolist(), groups) == (list(range(12)), asked)
     with pytest.raises(tiltflow.NonFiniteError, match="at most one picture of each prompt"):
-        kept_of_groups({"base": {"own": torch.full((4,), nan)}, "tuned": {"own": torch.zeros(4)}}, 2)
+        kept(Asked.of_prompts([Prompt("a"), Prompt("b")], 2), {"own": torch.full((4,), nan)}, {"own": torch.zeros(4)})
 
 
 def test_drop_on_pipelines(tmp_path: Path, write: Callable[[str], str]) -> None:
     pytest.importorskip("diffusers")
     from tiny_pipelines import tiny_pipeline
-
-    from tiltflow.runs.run_text_to_image import TextToImageRecipe, run_text_to_image
 
     name = write(
         "def face(images, prompts, metadata):\n"
@@ -563,7 +563,7 @@ def test_drop_on_pipelines(tmp_path: Path, write: Callable[[str], str]) -> None:
         },
         "evaluation": {"num_prompts": 1, "num_generations": 8, "points": [{"num_inference_steps": 2}]},
     }  # fmt: skip
-    summary = run_text_to_image(validate(TextToImageRecipe, tree, "recipe"), tmp_path / "run")
+    summary = run(validate(Recipe, tree, "recipe"), tmp_path / "run")
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("dropped", 0) > 0 for row in metrics)
     numbers = [summary["reward_base"], summary["reward_tuned"], *(row["function"] for row in summary["table"])]

@@ -15,25 +15,28 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tiltflow.api import evaluate, load, report, steps, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
+    from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.models.model import Model
     from tiltflow.models.text_to_image import from_diffusers
+    from tiltflow.models.trainable import Adapter
     from tiltflow.plugins import allow_code
     from tiltflow.runs.doctor import examine_model
     from tiltflow.runs.fingerprints import accept_changes
-    from tiltflow.runs.run_text_to_image import Adapter, load_text_to_image
+    from tiltflow.runs.run import load_text_to_image
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
 
 # Where each public name lives; it is imported when first used, so that `import tiltflow` costs nothing.
 _HOME = {
-    "Adapter": "runs.run_text_to_image",
+    "Adapter": "models.trainable",
     "AdjointMatching": "methods.adjoint_matching",
     "CollapseError": "errors",
+    "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
     "InputError": "errors",
     "Model": "models.model",
@@ -51,7 +54,7 @@ _HOME = {
     "examine_model": "runs.doctor",
     "from_diffusers": "models.text_to_image",
     "load": "api",
-    "load_text_to_image": "runs.run_text_to_image",
+    "load_text_to_image": "runs.run",
     "report": "api",
     "steps": "api",
     "tune": "api",
@@ -61,6 +64,7 @@ __all__ = [
     "Adapter",
     "AdjointMatching",
     "CollapseError",
+    "Evaluation",
     "Flow",
     "InputError",
     "Model",

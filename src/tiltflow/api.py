@@ -1,77 +1,46 @@
-"""Load, tune, train, evaluate: what works alike for image models (`Model`) and for pipelines of diffusers (`TextToImage`).
-
-This is the one place that tells them apart; what it calls is of one kind.
-"""
+"""Load, tune, train, evaluate, report: what Python can do, for every kind of model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, overload
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from tiltflow.conditions.prompts import from_rows, unique
+from tiltflow.conditions.labels import as_labels
+from tiltflow.conditions.prompts import Prompt, from_rows, unique
 from tiltflow.errors import InputError
+from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
-from tiltflow.models import model as pixels
+from tiltflow.models import model as networks
 from tiltflow.models.consistency import WRONG_CLOCK, consistency
 from tiltflow.models.model import Model
-from tiltflow.models.text_to_image import AdaptedDenoiser, TextToImage, from_diffusers, save_tuned
-from tiltflow.plugins import part_of
+from tiltflow.models.text_to_image import AdaptedDenoiser, TextToImage, from_diffusers
+from tiltflow.models.trainable import Adapter
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import LearnedReward, Reward, from_function
-from tiltflow.runs.fingerprints import check_unchanged, of_network
+from tiltflow.rewards import LearnedReward, from_function
+from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.prepare import check_fit, items_of, prepare, to_train
-from tiltflow.runs.recipe import is_text_to_image
-from tiltflow.runs.run import REWARD, Evaluation, Recipe, evaluate_run
-from tiltflow.runs.run import make_watcher as watch_pixels
-from tiltflow.runs.run import run as run_pixels
-from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_records, read_run_tree
-from tiltflow.runs.run_text_to_image import (
-    Adapter,
-    TextToImageRecipe,
-    check_reward,
-    evaluate_text_to_image,
-    load_run,
-    load_text_to_image,
-    normalizer,
-    rough_pictures,
-    run_text_to_image,
-    tuned_copy,
-)
-from tiltflow.samplers.sampling import Sampling
+from tiltflow.runs.prepare import classes_of
+from tiltflow.runs.run import Ready, evaluate_run, load_text_to_image, make_ready, train
+from tiltflow.runs.run_folder import RECIPE, RunFolder
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.determinism import deterministic
-from tiltflow.training.method import Method
+from tiltflow.training.method import Method, NamedMethod
 from tiltflow.training.optimizer import Optimizer, check_optimizer
 from tiltflow.training.settings import Training, refuse_what_needs_a_folder
 from tiltflow.training.trainer import Record
 from tiltflow.user_code import check_device, whole_number
 
-AnyRecipe = Recipe | TextToImageRecipe
-
-
-def read_recipe(tree: Mapping[str, Any], where: str) -> AnyRecipe:
-    """A training recipe from its settings. Raises InputError, naming `where`, for the first thing that is wrong."""
-    if "begun_by" in tree:
-        raise InputError(f"{where}: {tree['begun_by']} began this run, in a program that has its model and reward; go on there")
-    return validate(TextToImageRecipe, tree, where) if is_text_to_image(tree) else validate(Recipe, tree, where)
-
-
-def run(recipe: AnyRecipe, folder: Path, **options: Any) -> dict[str, Any]:
-    """Train by `recipe` into `folder`, and evaluate; see `tiltflow.runs.run.run` for the options. Returns the summary."""
-    if isinstance(recipe, TextToImageRecipe):
-        return run_text_to_image(recipe, folder, **options)
-    return run_pixels(recipe, folder, **options)
+Condition = str | int | Mapping[str, Any]
+"""What a sample is asked for: a prompt, or a mapping with the key `prompt`; a class, by name or number."""
 
 
 def report(folder: str | Path) -> Path:
@@ -87,15 +56,8 @@ def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None
 
     Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
-    folder = Path(folder)
-    recipe = read_recipe(read_run_tree(folder), str(folder / RECIPE))
-    if isinstance(recipe, TextToImageRecipe) and num_samples is not None:
-        raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
-    with working_in(folder):
-        check_unchanged(folder, recipe)
-        if isinstance(recipe, Recipe):
-            return evaluate_run(folder, device=device, num_samples=num_samples)
-        return evaluate_text_to_image(recipe, folder, *load_run(recipe, folder, device), device=device)
+    with working_in(Path(folder)):
+        return evaluate_run(Path(folder), device=device, num_samples=num_samples)
 
 
 def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
@@ -114,150 +76,124 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
     if not isinstance(given, (str, Path)):
         raise InputError(f"load: give the name of a model or its folder, not {given!r}")
     check_device(device)
-    shipped = by_name(name_or_path, assets(INDEX) | assets(pixels.CONFIG), "model")
+    shipped = by_name(name_or_path, assets(INDEX) | assets(networks.CONFIG), "model")
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)
     if is_run_of_pipeline(folder):
         return load_text_to_image(folder, device)
-    return pixels.load(shipped or name_or_path, device)
+    return networks.load(shipped or name_or_path, device)
+
+
+def is_run_of_pipeline(folder: Path) -> bool:
+    """Whether `folder` is that of a training run of a pipeline."""
+    path = folder / RECIPE
+    model = read_yaml(path).get("model") if path.is_file() else None
+    return isinstance(model, dict) and "diffusers" in model
 
 
 NEW_ADAPTER = Adapter()
+M = TypeVar("M", Model, TextToImage)
 
 
-@overload
 def tune(
-    model: Model,
+    model: M,
     reward: Callable[..., Any],
     method: Any,
     training: Training | None = None,
     *,
     optimizer: Optimizer | None = None,
-    output: str | Path | None = None,
-    seed: int = 0,
-    callbacks: Sequence[Callback] = ...,
-    note: Callable[[str], None] = ...,
-) -> Model: ...
-
-
-@overload
-def tune(
-    model: TextToImage,
-    reward: Callable[..., Any],
-    method: Any,
-    training: Training | None = None,
-    *,
-    optimizer: Optimizer | None = None,
-    prompts: Sequence[str | Mapping[str, Any]],
-    adapter: Adapter | None = ...,
-    output: str | Path | None = None,
-    seed: int = 0,
-    callbacks: Sequence[Callback] = ...,
-    note: Callable[[str], None] = ...,
-) -> TextToImage: ...
-
-
-def tune(
-    model: Model | TextToImage,
-    reward: Callable[..., Any],
-    method: Any,
-    training: Training | None = None,
-    *,
-    optimizer: Optimizer | None = None,
-    prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    conditions: Sequence[Condition] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
+    evaluation: Evaluation | None = None,
     output: str | Path | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
-) -> Model | TextToImage:
+) -> M:
     """Fine-tune `model` toward p_base(x) exp(r(x) / beta), and return what was tuned.
 
-    Of an image model that is a copy, `model` being the base; one with a peft adapter is its own base and is tuned in place. To
-    a pipeline's own denoiser it adds a LoRA, so `model` then draws the tuned pictures too, a second call would start from
-    there, and `tuned.base()` draws those of the base. Networks are in eval mode meanwhile, and in their owner's mode
-    afterwards.
+    Of a network that is a copy, `model` being the base; one with a peft adapter is its own base and is tuned in place. To a
+    pipeline's own denoiser it adds a LoRA, so `model` then draws the tuned pictures too, a second call would start from there,
+    and `tuned.base()` draws those of the base. Networks are in eval mode meanwhile, and in their owner's mode afterwards.
 
     Args:
         reward: x [batch, *event] -> [batch], higher is better; for a pipeline, of images [batch, 3, height, width], about
-            [-1, 1], and of `prompts` and `metadata` if it has arguments called so.
+            [-1, 1]. It gets `prompts`, `metadata` and `labels` too, if it has arguments called so.
         method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
         training: the loop; settings that mean nothing for the model are refused.
         optimizer: AdamW and its schedule; what is left out is as the method has it by default.
-        prompts: for a pipeline: texts, or mappings with the key `prompt`, whose other keys are the metadata.
-        adapter: for a pipeline: the LoRA to add. By default one is added, unless the model has one of `with_adapter`, which is
-            then trained. None tunes the whole denoiser beside a frozen copy.
-        output: a folder, new or empty, where settings, metrics, checkpoints and, in `model/`, what was tuned are left. Settings
-            of `training` that need one are refused without it.
+        conditions: for a pipeline, its prompts: texts, or mappings with the key `prompt`, whose other keys are the metadata.
+            For a class-conditional network, the classes that are tuned, by name or number; all by default.
+        adapter: the LoRA to add. By default one is added to a pipeline, unless it has one of `with_adapter`, which is then
+            trained, and none to a network, of which a copy is trained. None trains the whole network beside a frozen copy.
+        evaluation: what is measured after training, for the report in `output`.
+        output: a folder, new or empty, where settings, metrics, checkpoints, the report and, in `model/`, what was tuned are
+            left. Settings of `training` that need one are refused without it.
         callbacks: functions that are called with every record, `Record`; one that returns True ends the training.
-        note: is told what a person should know about where a run goes on from, and of alarms.
+        note: is told what a person should know about where a run resumes from, and of alarms.
 
     Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError. After
     any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
     """
     seed = whole_number(seed, "tune: seed")
-    settings = check_arguments(model, reward, method, training, callbacks, note, prompts, adapter)
-    optimizer = check_optimizer(method, optimizer)
-    with deterministic(settings.deterministic):
+    run = PythonRun.of(model, reward, method, training, optimizer, conditions, evaluation, seed)
+    check_calls(callbacks, note)
+    with deterministic(run.training.deterministic):
         if output is None:
-            tuned, loop = steps(
-                model, reward, method, settings, optimizer=optimizer, prompts=prompts, adapter=adapter, seed=seed
-            )
-            with closing(loop) as records:
+            refuse_what_needs_a_folder(run.training, evaluation)
+            these = _ready(model, reward, run, conditions, adapter, measured=False)
+            with closing(these.parts.loop()) as records:
                 for record in records:
                     if asks_to_stop(callbacks, record):
                         break
-            return tuned
-        run = PythonRun.of(model, reward, method, settings, optimizer, prompts, seed)
-        folder = Path(output)
-        network = model.denoiser if isinstance(model, TextToImage) else model.flow.network
+            return cast(M, these.parts.tuned)
+        network = model.flow.network
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
-        with RunFolder.begin(folder, run, note, also) as place:
-            tuning = _tuning(model, from_function(reward), method, settings, optimizer, prompts, adapter, seed)
-
-            save = partial(place.save, tuning.network, tuning.write)
-            watcher = tuning.watcher(run, partial(save, to="best")) if settings.monitor is not None else None
-            place.train(tuning.loop, save, callbacks=callbacks, watcher=watcher)
-            place.end({"iterations": read_records(folder)[-1]["step"]})
-            return tuning.tuned
+        with RunFolder.begin(Path(output), run, note, also) as place:
+            these = _ready(model, reward, run, conditions, adapter, measured=True)
+            train(run, these, place, save_to=partial(_write, these.parts.tuned, run), callbacks=callbacks)
+            return cast(M, these.parts.tuned)
 
 
 def steps(
-    model: Model | TextToImage,
+    model: M,
     reward: Callable[..., Any],
     method: Any,
     training: Training | None = None,
     *,
     optimizer: Optimizer | None = None,
-    prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    conditions: Sequence[Condition] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     seed: int = 0,
-) -> tuple[Model | TextToImage, Generator[Record, None, None]]:
+) -> tuple[M, Generator[Record, None, None]]:
     """`tune`, one optimizer step at a time: what is being tuned, and the loop, which yields a `Record` for every step.
 
     Whenever the loop is closed, the weights are complete: as of the last step, or their moving average. Nothing is written.
 
     Raises InputError as `tune` does, and for settings of `training` that need a folder.
     """
-    settings = check_arguments(model, reward, method, training, (), print, prompts, adapter)
-    optimizer = check_optimizer(method, optimizer)
-    refuse_what_needs_a_folder(settings)
-    seed = whole_number(seed, "steps: seed")
-    tuning = _tuning(model, from_function(reward), method, settings, optimizer, prompts, adapter, seed)
+    run = PythonRun.of(model, reward, method, training, optimizer, conditions, None, whole_number(seed, "steps: seed"))
+    refuse_what_needs_a_folder(run.training)
+    these = _ready(model, reward, run, conditions, adapter, measured=False)
 
     def loop() -> Generator[Record, None, None]:
-        with deterministic(settings.deterministic), closing(tuning.loop()) as records:
+        with deterministic(run.training.deterministic), closing(these.parts.loop()) as records:
             yield from records
 
-    return tuning.tuned, loop()
+    return cast(M, these.parts.tuned), loop()
 
 
-def check_arguments(
-    model: Any, reward: Any, method: Any, training: Any, callbacks: Any, note: Any, prompts: Any, adapter: Any
-) -> Training:
-    """The training settings with the defaults of this kind of model. Raises InputError, of one line, for arguments of `tune` of
-    another kind, with what was most likely meant."""
+def check_calls(callbacks: Any, note: Any) -> None:
+    """Raise InputError for callbacks and a note that cannot be called."""
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise InputError(f"tune: callbacks must be a list of functions of a record, is {callbacks!r}")
+    if not callable(note):
+        raise InputError(f"tune: note must be a function, is {note!r}")
+
+
+def check_arguments(model: Any, reward: Any, method: Any, training: Any, evaluation: Any) -> None:
+    """Raise InputError, of one line, for arguments of `tune` of another kind, with what was most likely meant."""
     if not isinstance(model, (Model, TextToImage)):
         meant = "a Model or what from_diffusers gives"
         if isinstance(model, (str, Path)):
@@ -274,16 +210,9 @@ def check_arguments(
         raise InputError(f"tune: method must be the settings of one, such as AdjointMatching(beta=1.0), is {got}")
     if training is not None and not isinstance(training, Training):
         raise InputError(f"tune: training must be a Training(max_train_steps=.., ..), is {training!r}")
-    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
-        raise InputError(f"tune: callbacks must be a list of functions of a record, is {callbacks!r}")
-    if not callable(note):
-        raise InputError(f"tune: note must be a function, is {note!r}")
+    if evaluation is not None and not isinstance(evaluation, Evaluation):
+        raise InputError(f"tune: evaluation must be an Evaluation(num_samples=.., ..), is {evaluation!r}")
     from_function(reward)
-    if isinstance(model, TextToImage):
-        return (training or Training()).for_prompts()
-    if prompts is not None or adapter is not NEW_ADAPTER:
-        raise InputError("tune: prompts and adapter are for a pipeline of diffusers, and this model is none")
-    return (training or Training()).for_samples()
 
 
 class PythonRun(Settings):
@@ -295,132 +224,124 @@ class PythonRun(Settings):
     """The class of the network."""
     reward: str
     """The function, or its class."""
-    prompts: tuple[str | dict[str, Any], ...] = ()
-    method: Annotated[Any, BeforeValidator(part_of("methods"))]
+    conditions: tuple[str | int | dict[str, Any], ...] = ()
+    method: NamedMethod
     optimizer: Optimizer
     training: Training
-    sampling: Sampling
-    evaluation: Evaluation = Evaluation()
-    """What its monitor looks at."""
+    evaluation: Evaluation
     seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """Runs that an earlier version began have `prompts`, and `sampling` beside the evaluation."""
+        if not isinstance(values, dict) or not {"prompts", "sampling"} & values.keys():
+            return values
+        tree = {key: value for key, value in values.items() if key not in ("prompts", "sampling")}
+        return {**tree, "conditions": values.get("prompts", ())}
 
     @classmethod
     def of(
         cls,
-        model: Model | TextToImage,
-        reward: Callable[..., Any],
+        model: Any,
+        reward: Any,
         method: Any,
-        training: Training,
-        optimizer: Optimizer,
-        prompts: Sequence[str | Mapping[str, Any]] | None,
+        training: Training | None,
+        optimizer: Optimizer | None,
+        conditions: Sequence[Condition] | None,
+        evaluation: Evaluation | None,
         seed: int,
     ) -> PythonRun:
-        """Of the arguments of `tune`. Raises InputError for what cannot be written down."""
-        network = model.denoiser.network if isinstance(model, TextToImage) else model.flow.network
+        """Of the arguments of `tune`, with the defaults of this kind of model. Raises InputError for arguments of another kind,
+        and for what cannot be written down."""
+        check_arguments(model, reward, method, training, evaluation)
+        given, measured = training or Training(), evaluation or Evaluation()
+        prompted = isinstance(model, TextToImage)
+        sampling = model.sampling if measured.points is None else None
         tree = {
-            "model": type(network).__name__,
+            "model": type(model.denoiser.network if prompted else model.flow.network).__name__,
             "reward": getattr(reward, "__qualname__", type(reward).__qualname__),
-            "prompts": tuple(prompts or ()),
+            "conditions": tuple(conditions or ()),
             "method": method,
-            "optimizer": optimizer,
-            "training": training,
-            "sampling": model.sampling,
+            "optimizer": check_optimizer(method, optimizer),
+            "training": given.for_prompts() if prompted else given.for_samples(),
+            "evaluation": measured.for_prompts(sampling) if prompted else measured.for_samples(sampling),
             "seed": seed,
         }
         return validate(cls, tree, "tune")
 
+    @property
+    def model_name(self) -> str:
+        """The model, as a report says it."""
+        return self.model
 
-@dataclass(frozen=True)
-class _Tuning:
-    """What a kind of model gives to `tune`.
+    @property
+    def reward_name(self) -> str:
+        """The reward, as a report says it."""
+        return self.reward
+
+    @property
+    def reward_description(self) -> str:
+        """The reward in a sentence."""
+        return f"the function {self.reward} of a program"
+
+
+def _ready(
+    model: Model | TextToImage,
+    reward: Callable[..., Any],
+    run: PythonRun,
+    conditions: Sequence[Condition] | None,
+    adapter: Adapter | None,
+    *,
+    measured: bool,
+) -> Ready:
+    """The run that `tune` was asked for, put together and tried.
 
     Args:
-        network: what is trained.
-        loop: takes the arguments of `train` about where to go on from and when to stop.
-        write: what was tuned, into a folder.
-        watcher: looks at the model for a monitor; of (the run, what keeps the best model).
+        measured: whether there will be an evaluation.
     """
-
-    tuned: Model | TextToImage
-    network: Any
-    loop: Callable[..., Generator[Record, None, None]]
-    write: Callable[[Path], None]
-    watcher: Callable[[PythonRun, Callable[[], None]], Watcher]
-
-
-def _tuning(
-    model: Model | TextToImage,
-    reward: Reward,
-    method: Any,
-    training: Training,
-    optimizer: Optimizer,
-    prompts: Sequence[str | Mapping[str, Any]] | None,
-    adapter: Adapter | None,
-    seed: int,
-) -> _Tuning:
-    if isinstance(model, TextToImage):
-        return _of_pipeline(model, reward, method, training, optimizer, prompts, adapter, seed)
-    return _of_pixels(model, reward, method, training, optimizer, seed)
-
-
-def _of_pixels(model: Model, reward: Reward, method: Any, training: Training, optimizer: Optimizer, seed: int) -> _Tuning:
-    base, tuned = to_train(model, training)
-    loop = prepare(base, tuned, items_of(base, training), reward, method, training, optimizer, seed=seed).loop
-    if model.network_settings is None and consistency(model).wrong:  # of a network that tiltflow does not know
-        warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=4)
-
-    def write(folder: Path) -> None:
-        if isinstance(reward, LearnedReward):
-            pixels.save_weights(reward.network, folder.parent / REWARD)
-        if tuned.network_settings is not None:
-            tuned.save(folder, f"# A model tuned by {method.name}\n\nIts settings are `recipe.yaml` of the run.\n")
-        else:  # tiltflow has no words for the network: its owner has
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels.save_weights(cast(nn.Module, tuned.flow.network), folder / pixels.WEIGHTS)
-
-    def watcher(run: PythonRun, save_best: Callable[[], None]) -> Watcher:
-        return watch_pixels(cast(Recipe, run), model, tuned, reward, save_best, str(model.device))
-
-    return _Tuning(tuned, tuned.flow.network, loop, write, watcher)
-
-
-def _of_pipeline(
-    model: TextToImage,
-    reward: Reward,
-    method: Any,
-    training: Training,
-    optimizer: Optimizer,
-    prompts: Sequence[str | Mapping[str, Any]] | None,
-    adapter: Adapter | None,
-    seed: int,
-) -> _Tuning:
-    if not prompts:
-        raise InputError("tune: a pipeline needs prompts=[..], texts that it draws pictures of")
-    if training.monitor is not None:
-        raise InputError(
-            "training.monitor: looks at held-out prompts, which a recipe has for `tiltflow train`, and tune has not"
-        )
-    if isinstance(reward, LearnedReward):
+    lifted, items = from_function(reward), items_of(model, conditions, run.training)
+    prompted = isinstance(model, TextToImage)
+    if prompted and isinstance(lifted, LearnedReward):
         raise InputError("the reward learns from samples, which it cannot from those of a pipeline")
-    texts = unique(
-        from_rows([{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts], "prompt", "of tune")
-    )
+
+    def trainable() -> tuple[Any, Any]:
+        if adapter is NEW_ADAPTER and isinstance(model, TextToImage) and isinstance(model.denoiser, AdaptedDenoiser):
+            return model.base(), model
+        added = None if adapter is NEW_ADAPTER and not prompted else adapter
+        return model.trainable(added, run.training.trainable, seed=run.seed)
+
+    rehearsed = measured or prompted
+    these = make_ready(run, model, trainable, lifted, items, items if prompted else (), rehearsed=rehearsed)
+    if isinstance(model, Model) and model.network_settings is None and consistency(model).wrong:
+        warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=3)
+    return these
+
+
+def items_of(model: Model | TextToImage, conditions: Sequence[Condition] | None, training: Training) -> list[Prompt]:
+    """What samples are asked for, from the `conditions` of `tune`. Raises InputError for what the model cannot be asked for."""
+    if isinstance(model, Model):
+        if conditions is None:
+            return classes_of(model, training)
+        if not model.class_names:
+            raise InputError("tune: conditions: this model has none; leave them out")
+        if training.classes:
+            raise InputError("tune: conditions and training.classes both name classes; give one of the two")
+        chosen = as_labels(list(conditions), len(conditions), model.class_names).unique().tolist()
+        return classes_of(model, training.model_copy(update={"classes": tuple(chosen)}))
+    if not conditions or isinstance(conditions, str):
+        raise InputError("tune: a pipeline needs conditions=[..], prompts that it draws pictures of")
+    rows = [{"prompt": each} if isinstance(each, str) else each for each in conditions]
+    texts = unique(from_rows([dict(row) if isinstance(row, Mapping) else row for row in rows], "prompt", "of tune"))
     if not texts:
         raise InputError("tune: all prompts are blank")
-    check_reward(reward, method, rough_pictures(model, texts[0]).to(model.device), texts[0])
-    check_fit(model, texts, method, training)  # before the pipeline gets an adapter
-    own = adapter is NEW_ADAPTER and isinstance(model.denoiser, AdaptedDenoiser)
-    tuned = model if own else tuned_copy(model, adapter, seed, training.trainable)
-    normalized = normalizer(training, method.sampling, reward, seed)
-    parts = prepare(model, tuned, texts, reward, method, training, optimizer, normalized=normalized, seed=seed)
-
-    def no_watcher(run: PythonRun, save_best: Callable[[], None]) -> Watcher:
-        raise AssertionError("a monitor was refused")
-
-    return _Tuning(tuned, tuned.denoiser, parts.loop, partial(save_tuned, tuned), no_watcher)
+    return texts
 
 
-def is_run_of_pipeline(folder: Path) -> bool:
-    """Whether `folder` is that of a training run of a pipeline."""
-    path = folder / RECIPE
-    return path.is_file() and is_text_to_image(read_yaml(path))
+def _write(tuned: Model | TextToImage, run: PythonRun, folder: Path) -> None:
+    """Save what was tuned; of a network that tiltflow has no words for, the weights: its owner has the rest."""
+    if isinstance(tuned, TextToImage) or tuned.network_settings is not None:
+        tuned.save(folder, f"# A model tuned by {run.method.name}\n\nIts settings are `recipe.yaml` of the run.\n")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        networks.save_weights(cast(nn.Module, tuned.flow.network), folder / networks.WEIGHTS)

@@ -27,9 +27,8 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from tiltflow.api import read_recipe
     from tiltflow.runs.doctor import Finding, examine, refuse, verdict
-    from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+    from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
 
     console, found = make_console(as_json), list[Finding]()
     colours = {"green": "green", "amber": "yellow", "red": "red bold"}

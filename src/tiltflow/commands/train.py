@@ -59,9 +59,9 @@ def train(
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
     """
     from tiltflow import processes
-    from tiltflow.api import read_recipe, run
     from tiltflow.runs.checkpoint import FOLDER, checkpoints
-    from tiltflow.runs.recipe import find_recipe, read_recipe_tree
+    from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+    from tiltflow.runs.run import run
 
     path = find_recipe(recipe, "train")
     going_on = ["training.resume_from_checkpoint=latest"] if resume else []

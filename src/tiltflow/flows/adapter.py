@@ -12,7 +12,7 @@ from weakref import WeakSet
 from torch import nn
 
 from tiltflow.flows.field import Wrapper
-from tiltflow.flows.flow import Flow
+from tiltflow.flows.flow import AnyFloats, Flow
 
 _OFF: WeakSet[Any] = WeakSet()
 """The networks whose adapter is switched off."""
@@ -50,6 +50,18 @@ class AdapterOff(Wrapper):
                 yield
         finally:
             _OFF.discard(network)
+
+
+class WithoutAdapter(AnyFloats):
+    """A network with an adapter, called with the adapter switched off."""
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments: Any) -> Any:
+        with self.network.disable_adapter():
+            return self.network(*arguments)
 
 
 def base_of(flow: Flow) -> Flow | AdapterOff:

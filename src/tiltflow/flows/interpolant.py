@@ -100,7 +100,9 @@ class VariancePreserving(Settings):
 
     name: Literal["variance-preserving"] = "variance-preserving"
     beta_min: Annotated[float, Field(gt=0)] = 0.1
+    """Rate of the noise at the data."""
     beta_max: Annotated[float, Field(gt=0)] = 20.0
+    """Rate of the noise at the noise end."""
 
     def __call__(self, s: Tensor) -> Coefficients:
         u, slope = 1 - s, self.beta_max - self.beta_min
@@ -128,9 +130,13 @@ class DiscreteVariancePreserving(Settings):
 
     name: Literal["discrete-variance-preserving"] = "discrete-variance-preserving"
     num_train_timesteps: Annotated[int, Field(gt=1)] = 1000
+    """Steps of the diffusion."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """Variance of the noise of the first step, at the data."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Variance of the noise of the last step."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """How the variances lie between them, as diffusers names it; squaredcos_cap_v2 has its own."""
     rescale_betas_zero_snr: bool = False
     """Shift and scale alpha so that the last timestep holds no data at all (2305.08891, algorithm 1)."""
 

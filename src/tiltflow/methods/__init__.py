@@ -55,25 +55,6 @@ class MethodSettings(Settings):
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """The law that a run of so many optimizer steps aims at, sampled from time `start`."""
 
-    # ---- by the names that runs/ asks for them ----
-
-    @property
-    def needs_reward_gradient(self) -> bool:
-        return self.needs.reward_gradient
-
-    @property
-    def learns_reward(self) -> bool:
-        return self.needs.learned_reward
-
-    def log_tilt(self, rewards: Tensor, steps: int) -> Tensor:
-        return self.target(steps).log_tilt(rewards)
-
-    def target_law(self, steps: int) -> str:
-        return self.target(steps).words
-
-    def limits(self, start: Start = 0.0) -> list[str]:
-        return [*self.target(1, start).caveats]
-
 
 class Tilting(MethodSettings):
     """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""

@@ -7,8 +7,9 @@ The digit models that ship with the package are such folders, and so is the `mod
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from tiltflow.conditions.labels import as_labels
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flows.adapter import WithoutAdapter, has_adapter
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.eval_mode import eval_mode
-from tiltflow.flows.flow import Flow, TimeDirection
+from tiltflow.flows.flow import Flow, TimeDirection, in_float32
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType
 from tiltflow.flows.noise import noise
+from tiltflow.models.trainable import Adapter, adapted, merged, trainable_copy
 from tiltflow.networks.factory import Factory
 from tiltflow.plugins import code_allowed, part_of
 from tiltflow.samplers.rollout import sample
@@ -106,9 +109,29 @@ class Model:
         return self.flow.noise_time
 
     @property
+    def own_grid(self) -> float:
+        """`grid`: samples are drawn on the same times as a training's trajectories."""
+        return self.grid
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         """Of one sample: a state is the sample itself."""
         return self.event_shape
+
+    @property
+    def has_decoder(self) -> bool:
+        """False: a state is the sample itself."""
+        return False
+
+    @property
+    def prompted(self) -> bool:
+        """False: samples are asked for by classes, or by nothing."""
+        return False
+
+    @property
+    def guidance_scale(self) -> float:
+        """1: samples are drawn without guidance."""
+        return 1.0
 
     def start(self, num_samples: int, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
         """Starting points [num_samples, *event] at the model's noise end, in float32 or, if its weights are, in float64.
@@ -124,18 +147,61 @@ class Model:
         return self.flow if labels is None else self.flow.bind(labels.to(self.device))
 
     def conditions(self, items: Sequence[Prompt]) -> tuple[Tensor | None, None]:
-        """The labels [batch] of samples of these classes, `items_of` the model; None for an unconditional model."""
+        """The labels [batch] of samples of these classes, whose numbers are `label` of their metadata; None for a model without
+        classes."""
         if not self.class_names:
             return None, None
         return torch.tensor([item.metadata["label"] for item in items], device=self.device), None
 
-    def items_of(self, classes: Sequence[int]) -> list[Prompt]:
-        """What samples of these classes are asked for, by number and by name."""
-        return [Prompt(self.class_names[i], {"label": i}) for i in classes]
-
     def decode(self, x: Tensor, *, batch_size: int = 0) -> Tensor:
         """x: a state is the sample itself."""
         return x
+
+    def draw(
+        self,
+        items: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """`sample`, one of each of these items: classes, or anything of an unconditional model. There is no guidance."""
+        labels = [item.metadata["label"] for item in items] if self.class_names else None
+        return self.sample(len(items), labels=labels, seed=seed, sampling=sampling, batch_size=batch_size)
+
+    def trainable(
+        self, adapter: Adapter | None = None, pattern: str | re.Pattern[str] = "", *, seed: int = 0
+    ) -> tuple[Model, Model]:
+        """(base, what is going to be trained): a copy; a copy with a new LoRA; or, if its network has an adapter, the model.
+
+        Args:
+            pattern: of a copy, the parameters in whose name this regular expression is found; the others stay as they are.
+
+        Raises InputError for a pattern of names that fits no parameter, or is given beside an adapter, which is trained alone.
+        """
+        given = has_adapter(self.flow.network)
+        if (given or adapter is not None) and re.compile(pattern).pattern:
+            raise InputError("training.trainable: with an adapter the adapter alone is trained; leave it out")
+        if given:
+            return self.base(), self
+        base = replace(self, flow=in_float32(self.flow))
+        if adapter is None:
+            return base, replace(base, flow=trainable_copy(base.flow, pattern))
+        if not isinstance(base.flow.network, nn.Module):
+            raise InputError("adapter: the network is no torch module")
+        tuned = replace(base, flow=replace(base.flow, network=adapted(base.flow.network, adapter, seed)))
+        return base, tuned
+
+    def base(self) -> Model:
+        """The model with its adapter switched off; a model without one is itself."""
+        if not has_adapter(self.flow.network):
+            return self
+        return replace(self, flow=replace(self.flow, network=WithoutAdapter(self.flow.network)))
+
+    def in_precision(self, dtype: torch.dtype | None) -> Model:
+        """The model with its network evaluated in this dtype; None is that of its weights."""
+        return replace(self, flow=replace(self.flow, autocast=dtype))
 
     def labels(self, num_samples: int, labels: Any = None) -> Tensor | None:
         """Labels [num_samples] of the samples of a class-conditional model, see `as_labels`; None for another.
@@ -199,6 +265,7 @@ class Model:
                 "this model's network is not one of tiltflow's own: give factory='package.module:function', which builds it, or"
                 " save its state_dict() instead"
             )
+        network = merged(network)
         if isinstance(settings, Factory):
             check_same(settings, network)
         config = FlowConfig(

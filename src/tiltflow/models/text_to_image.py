@@ -11,13 +11,14 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +39,7 @@ from tiltflow.flows.guided import Guided
 from tiltflow.flows.precision import GRADIENT_SCALE, scale_gradient
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.models.schedules import Schedule, schedule_of
+from tiltflow.models.trainable import Adapter, trainable_copy
 from tiltflow.plugins import module_of, names
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
@@ -150,10 +152,51 @@ class TextToImage:
         network: Denoiser = self.flow.network  # type: ignore[assignment]
         return network
 
+    @property
+    def prompted(self) -> bool:
+        """True: pictures are asked for by prompts."""
+        return True
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None: pictures are asked for by prompts."""
+        return ()
+
+    def trainable(
+        self, adapter: Adapter | None = None, pattern: str | re.Pattern[str] = "", *, seed: int = 0
+    ) -> tuple[TextToImage, TextToImage]:
+        """(base, what is going to be trained): the model with a new LoRA, and without it; or the model and a copy.
+
+        Args:
+            pattern: of a copy, the parameters in whose name this regular expression is found; the others stay as they are.
+
+        Raises InputError for a copy of a denoiser with a LoRA in it, which plain diffusers could not load again, and for a
+        pattern beside an adapter, which is trained alone.
+        """
+        if adapter is not None:
+            if re.compile(pattern).pattern:
+                message = "with an adapter the adapter alone is trained; leave it out, or set adapter null"
+                raise InputError(f"training.trainable: {message}")
+            tuned = with_adapter(self, seed=seed, **adapter.model_dump())
+            return tuned.base(), tuned
+        if loaded := getattr(self.denoiser.network, "peft_config", {}):
+            raise InputError(
+                f"adapter null tunes the whole {self.family.DENOISER}, and it has a LoRA loaded ({', '.join(loaded)}): call"
+                " pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
+            )
+        copy = trainable_copy(cast(Flow, self.flow), pattern)
+        cast(Any, copy.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
+        return self, replace(self, flow=copy)
+
     def base(self) -> TextToImage:
         """The model as it is now, frozen: its adapter off, or with a copy of the denoiser."""
         assert isinstance(self.flow, Flow)
         return replace(self, flow=base_of(self.flow))
+
+    def in_precision(self, dtype: torch.dtype | None) -> TextToImage:
+        """The model with its denoiser evaluated in this dtype; None is that of its weights."""
+        own = replace(self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow, autocast=dtype)
+        return replace(self, flow=AdapterOff(own) if isinstance(self.flow, AdapterOff) else own)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -165,6 +208,11 @@ class TextToImage:
     def sample_shape(self) -> tuple[int, ...]:
         """Of one picture."""
         return (3, *self.size)
+
+    @property
+    def has_decoder(self) -> bool:
+        """True: pictures are decoded from latents."""
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +265,10 @@ class TextToImage:
     def conditions(self, items: Sequence[Prompt]) -> tuple[Condition, Condition | None]:
         """`encode`, of the texts of prompts."""
         return self.encode([item.text for item in items])
+
+    def save(self, folder: str | Path, card: str = "") -> None:
+        """`save_tuned`; there is no card: `tiltflow export` writes one."""
+        save_tuned(self, Path(folder))
 
     def _warn_of_length(self, prompt: str) -> None:
         """CLIP takes 77 tokens, T5 as many as the pipeline says: what one of them does not see, another may."""
@@ -291,6 +343,19 @@ class TextToImage:
         )
         with eval_mode(self.pipeline.vae):
             return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
+
+    def draw(
+        self,
+        items: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int = 4,
+    ) -> Tensor:
+        """`sample`, a picture of each of these prompts."""
+        texts = [item.text for item in items]
+        return self.sample(texts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, batch_size=batch_size)
 
     def _decoded(self, latents: Tensor, batch_size: int) -> Tensor:
         """`decode`, by all processes together."""
@@ -478,26 +543,23 @@ def with_adapter(
 
     Raises InputError if peft is not installed, no layer has such a name, or a LoRA is fused into the weights and still loaded.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise not_installed("peft", "diffusers") from None
+    adapter = Adapter(
+        rank=rank, lora_alpha=lora_alpha, target_modules=None if target_modules is None else tuple(target_modules)
+    )
+    config = adapter.config(model.family.TARGET_MODULES)
     network: Any = model.denoiser.network
     below, taken = active_adapters(network), getattr(network, "peft_config", {})
-    adapter = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
-    targets = list(model.family.TARGET_MODULES if target_modules is None else target_modules)
-    alpha = rank if lora_alpha is None else lora_alpha
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+    name = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
             torch.manual_seed(stream(seed, "adapter").initial_seed())
-            network.add_adapter(config, adapter)
+            network.add_adapter(config, name)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
-    denoiser, computed = AdaptedDenoiser(network, model.denoiser.predict, adapter, below), floating_dtype(network)
+    denoiser, computed = AdaptedDenoiser(network, model.denoiser.predict, name, below), floating_dtype(network)
     network.enable_adapters()
-    denoiser.activate((*below, adapter))
+    denoiser.activate((*below, name))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

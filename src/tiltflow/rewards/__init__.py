@@ -385,6 +385,23 @@ def try_reward(
         raise InputError(f"{fit}{error}") from error
 
 
+@torch.no_grad()
+def score(
+    reward: Reward, x: Tensor, batch_size: int, device: torch.device | str, non_finite: NonFiniteRewards = "error"
+) -> Tensor:
+    """The values of a reward for samples x [n, *event], by all processes, a batch at a time: [n] on the CPU; with `drop`, NaN
+    or infinite where one is.
+
+    Args:
+        reward: bound to these samples, or to none.
+
+    Raises NonFiniteError, InputError and UserCodeError as `evaluate` does.
+    """
+    parts = processes.shares(len(x), batch_size)
+    found = [evaluate(select(reward, part), x[part].to(device), non_finite) for part in parts]
+    return processes.gathered(found, len(x)).cpu()
+
+
 def finite_only(rewards: Tensor) -> Tensor | None:
     """Indices of the finite rewards among [batch]; None if all are finite. Raises NonFiniteError if fewer than two are."""
     finite = rewards.isfinite()

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from itertools import pairwise
 from typing import Any, get_args, get_origin
 
@@ -20,16 +19,15 @@ from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
 PARTS = {"methods": "method", "rewards": "reward", "networks": "network"}
-RECIPES = {"image models": ("runs.run", "Recipe"), "pipelines": ("runs.run_text_to_image", "TextToImageRecipe")}
 SECTIONS = {
-    "model": ("pipelines",),
-    "prompts": ("pipelines",),
-    "optimizer": ("image models", "pipelines"),
-    "training": ("image models", "pipelines"),
-    "sampling": ("image models",),
-    "evaluation": ("image models", "pipelines"),
+    "model": (" for a network", " for a pipeline of diffusers"),
+    "prompts": ("",),
+    "optimizer": ("",),
+    "training": ("",),
+    "sampling": ("",),
+    "evaluation": ("",),
 }
-"""Of which recipes; their settings are dotted, as `--set` takes them."""
+"""Of a recipe, and what tells the kinds of each apart; their settings are dotted, as `--set` takes them."""
 Topic = tuple[str, Callable[[], type[Settings]]]
 """What it is, and how its class is had: nothing is imported before it is asked for."""
 
@@ -47,13 +45,13 @@ class Setting:
 
 
 def topics() -> dict[str, list[Topic]]:
-    """All that `settings_of` knows, by name. Sections of a recipe are there twice: of image models, and of pipelines."""
+    """All that `settings_of` knows, by name."""
     found: dict[str, list[Topic]] = {
         name: [(f"{what} {name}", partial(find, package, name))] for package, what in PARTS.items() for name in names(package)
     }
-    found["recipe"] = [(f"recipe of {which}", partial(_class, *place)) for which, place in RECIPES.items()]
-    for section, recipes in SECTIONS.items():
-        found[section] = [(f"{section} in a recipe of {which}", partial(_section, section, which)) for which in recipes]
+    found["recipe"] = [("recipe of `tiltflow train`", _recipe)]
+    for section, kinds in SECTIONS.items():
+        found[section] = [(f"{section} in a recipe{which}", partial(_section, section, i)) for i, which in enumerate(kinds)]
     for name in names("problems"):
         found[name] = [(f"problem {name} of `tiltflow verify`", partial(find, "problems", name))]
     for name in names("pretraining.tasks"):
@@ -76,12 +74,11 @@ def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
     for name, field in kind.model_fields.items():
         if name == "name":
             continue  # it says which class this is
-        inner = _inner(field)
         yield Setting(
             prefix + name, type_in_words(schema["properties"][name], schema), _default(field), _one_line(said.get(name, ""))
         )
-        if inner is not None:
-            several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
+        several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
+        for inner in _inner(field):
             yield from listed(inner, f"{prefix}{name}{'[]' if several else ''}.")
 
 
@@ -139,16 +136,15 @@ def type_in_words(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
             return "name, or mapping with a name"  # a method, a reward, a network
 
 
-def _inner(field: FieldInfo) -> type[Settings] | None:
-    """The class of settings within a field, if there is just one."""
+def _inner(field: FieldInfo) -> list[type[Settings]]:
+    """The classes of settings within a field."""
 
     def within(annotation: Any) -> list[type[Settings]]:
         if isinstance(annotation, type) and issubclass(annotation, Settings):
             return [annotation]
         return [kind for part in get_args(annotation) for kind in within(part)]
 
-    found = within(field.annotation)
-    return found[0] if len(found) == 1 else None
+    return within(field.annotation)
 
 
 def _default(field: FieldInfo) -> str:
@@ -172,12 +168,11 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _class(module: str, name: str) -> type[Settings]:
-    kind: type[Settings] = getattr(import_module(f"tiltflow.{module}"), name)
-    return kind
+def _recipe() -> type[Settings]:
+    from tiltflow.runs.recipe import Recipe
+
+    return Recipe
 
 
-def _section(section: str, recipe: str) -> type[Settings]:
-    inner = _inner(_class(*RECIPES[recipe]).model_fields[section])
-    assert inner is not None
-    return inner
+def _section(section: str, kind: int) -> type[Settings]:
+    return _inner(_recipe().model_fields[section])[kind]

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.estimates import FEW, FEW_IN_GROUP, ImportanceWeights
+from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
@@ -29,13 +31,14 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.formatting import duration
 from tiltflow.laws.target import Target
 from tiltflow.models.consistency import TIMES, WRONG_CLOCK, consistency
-from tiltflow.models.model import Model, load
+from tiltflow.models.model import Model
+from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.schedules import TOLERANCE
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward, evaluate, select, value_and_gradient
-from tiltflow.runs.prepare import Decoded, items_of, prepare, to_train
-from tiltflow.runs.run import Recipe, build_reward, rehearse
-from tiltflow.runs.run_text_to_image import TextToImageRecipe, prepare_recipe
+from tiltflow.runs.prepare import Decoded
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import ready
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import rollout, sample
 from tiltflow.samplers.sampling import Sampling
@@ -69,21 +72,19 @@ class Patient:
 
     Args:
         batch: what an iteration starts from.
-        own: of a pipeline, the model; None otherwise.
-        model: of an image model, the base; None otherwise.
+        model: the base.
         loop: trains one batch after another.
     """
 
-    recipe: Any
+    recipe: Recipe
     tuned: Flow
     base: Flow | AdapterOff
     reward: Reward
     batch: Drawn
     start: Start
     device: torch.device
+    model: GenerativeModel
     loop: Callable[..., Generator[Record, None, None]]
-    own: TextToImage | None = None
-    model: Model | None = None
 
     @property
     def method(self) -> Method:
@@ -126,7 +127,7 @@ class Patient:
             return sample(self.bound(self.base), self.batch.x[self.few], sampling, generator, start=self.start)
 
 
-def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
+def examine(recipe: Recipe, device: str = "cpu") -> Iterator[Finding]:
     """The findings, one after another; what cannot work ends it."""
     yield geometry(recipe)
     try:
@@ -145,23 +146,12 @@ def examine(recipe: Any, device: str = "cpu") -> Iterator[Finding]:
             yield Finding(check.__name__.replace("_", " "), "red", str(error), "fix this first")
 
 
-def admit(recipe: Any, device: str) -> Patient:
+def admit(recipe: Recipe, device: str) -> Patient:
     """Load what the recipe names. Raises InputError for what cannot be had or does not fit."""
-    if isinstance(recipe, TextToImageRecipe):
-        parts, _ = prepare_recipe(recipe, device)
-        model = parts.untuned
-        batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
-        return Patient(recipe, parts.flow, parts.base, parts.reward, batch, model.grid, model.device, parts.loop, model)
-    assert isinstance(recipe, Recipe)
-    given = load(recipe.model, device)
-    reward = build_reward(recipe.reward, recipe.method, device)
-    rehearse(recipe, given, reward, device)
-    base, tuned = to_train(given, recipe.training)
-    fit = prepare(
-        base, tuned, items_of(base, recipe.training), reward, recipe.method, recipe.training, recipe.optimizer, seed=recipe.seed
-    )
-    batch = fit.draw(stream(recipe.seed, "start", 0, device=base.device))
-    return Patient(recipe, tuned.flow, base.flow, reward, batch, base.grid, base.device, fit.loop, model=base)
+    parts = ready(recipe, device).parts
+    model = parts.untuned
+    batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
+    return Patient(recipe, parts.flow, parts.base, parts.reward, batch, model.grid, model.device, model, parts.loop)
 
 
 def examine_model(model: Model, data: Tensor | None = None) -> Finding:
@@ -193,16 +183,16 @@ def examine_model(model: Model, data: Tensor | None = None) -> Finding:
 
 def denoising(patient: Patient) -> Iterator[Finding]:
     """Whether the network is the velocity field of the law that it samples."""
-    if patient.model is not None:
+    if isinstance(patient.model, Model):
         yield examine_model(patient.model)
 
 
-def geometry(recipe: Any) -> Finding:
+def geometry(recipe: Recipe) -> Finding:
     """How a batch is made up, in words. It was checked when the recipe was read."""
     training = recipe.training
-    size, part = training.train_batch_size, training.micro_batch_size or training.train_batch_size
+    size, part = training.samples_per_step, training.micro_batch_size or training.samples_per_step
     made = f"{size} samples in an iteration"
-    if isinstance(recipe, TextToImageRecipe):
+    if training.prompts_per_step is not None:
         made += f" = {training.prompts_per_step} prompts x {training.num_generations} generations"
     parts = "all at once" if part >= size else f"{part} at a time, {-(-size // part)} times"
     return Finding("batch", "green", f"{made}, {parts}")
@@ -210,7 +200,7 @@ def geometry(recipe: Any) -> Finding:
 
 def temperature(patient: Patient) -> Iterator[Finding]:
     """Whether the target law is within reach of the base at all, and whether the evaluation has samples enough to know it."""
-    of_pictures, target = isinstance(patient.recipe, TextToImageRecipe), patient.target
+    target = patient.target
     if isinstance(patient.reward, LearnedReward):
         return
     found = patient.rewards(patient.ends()).cpu()
@@ -236,20 +226,21 @@ def temperature(patient: Patient) -> Iterator[Finding]:
         yield Finding("temperature", "amber", f"{text}: so strong a tilt that few base samples resemble its target", weaker)
     elif share > 0.98:
         yield Finding("temperature", "amber", text + ": the target is nearly the base", "a smaller beta tilts more")
-    elif (unknown := too_few_to_know(patient.recipe.evaluation, share, of_pictures)) is not None:
+    elif (unknown := too_few_to_know(patient.recipe.evaluation, share)) is not None:
         yield Finding("temperature", "amber", f"{text}. {unknown[0]}: the report will have no verdict", unknown[1])
     else:
         yield Finding("temperature", "green", text)
 
 
-def too_few_to_know(evaluation: Any, share: float, of_pictures: bool) -> tuple[str, str] | None:
+def too_few_to_know(evaluation: Evaluation, share: float) -> tuple[str, str] | None:
     """Why an evaluation will not know the target law, if this share of its base samples carries its weight; and the remedy."""
-    if not of_pictures:
+    if evaluation.num_samples is not None:
         expected, needed = share * evaluation.num_samples, math.ceil(FEW / share)
         if expected >= FEW:
             return None
         remedy = f"evaluation.num_samples={needed} or more, or a weaker tilt"
         return f"Of the evaluation's {evaluation.num_samples} that would be {expected:.0f}, and {FEW} are needed", remedy
+    assert evaluation.num_generations is not None
     count, needed = evaluation.num_generations, math.ceil(FEW_IN_GROUP / share)
     if share * count >= FEW_IN_GROUP:
         return None
@@ -367,8 +358,8 @@ def memoryless(patient: Patient) -> Iterator[Finding]:
 
 def parity(patient: Patient) -> Iterator[Finding]:
     """Our sampler against the pipeline's own, from the same latents, at the model's own guidance, before the decoder."""
-    model = patient.own
-    if model is None:
+    model = patient.model
+    if not isinstance(model, TextToImage):
         return
     prompts, (height, width) = ["a photograph"], model.size
     latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
@@ -386,7 +377,7 @@ def parity(patient: Patient) -> Iterator[Finding]:
         ).images
         theirs = model.decode(cast(Tensor, drawn).to(latents)).cpu()
     error = (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()
-    samplings = [patient.method.sampling, *(point.sampling for point in patient.recipe.evaluation.points)]
+    samplings = [patient.method.sampling, *(point.sampling for point in patient.recipe.evaluation.points or ())]
     asked = {sampling.num_inference_steps for sampling in samplings if sampling.solver == "euler"}
     steps = {count: apart for count in sorted(asked) if (apart := model.schedule.own_difference(count)) > TOLERANCE}
     if steps or error > (1e-3 if model.pipeline.dtype == torch.float32 else 0.02):
@@ -414,17 +405,17 @@ def forecast(patient: Patient) -> Forecast:
     average = sum(p.numel() * p.element_size() for p in parameters) if training.ema_decay else 0
     moments = sum(2 * p.numel() * (1 if training.use_8bit_adam else p.element_size()) for p in parameters)
     batch = len(patient.batch.x)
-    size = min(training.micro_batch_size or training.train_batch_size, batch)
+    size = min(training.micro_batch_size or training.samples_per_step, batch)
     steps, copies = method.sampling.num_inference_steps, method.needs.trajectory_copies + int(patient.batch.guide is not None)
     always = {
         "optimizer, average": moments + average,
         f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
     }
     while_ = {f"the reward of {size} samples": peak_of(partial(_score, patient), size)}
-    if patient.own is not None:
+    if patient.model.has_decoder:
         several = min(training.decode_batch_size or size, size)
         while_[f"decoding {several} pictures"] = peak_of(partial(_decode, patient), several)
-        condition = patient.own.encode(patient.recipe.prompts.texts[:1] or ["a photograph"])
+        condition = patient.model.conditions([Prompt("a photograph")])
         bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
         always[f"conditions of {batch} samples"] = batch * bytes_of_one
     of_reward = max(while_.values())
@@ -440,7 +431,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
     training = patient.recipe.training
     networks = (patient.tuned.network, patient.base.network)
     held = {id(p): p.numel() * p.element_size() for network in networks for p in cast(nn.Module, network).parameters()}
-    size = min(training.micro_batch_size or training.train_batch_size, len(patient.batch.x))
+    size = min(training.micro_batch_size or training.samples_per_step, len(patient.batch.x))
     (always, for_a_while, need), available = forecast(patient), free_memory(patient.device)
     parts = [", ".join(f"{name} {gigabytes(value)}" for name, value in part.items()) for part in (always, for_a_while)]
     text = (
@@ -449,7 +440,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
     text += f" most; the device has {gigabytes(available)} left with the weights in it"
     if need > available:
         fix = f"lower training.micro_batch_size (now {size}): the result is the same; gradient_checkpointing; dtype bfloat16"
-        fix += "; training.decode_batch_size" if patient.own is not None else ""
+        fix += "; training.decode_batch_size" if patient.model.has_decoder else ""
         yield Finding("memory", "red", text, fix)
     elif need > 0.8 * available:
         yield Finding("memory", "amber", text, f"a smaller training.micro_batch_size than {size} gives the same result in less")
@@ -472,10 +463,9 @@ def _pull_back(patient: Patient, count: int) -> None:
 
 def _decode(patient: Patient, count: int) -> None:
     """Pictures of some latents, with their gradient if the method asks for it."""
-    assert patient.own is not None
     latents = patient.batch.x[:count].clone().requires_grad_(patient.method.needs.reward_gradient)
     with torch.set_grad_enabled(latents.requires_grad):
-        images = patient.own.decode(latents, batch_size=count)
+        images = patient.model.decode(latents, batch_size=count)
         if latents.requires_grad:
             torch.autograd.grad(images.sum(), latents)
 

@@ -1,4 +1,4 @@
-"""Export of a tuned pipeline: a folder that plain diffusers loads, with a model card."""
+"""Export of what a run tuned: a folder with a model card that plain diffusers loads, or of a network, tiltflow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import InputError
+from tiltflow.evaluation.settings import Point
 from tiltflow.files import filling, read_json, trusted
 from tiltflow.models.schedules import TOLERANCE, schedule_of
+from tiltflow.models.source import DiffusersModel, NetworkModel
 from tiltflow.models.text_to_image import SAMPLING, save_sampling, save_tuned
 from tiltflow.reports.plots import curves
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import load_run, read_run
 from tiltflow.runs.run_folder import claim, read_records
-from tiltflow.runs.run_text_to_image import Point, TextToImageRecipe, load_run, read_run
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
 
@@ -24,37 +27,31 @@ KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
 
 
 def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, device: str = "cpu") -> dict[str, Any]:
-    """Write what a run tuned into `output`, which must be new or empty: `pytorch_lora_weights.safetensors`, which
-    `pipeline.load_lora_weights(output)` accepts, or the whole pipeline where all of the denoiser was tuned. With it come the
-    scheduler, in scheduler/, and the arguments, in sampling.json, with which plain diffusers draws what the run measured; the
-    card, README.md, has the code.
+    """Write what a run tuned into `output`, which must be new or empty, with its pictures, its recipe and a card, README.md,
+    that has the code to load it.
+
+    Of a pipeline that is `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output)` accepts, or the whole
+    pipeline where all of the denoiser was tuned; with it come the scheduler, in scheduler/, and the arguments, in
+    sampling.json, with which plain diffusers draws what the run measured. Of another network it is the folder that
+    `tiltflow.load` reads.
 
     Args:
         push_to_hub: the name of a repository on the hub to upload the folder to.
 
-    Raises InputError, with nothing written, if the run is not one of a pipeline.
+    Raises InputError, with nothing written, if `run` is no run with a tuned model.
     """
     recipe = read_run(run)
-    check_unchanged(run, recipe, only="model.")
+    source = recipe.source
+    check_unchanged(run, recipe, only="model")
     with working_in(output):
         claim(output)
         with filling(output) as folder:
-            if recipe.model.adapter is not None and (run / "model" / SAMPLING).exists():
+            if isinstance(source, NetworkModel):
+                kind = "network"
                 shutil.copytree(run / "model", folder, dirs_exist_ok=True)
             else:
-                _, tuned = load_run(recipe, run, device)
-                if recipe.model.adapter is not None:  # of a run that an earlier version made
-                    save_tuned(tuned, folder)
-                else:
-                    setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
-                    tuned.pipeline.scheduler = tuned.schedule.plain
-                    tuned.pipeline.save_pretrained(folder)
-                    save_sampling(tuned, folder)
-            point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
-            if point.guidance_scale is not None and "guidance_scale" in sampling:
-                sampling["guidance_scale"] = point.guidance_scale
-            sampling["num_inference_steps"] = point.num_inference_steps
-            (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
+                kind = "full" if source.adapter is None else "lora"
+                write_pipeline(recipe, source, run, folder, device)
             for name in KEPT:
                 if (run / name).exists():
                     shutil.copy(run / name, folder / name)
@@ -62,7 +59,7 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
             with trusted(run / "summary.json"):
                 about = card(recipe, run, folder, push_to_hub or ".")
             (folder / "README.md").write_text(about, encoding="utf-8")
-    result: dict[str, Any] = {"output": str(output), "kind": "full" if recipe.model.adapter is None else "lora", "url": None}
+    result: dict[str, Any] = {"output": str(output), "kind": kind, "url": None}
     if push_to_hub is not None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
@@ -77,10 +74,30 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     return result
 
 
-def measured_at(recipe: TextToImageRecipe) -> Point:
+def write_pipeline(recipe: Recipe, source: DiffusersModel, run: Path, folder: Path, device: str) -> None:
+    """Write what plain diffusers loads, and how it draws what the run measured."""
+    if source.adapter is not None and (run / "model" / SAMPLING).exists():
+        shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+    else:
+        _, tuned = load_run(recipe, run, device)
+        if source.adapter is not None:  # of a run that an earlier version made
+            save_tuned(tuned, folder)
+        else:
+            setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
+            tuned.pipeline.scheduler = tuned.schedule.plain
+            tuned.pipeline.save_pretrained(folder)
+            save_sampling(tuned, folder)
+    point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+    if point.guidance_scale is not None and "guidance_scale" in sampling:
+        sampling["guidance_scale"] = point.guidance_scale
+    sampling["num_inference_steps"] = point.num_inference_steps
+    (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
+
+
+def measured_at(recipe: Recipe) -> Point:
     """The point of the evaluation that plain diffusers can repeat: the first one of the solver euler, or else the first one."""
-    points = recipe.evaluation.points
-    return next((point for point in points if point.solver == "euler"), points[0])
+    points = recipe.evaluation.points or ()
+    return next((point for point in points if point.solver == "euler"), recipe.evaluation.first)
 
 
 def scheduler_of(output: Path) -> Any:
@@ -95,13 +112,18 @@ def scheduler_of(output: Path) -> Any:
     return kind.from_config(config)
 
 
-def usage(recipe: TextToImageRecipe, output: Path, place: str) -> str:
-    """Python code, of diffusers alone, that draws what the run measured, from what `export_run` has written into `output`.
+def usage(recipe: Recipe, output: Path, place: str) -> str:
+    """Python code, of diffusers alone where it is a pipeline, that draws what the run measured, from what `export_run` has
+    written into `output`.
 
     Args:
         place: the folder, or its name on the hub, as the code says it.
     """
-    model, quoted = recipe.model, partial(json.dumps, ensure_ascii=False)
+    model, quoted = recipe.source, partial(json.dumps, ensure_ascii=False)
+    if isinstance(model, NetworkModel):
+        folder = quoted(place) if place == "." else f"snapshot_download({quoted(place)})"
+        lines = [] if place == "." else ["from huggingface_hub import snapshot_download", ""]
+        return "\n".join(["import tiltflow", *lines, f"model = tiltflow.load({folder})", "samples = model.sample(16)"])
     scheduler = type(scheduler_of(output)).__name__
     sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
     lines = ["import torch"] if model.adapter is not None and model.dtype != "float32" else []
@@ -125,13 +147,16 @@ def usage(recipe: TextToImageRecipe, output: Path, place: str) -> str:
             lines += [f"pipeline.set_adapters({quoted(names)}, {[*(lora.strength for lora in model.loras), 1.0]})"]
         else:
             lines += [f"pipeline.load_lora_weights({quoted(place)})"]
-    prompt = (recipe.prompts.texts or ["a photograph"])[0]
+    texts = recipe.prompts.texts if recipe.prompts is not None else ()
+    prompt = (texts or ["a photograph"])[0]
     lines += [f"sampling = {quoted(sampling)}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
     return "\n".join(lines)
 
 
-def reservations(recipe: TextToImageRecipe, output: Path) -> list[str]:
+def reservations(recipe: Recipe, output: Path) -> list[str]:
     """Why plain diffusers may draw other pictures than those that were measured: one sentence for each reason."""
+    if isinstance(recipe.source, NetworkModel):
+        return []
     scheduler, point, reasons = scheduler_of(output), measured_at(recipe), []
     if point.solver != "euler":
         reasons.append(
@@ -142,21 +167,21 @@ def reservations(recipe: TextToImageRecipe, output: Path) -> list[str]:
             f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
             f" {apart:.2g} of the largest on a normal law."
         )
-    if recipe.model.dtype != "float32":
+    if recipe.source.dtype != "float32":
         reasons.append(
-            f"The run decoded pictures, and kept its adapter, in float32; this pipeline is all in {recipe.model.dtype}."
+            f"The run decoded pictures, and kept its adapter, in float32; this pipeline is all in {recipe.source.dtype}."
         )
     return reasons
 
 
-def card(recipe: TextToImageRecipe, run: Path, output: Path, place: str) -> str:
+def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
     """README.md, with the front matter that the hub reads."""
-    base, adapter = recipe.model.diffusers, recipe.model.adapter
+    base, pipeline = recipe.model_name, isinstance(recipe.source, DiffusersModel)
     summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     about = {
         "base_model": base,
-        "library_name": "diffusers",
-        "tags": ["tiltflow", recipe.method.name, *(["lora"] if adapter else [])],
+        "library_name": "diffusers" if pipeline else "tiltflow",
+        "tags": ["tiltflow", recipe.method.name, *(["lora"] if pipeline and recipe.source.adapter else [])],
     }
     if found := licence(Path(base)):
         about["license"] = found
@@ -182,12 +207,16 @@ def card(recipe: TextToImageRecipe, run: Path, output: Path, place: str) -> str:
         *(f"{reason}\n" for reason in reservations(recipe, output)),
     ]
     if summary:
+        of_what = ", held-out prompts" if recipe.prompts is not None else ""
         lines += [
-            f"| | base | tuned |\n|---|---|---|\n| mean reward, held-out prompts | {_pm(summary, 'reward_base')} | "
+            f"| | base | tuned |\n|---|---|---|\n| mean reward{of_what} | {_pm(summary, 'reward_base')} | "
             f"{_pm(summary, 'reward_tuned')} |",
             "",
             "![Reward of the training batches](curves.svg)",
             "",
+        ]
+    if (run / "before.png").exists():
+        lines += [
             "Before and after, from the same noise:",
             "",
             "![Pictures of the base](before.png) ![Pictures of the tuned model](after.png)",

@@ -279,6 +279,6 @@ def check_unchanged(folder: Path, recipe: Settings, *, only: str = "") -> None:
         return
     now = fingerprints(recipe, only)
     if (folder / BASE).is_dir():
-        now["model"] = f"sha256:{digest(folder / BASE)}"
+        now["model.path" if "model.path" in then else "model"] = f"sha256:{digest(folder / BASE)}"
     for sentence in compare(folder, then, now):
         warnings.warn(sentence, Note, stacklevel=3)

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, not_installed
+from tiltflow.evaluation.samples import Asked
+from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.adapter import AdapterOff, base_of, has_adapter
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.field import VelocityField, Which
-from tiltflow.flows.flow import Flow, in_float32
+from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.models.text_to_image import TextToImage
 from tiltflow.optimization import adamw
-from tiltflow.rewards import Reward, given, select, values_of
+from tiltflow.rewards import Reward, RewardSettings, given, select, values_of
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
@@ -30,7 +31,7 @@ from tiltflow.training.calibration import Calibration, target_reward
 from tiltflow.training.method import Method
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
-from tiltflow.training.trainer import Record, train, trainable_copy
+from tiltflow.training.trainer import Record, train
 from tiltflow.user_code import tried
 
 M = TypeVar("M", bound=GenerativeModel)
@@ -41,16 +42,16 @@ class Prepared(Generic[M]):
     """A training that can begin.
 
     Args:
-        tuned: what is going to be trained.
         untuned: the model without what is trained, whatever that has become.
-        flow, base: theirs, in the precision of the training.
+        tuned: what is going to be trained.
+        flow, base: the velocity fields of the tuned and the untuned model, in the precision of the training.
         reward: of samples, as training sees it.
         draw: the start of an iteration.
         loop: takes the arguments of `train` about where to resume from and when to stop.
     """
 
-    tuned: M
     untuned: M
+    tuned: M
     flow: Flow
     base: Flow | AdapterOff
     reward: Reward
@@ -126,25 +127,25 @@ def batches(
         choose = Repeated(items, training.prompts_per_step, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
 
+    def of_states(of_samples: Reward) -> Reward:
+        return Decoded(model, of_samples, decode_batch_size) if model.has_decoder else of_samples
+
     def draw(generator: torch.Generator) -> Drawn:
         if not items:
-            return Drawn(model.start(size, generator, first))
+            x = model.start(size, generator, first)
+            return Drawn(x, reward=of_states(reward)) if model.has_decoder else Drawn(x)
         some = choose(generator)
         condition, negative = model.conditions(some)
-        x, of_items = model.start(len(some), generator, first), told(reward, some)
-        if isinstance(model, Model):
-            return Drawn(x, lambda flow: flow.bind(condition), reward=of_items)
+        x, of_items = model.start(len(some), generator, first), of_states(told(reward, some))
 
         def guide(flow: VelocityField) -> Guided:
-            assert isinstance(model, TextToImage)
             return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
 
         def bound(flow: VelocityField) -> VelocityField:
             conditional = flow.bind(condition)
             return guide(conditional) if training.guidance_mode == "full" else conditional
 
-        of_states = Decoded(model, of_items, decode_batch_size)
-        return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_states)
+        return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_items)
 
     return draw
 
@@ -167,11 +168,10 @@ def prepare(
     """What trains `tuned` toward the tilt of `model`.
 
     Args:
-        model: the base.
-        tuned: what `trainable` of the model gives: with an adapter, which it may share its network with, or a copy.
+        model, tuned: what `trainable` of a model gives.
         items: what samples are asked for; none for an unconditional model.
         training: filled in for this kind of model.
-        optimizer: by default the method's own.
+        optimizer: of AdamW and its schedule; by default the method's own.
         normalized: the reward as training sees it, of the untuned model, if it is another.
 
     Raises InputError if the method, the model and the settings do not fit.
@@ -180,9 +180,8 @@ def prepare(
     try_network(tuned)
     flow = cast(Flow, tuned.flow)
     adapted = has_adapter(flow.network)
-    untuned = cast(M, tuned.base()) if adapted and isinstance(tuned, TextToImage) else model
     if normalized is not None:
-        reward = normalized(untuned)
+        reward = normalized(model)
     dtype = autocast_dtype(training.mixed_precision, model.device)
     flow = replace(flow, autocast=dtype)
     base = base_of(flow) if adapted else replace(cast(Flow, model.flow), autocast=dtype)
@@ -233,23 +232,10 @@ def prepare(
             **options,
         )
 
-    return Prepared(tuned, untuned, flow, base, reward, draw, loop)
+    return Prepared(model, tuned, flow, base, reward, draw, loop)
 
 
-def to_train(model: Model, training: Training) -> tuple[Model, Model]:
-    """(base, what is going to be trained) of a network on tensors: a copy, or, if it has an adapter, the model itself.
-
-    Raises InputError for a pattern of names that fits no parameter, or is given beside an adapter.
-    """
-    if has_adapter(model.flow.network):
-        if training.trainable.pattern:
-            raise InputError("training.trainable: a model with an adapter trains the adapter alone; leave it out")
-        return model, model
-    base = replace(model, flow=in_float32(model.flow))
-    return base, replace(base, flow=trainable_copy(base.flow, training.trainable))
-
-
-def items_of(model: Model, training: Training) -> list[Prompt]:
+def classes_of(model: GenerativeModel, training: Training) -> list[Prompt]:
     """The classes that are tuned, in order; none of an unconditional model. Raises InputError for one that it does not have."""
     count = len(model.class_names)
     classes = sorted(training.classes) or list(range(count))
@@ -257,7 +243,39 @@ def items_of(model: Model, training: Training) -> list[Prompt]:
         raise InputError("training.classes: this model is not class-conditional; leave them out")
     if classes and classes[-1] >= count:
         raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
-    return model.items_of(classes)
+    return [Prompt(model.class_names[i], {"label": i}) for i in classes]
+
+
+def asked_of(items: Sequence[Prompt], held_out: Sequence[Prompt], settings: Evaluation, count: int | None = None) -> Asked:
+    """The samples of an evaluation.
+
+    Args:
+        items: the classes that are tuned, if there are any.
+        held_out: the prompts that are not, if there are any.
+        count: another number of samples than `num_samples`.
+    """
+    if held_out:
+        assert settings.num_generations is not None
+        return Asked.of_prompts(held_out[: settings.num_prompts], settings.num_generations)
+    count = count or settings.num_samples or 0
+    return Asked.of_classes(items, count) if items else Asked.of_samples(count)
+
+
+def build_reward(settings: RewardSettings, method: Method, device: str, *, decoded: bool = False) -> Reward:
+    """A reward by its settings.
+
+    Args:
+        decoded: of what a model decodes.
+
+    Raises InputError if the method needs a gradient that the reward does not have, or the reward learns and cannot here.
+    """
+    if method.needs.reward_gradient and not settings.differentiable:
+        raise InputError(f"reward {settings.name!r} has no gradient, and method {method.name!r} needs one")
+    if settings.learned and not method.needs.learned_reward:
+        raise InputError(f"reward {settings.name!r} learns while it is used, which method {method.name!r} cannot do")
+    if settings.learned and decoded:
+        raise InputError(f"reward {settings.name!r} learns from samples, which it cannot from those of a pipeline")
+    return settings.build(device)
 
 
 def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
@@ -299,7 +317,12 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Method, t
         )
     if distinct and not prompts and method.needs.own_data:
         raise InputError("method.data: the images would have to be of the classes that are drawn; leave them out")
-    if isinstance(model, TextToImage) and training.guidance_mode != "none" and model.distilled:
+    if training.per_prompt_normalization and not distinct:
+        raise InputError(
+            "training.per_prompt_normalization: this model has neither prompts nor classes; a beta that is larger by the"
+            " standard deviation of its rewards does the same"
+        )
+    if items and training.guidance_mode not in (None, "none") and model.conditions(items[:1])[1] is None:
         raise InputError(
             f"training.guidance_mode {training.guidance_mode}: this model was distilled from guidance and has no negative"
             " prompts; its guidance_scale is an input of the network. Use guidance_mode none"

@@ -1,17 +1,26 @@
-"""Finding recipes: YAML files inside the package by name, or the user's own by path."""
+"""Recipes: everything that a training run depends on, as a YAML file in the package, by name, or the user's own, by path."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field, model_validator
+
+from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.evaluation.settings import Evaluation
+from tiltflow.models.source import DiffusersModel, ModelName, ModelSource, source_of
 from tiltflow.plugins import run_around
-from tiltflow.settings import apply_overrides, read_yaml
+from tiltflow.rewards import NamedReward
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.settings import Settings, apply_overrides, read_yaml, validate
 from tiltflow.shipped import by_name
-from tiltflow.training.optimizer import move_old_keys
+from tiltflow.training.method import Method, NamedMethod
+from tiltflow.training.optimizer import Optimizer, fill_optimizer, move_old_keys
+from tiltflow.training.settings import Training
 
 Kind = Literal["train", "pretrain"]
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
@@ -47,6 +56,92 @@ def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return apply_overrides(move_old_keys(tree) if in_run else tree, overrides)
 
 
-def is_text_to_image(tree: Any) -> bool:
-    """Whether a training recipe, as it was read, is one of a diffusers pipeline."""
-    return isinstance(tree, dict) and isinstance(tree.get("model"), dict)
+class Recipe(Settings):
+    """A training run, complete."""
+
+    description: str = ""
+    """A line for people: it is shown when the run begins, and in its report."""
+    model: ModelName
+    """A model that ships with tiltflow, or a model folder; `{path: .., adapter: ..}` trains a LoRA in it; `{diffusers: ..}` is
+    a pipeline of diffusers."""
+    prompts: Prompts | None = None
+    """What a pipeline is asked for."""
+    reward: NamedReward
+    """What is tuned toward: `tiltflow settings` lists the rewards."""
+    method: NamedMethod
+    """How it is tuned: `tiltflow settings` lists the methods."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW and its schedule."""
+    training: Training = Training()
+    """The loop."""
+    sampling: Sampling | None = None
+    """How the models are sampled for the evaluation: the first of evaluation.points."""
+    evaluation: Evaluation = Evaluation()
+    """What is measured after training."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The same seed, recipe, software and machine give the same result, bit for bit."""
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Recipe:
+        prompted = isinstance(self.model, DiffusersModel)
+        if prompted and self.prompts is None:
+            raise ValueError("prompts is missing")
+        if not prompted and self.prompts is not None:
+            raise ValueError("prompts: are for a pipeline, `model: {diffusers: ..}`, and this model is none; leave them out")
+        training = self.training.for_prompts() if prompted else self.training.for_samples()
+        evaluation = self.evaluation.for_prompts(self.sampling) if prompted else self.evaluation.for_samples(self.sampling)
+        object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
+        object.__setattr__(self, "training", training)
+        object.__setattr__(self, "evaluation", evaluation)
+        object.__setattr__(self, "sampling", None)  # it is the first of evaluation.points now
+        name = "num_generations" if prompted else "train_batch_size"
+        if why := self.method.learns_nothing(size := getattr(training, name)):
+            raise ValueError(f"training.{name} {size} teaches nothing: {why}; give 2 or more")
+        return self
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        return source_of(self.model)
+
+    @property
+    def model_name(self) -> str:
+        """The model, as a report says it."""
+        return self.source.title
+
+    @property
+    def reward_name(self) -> str:
+        """The reward, as a report says it."""
+        return self.reward.name
+
+    @property
+    def reward_description(self) -> str:
+        """The reward in a sentence."""
+        return self.reward.description
+
+
+class RunSettings(Protocol):
+    """What is written down of a training run, whether a recipe or a program began it."""
+
+    description: str
+    method: Method
+    optimizer: Optimizer
+    training: Training
+    evaluation: Evaluation
+    seed: int
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def reward_name(self) -> str: ...
+
+    @property
+    def reward_description(self) -> str: ...
+
+
+def read_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
+    """A training recipe from its settings. Raises InputError, naming `where`, for the first thing that is wrong."""
+    if "begun_by" in tree:
+        raise InputError(f"{where}: {tree['begun_by']} began this run, in a program that has its model and reward; go on there")
+    return validate(Recipe, tree, where)

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from tiltflow.api import AnyRecipe, read_recipe, run
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.metrics import every_metric
 from tiltflow.files import PARTIAL, read_json, trusted, write_json, write_text, writing
 from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.lock import working_in
+from tiltflow.runs.recipe import Recipe, read_recipe
+from tiltflow.runs.run import run
 from tiltflow.runs.run_folder import claim, flat, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
@@ -47,7 +48,7 @@ class Point:
 
     name: str
     values: dict[str, Any]
-    recipe: AnyRecipe
+    recipe: Recipe
 
 
 def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:

@@ -136,18 +136,6 @@ def rollout_ode(solver: OdeFunction, times: Tensor, velocity: Velocity, x: Tenso
     return Trajectory(euler(times), states, velocities)
 
 
-@torch.no_grad()
-def path_costs(chain: Chain, tuned: Velocity, base: Velocity, x: Tensor, generator: torch.Generator) -> Tensor:
-    """sum_k |w_k|^2 / 2 along fresh paths of the tuned chain from x [batch, *event], in nats: [batch], float64. Its mean is the
-    KL divergence of the tuned paths from those of the base, which is at least that of the samples they end in."""
-    path = rollout(chain, tuned, x, generator)
-    costs = torch.zeros(len(x), dtype=torch.float64)
-    for k, (state, v) in enumerate(zip(path.states, path.velocities, strict=False)):
-        change = v - base(state, chain.times[k])
-        costs += chain.control_scale[k].item() ** 2 / 2 * change.flatten(1).double().square().sum(1).cpu()
-    return costs
-
-
 def solve(solver: OdeFunction, velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     """The states of `solver`, which gets copies. Raises InputError if it does not return a state of its own, of the shape of x,
     for every time; UserCodeError if it raises an exception."""

@@ -19,7 +19,7 @@ TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 BATCH_SIZE, PROMPTS, GENERATIONS = 64, 4, 4
 """Default sizes of a batch."""
-OF_PROMPTS = ("prompts_per_step", "num_generations", "guidance_mode", "per_prompt_normalization", "decode_batch_size")
+OF_PROMPTS = ("prompts_per_step", "num_generations", "guidance_mode", "decode_batch_size")
 """Settings for models with prompts alone."""
 
 
@@ -47,8 +47,8 @@ class Training(Settings):
     with guidance and learn without; it works best for Stable Diffusion, but no law is known that it aims at. full: both with
     guidance; it aims at the tilt of the guided law, and the adjoint of a strongly guided flow grows large."""
     per_prompt_normalization: Annotated[int, Field(ge=2)] | None = None
-    """Pictures of the base for each prompt, drawn when it first comes, for the mean and std of its rewards: the reward is then
-    (r - mean) / std, and the temperature in these units."""
+    """Samples of the base for each prompt or class, drawn when it first comes, for the mean and std of its rewards: the reward
+    is then (r - mean) / std, and the temperature in these units."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights, which draws the trajectories and is saved; 0 for none."""
     trainable: Pattern = re.compile("")
@@ -120,8 +120,10 @@ class Training(Settings):
 NEED_A_FOLDER = ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "monitor")
 
 
-def refuse_what_needs_a_folder(training: Training) -> None:
-    """Raise InputError for a setting that means nothing where nothing is written, unless it is the default."""
+def refuse_what_needs_a_folder(training: Training, evaluation: object = None) -> None:
+    """Raise InputError for settings that mean nothing where nothing is written, unless they are the default."""
+    if evaluation is not None:
+        raise InputError("tune: evaluation needs a folder to write to: give tune(.., output=..)")
     for name in NEED_A_FOLDER:
         if (value := getattr(training, name)) != Training.model_fields[name].default:
             raise InputError(f"training.{name} ({value!r}) needs a folder to write to: give tune(.., output=..)")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -389,23 +388,3 @@ def load_weights(state: Tree, parameters: Mapping[str, Tensor], buffers: Mapping
                 )
             tensor.copy_(processes.part_like(saved[name], tensor))
     processes.weights_changed()
-
-
-def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
-    """`flow` with a copy of its network in which the parameters whose names match the regular expression `trainable` require
-    gradients; by default all of them. Raises InputError if none matches, or if the network has no parameters."""
-    if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
-        raise InputError("nothing can be trained: the network is no torch module with parameters")
-    try:
-        network = copy.deepcopy(flow.network)
-    except Exception as error:  # a module of the user may hold anything
-        raise InputError(
-            f"the network cannot be copied, and training works on a copy ({str(error).splitlines()[0]})"
-        ) from error
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(re.search(trainable, name) is not None)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        parts = ", ".join(name for name, _ in network.named_children())
-        pattern = re.compile(trainable).pattern
-        raise InputError(f"training.trainable: no parameter name matches {pattern!r}; the network's parts are {parts}")
-    return replace(flow, network=network)

@@ -1,16 +1,20 @@
 """Descriptions of metrics, as values: what a number is called, what it means, which way is better.
 
-A family of metrics that are described and computed together is one file here with a tuple `METRICS`; it is found by being
-here. The report, the sweep and the trackers read titles and meanings from these descriptions, and have none of their own.
+A family of metrics that are described and computed together is one file here, found by being here: with a tuple `METRICS`, and
+a function `measure` that says what an evaluation finds of them, or `nothing` where they are measured elsewhere. The report, the
+sweep and the trackers read titles and meanings from these descriptions, and have none of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+from tiltflow.evaluation.samples import Seen
+from tiltflow.evaluation.verdict import Row
 from tiltflow.plugins import member, names
 
 Source = Literal["summary", "training", "table"]
@@ -86,14 +90,33 @@ class Metric:
         return f"{self.title}, in nats" if self.unit == "nats" else self.title
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation finds: entries of the summary, and tests against the target law."""
+
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    tests: tuple[Row, ...] = ()
+
+
+class Measure(Protocol):
+    """`measure` of a family of metrics."""
+
+    def __call__(self, seen: Seen, /) -> Found: ...
+
+
+def nothing(seen: Seen) -> Found:
+    """The `measure` of metrics that are no numbers of the samples of an evaluation."""
+    return Found()
+
+
 ORDER = (
     "samples",
     "judge",
     "reward",
     "distance-to-target",
     "balance",
-    "distance-to-base",
     "distance-to-reference",
+    "distance-to-base",
     "path-kl",
     "diversity",
     "cost",
@@ -102,11 +125,26 @@ ORDER = (
 """Order of the families on a page, and of the costs among which a sweep takes the first; others follow by name."""
 
 
+def families() -> list[str]:
+    """The names of the families, in order."""
+    return sorted(names("evaluation.metrics"), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
 @cache
 def every_metric() -> tuple[Metric, ...]:
     """All descriptions, family by family."""
-    families = sorted(names("evaluation.metrics"), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    return tuple(metric for name in families for metric in member("evaluation.metrics", name, "METRICS"))
+    return tuple(metric for name in families() for metric in member("evaluation.metrics", name, "METRICS"))
+
+
+def measure(seen: Seen) -> Found:
+    """What all families find."""
+    entries, tests = dict[str, Any](), list[Row]()
+    for name in families():
+        function: Measure = member("evaluation.metrics", name, "measure")
+        found = function(seen)
+        entries |= found.entries
+        tests += found.tests
+    return Found(entries, tuple(tests))
 
 
 def described(source: Source) -> dict[str, Metric]:

@@ -1,8 +1,14 @@
-"""2-Wasserstein distance between tuned and base samples. Computed by `evaluation.estimates.exact_w2`."""
+"""2-Wasserstein distance between tuned and base samples."""
 
 from __future__ import annotations
 
-from tiltflow.evaluation.metrics import Cost, Metric, Section
+from torch import Tensor
+
+from tiltflow.evaluation.estimates import exact_w2
+from tiltflow.evaluation.metrics import Cost, Found, Metric, Section
+from tiltflow.evaluation.samples import Asked, Seen
+
+MOST = 1024  # points for the exact distance, whose cost grows with their square
 
 METRICS = (
     Metric(
@@ -22,3 +28,30 @@ METRICS = (
         compared=True,
     ),
 )
+
+
+def measure(seen: Seen) -> Found:
+    """The distance between samples of different noise, and the same between two halves of the base, which is what finite
+    samples leave: in the judge's features, in `features`, or of the samples themselves.
+
+    Not measured in the pixels of pictures of prompts: of the few of each, all are as far from each other."""
+    instruments, samples = seen.instruments, seen.samples
+    if instruments.judge is not None:
+        judge = instruments.judge
+        space, (base, tuned) = f"features of {judge.name}", (instruments.look(judge.features, x) for x in samples.both)
+    elif instruments.extract is not None:
+        extract = instruments.extract
+        space, (base, tuned) = f"features of {seen.settings.features}", (instruments.features(x, extract) for x in samples.both)
+    elif samples.asked.kind == "prompt":
+        return Found()
+    else:
+        space, (base, tuned) = "samples", (x.flatten(1) for x in samples.both)
+    return Found({**distance_to_base(tuned, base, samples.asked), "w2_space": space})
+
+
+def distance_to_base(tuned: Tensor, base: Tensor, asked: Asked) -> dict[str, float]:
+    """The distance of tuned and base samples [n, d] of different noise, and of two halves of the base. Each group is halved, so
+    that both halves have all of them."""
+    first, last = asked.halves(MOST)
+    ours = first[first < len(tuned)]  # fewer, where more of the tuned model's were left out
+    return {"w2_base": exact_w2(tuned[ours], base[last]), "w2_floor": exact_w2(base[first], base[last])}

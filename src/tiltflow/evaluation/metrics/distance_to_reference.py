@@ -1,8 +1,11 @@
-"""Distances of pictures to reference pictures, for each sampling point. Computed by `evaluation.features`."""
+"""Distances of pictures to reference pictures, for each way to sample. Computed by `evaluation.features`."""
 
 from __future__ import annotations
 
-from tiltflow.evaluation.metrics import Cost, Metric
+from torch import Tensor
+
+from tiltflow.data import load_images
+from tiltflow.evaluation.metrics import Cost, Metric, nothing
 
 METRICS = (
     Metric(
@@ -25,3 +28,14 @@ METRICS = (
         compared=True,
     ),
 )
+
+measure = nothing
+
+
+def reference_images(path: str, like: Tensor) -> Tensor:
+    """Up to 10,000 pictures [n, channels, height, width] with the channels of `like`, if they have one.
+
+    Raises InputError if they cannot be read.
+    """
+    images = load_images(path, "test").images[:10_000]
+    return images.expand(-1, like.shape[1], -1, -1) if images.shape[1] == 1 and like.ndim == 4 else images

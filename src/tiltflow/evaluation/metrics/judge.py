@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from tiltflow.evaluation.metrics import Metric, Section
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.data import load_images
+from tiltflow.evaluation.estimates import (
+    Estimate,
+    entropy,
+    frechet_distance,
+    histogram_distance,
+    histogram_masses,
+    mean_estimate,
+    one_hot,
+    total_variance,
+    total_variation,
+)
+from tiltflow.evaluation.metrics import Found, Metric, Section
+from tiltflow.evaluation.samples import Instruments, Judge, Samples, Seen
+from tiltflow.evaluation.settings import Evaluation
+from tiltflow.evaluation.verdict import class_tests, distance_test, share_test
 
 GROUP = (
     Metric(
@@ -122,3 +142,101 @@ VARIETY = (
 )
 
 METRICS = (*GROUP, *FRECHET, *CONFIDENCE, *VARIETY)
+
+
+def measure(seen: Seen) -> Found:
+    """What the judge sees, if there is one: class histograms of base, tuned and target, their total variation, and tests of all
+    of it against the target. What is of the target is None where that is not known."""
+    judge, samples, settings = seen.instruments.judge, seen.samples, seen.settings
+    if judge is None:
+        return Found({"judge": None})
+    probabilities = [seen.instruments.look(judge.probabilities, x) for x in (samples.base, samples.tuned)]
+    entries = {"model": judge.name, "class_names": list(judge.config.class_names)}
+    entries |= of_classes(probabilities, settings, judge) | of_features(seen.instruments, judge, samples, settings)
+    if samples.weights.unknown() is not None:
+        return Found({"judge": entries})
+    return of_target(probabilities, entries, settings, judge, samples, seen.generator)
+
+
+def of_classes(probabilities: list[Tensor], settings: Evaluation, judge: Judge) -> dict[str, Any]:
+    """Histograms and confidence of the base and the tuned model, from probabilities [n, classes] of both."""
+    p_base, p = probabilities
+    names, members = judge.config.class_names, torch.tensor(settings.group, dtype=torch.long)
+    base_histogram, ours = (one_hot(each.argmax(1), len(names)).mean(0) for each in probabilities)
+    sure_base, sure = ((each.amax(1) > settings.confidence).double() for each in probabilities)
+    found: dict[str, Any] = {
+        "base": base_histogram.tolist(),
+        "tuned": ours.tolist(),
+        "target": None,
+        "target_error": None,
+        "sure_above": settings.confidence,
+        **mean_estimate(sure_base).named("sure_base"),
+        **mean_estimate(sure).named("sure_tuned"),
+        "confidence_base": p_base.amax(1).mean().item(),
+        "confidence_tuned": p.amax(1).mean().item(),
+        "entropy_base": entropy(base_histogram),
+        "entropy_tuned": entropy(ours),
+    }
+    if settings.group:
+        of_group_base, of_group = (torch.isin(each.argmax(1), members).double() for each in probabilities)
+        found["group"] = {
+            "label": ", ".join(names[i] for i in settings.group),
+            "base": of_group_base.mean().item(),
+            **mean_estimate(of_group).named("tuned"),
+            "target": None,
+            "target_error": None,
+        }
+    return found
+
+
+def of_features(instruments: Instruments, judge: Judge, samples: Samples, settings: Evaluation) -> dict[str, Any]:
+    """Variance of the judge's features, and their Fréchet distance to those of real images, if there are any."""
+    f_base, f = (instruments.look(judge.features, x) for x in (samples.base, samples.tuned))
+    found = {"variance_base": total_variance(f_base), "variance_tuned": total_variance(f)}
+    if settings.data is not None:
+        f_real = instruments.look(judge.features, real_images(settings.data))
+        found["frechet_base"], found["frechet_tuned"] = frechet_distance(f_base, f_real), frechet_distance(f, f_real)
+        found["frechet_real"] = frechet_distance(*f_real.chunk(2))
+    return found
+
+
+def of_target(
+    probabilities: list[Tensor],
+    entries: dict[str, Any],
+    settings: Evaluation,
+    judge: Judge,
+    samples: Samples,
+    generator: torch.Generator,
+) -> Found:
+    """What the judge would see under the target law, and the tests of the tuned model against it."""
+    names, weights = judge.config.class_names, samples.weights
+    labels_base, labels = (each.argmax(1) for each in probabilities)
+    sure_base, sure = ((each.amax(1) > settings.confidence).double() for each in probabilities)
+    distance, _, target = histogram_distance(labels, labels_base, weights, len(names), generator)
+    of_base = total_variation(one_hot(labels_base, len(names)).mean(0), target)
+    null = weights.null_distances(len(labels), [histogram_masses(labels_base, len(names))], generator)[0]
+    entries |= {"target": target.tolist(), "target_error": weights.mean(one_hot(labels_base, len(names)))[1].tolist()}
+    group_test = None
+    if settings.group:
+        members = torch.tensor(settings.group)
+        of_group_base, of_group = (torch.isin(each, members).double() for each in (labels_base, labels))
+        group_test = share_test(f"share of classes {entries['group']['label']}", of_group, of_group_base, weights)
+        entries["group"] |= Estimate(*map(float, weights.mean(of_group_base))).named("target")
+    tests = [
+        group_test,
+        *class_tests(labels, labels_base, weights, names, settings.group),
+        share_test(f"share of which the judge is sure above {settings.confidence:g}", sure, sure_base, weights),
+        distance_test("total variation of the classes", distance.value, of_base, null),
+    ]
+    of_distance = {
+        **distance.named("target_distance"),
+        "target_distance_base": of_base,
+        "target_distance_floor": null.mean().item(),
+        "target_distance_kind": "total variation of the judge's class histogram to the importance-weighted base's",
+    }
+    return Found({"judge": entries, **of_distance}, tuple(row for row in tests if row is not None))
+
+
+def real_images(path: str) -> Tensor:
+    """Up to 10,000 of the real images that samples are compared with. Raises InputError if they cannot be read."""
+    return load_images(path, "test").images[:10_000]

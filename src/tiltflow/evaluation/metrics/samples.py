@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltflow.evaluation.metrics import Metric, Section
+from tiltflow.evaluation.metrics import Metric, Section, nothing
 
 METRICS = (
     Metric(
@@ -23,3 +23,5 @@ METRICS = (
     Metric("num_samples", "Samples", "Drawn from each of the two models for this evaluation.", section=Section.SURE),
     Metric("num_prompts", "Prompts", "Held out from training.", section=Section.SURE),
 )
+
+measure = nothing

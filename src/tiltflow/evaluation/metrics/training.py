@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltflow.evaluation.metrics import Metric
+from tiltflow.evaluation.metrics import Metric, nothing
 
 METRICS = (
     Metric(
@@ -68,3 +68,5 @@ METRICS = (
         source="training",
     ),
 )
+
+measure = nothing

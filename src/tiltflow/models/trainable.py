@@ -1,0 +1,95 @@
+"""What of a network is trained: a copy of it, the parameters whose names match, or a LoRA of peft beside the frozen network."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from tiltflow.errors import InputError, not_installed
+from tiltflow.flows.adapter import has_adapter
+from tiltflow.flows.flow import Flow
+from tiltflow.settings import Settings
+from tiltflow.streams import stream
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Adapter(Settings):
+    """A LoRA in the network that is tuned, by peft."""
+
+    rank: Count = 16
+    """Of the LoRA's matrices."""
+    lora_alpha: Count | None = None
+    """The adapter's output is scaled by lora_alpha / rank; by default `rank`."""
+    target_modules: tuple[str, ...] | None = None
+    """The ends of the names of the layers; by default the attention of a pipeline's family, and of another network all linear
+    and convolutional layers."""
+
+    def config(self, targets: Sequence[str]) -> Any:
+        """peft's settings, for these layers where the adapter names none. Raises InputError if peft is not installed."""
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise not_installed("peft", "diffusers") from None
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        chosen = list(targets if self.target_modules is None else self.target_modules)
+        return LoraConfig(r=self.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=chosen)
+
+
+def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
+    """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
+    expression `trainable` is found. Raises InputError if it is found in none, or if there is nothing that could be trained."""
+    if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
+        raise InputError("nothing can be trained: the network is no torch module with parameters")
+    try:
+        network = copy.deepcopy(flow.network)
+    except Exception as error:  # of a module of the user, which may hold anything
+        raise InputError(
+            f"the network cannot be copied, and training works on a copy ({str(error).splitlines()[0]})"
+        ) from error
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(re.search(trainable, name) is not None)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        parts = ", ".join(name for name, _ in network.named_children())
+        pattern = re.compile(trainable).pattern
+        raise InputError(f"training.trainable: no parameter name matches {pattern!r}; the network's parts are {parts}")
+    return replace(flow, network=network)
+
+
+def adapted(network: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
+    """A copy of a network with a new LoRA, which alone is trainable and changes nothing yet.
+
+    Raises InputError if peft is not installed, or no layer has such a name.
+    """
+    layers = [
+        name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
+    if not layers and adapter.target_modules is None:
+        raise InputError("adapter: this network has no linear or convolutional layer; name others in adapter.target_modules")
+    config = adapter.config(layers)
+    from peft import get_peft_model
+
+    copied: Any = copy.deepcopy(network)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(seed, "adapter").initial_seed())
+            added: nn.Module = get_peft_model(copied, config)
+    except ValueError as error:
+        raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    return added.eval()
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A network without adapter that is the same function: a copy with its adapter merged in, or the network itself."""
+    if not has_adapter(network):
+        return network
+    whole: Any = copy.deepcopy(network)
+    without: nn.Module = whole.merge_and_unload()
+    return without

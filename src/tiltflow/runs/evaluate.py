@@ -1,0 +1,390 @@
+"""Measure a run: the base and the tuned model alike, from the same noise; writes summary.json, pictures and report.html."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow import __version__, processes
+from tiltflow.conditions.prompts import Prompt
+from tiltflow.control.path_kl import path_kl
+from tiltflow.evaluation import metrics
+from tiltflow.evaluation.estimates import ImportanceWeights
+from tiltflow.evaluation.features import distances_to_reference
+from tiltflow.evaluation.metrics.distance_to_reference import reference_images
+from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
+from tiltflow.evaluation.monitor import over_groups
+from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
+from tiltflow.evaluation.settings import Point
+from tiltflow.evaluation.verdict import Row, conclude, mean_test, of_rewards
+from tiltflow.files import final_name, write_file, write_json, write_text
+from tiltflow.flows.chunks import in_chunks
+from tiltflow.laws.target import Target
+from tiltflow.methods import Tilting
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.reports.plots import image_grid
+from tiltflow.reports.report import write_report
+from tiltflow.runs.recipe import RunSettings
+from tiltflow.runs.run_folder import of_monitor, read_records
+from tiltflow.samplers.rollout import sample
+from tiltflow.streams import stream
+from tiltflow.training.base_statistics import BaseStatistics
+from tiltflow.training.calibration import LIMIT, gain_at_limit
+from tiltflow.training.settings import GuidanceMode
+
+MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
+"""For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of a model at one way to sample, and their rewards by name."""
+
+    x: Tensor
+    rewards: dict[str, Tensor]
+
+
+@torch.no_grad()
+def evaluate(
+    run: RunSettings,
+    folder: Path,
+    base: GenerativeModel,
+    tuned: GenerativeModel,
+    asked: Asked,
+    instruments: Instruments,
+    *,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Measure the tuned model of a run beside its base, and write what was found into its folder. Returns the summary.
+
+    Args:
+        base, tuned: in the precision of the training.
+        asked: the samples that are measured.
+        seconds: what the run took until now; by default its training.
+    """
+    began, records = time.perf_counter(), read_records(folder)
+    settings, target = run.evaluation, run.method.target(records[-1]["step"], base.grid)
+    table, (of_base, of_tuned) = draw_all(run, base, tuned, asked, instruments)
+    samples = counted(run, target, base, asked, instruments, of_base, of_tuned)
+    generator = stream(run.seed, "bootstrap")
+    calibrated = calibration_in_words(target.beta, records[-1].get("beta"))
+    # a gain at its limit has not made the mean reward what it should be
+    reached = calibrated["calibration_at_limit"] is not False
+    entries, tests = of_laws(samples, instruments.own, generator, counted=reached)
+    found = metrics.measure(Seen(samples, instruments, settings, (base, tuned), generator))
+    summary: dict[str, Any] = {
+        **described(run, target, folder, base, asked),
+        "iterations": records[-1]["step"],
+        "working_beta": records[-1].get("beta"),
+        "calibration_at_limit": calibrated["calibration_at_limit"],
+        "limits": [
+            *target.caveats,
+            *calibrated["limits"],
+            *guidance_limits(run.training.guidance_mode),
+            *left_out_in_words(*samples.left_out, len(asked)),
+        ],
+        **mean_rewards(samples, of_base, of_tuned, asked, instruments.own),
+        **entries,
+        **of_path_kl(run, tuned, base, asked),
+        "diversity_in": in_words(instruments, settings.features, base),
+        "table": table,
+        "seconds": records[-1]["seconds"],
+        "network_evaluations": records[-1]["network_evaluations"],
+        "samples_drawn": records[-1].get("samples_drawn"),
+        **of_monitor(folder),
+        **found.entries,
+        **balance(run, target, base, tuned, samples, instruments),
+    }
+    if guided(base, settings.first):
+        # of the law of guided samples: not to be held against paths without guidance
+        summary |= dict.fromkeys(("path_kl_target", "path_kl_target_error"))
+    summary |= conclude([*tests, *found.tests], summary)
+    summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
+    return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid)
+
+
+def described(run: RunSettings, target: Target, folder: Path, base: GenerativeModel, asked: Asked) -> dict[str, Any]:
+    """What was run, where, and what it aims at."""
+    of_group = f", r in standard deviations of the base's for its {asked.kind}" if run.training.per_prompt_normalization else ""
+    return {
+        "tiltflow": __version__,
+        "torch": torch.__version__,
+        "device": str(base.device),
+        "threads": torch.get_num_threads(),
+        "name": final_name(folder),
+        "description": run.description,
+        "model": run.model_name,
+        "method": run.method.name,
+        "beta": target.beta,
+        "target_law": target.words + of_group,
+        "reward": run.reward_name,
+        "reward_description": run.reward_description,
+        "max_train_steps": run.training.max_train_steps,
+        "seed": run.seed,
+        "num_samples": len(asked),
+        **({"num_prompts": asked.groups} if asked.kind == "prompt" else {}),
+    }
+
+
+# ---- samples ----
+
+
+def draw_all(
+    run: RunSettings, base: GenerativeModel, tuned: GenerativeModel, asked: Asked, instruments: Instruments
+) -> tuple[list[dict[str, Any]], tuple[Drawn, Drawn]]:
+    """A row for each way to sample and each of the two models; and what both drew in the first way."""
+    settings, reference = run.evaluation, reference_features(run, base, asked, instruments)
+    points = settings.points or ()
+    table, first = list[dict[str, Any]](), list[Drawn]()
+    for i, point in enumerate(points):
+        scale = None
+        for name, model in (("base", base), ("tuned", tuned)):
+            x = drawn(model, asked, point, run.seed, settings.at_once)
+            rewards = instruments.scores(x, asked)
+            extract = instruments.extract
+            compared = (x.clamp(-1, 1) if base.has_decoder else x) if extract is None else instruments.features(x, extract)
+            if scale is None:  # of the base, which comes first
+                scale = squared_distance(compared, asked.size)
+            row: dict[str, Any] = {"model": name, **in_row(point, points, base)}
+            for key, value in rewards.items():
+                row |= over_groups(value, asked.together).named(key)
+            row |= diversity(compared, asked, scale if extract is None else None)
+            if reference is not None:
+                row |= distances_to_reference(compared, reference, run.seed)
+            table.append(row)
+            if i == 0:
+                first.append(Drawn(x, rewards))
+    return table, (first[0], first[1])
+
+
+def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_size: int) -> Tensor:
+    """A sample of each item, as a point says."""
+    return model.draw(
+        asked.items, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale, batch_size=batch_size
+    )
+
+
+def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
+    """A way to sample as columns of the table: those that mean something, or differ between the ways."""
+    values = point.model_dump(include={"solver", "num_inference_steps"})
+    values |= {name: getattr(point, name) for name in ("shift", "eta") if len({getattr(each, name) for each in points}) > 1}
+    if model.has_decoder:
+        values["guidance_scale"] = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
+    return values
+
+
+def counted(
+    run: RunSettings,
+    target: Target,
+    base: GenerativeModel,
+    asked: Asked,
+    instruments: Instruments,
+    of_base: Drawn,
+    of_tuned: Drawn,
+) -> Samples:
+    """The samples that stand for the laws, with the weights of the base's toward the target."""
+    tilted = of_base.rewards[instruments.own]
+    if run.training.per_prompt_normalization:
+        reward = instruments.rewards[instruments.own]
+        statistics = BaseStatistics(run.training, run.method.sampling, base, reward, run.seed)
+        mean, std = statistics([item.text for item in asked.items], [item.metadata for item in asked.items])
+        tilted = (tilted - mean) / std
+    return samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted, target.log_tilt)
+
+
+def reference_features(run: RunSettings, base: GenerativeModel, asked: Asked, instruments: Instruments) -> Tensor | None:
+    """[n, width] of the pictures that FID and KID compare with, if there are any. Those of the base are from other noise than
+    the samples in the table, so the base's own distance is what is left where nothing differs."""
+    settings, extract = run.evaluation, instruments.extract
+    if settings.reference is None or extract is None:
+        return None
+    if settings.reference == "base":
+        other = stream(run.seed, "reference").initial_seed()
+        return instruments.features(drawn(base, asked, settings.first, other, settings.at_once), extract)
+    shape = torch.zeros(1, *base.sample_shape)
+    return instruments.features(reference_images(settings.reference, shape), extract)
+
+
+def guided(model: GenerativeModel, point: Point) -> bool:
+    """Whether samples are drawn with guidance by negative prompts."""
+    negative = model.conditions([Prompt("")])[1] if model.has_decoder else None
+    scale = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
+    return negative is not None and scale != 1
+
+
+# ---- numbers ----
+
+
+def of_laws(samples: Samples, own: str, generator: torch.Generator, *, counted: bool) -> tuple[dict[str, Any], list[Row]]:
+    """What the rewards say of the target law: entries of the summary, and a test of the mean of each reward and class."""
+    base, tuned, weights, asked = samples.base_rewards, samples.tuned_rewards, samples.weights, samples.asked
+    kind = asked.kind if asked.kind != "sample" else "class"
+    entries, tests = of_rewards(tuned[own], base[own], weights, generator, counted=counted, group=kind)
+    if entries["target_unknown"] is None:
+        tests += [mean_test(f"mean {name}", tuned[name], base[name], weights) for name in base if name != own]
+        if asked.strata and asked.groups > 1:
+            tests += of_classes(tuned[own], base[own], samples.log_tilt, asked.names)
+    return entries, tests
+
+
+def of_classes(rewards: Tensor, base_rewards: Tensor, tilt: Tensor, names: Sequence[str]) -> list[Row]:
+    """A test of the mean reward of each class, of samples that come one class after another, where its target law is known.
+
+    Args:
+        tilt: the log weights of the base samples [n].
+    """
+    found, parts = [], zip(*(each.chunk(len(names)) for each in (rewards, base_rewards, tilt)), strict=True)
+    for name, (tuned, base, of_class) in zip(names, parts, strict=True):
+        weights = ImportanceWeights.from_log_tilt(of_class)
+        if weights.unknown() is None:
+            found.append(mean_test(f"mean reward of class {name}", tuned, base, weights))
+    return found
+
+
+def mean_rewards(samples: Samples, of_base: Drawn, of_tuned: Drawn, asked: Asked, own: str) -> dict[str, Any]:
+    """Mean rewards of base and tuned model, and of their difference, sample by sample."""
+    base, tuned = of_base.rewards[own], of_tuned.rewards[own]
+    if asked.kind != "prompt":
+        base, tuned = samples.base_rewards[own], samples.tuned_rewards[own]
+    gain = of_tuned.rewards[own].double() - of_base.rewards[own].double()
+    return {
+        **over_groups(base, asked.together).named("reward_base"),
+        **over_groups(tuned, asked.together).named("reward_tuned"),
+        **over_groups(gain, asked.together).named("reward_gain"),
+    }
+
+
+def of_path_kl(run: RunSettings, tuned: GenerativeModel, base: GenerativeModel, asked: Asked) -> dict[str, Any]:
+    """`path_kl` of the summary, fresh and with its standard error: of the memoryless samplers of both models, without guidance,
+    on the grid that the evaluation samples on. None, and `path_kl_absent` says why, for a method that tunes a solver without
+    noise."""
+    settings, tuned_solver = run.evaluation, run.method.sampling
+    if isinstance(run.method, Tilting) and not tuned_solver.has_noise:
+        return dict.fromkeys(("path_kl", "path_kl_error")) | {"path_kl_absent": tuned_solver.limits(tuned.grid)[0]}
+    paths = of_paths(asked)
+    costs = path_kl(tuned, base, paths.items, settings.first, seed=run.seed, batch_size=settings.at_once)
+    return {**over_groups(costs, paths.together).named("path_kl"), "path_kl_absent": None}
+
+
+def of_paths(asked: Asked) -> Asked:
+    """The samples whose paths are looked at: of each class as many, of as many prompts as possible."""
+    if asked.kind != "prompt":
+        return asked.some(max(1, min(MOST_PATHS, len(asked)) // asked.groups))
+    prompts = [asked.items[i * asked.size] for i in range(min(asked.groups, PATHS_OF_PROMPTS))]
+    return Asked.of_prompts(prompts, max(2, PATHS_OF_PROMPTS // len(prompts)) if len(prompts) < PATHS_OF_PROMPTS else 1)
+
+
+def balance(
+    run: RunSettings,
+    target: Target,
+    base: GenerativeModel,
+    tuned: GenerativeModel,
+    samples: Samples,
+    instruments: Instruments,
+) -> dict[str, Any]:
+    """How near a method with a law of its own is to that law, by its states: the samples, or, where these are decoded, fresh
+    ones of the training's own sampler. Not of guided ones, whose law it is not."""
+    method, settings = run.method, run.evaluation
+    if target.balance is None or run.training.guidance_mode not in (None, "none"):
+        return {}
+    generator, asked = stream(run.seed, "balance", device=base.device), samples.asked
+    x, rewards = samples.tuned, samples.tuned_rewards[instruments.own]
+    if base.has_decoder:
+        asked = of_paths(asked)
+    elif len(x) != len(asked):  # others were left out than of the base
+        firsts = asked.items[:: asked.size]
+        asked = replace(asked, items=tuple(item for item in firsts for _ in range(len(x) // asked.groups)))
+    condition, _ = tuned.conditions(asked.items)
+    ours, theirs = (model.flow.bind(condition) for model in (tuned, base))
+    if base.has_decoder:
+        start = tuned.start(len(asked), generator, method.sampling.times(tuned.grid)[0])
+        x = sample(in_chunks(ours, settings.at_once), start, method.sampling, generator, start=tuned.grid)
+        rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked)[instruments.own].to(x.device)
+    found = target.balance.measure(ours, theirs, x, rewards, generator, start=base.grid, batch_size=settings.at_once)
+    if found is None:
+        return {}
+    return found.named("own_law_balance") | {"own_law_balance_expected": target.balance.expected}
+
+
+# ---- words ----
+
+
+def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:
+    """In what samples are compared for diversity."""
+    if instruments.extract is not None:
+        return f"features of {features}"
+    return "pixels" if base.has_decoder else "the samples themselves"
+
+
+def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
+    """The sentence that says which samples the numbers of a summary are not of, if any."""
+    if not of_base and not of_tuned:
+        return []
+    return [
+        f"Samples whose reward is not finite, {of_base} of the base's {count} and {of_tuned} of the tuned model's, are left out"
+        " of every number: the laws are those of the others."
+    ]
+
+
+def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
+    """Of a run that worked at `working_beta` at its end: whether that is at its limit (`calibration_at_limit`, None if it was
+    not calibrated), and the sentence that says so (`limits`)."""
+    if beta is None or working_beta is None:
+        return {"calibration_at_limit": None, "limits": []}
+    at_limit = gain_at_limit(beta / working_beta)
+    sentence = (
+        f"Calibration ended at its limit: the run worked at a temperature of {working_beta:.3g} where {beta:g} was asked for,"
+        f" and it may not be more than {LIMIT:g} times lower or higher. The mean reward is then not made right: the run is far"
+        " from converged, or its sampler cannot reach the target."
+    )
+    return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+def guidance_limits(mode: GuidanceMode | None) -> list[str]:
+    """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
+    match mode:
+        case "rollout":
+            return ["Pictures were drawn with guidance and learned from without it: no law is known that this aims at."]
+        case "full":
+            return ["The base of the law is the guided one, whose sampler only approximates a law."]
+        case _:
+            return []
+
+
+# ---- files ----
+
+
+def written(folder: Path, summary: dict[str, Any], x_base: Tensor, x: Tensor, asked: Asked, most: int) -> dict[str, Any]:
+    """Write the summary, the report, and pictures if the samples are some; by the main process. Returns the summary."""
+    columns = columns_of(asked, most)
+    pictures = x.ndim == 4 and x.shape[1] in (1, 3)
+    if pictures:
+        rows = math.ceil(min(len(asked), most) / columns)
+        summary["pictures"] = {"rows": rows, **({"prompts": list(asked.names[:rows])} if asked.kind == "prompt" else {})}
+    if not processes.is_main():
+        return summary
+    if pictures:
+        if asked.strata and asked.groups > 1:  # a column for each class
+            x_base, x = (each.unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1) for each in (x_base, x))
+        for name, images in (("before", x_base), ("after", x)):
+            write_file(folder / f"{name}.png", partial(image_grid(images[:most], columns).save, format="png"))
+    if asked.kind == "prompt":
+        write_text(folder / "prompts.txt", "\n".join(asked.names) + "\n")
+    write_json(folder / "summary.json", summary)
+    write_report(folder)
+    return summary
+
+
+def columns_of(asked: Asked, most: int) -> int:
+    """Columns of the grid of pictures: the samples of a prompt are a row, those of a class a column; else it is a square."""
+    if asked.groups == 1:
+        return 8 if asked.kind == "prompt" else max(1, round(most**0.5))
+    return asked.groups if asked.strata else asked.size
