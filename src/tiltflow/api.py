@@ -20,7 +20,8 @@ from tiltflow.flows.flow import Flow
 from tiltflow.models import model as networks
 from tiltflow.models.consistency import WRONG_CLOCK, consistency
 from tiltflow.models.model import Model
-from tiltflow.models.text_to_image import AdaptedDenoiser, TextToImage, from_diffusers
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser, TextToImage, from_diffusers
 from tiltflow.models.trainable import Adapter
 from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, from_function
@@ -93,7 +94,7 @@ def is_run_of_pipeline(folder: Path) -> bool:
 
 
 NEW_ADAPTER = Adapter()
-M = TypeVar("M", Model, TextToImage)
+M = TypeVar("M", bound=GenerativeModel)
 
 
 def tune(
@@ -194,8 +195,8 @@ def check_calls(callbacks: Any, note: Any) -> None:
 
 def check_arguments(model: Any, reward: Any, method: Any, training: Any, evaluation: Any) -> None:
     """Raise InputError, of one line, for arguments of `tune` of another kind, with what was most likely meant."""
-    if not isinstance(model, (Model, TextToImage)):
-        meant = "a Model or what from_diffusers gives"
+    if not isinstance(model, GenerativeModel):
+        meant = "a Model, what from_diffusers gives, or a GenerativeModel of yours"
         if isinstance(model, (str, Path)):
             meant = f"tiltflow.load({str(model)!r})"
         elif isinstance(model, Flow):
@@ -256,10 +257,10 @@ class PythonRun(Settings):
         and for what cannot be written down."""
         check_arguments(model, reward, method, training, evaluation)
         given, measured = training or Training(), evaluation or Evaluation()
-        prompted = isinstance(model, TextToImage)
+        prompted, network = model.prompted, model.flow.network
         sampling = model.sampling if measured.points is None else None
         tree = {
-            "model": type(model.denoiser.network if prompted else model.flow.network).__name__,
+            "model": type(network.network if isinstance(network, Denoiser) else network).__name__,
             "reward": getattr(reward, "__qualname__", type(reward).__qualname__),
             "conditions": tuple(conditions or ()),
             "method": method,
@@ -287,7 +288,7 @@ class PythonRun(Settings):
 
 
 def _ready(
-    model: Model | TextToImage,
+    model: GenerativeModel,
     reward: Callable[..., Any],
     run: PythonRun,
     conditions: Sequence[Condition] | None,
@@ -301,26 +302,25 @@ def _ready(
         measured: whether there will be an evaluation.
     """
     lifted, items = from_function(reward), items_of(model, conditions, run.training)
-    prompted = isinstance(model, TextToImage)
-    if prompted and isinstance(lifted, LearnedReward):
+    if model.has_decoder and isinstance(lifted, LearnedReward):
         raise InputError("the reward learns from samples, which it cannot from those of a pipeline")
 
     def trainable() -> tuple[Any, Any]:
         if adapter is NEW_ADAPTER and isinstance(model, TextToImage) and isinstance(model.denoiser, AdaptedDenoiser):
             return model.base(), model
-        added = None if adapter is NEW_ADAPTER and not prompted else adapter
+        added = None if adapter is NEW_ADAPTER and not isinstance(model, TextToImage) else adapter
         return model.trainable(added, run.training.trainable, seed=run.seed)
 
-    rehearsed = measured or prompted
-    these = make_ready(run, model, trainable, lifted, items, items if prompted else (), rehearsed=rehearsed)
+    held_out, rehearsed = items if model.prompted else (), measured or model.has_decoder
+    these = make_ready(run, model, trainable, lifted, items, held_out, rehearsed=rehearsed)
     if isinstance(model, Model) and model.network_settings is None and consistency(model).wrong:
         warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=3)
     return these
 
 
-def items_of(model: Model | TextToImage, conditions: Sequence[Condition] | None, training: Training) -> list[Prompt]:
+def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training) -> list[Prompt]:
     """What samples are asked for, from the `conditions` of `tune`. Raises InputError for what the model cannot be asked for."""
-    if isinstance(model, Model):
+    if not model.prompted:
         if conditions is None:
             return classes_of(model, training)
         if not model.class_names:
@@ -338,9 +338,9 @@ def items_of(model: Model | TextToImage, conditions: Sequence[Condition] | None,
     return texts
 
 
-def _write(tuned: Model | TextToImage, run: PythonRun, folder: Path) -> None:
+def _write(tuned: GenerativeModel, run: PythonRun, folder: Path) -> None:
     """Save what was tuned; of a network that tiltflow has no words for, the weights: its owner has the rest."""
-    if isinstance(tuned, TextToImage) or tuned.network_settings is not None:
+    if not isinstance(tuned, Model) or tuned.network_settings is not None:
         tuned.save(folder, f"# A model tuned by {run.method.name}\n\nIts settings are `recipe.yaml` of the run.\n")
     else:
         folder.mkdir(parents=True, exist_ok=True)

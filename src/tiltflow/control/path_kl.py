@@ -42,7 +42,7 @@ def path_kl(
     """
     chain = Sampling(num_inference_steps=max(2, grid.num_inference_steps), shift=grid.shift).chain(tuned.grid)
     generator = stream(seed, "path kl", device=base.device)
-    x = base.start(len(items), generator, chain.times[0])
+    x = base.noise(items, generator, chain.times[0])
     condition, _ = tuned.conditions(items)
     ours, theirs = (in_chunks(model.flow.bind(condition), batch_size) for model in (tuned, base))
     return path_costs(chain, ours, theirs, x, generator)

@@ -51,6 +51,11 @@ class VelocityField(ABC):
     def prediction_scale(self, t: Tensor) -> Tensor:
         """Change of the network's prediction for a change of velocity by 1, at t [] or [batch]: of the shape of t."""
 
+    def project(self, noise: Tensor) -> Tensor:
+        """Standard normal noise [batch, *event] as that of this field, N(0, P): P is an orthogonal projection for each sample,
+        such as on the atoms that a molecule has, and the identity by default."""
+        return noise
+
     def own_weights(self) -> AbstractContextManager[None]:
         """The context in which the network has the weights of this field; a call enters it by itself. Nested entry is a
         no-op."""
@@ -78,6 +83,9 @@ class Wrapper(VelocityField):
 
     def prediction_scale(self, t: Tensor) -> Tensor:
         return self.flow.prediction_scale(t)
+
+    def project(self, noise: Tensor) -> Tensor:
+        return self.flow.project(noise)
 
     def own_weights(self) -> AbstractContextManager[None]:
         return self.flow.own_weights()

@@ -63,6 +63,8 @@ class Flow(VelocityField):
             velocity is per unit of time before that: x_1 - x_0 on the linear path.
         time_direction: "data-to-noise" if time 0 was data when the network was trained, and time 1 (or `time_scale`) noise; its
             velocity then points to the noise: x_0 - x_1 on the linear path.
+        projection: called as projection(noise, condition), the orthogonal projection P of states whose noise is N(0, P), such
+            as padded ones; what the network returns must lie in its range.
 
     Raises InputError, when made, for an unknown prediction, scale or direction; when called, if the network returns anything
     but floats of the shape of x, or changes x; UserCodeError if it raises an exception.
@@ -75,6 +77,7 @@ class Flow(VelocityField):
     autocast: torch.dtype | None = None
     time_scale: float = 1.0
     time_direction: TimeDirection = "noise-to-data"
+    projection: Callable[[Tensor, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = vars(self)  # whatever the annotations say
@@ -181,6 +184,9 @@ class Flow(VelocityField):
 
     def bind(self, condition: Any) -> Flow:
         return replace(self, condition=condition)
+
+    def project(self, noise: Tensor) -> Tensor:
+        return noise if self.projection is None else self.projection(noise, self.condition)
 
     def select(self, which: Which) -> Flow:
         return self.bind(conditions.select(self.condition, which))

@@ -246,7 +246,7 @@ class OrwCfmW2(MethodSettings):
         pull, leash = torch.zeros_like(weights), torch.zeros_like(weights)
         for _ in range(draws):
             for i in torch.arange(len(x1), device=x1.device).split(batch_size or len(x1)):
-                x0 = normal(x1[i].shape, generator, x1.dtype)
+                x0 = tuned.select(i).project(normal(x1[i].shape, generator, x1.dtype))
                 uniform = torch.rand(len(i), generator=generator, device=x1.device, dtype=torch.float64)
                 t = spread_times(uniform, start=self.sampling.times(start)[0].item(), shift=self.shift)
                 x = expand(1 - t, x0) * x0 + expand(t, x0) * x1[i]
@@ -409,6 +409,7 @@ class OrwCfmW2(MethodSettings):
         x0 = normal((size, *x1.shape[1:]), generator, x1.dtype)
         if self.coupling == "optimal-transport":
             x0 = x0[cheapest_pairing(x0, x1[which])]
+        x0 = batch.tuned.select(which).project(x0)
         # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
         parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
         t = spread_times(parts / size, start=self.sampling.times(batch.start)[0].item(), shift=self.shift)

@@ -142,6 +142,10 @@ class Model:
         x = noise(self.flow, (num_samples, *self.event_shape), generator)
         return x.double() if self.flow.dtype == torch.float64 else x
 
+    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+        """`start`, the same for every item."""
+        return self.start(len(items), generator, t)
+
     def bound(self, labels: Tensor | None) -> Flow:
         """The flow of samples with these labels [batch]; for an unconditional model, of any."""
         return self.flow if labels is None else self.flow.bind(labels.to(self.device))

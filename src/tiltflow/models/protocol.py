@@ -83,8 +83,8 @@ class GenerativeModel(Protocol):
         """The conditions of samples of these items and the negative ones, a row for each sample; None where there are none."""
         ...
 
-    def start(self, num_samples: int, generator: torch.Generator, t: Tensor) -> Tensor:
-        """Noise [num_samples, *event] on the linear path, at the first time t of a grid."""
+    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+        """Starting points [len(items), *event] on the linear path, at the first time t of a grid. An item may say its size."""
         ...
 
     def decode(self, x: Tensor, *, batch_size: int) -> Tensor:

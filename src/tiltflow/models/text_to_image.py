@@ -238,6 +238,10 @@ class TextToImage:
         latents = torch.randn(shape, generator=generator, device=generator.device)
         return latents * self.schedule.start_scale(t)
 
+    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+        """`start`, the same for every prompt."""
+        return self.start(len(items), generator, t)
+
     def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> tuple[Condition, Condition | None]:
         """The conditions of prompts and the negative ones, where the family has them; each tensor is [batch, ..].
 

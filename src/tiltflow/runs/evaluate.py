@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tiltflow import __version__, processes
-from tiltflow.conditions.prompts import Prompt
 from tiltflow.control.path_kl import path_kl
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.estimates import ImportanceWeights
@@ -103,7 +102,7 @@ def evaluate(
         **found.entries,
         **balance(run, target, base, tuned, samples, instruments),
     }
-    if guided(base, settings.first):
+    if guided(base, asked, settings.first):
         # of the law of guided samples: not to be held against paths without guidance
         summary |= dict.fromkeys(("path_kl_target", "path_kl_target_error"))
     summary |= conclude([*tests, *found.tests], summary)
@@ -213,9 +212,9 @@ def reference_features(run: RunSettings, base: GenerativeModel, asked: Asked, in
     return instruments.features(reference_images(settings.reference, shape), extract)
 
 
-def guided(model: GenerativeModel, point: Point) -> bool:
+def guided(model: GenerativeModel, asked: Asked, point: Point) -> bool:
     """Whether samples are drawn with guidance by negative prompts."""
-    negative = model.conditions([Prompt("")])[1] if model.has_decoder else None
+    _, negative = model.conditions(asked.items[:1])
     scale = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
     return negative is not None and scale != 1
 
@@ -305,7 +304,7 @@ def balance(
     condition, _ = tuned.conditions(asked.items)
     ours, theirs = (model.flow.bind(condition) for model in (tuned, base))
     if base.has_decoder:
-        start = tuned.start(len(asked), generator, method.sampling.times(tuned.grid)[0])
+        start = tuned.noise(asked.items, generator, method.sampling.times(tuned.grid)[0])
         x = sample(in_chunks(ours, settings.at_once), start, method.sampling, generator, start=tuned.grid)
         rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked)[instruments.own].to(x.device)
     found = target.balance.measure(ours, theirs, x, rewards, generator, start=base.grid, batch_size=settings.at_once)

@@ -132,11 +132,11 @@ def batches(
 
     def draw(generator: torch.Generator) -> Drawn:
         if not items:
-            x = model.start(size, generator, first)
+            x = model.noise([Prompt("")] * size, generator, first)
             return Drawn(x, reward=of_states(reward)) if model.has_decoder else Drawn(x)
         some = choose(generator)
         condition, negative = model.conditions(some)
-        x, of_items = model.start(len(some), generator, first), of_states(told(reward, some))
+        x, of_items = model.noise(some, generator, first), of_states(told(reward, some))
 
         def guide(flow: VelocityField) -> Guided:
             return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers

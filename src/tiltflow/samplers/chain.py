@@ -63,12 +63,23 @@ class Chain:
         return Chain(self.times, *(torch.cat([ours[:-1], theirs[-1:]]) for ours, theirs in pairs))
 
 
-def step(chain: Chain, k: int, x: Tensor, v: Tensor, generator: torch.Generator) -> Tensor:
-    """x_{k+1} from x_k = x and its velocity."""
+def step(
+    chain: Chain,
+    k: int,
+    x: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+    project: Callable[[Tensor], Tensor] = lambda noise: noise,
+) -> Tensor:
+    """x_{k+1} from x_k = x and its velocity.
+
+    Args:
+        project: makes of standard normal noise that of the model; see `tiltflow.flows.field.VelocityField.project`.
+    """
     mean, std = chain.mean(k, x, v), chain.std[k].item()
     if std == 0:
         return mean
-    return mean + std * normal(x.shape, generator, x.dtype)
+    return mean + std * project(normal(x.shape, generator, x.dtype))
 
 
 def sde(times: Tensor, sigma: Callable[[Tensor], Tensor]) -> Chain:

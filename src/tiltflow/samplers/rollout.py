@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flows.field import Velocity, Which
+from tiltflow.flows.field import Velocity, VelocityField, Which
 from tiltflow.samplers.chain import Chain, step
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import Sampling
@@ -51,6 +51,11 @@ Act = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, t, velocity of the flow) -> the velocity that takes the step: `tiltflow.flows.guided.Guided.guide`."""
 
 
+def projection_of(velocity: Velocity) -> Callable[[Tensor], Tensor]:
+    """Makes of standard normal noise that of a field; a plain function has no other."""
+    return velocity.project if isinstance(velocity, VelocityField) else lambda noise: noise
+
+
 @torch.no_grad()
 def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
@@ -59,7 +64,7 @@ def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Gener
         return solve(solver.states, flow, x, times)[-1]
     chain = solver.chain(times)
     for k in range(len(chain)):
-        x = step(chain, k, x, flow(x, chain.times[k]), generator)
+        x = step(chain, k, x, flow(x, chain.times[k]), generator, projection_of(flow))
     return x
 
 
@@ -104,7 +109,7 @@ def rollout(
         if act is not None:
             v = act(x, chain.times[k], v)
             acting.append(v)
-        x = step(chain, k, x, v, generator)
+        x = step(chain, k, x, v, generator, projection_of(flow))
         states.append(x)
     return Trajectory(chain, states, velocities, None if act is None else acting)
 
