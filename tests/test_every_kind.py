@@ -1,4 +1,4 @@
-"""Every kind of model can do what any other can: two toy kinds go through everything, networks and pipelines have each feature."""
+"""Every kind of model can do what any other can: two toy kinds, networks on tensors, and pipelines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def along(x: Tensor) -> Tensor:
     "name", ["adjoint-matching", *(pytest.param(each, marks=pytest.mark.slow) for each in list(METHODS)[1:])]
 )
 def test_ragged_clouds_reach_the_tilt_of_their_size(name: str) -> None:
-    """N(0, s^2 P) tilted by exp(a x / beta) is N(s^2 P a / beta, s^2 P): of each size, and nothing is outside the range of P."""
+    """N(0, s^2 P) tilted by exp(a x / beta) is N(s^2 P a / beta, s^2 P): of each size, in the range of P alone."""
     method, training = METHODS[name]
     tuned = tiltflow.tune(Ragged.make(), along, method, tiltflow.Training(**training), optimizer=FAST)
     for label, size in enumerate((2, 3)):
