@@ -194,22 +194,8 @@ class AdjointMatching(Tilting):
         Args:
             state: kept between iterations; changed in place.
         """
-        x, generator, chain = batch.x, batch.generator, self.chain(batch.start)
-        with torch.no_grad():
-            actor = batch.whole(batch.actor or batch.tuned)
-            act = None if batch.guide is None else batch.guide(actor).guide
-            path = rollout(chain, actor, x, generator, act=act)
-        chosen = [
-            choose_timesteps(
-                self.train_timesteps,
-                len(path.velocities),
-                self.num_inference_steps,
-                len(x),
-                generator,
-                share=self._group_size(len(x), alone=1),
-            ).to(x.device)
-            for _ in range(self.num_passes)
-        ]
+        x, chain = batch.x, self.chain(batch.start)
+        path, chosen = self._draw(batch, chain)
         first = int(torch.stack(chosen).min())
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
@@ -238,6 +224,25 @@ class AdjointMatching(Tilting):
             limits = self._limits(chain, pairs, in_loss, state)
             self._regress(batch, chain, regression, pairs, limits)
             yield {**measured, "clipped": (in_loss > limits).double().mean().item()}
+
+    def _draw(self, batch: Batch, chain: Chain) -> tuple[Trajectory, list[Tensor]]:
+        """The trajectories of a batch, and for each of `num_passes` the steps that enter the loss, [count, batch]."""
+        with torch.no_grad():
+            actor = batch.whole(batch.actor or batch.tuned)
+            act = None if batch.guide is None else batch.guide(actor).guide
+            path = rollout(chain, actor, batch.x, batch.generator, act=act)
+        chosen = [
+            choose_timesteps(
+                self.train_timesteps,
+                len(path.velocities),
+                self.num_inference_steps,
+                len(batch),
+                batch.generator,
+                share=self._group_size(len(batch), alone=1),
+            ).to(batch.x.device)
+            for _ in range(self.num_passes)
+        ]
+        return path, chosen
 
     def _group_size(self, batch: int, *, alone: int) -> int:
         """The number of samples in a row that share their steps; `alone` where none do."""

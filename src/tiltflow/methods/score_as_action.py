@@ -133,6 +133,43 @@ class State:
 
 
 @dataclass(frozen=True)
+class Trajectories:
+    """Trajectories of a batch.
+
+    Args:
+        path: their controlled steps.
+        end: the samples that they end in, [batch, *event].
+        rewards: of these samples, [batch].
+        velocities, base_velocities: of the policy and of the base at the steps, [steps, batch, *event].
+        prices: beta times the path KL of the steps, [steps, batch].
+        noise: of the steps, [steps, batch, *event]; None for estimators without it.
+        experience: the trajectories as the critic sees them.
+    """
+
+    path: Trajectory
+    end: Tensor
+    rewards: Tensor
+    velocities: Tensor
+    base_velocities: Tensor
+    prices: Tensor
+    noise: Tensor | None
+    experience: Experience
+
+    def select(self, which: Tensor) -> Trajectories:
+        """The trajectories of these samples."""
+        return Trajectories(
+            self.path.select(which),
+            self.end[which],
+            self.rewards[which],
+            self.velocities[:, which],
+            self.base_velocities[:, which],
+            self.prices[:, which],
+            None if self.noise is None else self.noise[:, which],
+            self.experience.part(which),
+        )
+
+
+@dataclass(frozen=True)
 class Steps:
     """The controlled steps of a batch of trajectories: [steps, batch, *event], `advantages` [steps, batch] or None."""
 
@@ -288,59 +325,31 @@ class ScoreAsAction(Tilting):
         Raises InputError if a solver returns wrong states, or if the ratio is not 1 before the first update (a network that
         samples and trains differently).
         """
-        x, generator = batch.x, batch.generator
+        size, generator = len(batch), batch.generator
         with torch.no_grad():
-            tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
-            path, end = self.rollout(tuned, base, x, generator, batch.start, batch.guide)
-            chain, count = path.chain, len(path.velocities)
-            noise = None if self._uses_value_gradient else path.noise()
-            states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
-            all_finite(velocities, "velocity", chain.times)
-            reward = shared(batch.reward)
-            rewards = evaluate(reward, end, batch.non_finite).detach()
-            base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
-            energy = self._energy(chain)[:count, None].to(x)
-            path_costs = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
-            costs = torch.zeros_like(path_costs) if self.running_reward == "none" else path_costs
-            experience = self._for_critic(state.value, states, velocities, chain, costs, rewards, reward, batch.non_finite)
-            if (kept := finite_only(rewards + experience.known.sum(0))) is not None:
-                path, experience, end, rewards = path.select(kept), experience.part(kept), end[kept], rewards[kept]
-                batch = batch.select(kept)
-                states, velocities, base_velocities = (each[:, kept] for each in (states, velocities, base_velocities))
-                path_costs, noise = path_costs[:, kept], None if noise is None else noise[:, kept]
+            drawn, batch = self._draw(batch, state.value)
             if not isinstance(batch.reward, LearnedReward):  # its first values tell nothing of the scale of later ones
-                state.value.fit_scale(rewards)
-            members = batch.tuned.groups(len(rewards), x.device)
-            advantages = None if self._uses_value_gradient else self._advantages(state.value, experience, members)
-        steps = None
-        if state.iterations >= self.critic_warmup_steps:
-            if advantages is not None:
-                all_finite(advantages, "advantage", chain.times)
-            vectors = self._vectors(batch, state.value, path, noise, advantages)
-            all_finite(vectors, "vector of the policy gradient", chain.times)
-            steps = Steps(states, velocities, base_velocities, vectors, noise, advantages)
+                state.value.fit_scale(drawn.rewards)
+            members = batch.tuned.groups(len(batch), drawn.end.device)
+            advantages = None if self._uses_value_gradient else self._advantages(state.value, drawn.experience, members)
+        warm = state.iterations >= self.critic_warmup_steps
+        steps = self._steps(batch, state.value, drawn, advantages) if warm else None
         state.iterations += 1
-        measured = {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
-            "path_kl": path_costs.sum(0).mean().item() / self.beta,
-            "objective": (rewards - path_costs.sum(0)).mean().item(),
-            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
-        }
+        measured = self._measured(drawn, size - len(batch))
         if state.optimizer is not None:
             measured["critic_loss"] = improve(
-                state.value, state.optimizer, experience, self.critic, generator, state.iterations
+                state.value, state.optimizer, drawn.experience, self.critic, generator, state.iterations
             )
         if isinstance(batch.reward, LearnedReward):
-            measured["reward_loss"] = batch.reward.learn(end, generator)
+            measured["reward_loss"] = batch.reward.learn(drawn.end, generator)
         if steps is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return
         for i in range(self.num_passes):
-            pairs = choose_timesteps(self.train_timesteps, count, self.num_inference_steps, len(rewards), generator).to(
-                x.device
-            )
-            loss, step_kl = self._improve_policy(batch, chain, steps, pairs, state, first=i == 0)
+            pairs = choose_timesteps(
+                self.train_timesteps, len(steps.states), self.num_inference_steps, len(batch), generator
+            ).to(drawn.end.device)
+            loss, step_kl = self._improve_policy(batch, drawn.path.chain, steps, pairs, state, first=i == 0)
             if i == self.num_passes - 1 > 0:
                 self._adapt(state, step_kl)
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
@@ -366,6 +375,46 @@ class ScoreAsAction(Tilting):
 
     def _energy(self, chain: Chain) -> Tensor:
         return chain.control_scale**2 if self.running_reward == "transition-kl" else chain.energy
+
+    def _draw(self, batch: Batch, value: Value) -> tuple[Trajectories, Batch]:
+        """The trajectories of a batch, and the batch, both without the samples whose rewards are not finite."""
+        tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
+        path, end = self.rollout(tuned, base, batch.x, batch.generator, batch.start, batch.guide)
+        chain, count = path.chain, len(path.velocities)
+        noise = None if self._uses_value_gradient else path.noise()
+        states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
+        all_finite(velocities, "velocity", chain.times)
+        reward = shared(batch.reward)
+        rewards = evaluate(reward, end, batch.non_finite).detach()
+        base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
+        energy = self._energy(chain)[:count, None].to(batch.x)
+        prices = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
+        costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
+        experience = self._for_critic(value, states, velocities, chain, costs, rewards, reward, batch.non_finite)
+        drawn = Trajectories(path, end, rewards, velocities, base_velocities, prices, noise, experience)
+        if (kept := finite_only(rewards + experience.known.sum(0))) is None:
+            return drawn, batch
+        return drawn.select(kept), batch.select(kept)
+
+    def _steps(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Steps:
+        """The steps of the trajectories, with the vectors of the policy gradient."""
+        times = drawn.path.chain.times
+        if advantages is not None:
+            all_finite(advantages, "advantage", times)
+        vectors = self._vectors(batch, value, drawn.path, drawn.noise, advantages)
+        all_finite(vectors, "vector of the policy gradient", times)
+        return Steps(drawn.experience.states, drawn.velocities, drawn.base_velocities, vectors, drawn.noise, advantages)
+
+    def _measured(self, drawn: Trajectories, dropped: int) -> dict[str, float]:
+        """The metrics of the trajectories."""
+        price = drawn.prices.sum(0)
+        return {
+            "reward": drawn.rewards.mean().item(),
+            "reward_std": drawn.rewards.std(correction=0).item(),
+            "path_kl": price.mean().item() / self.beta,
+            "objective": (drawn.rewards - price).mean().item(),
+            **({"dropped": float(dropped)} if dropped else {}),
+        }
 
     def _for_critic(
         self,
