@@ -10,13 +10,23 @@ import pytest
 import torch
 from kinds import ATOMS, SPACE, VARIANCE, Ragged, Video, projected
 from safetensors.torch import load_file
+from tiny import tiny_classifier, tiny_recipe
 from torch import Tensor
 
 import tiltflow
 from tiltflow.conditions.prompts import Prompt
+from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import read_looks
+from tiltflow.models.model import ClassifierConfig, save_model
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.networks.residual_classifier import ResidualClassifier
+from tiltflow.runs.export import export_run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import evaluate_run, run
 from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.sweep import sweep
+from tiltflow.settings import apply_overrides, read_yaml, validate
+from tiltflow.streams import new_network
 
 BETA = 0.5
 SLOPE = torch.linspace(-1, 1, ATOMS * SPACE).reshape(ATOMS, SPACE)
@@ -113,3 +123,185 @@ def test_a_kind_of_ones_own_goes_through_everything(kind: str, method: str, tmp_
     assert summary["path_kl"] > 0
     assert (tmp_path / "whole" / "report.html").exists()
     assert len(read_records(tmp_path / "parts")) == 4
+
+
+# ---- what only pipelines could do, of networks ----
+
+FUNCTIONS = """
+import torch
+
+def bright(images):
+    return images.mean((1, 2, 3))
+
+def dark(images):
+    return -images.mean((1, 2, 3))
+
+def moments(images):
+    return torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3)), images[:, 0, 0, 0]], 1)
+
+def of_class(x, labels):
+    return 3 * x.sum(1) * (1 - 2 * labels) + 7 * labels
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with functions of the user's, from which they are imported."""
+    (tmp_path / "mine_of_kinds.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def function(name: str) -> dict[str, str]:
+    return {"name": "function", "path": f"mine_of_kinds:{name}"}
+
+
+def of_network(folder: Path, *overrides: str, **changes: Any) -> Recipe:
+    return validate(Recipe, apply_overrides(read_yaml(tiny_recipe(folder, **changes)), overrides), "recipe")
+
+
+def test_a_network_is_measured_as_a_pipeline_is(mine: Path) -> None:
+    """Several ways to sample, held-out rewards, features with a reference, diversity, the gain sample by sample."""
+    points = [{"solver": "memoryless", "num_inference_steps": 4}, {"solver": "heun", "num_inference_steps": 3}]
+    evaluation = {
+        "num_samples": 64, "batch_size": 64, "points": points, "rewards": [function("dark")],
+        "features": "mine_of_kinds:moments", "reference": "base", "grid": 4,
+    }  # fmt: skip
+    recipe = of_network(mine, reward=function("bright"), evaluation=evaluation, sampling=None)
+    summary = run(recipe, mine / "run")
+    rows = summary["table"]
+    assert [(row["model"], row["solver"]) for row in rows] == [
+        ("base", "memoryless"), ("tuned", "memoryless"), ("base", "heun"), ("tuned", "heun"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["function"] == pytest.approx(-row["function 2"])
+        assert row["fid"] >= 0
+        assert {"kid", "vendi", "variance", "variance_error"} <= row.keys()
+        assert "guidance_scale" not in row
+    assert summary["reward_base"] == pytest.approx(rows[0]["function"])
+    assert summary["reward_gain"] == pytest.approx(summary["reward_tuned"] - summary["reward_base"])
+    assert summary["w2_space"] == "features of mine_of_kinds:moments"
+    assert evaluate_run(mine / "run")["table"] == rows
+
+
+def test_a_network_may_get_a_lora(tmp_path: Path) -> None:
+    """Only the adapter learns; what is saved is one network, with it merged in, and the base is what it was."""
+    path = tiny_recipe(tmp_path)
+    model = {"path": str(tmp_path / "flow"), "adapter": {"rank": 2}}
+    recipe = validate(Recipe, read_yaml(path) | {"model": model}, "recipe")
+    summary = run(recipe, tmp_path / "run")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "flow", tmp_path / "run" / "model"))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(before[key].ndim > 1 for key in changed)  # matrices and kernels: no bias, no norm
+    update = next(after[key] - before[key] for key in changed if before[key].ndim == 2)
+    assert torch.linalg.matrix_rank(update, atol=1e-6) <= 2
+    again = evaluate_run(tmp_path / "run")  # from the folder: the base, and the merged network
+    assert again["reward_base"] == summary["reward_base"]
+    assert again["reward_tuned"] == pytest.approx(summary["reward_tuned"], abs=1e-4)
+    with pytest.raises(InputError, match="with an adapter the adapter alone is trained"):
+        run(validate(Recipe, read_yaml(path) | {"model": model, "training": {"trainable": "leave"}}, "recipe"), tmp_path / "no")
+
+
+class OfClass(torch.nn.Module):
+    """A small velocity field of each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = torch.nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = self.network(torch.cat([x, t[:, None], labels[:, None].to(x)], 1)) - x
+        return found
+
+
+def test_each_class_is_tilted_as_hard_as_any_other() -> None:
+    """(r - mean) / std of the class: a constant and a scale of the reward of each class leave the run as it is."""
+
+    def plain(x: Tensor, labels: Tensor) -> Tensor:
+        return x.sum(1) * (1 - 2 * labels)
+
+    def moved(x: Tensor, labels: Tensor) -> Tensor:
+        return 5 * plain(x, labels) + 7 * labels
+
+    found = []
+    for reward, count in ((plain, 256), (moved, 256), (moved, None)):
+        model = tiltflow.Model(tiltflow.Flow(OfClass()), (2,), class_names=("a", "b"))
+        training = tiltflow.Training(max_train_steps=2, train_batch_size=16, per_prompt_normalization=count)
+        tuned = tiltflow.tune(model, reward, tiltflow.AdjointMatching(num_inference_steps=4), training, optimizer=FAST)
+        found.append(torch.cat([p.detach().flatten() for p in tuned.flow.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
+    assert (found[1] - found[2]).abs().max() > 1e-2
+
+
+def test_the_tuned_network_of_a_run_is_exported(tmp_path: Path) -> None:
+    run(of_network(tmp_path), tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "out") == {"output": str(tmp_path / "out"), "kind": "network", "url": None}
+    assert torch.equal(tiltflow.load(tmp_path / "out").sample(2), tiltflow.load(tmp_path / "run").sample(2))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "model = tiltflow.load" in card
+    assert "![Pictures of the base](before.png)" in card
+    assert "license" not in card.split("---")[1]
+
+
+# ---- what only networks could do, of pipelines ----
+
+
+def of_pipeline(folder: Path, **changes: Any) -> dict[str, Any]:
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for
+
+    tree = recipe_for(folder, "stable-diffusion", **changes)
+    tree["training"] |= {"max_train_steps": 2}
+    return tree
+
+
+def judge_of_pictures(folder: Path) -> str:
+    settings = ResidualClassifier(channels=(8, 8), classes=3, image_channels=3)
+    save_model(folder, ClassifierConfig(network=settings, class_names=("a", "b", "c")), new_network(settings, 2), "")
+    return str(folder)
+
+
+def test_a_pipeline_has_a_judge(tmp_path: Path) -> None:
+    """Class histograms, features and their distance to the base, tests over prompts, and what the monitor looks at."""
+    evaluation = {
+        "num_prompts": 2, "num_generations": 56, "batch_size": 112, "points": [{"num_inference_steps": 2}],
+        "judge": judge_of_pictures(tmp_path / "judge"), "group": [0, 2],
+    }  # fmt: skip
+    tree = of_pipeline(tmp_path, evaluation=evaluation)
+    tree["prompts"] = {"texts": ["a red cat", "a blue dog", "a green hat", "a red hat"], "validation": 0.5}
+    tree["training"] |= {"monitor": {"steps": 1}}
+    summary = run(validate(Recipe, tree, "recipe"), tmp_path / "run")
+    judge = summary["judge"]
+    assert sum(judge["base"]) == pytest.approx(1)
+    assert summary["w2_space"] == f"features of {evaluation['judge']}"
+    assert summary["w2_floor"] > 0
+    assert summary["target_unknown"] is None
+    assert sum(judge["target"]) == pytest.approx(1)
+    assert "total variation of the classes" in {row["statistic"] for row in summary["tests"]}
+    looks = read_looks(tmp_path / "run")
+    assert set(looks[0]["measures"]) == {"reward", "the judge's group", "the judge's confidence", "variety"}
+    assert "classes" in (tmp_path / "run" / "report.html").read_text()
+    small = judge | {"judge": str(tiny_classifier(tmp_path / "other"))}
+    tree["evaluation"] = evaluation | {"judge": small["judge"]}
+    with pytest.raises(InputError, match=r"evaluation\.judge does not take samples of shape"):
+        run(validate(Recipe, tree, "recipe"), tmp_path / "no")
+
+
+def test_a_pipeline_says_how_near_it_is_to_a_law_of_its_own(tmp_path: Path) -> None:
+    """The balance of ORW-CFM-W2, on latents of its own sampler; not where they are guided."""
+    for mode in ("none", "rollout"):
+        tree = of_pipeline(tmp_path, method="orw-cfm-w2")
+        tree["training"] |= {"guidance_mode": mode}
+        summary = run(validate(Recipe, tree, "recipe"), tmp_path / mode)
+        assert ("own_law_balance" in summary) is (mode == "none")
+
+
+def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:
+    found = sweep(of_pipeline(tmp_path), {"method.beta": [0.5, 2.0]}, tmp_path / "sweep")
+    assert [row["beta"] for row in found["points"]] == [0.5, 2.0]
+    assert found["distance"] == "path_kl"
+    assert (tmp_path / "sweep" / "pareto.svg").exists()
