@@ -71,6 +71,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda: any_tune(base(), reward, METHOD, SHORT, callbacks=print),
         "tune: callbacks must be a list of functions of a record, is <built-in function print>",
     ),
+    "progress is a word": (
+        lambda: any_tune(base(), reward, METHOD, SHORT, progress="bar"),
+        "tune: progress must be True, False or None, is 'bar'",
+    ),
     "negative seed": (
         lambda: tune(base(), reward, METHOD, SHORT, seed=-1),
         "tune: seed must be an integer >= 0, is -1",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import Field, model_validator
 from torch import nn
 
+from tiltflow.commands.terminal.progress import tune_progress
 from tiltflow.conditions.labels import as_labels
 from tiltflow.conditions.prompts import Prompt, from_rows, unique
 from tiltflow.errors import InputError
@@ -111,6 +112,7 @@ def tune(
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
+    progress: bool | None = None,
 ) -> M:
     """Fine-tune `model` toward p_base(x) exp(r(x) / beta), and return what was tuned.
 
@@ -133,14 +135,17 @@ def tune(
             left. Settings of `training` that need one are refused without it.
         callbacks: functions that are called with every record, `Record`; one that returns True ends the training.
         note: is told what a person should know about where a run resumes from, and of alarms.
+        progress: whether a progress bar is shown, on standard output; by default it is in a terminal and in a notebook.
 
     Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError. After
     any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
     """
     seed = whole_number(seed, "tune: seed")
     run = PythonRun.of(model, reward, method, training, optimizer, conditions, evaluation, seed)
-    check_calls(callbacks, note)
-    with deterministic(run.training.deterministic):
+    check_calls(callbacks, note, progress)
+    bar = tune_progress(progress, run.training.max_train_steps, evaluated=output is not None)
+    with deterministic(run.training.deterministic), bar as watch:
+        callbacks = [watch, *callbacks]
         if output is None:
             refuse_what_needs_a_folder(run.training, evaluation)
             these = _ready(model, reward, run, conditions, adapter, measured=False)
@@ -185,12 +190,14 @@ def steps(
     return cast(M, these.parts.tuned), loop()
 
 
-def check_calls(callbacks: Any, note: Any) -> None:
-    """Raise InputError for callbacks and a note that cannot be called."""
+def check_calls(callbacks: Any, note: Any, progress: Any) -> None:
+    """Raise InputError for callbacks and a note that cannot be called, and a progress that is neither on nor off."""
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
         raise InputError(f"tune: callbacks must be a list of functions of a record, is {callbacks!r}")
     if not callable(note):
         raise InputError(f"tune: note must be a function, is {note!r}")
+    if progress not in (None, True, False):
+        raise InputError(f"tune: progress must be True, False or None, is {progress!r}")
 
 
 def check_arguments(model: Any, reward: Any, method: Any, training: Any, evaluation: Any) -> None:

@@ -1,35 +1,80 @@
-"""Progress: a bar in a terminal, lines elsewhere."""
+"""Progress: a bar in a terminal and in a notebook, lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tiltflow.commands.terminal.console import escape
+from tiltflow.commands.terminal.console import escape, is_main_process, make_console
 
 if TYPE_CHECKING:
     from tiltflow.pretraining.loop import Progress as PretrainingRecord
     from tiltflow.training.trainer import Record
 
 
+Watch = Callable[["Record | PretrainingRecord"], None]
+"""A callback for training records, which shows them."""
+
+
+def tune_progress(wanted: bool | None, total: int, *, evaluated: bool) -> AbstractContextManager[Watch]:
+    """The progress of `tiltflow.tune`.
+
+    Args:
+        wanted: None where a person looks on, in a terminal or a notebook.
+        total: the number of steps.
+        evaluated: whether an evaluation comes after them.
+    """
+    console = make_console(as_json=False)
+    shown = console.is_terminal or console.is_jupyter if wanted is None else wanted
+    return training_progress(console, not shown or not is_main_process(), total, "now evaluating" if evaluated else "done")
+
+
 @contextmanager
-def training_progress(console: Console, quiet: bool, total: int) -> Iterator[Callable[[Record | PretrainingRecord], None]]:
-    """A callback for training records, which shows them; without a terminal, a line for each tenth of the work. The rate is
-    that of the samples drawn; in pretraining, of images of the data.
+def training_progress(console: Console, quiet: bool, total: int, afterwards: str = "now evaluating") -> Iterator[Watch]:
+    """A callback for training records, which shows them: a bar in a terminal and in a notebook; elsewhere a line for each tenth
+    of the work. The rate is that of the samples drawn; in pretraining, of images of the data.
 
     Args:
         total: the number of steps.
+        afterwards: what is said once they are done.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    from tiltflow.training.trainer import Record
-
     if quiet:
         yield lambda record: None
-        return
+    elif console.is_jupyter:
+        yield notebook_bar(total)
+    elif console.is_terminal:
+        with terminal_bar(console, total, afterwards) as watch:
+            yield watch
+    else:
+
+        def write(record: Record | PretrainingRecord) -> None:
+            if record.step % max(total // 10, 1) == 0:
+                with suppress(OSError):  # of a pipe that was closed
+                    console.print(f"{record.step}/{total}  {numbers(record)}  {record.seconds:.0f} s")
+
+        yield write
+
+
+def numbers(record: Record | PretrainingRecord) -> str:
+    """The numbers of a record that are shown while it runs."""
+    from tiltflow.training.trainer import Record
+
+    shown = record.metrics if isinstance(record, Record) else {"loss": record.loss}
+    parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
+    done = record.samples_drawn if isinstance(record, Record) else record.samples
+    return "  ".join([*parts, f"{done / max(record.seconds, 1e-9):.0f} samples/s"])
+
+
+@contextmanager
+def terminal_bar(console: Console, total: int, afterwards: str) -> Iterator[Watch]:
+    """A bar of rich."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=24),
@@ -38,21 +83,39 @@ def training_progress(console: Console, quiet: bool, total: int) -> Iterator[Cal
         TimeRemainingColumn(),
         TextColumn("{task.fields[stage]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("train", total=total, metrics="", stage="")
 
         def watch(record: Record | PretrainingRecord) -> None:
-            shown = record.metrics if isinstance(record, Record) else {"loss": record.loss}
-            parts = [f"{key} {shown[key]:.3f}" for key in ("reward", "loss") if key in shown]
-            done = record.samples_drawn if isinstance(record, Record) else record.samples
-            text = "  ".join([*parts, f"{done / max(record.seconds, 1e-9):.0f} samples/s"])
-            stage = "left" if record.step < total else "now evaluating"
+            stage = "left" if record.step < total else afterwards
             with suppress(OSError):  # of a terminal that was closed
-                bar.update(task, completed=record.step, metrics=text, stage=stage)
-                if not console.is_terminal and record.step % max(total // 10, 1) == 0:
-                    console.print(f"{record.step}/{total}  {text}  {record.seconds:.0f} s")
+                bar.update(task, completed=record.step, metrics=numbers(record), stage=stage)
 
         yield watch
+
+
+SECONDS_BETWEEN_DRAWINGS = 0.2
+"""In a notebook, where each drawing is a message to the browser."""
+
+
+def notebook_bar(total: int) -> Watch:
+    """A bar in the output of a notebook's cell. rich would need ipywidgets for one; HTML is shown everywhere."""
+    display: Any = importlib.import_module("IPython.display")
+    drawn = -math.inf
+
+    def bar(step: int, text: str) -> object:
+        return display.HTML(f'<progress value="{step}" max="{total}"></progress> {step}/{total}  {text}')
+
+    handle = display.display(bar(0, ""), display_id=True)
+
+    def watch(record: Record | PretrainingRecord) -> None:
+        nonlocal drawn
+        if record.step < total and record.seconds < drawn + SECONDS_BETWEEN_DRAWINGS:
+            return
+        drawn = record.seconds
+        handle.update(bar(record.step, f"{numbers(record)}  {record.seconds:.0f} s"))
+
+    return watch
 
 
 @contextmanager
