@@ -146,7 +146,7 @@ def test_scripts_and_targets_that_are_spoken_of_exist() -> None:
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)  # _: test_your_own_model
     code = first + second
     names: dict[str, Any] = {}
     for old, new in {"max_train_steps=20": "max_train_steps=1", "sample(64": "sample(2", "steps=10": "steps=3"}.items():
@@ -155,6 +155,21 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(code, names)
     assert names["images"].shape == (2, 1, 28, 28)
     assert (tmp_path / "runs" / "red" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    """`test_this.py`, `test_this.py::test_that`, `::test_that` and `test_that`."""
+    tests = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in (ROOT / "tests").glob("test_*.py")}
+    everywhere = set().union(*tests.values())
+    named = set()
+    for page in PAGES:
+        for word in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if found := re.fullmatch(r"(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?", word):
+                file, test = found.groups()
+                named.add(word)
+                assert file is None or file in tests, (page.name, word)
+                assert test is None or test in (everywhere if file is None else tests[file]), (page.name, word)
+    assert len(named) > 100
 
 
 def commands_of(folder: Path) -> dict[str, str]:

@@ -1,8 +1,11 @@
-"""The code of docs/your-own-model.md: each block runs, on networks that are exact in the convention that it is about."""
+"""The README's quickstart as it stands; and the code of docs/your-own-model.md: each block runs, on networks that are exact in
+the convention that it is about."""
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from tiltflow.problems.mixture import Mixture
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.samplers.sampling import Sampling
 
-PAGE = (Path(__file__).parents[1] / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^#+ ([^\n]+)\n(?:(?!^#+ ).)*?^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 LAW = Mixture(dimension=2, modes=3, scale=0.4).base()
 
@@ -75,6 +79,28 @@ def names(**more: Any) -> dict[str, Any]:
     exec(BLOCKS["Your own model and reward"], space)
     exec(re.search(r"class Sample\(.*?sample$", PAGE, re.MULTILINE | re.DOTALL)[0], space)  # type: ignore[index]
     return space
+
+
+def test_the_quickstart_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands: no warning, each cloud at its own tilt, and a report that knows the target."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^## Your own model.*?^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    ten = found[1].partition("# the ten lines\n")[2].splitlines()
+    assert len([line for line in ten if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        exec(found[1], space)
+    assert space["left"].shape == (1000, 2)
+    before = space["model"].sample(1000, labels="left")
+    shift = before[:, 1].var() / 0.5  # of a normal law
+    assert (space["left"].mean(0) - before.mean(0) - torch.tensor([0.0, shift])).abs().max() < 0.15
+    summary = json.loads(Path("runs/mine/summary.json").read_text())
+    assert abs(summary["reward_tuned"] - summary["reward_target"]) < 0.15
+    assert Path("runs/mine/report.html").exists()
 
 
 def test_every_block_of_the_page_is_here() -> None:
