@@ -11,11 +11,14 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from tiny import tiny_recipe
+from tiny import UNET, tiny_recipe
 
 from tiltflow import plugins
 from tiltflow.errors import InputError
+from tiltflow.flows.flow import Flow
+from tiltflow.models.model import Model
 from tiltflow.settings import dump_yaml, read_yaml
+from tiltflow.streams import new_network
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "package"
 
@@ -57,6 +60,23 @@ def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
     assert tiltflow(site, "greet", "you").stdout == "hello, you\n"
     listed = tiltflow(site, "settings", "linear-field")
     assert "dimension" in listed.stdout, listed.stderr
+
+
+def test_a_recipe_uses_the_conditions_of_another_package(tmp_path: Path) -> None:
+    """The classes that it names are tuned and measured, and no other."""
+    site = installed(tmp_path / "site")
+    network = UNET.model_copy(update={"classes": 4})
+    model = Model(Flow(new_network(network, 0)), (1, 8, 8), network_settings=network, class_names=("a", "b", "c", "d"))
+    model.save(tmp_path / "classes")
+    tree = read_yaml(tiny_recipe(tmp_path)) | {"model": str(tmp_path / "classes"), "conditions": "odd", "reward": "ink"}
+    (tmp_path / "example.yaml").write_text(dump_yaml(tree))
+    done = tiltflow(site, "train", str(tmp_path / "example.yaml"), "--output", str(tmp_path / "run"), "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["num_samples"] == 32
+    assert summary["effective_sample_size_of_group"] == pytest.approx(summary["effective_sample_size"] / 2)  # two classes
+    unknown = tiltflow(site, "doctor", str(tmp_path / "example.yaml"), "--set", "conditions=od")
+    assert "there is no condition 'od', did you mean 'odd'?" in unknown.stdout + unknown.stderr
 
 
 def test_verify_uses_the_problem_of_another_package(tmp_path: Path) -> None:

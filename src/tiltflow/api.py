@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from tiltflow.commands.terminal.progress import tune_progress
-from tiltflow.conditions.labels import as_labels
+from tiltflow.conditions.labels import Labels, as_labels
 from tiltflow.conditions.prompts import Prompt, from_rows, unique
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Evaluation
@@ -28,7 +28,6 @@ from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, from_function
 from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.prepare import classes_of
 from tiltflow.runs.run import Ready, evaluate_run, load_text_to_image, make_ready, train
 from tiltflow.runs.run_folder import RECIPE, RunFolder
 from tiltflow.settings import Settings, read_yaml, validate
@@ -329,13 +328,13 @@ def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, tra
     """What samples are asked for, from the `conditions` of `tune`. Raises InputError for what the model cannot be asked for."""
     if not model.prompted:
         if conditions is None:
-            return classes_of(model, training)
+            return Labels(classes=training.classes).items(model.class_names)[0]
         if not model.class_names:
             raise InputError("tune: conditions: this model has none; leave them out")
         if training.classes:
             raise InputError("tune: conditions and training.classes both name classes; give one of the two")
         chosen = as_labels(list(conditions), len(conditions), model.class_names).unique().tolist()
-        return classes_of(model, training.model_copy(update={"classes": tuple(chosen)}))
+        return Labels(classes=tuple(chosen)).items(model.class_names)[0]
     if not conditions or isinstance(conditions, str):
         raise InputError("tune: a pipeline needs conditions=[..], prompts that it draws pictures of")
     rows = [{"prompt": each} if isinstance(each, str) else each for each in conditions]

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.settings import Labels as Classes
+from tiltflow.settings import Settings
+
+
+class Labels(Settings):
+    """The classes of a class-conditional model that are tuned."""
+
+    name: Literal["labels"] = "labels"
+    classes: Classes = ()
+    """Their numbers, from 0; all by default."""
+
+    def items(self, class_names: Sequence[str], seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+        """The classes in order, and nothing held out; none of a model without classes.
+
+        Raises InputError for a class that the model does not have.
+        """
+        count = len(class_names)
+        classes = sorted(self.classes) or list(range(count))
+        if not count and classes:
+            raise InputError("training.classes: this model is not class-conditional; leave them out")
+        if classes and classes[-1] >= count:
+            raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
+        return [Prompt(class_names[i], {"label": i}) for i in classes], []
 
 
 def as_labels(labels: Any, num_samples: int, class_names: Sequence[str]) -> Tensor:

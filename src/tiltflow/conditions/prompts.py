@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ MOST_CHARACTERS = 1 << 28  # of a file
 class Prompts(Settings):
     """Where prompts come from."""
 
+    name: Literal["prompts"] = "prompts"
     path: PathOrName | None = None
     """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
     folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is not part of it."""
@@ -30,6 +31,10 @@ class Prompts(Settings):
     """The key of the prompt in a .jsonl file or a data set; the others are metadata."""
     validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName = 0.1
     """The share of the prompts that is held out for the evaluation, or a file of its own. With one prompt, none is."""
+
+    def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+        """`read_prompts`."""
+        return read_prompts(self, seed)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
-PARTS = {"methods": "method", "rewards": "reward", "networks": "network"}
+PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions"}
 SECTIONS = {
     "model": (" for a network", " for a pipeline of diffusers"),
     "prompts": ("",),

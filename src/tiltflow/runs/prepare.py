@@ -235,17 +235,6 @@ def prepare(
     return Prepared(model, tuned, flow, base, reward, draw, loop)
 
 
-def classes_of(model: GenerativeModel, training: Training) -> list[Prompt]:
-    """The classes that are tuned, in order; none of an unconditional model. Raises InputError for one that it does not have."""
-    count = len(model.class_names)
-    classes = sorted(training.classes) or list(range(count))
-    if not count and classes:
-        raise InputError("training.classes: this model is not class-conditional; leave them out")
-    if classes and classes[-1] >= count:
-        raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
-    return [Prompt(model.class_names[i], {"label": i}) for i in classes]
-
-
 def asked_of(items: Sequence[Prompt], held_out: Sequence[Prompt], settings: Evaluation, count: int | None = None) -> Asked:
     """The samples of an evaluation.
 

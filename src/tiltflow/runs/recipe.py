@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from tiltflow.conditions import Conditions, NamedConditions
+from tiltflow.conditions.labels import Labels
 from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.evaluation.settings import Evaluation
@@ -65,7 +67,9 @@ class Recipe(Settings):
     """A model that ships with tiltflow, or a model folder; `{path: .., adapter: ..}` trains a LoRA in it; `{diffusers: ..}` is
     a pipeline of diffusers."""
     prompts: Prompts | None = None
-    """What a pipeline is asked for."""
+    """What a pipeline is asked for: `conditions` of the kind `prompts`."""
+    conditions: NamedConditions | None = None
+    """What samples are asked for, of any kind; by default all classes of a class-conditional model."""
     reward: NamedReward
     """What is tuned toward: `tiltflow settings` lists the rewards."""
     method: NamedMethod
@@ -84,10 +88,14 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fill_in(self) -> Recipe:
         prompted = isinstance(self.model, DiffusersModel)
-        if prompted and self.prompts is None:
+        if self.prompts is not None and self.conditions is not None:
+            raise ValueError("prompts and conditions both say what samples are asked for; give one of the two")
+        if prompted and self.prompts is None and self.conditions is None:
             raise ValueError("prompts is missing")
-        if not prompted and self.prompts is not None:
+        if not prompted and isinstance(self.asked_for, Prompts):
             raise ValueError("prompts: are for a pipeline, `model: {diffusers: ..}`, and this model is none; leave them out")
+        if self.conditions is not None and self.training.classes:
+            raise ValueError("training.classes and conditions both say what samples are asked for; give one of the two")
         training = self.training.for_prompts() if prompted else self.training.for_samples()
         evaluation = self.evaluation.for_prompts(self.sampling) if prompted else self.evaluation.for_samples(self.sampling)
         object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
@@ -98,6 +106,11 @@ class Recipe(Settings):
         if why := self.method.learns_nothing(size := getattr(training, name)):
             raise ValueError(f"training.{name} {size} teaches nothing: {why}; give 2 or more")
         return self
+
+    @property
+    def asked_for(self) -> Conditions:
+        """What samples are asked for."""
+        return self.conditions or self.prompts or Labels(classes=self.training.classes)
 
     @property
     def source(self) -> ModelSource:

@@ -20,7 +20,7 @@ from typing import Any, cast
 from safetensors.torch import load_file
 from torch import nn
 
-from tiltflow.conditions.prompts import Prompt, read_prompts
+from tiltflow.conditions.prompts import Prompt, Prompts
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.files import write_file
@@ -32,7 +32,7 @@ from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
-from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, classes_of, prepare
+from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, prepare
 from tiltflow.runs.recipe import Recipe, RunSettings, read_recipe
 from tiltflow.runs.rehearse import rehearse
 from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_run_tree
@@ -108,11 +108,11 @@ def make_ready(
 
 def ready(recipe: Recipe, device: str) -> Ready:
     """Load what a recipe names, and try it. Raises InputError, of one line, for what cannot be had or does not work."""
-    items, held_out = ([], []) if recipe.prompts is None else read_prompts(recipe.prompts, recipe.seed)
-    source = recipe.source
+    source, asked_for = recipe.source, recipe.asked_for
+    if isinstance(asked_for, Prompts):
+        asked_for.items((), recipe.seed)  # what is wrong with a file is said before a large model is loaded
     model: Any = source.load(device)
-    if recipe.prompts is None:
-        items = classes_of(model, recipe.training)
+    items, held_out = asked_for.items(model.class_names, recipe.seed)
     reward = build_reward(recipe.reward, recipe.method, device, decoded=model.has_decoder)
     trainable = partial(model.trainable, source.adapter, recipe.training.trainable, seed=recipe.seed)
     return make_ready(recipe, model, trainable, reward, items, held_out)
@@ -201,7 +201,7 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
     Raises InputError if `folder` is no run with a tuned model, and for `num_samples` of a run with prompts.
     """
     recipe = read_run(folder)
-    if recipe.prompts is not None and num_samples is not None:
+    if recipe.training.prompts_per_step is not None and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
     check_unchanged(folder, recipe)
     models = load_run(recipe, folder, device)
@@ -211,8 +211,7 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
             reward.network.load_state_dict(load_file(folder / REWARD, device=device))
     settings, training = recipe.evaluation, recipe.training
     instruments = Instruments.build(reward, recipe.reward_name, settings, device, training.non_finite_rewards)
-    held_out = [] if recipe.prompts is None else read_prompts(recipe.prompts, recipe.seed)[1]
-    items = classes_of(models[0], training) if recipe.prompts is None else []
+    items, held_out = recipe.asked_for.items(models[0].class_names, recipe.seed)
     dtype = autocast_dtype(training.mixed_precision, device)
     base, tuned = (model.in_precision(dtype) for model in models)
     return evaluate(recipe, folder, base, tuned, asked_of(items, held_out, settings, num_samples), instruments)
