@@ -17,6 +17,7 @@ from rich.console import Console
 from tiny import tiny_flow, tiny_recipe
 from typer.testing import CliRunner
 
+import tiltflow
 import tiltflow.commands.terminal.app
 from tiltflow.commands import verify
 from tiltflow.commands.sample import SOLVERS
@@ -78,6 +79,10 @@ def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
     assert tiltflow_command("sample", str(folder), "-o", str(arrays), "-n", "4", "--solver", "heun").returncode == 0
     with np.load(arrays) as archive:
         assert archive["samples"].shape == (4, 1, 8, 8)
+
+    exported = tiltflow_command("export", str(folder), "-o", str(tmp_path / "exported"))
+    assert exported.stdout.strip() == f'tiltflow.load("{tmp_path / "exported"}") loads it'
+    assert tiltflow.load(tmp_path / "exported").event_shape == (1, 8, 8)
 
 
 def test_the_rate_is_of_samples_that_were_drawn(capsys: pytest.CaptureFixture[str]) -> None:

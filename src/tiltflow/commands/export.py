@@ -1,4 +1,4 @@
-"""`tiltflow export`: write a tuned pipeline for plain diffusers."""
+"""`tiltflow export`: write a tuned model for others: a pipeline for plain diffusers, a network for tiltflow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from tiltflow.commands.terminal.console import escape, make_console, print_json
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Json, Output
 
 
+LOADERS = {
+    "lora": "pipeline.load_lora_weights",
+    "full": "DiffusionPipeline.from_pretrained",
+    "network": "tiltflow.load",
+}
+
+
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run of a diffusers pipeline.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run.")],
     output: Output,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
@@ -21,14 +28,15 @@ def export(
     accept_changes: AcceptChanges = False,
     as_json: Json = False,
 ) -> None:
-    """Write a tuned pipeline for plain diffusers: a LoRA for `load_lora_weights`, or a whole pipeline, and its model card.
+    """Write a tuned model and its card: of a pipeline a LoRA for `load_lora_weights`, or all of it, for plain diffusers; of a
+    network the folder that `tiltflow.load` reads.
 
     [dim]tiltflow export runs/cats --output exported/cats[/dim]
     """
     from tiltflow.runs.export import export_run
 
     result = export_run(folder, output, push_to_hub=push_to_hub)
-    loads = "pipeline.load_lora_weights" if result["kind"] == "lora" else "DiffusionPipeline.from_pretrained"
+    loads = LOADERS[result["kind"]]
     uploaded = f"; uploaded to {result['url']}" if result["url"] else ""
     make_console(as_json).print(escape(f'{loads}("{output}") loads it{uploaded}'))
     print_json(as_json, result)
