@@ -10,7 +10,6 @@ import typer
 from tiltflow.commands.terminal.console import escape, make_console, print_json
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Json, Output
 
-
 LOADERS = {
     "lora": "pipeline.load_lora_weights",
     "full": "DiffusionPipeline.from_pretrained",
