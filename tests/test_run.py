@@ -21,7 +21,8 @@ from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
 from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.problems import ExactVelocity, GaussianMixture
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.evaluate import calibration_in_words, of_path_kl
+from tiltflow.runs.caveats import calibration_in_words
+from tiltflow.runs.evaluate import of_path_kl
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
 from tiltflow.samplers.sampling import Sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from tiltflow import __version__, processes
 from tiltflow.control.path_kl import path_kl
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.estimates import ImportanceWeights
-from tiltflow.evaluation.features import distances_to_reference
-from tiltflow.evaluation.metrics.distance_to_reference import reference_images
-from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
 from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
 from tiltflow.evaluation.settings import Point
+from tiltflow.evaluation.table import Drawn, draw_all, in_words
 from tiltflow.evaluation.verdict import Row, conclude, mean_test, of_rewards
 from tiltflow.files import final_name, write_file, write_json, write_text
 from tiltflow.flows.chunks import in_chunks
@@ -31,24 +29,15 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
+from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.runs.run_folder import of_monitor, read_records
 from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
-from tiltflow.training.calibration import LIMIT, gain_at_limit
-from tiltflow.training.settings import GuidanceMode
 
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
 """For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The samples of a model at one way to sample, and their rewards by name."""
-
-    x: Tensor
-    rewards: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -71,7 +60,7 @@ def evaluate(
     """
     began, records = time.perf_counter(), read_records(folder)
     settings, target = run.evaluation, run.method.target(records[-1]["step"], base.grid)
-    table, (of_base, of_tuned) = draw_all(run, base, tuned, asked, instruments)
+    table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed)
     samples = counted(run, target, base, asked, instruments, of_base, of_tuned)
     generator = stream(run.seed, "bootstrap")
     calibrated = calibration_in_words(target.beta, records[-1].get("beta"))
@@ -136,50 +125,6 @@ def described(run: RunSettings, target: Target, folder: Path, base: GenerativeMo
 # ---- samples ----
 
 
-def draw_all(
-    run: RunSettings, base: GenerativeModel, tuned: GenerativeModel, asked: Asked, instruments: Instruments
-) -> tuple[list[dict[str, Any]], tuple[Drawn, Drawn]]:
-    """A row for each way to sample and each of the two models; and what both drew in the first way."""
-    settings, reference = run.evaluation, reference_features(run, base, asked, instruments)
-    points = settings.points or ()
-    table, first = list[dict[str, Any]](), list[Drawn]()
-    for i, point in enumerate(points):
-        scale = None
-        for name, model in (("base", base), ("tuned", tuned)):
-            x = drawn(model, asked, point, run.seed, settings.at_once)
-            rewards = instruments.scores(x, asked)
-            extract = instruments.extract
-            compared = (x.clamp(-1, 1) if base.has_decoder else x) if extract is None else instruments.features(x, extract)
-            if scale is None:  # of the base, which comes first
-                scale = squared_distance(compared, asked.size)
-            row: dict[str, Any] = {"model": name, **in_row(point, points, base)}
-            for key, value in rewards.items():
-                row |= over_groups(value, asked.together).named(key)
-            row |= diversity(compared, asked, scale if extract is None else None)
-            if reference is not None:
-                row |= distances_to_reference(compared, reference, run.seed)
-            table.append(row)
-            if i == 0:
-                first.append(Drawn(x, rewards))
-    return table, (first[0], first[1])
-
-
-def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_size: int) -> Tensor:
-    """A sample of each item, as a point says."""
-    return model.draw(
-        asked.items, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale, batch_size=batch_size
-    )
-
-
-def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
-    """A way to sample as columns of the table: those that mean something, or differ between the ways."""
-    values = point.model_dump(include={"solver", "num_inference_steps"})
-    values |= {name: getattr(point, name) for name in ("shift", "eta") if len({getattr(each, name) for each in points}) > 1}
-    if model.has_decoder:
-        values["guidance_scale"] = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
-    return values
-
-
 def counted(
     run: RunSettings,
     target: Target,
@@ -197,19 +142,6 @@ def counted(
         mean, std = statistics([item.text for item in asked.items], [item.metadata for item in asked.items])
         tilted = (tilted - mean) / std
     return samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted, target.log_tilt)
-
-
-def reference_features(run: RunSettings, base: GenerativeModel, asked: Asked, instruments: Instruments) -> Tensor | None:
-    """[n, width] of the pictures that FID and KID compare with, if there are any. Those of the base are from other noise than
-    the samples in the table, so the base's own distance is what is left where nothing differs."""
-    settings, extract = run.evaluation, instruments.extract
-    if settings.reference is None or extract is None:
-        return None
-    if settings.reference == "base":
-        other = stream(run.seed, "reference").initial_seed()
-        return instruments.features(drawn(base, asked, settings.first, other, settings.at_once), extract)
-    shape = torch.zeros(1, *base.sample_shape)
-    return instruments.features(reference_images(settings.reference, shape), extract)
 
 
 def guided(model: GenerativeModel, asked: Asked, point: Point) -> bool:
@@ -295,7 +227,7 @@ def balance(
     if target.balance is None or run.training.guidance_mode not in (None, "none"):
         return {}
     generator, asked = stream(run.seed, "balance", device=base.device), samples.asked
-    x, rewards = samples.tuned, samples.tuned_rewards[instruments.own]
+    x, rewards = (each.to(base.device) for each in (samples.tuned, samples.tuned_rewards[instruments.own]))
     if base.has_decoder:
         asked = of_paths(asked)
     elif len(x) != len(asked):  # others were left out than of the base
@@ -311,51 +243,6 @@ def balance(
     if found is None:
         return {}
     return found.named("own_law_balance") | {"own_law_balance_expected": target.balance.expected}
-
-
-# ---- words ----
-
-
-def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:
-    """In what samples are compared for diversity."""
-    if instruments.extract is not None:
-        return f"features of {features}"
-    return "pixels" if base.has_decoder else "the samples themselves"
-
-
-def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
-    """The sentence that says which samples the numbers of a summary are not of, if any."""
-    if not of_base and not of_tuned:
-        return []
-    return [
-        f"Samples whose reward is not finite, {of_base} of the base's {count} and {of_tuned} of the tuned model's, are left out"
-        " of every number: the laws are those of the others."
-    ]
-
-
-def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
-    """Of a run that worked at `working_beta` at its end: whether that is at its limit (`calibration_at_limit`, None if it was
-    not calibrated), and the sentence that says so (`limits`)."""
-    if beta is None or working_beta is None:
-        return {"calibration_at_limit": None, "limits": []}
-    at_limit = gain_at_limit(beta / working_beta)
-    sentence = (
-        f"Calibration ended at its limit: the run worked at a temperature of {working_beta:.3g} where {beta:g} was asked for,"
-        f" and it may not be more than {LIMIT:g} times lower or higher. The mean reward is then not made right: the run is far"
-        " from converged, or its sampler cannot reach the target."
-    )
-    return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
-
-
-def guidance_limits(mode: GuidanceMode | None) -> list[str]:
-    """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
-    match mode:
-        case "rollout":
-            return ["Pictures were drawn with guidance and learned from without it: no law is known that this aims at."]
-        case "full":
-            return ["The base of the law is the guided one, whose sampler only approximates a law."]
-        case _:
-            return []
 
 
 # ---- files ----

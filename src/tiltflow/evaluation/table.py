@@ -1,0 +1,98 @@
+"""The table of an evaluation: a row for each way to sample and each of the two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.evaluation.features import distances_to_reference
+from tiltflow.evaluation.metrics.distance_to_reference import reference_images
+from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
+from tiltflow.evaluation.monitor import over_groups
+from tiltflow.evaluation.samples import Asked, Instruments
+from tiltflow.evaluation.settings import Evaluation, Point
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.streams import stream
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of a model at one way to sample, and their rewards by name."""
+
+    x: Tensor
+    rewards: dict[str, Tensor]
+
+
+def draw_all(
+    settings: Evaluation,
+    base: GenerativeModel,
+    tuned: GenerativeModel,
+    asked: Asked,
+    instruments: Instruments,
+    *,
+    seed: int,
+) -> tuple[list[dict[str, Any]], tuple[Drawn, Drawn]]:
+    """A row for each way to sample and each of the two models; and what both drew in the first way."""
+    points, reference = settings.points or (), reference_features(settings, base, asked, instruments, seed)
+    table, first = list[dict[str, Any]](), list[Drawn]()
+    for i, point in enumerate(points):
+        scale = None
+        for name, model in (("base", base), ("tuned", tuned)):
+            x = drawn(model, asked, point, seed, settings.at_once)
+            rewards = instruments.scores(x, asked)
+            extract = instruments.extract
+            compared = (x.clamp(-1, 1) if base.has_decoder else x) if extract is None else instruments.features(x, extract)
+            if scale is None:  # of the base, which comes first
+                scale = squared_distance(compared, asked.size)
+            row: dict[str, Any] = {"model": name, **in_row(point, points, base)}
+            for key, value in rewards.items():
+                row |= over_groups(value, asked.together).named(key)
+            row |= diversity(compared, asked, scale if extract is None else None)
+            if reference is not None:
+                row |= distances_to_reference(compared, reference, seed)
+            table.append(row)
+            if i == 0:
+                first.append(Drawn(x, rewards))
+    return table, (first[0], first[1])
+
+
+def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_size: int) -> Tensor:
+    """A sample of each item, as a point says."""
+    return model.draw(
+        asked.items, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale, batch_size=batch_size
+    )
+
+
+def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
+    """A way to sample as columns of the table: those that mean something, or differ between the ways."""
+    values = point.model_dump(include={"solver", "num_inference_steps"})
+    values |= {name: getattr(point, name) for name in ("shift", "eta") if len({getattr(each, name) for each in points}) > 1}
+    if model.has_decoder:
+        values["guidance_scale"] = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
+    return values
+
+
+def reference_features(
+    settings: Evaluation, base: GenerativeModel, asked: Asked, instruments: Instruments, seed: int
+) -> Tensor | None:
+    """[n, width] of the pictures that FID and KID compare with, if there are any. Those of the base are from other noise than
+    the samples in the table, so the base's own distance is what is left where nothing differs."""
+    extract = instruments.extract
+    if settings.reference is None or extract is None:
+        return None
+    if settings.reference == "base":
+        other = stream(seed, "reference").initial_seed()
+        return instruments.features(drawn(base, asked, settings.first, other, settings.at_once), extract)
+    shape = torch.zeros(1, *base.sample_shape)
+    return instruments.features(reference_images(settings.reference, shape), extract)
+
+
+def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:
+    """In what samples are compared for diversity."""
+    if instruments.extract is not None:
+        return f"features of {features}"
+    return "pixels" if base.has_decoder else "the samples themselves"

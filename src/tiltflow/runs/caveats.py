@@ -1,0 +1,43 @@
+"""Caveats of a run's summary: what its numbers are not, one sentence each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiltflow.training.calibration import LIMIT, gain_at_limit
+from tiltflow.training.settings import GuidanceMode
+
+
+def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
+    """The sentence that says which samples the numbers of a summary are not of, if any."""
+    if not of_base and not of_tuned:
+        return []
+    return [
+        f"Samples whose reward is not finite, {of_base} of the base's {count} and {of_tuned} of the tuned model's, are left out"
+        " of every number: the laws are those of the others."
+    ]
+
+
+def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
+    """Of a run that worked at `working_beta` at its end: whether that is at its limit (`calibration_at_limit`, None if it was
+    not calibrated), and the sentence that says so (`limits`)."""
+    if beta is None or working_beta is None:
+        return {"calibration_at_limit": None, "limits": []}
+    at_limit = gain_at_limit(beta / working_beta)
+    sentence = (
+        f"Calibration ended at its limit: the run worked at a temperature of {working_beta:.3g} where {beta:g} was asked for,"
+        f" and it may not be more than {LIMIT:g} times lower or higher. The mean reward is then not made right: the run is far"
+        " from converged, or its sampler cannot reach the target."
+    )
+    return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+def guidance_limits(mode: GuidanceMode | None) -> list[str]:
+    """Why the law is not p_base exp(r / beta) for this guidance: one sentence for each reason."""
+    match mode:
+        case "rollout":
+            return ["Pictures were drawn with guidance and learned from without it: no law is known that this aims at."]
+        case "full":
+            return ["The base of the law is the guided one, whose sampler only approximates a law."]
+        case _:
+            return []
