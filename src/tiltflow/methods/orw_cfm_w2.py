@@ -206,12 +206,6 @@ class OrwCfmW2(MethodSettings):
             return base.tilt(rounds * log_weight(base.points))
         return fixed_point(base, log_weight, self.alpha, self.weight_mode, rounds=rounds)
 
-    def balance_expected(self, steps: int) -> float:
-        """By the name that runs/ asks for it."""
-        found = self.target(steps).balance
-        assert found is not None
-        return found.expected
-
     @torch.no_grad()
     def balance(
         self,
