@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from tiltflow.commands.terminal.app import app
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
-from tiltflow.runs import doctor
-from tiltflow.runs.doctor import Finding, Patient, admit, examine, verdict
+from tiltflow.runs.doctor import Finding, Patient, admit, examine, iteration, network, reward, sampler, target, verdict
+from tiltflow.runs.doctor import memory as needed
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import read_yaml, validate
 from tiltflow.training import memory
@@ -79,14 +79,14 @@ def test_a_reward_that_is_not_deterministic(tmp_path: Path) -> None:
     patient = replace(
         patient_for(tmp_path), reward=lambda x: x.mean((1, 2, 3)) + 1e-3 * torch.randn(len(x), generator=generator)
     )
-    finding = the(doctor.reward_itself(patient), "reward")
+    finding = the(reward.reward_itself(patient), "reward")
     assert finding.level == "amber"
     assert "Two calls on the same samples differ" in finding.text
 
 
 def test_a_reward_that_looks_at_the_batch(tmp_path: Path) -> None:
     patient = replace(patient_for(tmp_path), reward=lambda x: x.mean((1, 2, 3)) - x.mean())
-    finding = the(doctor.reward_itself(patient), "reward")
+    finding = the(reward.reward_itself(patient), "reward")
     assert finding.level == "red"
     assert "another value when it is alone" in finding.text
 
@@ -106,11 +106,11 @@ class StraightThrough(torch.autograd.Function):
 def test_a_gradient_that_is_not_the_slope(tmp_path: Path) -> None:
     patient = patient_for(tmp_path)
     wrong = replace(patient, reward=lambda x: StraightThrough.apply(x.mean((1, 2, 3))))  # type: ignore[no-untyped-call, no-any-return]
-    assert the(doctor.reward_gradient(wrong), "gradient").level == "red"
+    assert the(reward.reward_gradient(wrong), "gradient").level == "red"
     zero = replace(patient, reward=lambda x: (x - x.detach()).mean((1, 2, 3)) * 0)
-    assert the(doctor.reward_gradient(zero), "gradient").text == "the gradient of the reward is zero"
+    assert the(reward.reward_gradient(zero), "gradient").text == "the gradient of the reward is zero"
     right = replace(patient, reward=lambda x: x.sin().mean((1, 2, 3)))
-    assert the(doctor.reward_gradient(right), "gradient").level == "green"
+    assert the(reward.reward_gradient(right), "gradient").level == "green"
 
 
 class Dropping(nn.Module):
@@ -129,7 +129,7 @@ def test_a_network_that_trains_otherwise_than_it_samples(tmp_path: Path) -> None
     patient = patient_for(tmp_path)
     torch.manual_seed(0)
     broken = replace(patient, tuned=Flow(Dropping(patient.tuned.network)))  # type: ignore[arg-type]
-    finding = the(doctor.ratio(broken), "ratio")
+    finding = the(network.ratio(broken), "ratio")
     assert finding.level == "red"
     assert "eval()" in finding.remedy
 
@@ -139,7 +139,7 @@ def test_a_model_that_does_not_begin_as_its_base(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in patient.tuned.parameters():
             parameter += 0.1
-    finding = the(doctor.ratio(patient), "ratio")
+    finding = the(network.ratio(patient), "ratio")
     assert finding.level == "amber"
     assert "from the base" in finding.text
 
@@ -155,7 +155,7 @@ def test_a_sampler_that_remembers_its_noise(method: dict[str, Any], level: str, 
     exact = Flow(ExactVelocity(Gaussian(dimension=2).base()))
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
     patient = replace(patient, base=exact, tuned=exact, batch=replace(patient.batch, x=x), start=0.0)
-    finding = the(doctor.memoryless(patient), "memorylessness")
+    finding = the(sampler.memoryless(patient), "memorylessness")
     assert finding.level == level, finding
     if level == "amber":
         assert float(finding.text.split()[5]) > 0.3
@@ -167,36 +167,36 @@ def test_too_strong_and_too_weak_a_tilt(tmp_path: Path) -> None:
     for beta in (1e-9, 0.5, 1e9):
         method = patient.recipe.method.model_copy(update={"beta": beta})
         recipe = patient.recipe.model_copy(update={"method": method})
-        found[beta] = the(doctor.temperature(replace(patient, recipe=recipe)), "temperature")
+        found[beta] = the(target.temperature(replace(patient, recipe=recipe)), "temperature")
     assert found[1e-9].level == "amber"
     assert "so strong a tilt" in found[1e-9].text
     assert "nearly the base" in found[1e9].text
     constant = replace(patient, reward=lambda x: torch.ones(len(x)))
-    assert the(doctor.temperature(constant), "temperature").level == "red"
+    assert the(target.temperature(constant), "temperature").level == "red"
 
 
 def test_an_evaluation_too_small_to_know_its_target(tmp_path: Path) -> None:
     """A share of the base's samples carries the weight; so many of them are needed for 100 of the target, and for ten of each
     prompt: what the evaluation itself asks for."""
     pixels = recipe_for(tmp_path).evaluation.model_copy(update={"num_samples": 300})
-    assert doctor.too_few_to_know(pixels, 0.4) is None
-    said, remedy = doctor.too_few_to_know(pixels, 0.25) or ("", "")
+    assert target.too_few_to_know(pixels, 0.4) is None
+    said, remedy = target.too_few_to_know(pixels, 0.25) or ("", "")
     assert "evaluation's 300 that would be 75" in said
     assert remedy.startswith("evaluation.num_samples=400 ")
     pictures = Evaluation(num_generations=16)
-    assert doctor.too_few_to_know(pictures, 0.7) is None
-    said, remedy = doctor.too_few_to_know(pictures, 0.5) or ("", "")
+    assert target.too_few_to_know(pictures, 0.7) is None
+    said, remedy = target.too_few_to_know(pictures, 0.5) or ("", "")
     assert "16 pictures of a prompt that would be 8.0" in said
     assert remedy.startswith("evaluation.num_generations=20 ")
     tiny = patient_for(tmp_path)  # 32 samples can never weigh as much as 100
-    finding = the(doctor.temperature(tiny), "temperature")
+    finding = the(target.temperature(tiny), "temperature")
     assert finding.level == "amber"
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = patient_for(tmp_path)
-    monkeypatch.setattr(doctor, "free_memory", lambda device: 1 << 10)
-    finding = the(doctor.memory(patient), "memory")
+    monkeypatch.setattr(needed, "free_memory", lambda device: 1 << 10)
+    finding = the(needed.memory(patient), "memory")
     assert finding.level == "red"
     assert "training.micro_batch_size (now 8): the result is the same" in finding.remedy
 
@@ -215,7 +215,7 @@ def test_the_memory_of_a_loss_is_that_by_hand(tmp_path: Path) -> None:
 
     patient, tuned = patient_for(tmp_path), Flow(Bent())
     patient = replace(patient, tuned=tuned, base=tuned, batch=replace(patient.batch, x=torch.zeros(8, 1000)))
-    found = memory.peak_of(partial(doctor._regress, patient), 8) / (8 * 1000 * 4)
+    found = memory.peak_of(partial(needed._regress, patient), 8) / (8 * 1000 * 4)
     assert 3 <= found < 5.1
 
 
@@ -244,8 +244,8 @@ def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
     ],
 )
 def test_the_forecast_is_what_an_iteration_needs(changes: dict[str, Any], tmp_path: Path) -> None:
-    patient = doctor.admit(recipe_of_pipeline(tmp_path, **changes), "cpu")
-    said = doctor.forecast(patient).most
+    patient = admit(recipe_of_pipeline(tmp_path, **changes), "cpu")
+    said = needed.forecast(patient).most
     loop = patient.loop()
     with memory.PeakMemory() as measured:
         next(loop)
@@ -257,8 +257,8 @@ def test_less_is_decoded_at_once(tmp_path: Path) -> None:
     """With the same gradient; and the forecast knows."""
     rows = []
     for size in (4, 1):
-        patient = doctor.admit(recipe_of_pipeline(tmp_path, micro_batch_size=4, decode_batch_size=size), "cpu")
-        forecast = doctor.forecast(patient)
+        patient = admit(recipe_of_pipeline(tmp_path, micro_batch_size=4, decode_batch_size=size), "cpu")
+        forecast = needed.forecast(patient)
         assert forecast.for_a_while[f"decoding {size} pictures"] > 0
         loop = patient.loop()
         rows.append((forecast.most, next(loop).metrics["gradient_norm"]))
@@ -272,8 +272,7 @@ import ctypes, gc, re, sys, torch
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_doctor import recipe_of_pipeline
-from tiltflow.runs import doctor
-from tiltflow.training import memory
+from tiltflow.runs.doctor import admit, memory
 torch.set_num_threads(1)
 
 def status(key):
@@ -281,8 +280,8 @@ def status(key):
 
 model, method = {"height": 96, "width": 96}, {"num_inference_steps": 4}
 changes = {"model": model, "micro_batch_size": 8, "num_generations": 4, "method": method}
-patient = doctor.admit(recipe_of_pipeline(Path(sys.argv[1]), **changes), "cpu")
-said, loop = doctor.forecast(patient).most, patient.loop()
+patient = admit(recipe_of_pipeline(Path(sys.argv[1]), **changes), "cpu")
+said, loop = memory.forecast(patient).most, patient.loop()
 next(loop)  # what is loaded and allocated once
 loop.close()
 loop = patient.loop()
@@ -343,7 +342,7 @@ def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:
         for step in (1, 2):
             yield Record(step, {"reward": 1.0, "loss": 0.0, "gradient_norm": 0.0}, 2.0 * step, 0)
 
-    finding = the(doctor.iteration(replace(patient, loop=loop)), "iteration")
+    finding = the(iteration.iteration(replace(patient, loop=loop)), "iteration")
     assert finding.level == "red"
     assert "2.0 s for 1 step, 8.0 s for all 4," in finding.text
 
@@ -351,7 +350,7 @@ def test_an_iteration_that_learns_nothing(tmp_path: Path) -> None:
 def test_a_warm_up_of_the_critic_is_no_fault(tmp_path: Path) -> None:
     """The policy stays in it, so its gradient is zero."""
     method = {"name": "score-as-action", "num_inference_steps": 4, "critic_warmup_steps": 3, "num_passes": 2}
-    finding = the(doctor.iteration(patient_for(tmp_path, method=method)), "iteration")
+    finding = the(iteration.iteration(patient_for(tmp_path, method=method)), "iteration")
     assert finding.level == "green", finding
 
 
@@ -365,7 +364,7 @@ def test_an_iteration_that_is_left_out(tmp_path: Path) -> None:
         yield Record(1, {"skipped": 1.0}, 2.0, 0)
         yield Record(2, {"skipped": 1.0}, 4.0, 0)
 
-    finding = the(doctor.iteration(replace(patient, loop=loop)), "iteration")
+    finding = the(iteration.iteration(replace(patient, loop=loop)), "iteration")
     assert finding.level == "red"
     assert "was not finite" in finding.text
 
@@ -392,7 +391,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert the(findings, "iteration").level == "green", the(findings, "iteration")
 
 
-def patient_of(family: str, folder: Path, **changes: Any) -> doctor.Patient:
+def patient_of(family: str, folder: Path, **changes: Any) -> Patient:
     """A pipeline, for checks of its own."""
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
@@ -402,19 +401,19 @@ def patient_of(family: str, folder: Path, **changes: Any) -> doctor.Patient:
     tree = pipeline_recipe(folder, family)
     for key, value in changes.items():
         tree[key] |= value
-    return doctor.admit(validate(Recipe, tree, "recipe"), "cpu")
+    return admit(validate(Recipe, tree, "recipe"), "cpu")
 
 
 def test_parity_is_at_equal_guidance(tmp_path: Path) -> None:
     """FLUX.1-dev takes the scale as an input: at 3 on both sides the latents, so the pictures, are the same."""
-    finding = the(doctor.parity(patient_of("flux", tmp_path)), "parity")
+    finding = the(sampler.parity(patient_of("flux", tmp_path)), "parity")
     assert finding.level == "green"
     assert float(finding.text.split()[-1]) < 1e-5
 
 
 def test_parity_in_16_bits(tmp_path: Path) -> None:
     """The decoder stays in float32, which the pipeline itself could not use: what is compared is before it."""
-    assert the(doctor.parity(patient_of("stable-diffusion", tmp_path, model={"dtype": "bfloat16"})), "parity").level == "green"
+    assert the(sampler.parity(patient_of("stable-diffusion", tmp_path, model={"dtype": "bfloat16"})), "parity").level == "green"
 
 
 @pytest.mark.filterwarnings("ignore:scheduler DDIMScheduler")
@@ -422,7 +421,7 @@ def test_parity_of_a_scheduler_with_other_steps(tmp_path: Path) -> None:
     """Two and four steps divide a thousand, six do not; a solver with noise is none of the pipeline's anyway."""
     points = [{"num_inference_steps": 2}, {"num_inference_steps": 6}, {"solver": "memoryless", "num_inference_steps": 7}]
     changes = {"model": {"scheduler": {"timestep_spacing": "trailing"}}, "evaluation": {"points": points}}
-    finding = the(doctor.parity(patient_of("stable-diffusion", tmp_path, **changes)), "parity")
+    finding = the(sampler.parity(patient_of("stable-diffusion", tmp_path, **changes)), "parity")
     assert finding.level == "amber"
     assert "of the largest at 6" in finding.text
     assert not any(f"of the largest at {steps}" in finding.text for steps in (2, 3, 7))
@@ -431,8 +430,8 @@ def test_parity_of_a_scheduler_with_other_steps(tmp_path: Path) -> None:
 def test_samples_are_weighed_within_their_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five of six pictures, three of one prompt and two of another: a reward that is a constant of the prompt has weights
     1/6 and 1/4, so 1 / (3 / 36 + 2 / 16) = 4.8 of 5 count, where one law for all would leave 3 or 2."""
-    monkeypatch.setattr(doctor, "MOST", 5)
+    monkeypatch.setattr("tiltflow.runs.doctor.patient.MOST", 5)
     patient = patient_of("stable-diffusion", tmp_path, training={"num_generations": 3, "micro_batch_size": 6})
     monkeypatch.setattr(Patient, "rewards", lambda self, x: torch.tensor([0.0, 0.0, 0.0, 50.0, 50.0]))
-    (finding,) = doctor.temperature(patient)
+    (finding,) = target.temperature(patient)
     assert finding.text.startswith("4.8 of 5 base samples")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tiltflow.models.text_to_image import from_diffusers
     from tiltflow.models.trainable import Adapter
     from tiltflow.plugins import allow_code
-    from tiltflow.runs.doctor import examine_model
+    from tiltflow.runs.doctor.network import examine_model
     from tiltflow.runs.fingerprints import accept_changes
     from tiltflow.runs.run import load_text_to_image
     from tiltflow.samplers.sampling import Sampling
@@ -51,7 +51,7 @@ _HOME = {
     "accept_changes": "runs.fingerprints",
     "allow_code": "plugins",
     "evaluate": "api",
-    "examine_model": "runs.doctor",
+    "examine_model": "runs.doctor.network",
     "from_diffusers": "models.text_to_image",
     "load": "api",
     "load_text_to_image": "runs.run",

@@ -1,0 +1,72 @@
+"""`tiltflow doctor`: check a recipe for problems before the run is paid for.
+
+A check is a function of a `Patient` that yields findings: green, amber (it runs, but look at this) or red (it cannot work).
+Amber and red come with a remedy. The last check is one real iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from tiltflow.errors import InputError, TiltflowError
+from tiltflow.runs.doctor import iteration, memory, network, reward, sampler, target
+from tiltflow.runs.doctor.patient import Finding, Level, Patient
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import ready
+from tiltflow.streams import stream
+
+__all__ = ["CHECKS", "Finding", "Level", "Patient", "admit", "examine", "refuse", "verdict"]
+
+CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+    network.denoising,
+    target.temperature,
+    reward.reward_itself,
+    reward.reward_gradient,
+    network.ratio,
+    sampler.memoryless,
+    sampler.parity,
+    memory.memory,
+    iteration.iteration,
+)
+"""The checks, in the order in which they are run."""
+FIRST = "fix this first; the other checks were not run"
+
+
+def examine(recipe: Recipe, device: str = "cpu") -> Iterator[Finding]:
+    """Run the checks and yield their findings one by one; a recipe whose parts cannot be loaded ends it."""
+    yield iteration.geometry(recipe)
+    try:
+        patient = admit(recipe, device)
+    except TiltflowError as error:
+        yield Finding("parts", "red", str(error), FIRST)
+        return
+    yield Finding("parts", "green", f"model, reward and method load and fit each other ({patient.device.type})")
+    for check in CHECKS:
+        try:
+            yield from check(patient)
+        except torch.OutOfMemoryError as error:
+            smaller = "lower training.micro_batch_size: the result is the same"
+            yield Finding(check.__name__, "red", str(error).splitlines()[0], smaller)
+        except TiltflowError as error:
+            yield Finding(check.__name__.replace("_", " "), "red", str(error), "fix this first")
+
+
+def admit(recipe: Recipe, device: str) -> Patient:
+    """Load the parts of a recipe. Raises InputError for what cannot be loaded or does not fit."""
+    parts = ready(recipe, device).parts
+    model = parts.untuned
+    batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
+    return Patient(recipe, parts.flow, parts.base, parts.reward, batch, model.grid, model.device, model, parts.loop)
+
+
+def refuse(error: InputError) -> Finding:
+    """The finding for a recipe that cannot be read."""
+    return Finding("recipe", "red", str(error), FIRST)
+
+
+def verdict(findings: Sequence[Finding]) -> Level:
+    """The worst level among the findings."""
+    levels = [finding.level for finding in findings]
+    return "red" if "red" in levels else "amber" if "amber" in levels else "green"
