@@ -36,8 +36,9 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
-from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser
 from tiltflow.models.trainable import trainable_copy
 from tiltflow.training.batch import Batch
 from tiltflow.training.trainer import train

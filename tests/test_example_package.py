@@ -95,6 +95,32 @@ def test_verify_uses_the_problem_of_another_package(tmp_path: Path) -> None:
         assert f"{method} on pair" in done.stderr
 
 
+def test_a_family_of_pipelines_of_another_package(tmp_path: Path) -> None:
+    """A pipeline of its class is a model, and a LoRA adapts the layers that the family names."""
+    pytest.importorskip("diffusers")
+    code = f"""
+from pathlib import Path
+from diffusers import StableDiffusionPipeline
+from tiny_pipelines import tiny_pipeline
+from tiltflow import Adapter, from_diffusers
+class RenamedPipeline(StableDiffusionPipeline): pass
+pipeline = tiny_pipeline("stable-diffusion", Path({str(tmp_path)!r}))
+_, tuned = from_diffusers(RenamedPipeline(**pipeline.components, requires_safety_checker=False)).trainable(Adapter(rank=2))
+print({{name.split(".attn")[1].split(".lora")[0] for name, p in tuned.denoiser.named_parameters() if p.requires_grad}})
+"""
+    path = os.pathsep.join([str(installed(tmp_path / "site")), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout) == {"2.to_k", "2.to_v"}
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -658,7 +658,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn_from(folder: Path) -> Tensor:
     """A small picture, from what a folder holds."""
-    from tiltflow.models.text_to_image import from_diffusers
+    from tiltflow.models.from_diffusers import from_diffusers
 
     model = from_diffusers(folder, height=16, width=16)
     return model.sample(["a"], sampling=Sampling(solver="euler", num_inference_steps=2))

@@ -41,7 +41,8 @@ from tiltflow.evaluation.monitor import over_groups, read_looks
 from tiltflow.evaluation.samples import Asked
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.models.text_to_image import TextToImage, from_diffusers, with_adapter
+from tiltflow.models.from_diffusers import from_diffusers
+from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
 from tiltflow.runs.export import export_run

@@ -151,11 +151,14 @@ def test_a_perfect_prediction_at_a_timestep(timestep: int, prediction: Any) -> N
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (lambda: make("FlowMatchHeunDiscrete", shift=3.0), "FlowMatchHeunDiscreteScheduler: its noise schedule is not known"),
-        (lambda: make("FlowMatchLCM"), "FlowMatchLCMScheduler: its noise schedule is not known"),
+        (
+            lambda: make("FlowMatchHeunDiscrete", shift=3.0),
+            "FlowMatchHeunDiscreteScheduler: its noise schedule is not supported",
+        ),
+        (lambda: make("FlowMatchLCM"), "FlowMatchLCMScheduler: its noise schedule is not supported"),
         (lambda: make("UniPCMultistep", prediction_type="flow_prediction"), "or flow_prediction with use_flow_sigmas"),
-        (lambda: make("DDPM", trained_betas=[0.1, 0.2, 0.3]), "DDPMScheduler: its noise schedule is not known"),
-        (lambda: make("DDPM", beta_schedule="sigmoid"), "DDPMScheduler: its noise schedule is not known"),
+        (lambda: make("DDPM", trained_betas=[0.1, 0.2, 0.3]), "DDPMScheduler: its noise schedule is not supported"),
+        (lambda: make("DDPM", beta_schedule="sigmoid"), "DDPMScheduler: its noise schedule is not supported"),
     ],
 )
 def test_schedulers_that_are_not_known(scheduler: Any, message: str) -> None:
@@ -169,7 +172,7 @@ def test_schedulers_that_are_not_known(scheduler: Any, message: str) -> None:
         (lambda: make("DDIM"), 1000, "the times of DDIMScheduler do not all increase"),  # timestep 1000 of 0 to 999
         (lambda: make("DDIM"), 1001, "DDIMScheduler refuses it .* cannot be larger"),
         (lambda: make(EULER, timestep_spacing="leading"), 1000, "the times of EulerDiscreteScheduler do not all increase"),
-        (lambda: make("FlowMatchEulerDiscrete", invert_sigmas=True), 4, "do not all increase, from noise to data"),
+        (lambda: make("FlowMatchEulerDiscrete", invert_sigmas=True), 4, "do not all increase from noise to data"),
     ],
 )
 def test_grids_that_do_not_run_from_noise_to_data(scheduler: Any, steps: int, message: str) -> None:

@@ -22,7 +22,10 @@ from tiltflow.errors import InputError
 from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.linearize import linearize
-from tiltflow.models.text_to_image import Denoiser, TextToImage, families, load_tuned, save_tuned, with_adapter
+from tiltflow.models import from_diffusers as constructor
+from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.pipelines import families
+from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
@@ -244,13 +247,13 @@ def test_prompts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_conditions_of_the_last_prompts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were used last, and the negative one, which all share, though the prompt that it came with is gone."""
-    monkeypatch.setattr("tiltflow.models.text_to_image.CONDITIONS_KEPT", 2)
+    monkeypatch.setattr("tiltflow.models.prompt_encoder.CONDITIONS_KEPT", 2)
     model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
     first = model.encode(["one", "two", "three"])  # more at once than are kept
-    assert list(model.encoded) == ["two", "three"]
+    assert list(model.encoder.cache) == ["two", "three"]
     model.encode(["two"])
     model.encode(["four"])
-    assert list(model.encoded) == ["two", "four"]
+    assert list(model.encoder.cache) == ["two", "four"]
     again = model.encode(["one", "two", "three"])
     for before, after in zip(first, again, strict=True):
         assert torch.equal(before["encoder_hidden_states"], after["encoder_hidden_states"])  # type: ignore[index]
@@ -425,7 +428,7 @@ def test_a_lora_that_is_there_already_stays(name: str, adapter: str | None, stat
 
     said = pytest.warns(UserWarning, match="was trained on top of 'default.*load that too")
     with nullcontext() if state == "switched off" else said:
-        save_tuned(tuned, tmp_path / "new")
+        tuned.save(tmp_path / "new")
     strength = {"as it was loaded": 1.0, "at half strength": 0.5, "switched off": 0.0}[state]
     fresh = tiny_pipeline(name, tmp_path)
     fresh.load_lora_weights(place, adapter_name="style")
@@ -438,7 +441,7 @@ def test_a_lora_that_is_there_already_stays(name: str, adapter: str | None, stat
     with torch.no_grad():
         for parameter in trained.values():
             parameter *= 0
-    load_tuned(tuned, tmp_path / "new")
+    tuned.load_weights(tmp_path / "new")
     assert torch.equal(draw(tuned), after)
 
 
@@ -561,8 +564,6 @@ def test_the_documented_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
     from tiny_pipelines import STABLE_DIFFUSION, WIDTH, t5, vae
 
-    from tiltflow.models import text_to_image
-
     page = (Path(__file__).parents[1] / "docs/text-to-image.md").read_text(encoding="utf-8")
     code = page.split("## Adding a family")[1].split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 60
@@ -571,10 +572,10 @@ def test_the_documented_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     spec = importlib.util.spec_from_file_location("pixart_sigma", path)
     assert spec is not None
     assert spec.loader is not None
-    family = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(family)
-    known = families()
-    monkeypatch.setattr(text_to_image, "families", lambda: {**known, family.PIPELINE: family})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    family, known = module.PixartSigma(), families()
+    monkeypatch.setattr(constructor, "families", lambda: {**known, family.pipeline_class: family})
 
     torch.manual_seed(0)
     tokenizer, encoder = t5()

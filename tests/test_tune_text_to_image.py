@@ -361,7 +361,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         ({"conditions": PROMPTS, "training": tiltflow.Training(classes=(0,))}, "training.classes: this model has prompts"),
         (
             {"conditions": PROMPTS, "training": tiltflow.Training(trainable="attn")},  # type: ignore[arg-type]
-            "with an adapter the adapter alone is trained",
+            "with an adapter only the adapter is trained",
         ),
     ):
         with pytest.raises(InputError, match=message):

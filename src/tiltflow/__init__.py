@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.score_as_action import ScoreAsAction
+    from tiltflow.models.from_diffusers import from_diffusers
     from tiltflow.models.model import Model
-    from tiltflow.models.text_to_image import from_diffusers
     from tiltflow.models.trainable import Adapter
     from tiltflow.plugins import allow_code
     from tiltflow.runs.doctor.network import examine_model
@@ -52,7 +52,7 @@ _HOME = {
     "allow_code": "plugins",
     "evaluate": "api",
     "examine_model": "runs.doctor.network",
-    "from_diffusers": "models.text_to_image",
+    "from_diffusers": "models.from_diffusers",
     "load": "api",
     "load_text_to_image": "runs.run",
     "report": "api",

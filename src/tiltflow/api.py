@@ -20,9 +20,12 @@ from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
 from tiltflow.models import model as networks
 from tiltflow.models.consistency import WRONG_CLOCK, consistency
+from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.from_diffusers import from_diffusers
 from tiltflow.models.model import Model
+from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.models.text_to_image import AdaptedDenoiser, Denoiser, TextToImage, from_diffusers
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
 from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, from_function

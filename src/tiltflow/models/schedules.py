@@ -1,7 +1,7 @@
-"""What the scheduler of a diffusers pipeline says: the path that the model was trained on, and the times it is sampled at.
+"""Schedulers of diffusers pipelines: the path that the model was trained on, and the times at which it is sampled.
 
-The solver `euler` on these times is what the pipeline itself draws if its scheduler takes the steps of deterministic DDIM, or
-of Euler's method for flow matching: both are Euler's method on the linear path. Whether it does is measured, not looked up:
+The solver `euler` on these times draws what the pipeline itself draws if its scheduler takes the steps of deterministic DDIM,
+or of Euler's method for flow matching: both are Euler's method on the linear path. Whether it does is measured, not looked up:
 `Schedule.difference` runs the scheduler's own steps beside ours on a law whose prediction is known.
 """
 
@@ -41,11 +41,11 @@ from tiltflow.user_code import refused
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x1"}
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TOLERANCE = 1e-4
-"""How far, in parts of the largest latent, our sampler may be from the pipeline's own without a word."""
+"""Largest difference between our sampler and the pipeline's own, relative to the largest latent, without a warning."""
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether the model of the scheduler is one of flow matching."""
+    """Return whether a scheduler is for a flow-matching model."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
@@ -54,16 +54,17 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def path_of(scheduler: Any) -> tuple[Interpolant, PredictionType]:
-    """The interpolant of a scheduler, and what its network predicts. Raises InputError if they are none of tiltflow's."""
+    """Return the interpolant of a scheduler and the prediction type of its network. Raises InputError if they are not
+    supported."""
     if is_flow(scheduler):
         return Linear(), "velocity"
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("beta_schedule") not in SCHEDULES or config.get("trained_betas") is not None:
         known = f"beta_schedule {', '.join(SCHEDULES)}, or FlowMatchEulerDiscreteScheduler"
-        raise InputError(f"scheduler {name}: its noise schedule is not known here; known: {known}")
+        raise InputError(f"scheduler {name}: its noise schedule is not supported; supported: {known}")
     if config.get("prediction_type", "epsilon") not in PREDICTIONS:
         known = f"{', '.join(PREDICTIONS)}, or flow_prediction with use_flow_sigmas"
-        raise InputError(f"scheduler {name}: prediction_type {config.prediction_type!r} is not known; known: {known}")
+        raise InputError(f"scheduler {name}: prediction_type {config.prediction_type!r} is not supported; supported: {known}")
     path = DiscreteVariancePreserving(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -81,9 +82,11 @@ class Schedule:
     Args:
         own: the pipeline's scheduler.
         plain: a scheduler of diffusers that takes our steps on the same times, as far as there is one: the pipeline's own, or
-            DDIM's with its settings. What an export comes with.
-        image_tokens: how long a picture is as a sequence, for `use_dynamic_shifting`.
-        sigmas: K -> [K], where a pipeline asks its scheduler for others than the scheduler's own.
+            DDIM with its settings. Exports include it.
+        path: interpolant of the model.
+        prediction: prediction type of its network.
+        image_tokens: length of a picture as a sequence of tokens, for `use_dynamic_shifting`.
+        sigmas: K -> sigmas [K] that the pipeline passes to its scheduler, or None if it passes none.
     """
 
     own: Any
@@ -91,28 +94,31 @@ class Schedule:
     path: Interpolant
     prediction: PredictionType
     image_tokens: int = 0
-    sigmas: Callable[[int], Tensor] | None = None
+    sigmas: Callable[[int], Tensor | None] | None = None
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
-        """Set a scheduler to a number of steps, as the pipeline does. Raises InputError if it cannot be."""
+        """Set a scheduler's number of steps, as the pipeline does. Raises InputError if the scheduler refuses it."""
         config, options = scheduler.config, dict[str, Any]()
         if config.get("use_dynamic_shifting"):
             tokens = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
             shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
             options["mu"] = shifts[0] + (self.image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
-        if self.sigmas is None or config.get("use_flow_sigmas"):
+        sigmas = None if self.sigmas is None or config.get("use_flow_sigmas") else self.sigmas(num_inference_steps)
+        if sigmas is None:
             options["num_inference_steps"] = num_inference_steps
         else:
-            options["sigmas"] = self.sigmas(num_inference_steps).tolist()
+            options["sigmas"] = sigmas.tolist()
         with refused(f"num_inference_steps {num_inference_steps}: {type(scheduler).__name__} refuses it"):
             scheduler.set_timesteps(**options)
 
     def times(self, num_inference_steps: int) -> Tensor:
-        """The linear times [K + 1] of the scheduler, from noise to data, float64; the last one is where it ends: at data, or a
-        little before. Each step goes to the next of them; DDIMScheduler itself steps T / K further, which is elsewhere where K
-        does not divide T or the spacing is `linspace`.
+        """Return the times [K + 1] of the scheduler on the linear path, from noise to data, float64. The last one is where the
+        scheduler ends: at data, t = 1, or a little before.
 
-        Raises InputError for a number of steps at which they do not increase.
+        Each step goes to the next time. DDIMScheduler itself steps T / K timesteps further, which is another time where K does
+        not divide T or the spacing is `linspace`.
+
+        Raises InputError for a number of steps at which the times do not increase.
         """
         scheduler = copy.deepcopy(self.plain)
         self.set_timesteps(scheduler, num_inference_steps)
@@ -122,27 +128,27 @@ class Schedule:
             times = 1 / (1 + scheduler.sigmas.double())
         else:
             square = self.path.alphas_cumprod  # type: ignore[union-attr]
-            # timestep T, to which an offset can lead, is no timestep: it would be read as clean data, and is refused below
+            # an offset can lead to timestep T, which does not exist: it would be read as clean data, and is refused below
             ends = square[-1] if scheduler.config.set_alpha_to_one else square[-2]
             squares = torch.cat([square[len(square) - 2 - scheduler.timesteps.cpu()], ends[None]])
             times = squares.sqrt() / (squares.sqrt() + (1 - squares).sqrt())
-        # the last step may be of length 0: some end at the last timestep, and what is tuned goes on to data
+        # the last step may have length 0: some schedulers end at the last timestep, and the grid of training continues to data
         if not bool((times[:-1].diff() > 0).all()) or times[-1] < times[-2]:
             raise InputError(
-                f"num_inference_steps {num_inference_steps}: the times of {type(scheduler).__name__} do not all increase, from"
-                " noise to data: fewer steps, or timestep_spacing trailing?"
+                f"num_inference_steps {num_inference_steps}: the times of {type(scheduler).__name__} do not all increase from"
+                " noise to data; take fewer steps, or timestep_spacing: trailing"
             )
         return times
 
     @property
     def in_sigma(self) -> bool:
-        """Whether the scheduler's coordinates are x_1 + sigma x_0, as those of Euler's for diffusion are."""
+        """True if the scheduler's coordinates are x_1 + sigma x_0, as those of Euler's method for diffusion are."""
         from diffusers import EulerDiscreteScheduler
 
         return isinstance(self.plain, EulerDiscreteScheduler)
 
     def start_scale(self, t: Tensor) -> float:
-        """What the pipeline's starting latents, standard normal, are multiplied with on the linear path, at the first time."""
+        """Return the factor from the pipeline's starting latents, standard normal, to the linear path at the first time t."""
         if isinstance(self.path, Linear):
             return 1.0
         if self.in_sigma and self.plain.config.timestep_spacing != "leading":
@@ -150,14 +156,17 @@ class Schedule:
         return math.hypot(t.item(), 1 - t.item())
 
     def end_scale(self, t: Tensor) -> float:
-        """What a state of the linear path, at the last time t, is multiplied with to be the pipeline's latents."""
+        """Return the factor from the linear path at the last time t to the pipeline's latents."""
         if isinstance(self.path, Linear):
             return 1.0
         return 1 / (t.item() if self.in_sigma else math.hypot(t.item(), 1 - t.item()))
 
     def difference(self, num_inference_steps: int, scheduler: Any) -> float:
-        """How far the latents that a scheduler draws, in its own steps, are from those of our sampler: the largest difference
-        over the largest latent, on a normal law, whose prediction is known."""
+        """Return the difference between the latents that a scheduler draws in its own steps and those of our sampler: the
+        largest absolute difference over the largest latent, on a normal law, whose prediction is known.
+
+        Raises InputError if the scheduler cannot take such steps.
+        """
         generator = stream(0, "schedule")
         noise, mean = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
         predict = partial(prediction_of_normal, mean=mean.double(), path=self.path, prediction=self.prediction)
@@ -173,14 +182,16 @@ class Schedule:
                 torch.manual_seed(0)
                 theirs = _drawn_by(own, predict, noise)
         except TypeError as error:  # step() takes other arguments
-            raise InputError(f"scheduler {type(own).__name__}: is not one of text-to-image pipelines ({error})") from None
+            raise InputError(
+                f"scheduler {type(own).__name__}: its step() does not fit text-to-image pipelines ({error})"
+            ) from None
         return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
     def warn_of_difference(self, num_inference_steps: int) -> None:
-        """Warns if the pipeline's own scheduler draws other latents than our sampler, and names the settings that make it."""
+        """Warn if the pipeline's own scheduler draws other latents than our sampler, and name the settings that cause it."""
         try:
             apart = self.own_difference(num_inference_steps)
-        except InputError:  # some schedulers take no such small number of steps, and ours does
+        except InputError:  # some schedulers need more steps than our sampler
             return
         if apart <= TOLERANCE:
             return
@@ -193,7 +204,7 @@ class Schedule:
             try:
                 changed = replace(self, own=kind.from_config({**config, key: other}))
                 there = changed.own_difference(num_inference_steps)
-            except InputError:  # not without this setting
+            except InputError:  # the scheduler does not work without this setting
                 continue
             if there <= TOLERANCE:
                 causes.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
@@ -206,14 +217,14 @@ class Schedule:
         )
 
     def own_difference(self, num_inference_steps: int) -> float:
-        """`difference` of the pipeline's own scheduler, measured once for each configuration."""
+        """Return `difference` of the pipeline's own scheduler, computed once per configuration."""
         kind: Any = type(self.own)
         config = json.dumps(dict(self.own.config), sort_keys=True)
         return _difference(kind, config, self.image_tokens, self.sigmas, num_inference_steps)
 
 
-def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], Tensor] | None = None) -> Schedule:
-    """What a scheduler says; see `Schedule`. Raises InputError if its path is none of tiltflow's."""
+def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], Tensor | None] | None = None) -> Schedule:
+    """Read the schedule of a scheduler; see `Schedule`. Raises InputError if its path is not supported."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     (path, prediction), config = path_of(scheduler), scheduler.config
@@ -228,16 +239,20 @@ def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], T
 
 @cache
 def _difference(
-    kind: Any, config: str, image_tokens: int, sigmas: Callable[[int], Tensor] | None, num_inference_steps: int
+    kind: Any, config: str, image_tokens: int, sigmas: Callable[[int], Tensor | None] | None, num_inference_steps: int
 ) -> float:
-    """`Schedule.difference` of a scheduler of this class and configuration: measured once in a process."""
+    """Return `Schedule.difference` of a scheduler of this class and configuration."""
     schedule = schedule_of(kind.from_config(json.loads(config)), image_tokens, sigmas)
     return schedule.difference(num_inference_steps, schedule.own)
 
 
 def prediction_of_normal(x: Tensor, time: Tensor, *, mean: Tensor, path: Interpolant, prediction: PredictionType) -> Tensor:
-    """What a perfect network predicts for data N(mean, 1/4), called as the networks of pipelines are: x [batch, *event] in the
-    coordinates of the path, time [] or [batch] in the network's unit."""
+    """Return the exact prediction [batch, *event] for data N(mean, 1/4), called like the networks of pipelines.
+
+    Args:
+        x: [batch, *event], in the coordinates of the path.
+        time: [] or [batch], in the network's unit.
+    """
     time = time.double().expand(len(x))
     s = 1 - (time + 1) / path.num_train_timesteps if isinstance(path, DiscreteVariancePreserving) else time
     c = path(interior(s))
@@ -248,7 +263,7 @@ def prediction_of_normal(x: Tensor, time: Tensor, *, mean: Tensor, path: Interpo
 
 
 def _drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:
-    """The latents that a scheduler, set to its timesteps, draws from noise in its own steps, as pipelines use it."""
+    """Draw latents from noise in a scheduler's own steps, as pipelines do; its timesteps must be set."""
     flow = is_flow(scheduler)
     x = noise if flow else noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

@@ -17,9 +17,11 @@ from pydantic_core import PydanticCustomError
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.files import write_folder
+from tiltflow.models.from_diffusers import from_diffusers
 from tiltflow.models.model import Model, load, model_folder
+from tiltflow.models.pipeline_files import load_pipeline
 from tiltflow.models.pipeline_folder import check_numbers
-from tiltflow.models.text_to_image import TextToImage, from_diffusers, load_pipeline, load_tuned
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
 from tiltflow.settings import PathOrName, Settings, first_problem
 from tiltflow.shipped import ASSETS
@@ -115,7 +117,7 @@ class DiffusersModel(Settings):
 
         Raises InputError if it is not there, or is another."""
         untuned, tuned = base.trainable(self.adapter, seed=seed)
-        load_tuned(tuned, folder)
+        tuned.load_weights(folder)
         return untuned, tuned
 
     def keep(self, folder: Path) -> None:

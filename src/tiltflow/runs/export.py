@@ -11,9 +11,9 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import filling, read_json, trusted
+from tiltflow.models.pipeline_files import SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.source import DiffusersModel, NetworkModel
-from tiltflow.models.text_to_image import SAMPLING, save_sampling, save_tuned
 from tiltflow.reports.plots import curves
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
@@ -81,12 +81,12 @@ def write_pipeline(recipe: Recipe, source: DiffusersModel, run: Path, folder: Pa
     else:
         _, tuned = load_run(recipe, run, device)
         if source.adapter is not None:  # of a run that an earlier version made
-            save_tuned(tuned, folder)
+            tuned.save(folder)
         else:
-            setattr(tuned.pipeline, tuned.family.DENOISER, tuned.denoiser.network)
+            setattr(tuned.pipeline, tuned.family.denoiser, tuned.denoiser.network)
             tuned.pipeline.scheduler = tuned.schedule.plain
             tuned.pipeline.save_pretrained(folder)
-            save_sampling(tuned, folder)
+            tuned.save_sampling(folder)
     point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
     if point.guidance_scale is not None and "guidance_scale" in sampling:
         sampling["guidance_scale"] = point.guidance_scale

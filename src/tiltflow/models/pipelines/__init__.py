@@ -1,2 +1,103 @@
-"""The families of diffusers pipelines: one file each, which says what is particular to it. `docs/text-to-image.md` shows how to
-add one."""
+"""Families of diffusers pipelines, one file each: what is particular to a class of pipelines.
+
+File `stable_diffusion_3.py` has the class `StableDiffusion3`, a `Family`. Another package adds one by an entry point of the
+group `tiltflow.models.pipelines` that names such a module. `docs/text-to-image.md` shows a whole one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tiltflow import plugins
+
+Condition = dict[str, Any]
+"""Keyword arguments of a denoiser: tensors [batch, ..], or mappings of tensors."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Settings of the text encoders.
+
+    Args:
+        negative_prompt: prompt that guidance leads away from; None is the pipeline's default.
+        max_sequence_length: number of tokens that T5 sees; None is the family's default.
+    """
+
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = None
+
+
+class Family(ABC):
+    """What is particular to a class of diffusers pipelines. It has no state; pipelines are passed to its methods."""
+
+    pipeline_class: ClassVar[str]
+    """Name of the class of diffusers."""
+    denoiser: ClassVar[str]
+    """Name of the component that is tuned."""
+    components: ClassVar[tuple[str, ...]]
+    """Names of the components that a pipeline must have."""
+    target_modules: ClassVar[tuple[str, ...]]
+    """Ends of the names of the layers that a LoRA adapts by default: the attention."""
+    patch: ClassVar[int] = 1
+    """Height and width are multiples of this many latents."""
+    guidance_scale: ClassVar[float] = 7.5
+    """Default guidance scale."""
+    distilled: ClassVar[bool] = False
+    """True if there are no negative prompts: the guidance scale is an input of the network, or there is no guidance."""
+    max_sequence_length: ClassVar[int | None] = None
+    """Default number of tokens that T5 sees; None if its number is not a setting."""
+
+    @abstractmethod
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """Return the default height and width of the pictures in pixels."""
+
+    @abstractmethod
+    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape [*event] of the latents of one picture, as the denoiser sees them."""
+
+    @abstractmethod
+    def encode(
+        self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
+    ) -> tuple[Condition, Condition | None]:
+        """Encode prompts: (conditions, negative conditions or None), each tensor [batch, ..]."""
+
+    @abstractmethod
+    def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
+        """Return the function (denoiser, x [batch, *event], time [batch], condition) -> prediction [batch, *event].
+
+        For flow matching, time runs from t = 0, noise, to t = 1, data, and the prediction is the velocity in that direction;
+        for diffusion, time is the timestep, and the prediction what the scheduler says.
+        """
+
+    @abstractmethod
+    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the input of the VAE's decoder, [batch, channels, height, width], for latents [batch, *event]."""
+
+    def guidance_is_input(self, pipeline: Any) -> bool:
+        """Return whether the network takes the guidance scale as the condition `guidance`."""
+        return False
+
+    def image_tokens(self, pipeline: Any, height: int, width: int) -> int:
+        """Return the number of tokens of a picture, on which dynamic shifting depends."""
+        return 0
+
+    def sigmas(self, num_inference_steps: int) -> Tensor | None:
+        """Return the sigmas [num_inference_steps] that the pipeline passes to its scheduler; None if it passes none."""
+        return None
+
+
+@cache
+def _family(name: str) -> Family:
+    found: Family = plugins.find("models.pipelines", name)()
+    return found
+
+
+def families() -> dict[str, Family]:
+    """Return all families by the names of their pipeline classes."""
+    return {family.pipeline_class: family for family in map(_family, plugins.names("models.pipelines"))}

@@ -1,5 +1,5 @@
-"""FLUX.1: a flow-matching transformer on 2x2 patches of latents. dev was distilled to take the guidance scale as an input, so
-there is no negative prompt; schnell takes none."""
+"""FLUX.1: a flow-matching transformer on 2x2 patches of latents, without negative prompts. dev was distilled to take the
+guidance scale as an input; schnell has no guidance."""
 
 from __future__ import annotations
 
@@ -10,71 +10,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.models.pipelines import stable_diffusion_3
-from tiltflow.models.pipelines.stable_diffusion_3 import Condition
-
-PIPELINE = "FluxPipeline"
-DENOISER = "transformer"
-NEEDED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-TARGET_MODULES = stable_diffusion_3.TARGET_MODULES
+from tiltflow.models.pipelines import Condition, Family, TextOptions
+from tiltflow.models.pipelines.stable_diffusion_3 import StableDiffusion3
 
 
-def default_size(pipeline: Any) -> tuple[int, int]:
-    """Height and width in pixels."""
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return side, side
+class Flux(Family):
+    """`FluxPipeline`. A state is a sequence of patches [tokens, channels]."""
 
+    pipeline_class = "FluxPipeline"
+    denoiser = "transformer"
+    components = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    target_modules = StableDiffusion3.target_modules
+    patch = 2
+    guidance_scale = 3.5
+    distilled = True
+    max_sequence_length = 512
 
-def latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-    """Of one sample, as the denoiser sees it: a row of patches."""
-    return image_tokens(pipeline, height, width), pipeline.transformer.config.in_channels
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        return side, side
 
+    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
+        return self.image_tokens(pipeline, height, width), pipeline.transformer.config.in_channels
 
-def image_tokens(pipeline: Any, height: int, width: int) -> int:
-    """How many tokens a picture is: what dynamic shifting depends on."""
-    patch = 2 * pipeline.vae_scale_factor
-    return (height // patch) * (width // patch)  # type: ignore[no-any-return]
+    def image_tokens(self, pipeline: Any, height: int, width: int) -> int:
+        patch = self.patch * pipeline.vae_scale_factor
+        return (height // patch) * (width // patch)  # type: ignore[no-any-return]
 
+    def sigmas(self, num_inference_steps: int) -> Tensor:
+        return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
 
-def sigmas(num_inference_steps: int) -> Tensor:
-    """What the pipeline asks its scheduler for."""
-    return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
+    def encode(self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions) -> tuple[Condition, None]:
+        length = options.max_sequence_length or self.max_sequence_length
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}, None
 
+    def guidance_is_input(self, pipeline: Any) -> bool:
+        return bool(pipeline.transformer.config.guidance_embeds)
 
-def encode(
-    pipeline: Any, prompts: list[str], size: tuple[int, int], *, max_sequence_length: int = 512
-) -> tuple[Condition, None]:
-    """The conditions of the prompts, each tensor [batch, ..]; there are no negative ones."""
-    embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device, max_sequence_length=max_sequence_length)
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}, None
+    def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
+        patch = self.patch * pipeline.vae_scale_factor
+        rows, columns = torch.meshgrid(torch.arange(size[0] // patch), torch.arange(size[1] // patch), indexing="ij")
+        return partial(predict, img_ids=torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3))
 
-
-def distilled_guidance(pipeline: Any) -> bool:
-    """Whether the guidance scale is an input of the network."""
-    return bool(pipeline.transformer.config.guidance_embeds)
-
-
-def predictor(pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
-    """(denoiser, x, time [batch], condition) -> the velocity from noise to data."""
-    patch = 2 * pipeline.vae_scale_factor
-    rows, columns = torch.meshgrid(torch.arange(size[0] // patch), torch.arange(size[1] // patch), indexing="ij")
-    return partial(predict, img_ids=torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3))
+    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        patch, config = self.patch * pipeline.vae_scale_factor, pipeline.vae.config
+        rows, columns, channels = size[0] // patch, size[1] // patch, latents.shape[-1] // 4
+        picture = latents.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        picture = picture.reshape(-1, channels, 2 * rows, 2 * columns)
+        return picture / config.scaling_factor + config.shift_factor  # type: ignore[no-any-return]
 
 
 def predict(transformer: Any, x: Tensor, time: Tensor, condition: Condition, *, img_ids: Tensor) -> Tensor:
+    """Return the velocity from noise to data at times [batch]; the transformer's own time runs from data to noise."""
     txt_ids = x.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
-    # the pipeline's time runs from data to noise
     away: Tensor = transformer(
         hidden_states=x, timestep=1 - time, img_ids=img_ids.to(x), txt_ids=txt_ids, **condition, return_dict=False
     )[0]
     return -away
-
-
-def unpack(pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the VAE decodes, [batch, channels, height, width]."""
-    patch = 2 * pipeline.vae_scale_factor
-    rows, columns = size[0] // patch, size[1] // patch
-    channels = latents.shape[-1] // 4
-    picture = latents.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    picture = picture.reshape(-1, channels, 2 * rows, 2 * columns)
-    return picture / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor  # type: ignore[no-any-return]

@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-PIPELINE = "StableDiffusionPipeline"
-DENOISER = "unet"
-NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
-
-Condition = dict[str, Tensor]
+from tiltflow.models.pipelines import Condition, Family, TextOptions
 
 
-def default_size(pipeline: Any) -> tuple[int, int]:
-    """Height and width in pixels."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+class StableDiffusion(Family):
+    """`StableDiffusionPipeline`."""
 
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser = "unet"
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
-def latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-    """Of one sample, as the denoiser sees it."""
-    return pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        size = pipeline.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
+    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
+        return pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
 
-def encode(
-    pipeline: Any, prompts: list[str], size: tuple[int, int], *, negative_prompt: str | None = None
-) -> tuple[Condition, Condition]:
-    """The conditions of the prompts and the negative ones, each tensor [batch, ..]."""
-    negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
-    embeds, negative = pipeline.encode_prompt(prompts, pipeline.device, 1, True, negatives)
-    return {"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative}
+    def encode(
+        self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
+    ) -> tuple[Condition, Condition]:
+        negatives = None if options.negative_prompt is None else [options.negative_prompt] * len(prompts)
+        embeds, negative = pipeline.encode_prompt(prompts, pipeline.device, 1, True, negatives)
+        return {"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative}
 
+    def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
+        return predict
 
-def predictor(pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
-    """(denoiser, x, timestep [batch], condition) -> its prediction."""
-    return predict
+    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return latents / pipeline.vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
 def predict(unet: Any, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    """Return the prediction of the U-Net at timesteps [batch]."""
     out: Tensor = unet(x, timestep, **condition, return_dict=False)[0]
     return out
-
-
-def unpack(pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the VAE decodes, [batch, channels, height, width]."""
-    return latents / pipeline.vae.config.scaling_factor  # type: ignore[no-any-return]

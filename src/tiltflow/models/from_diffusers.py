@@ -1,0 +1,112 @@
+"""A diffusers pipeline becomes a model: checks it, freezes it, and reads its family, size, schedule and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flows.flow import Flow
+from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.pipeline_files import load_pipeline
+from tiltflow.models.pipelines import Family, TextOptions, families
+from tiltflow.models.prompt_encoder import PromptEncoder
+from tiltflow.models.schedules import schedule_of
+from tiltflow.models.text_to_image import TextToImage, checked_scale
+from tiltflow.user_code import check_device, refused
+
+
+@refused("pipeline: cannot be tuned")
+def from_diffusers(
+    pipeline_or_path: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> TextToImage:
+    """Make a model of a text-to-image pipeline of diffusers: a pipeline, its folder, or its name, in tiltflow or on the hub.
+
+    Args:
+        height, width: of the pictures, in pixels; the pipeline's own by default.
+        guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
+        negative_prompt: prompt that guidance leads away from; the empty prompt or zeros by default, as in diffusers.
+        max_sequence_length: number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default.
+        options: of `DiffusionPipeline.from_pretrained`, such as `dtype` (float32 by default), `revision` and `variant`.
+
+    The decoder is loaded and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
+
+    Raises InputError if there is no such pipeline, if its class is not supported, if a component is missing, or for a size, a
+    guidance scale or a setting of the text encoders that it does not take.
+    """
+    check_device(device)
+    pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
+    family, encoding = family_of(pipeline), TextOptions(negative_prompt, max_sequence_length)
+    size = size_of(pipeline, family, height, width)
+    check_options(pipeline, family, encoding)
+    freeze(pipeline, device)
+    scale = family.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
+    schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas)
+    denoiser = Denoiser(getattr(pipeline, family.denoiser), family.predictor(pipeline, size))
+    flow = Flow(denoiser, schedule.prediction, schedule.path)
+    model = TextToImage(pipeline, family, flow, size, scale, schedule, PromptEncoder(pipeline, family, size, encoding))
+    schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
+    if guidance_scale is not None and not model.takes_guidance:
+        raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
+    return model
+
+
+def family_of(pipeline: Any) -> Family:
+    """Return the family of a pipeline. Raises InputError if its class is not supported or a component is missing."""
+    known, name = families(), type(pipeline).__name__
+    if name not in known:
+        raise InputError(
+            f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family"
+        )
+    family = known[name]
+    if missing := [part for part in family.components if getattr(pipeline, part, None) is None]:
+        raise InputError(f"pipeline {name}: has no {missing[0]}")
+    return family
+
+
+def size_of(pipeline: Any, family: Family, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return height and width in pixels, the pipeline's own by default. Raises InputError if they are no multiples of a
+    patch."""
+    own = family.default_size(pipeline)
+    size = (own[0] if height is None else height, own[1] if width is None else width)
+    factor = pipeline.vae_scale_factor * family.patch
+    if any(side < 1 or side % factor for side in size):
+        raise InputError(f"height and width must be multiples of {factor}, got {size[0]} and {size[1]}")
+    return size
+
+
+def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:
+    """Raise InputError for settings of the text encoders that a pipeline does not take, and for a denoiser that takes the
+    guidance scale in a way of its own."""
+    name = type(pipeline).__name__
+    if getattr(pipeline, family.denoiser).config.get("time_cond_proj_dim") is not None:
+        raise InputError(
+            f"pipeline {name}: its {family.denoiser} was distilled to take the guidance scale as an input (time_cond_proj_dim),"
+            " which is supported for FLUX alone"
+        )
+    if encoding.negative_prompt is not None and family.distilled:
+        raise InputError(f"negative_prompt: pipeline {name} takes none; leave it out")
+    if encoding.max_sequence_length is not None and family.max_sequence_length is None:
+        raise InputError(f"max_sequence_length: pipeline {name} takes none; leave it out")
+
+
+def freeze(pipeline: Any, device: torch.device | str) -> None:
+    """Move a pipeline to a device, in eval mode, without gradients and progress bars, its decoder in float32; in place."""
+    pipeline.to(device)
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(torch.float32)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)

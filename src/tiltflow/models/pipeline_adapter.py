@@ -1,0 +1,114 @@
+"""A new LoRA in the denoiser of a pipeline, in place, above the LoRAs that are loaded already."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.errors import InputError
+from tiltflow.flows.precision import GRADIENT_SCALE
+from tiltflow.models.denoiser import Denoiser, floating_dtype
+from tiltflow.models.trainable import Adapter
+from tiltflow.streams import stream
+
+
+class AdaptedDenoiser(Denoiser):
+    """A denoiser with a new adapter that can be switched off.
+
+    Args:
+        adapter: name of the new adapter in the network; only its parameters require gradients.
+        below: names of the adapters that were active before and stay active while the new one is off.
+    """
+
+    def __init__(self, network: nn.Module, predict: Callable[..., Tensor], adapter: str, below: Sequence[str] = ()):
+        super().__init__(network, predict)
+        self.adapter, self.below = adapter, tuple(below)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switch the new adapter off in this context."""
+        network: Any = self.network
+        if self.below:
+            self.activate(self.below)
+        else:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            if self.below:
+                self.activate((*self.below, self.adapter))
+            else:
+                network.enable_adapters()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Activate exactly these adapters. peft makes every active adapter trainable, so those below are frozen again."""
+        network: Any = self.network
+        network.set_adapter(list(names))
+        if self.below:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and self.adapter in name.split("."))
+
+
+@runtime_checkable
+class HasAdapters(Protocol):
+    """A network of diffusers into which peft has put adapters."""
+
+    peft_config: Mapping[str, Any]
+
+
+def loaded_adapters(network: nn.Module) -> Mapping[str, Any]:
+    """Return peft's configurations of the adapters in a network, by name."""
+    return network.peft_config if isinstance(network, HasAdapters) else {}
+
+
+def active_adapters(network: nn.Module) -> list[str]:
+    """Return the names of the active adapters of a network.
+
+    Raises InputError if one is fused into the weights and still loaded: peft would remove it from them when another adapter is
+    added.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise InputError(
+            "a LoRA is fused into the pipeline and still loaded: call pipeline.unload_lora_weights() first; it stays fused"
+        )
+    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
+
+
+def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], seed: int) -> AdaptedDenoiser:
+    """Add a new LoRA in float32 to the network of a denoiser, in place; it changes no prediction yet.
+
+    Args:
+        targets: ends of the names of the layers, if the adapter names none.
+
+    Raises InputError if peft is not installed, if no layer has such a name, or if a LoRA is fused into the weights and still
+    loaded.
+    """
+    config = adapter.config(targets)
+    network: Any = denoiser.network
+    below, taken = active_adapters(network), loaded_adapters(network)
+    name = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
+            torch.manual_seed(stream(seed, "adapter").initial_seed())
+            network.add_adapter(config, name)
+    except ValueError as error:
+        raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    adapted, computed = AdaptedDenoiser(network, denoiser.predict, name, below), floating_dtype(network)
+    network.enable_adapters()
+    adapted.activate((*below, name))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if computed == torch.float16:
+                parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
+    return adapted

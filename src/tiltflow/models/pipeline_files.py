@@ -1,0 +1,101 @@
+"""Files of a pipeline: loading it, and writing and reading what was tuned as plain diffusers reads it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tiltflow.errors import InputError, Note, not_installed
+from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.pipeline_adapter import AdaptedDenoiser
+from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
+from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.user_code import refused
+
+LORA, SAMPLING = "pytorch_lora_weights.safetensors", "sampling.json"
+
+
+def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
+    """Load a pipeline that ships with tiltflow, from a folder or from the hub.
+
+    Args:
+        options: of `DiffusionPipeline.from_pretrained`.
+
+    Raises InputError if diffusers is not installed, or if the pipeline cannot be loaded.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise not_installed("diffusers", "diffusers") from None
+    path = by_name(path, assets(INDEX), "pipeline") or path
+    if os.path.isabs(path) and not Path(path).exists():
+        raise InputError(f"model.diffusers {path}: there is no such folder")
+    if Path(path).is_dir():
+        check_pipeline_folder(Path(path))
+    options = {"use_safetensors": True, **options}
+    # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
+    dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))
+    # a decoder that is once rounded to 16 bits stays rounded
+    options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
+    with refused(f"model.diffusers {path}: cannot be loaded"):
+        pipeline = DiffusionPipeline.from_pretrained(str(path), **options)
+        if Path(path).is_dir():
+            check_weights(Path(path), pipeline.components)
+    return pipeline
+
+
+def save_weights(pipeline: Any, denoiser: Denoiser, component: str, folder: Path) -> None:
+    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does.
+
+    An adapter above others is written alone, and a warning names those that it needs below it.
+
+    Args:
+        component: name of the denoiser in the pipeline.
+    """
+    network: Any = denoiser.network
+    if not isinstance(denoiser, AdaptedDenoiser):
+        network.save_pretrained(folder / component)
+        return
+    from peft import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(network, adapter_name=denoiser.adapter)
+    metadata = {f"{component}_lora_adapter_metadata": network.peft_config[denoiser.adapter].to_dict()}
+    pipeline.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, **metadata)
+    if denoiser.below:
+        names = ", ".join(map(repr, denoiser.below))
+        warnings.warn(
+            f"{folder}: holds the new adapter alone, which was trained on top of {names}: load that too", Note, stacklevel=3
+        )
+
+
+def load_weights(denoiser: Denoiser, component: str, folder: Path) -> None:
+    """Load what `save_weights` wrote into a denoiser that was made in the same way.
+
+    Raises InputError if the weights cannot be read, or belong to another model or adapter.
+    """
+    network: Any = denoiser.network
+    adapter = denoiser.adapter if isinstance(denoiser, AdaptedDenoiser) else None
+    path = folder / (f"{component}/diffusion_pytorch_model.safetensors" if adapter is None else LORA)
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read ({error})") from None
+    if adapter is None:
+        with refused(f"{path}: is not the denoiser of this model"):
+            network.load_state_dict(weights)
+        return
+    from peft import set_peft_model_state_dict
+
+    wrong = f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?"
+    with refused(wrong):
+        own = {key.removeprefix(f"{component}."): value for key, value in weights.items()}
+        result: Any = set_peft_model_state_dict(network, own, adapter_name=adapter)
+    if result.unexpected_keys or any(adapter in key.split(".") for key in result.missing_keys):
+        raise InputError(wrong)
