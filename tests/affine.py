@@ -66,16 +66,23 @@ def on_gaussian(chain: Chain, mean: float = MEAN, variance: float = VARIANCE) ->
     )
 
 
-def riccati(chain: Affine, linear: float = LINEAR, quadratic: float = QUADRATIC) -> tuple[Tensor, Tensor]:
+def riccati(
+    chain: Affine, linear: float = LINEAR, quadratic: float = QUADRATIC, running: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The optimal controls w_k(x) = slope_k x + shift_k, [K] each, for the terminal cost quadratic x^2 / 2 - linear x.
 
     The value function after step k is P x^2 / 2 + p x + const; minimise w^2 / 2 + E of it over w.
+
+    Args:
+        running: (Q, q), [K] each: step k costs Q_k x_k^2 / 2 + q_k x_k.
     """
     P, p = torch.tensor(quadratic), torch.tensor(-linear)
     slopes, shifts = [], []
-    for gain, offset, std in zip(chain.gain.flip(0), chain.offset.flip(0), chain.std.flip(0), strict=True):
+    Q, q = (torch.zeros(len(chain.gain)),) * 2 if running is None else running
+    steps = zip(*(each.flip(0) for each in (chain.gain, chain.offset, chain.std, Q, q)), strict=True)
+    for gain, offset, std, Q_k, q_k in steps:
         d = 1 + P * std**2
         slopes.append(-std * P * gain / d)
         shifts.append(-std * (P * offset + p) / d)
-        P, p = gain**2 * P / d, gain * (P * offset + p) / d
+        P, p = gain**2 * P / d + Q_k, gain * (P * offset + p) / d + q_k
     return torch.stack(slopes).flip(0), torch.stack(shifts).flip(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.control.adjoint import LeanAdjoint, lean_adjoint
+from tiltflow.control.objective import Objective
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.field import FunctionField
 from tiltflow.laws.problems import QuadraticReward
@@ -56,7 +57,7 @@ def on_the_gaussian(chain: Chain, reward: Callable[[Tensor], Tensor], beta: floa
     states = [torch.zeros(1, 1)]
     for k in range(len(chain)):
         states.append(chain.mean(k, states[k], affine.velocity(states[k], chain.times[k])))
-    return lean_adjoint(chain, FunctionField(affine.velocity), states, reward, beta, **options)
+    return lean_adjoint(chain, FunctionField(affine.velocity), states, Objective(reward), beta, **options)
 
 
 def path_on_mixture(chain: Chain, generator: torch.Generator, batch: int = 4) -> list[Tensor]:
@@ -119,14 +120,14 @@ def test_adjoint_is_autograd_through_the_base_chain(make: Callable[[Tensor], Cha
     noise = [
         states[k + 1] - chain.mean(k, states[k], MIXTURE.velocity(states[k], chain.times[k])) for k in range(len(states) - 1)
     ]
-    whole = lean_adjoint(chain, FIELD, states, bent, 0.5)
+    whole = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5)
     for k in range(6):
         start = x = states[k + 1].clone().requires_grad_()
         for j in range(k + 1, 7):
             x = chain.mean(j, x, MIXTURE.velocity(x, chain.times[j])) + (noise[j] if j < len(noise) else 0)
         (gradient,) = torch.autograd.grad(-bent(x).sum() / 0.5, start)
         assert_close(whole.targets[k], gradient)
-        part = lean_adjoint(chain, FIELD, states, bent, 0.5, first=k)
+        part = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5, first=k)
         assert part.targets[:k] == [None] * k
         assert torch.equal(part.targets[k], whole.targets[k])
     assert_close(whole.end, x)
@@ -146,7 +147,7 @@ def test_base_velocities_are_those_along_the_path(
         return MIXTURE.velocity(x, t)
 
     states = path_on_mixture(chain, generator)
-    result = lean_adjoint(chain, FunctionField(base), states, bent, 1.0, pairing=pairing, first=first)
+    result = lean_adjoint(chain, FunctionField(base), states, Objective(bent), 1.0, pairing=pairing, first=first)
     assert sorted(asked) == chain.times[first:-1].tolist()  # each step once
     for k in range(7):
         v = result.base_velocities[k]
@@ -168,8 +169,8 @@ def jacobian_product(f: Callable[[Tensor], Tensor], x: Tensor, a: Tensor) -> Ten
 def test_pairing_before_is_one_jacobian_further(make: Callable[[Tensor], Chain], generator: torch.Generator) -> None:
     chain = make(time_grid(7))
     states = path_on_mixture(chain, generator)
-    after = lean_adjoint(chain, FIELD, states, bent, 0.5).targets
-    before = lean_adjoint(chain, FIELD, states, bent, 0.5, pairing="before").targets
+    after = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5).targets
+    before = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5, pairing="before").targets
     for k in range(7):
         mean = lambda x, k=k: chain.mean(k, x, MIXTURE.velocity(x, chain.times[k]))  # noqa: E731
         assert_close(before[k], jacobian_product(mean, states[k], after[k]))
@@ -180,7 +181,7 @@ def test_pairing_right_is_the_printed_recursion(generator: torch.Generator) -> N
     chain, h = memoryless_offset(time_grid(8)), 1 / 8
     states = path_on_mixture(chain, generator)
     right = memoryless_offset(time_grid(8) + h)
-    result = lean_adjoint(chain, FIELD, states, bent, 0.5, pairing="right", reward_at="denoised", right=right)
+    result = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5, pairing="right", reward_at="denoised", right=right)
     end = states[7] + h * MIXTURE.velocity(states[7], torch.tensor(1 - h))
     assert_close(result.end, end)
     assert_close(result.rewards, bent(end))
@@ -198,11 +199,59 @@ def test_pairing_right_stops_at_the_first_step_asked_for(first: int, generator: 
     chain = memoryless_offset(time_grid(8))
     states = path_on_mixture(chain, generator)
     right = memoryless_offset(time_grid(8) + 1 / 8)
-    whole = lean_adjoint(chain, FIELD, states, bent, 1.0, pairing="right", right=right)
-    part = lean_adjoint(chain, FIELD, states, bent, 1.0, pairing="right", right=right, first=first)
+    whole = lean_adjoint(chain, FIELD, states, Objective(bent), 1.0, pairing="right", right=right)
+    part = lean_adjoint(chain, FIELD, states, Objective(bent), 1.0, pairing="right", right=right, first=first)
     assert part.targets[:first] == [None] * first
     assert_close(part.targets[first:], whole.targets[first:], rtol=0, atol=0)
     assert_close(part.base_velocities[first:], whole.base_velocities[first:])
+
+
+# ---- a running reward ----
+
+
+def turning(x: Tensor, t: Tensor) -> Tensor:
+    """A running reward whose gradient is not affine, and changes with time."""
+    return torch.cos(3 * x[:, 0] + 2 * t) * x[:, 1] - t * x[:, 0] ** 4
+
+
+@over_chains
+@pytest.mark.parametrize("pairing", ["after", "before"])
+def test_a_running_reward_is_a_source_of_the_adjoint(
+    make: Callable[[Tensor], Chain], pairing: str, generator: torch.Generator
+) -> None:
+    """a_k is the gradient in x_k of -(sum_{j >= k} h_j f(x_j, t_j) + r(x_K)) / beta with the noise held fixed."""
+    chain = make(time_grid(7, shift=2.0))
+    states, h = path_on_mixture(chain, generator), chain.times.diff()
+    noise = [
+        states[k + 1] - chain.mean(k, states[k], MIXTURE.velocity(states[k], chain.times[k])) for k in range(len(states) - 1)
+    ]
+    whole = lean_adjoint(chain, FIELD, states, Objective(bent, turning), 0.5, pairing=pairing)
+    for k in range(6):
+        step = k + (pairing == "after")
+        start = x = states[step].clone().requires_grad_()
+        total = torch.zeros(len(x))
+        for j in range(step, 7):
+            total = total + h[j] * turning(x, chain.times[j])
+            x = chain.mean(j, x, MIXTURE.velocity(x, chain.times[j])) + (noise[j] if j < len(noise) else 0)
+        (gradient,) = torch.autograd.grad(-(total + bent(x)).sum() / 0.5, start)
+        assert_close(whole.targets[k], gradient)
+    assert_close(whole.rewards, bent(x))  # of the end alone
+
+
+def test_pairing_right_takes_the_running_reward_where_it_takes_the_jacobian(generator: torch.Generator) -> None:
+    """a_{t-h} = a_t + h (a_t^T grad b(X_t, t) - grad f(X_t, t) / beta)."""
+    chain, h = memoryless_offset(time_grid(8)), 1 / 8
+    states = path_on_mixture(chain, generator)
+    options = {"pairing": "right", "right": memoryless_offset(time_grid(8) + h)}
+    found = lean_adjoint(chain, FIELD, states, Objective(bent, turning), 0.5, **options).targets
+    a = -bent_gradient(states[8]) / 0.5
+    for k in range(7, -1, -1):
+        t = torch.tensor((k + 1) * h)
+        drift = lambda x, t=t: 2 * MIXTURE.velocity(x, t) - x / (t + h)  # noqa: E731
+        y = states[k + 1].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(turning(y, t).sum(), y)
+        a = a + h * jacobian_product(drift, states[k + 1], a) - h * slope / 0.5
+        assert_close(found[k], a)
 
 
 # ---- the end ----
@@ -215,7 +264,7 @@ def test_reward_gradient_is_taken_where_asked(make: Callable[[Tensor], Chain], g
     states = path_on_mixture(chain, generator)
     denoised = states[4] + 0.2 * MIXTURE.velocity(states[4], torch.tensor(0.8))
     for where, end in (("end", states[5]), ("denoised", denoised)):
-        result = lean_adjoint(chain, FIELD, states, bent, 0.5, reward_at=where)
+        result = lean_adjoint(chain, FIELD, states, Objective(bent), 0.5, reward_at=where)
         assert_close(result.end, end)
         assert_close(result.rewards, bent(end))
         assert_close(result.targets[4], -bent_gradient(end) / 0.5)
@@ -225,7 +274,7 @@ def test_noiseless_last_step_is_taken_by_the_base(generator: torch.Generator) ->
     chain = memoryless(time_grid(5))
     states = path_on_mixture(chain, generator)
     assert len(states) == 5
-    result = lean_adjoint(chain, FIELD, states, bent, 1.0)
+    result = lean_adjoint(chain, FIELD, states, Objective(bent), 1.0)
     assert_close(result.end, states[4] + 0.2 * MIXTURE.velocity(states[4], torch.tensor(0.8)))
 
 
@@ -239,7 +288,7 @@ def test_a_small_move_against_the_adjoint_raises_the_reward(
     states = [x]
     for k in range(6):  # along the mean: no noise, so that the way forward can be walked again
         states.append(chain.mean(k, states[k], MIXTURE.velocity(states[k], chain.times[k])))
-    result = lean_adjoint(chain, FIELD, states, bent, beta)
+    result = lean_adjoint(chain, FIELD, states, Objective(bent), beta)
     for k in range(6):
         a = result.targets[k]
         moved = states[k + 1] - size * a
@@ -258,7 +307,7 @@ def test_rewards_without_a_usable_gradient_are_refused(generator: torch.Generato
     states = path_on_mixture(chain, generator, batch=2)
 
     def attempt(reward: Callable[[Tensor], Tensor]) -> None:
-        lean_adjoint(chain, FIELD, states, reward, 1.0)
+        lean_adjoint(chain, FIELD, states, Objective(reward), 1.0)
 
     with pytest.raises(InputError, match="no gradient"):
         attempt(lambda x: x.detach().sum(1))
@@ -278,7 +327,7 @@ def test_adjoint_does_not_touch_the_graph_of_its_input(generator: torch.Generato
     chain = memoryless(time_grid(4))
     states = path_on_mixture(chain, generator)
     with torch.no_grad():
-        result = lean_adjoint(chain, FIELD, states, bent, 1.0)
+        result = lean_adjoint(chain, FIELD, states, Objective(bent), 1.0)
     assert not any(target.requires_grad for target in result.targets)
     assert not any(state.requires_grad for state in states)
 

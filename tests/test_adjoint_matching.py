@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiltflow.control.adjoint import lean_adjoint
+from tiltflow.control.objective import Objective
 from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
@@ -103,7 +104,7 @@ def regress(chain: Chain, controls: tuple[Tensor, Tensor], reward: QuadraticRewa
             affine.velocity(x, chain.times[k]) + (controls[0][k] * x + controls[1][k]) * chain.std[k] / chain.v_scale[k]
             for k, x in enumerate(states)
         ]
-    targets = lean_adjoint(chain, FunctionField(affine.velocity), [*states, x], reward, 1.0, **options).targets
+    targets = lean_adjoint(chain, FunctionField(affine.velocity), [*states, x], Objective(reward), 1.0, **options).targets
     at_0 = torch.stack([target[2 * k, 0] for k, target in enumerate(targets)])
     at_1 = torch.stack([target[2 * k + 1, 0] for k, target in enumerate(targets)])
     return -chain.std * (at_1 - at_0), -chain.std * at_0
@@ -215,7 +216,7 @@ def test_what_is_reached_from_another_gaussian_at_another_temperature(
             states.append(x)
             x = tuned.gain[k] * x + tuned.offset[k]
         field = FunctionField(lambda x, t: affine.velocity(x, t, m, v))
-        adjoint = lean_adjoint(chain, field, [*states, x], reward, settings.beta, **options)
+        adjoint = lean_adjoint(chain, field, [*states, x], Objective(reward), settings.beta, **options)
         ends = torch.stack([target[2 * k : 2 * k + 2, 0] for k, target in enumerate(adjoint.targets)])
         controls = -chain.std * ends.diff(dim=1)[:, 0], -chain.std * ends[:, 0]
     law = base.controlled(*controls).law()
@@ -720,7 +721,7 @@ def test_target_is_unbiased_on_a_mixture(generator: torch.Generator) -> None:
     reward = QuadraticReward(torch.tensor([0.8, -0.5]), 0.7)
     target, chain, n = base.tilt(reward, 1.0), memoryless(time_grid(60)), 3000
     path = rollout(chain, target.velocity, torch.randn(n, 2, generator=generator), generator)
-    adjoint = lean_adjoint(chain, FunctionField(base.velocity), path.states, reward, 1.0)
+    adjoint = lean_adjoint(chain, FunctionField(base.velocity), path.states, Objective(reward), 1.0)
     for k in (3, 12, 24, 42):
         x = path.states[k]
         control = chain.control_scale[k] * (path.velocities[k] - adjoint.base_velocities[k])

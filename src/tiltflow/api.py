@@ -15,6 +15,7 @@ from torch import nn
 from tiltflow.commands.terminal.progress import tune_progress
 from tiltflow.conditions.labels import Labels, as_labels
 from tiltflow.conditions.prompts import Prompt, from_rows, unique
+from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
@@ -110,6 +111,7 @@ def tune(
     conditions: Sequence[Condition] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     evaluation: Evaluation | None = None,
+    running_reward: RunningReward | None = None,
     output: str | Path | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
@@ -133,6 +135,9 @@ def tune(
         adapter: the LoRA to add. By default one is added to a pipeline, unless it has one of `with_adapter`, which is then
             trained, and none to a network, of which a copy is trained. None trains the whole network beside a frozen copy.
         evaluation: what is measured after training, for the report in `output`.
+        running_reward: f(x [batch, *event], t []) -> [batch], a reward per unit of time for the states on the way to a sample:
+            what is maximised is E[sum_k h_k f(x_k, t_k) + r] - beta (path KL), and the law of samples is then not
+            p_base exp(r / beta) (`tiltflow.control.objective`). A recipe cannot name one yet.
         output: a folder, new or empty, where settings, metrics, checkpoints, the report and, in `model/`, what was tuned are
             left. Settings of `training` that need one are refused without it.
         callbacks: functions that are called with every record, `Record`; one that returns True ends the training.
@@ -150,16 +155,21 @@ def tune(
         callbacks = [watch, *callbacks]
         if output is None:
             refuse_what_needs_a_folder(run.training, evaluation)
-            these = _ready(model, reward, run, conditions, adapter, measured=False)
+            these = _ready(model, reward, run, conditions, adapter, running_reward, measured=False)
             with closing(these.parts.loop()) as records:
                 for record in records:
                     if asks_to_stop(callbacks, record):
                         break
             return cast(M, these.parts.tuned)
+        if running_reward is not None:
+            raise InputError(
+                "tune: output: its report compares samples with p_base exp(r / beta), which is not the law with a running"
+                " reward; leave output out"
+            )
         network = model.flow.network
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
         with RunFolder.begin(Path(output), run, note, also) as place:
-            these = _ready(model, reward, run, conditions, adapter, measured=True)
+            these = _ready(model, reward, run, conditions, adapter, None, measured=True)
             train(run, these, place, save_to=partial(_write, these.parts.tuned, run), callbacks=callbacks)
             return cast(M, these.parts.tuned)
 
@@ -173,6 +183,7 @@ def steps(
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
+    running_reward: RunningReward | None = None,
     seed: int = 0,
 ) -> tuple[M, Generator[Record, None, None]]:
     """`tune`, one optimizer step at a time: what is being tuned, and the loop, which yields a `Record` for every step.
@@ -183,7 +194,7 @@ def steps(
     """
     run = PythonRun.of(model, reward, method, training, optimizer, conditions, None, whole_number(seed, "steps: seed"))
     refuse_what_needs_a_folder(run.training)
-    these = _ready(model, reward, run, conditions, adapter, measured=False)
+    these = _ready(model, reward, run, conditions, adapter, running_reward, measured=False)
 
     def loop() -> Generator[Record, None, None]:
         with deterministic(run.training.deterministic), closing(these.parts.loop()) as records:
@@ -302,6 +313,7 @@ def _ready(
     run: PythonRun,
     conditions: Sequence[Condition] | None,
     adapter: Adapter | None,
+    running: RunningReward | None,
     *,
     measured: bool,
 ) -> Ready:
@@ -321,7 +333,7 @@ def _ready(
         return model.trainable(added, run.training.trainable, seed=run.seed)
 
     held_out, rehearsed = items if model.prompted else (), measured or model.has_decoder
-    these = make_ready(run, model, trainable, lifted, items, held_out, rehearsed=rehearsed)
+    these = make_ready(run, model, trainable, lifted, items, held_out, rehearsed=rehearsed, running=running)
     if isinstance(model, Model) and model.network_settings is None and consistency(model).wrong:
         warnings.warn(f"this network is not the velocity field of the law that it samples: {WRONG_CLOCK}", stacklevel=3)
     return these

@@ -6,6 +6,15 @@ With m_k(x) = x_scale_k x + v_scale_k v_base(x, t_k) the mean of the base chain 
 
 It needs vector-Jacobian products of the base network alone, one step in memory at a time.
 
+A running reward f is a source. With h_k = t_{k+1} - t_k and x_{k+1} = m_k(x) + std_k (w + eps), the cost to go and, by the
+envelope theorem, its gradient are
+
+    V_k(x) = min_w |w|^2 / 2 - h_k f(x, t_k) / beta + E V_{k+1}(x_{k+1}),
+    grad V_k(x) = J_{m_k}(x)^T E grad V_{k+1}(x_{k+1}) - h_k grad f(x, t_k) / beta,
+
+so a_k = J_{m_k}(x_k)^T a_{k+1} - h_k grad f(x_k, t_k) / beta: eq. 38 with its f, a cost, -f / beta here. The control of step k
+regresses on a_{k+1}, which has f of the later steps alone: x_k is there before that control acts.
+
 Near the noise the adjoint is mostly noise: a product of random Jacobians. As the optimal control of step k is
 w_k = -std_k E[a_{k+1} | x_k], the learned control can stand in for part of it, as in TD(lambda):
 
@@ -27,9 +36,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tiltflow.control.objective import Objective
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.linearize import linearize
-from tiltflow.rewards import NonFiniteRewards, Reward, value_and_gradient
+from tiltflow.rewards import NonFiniteRewards, value_and_gradient
 from tiltflow.samplers.chain import Chain
 
 Pairing = Literal["after", "before", "right"]
@@ -53,7 +63,7 @@ def lean_adjoint(
     chain: Chain,
     base: VelocityField,
     states: list[Tensor],
-    reward: Reward,
+    objective: Objective,
     beta: float,
     *,
     pairing: Pairing = "after",
@@ -69,11 +79,12 @@ def lean_adjoint(
     Args:
         states: x_0 .. x_K, each [batch, *event]; without x_K if the last step has no noise, for that step is the base's
             own and is taken here.
+        objective: the reward of the end, and the running reward, if there is one.
         beta: temperature of the tilt, in units of reward.
         pairing: which adjoint step k regresses on. "after" is a_{k+1}: the regression then has the optimal control of the
             chain as its exact fixed point. "before" is a_k, as in the authors' code: off by O(h). "right" is a_k with the
-            Jacobian at the end of each step, as printed in eq. 41 of the paper: off by O(h); it needs `right`, the chain
-            of the same sampler one step later in time.
+            Jacobian, and the running reward, at the end of each step, as printed in eq. 41 of the paper: off by O(h); it
+            needs `right`, the chain of the same sampler one step later in time.
         reward_at: where the gradient of the reward is taken if the last step is noisy: at x_K, or at the base's denoised
             estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
         tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
@@ -92,7 +103,7 @@ def lean_adjoint(
         end = states[last] + (1 - chain.times[last].item()) * v
     else:
         end = states[last + 1]
-    rewards, gradient = value_and_gradient(reward, end, non_finite)
+    rewards, gradient = value_and_gradient(objective.terminal, end, non_finite)
     a = -gradient / beta
 
     if pairing == "right":
@@ -100,6 +111,8 @@ def lean_adjoint(
         for k in range(last, first - 1, -1):
             v, at_end = linearize(base, states[k + 1], right.times[k])
             a = right.x_scale[k].item() * a + at_end(right.v_scale[k].item() * a)
+            if objective.running is not None:
+                a = a - objective.gradient(states[k + 1], right.times, k) / beta
             targets[k] = a
             if k < last:
                 base_velocities[k + 1] = v
@@ -118,6 +131,8 @@ def lean_adjoint(
                 learned = (chain.v_scale[k] / variance).item() * (v - tuned_velocities[k])
                 a = learned + torch.exp(-bootstrap * variance).item() * (a - learned)
             a = chain.x_scale[k].item() * a + pullback(chain.v_scale[k].item() * a)
+            if objective.running is not None:
+                a = a - objective.gradient(states[k], chain.times, k) / beta
             if pairing == "before":
                 targets[k] = a
     if base_velocities[first] is None:

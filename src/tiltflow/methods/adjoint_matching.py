@@ -178,7 +178,7 @@ class AdjointMatching(Tilting):
     @property
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
-        return Needs(reward_gradient=True, passes=self.num_passes, trajectory_copies=9)
+        return Needs(reward_gradient=True, running_reward=True, passes=self.num_passes, trajectory_copies=9)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base exp(r / beta), as far as the sampler reaches it; see `Sampling.limits`."""
@@ -261,7 +261,7 @@ class AdjointMatching(Tilting):
                 chain,
                 some.base,
                 [states[part] for states in path.states],
-                some.reward,
+                some.objective,
                 self.beta,
                 pairing=self.pairing,
                 reward_at=self.reward_at,

@@ -21,6 +21,9 @@ with the chain's exact V, but it needs the gradient of the reward. return-minus-
 a learned V is never exact, and its errors add to the variance of this one and to the bias of the others
 (docs/score-as-action.md has both measured).
 
+A running reward f(x, t) in the objective (`tiltflow.control.objective`, another thing than the setting `running_reward`, which
+says how the path KL is priced) lowers cost_k by h_k f(x_k, t_k).
+
 One iteration is
 
     1.  roll the policy out, without gradients, by the solver
@@ -143,6 +146,7 @@ class Trajectories:
         velocities, base_velocities: of the policy and of the base at the steps, [steps, batch, *event].
         prices: beta times the path KL of the steps, [steps, batch].
         noise: of the steps, [steps, batch, *event]; None for estimators without it.
+        gains: the running reward of the paths, [batch]; None without one.
         experience: the trajectories as the critic sees them.
     """
 
@@ -153,6 +157,7 @@ class Trajectories:
     base_velocities: Tensor
     prices: Tensor
     noise: Tensor | None
+    gains: Tensor | None
     experience: Experience
 
     def select(self, which: Tensor) -> Trajectories:
@@ -165,6 +170,7 @@ class Trajectories:
             self.base_velocities[:, which],
             self.prices[:, which],
             None if self.noise is None else self.noise[:, which],
+            None if self.gains is None else self.gains[which],
             self.experience.part(which),
         )
 
@@ -233,6 +239,7 @@ class ScoreAsAction(Tilting):
         return Needs(
             reward_gradient=self.estimator == "pathwise" or (self._uses_value_gradient and self.critic.form != "reward-free"),
             learned_reward=True,
+            running_reward=True,
             critic_of_condition=f"method.estimator {self.estimator!r}" if of_critic else None,
             without_critic="return-minus-value, which is right with any critic, or return",
             passes=self.num_passes,
@@ -390,8 +397,13 @@ class ScoreAsAction(Tilting):
         energy = self._energy(chain)[:count, None].to(batch.x)
         prices = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
         costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
+        if (gains := batch.objective.gains(path.states, chain.times)) is not None:
+            gains = gains.to(costs)
+            costs = costs - gains[:count]
+            costs[-1] -= gains[count:].sum(0)  # a last step that the base takes belongs to the action before it
+            gains = gains.sum(0)
         experience = self._for_critic(value, states, velocities, chain, costs, rewards, reward, batch.non_finite)
-        drawn = Trajectories(path, end, rewards, velocities, base_velocities, prices, noise, experience)
+        drawn = Trajectories(path, end, rewards, velocities, base_velocities, prices, noise, gains, experience)
         if (kept := finite_only(rewards + experience.known.sum(0))) is None:
             return drawn, batch
         return drawn.select(kept), batch.select(kept)
@@ -412,7 +424,7 @@ class ScoreAsAction(Tilting):
             "reward": drawn.rewards.mean().item(),
             "reward_std": drawn.rewards.std(correction=0).item(),
             "path_kl": price.mean().item() / self.beta,
-            "objective": (drawn.rewards - price).mean().item(),
+            "objective": (drawn.rewards - price + (0 if drawn.gains is None else drawn.gains)).mean().item(),
             **({"dropped": float(dropped)} if dropped else {}),
         }
 
@@ -484,7 +496,10 @@ class ScoreAsAction(Tilting):
             v, pullback = linearize(some.base, x, chain.times[count])
             gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
             x_scale, v_scale = (c[count].item() for c in (chain.x_scale, chain.v_scale))
-            return (x_scale * gradient + pullback(v_scale * gradient),)
+            gradient = x_scale * gradient + pullback(v_scale * gradient)
+            if some.objective.running is not None:
+                gradient = gradient + some.objective.gradient(x, chain.times, count).to(x)
+            return (gradient,)
 
         return torch.stack([*before, batch.map(last)[0]])
 

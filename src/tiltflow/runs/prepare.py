@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.conditions.prompts import Prompt
+from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError, not_installed
 from tiltflow.evaluation.samples import Asked
 from tiltflow.evaluation.settings import Evaluation
@@ -163,6 +164,7 @@ def prepare(
     optimizer: Optimizer | None = None,
     *,
     normalized: Callable[[M], Reward] | None = None,
+    running: RunningReward | None = None,
     seed: int = 0,
 ) -> Prepared[M]:
     """What trains `tuned` toward the tilt of `model`.
@@ -173,6 +175,7 @@ def prepare(
         training: filled in for this kind of model.
         optimizer: of AdamW and its schedule; by default the method's own.
         normalized: the reward as training sees it, of the untuned model, if it is another.
+        running: a running reward along the paths.
 
     Raises InputError if the method, the model and the settings do not fit.
     """
@@ -228,6 +231,7 @@ def prepare(
             adam=eight_bit_adam() if training.use_8bit_adam else adamw,
             max_skipped_steps=training.max_skipped_steps,
             non_finite_rewards=training.non_finite_rewards,
+            running=running,
             resume_from=resume_from,
             **options,
         )
@@ -315,6 +319,23 @@ def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Method, t
         raise InputError(
             f"training.guidance_mode {training.guidance_mode}: this model was distilled from guidance and has no negative"
             " prompts; its guidance_scale is an input of the network. Use guidance_mode none"
+        )
+
+
+def check_running_reward(running: RunningReward | None, method: Method, training: Training) -> None:
+    """Raise InputError, of one line, if there is a running reward and the method or a setting cannot have one."""
+    if running is None:
+        return
+    if not callable(running):
+        raise InputError(f"running_reward must be a function of (x [batch, ..], t []) -> [batch], is {running!r}")
+    if not method.needs.running_reward:
+        raise InputError(
+            f"running_reward: method {method.name!r} rewards the ends of paths alone; use adjoint-matching or score-as-action"
+        )
+    if training.calibration_samples:
+        raise InputError(
+            "training.calibration_samples: the calibration is on p_base exp(r / beta), which is not the law with a running"
+            " reward; set it to 0"
         )
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiltflow.conditions.prompts import Prompt, Prompts
+from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.files import write_file
@@ -32,7 +33,7 @@ from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
-from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, prepare
+from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, prepare
 from tiltflow.runs.recipe import Recipe, RunSettings, read_recipe
 from tiltflow.runs.rehearse import rehearse
 from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_run_tree
@@ -83,6 +84,7 @@ def make_ready(
     held_out: Sequence[Prompt],
     *,
     rehearsed: bool = True,
+    running: RunningReward | None = None,
 ) -> Ready:
     """Put a run together, and try all that it will need of others.
 
@@ -91,18 +93,30 @@ def make_ready(
         items: the prompts or classes that are tuned, if there are any.
         held_out: the prompts that are measured.
         rehearsed: whether samples are drawn first, to try what will look at them.
+        running: a running reward along the paths; see `tiltflow.control.objective`.
 
     Raises InputError, of one line, for what cannot be had, does not fit or does not work.
     """
     settings, training, device = run.evaluation, run.training, str(model.device)
     check_fit(model, items, run.method, training)
+    check_running_reward(running, run.method, training)
     instruments = Instruments.build(reward, run.reward_name, settings, device, training.non_finite_rewards)
     asked = asked_of(items, held_out, settings)
     count = training.monitor.num_samples if training.monitor is not None else None
     if rehearsed:
         rehearse(model, [*items, *asked.items][0], asked, instruments, run.method, settings, run.seed)
     normalized = normalizer(training, run.method.sampling, reward, run.seed)
-    parts = prepare(*trainable(), items, reward, run.method, training, run.optimizer, normalized=normalized, seed=run.seed)
+    parts = prepare(
+        *trainable(),
+        items,
+        reward,
+        run.method,
+        training,
+        run.optimizer,
+        normalized=normalized,
+        running=running,
+        seed=run.seed,
+    )
     return Ready(parts, instruments, asked, asked_of(items, held_out, settings, count))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltflow import processes
+from tiltflow.control.objective import Objective, RunningReward
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide
@@ -46,6 +47,7 @@ class Batch:
             the same fixed point.
         guide: guides the field that draws the samples, where they are guided and what is learned from them is not
             (`guidance_mode: rollout`).
+        running: the running reward; only methods whose `Needs` have `running_reward` get one.
         micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite, and counts them as `dropped`.
     """
@@ -60,6 +62,12 @@ class Batch:
     guide: Guide | None = None
     micro_batch_size: int | None = None
     non_finite: NonFiniteRewards = "error"
+    running: RunningReward | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """The rewards of the paths of these samples."""
+        return Objective(self.reward, self.running)
 
     def __len__(self) -> int:
         return len(self.x)

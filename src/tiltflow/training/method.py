@@ -39,6 +39,7 @@ class Needs:
         critic_of_condition: the setting that needs a critic which knows the condition of a sample, where there is one; with it
             only one condition can be tuned.
         without_critic: what to use in its place.
+        running_reward: whether the objective may have a running reward, `Batch.objective.running`.
         own_data: whether some samples come from data of the method's own, which have no conditions.
         passes: optimizer steps on each batch.
         warmup_steps: optimizer steps at the start that leave the model as it is.
@@ -50,6 +51,7 @@ class Needs:
     learned_reward: bool = False
     critic_of_condition: str | None = None
     without_critic: str = ""
+    running_reward: bool = False
     own_data: bool = False
     passes: int = 1
     warmup_steps: int = 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow import processes
+from tiltflow.control.objective import RunningReward
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.averaged import Averaged
@@ -80,6 +81,7 @@ def train(
     adam: Callable[..., torch.optim.Optimizer] = adamw,
     max_skipped_steps: int = 0,
     non_finite_rewards: NonFiniteRewards = "error",
+    running: RunningReward | None = None,
     resume_from: Tree | None = None,
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
@@ -98,6 +100,7 @@ def train(
         max_skipped_steps: how many steps in a row may be skipped because a number in them is not finite.
         non_finite_rewards: `error` raises for samples whose reward is NaN or infinite; `drop` leaves them out, and counts them
             in the metrics (`dropped`).
+        running: a running reward along the paths, for methods that can have one.
         resume_from: the state of an earlier loop with the same arguments; training resumes from it bit for bit.
         on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
             not counted.
@@ -132,6 +135,7 @@ def train(
         micro_batch_size=micro_batch_size,
         calibration=calibration,
         non_finite_rewards=non_finite_rewards,
+        running=running,
         stop=stop,
         spent=network_evaluations,
     )
@@ -180,6 +184,7 @@ class _Loop:
     micro_batch_size: int | None
     calibration: Calibration | None
     non_finite_rewards: NonFiniteRewards
+    running: RunningReward | None
     stop: Callable[[], int | None]
     spent: int
     """Network evaluations before the loop began."""
@@ -321,7 +326,7 @@ class _Loop:
 
     def warn_of_constant_reward(self, measured: Mapping[str, float], count: int) -> None:
         """Warn if all samples of the first batch have the same reward; no error, as a rare reward may do that by chance."""
-        if self.step == 0 and count > 1 and measured.get("reward_std") == 0 and processes.is_main():
+        if self.step == 0 and count > 1 and self.running is None and measured.get("reward_std") == 0 and processes.is_main():
             warnings.warn(
                 f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
                 stacklevel=2,
@@ -343,6 +348,7 @@ class _Loop:
             guide=drawn.guide,
             micro_batch_size=self.micro_batch_size,
             non_finite=self.non_finite_rewards,
+            running=self.running,
         )
         return method.gradients(batch, self.of_method)
 
