@@ -24,7 +24,7 @@ from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe, read_recipe_t
 from tiltflow.runs.run import run
 from tiltflow.runs.sweep import parse_grid, points_of
 from tiltflow.samplers.sampling import Sampling
-from tiltflow.settings import dump_yaml, read_yaml, validate
+from tiltflow.settings import dump_yaml, parse_yaml, read_yaml, validate
 
 ROOT = Path(__file__).parent.parent
 GROUP: Any = typer.main.get_command(app)
@@ -155,6 +155,37 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(code, names)
     assert names["images"].shape == (2, 1, 28, 28)
     assert (tmp_path / "runs" / "red" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def run_page(page: str, block: int, **changes: str) -> dict[str, Any]:
+    """The names that a block of Python of a page leaves, with fewer steps and samples."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[block]
+    for old, new in changes.items():
+        assert f"{old}=" in code
+        code = re.sub(rf"\b{old}=\d+", f"{old}={new}", code)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:this network is not the velocity field")  # nobody has trained it
+def test_the_python_of_the_page_on_classes_runs() -> None:
+    assert run_page("class-conditional.md", 0, max_train_steps="1")["cats"].shape == (8, 2)
+
+
+def test_the_python_of_the_page_on_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)  # the path KL is not what is tested
+    fewer = {"max_train_steps": "1", "num_inference_steps": "3", "num_generations": "2", "prompts_per_step": "1"}
+    names = run_page("text-to-image.md", 1, **fewer)
+    assert names["images"].shape == names["before"].shape == (2, 3, 32, 32)
+    assert (tmp_path / "runs" / "red" / "model" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_recipe_of_the_page_on_pipelines_can_be_read() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "text-to-image.md").read_text(), re.DOTALL)
+    read_recipe(parse_yaml(text, "text-to-image.md"), "text-to-image.md")
 
 
 def test_the_tests_that_pages_name_exist() -> None:
