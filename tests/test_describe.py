@@ -30,7 +30,8 @@ def test_every_key_of_the_shipped_recipes_is_listed() -> None:
     ((_, settings),) = settings_of("recipe").values()
     for name, path in shipped_recipes("train").items():
         tree = read_yaml(path)
-        known = {setting.name.replace("[]", "") for setting in settings}
+        of_model = [setting for _, kind in settings_of("model").values() for setting in kind]
+        known = {setting.name.replace("[]", "") for setting in (*settings, *of_model)}
         for part in ("method", "reward"):
             chosen = tree[part] if isinstance(tree[part], dict) else {"name": tree[part]}
             (_, inner), *_ = settings_of(chosen["name"]).values()

@@ -122,14 +122,17 @@ def test_a_name_on_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert of("heun", External(only_functions=True)) is None
 
 
+PACKAGES = ("rewards", "methods", "networks", "conditions", "models.sources")
+
+
 def test_every_setting_that_names_something_says_so() -> None:
     """By hand: those that are paths, names of models or functions. A new text is to be put into one list or the other."""
     named = {
         "Recipe": {"model"},
         "Evaluation": {"judge", "data", "features", "reference"},
-        "NetworkModel": {"path"},
+        "Network": {"path"},
         "Sampling": {"solver"},
-        "DiffusersModel": {"diffusers"},
+        "Diffusers": {"diffusers"},
         "Lora": {"path"},
         "Prompts": {"path", "validation"},
         "Point": {"solver"},
@@ -153,8 +156,8 @@ def test_every_setting_that_names_something_says_so() -> None:
         "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
-    todo: list[type[Settings]] = [Recipe, Recipe]
-    todo += [find(package, name) for package in ("rewards", "methods", "networks") for name in names(package)]
+    todo: list[type[Settings]] = [Recipe]
+    todo += [find(package, name) for package in PACKAGES for name in names(package)]
     done: set[type[Settings]] = set()
     unknown = set()
     while todo:

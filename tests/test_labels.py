@@ -210,7 +210,7 @@ def evaluated(folder: Path, shift: Tensor, patch: pytest.MonkeyPatch, **evaluati
                 model.flow.network.shift.copy_(shift)  # type: ignore[attr-defined]
         return model
 
-    patch.setattr("tiltflow.models.source.load", load)
+    patch.setattr("tiltflow.models.sources.network.load", load)
     recipe = Recipe.model_validate(
         {
             "model": "exact",

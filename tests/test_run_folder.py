@@ -232,7 +232,11 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_is_loaded(
     def loaded(*arguments: object, **options: object) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("tiltflow.models.source.load", "tiltflow.pretraining.images.load_images", "tiltflow.runs.sweep.run_point"):
+    for name in (
+        "tiltflow.models.sources.network.load",
+        "tiltflow.pretraining.images.load_images",
+        "tiltflow.runs.sweep.run_point",
+    ):
         monkeypatch.setattr(name, loaded)
     attempts: list[Callable[[Path], object]] = [
         lambda output: run(recipe, output),

@@ -19,15 +19,8 @@ from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
 PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions"}
-SECTIONS = {
-    "model": (" for a network", " for a pipeline of diffusers"),
-    "prompts": ("",),
-    "optimizer": ("",),
-    "training": ("",),
-    "sampling": ("",),
-    "evaluation": ("",),
-}
-"""Of a recipe, and what tells the kinds of each apart; their settings are dotted, as `--set` takes them."""
+SECTIONS = ("prompts", "optimizer", "training", "sampling", "evaluation")
+"""Of a recipe; their settings, and those of a model, are dotted, as `--set` takes them."""
 Topic = tuple[str, Callable[[], type[Settings]]]
 """What it is, and how its class is had: nothing is imported before it is asked for."""
 
@@ -50,8 +43,9 @@ def topics() -> dict[str, list[Topic]]:
         name: [(f"{what} {name}", partial(find, package, name))] for package, what in PARTS.items() for name in names(package)
     }
     found["recipe"] = [("recipe of `tiltflow train`", _recipe)]
-    for section, kinds in SECTIONS.items():
-        found[section] = [(f"{section} in a recipe{which}", partial(_section, section, i)) for i, which in enumerate(kinds)]
+    found["model"] = [(f"model in a recipe: {name}", partial(find, "models.sources", name)) for name in names("models.sources")]
+    for section in SECTIONS:
+        found[section] = [(f"{section} in a recipe", partial(_section, section))]
     for name in names("problems"):
         found[name] = [(f"problem {name} of `tiltflow verify`", partial(find, "problems", name))]
     for name in names("pretraining.tasks"):
@@ -64,7 +58,7 @@ def settings_of(topic: str) -> dict[str, tuple[str, list[Setting]]]:
     known = topics()
     if topic not in known:
         raise InputError(f"there are no settings of {topic!r}{did_you_mean(topic, known)}")
-    prefix = f"{topic}." if topic in SECTIONS else ""
+    prefix = f"{topic}." if topic in ("model", *SECTIONS) else ""
     return {title: (_paragraph(kind := get()), list(listed(kind, prefix))) for title, get in known[topic]}
 
 
@@ -174,5 +168,5 @@ def _recipe() -> type[Settings]:
     return Recipe
 
 
-def _section(section: str, kind: int) -> type[Settings]:
-    return _inner(_recipe().model_fields[section])[kind]
+def _section(section: str) -> type[Settings]:
+    return _inner(_recipe().model_fields[section])[0]

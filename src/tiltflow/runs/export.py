@@ -13,7 +13,7 @@ from tiltflow.evaluation.settings import Point
 from tiltflow.files import filling, read_json, trusted
 from tiltflow.models.pipeline_files import SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
-from tiltflow.models.source import DiffusersModel, NetworkModel
+from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.reports.plots import curves
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
@@ -46,12 +46,12 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     with working_in(output):
         claim(output)
         with filling(output) as folder:
-            if isinstance(source, NetworkModel):
-                kind = "network"
-                shutil.copytree(run / "model", folder, dirs_exist_ok=True)
-            else:
+            if isinstance(source, Diffusers):
                 kind = "full" if source.adapter is None else "lora"
                 write_pipeline(recipe, source, run, folder, device)
+            else:
+                kind = "network"
+                shutil.copytree(run / "model", folder, dirs_exist_ok=True)
             for name in KEPT:
                 if (run / name).exists():
                     shutil.copy(run / name, folder / name)
@@ -74,7 +74,7 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     return result
 
 
-def write_pipeline(recipe: Recipe, source: DiffusersModel, run: Path, folder: Path, device: str) -> None:
+def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, device: str) -> None:
     """Write what plain diffusers loads, and how it draws what the run measured."""
     if source.adapter is not None and (run / "model" / SAMPLING).exists():
         shutil.copytree(run / "model", folder, dirs_exist_ok=True)
@@ -120,7 +120,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
         place: the folder, or its name on the hub, as the code says it.
     """
     model, quoted = recipe.source, partial(json.dumps, ensure_ascii=False)
-    if isinstance(model, NetworkModel):
+    if not isinstance(model, Diffusers):
         folder = quoted(place) if place == "." else f"snapshot_download({quoted(place)})"
         lines = [] if place == "." else ["from huggingface_hub import snapshot_download", ""]
         return "\n".join(["import tiltflow", *lines, f"model = tiltflow.load({folder})", "samples = model.sample(16)"])
@@ -155,7 +155,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
 
 def reservations(recipe: Recipe, output: Path) -> list[str]:
     """Why plain diffusers may draw other pictures than those that were measured: one sentence for each reason."""
-    if isinstance(recipe.source, NetworkModel):
+    if not isinstance(recipe.source, Diffusers):
         return []
     scheduler, point, reasons = scheduler_of(output), measured_at(recipe), []
     if point.solver != "euler":
@@ -176,7 +176,7 @@ def reservations(recipe: Recipe, output: Path) -> list[str]:
 
 def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
     """README.md, with the front matter that the hub reads."""
-    base, pipeline = recipe.model_name, isinstance(recipe.source, DiffusersModel)
+    base, pipeline = recipe.model_name, isinstance(recipe.source, Diffusers)
     summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     about = {
         "base_model": base,

@@ -14,7 +14,7 @@ from tiltflow.conditions.labels import Labels
 from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.evaluation.settings import Evaluation
-from tiltflow.models.source import DiffusersModel, ModelName, ModelSource, source_of
+from tiltflow.models.sources import ModelName, ModelSource, source_of
 from tiltflow.plugins import run_around
 from tiltflow.rewards import NamedReward
 from tiltflow.samplers.sampling import Sampling
@@ -87,7 +87,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fill_in(self) -> Recipe:
-        prompted = isinstance(self.model, DiffusersModel)
+        prompted = self.source.prompted
         if self.prompts is not None and self.conditions is not None:
             raise ValueError("prompts and conditions both say what samples are asked for; give one of the two")
         if prompted and self.prompts is None and self.conditions is None:
@@ -113,7 +113,7 @@ class Recipe(Settings):
         return self.conditions or self.prompts or Labels(classes=self.training.classes)
 
     @property
-    def source(self) -> ModelSource:
+    def source(self) -> ModelSource[Any]:
         """Where the model comes from."""
         return source_of(self.model)
 

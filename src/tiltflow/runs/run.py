@@ -28,7 +28,6 @@ from tiltflow.files import write_file
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.models.model import save_weights
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.models.source import DiffusersModel, NetworkModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
@@ -242,10 +241,8 @@ def load_run(recipe: Recipe, folder: Path, device: str = "cpu") -> tuple[Any, An
     Raises InputError if the base is not the one that was tuned, and that is not accepted.
     """
     check_unchanged(folder, recipe, only="model")
-    source = recipe.source
-    if isinstance(source, NetworkModel) and (folder / BASE).exists():
-        source = NetworkModel(path=str(folder / BASE))
-    model: Any = source.load(device)
+    source = recipe.source.kept_in(folder / BASE)
+    model = source.load(device)
     return source.load_tuned(model, folder / "model", recipe.seed)
 
 
@@ -256,7 +253,7 @@ def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
     Raises InputError if it is no such run or its base cannot be had.
     """
     recipe = read_run(Path(run))
-    if not isinstance(recipe.source, DiffusersModel):
+    if not recipe.source.prompted:
         raise InputError(f"{run}: is no run of a diffusers pipeline; `tiltflow.load` reads its model")
     _, tuned = load_run(recipe, Path(run), device)
     point = recipe.evaluation.first

@@ -1,69 +1,25 @@
-"""Where the model of a recipe comes from: a network on tensors by name or folder, or a pipeline of diffusers.
-
-A recipe says `model: NAME_OR_FOLDER`, `model: {path: NAME_OR_FOLDER, ..}` or `model: {diffusers: PATH_OR_ID, ..}`.
-"""
+"""A pipeline of diffusers: a folder, or a name in tiltflow or on the hub."""
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.files import write_folder
 from tiltflow.models.from_diffusers import from_diffusers
-from tiltflow.models.model import Model, load, model_folder
 from tiltflow.models.pipeline_files import load_pipeline
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
-from tiltflow.settings import PathOrName, Settings, first_problem
-from tiltflow.shipped import ASSETS
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 
 Count = Annotated[int, Field(ge=1)]
-
-
-class NetworkModel(Settings):
-    """A network on tensors."""
-
-    path: PathOrName
-    """A model that ships with tiltflow, or a model folder."""
-    adapter: Adapter | None = None
-    """Train a LoRA beside the frozen network; null trains a copy of all of it. What is saved is one network, with the LoRA
-    merged in."""
-
-    @property
-    def title(self) -> str:
-        """The name of the model, as a report says it."""
-        return self.path
-
-    def load(self, device: str) -> Model:
-        """The untuned model. Raises InputError if it cannot be had."""
-        return load(self.path, device)
-
-    def load_tuned(self, base: Model, folder: Path, seed: int) -> tuple[Model, Model]:
-        """(base, tuned) of a run whose tuned model lies in `folder`. Raises InputError if it is not there."""
-        return base, load(folder, base.device)
-
-    def keep(self, folder: Path) -> None:
-        """Copy the model into a folder of a run, unless it ships with tiltflow or is there already."""
-        source = model_folder(self.path)
-        if self.bytes_to_keep(folder):
-            write_folder(folder, lambda draft: shutil.copytree(source, draft, dirs_exist_ok=True))
-
-    def bytes_to_keep(self, folder: Path) -> int:
-        """What `keep` will write."""
-        source = model_folder(self.path)
-        if source.is_relative_to(ASSETS) or folder.exists():
-            return 0
-        return sum(path.stat().st_size for path in source.iterdir())
 
 
 class Lora(Settings):
@@ -75,9 +31,10 @@ class Lora(Settings):
     """What its output is multiplied with."""
 
 
-class DiffusersModel(Settings):
+class Diffusers(Settings):
     """A pipeline of diffusers."""
 
+    name: Literal["diffusers"] = "diffusers"
     diffusers: PathOrName
     """A folder, or a name: in tiltflow, `tiles-pipeline`, or on the hub."""
     revision: str | None = None
@@ -107,6 +64,8 @@ class DiffusersModel(Settings):
     gradient_checkpointing: bool = False
     """Compute activations once more on the way back: less memory, a third more time."""
 
+    prompted: ClassVar[bool] = True
+
     @property
     def title(self) -> str:
         """The name of the model, as a report says it."""
@@ -126,6 +85,10 @@ class DiffusersModel(Settings):
     def bytes_to_keep(self, folder: Path) -> int:
         """0."""
         return 0
+
+    def kept_in(self, folder: Path) -> Diffusers:
+        """The same: nothing is copied."""
+        return self
 
     def load(self, device: str) -> TextToImage:
         """The untuned model. Raises InputError if it cannot be had."""
@@ -164,28 +127,3 @@ def load_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
             pipeline.load_lora_weights(lora.path, adapter_name=name, use_safetensors=True)
     with refused("model.loras: do not fit the pipeline"):
         pipeline.set_adapters(names, [lora.strength for lora in loras])
-
-
-ModelSource = NetworkModel | DiffusersModel
-
-
-def source_of(value: str | ModelSource) -> ModelSource:
-    """Where the model of a recipe comes from: a text is the path of a network."""
-    return NetworkModel(path=value) if isinstance(value, str) else value
-
-
-def _source(value: Any) -> Any:
-    """Mappings as the settings of a source; others as they are."""
-    if not isinstance(value, dict):
-        if isinstance(value, (str, NetworkModel, DiffusersModel)):
-            return value
-        raise ValueError("must be a name or a folder, or a mapping with `diffusers` or `path`")
-    kind = NetworkModel if "path" in value and "diffusers" not in value else DiffusersModel
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise PydanticCustomError("part", "{problem}", {"problem": first_problem(kind, error)}) from None
-
-
-ModelName = Annotated[PathOrName | NetworkModel | DiffusersModel, BeforeValidator(_source)]
-"""`model` of a recipe."""
