@@ -63,6 +63,7 @@ def test_tune_shows_a_bar_in_a_terminal(terminal: list[Any], capsys: pytest.Capt
     assert "3/3" in shown
     assert "samples/s" in shown
     assert "evaluating" not in shown
+    assert terminal[0].tasks[0].fields["stage"] == ""
     assert [record.step for record in records] == [1, 2, 3]
 
 

@@ -31,7 +31,7 @@ def tune_progress(wanted: bool | None, total: int, *, evaluated: bool) -> Abstra
     """
     console = make_console(as_json=False)
     shown = console.is_terminal or console.is_jupyter if wanted is None else wanted
-    return training_progress(console, not shown or not is_main_process(), total, "now evaluating" if evaluated else "done")
+    return training_progress(console, not shown or not is_main_process(), total, "now evaluating" if evaluated else "")
 
 
 @contextmanager
@@ -92,6 +92,8 @@ def terminal_bar(console: Console, total: int, afterwards: str) -> Iterator[Watc
                 bar.update(task, completed=record.step, metrics=numbers(record), stage=stage)
 
         yield watch
+        with suppress(OSError):
+            bar.update(task, stage="")  # what stays in the terminal
 
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
