@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.doctor.network import examine_model
     from tiltflow.runs.fingerprints import accept_changes
     from tiltflow.runs.run import load_text_to_image
+    from tiltflow.runs.stages import stages
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
@@ -56,6 +57,7 @@ _HOME = {
     "load": "api",
     "load_text_to_image": "runs.run",
     "report": "api",
+    "stages": "runs.stages",
     "steps": "api",
     "tune": "api",
 }
@@ -84,6 +86,7 @@ __all__ = [
     "load",
     "load_text_to_image",
     "report",
+    "stages",
     "steps",
     "tune",
 ]
