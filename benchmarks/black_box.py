@@ -21,7 +21,8 @@ import torch
 from tiltflow.api import steps
 from tiltflow.flows.adapter import base_of
 from tiltflow.methods.score_as_action import ScoreAsAction
-from tiltflow.models.model import load, load_classifier
+from tiltflow.models.model import load
+from tiltflow.models.model_folder import load_classifier
 from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
 from tiltflow.settings import validate
 from tiltflow.streams import stream

@@ -19,7 +19,7 @@ import tiltflow
 from tiltflow.api import evaluate
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
-from tiltflow.models.model import load_classifier, model_folder
+from tiltflow.models.model_folder import load_classifier, model_folder
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml
@@ -116,7 +116,7 @@ def test_pipelines_load_by_name_and_from_folders(tmp_path: Path, monkeypatch: py
     model = tiltflow.load("tiles-pipeline")
     assert isinstance(model, TextToImage)
     assert model.pipeline.text_encoder.dtype == torch.float32  # as in a recipe, whatever the file
-    with pytest.raises(InputError, match=r"in a recipe it is `model: \{diffusers: tiles-pipeline\}`"):
+    with pytest.raises(InputError, match=r"in a recipe write `model: \{diffusers: tiles-pipeline\}`"):
         model_folder("tiles-pipeline")
     images = model.sample(["potion on a red background"], sampling=tiltflow.Sampling(solver="euler", num_inference_steps=2))
     assert images.shape == (1, 3, 32, 32)

@@ -17,7 +17,7 @@ import tiltflow
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import read_looks
-from tiltflow.models.model import ClassifierConfig, save_model
+from tiltflow.models.model_folder import ClassifierConfig, save_model
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.runs.export import export_run
@@ -201,7 +201,7 @@ def test_a_network_may_get_a_lora(tmp_path: Path) -> None:
     again = evaluate_run(tmp_path / "run")  # from the folder: the base, and the merged network
     assert again["reward_base"] == summary["reward_base"]
     assert again["reward_tuned"] == pytest.approx(summary["reward_tuned"], abs=1e-4)
-    with pytest.raises(InputError, match="with an adapter the adapter alone is trained"):
+    with pytest.raises(InputError, match="with an adapter only the adapter is trained"):
         run(validate(Recipe, read_yaml(path) | {"model": model, "training": {"trainable": "leave"}}, "recipe"), tmp_path / "no")
 
 

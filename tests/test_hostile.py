@@ -34,7 +34,7 @@ import tiltflow.commands.terminal.app
 from tiltflow.conditions.prompts import Prompts, read_prompts
 from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
-from tiltflow.models.model import load, read_tensors
+from tiltflow.models.model import load
 from tiltflow.plugins import allow_code, code_allowed, import_function
 from tiltflow.rewards import given as told
 from tiltflow.rewards.http import Http
@@ -46,6 +46,7 @@ from tiltflow.runs.run import evaluate_run, load_text_to_image, run
 from tiltflow.runs.sweep import parse_grid
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
+from tiltflow.tensor_file import read_tensors
 
 FEW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 MANY = settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
@@ -722,7 +723,7 @@ def test_any_pipeline_is_loaded_or_refused_fuzz(
         (
             "text_encoder/config.json",
             {"num_hidden_layers": 4},
-            r"text_encoder: its weights are \d+ numbers, its config.json asks for",
+            r"text_encoder: its weights have \d+ numbers, its config.json needs",
         ),
         ("text_encoder/config.json", None, "text_encoder: has weights, but no config.json"),
         ("unet/config.json", None, "unet: has weights, but no config.json"),

@@ -13,7 +13,8 @@ from torch import nn
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
-from tiltflow.models.model import Model, load, load_classifier, shipped_models
+from tiltflow.models.model import Model, load
+from tiltflow.models.model_folder import load_classifier, shipped_models
 from tiltflow.plugins import allow_code
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network
@@ -41,7 +42,7 @@ def test_samples_depend_on_the_seed_and_their_number_alone(tmp_path: Path) -> No
 
 def test_networks_of_others_can_be_sampled_but_not_saved(tmp_path: Path) -> None:
     model = Model(Flow(nn.Identity()), (2,))
-    with pytest.raises(InputError, match=r"give factory='package\.module:function', which builds it, or save its state_dict"):
+    with pytest.raises(InputError, match=r"give factory='package\.module:function' that builds it, or save its state_dict"):
         model.save(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -75,11 +76,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
 def test_wrong_names_and_kinds(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no model 'digits-flwo', did you mean 'digits-flow'"):
         load("digits-flwo")
-    with pytest.raises(InputError, match="neither a model folder nor a run"):
+    with pytest.raises(InputError, match="is neither a model folder nor a run"):
         load(tmp_path)
-    with pytest.raises(InputError, match="is a classifier, a flow is needed here"):
+    with pytest.raises(InputError, match="is a classifier; must be a flow"):
         load(tiny_classifier(tmp_path / "c"))
-    with pytest.raises(InputError, match="is a flow, a classifier is needed here"):
+    with pytest.raises(InputError, match="is a flow; must be a classifier"):
         load_classifier(tiny_flow(tmp_path / "f"))
 
 
@@ -132,10 +133,10 @@ def test_a_network_of_ones_own_is_saved_with_the_function_that_builds_it(
     with allow_code():
         assert torch.equal(load("./copy").sample(4), model.sample(4))
     for factory, arguments, message in (
-        ("own_networks:Net", {}, r"its a\.bias is \[3\], here it is \[5\]"),
+        ("own_networks:Net", {}, r"its a\.bias is \[3\], this model's is \[5\]"),
         ("own_networks:wrong", {}, "must return a torch module, and returns int"),
         ("own_networks:Nat", {}, "did you mean 'Net'"),
-        ("torch.nn:Linear", {"in_features": 2, "out_features": 2}, "a.bias is in this alone"),
+        ("torch.nn:Linear", {"in_features": 2, "out_features": 2}, "only this model has a.bias"),
     ):
         with pytest.raises(InputError, match=message):
             model.save("other", factory=factory, arguments=arguments)

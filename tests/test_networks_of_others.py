@@ -182,9 +182,9 @@ def test_one_number_for_each_sample_is_no_event_of_one() -> None:
 
 
 def test_what_has_nothing_to_train() -> None:
-    with pytest.raises(InputError, match="nothing can be trained: the network is no torch module with parameters"):
+    with pytest.raises(InputError, match="nothing can be trained: the network must be a torch module with parameters"):
         tune(lambda x, t: -x)
-    with pytest.raises(InputError, match="nothing can be trained: the network is no torch module with parameters"):
+    with pytest.raises(InputError, match="nothing can be trained: the network must be a torch module with parameters"):
         tune(nn.Identity())
     with pytest.raises(InputError, match=r"is cut off from them by torch\.no_grad\(\) or detach\(\)"):
         tune(Returning(Tensor.detach))

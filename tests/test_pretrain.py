@@ -17,7 +17,8 @@ from tiltflow import plugins
 from tiltflow.data import ImageData, load_images, to_pixels
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.interpolant import Cosine
-from tiltflow.models.model import load, load_classifier
+from tiltflow.models.model import load
+from tiltflow.models.model_folder import load_classifier
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.plain_classifier import PlainClassifier
 from tiltflow.pretraining.loop import Progress, train

@@ -90,7 +90,7 @@ def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
         ("p.json", "[", "is not JSON"),
         ("p.json", "[" * 100_000, "is not JSON"),
         ("p.jsonl", "[" * 100_000, "line 1: is not JSON"),
-        ("p.json", '[{"prompt": "\\ud800"}]', "row 1: '.ud800' has half a character"),
+        ("p.json", '[{"prompt": "\\ud800"}]', "row 1: '.ud800' has an unpaired surrogate"),
     ],
 )
 def test_mistakes(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -117,15 +117,15 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     # models and flows
     "shape as a text": (
         lambda: any_model(Flow(Net()), "2"),
-        "Model: event_shape must be the sizes of one sample, as in (3, 32, 32) or (2,), is '2'",
+        "Model: event_shape must be the sizes of one sample, as in (3, 32, 32) or (2,), got '2'",
     ),
-    "shape as a number": (lambda: any_model(Flow(Net()), 2), "as in (3, 32, 32) or (2,), is 2"),
-    "negative shape": (lambda: Model(Flow(Net()), (-2,)), "is (-2,)"),
-    "shape of floats": (lambda: any_model(Flow(Net()), (2.0,)), "is (2.0,)"),
-    "no flow": (lambda: any_model(Net(), (2,)), "Model: flow must be a Flow(network), is Net"),
+    "shape as a number": (lambda: any_model(Flow(Net()), 2), "as in (3, 32, 32) or (2,), got 2"),
+    "negative shape": (lambda: Model(Flow(Net()), (-2,)), "got (-2,)"),
+    "shape of floats": (lambda: any_model(Flow(Net()), (2.0,)), "got (2.0,)"),
+    "no flow": (lambda: any_model(Net(), (2,)), "Model: flow must be a Flow(network), got Net"),
     "sampling by name in a model": (
         lambda: any_model(Flow(Net()), (2,), "euler"),
-        "Model: sampling must be a Sampling(solver=.., ..), is 'euler'",
+        "Model: sampling must be a Sampling(solver=.., ..), got 'euler'",
     ),
     "another shape than the network's": (
         lambda: Model(Flow(Net()), (3,)).sample(2),
@@ -202,7 +202,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     # loading
     "name with a typo": (lambda: tiltflow.load("digits-flw"), "there is no model 'digits-flw', did you mean 'digits-flow'?"),
     "nothing to load": (lambda: any_load(None), "load: give the name of a model or its folder, not None"),
-    "a classifier": (lambda: tiltflow.load("digits-classifier"), "is a classifier, a flow is needed here"),
+    "a classifier": (lambda: tiltflow.load("digits-classifier"), "is a classifier; must be a flow"),
     "no such device": (
         lambda: tiltflow.load("digits-flow", device="gpu"),
         "device 'gpu': torch has no such device here; 'cpu' always works",

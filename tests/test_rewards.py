@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.models.model import ClassifierConfig, load_classifier, save_model
+from tiltflow.models.model_folder import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
 from tiltflow.rewards import LearnedReward, RewardSettings, evaluate, given, select, value_and_gradient

@@ -520,7 +520,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     pipeline.vae = None
     with pytest.raises(InputError, match="StableDiffusionPipeline: has no vae"):
         from_diffusers(pipeline)
-    with pytest.raises(InputError, match="holds no model_index"):
+    with pytest.raises(InputError, match="has no model_index"):
         from_diffusers(tmp_path)
 
 

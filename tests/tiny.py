@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tiltflow.flows.flow import Flow
-from tiltflow.models.model import ClassifierConfig, Model, save_model
+from tiltflow.models.model import Model
+from tiltflow.models.model_folder import ClassifierConfig, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.networks.unet import Unet
 from tiltflow.samplers.sampling import Sampling

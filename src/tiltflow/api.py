@@ -24,6 +24,7 @@ from tiltflow.models.consistency import WRONG_CLOCK, consistency
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.from_diffusers import from_diffusers
 from tiltflow.models.model import Model
+from tiltflow.models.model_folder import CONFIG, WEIGHTS, save_weights
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
@@ -81,7 +82,7 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
     if not isinstance(given, (str, Path)):
         raise InputError(f"load: give the name of a model or its folder, not {given!r}")
     check_device(device)
-    shipped = by_name(name_or_path, assets(INDEX) | assets(networks.CONFIG), "model")
+    shipped = by_name(name_or_path, assets(INDEX) | assets(CONFIG), "model")
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)
@@ -365,4 +366,4 @@ def _write(tuned: GenerativeModel, run: PythonRun, folder: Path) -> None:
         tuned.save(folder, f"# A model tuned by {run.method.name}\n\nIts settings are `recipe.yaml` of the run.\n")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        networks.save_weights(cast(nn.Module, tuned.flow.network), folder / networks.WEIGHTS)
+        save_weights(cast(nn.Module, tuned.flow.network), folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Writing tensors as a .safetensors file, with its sha256 computed on the way.
+"""Files of tensors: writing .safetensors with its sha256 computed on the way, and reading what others wrote.
 
 The `save_file` of safetensors would do, but a checkpoint needs more: the digest without reading the file again, one tensor at a
 time on the CPU instead of a copy of all, and no temporary file of another name when a process is killed.
@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from tiltflow.errors import InputError
 
 DTYPES = {
     torch.float64: "F64",
@@ -69,3 +73,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
             write(memoryview(array))
         os.fsync(file.fileno())
     return written, digest.hexdigest()
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, or of a file of torch.save with tensors only: no code of a pickle is run.
+
+    Raises InputError, which calls the file `what`, if it cannot be read or has anything else in it.
+    """
+    try:
+        safe = path.suffix == ".safetensors"
+        weights: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
+        raise InputError(f"{what} {path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # the class that torch raises for a file with code is private
+        raise InputError(f"{what} {path}: is refused ({str(error).strip().splitlines()[0]})") from None
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]  # the rest is how it was trained
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{what} {path}: must be a mapping of names to tensors")
+    return weights

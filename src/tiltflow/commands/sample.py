@@ -26,7 +26,7 @@ SOLVERS = names("samplers.solvers")
 
 def model_names() -> Iterable[str]:
     """The models that ship with tiltflow."""
-    from tiltflow.models.model import CONFIG
+    from tiltflow.models.model_folder import CONFIG
     from tiltflow.shipped import INDEX, assets
 
     return assets(INDEX) | assets(CONFIG)

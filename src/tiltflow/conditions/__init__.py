@@ -1,7 +1,7 @@
-"""What a sample is asked for, one kind a file: a class of settings named after the file, with `items()`.
+"""Conditions of samples, one kind a file: a class of settings named after the file, with `items()`.
 
-Prompts, class labels; a size, an observation or whatever else in a file of its own. An item is a `Prompt`: a text, and metadata
-that the model knows how to read.
+Prompts and class labels are here; a size, an observation or another kind is one more file. An item is a `Prompt`: a text, and
+metadata that the model reads.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Conditions(Protocol):
     """Settings of a kind of condition."""
 
     def items(self, class_names: Sequence[str], seed: int, /) -> tuple[list[Prompt], list[Prompt]]:
-        """(what is tuned, what is held out for the evaluation). Held out is nothing where the first are all that there are, as
-        classes are: they are then measured themselves.
+        """Return (items for training, items held out for the evaluation). The second list is empty if the first has all items
+        that exist, as for classes: the evaluation then uses the first.
 
         Args:
-            class_names: of the model, if it is class-conditional.
+            class_names: of a class-conditional model; empty for another.
 
-        Raises InputError for items that there are not.
+        Raises InputError for items that do not exist.
         """
         ...
 

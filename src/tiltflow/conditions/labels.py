@@ -1,4 +1,4 @@
-"""Class labels: what a sample of a class-conditional model is asked for. Its network gets them as int64 [batch]."""
+"""Class labels, the condition of class-conditional models: their networks get them as int64 [batch]."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Labels(Settings):
 
     name: Literal["labels"] = "labels"
     classes: Classes = ()
-    """Their numbers, from 0; all by default."""
+    """Numbers of the classes, from 0; all by default."""
 
     def items(self, class_names: Sequence[str], seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
-        """The classes in order, and nothing held out; none of a model without classes.
+        """Return (the classes in order, nothing held out); both empty for a model without classes.
 
         Raises InputError for a class that the model does not have.
         """
@@ -36,13 +36,13 @@ class Labels(Settings):
 
 
 def as_labels(labels: Any, num_samples: int, class_names: Sequence[str]) -> Tensor:
-    """Labels [num_samples], int64, on the CPU.
+    """Return labels [num_samples], int64, on the CPU.
 
     Args:
-        labels: a class for all samples, by its number or its name; a sequence or tensor with one for each; or None for every
-            class in turn.
+        labels: one class for all samples, by number or name; a sequence or tensor with one class per sample; or None for all
+            classes in turn.
 
-    Raises InputError for anything else, or a class that there is not.
+    Raises InputError for a class that does not exist and for anything else.
     """
     count = len(class_names)
     if labels is None:
@@ -69,7 +69,7 @@ def _number(label: Any, class_names: Sequence[str]) -> int:
 
 
 def draw_labels(classes: Sequence[int], num_samples: int, generator: torch.Generator) -> Tensor:
-    """Labels [num_samples] for a batch: as many of each of `classes`, and the rest, if they do not divide it, at random."""
+    """Draw labels [num_samples] for a batch: equally many of each of `classes`, and the remainder of random classes."""
     order = torch.randperm(len(classes), generator=generator, device=generator.device)
     turn = torch.arange(num_samples, device=generator.device) % len(classes)
     return torch.tensor(classes, device=generator.device)[order[turn]]

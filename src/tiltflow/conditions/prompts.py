@@ -1,4 +1,4 @@
-"""Prompts: from a text file, a .jsonl file with metadata, or a data set that `datasets` saved; a part is held out."""
+"""Prompts: read from a text file, a .json or .jsonl file with metadata, or a data set of `datasets`; some are held out."""
 
 from __future__ import annotations
 
@@ -19,36 +19,39 @@ MOST_CHARACTERS = 1 << 28  # of a file
 
 
 class Prompts(Settings):
-    """Where prompts come from."""
+    """Source of prompts."""
 
     name: Literal["prompts"] = "prompts"
     path: PathOrName | None = None
     """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
-    folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is not part of it."""
+    folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is removed."""
     texts: tuple[str, ...] = ()
-    """Or the prompts themselves."""
+    """The prompts themselves, instead of a path."""
     column: str = "prompt"
-    """The key of the prompt in a .jsonl file or a data set; the others are metadata."""
+    """Key of the prompt in a .json or .jsonl file or a data set; all other keys are metadata."""
     validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName = 0.1
-    """The share of the prompts that is held out for the evaluation, or a file of its own. With one prompt, none is."""
+    """Share of the prompts that is held out for the evaluation, or the path of a file with others. A single prompt is
+    never held out."""
 
     def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-        """`read_prompts`."""
+        """Read the prompts; see `read_prompts`."""
         return read_prompts(self, seed)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what else its file says of it."""
+    """A prompt, with the metadata that its file has for it."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
-    """(for training, held out), each prompt once. Held out are texts that a seeded shuffle puts first; a single one is both.
+    """Return (prompts for training, prompts held out), each once.
 
-    Raises InputError if there are none, or if a line or a column is not what it should be.
+    Held out are the texts that a seeded shuffle puts first; if nothing can be held out, both lists are all prompts.
+
+    Raises InputError if there are no prompts, or if a line or a column cannot be read as prompts.
     """
     if (settings.path is None) == (not settings.texts):
         raise InputError("prompts: give either a path or texts")
@@ -73,7 +76,7 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
 
 
 def unique(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of each text with the same metadata, in order, without those that are blank."""
+    """Remove blank prompts and repetitions of the same text with the same metadata; the order stays."""
     first: dict[Any, Prompt] = {}
     for prompt in prompts:
         if prompt.text:
@@ -82,7 +85,7 @@ def unique(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def key_of(metadata: Mapping[str, Any]) -> str:
-    """A text that tells metadata apart.
+    """Return a text that differs for different metadata.
 
     >>> key_of({"b": [1], "a": 2})
     '{"a": 2, "b": [1]}'
@@ -91,7 +94,7 @@ def key_of(metadata: Mapping[str, Any]) -> str:
 
 
 def read_file(path: Path, column: str) -> list[Prompt]:
-    """The prompts of one file or folder."""
+    """Read the prompts of one file or folder. Raises InputError if it cannot be read."""
     if path.is_dir():
         return from_rows(_data_set(path), column, str(path))
     if path.suffix not in (".txt", ".json", ".jsonl"):
@@ -116,7 +119,7 @@ def read_file(path: Path, column: str) -> list[Prompt]:
 
 
 def from_json(text: str, where: str) -> Any:
-    """The value that a text is in JSON. Raises InputError if it is none."""
+    """Parse JSON. Raises InputError if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -124,17 +127,17 @@ def from_json(text: str, where: str) -> Any:
 
 
 def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
-    """Prompts of mappings. Raises InputError, with the number of the row, for one that has no such text."""
+    """Make prompts of mappings. Raises InputError, with the number of the row, for a row without a text in `column`."""
     prompts = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             known = list(row) if isinstance(row, dict) else []
-            hint = did_you_mean(column, known) if column not in known else ", it must be a text"
+            hint = did_you_mean(column, known) if column not in known else ", its value must be a text"
             raise InputError(f"prompts {where}, row {number}: has no {column!r}{hint}; set prompts.column")
         text = row[column].strip()
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise InputError(
-                f"prompts {where}, row {number}: {ascii(text)[:60]} has half a character, which UTF-8 cannot write"
+                f"prompts {where}, row {number}: {ascii(text)[:60]} has an unpaired surrogate, which UTF-8 cannot encode"
             )
         prompts.append(Prompt(text, {key: value for key, value in row.items() if key != column}))
     return prompts
@@ -148,8 +151,8 @@ def _data_set(folder: Path) -> list[Any]:
     try:
         loaded = load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise InputError(f"prompts {folder}: is no data set ({error})") from None
+        raise InputError(f"prompts {folder}: is not a data set of `datasets` ({error})") from None
     if not isinstance(loaded, Dataset):
-        raise InputError(f"prompts {folder}: has several splits, {', '.join(loaded)}; give the folder of one")
+        raise InputError(f"prompts {folder}: has several splits, {', '.join(loaded)}; give the folder of one of them")
     rows: list[Any] = loaded.to_list()
     return rows

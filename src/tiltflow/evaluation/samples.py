@@ -14,7 +14,7 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation.estimates import ImportanceWeights, in_batches
 from tiltflow.evaluation.features import Features, feature_extractor, features_of
 from tiltflow.evaluation.settings import Evaluation
-from tiltflow.models.model import ClassifierConfig, load_classifier
+from tiltflow.models.model_folder import ClassifierConfig, load_classifier
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import NonFiniteRewards, Reward, given, score
 

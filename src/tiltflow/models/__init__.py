@@ -1,1 +1,1 @@
-"""What is sampled, tuned, saved and loaded: networks on tensors, and pipelines of diffusers."""
+"""Models that are sampled, tuned, saved and loaded: networks on tensors, and diffusers pipelines."""

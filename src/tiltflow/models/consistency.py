@@ -1,12 +1,12 @@
-r"""Whether a network is the velocity field of the law that it samples: a wrong clock, direction or prediction type shows here.
+r"""Consistency of a network with its own samples: a wrong time scale, time direction or prediction type shows here.
 
-On the linear path x_t = t x_1 + (1 - t) x_0 the velocity is E[x_1 - x_0 | x_t]. So nothing that is known of x_t may tell of
-what it leaves, x_1 - x_0 - v: no constant and no multiple of x_t. And the denoised sample x_t + (1 - t) v is as near to x_1 as
-anything can be, so nearer than the best affine function of x_t, and ever nearer as t grows. Both are looked at on samples x_1
-of the model itself, with fresh noise x_0.
+On the linear path x_t = t x_1 + (1 - t) x_0 the velocity is v = E[x_1 - x_0 | x_t]. So the residual x_1 - x_0 - v is
+uncorrelated with every function of x_t, in particular with a constant and with x_t itself. And the denoised sample
+x_t + (1 - t) v is the least-squares estimate of x_1, so its error is below that of the best affine function of x_t. Both are
+checked on samples x_1 of the model itself, with fresh noise x_0.
 
-Samples of a wrong field are not those of its law, and may be consistent with it all the same: a field of a Gaussian around 0
-that is read backwards is the field of another one. With data of the user for x_1 it is certain.
+A wrong field may be consistent with its own samples all the same: the field of a centred Gaussian with time reversed is the
+field of another Gaussian. With the user's data as x_1 the check is conclusive.
 """
 
 # Mutation tests: test_consistency.py
@@ -29,10 +29,10 @@ from tiltflow.streams import normal, stream
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 NUMBERS, FEWEST, MOST = 8192, 32, 1024
-"""So many numbers are looked at, in this many samples: the larger a sample, the fewer of them say as much."""
+"""Total numbers to look at, and the least and greatest number of samples: the larger a sample, the fewer are needed."""
 WORST, DIFFERENT = 1.1, 0.08
-"""Above both, a field is not that of the samples. Exact ones stay below 1.02 and 0.04, trained ones below 1.07; planted wrong
-clocks are above 1.16 and 0.09 (`tests/test_consistency.py`)."""
+"""Thresholds of `worst` and `difference`; above both, the field does not belong to the samples. Exact fields stay below 1.02
+and 0.04, trained ones below 1.07; planted wrong clocks are above 1.16 and 0.09 (`tests/test_consistency.py`)."""
 WRONG_CLOCK = (
     "does it take times up to 1000 (Flow(time_scale=1000)), was its time 0 data (time_direction='data-to-noise'), or does it"
     " predict something else (prediction)? docs/your-own-model.md"
@@ -41,13 +41,12 @@ WRONG_CLOCK = (
 
 @dataclass(frozen=True)
 class Consistency:
-    """What was found at TIMES.
+    """Result of the check at TIMES.
 
     Args:
         errors: E|x_1 - denoised|^2 over the variance of x_1, at each time.
-        worst: the largest ratio of such an error to that of the best affine function of x_t.
-        difference: of the affine part of the field from that of x_1 - x_0: 0 if they are the same, 1 if they have nothing in
-            common.
+        worst: largest ratio of such an error to that of the best affine function of x_t.
+        difference: relative difference between the affine parts of the field and of x_1 - x_0: 0 if equal, 1 if unrelated.
     """
 
     errors: Sequence[float]
@@ -56,18 +55,18 @@ class Consistency:
 
     @property
     def wrong(self) -> bool:
-        """Whether the field is clearly not that of the samples."""
-        return not (self.worst <= WORST or self.difference <= DIFFERENT)  # what is not a number is wrong too
+        """True if the field clearly does not belong to the samples."""
+        return not (self.worst <= WORST or self.difference <= DIFFERENT)  # NaN is wrong too
 
 
 def samples_needed(event_shape: tuple[int, ...]) -> int:
-    """How many samples say enough."""
+    """Return the number of samples to use."""
     return min(max(NUMBERS // max(torch.Size(event_shape).numel(), 1), FEWEST), MOST)
 
 
 @torch.no_grad()
 def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> Consistency:
-    """Look at a model, on its own samples or on `data` [n, *event], of which the first few are used.
+    """Check a model on its own samples, or on the first of `data` [n, *event].
 
     Raises InputError for data of another shape.
     """
@@ -97,7 +96,7 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
             rest = u - u.mean(0) - slope * centred
             errors.append((left.square().mean() * (1 - number) ** 2 / x1.double().var(0).mean()).item())
             ratios.append((left.square().mean() / rest.square().mean()).item())
-            # the mean of what is left, squared, without what the noise of so few samples adds
+            # squared mean of the residual, less its bias from finitely many samples
             mean = (left.mean(0).square().mean() - left.var(0).mean() / len(x)).clamp(min=0)
             apart += float((slope - own) ** 2 * size + mean)
             ours += float(slope**2 * size + u.mean(0).square().mean())

@@ -1,4 +1,4 @@
-"""What a folder of a diffusers pipeline says of itself: looked at before diffusers builds anything from it, and after."""
+"""Checks of the folder of a diffusers pipeline, before diffusers builds anything from it and after."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MOST: dict[str, float] = {
     r"sample_size|pos_embed_max_size|image_size": 4096,
     r"theta|factor|epsilon|eps": 1e300,
 }
-"""What numbers of a config may be, by what their names contain: ten times what the largest models have, or so. A pipeline of
-1e9 layers would be built for days before anything of it was found wrong."""
+"""Largest allowed numbers of a config, by regular expressions on their keys: about ten times those of the largest models. A
+pipeline of 1e9 layers would be built for days before an error was found."""
 MOST_OTHERWISE = 10**7
-NO_LIMIT = int(1e30)  # how transformers writes that a tokenizer has none
+NO_LIMIT = int(1e30)  # model_max_length of a tokenizer without a limit, in transformers
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raises InputError if `folder` holds no pipeline, or a config that is no JSON or that no model has."""
+    """Raise InputError if `folder` is not that of a pipeline, or has a config that is not JSON or has impossible numbers."""
     if not (folder / INDEX).exists():
-        raise InputError(f"{folder}: holds no {INDEX}; a pipeline of diffusers is needed")
+        raise InputError(f"{folder}: has no {INDEX}; must be the folder of a diffusers pipeline")
     for weights in folder.glob("*/*.safetensors"):
         if not (weights.parent / CONFIGS[0]).exists():
             raise InputError(f"{weights.parent}: has weights, but no {CONFIGS[0]}")
@@ -50,10 +50,11 @@ def check_pipeline_folder(folder: Path) -> None:
 
 
 def check_weights(folder: Path, components: Mapping[str, Any]) -> None:
-    """Raises InputError if a network of a pipeline that was loaded from `folder` has more numbers than its files: transformers
-    fills in what is missing at random.
+    """Raise InputError if a network of a loaded pipeline has more numbers than its files: transformers initializes missing
+    weights at random.
 
     Args:
+        folder: the pipeline was loaded from it.
         components: of the pipeline, by name.
     """
     for name, part in components.items():
@@ -65,11 +66,11 @@ def check_weights(folder: Path, components: Mapping[str, Any]) -> None:
             with safe_open(file, framework="pt") as tensors:
                 found += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         if found < asked:
-            raise InputError(f"{folder / name}: its weights are {found} numbers, its {CONFIGS[0]} asks for {asked}")
+            raise InputError(f"{folder / name}: its weights have {found} numbers, its {CONFIGS[0]} needs {asked}")
 
 
 def check_numbers(value: Any, where: str, key: str = "") -> None:
-    """Raises InputError for a number that is larger than any model has; see `MOST`."""
+    """Raise InputError for a number larger than that of any model; see `MOST`."""
     if isinstance(value, dict):
         for name, part in value.items():
             check_numbers(part, where, str(name))

@@ -1,7 +1,7 @@
-"""What is sampled and tuned, of every kind: a velocity field on a state, with a way in and a way out.
+"""The protocol of a model: a velocity field on states, with conditions and noise as input and `decode` as output.
 
-The state of a sample is one tensor [*event]. Kinds differ in what the noise is, in what a state means (`decode`) and in what a
-sample is asked for (`conditions`); samplers, adjoints and methods are the same for all of them.
+A state is one tensor [*event]. Kinds of models differ in their noise (`noise`), in what a state stands for (`decode`) and in
+their conditions (`conditions`); samplers, adjoints and methods are the same for all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GenerativeModel(Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """The solver and the grid where nothing else is asked for."""
+        """Default solver and number of steps."""
         ...
 
     @property
@@ -41,54 +41,55 @@ class GenerativeModel(Protocol):
 
     @property
     def grid(self) -> Start:
-        """Where training begins: the time of the noise end, or the model's own grid, continued to clean data."""
+        """Start of the grids of training: the time of the noise end, or the model's own grid, extended to clean data."""
         ...
 
     @property
     def own_grid(self) -> Start:
-        """Where sampling begins: `grid`, or the times of the model's own scheduler."""
+        """Start of the grids of sampling: `grid`, or the times of the model's own scheduler."""
         ...
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Of one state."""
+        """Shape of one state."""
         ...
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of what `decode` makes of one state."""
+        """Shape of one decoded state."""
         ...
 
     @property
     def has_decoder(self) -> bool:
-        """Whether a sample is another thing than a state."""
+        """True if `decode` is not the identity."""
         ...
 
     @property
     def prompted(self) -> bool:
-        """Whether samples are asked for by prompts, of which any number can be thought of."""
+        """True if conditions are prompts, of which there is no complete list, unlike classes."""
         ...
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of a class-conditional model; none of another."""
+        """Names of the classes of a class-conditional model; empty for another."""
         ...
 
     @property
     def guidance_scale(self) -> float:
-        """Of classifier-free guidance where nothing else is asked for; 1 is none."""
+        """Default scale of classifier-free guidance; 1 is no guidance."""
         ...
 
     def conditions(self, items: Sequence[Prompt]) -> tuple[Any, Any]:
-        """The conditions of samples of these items and the negative ones, a row for each sample; None where there are none."""
+        """Return (conditions, negative conditions) of these items, one row per sample; None where there are none."""
         ...
 
     def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
-        """Starting points [len(items), *event] on the linear path, at the first time t of a grid. An item may say its size."""
+        """Draw starting points [len(items), *event] on the linear path at the first time t of a grid. The law may depend on an
+        item, for example on its size."""
         ...
 
     def decode(self, x: Tensor, *, batch_size: int) -> Tensor:
-        """The samples of states x [batch, *event]: what rewards and people see. Differentiable."""
+        """Decode states x [batch, *event] into samples [batch, *sample_shape], which rewards see. Differentiable."""
         ...
 
     def draw(
@@ -100,28 +101,28 @@ class GenerativeModel(Protocol):
         guidance_scale: float | None = None,
         batch_size: int = ...,
     ) -> Tensor:
-        """A sample of each item, [len(items), *sample_shape], on the CPU. It depends on the seed, its number, its item and
-        `batch_size` alone."""
+        """Draw one sample of each item, [len(items), *sample_shape], on the CPU. A sample depends only on the seed, its index,
+        its item and `batch_size`."""
         ...
 
     def trainable(
         self, adapter: Adapter | None = None, pattern: str | re.Pattern[str] = "", *, seed: int = 0
     ) -> tuple[Self, Self]:
-        """(base, what is going to be trained): a copy of the network, of which the parameters whose names match are trained, or
-        the network with a new adapter.
+        """Return (base, model to train): a copy of the network in which the parameters whose names match `pattern` are trained,
+        or the network with a new adapter.
 
-        Raises InputError for what cannot be trained.
+        Raises InputError if nothing can be trained in this way.
         """
         ...
 
     def base(self) -> Self:
-        """The model without what is trained, frozen: with its adapter off."""
+        """Return the frozen model that training starts from: with its adapter off."""
         ...
 
     def in_precision(self, dtype: torch.dtype | None) -> Self:
-        """The model with its network evaluated in this dtype; None is that of its weights."""
+        """Return the model with its network evaluated in this dtype; None is the dtype of its weights."""
         ...
 
     def save(self, folder: str | Path, card: str = "") -> None:
-        """Write what was tuned."""
+        """Write what was tuned to a folder."""
         ...

@@ -1,4 +1,4 @@
-"""What of a network is trained: a copy of it, the parameters whose names match, or a LoRA of peft beside the frozen network."""
+"""Trainable parameters: those of a copy of a network whose names match a pattern, or of a new LoRA of peft."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Adapter(Settings):
-    """A LoRA in the network that is tuned, by peft."""
+    """A LoRA of peft in the network that is tuned."""
 
     rank: Count = 16
-    """Of the LoRA's matrices."""
+    """Rank of the LoRA's matrices."""
     lora_alpha: Count | None = None
-    """The adapter's output is scaled by lora_alpha / rank; by default `rank`."""
+    """The adapter's output is scaled by lora_alpha / rank; `rank` by default."""
     target_modules: tuple[str, ...] | None = None
-    """The ends of the names of the layers; by default the attention of a pipeline's family, and of another network all linear
-    and convolutional layers."""
+    """Ends of the names of the adapted layers; by default the attention of a pipeline, and all linear and convolutional layers
+    of another network."""
 
     def config(self, targets: Sequence[str]) -> Any:
-        """peft's settings, for these layers where the adapter names none. Raises InputError if peft is not installed."""
+        """Return peft's configuration, for the layers `targets` if the adapter names none. Raises InputError if peft is
+        missing."""
         try:
             from peft import LoraConfig
         except ImportError:
@@ -44,13 +45,18 @@ class Adapter(Settings):
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
-    """`flow` with a copy of its network whose parameters require gradients: all of them, or those in whose name the regular
-    expression `trainable` is found. Raises InputError if it is found in none, or if there is nothing that could be trained."""
+    """Return `flow` with a copy of its network in which some parameters require gradients.
+
+    Args:
+        trainable: regular expression; parameters whose names contain a match require gradients. Empty for all.
+
+    Raises InputError if no name matches, if the network is not a torch module with parameters, or if it cannot be copied.
+    """
     if not isinstance(flow.network, nn.Module) or not any(True for _ in flow.network.parameters()):
-        raise InputError("nothing can be trained: the network is no torch module with parameters")
+        raise InputError("nothing can be trained: the network must be a torch module with parameters")
     try:
         network = copy.deepcopy(flow.network)
-    except Exception as error:  # of a module of the user, which may hold anything
+    except Exception as error:  # whatever a user's module raises
         raise InputError(
             f"the network cannot be copied, and training works on a copy ({str(error).splitlines()[0]})"
         ) from error
@@ -64,9 +70,9 @@ def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
 
 
 def adapted(network: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
-    """A copy of a network with a new LoRA, which alone is trainable and changes nothing yet.
+    """Return a copy of a network with a new LoRA: only the LoRA is trainable, and the function is unchanged.
 
-    Raises InputError if peft is not installed, or no layer has such a name.
+    Raises InputError if peft is not installed, or if no layer has such a name.
     """
     layers = [
         name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -87,7 +93,7 @@ def adapted(network: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """A network without adapter that is the same function: a copy with its adapter merged in, or the network itself."""
+    """Return the same function without an adapter: a copy with the adapter merged into its weights, or the network itself."""
     if not has_adapter(network):
         return network
     whole: Any = copy.deepcopy(network)

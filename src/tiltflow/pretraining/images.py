@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import ImageData, load_images
 from tiltflow.errors import InputError
-from tiltflow.models.model import NetworkSettings
+from tiltflow.models.model_folder import NetworkSettings
 from tiltflow.pretraining.loop import Stage
 from tiltflow.pretraining.recipe import Pretraining
 from tiltflow.streams import stream

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tiltflow.files import check_room, filling, write_text
-from tiltflow.models.model import CARD
+from tiltflow.models.model_folder import CARD
 from tiltflow.pretraining.card import card
 from tiltflow.pretraining.loop import Progress, train
 from tiltflow.pretraining.recipe import Pretraining, Scores

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError
 from tiltflow.flows.precision import Dtype
-from tiltflow.models.model import read_tensors
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
 from tiltflow.settings import PathOrName, Settings
+from tiltflow.tensor_file import read_tensors
 from tiltflow.user_code import refused
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.models.model import load_classifier
+from tiltflow.models.model_folder import load_classifier
 from tiltflow.rewards import Reward
 from tiltflow.settings import Labels, PathOrName, Settings
 

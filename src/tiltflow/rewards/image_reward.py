@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError, not_installed
 from tiltflow.flows.precision import Dtype, at_least_float32
-from tiltflow.models.model import read_tensors
 from tiltflow.rewards import OfPrompts, Reward
 from tiltflow.rewards.backbones.clip import depth, resized
 from tiltflow.settings import PathOrName, Settings
+from tiltflow.tensor_file import read_tensors
 from tiltflow.user_code import refused
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

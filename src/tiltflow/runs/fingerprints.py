@@ -31,7 +31,7 @@ from torch import nn
 from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
 from tiltflow.flows.adapter import has_adapter
-from tiltflow.models.model import CONFIG, WEIGHTS
+from tiltflow.models.model_folder import CONFIG, WEIGHTS
 from tiltflow.settings import External, Settings, validate
 from tiltflow.shipped import INDEX, assets
 

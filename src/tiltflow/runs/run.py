@@ -26,7 +26,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.files import write_file
 from tiltflow.flows.precision import autocast_dtype
-from tiltflow.models.model import save_weights
+from tiltflow.models.model_folder import save_weights
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward

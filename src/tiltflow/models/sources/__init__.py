@@ -1,7 +1,7 @@
-"""Where the model of a recipe comes from, one kind a file: a class of settings named after the file.
+"""Sources of the model of a recipe, one kind a file: a class of settings named after the file.
 
-A recipe says `model: NAME_OR_FOLDER`, or a mapping with the name of the kind: `{name: network, path: .., adapter: ..}`. With
-`path` or `diffusers` in it, the name can be left out.
+A recipe says `model: NAME_OR_FOLDER`, or a mapping with the name of the kind: `{name: network, path: .., adapter: ..}`. The
+name can be left out of a mapping with `path` or `diffusers`.
 """
 
 from __future__ import annotations
@@ -25,53 +25,55 @@ class ModelSource(Protocol[M]):
 
     @property
     def title(self) -> str:
-        """The name of the model, as a report says it."""
+        """Name of the model in a report."""
         ...
 
     @property
     def prompted(self) -> bool:
-        """Whether samples are asked for by prompts; see `GenerativeModel`."""
+        """True if conditions are prompts; see `GenerativeModel`."""
         ...
 
     @property
     def adapter(self) -> Adapter | None:
-        """The LoRA that is trained in the model; None trains a copy of its network."""
+        """LoRA that is trained in the model; None trains a copy of its network."""
         ...
 
     def load(self, device: str) -> M:
-        """The untuned model. Raises InputError if it cannot be had."""
+        """Load the untuned model. Raises InputError if it cannot be loaded."""
         ...
 
     def load_tuned(self, base: M, folder: Path, seed: int) -> tuple[M, M]:
-        """(base, tuned) of a run whose tuned model lies in `folder`; they may share a network. Raises InputError if it is not
-        there, or is another."""
+        """Return (base, tuned) of a run with its tuned model in `folder`; they may share a network.
+
+        Raises InputError if it cannot be loaded, or belongs to another model.
+        """
         ...
 
     def keep(self, folder: Path) -> None:
-        """Copy what cannot be had again into a folder of a run, if it is not there already."""
+        """Copy the model into a folder of a run, if it could not be loaded again otherwise and the folder does not exist."""
         ...
 
     def bytes_to_keep(self, folder: Path) -> int:
-        """What `keep` will write."""
+        """Return the number of bytes that `keep` will write."""
         ...
 
     def kept_in(self, folder: Path) -> ModelSource[M]:
-        """The source of a run, whose `keep` was given this folder."""
+        """Return the source to load from once `keep` was called with this folder."""
         ...
 
 
 def source_of(value: Any) -> ModelSource[Any]:
-    """Where the model of a recipe comes from: a text is the path of a network."""
+    """Return settings of a source; a text is the path of a network."""
     found: ModelSource[Any] = find("models.sources", "network")(path=value) if isinstance(value, str) else value
     return found
 
 
 def _source(value: Any) -> Any:
-    """Mappings as the settings of a source; texts as they are."""
+    """Validate mappings as settings of a source; return settings and texts unchanged."""
     if isinstance(value, (str, Settings)):
         return value
     if not isinstance(value, dict):
-        raise ValueError("must be a name or a folder, or a mapping with `diffusers` or `path`")
+        raise ValueError("must be a name, a folder, or a mapping with `diffusers` or `path`")
     name = value.get("name", "network" if "path" in value and "diffusers" not in value else "diffusers")
     return part_of("models.sources")({**value, "name": name})
 
@@ -80,4 +82,4 @@ if TYPE_CHECKING:
     ModelName = str | ModelSource[Any]
 else:
     ModelName = Annotated[Any, BeforeValidator(_source), External()]
-"""The type of a setting that is a model."""
+"""Type of a setting that is a model."""

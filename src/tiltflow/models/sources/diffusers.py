@@ -1,4 +1,4 @@
-"""A pipeline of diffusers: a folder, or a name in tiltflow or on the hub."""
+"""A diffusers pipeline, from a folder or, by name, of tiltflow or the hub."""
 
 from __future__ import annotations
 
@@ -23,75 +23,76 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Lora(Settings):
-    """A LoRA that the model has before it is tuned."""
+    """A LoRA that is loaded into the base model."""
 
     path: PathOrName
-    """A file, a folder, or a name on the hub, as `pipeline.load_lora_weights` reads it, in safetensors."""
+    """File, folder, or name on the hub, as `pipeline.load_lora_weights` reads it, in safetensors."""
     strength: float = 1.0
-    """What its output is multiplied with."""
+    """Factor of its output."""
 
 
 class Diffusers(Settings):
-    """A pipeline of diffusers."""
+    """A diffusers pipeline."""
 
     name: Literal["diffusers"] = "diffusers"
     diffusers: PathOrName
-    """A folder, or a name: in tiltflow, `tiles-pipeline`, or on the hub."""
+    """Folder, or name: of a pipeline that ships with tiltflow, `tiles-pipeline`, or of one on the hub."""
     revision: str | None = None
-    """Of a model on the hub: a branch, a tag or a commit."""
+    """Branch, tag or commit of a model on the hub."""
     variant: str | None = None
-    """Of its files, such as fp16."""
+    """Variant of its files, such as fp16."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """dtype of the frozen weights; the adapter, the decoder and the mathematics are in float32."""
+    """dtype of the frozen weights; the adapter, the decoder and all computations outside the network are in float32."""
     height: Count | None = None
-    """Of the pictures, in pixels; the pipeline's own by default."""
+    """Height of the pictures in pixels; the pipeline's own by default."""
     width: Count | None = None
-    """Of the pictures, in pixels; the pipeline's own by default."""
+    """Width of the pictures in pixels; the pipeline's own by default."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
-    """By default 7.5, or 3.5 where it is an input of the network."""
+    """Scale of classifier-free guidance: 7.5 by default, or 3.5 where it is an input of the network."""
     negative_prompt: str | None = None
-    """What guidance leads away from; nothing, or the empty prompt, by default, as the pipeline has it."""
+    """Prompt that guidance leads away from; the pipeline's own, the empty prompt or zeros, by default."""
     max_sequence_length: Count | None = None
-    """Tokens of a prompt that T5 sees, where there is one; by default the pipeline's own number."""
+    """Number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default."""
     without: tuple[str, ...] = ()
-    """Parts of the pipeline that are not loaded: text_encoder_3, the T5 of Stable Diffusion 3, which it can do without."""
+    """Components that are not loaded, such as text_encoder_3, the T5 of Stable Diffusion 3, which is optional."""
     loras: tuple[Lora, ...] = ()
-    """LoRAs that are loaded first, and stay below the adapter, in base and tuned alike."""
+    """LoRAs that are loaded first, and are active below the adapter in both the base and the tuned model."""
     adapter: Adapter | None = Adapter()
-    """null tunes the whole denoiser, beside a frozen copy."""
+    """LoRA that is trained in the frozen denoiser; null trains a copy of the whole denoiser."""
     scheduler: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the pipeline's scheduler to change, such as `timestep_spacing: trailing`."""
+    """Changed settings of the pipeline's scheduler, such as `timestep_spacing: trailing`."""
     gradient_checkpointing: bool = False
-    """Compute activations once more on the way back: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
 
     prompted: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
-        """The name of the model, as a report says it."""
+        """Name of the model in a report."""
         return self.diffusers
 
     def load_tuned(self, base: TextToImage, folder: Path, seed: int) -> tuple[TextToImage, TextToImage]:
-        """(base, tuned) of a run whose tuned model lies in `folder`; with an adapter they share their network.
+        """Return (base, tuned) of a run with its tuned model in `folder`; with an adapter they share their network.
 
-        Raises InputError if it is not there, or is another."""
+        Raises InputError if it cannot be loaded, or belongs to another model.
+        """
         untuned, tuned = base.trainable(self.adapter, seed=seed)
         tuned.load_weights(folder)
         return untuned, tuned
 
     def keep(self, folder: Path) -> None:
-        """Nothing is copied: a pipeline is large, and is had again where it was had."""
+        """No-op: a pipeline is large, and is loaded from its source again."""
 
     def bytes_to_keep(self, folder: Path) -> int:
-        """0."""
+        """Return 0: `keep` writes nothing."""
         return 0
 
     def kept_in(self, folder: Path) -> Diffusers:
-        """The same: nothing is copied."""
+        """Return these settings: `keep` writes nothing."""
         return self
 
     def load(self, device: str) -> TextToImage:
-        """The untuned model. Raises InputError if it cannot be had."""
+        """Load the untuned model. Raises InputError if it cannot be loaded."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
         options |= dict.fromkeys(self.without)
@@ -107,7 +108,7 @@ class Diffusers(Settings):
             if key not in own:
                 raise InputError(f"model.scheduler: {type(pipeline.scheduler).__name__} has no {key!r}{did_you_mean(key, own)}")
         check_numbers(self.scheduler, "model.scheduler")
-        with refused("model.scheduler: is refused"):
+        with refused("model.scheduler: the scheduler refuses its settings"):
             pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
         given = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
         model = from_diffusers(pipeline, device=device, **{key: getattr(self, key) for key in given})
@@ -117,7 +118,7 @@ class Diffusers(Settings):
 
 
 def load_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
-    """Load LoRAs into a pipeline, and switch them on. Raises InputError for what cannot be had, or is of another model."""
+    """Load LoRAs into a pipeline and activate them. Raises InputError if one cannot be loaded, or belongs to another model."""
     if not loras:
         return
     names = [f"lora_{i}" for i in range(len(loras))]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import ImageData
 from tiltflow.errors import InputError
-from tiltflow.models.model import ClassifierConfig, save_model
+from tiltflow.models.model_folder import ClassifierConfig, save_model
 from tiltflow.pretraining.images import ImagePretraining, ImageTask, load_splits
 from tiltflow.pretraining.recipe import Scores
 from tiltflow.streams import new_network, stream

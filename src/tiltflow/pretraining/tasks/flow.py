@@ -20,7 +20,8 @@ from tiltflow.evaluation.estimates import frechet_distance, in_batches
 from tiltflow.files import reason
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType, interior
-from tiltflow.models.model import Model, load_classifier
+from tiltflow.models.model import Model
+from tiltflow.models.model_folder import load_classifier
 from tiltflow.networks import ClassConditional, WithFeatures
 from tiltflow.pretraining.images import ImagePretraining, ImageTask, load_splits
 from tiltflow.pretraining.recipe import Scores

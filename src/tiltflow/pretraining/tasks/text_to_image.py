@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import CaptionedImages, load_captioned
 from tiltflow.flows.interpolant import interior
-from tiltflow.models.model import CARD
+from tiltflow.models.model_folder import CARD
 from tiltflow.models.schedules import path_of
 from tiltflow.pretraining.loop import Optimization, Stage
 from tiltflow.pretraining.recipe import Pretraining, Scores

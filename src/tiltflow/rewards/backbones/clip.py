@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError, not_installed
 from tiltflow.flows.precision import at_least_float32
-from tiltflow.models.model import read_tensors
+from tiltflow.tensor_file import read_tensors
 from tiltflow.user_code import refused
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
