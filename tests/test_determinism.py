@@ -15,7 +15,7 @@ import torch
 from test_resume import METHODS, recipe_for
 
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.training.determinism import WORKSPACE, deterministic
 
 GOLDEN = Path(__file__).parent / "museum" / "golden.json"

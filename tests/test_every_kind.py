@@ -23,7 +23,7 @@ from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.runs.sweep import sweep
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import new_network

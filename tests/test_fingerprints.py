@@ -243,7 +243,7 @@ def test_a_run_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pyte
     assert read_yaml(home / "run" / "recipe.yaml")["model"] == str(home / "flow")
     shutil.copytree(home / "run", tmp_path / "copy")
     monkeypatch.chdir(away)
-    with pytest.raises(InputError, match=r"begun with another recipe: model '.*home/flow' -> '.*away/flow'"):
+    with pytest.raises(InputError, match=r"started with another recipe: model '.*home/flow' -> '.*away/flow'"):
         run(resuming(recipe), tmp_path / "copy")
     monkeypatch.chdir(home)
     run(resuming(recipe), tmp_path / "copy")

@@ -21,7 +21,7 @@ from tiltflow.networks.unet import Unet
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
-from tiltflow.runs.run_folder import write_yaml
+from tiltflow.runs.run_files import write_yaml
 from tiltflow.streams import new_network, stream
 
 NAMES = ("low", "high")

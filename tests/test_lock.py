@@ -26,7 +26,7 @@ from tiltflow.pretraining.run import run_pretraining
 from tiltflow.runs.lock import HOLDER, LOCK, Holder, started_of, working_in
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.runs.sweep import sweep
 from tiltflow.settings import read_yaml, validate
 

@@ -116,7 +116,7 @@ def test_the_run_of_an_earlier_version_is_read_and_resumed(tmp_path: Path) -> No
     with pytest.raises(InputError, match=SAID):  # a run is read as it was, but what is asked for now is by the names of now
         validate(Recipe, read_recipe_tree(folder / "recipe.yaml", ["method.learning_rate=0.1"]), "recipe")
 
-    with pytest.raises(InputError, match=r"begun with another recipe: optimizer\.adam_beta2 0\.9 -> 0\.8"):
+    with pytest.raises(InputError, match=r"started with another recipe: optimizer\.adam_beta2 0\.9 -> 0\.8"):
         run(recipe(tmp_path, "training.resume_from_checkpoint=latest", "optimizer.adam_beta2=0.8", **settings), folder)
     longer = ["training.resume_from_checkpoint=latest", "training.max_train_steps=3"]
     run(recipe(tmp_path, *longer, **settings), folder)  # the preset's schedule is constant

@@ -30,7 +30,8 @@ from tiltflow.evaluation.monitor import read_looks
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import RunFolder, read_records
+from tiltflow.runs.run_files import read_records
+from tiltflow.runs.run_folder import RunFolder
 from tiltflow.settings import dump_yaml, read_yaml, validate
 from tiltflow.training.signals import noted
 
@@ -231,7 +232,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_named(tmp_p
     (newest / "state.json").unlink()
     run(resuming(recipe), tmp_path / "parts", note=notes.append)
     assert any(note.startswith("skipped") and newest.name in note for note in notes)
-    assert any(note.startswith("going on from step-") for note in notes)
+    assert any(note.startswith("resuming from step-") for note in notes)
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -244,7 +245,7 @@ def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
         run(resuming(recipe), tmp_path / "parts", callbacks=[killed_after(2)])
     assert not (tmp_path / "parts" / FOLDER).exists()
     run(resuming(recipe), tmp_path / "parts", note=notes.append)
-    assert "the run begins anew" in notes[-1]
+    assert "the run starts over" in notes[-1]
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -35,9 +35,10 @@ from tiltflow.runs.checkpoint import FOLDER
 from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
 from tiltflow.runs.fingerprints import read_fingerprints
 from tiltflow.runs.lock import HOLDER, Holder, working_in
+from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import read_run, run
-from tiltflow.runs.run_folder import RECIPE, of_monitor, read_records
+from tiltflow.runs.run_files import RECIPE, read_records
 from tiltflow.runs.sweep import Point, collect, sweep
 from tiltflow.settings import read_yaml, validate
 from tiltflow.training.records import METRICS
@@ -357,7 +358,7 @@ def test_a_damaged_log_does_not_keep_a_run_from_going_on(what: str, name: str, f
     assert rows[-1]["network_evaluations"] == read_records(finished / "run")[-1]["network_evaluations"]
     assert read_looks(tmp_path / "run")[0] == read_looks(finished / "run")[0]
     lost = name == "metrics.jsonl" and what != "twice"
-    assert any("metrics.jsonl: what was written of" in note for note in notes) == lost
+    assert any("metrics.jsonl: the metrics of" in note for note in notes) == lost
 
 
 def test_damaged_lines_are_left_out_and_counted(finished: Path, tmp_path: Path) -> None:

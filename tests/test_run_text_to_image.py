@@ -49,7 +49,7 @@ from tiltflow.runs.export import export_run
 from tiltflow.runs.prepare import batches
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, load_run, read_run, run
-from tiltflow.runs.run_folder import read_records, write_yaml
+from tiltflow.runs.run_files import read_records, write_yaml
 from tiltflow.samplers.rollout import rollout
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml, validate
@@ -638,7 +638,7 @@ def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, mo
     assert torch.equal(load_text_to_image(home / "run").sample(["a cat"], sampling=sampling), expected)
 
     tree["training"] |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    with pytest.raises(InputError, match=r"begun with another recipe: model\.diffusers"):
+    with pytest.raises(InputError, match=r"started with another recipe: model\.diffusers"):
         train(tree, home / "run")
     monkeypatch.chdir(home)
     (home / "prompts.txt").write_text("quite\nother\nprompts\n")

@@ -22,7 +22,7 @@ from tiltflow.optimization import all_finite
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, tensors_in
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.settings import read_yaml, validate
 
 TRAINING = {"max_train_steps": 6, "train_batch_size": 4, "checkpointing_steps": 2}

@@ -23,7 +23,7 @@ from tiltflow.optimization import adamw
 from tiltflow.rewards import evaluate, from_function, given
 from tiltflow.runs.checkpoint import checkpoints
 from tiltflow.runs.recipe import read_recipe
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.settings import read_yaml
 from tiltflow.streams import stream
 from tiltflow.training.settings import NEED_A_FOLDER
@@ -212,7 +212,7 @@ def check_resume(folder: Path) -> None:
     assert torch.equal(on.weights, whole.weights)
     assert on.rows == whole.rows[4:]
     assert [row["step"] for row in read_records(folder / "run")] == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(InputError, match=r"the run was begun with another recipe: seed 0 -> 1"):
+    with pytest.raises(InputError, match=r"the run was started with another recipe: seed 0 -> 1"):
         tuned(output=folder / "run", seed=1, resume_from_checkpoint="latest")
 
 

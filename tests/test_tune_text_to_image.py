@@ -25,7 +25,7 @@ from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.runs.checkpoint import checkpoints
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.settings import validate
 from tiltflow.training.settings import NEED_A_FOLDER
 

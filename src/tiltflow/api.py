@@ -34,7 +34,8 @@ from tiltflow.rewards import LearnedReward, from_function
 from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.run import Ready, evaluate_run, load_text_to_image, make_ready, train
-from tiltflow.runs.run_folder import RECIPE, RunFolder
+from tiltflow.runs.run_files import RECIPE
+from tiltflow.runs.run_folder import RunFolder
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop

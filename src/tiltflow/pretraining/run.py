@@ -12,7 +12,7 @@ from tiltflow.pretraining.card import card
 from tiltflow.pretraining.loop import Progress, train
 from tiltflow.pretraining.recipe import Pretraining, Scores
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.run_folder import claim
+from tiltflow.runs.run_files import claim
 
 
 def run_pretraining(

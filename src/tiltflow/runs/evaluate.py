@@ -30,8 +30,9 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
 from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words
+from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.recipe import RunSettings
-from tiltflow.runs.run_folder import of_monitor, read_records
+from tiltflow.runs.run_files import read_records
 from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics

@@ -19,7 +19,7 @@ from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import load_run, read_run
-from tiltflow.runs.run_folder import claim, read_records
+from tiltflow.runs.run_files import claim, read_records
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
 

@@ -32,10 +32,12 @@ from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
+from tiltflow.runs.looks import Watcher
 from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, prepare
 from tiltflow.runs.recipe import Recipe, RunSettings, read_recipe
 from tiltflow.runs.rehearse import rehearse
-from tiltflow.runs.run_folder import RECIPE, RunFolder, Watcher, read_run_tree
+from tiltflow.runs.run_files import RECIPE, read_run_tree
+from tiltflow.runs.run_folder import RunFolder
 from tiltflow.runs.watch import make_watcher
 from tiltflow.training.base_statistics import normalizer
 from tiltflow.training.callbacks import Callback
@@ -169,7 +171,7 @@ def run(
 def train(
     settings: RunSettings,
     these: Ready,
-    place: RunFolder,
+    place: RunFolder[Any],
     *,
     save_to: Callable[[Path], None],
     copied: int = 0,

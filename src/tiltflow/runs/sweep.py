@@ -31,8 +31,9 @@ from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe, read_recipe
+from tiltflow.runs.resume import flat
 from tiltflow.runs.run import run
-from tiltflow.runs.run_folder import claim, flat, write_yaml
+from tiltflow.runs.run_files import claim, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
 COSTS = {metric.swept: metric for metric in every_metric() if metric.cost}

@@ -12,8 +12,8 @@ from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target,
 from tiltflow.evaluation.samples import Asked, Instruments, kept
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import LearnedReward
+from tiltflow.runs.looks import Watcher
 from tiltflow.runs.recipe import RunSettings
-from tiltflow.runs.run_folder import Watcher
 from tiltflow.streams import stream
 
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
