@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltflow import processes
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, TiltflowError, UserCodeError
 from tiltflow.files import write_json, write_text, writing
-from tiltflow.models.source import DiffusersModel
+from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run_files import DIAGNOSTICS, TRACEBACK
 from tiltflow.settings import Settings
@@ -80,7 +80,7 @@ def advice(error: Exception, recipe: Settings, training: Training) -> str:
     if half is not None:
         remedies.append(f"training.micro_batch_size={half} (now {size}) gives the same result in less memory")
     source = recipe.source if isinstance(recipe, Recipe) else None
-    if isinstance(source, DiffusersModel) and not source.gradient_checkpointing:
+    if isinstance(source, Diffusers) and not source.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing=true too, in a third more time")
     remedies = remedies or ["a smaller model, or a device with more memory, is needed"]
     return f"out of memory ({str(error).strip().splitlines()[0][:120]}). {'; '.join(remedies)}"
