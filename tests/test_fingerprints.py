@@ -303,7 +303,7 @@ def test_a_run_whose_sources_have_changed_is_not_gone_on_with(tmp_path: Path, mo
         with pytest.raises(InputError) as error:
             run(resuming(longer), folder)
         assert str(error.value) == (
-            f"{folder}: what {what} names is not what it was when the run was begun; put it back, or accept it:"
+            f"{folder}: what {what} names has changed since the run was started; restore it, or accept the change:"
             " --accept-changes"
         )
         assert {path: (folder / path.relative_to(tmp_path / "run")).read_bytes() for path in written} == written
@@ -326,7 +326,7 @@ def test_a_change_that_is_accepted_is_said_and_written_down(tmp_path: Path) -> N
     notes: list[str] = []
     with accept_changes():
         run(resuming(recipe), tmp_path / "run", note=notes.append)
-    said = "accepted: what reward.classifier names is not what it was when the run was begun"
+    said = "accepted: what reward.classifier names has changed since the run was started"
     assert notes.count(said) == 1
     now = f"sha256:{digest(tmp_path / 'classifier')}"
     assert read_fingerprints(tmp_path / "run")["reward.classifier"] == now  # type: ignore[index]
@@ -360,7 +360,7 @@ def test_a_run_without_fingerprints_goes_on_with_a_note(tmp_path: Path) -> None:
     del saved["fingerprints"]
     save_checkpoint(last.parent, 4, saved)
     run(resuming(recipe), tmp_path / "run", note=notes.append)
-    assert "the run has no fingerprints: whether base, prompts and reward are what they were is not known" in notes
+    assert "the run has no fingerprints: changes of base, prompts and reward cannot be detected" in notes
     assert read_fingerprints(tmp_path / "run")
 
 
@@ -374,13 +374,13 @@ def test_what_is_evaluated_again_is_what_was_trained(tmp_path: Path) -> None:
     other_weights(tmp_path / "classifier")
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")])
     assert isinstance(result.exception, InputError)
-    assert "what reward.classifier names is not what it was" in str(result.exception)
+    assert "what reward.classifier names has changed" in str(result.exception)
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
     with pytest.warns(Note, match=r"accepted: what reward\.classifier names"):
         result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--accept-changes"], catch_exceptions=False)
     assert result.exit_code == 0
     other_weights(tmp_path / "run" / "base")
-    with pytest.raises(InputError, match=r"what model, reward\.classifier name is not"):
+    with pytest.raises(InputError, match=r"what model, reward\.classifier name has changed"):
         evaluate(tmp_path / "run")
     assert summary["iterations"] == 4
 

@@ -642,7 +642,7 @@ def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, mo
         train(tree, home / "run")
     monkeypatch.chdir(home)
     (home / "prompts.txt").write_text("quite\nother\nprompts\n")
-    with pytest.raises(InputError, match=r"what prompts\.path names is not what it was"):
+    with pytest.raises(InputError, match=r"what prompts\.path names has changed"):
         train(tree, home / "run")
     shutil.copy(away / "prompts.txt", home / "prompts.txt")
     shutil.copytree(away / "pipe", home / "pipe", dirs_exist_ok=True)
@@ -652,7 +652,7 @@ def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, mo
         lambda: train(tree, home / "run"),
     )
     for attempt in attempts:
-        with pytest.raises(InputError, match=r"what model\.diffusers names is not what it was when the run was begun"):
+        with pytest.raises(InputError, match=r"what model\.diffusers names has changed since the run was started"):
             attempt()
     with accept_changes(), pytest.warns(Note, match=r"accepted: what model\.diffusers"):
         assert not torch.equal(load_text_to_image(home / "run").sample(["a cat"], sampling=sampling), expected)

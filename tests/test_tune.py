@@ -392,7 +392,7 @@ def test_a_run_of_another_base_is_not_gone_on_with(tmp_path: Path) -> None:
     other, training = Net(), tiltflow.Training(max_train_steps=6, train_batch_size=8, resume_from_checkpoint="latest")
     other.leave.bias.data.add_(1)
     base = tiltflow.Model(Flow(other), (2,), tiltflow.Sampling(num_inference_steps=4))
-    with pytest.raises(InputError, match="what model names is not what it was when the run was begun"):
+    with pytest.raises(InputError, match="what model names has changed since the run was started"):
         tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=tmp_path / "run")
     with tiltflow.accept_changes():
         tiltflow.tune(base, reward, SHORT, training, optimizer=FAST, output=tmp_path / "run")

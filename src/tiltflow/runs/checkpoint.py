@@ -1,15 +1,15 @@
-"""Checkpoints: all that a run needs to go on, in a folder that is there whole or not at all.
+"""Checkpoints: the state that a run resumes from, in a folder that is complete or not there.
 
 step-00001234/
     state.safetensors   every tensor
     shards-00001-of-00002.safetensors, ..
-                        what each of several processes holds of the tensors that are sharded over them, if any are
-    state.json          every number, and where the tensors belong
-    manifest.json       written last: the format, what wrote it, and size and sha256 of the others
+                        the shards of each process, if tensors are sharded over several
+    state.json          every number, with references to the tensors
+    manifest.json       written last: the format, the versions, and size and sha256 of the other files
 
-A checkpoint is written into a folder beside it, each file flushed to the disk, and renamed: a process that is killed, a disk
-that is full or a machine that loses power leaves the old checkpoints as they were. A folder is never written to again. One
-whose manifest does not verify is not used. No file is a pickle.
+A checkpoint is written into a folder of another name, each file flushed onto the disk, and renamed: a killed process, a full
+disk or a power cut leaves the earlier checkpoints unchanged. A folder is never written to again. A checkpoint that differs from
+its manifest is not used. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,55 +39,22 @@ FOLDER, TENSORS, NUMBERS, MANIFEST = "checkpoints", "state.safetensors", "state.
 NAME = re.compile(r"step-(\d{8,})")
 SHARDS = re.compile(r"shards-(\d{5})-of-(\d{5})\.safetensors")
 LITTER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]{8}")
-"""What a process that was killed while it wrote or deleted leaves behind."""
+"""Names of folders that a process leaves when it is killed while it writes or deletes."""
 TENSOR, INTEGER = "tensor:", "int:"
 
 
 def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_limit: int | None = None) -> Path:
-    """Write `state` as `root/step-...`, and then delete the oldest ones beyond `total_limit`, if the new one verifies.
+    """Write `state` as `root/step-...` and verify it; then delete the oldest checkpoints beyond `total_limit`.
 
-    Raises CheckpointError, the other checkpoints being as they were, if it cannot be written.
+    Raises CheckpointError, with the other checkpoints unchanged, if it cannot be written.
     """
     final = root / f"step-{step:08d}"
-    draft = root / f"{final.name}.tmp-{processes.exchanged(uuid.uuid4().hex[:8])[0]}"
+    draft = _Draft(final, root / f"{final.name}.tmp-{processes.exchanged(uuid.uuid4().hex[:8])[0]}", step)
     numbers, tensors, shards = _split(state)
-    own: dict[str, tuple[int, str]] = {}
-    """What this process has written: bytes and sha256 of each file."""
-
-    def begin() -> None:
-        if processes.is_main():
-            draft.mkdir(parents=True)
-
-    def write_files() -> None:
-        if shards:
-            name = f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
-            own[name] = write_tensors(draft / name, shards)
-        if processes.is_main():
-            own[TENSORS] = write_tensors(draft / TENSORS, tensors)
-            own[NUMBERS] = _write_numbers(draft / NUMBERS, numbers)
-
-    def finish() -> None:
-        if processes.is_main():
-            files = {name: {"bytes": count, "sha256": digest} for name, (count, digest) in sorted(written.items())}
-            manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": step, "files": files}
-            _write_numbers(draft / MANIFEST, manifest)
-            flush(draft)
-            aside = root / f"{final.name}.old-{uuid.uuid4().hex[:8]}"
-            if final.exists():  # not overwritten, and not lost before the new one is known to be good
-                final.rename(aside)
-            draft.rename(final)
-            flush(root)
-            verify_checkpoint(final)
-            shutil.rmtree(aside, ignore_errors=True)
-
-    written: dict[str, tuple[int, str]] = {}
-    for phase in (begin, write_files, finish):
-        if phase is finish:
-            for found in processes.exchanged(own):
-                written |= found
-        if reasons := [reason for reason in processes.exchanged(_reason_against(phase)) if reason is not None]:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(f"{final}: the checkpoint cannot be written ({reasons[0]}); those before it are as they were")
+    draft.together(draft.create)
+    draft.together(lambda: draft.write(numbers, tensors, shards))
+    written = {name: entry for found in processes.exchanged(draft.own) for name, entry in found.items()}
+    draft.together(lambda: draft.publish(written))
     if processes.is_main():
         older = [folder for folder in checkpoints(root) if step_of(folder) <= step]
         for old in older[: -total_limit if total_limit else 0]:
@@ -94,8 +62,63 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], *, total_li
     return final
 
 
+@dataclass
+class _Draft:
+    """A checkpoint that all processes write, in a folder of another name until it is complete."""
+
+    final: Path
+    folder: Path
+    step: int
+    own: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Bytes and sha256 of each file that this process has written."""
+
+    def together(self, phase: Callable[[], None]) -> None:
+        """Run a phase in all processes. Raises CheckpointError in all of them, and deletes the draft, if it fails in one."""
+        reasons = [found for found in processes.exchanged(_reason_against(phase)) if found is not None]
+        if reasons:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise CheckpointError(
+                f"{self.final}: the checkpoint cannot be written ({reasons[0]}); earlier checkpoints are unchanged"
+            )
+
+    def create(self) -> None:
+        """Create the folder, in the main process."""
+        if processes.is_main():
+            self.folder.mkdir(parents=True)
+
+    def write(self, numbers: Any, tensors: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> None:
+        """Write the shards of this process and, in the main process, everything else but the manifest."""
+        if shards:
+            name = f"shards-{processes.index() + 1:05d}-of-{processes.count():05d}.safetensors"
+            self.own[name] = write_tensors(self.folder / name, shards)
+        if processes.is_main():
+            self.own[TENSORS] = write_tensors(self.folder / TENSORS, tensors)
+            self.own[NUMBERS] = _write_numbers(self.folder / NUMBERS, numbers)
+
+    def publish(self, written: Mapping[str, tuple[int, str]]) -> None:
+        """Write the manifest, rename the folder and verify it, in the main process.
+
+        Args:
+            written: bytes and sha256 of the files of all processes.
+        """
+        if not processes.is_main():
+            return
+        root = self.final.parent
+        files = {name: {"bytes": count, "sha256": digest} for name, (count, digest) in sorted(written.items())}
+        manifest = {"format": FORMAT, "tiltflow": __version__, "torch": torch.__version__, "step": self.step, "files": files}
+        _write_numbers(self.folder / MANIFEST, manifest)
+        flush(self.folder)
+        aside = root / f"{self.final.name}.old-{uuid.uuid4().hex[:8]}"
+        if self.final.exists():  # kept until the new one is verified
+            self.final.rename(aside)
+        self.folder.rename(self.final)
+        flush(root)
+        verify_checkpoint(self.final)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _write_numbers(path: Path, content: Any) -> tuple[int, str]:
-    """Write JSON, and flush it onto the disk. Returns the bytes and the sha256 of the file."""
+    """Write JSON and flush it onto the disk. Returns the bytes and the sha256 of the file."""
     text = (json.dumps(content, indent=1) + "\n").encode()
     path.write_bytes(text)
     flush(path)
@@ -103,7 +126,7 @@ def _write_numbers(path: Path, content: Any) -> tuple[int, str]:
 
 
 def tensors_in(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """Every tensor of nested mappings and lists, by the path that leads to it."""
+    """All tensors in nested mappings and lists, by their path, such as `loop/parameters/weight`."""
     if isinstance(tree, Tensor):
         return {path: tree}
     nodes = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
@@ -113,7 +136,7 @@ def tensors_in(tree: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def _reason_against(write: Callable[[], None]) -> str | None:
-    """Why files could not be written, if they could not."""
+    """Write files. Returns the reason if that fails."""
     try:
         write()
     except (OSError, SafetensorError) as error:
@@ -122,7 +145,7 @@ def _reason_against(write: Callable[[], None]) -> str | None:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Renamed first, so that half a deletion does not look like a checkpoint. Raises CheckpointError if that fails."""
+    """Delete a checkpoint, renaming it first, so that a partial deletion does not look like one. Raises CheckpointError."""
     try:
         doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
     except OSError as error:
@@ -131,19 +154,19 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The folders that look like checkpoints, the oldest first."""
+    """The folders with names of checkpoints, the oldest first."""
     return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step of a folder that is called as checkpoints are."""
+    """The step in the name of a checkpoint."""
     match = NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
 
 
 def remove_litter(root: Path) -> None:
-    """Delete what killed processes left half-written or half-deleted; put back what they moved aside, where it is missing."""
+    """Delete the drafts of killed processes, and put back a checkpoint that they had moved aside and not replaced."""
     for folder in list(root.glob("step-*")):
         if match := LITTER.fullmatch(folder.name):
             place = root / match[1]
@@ -155,9 +178,9 @@ def remove_litter(root: Path) -> None:
 
 
 def latest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why each newer one was skipped.
+    """The newest intact checkpoint, and the reason why each newer one was skipped.
 
-    Raises CheckpointError if the newest is from a later version of tiltflow: going back further would lose it silently.
+    Raises CheckpointError if one was written by a later version of tiltflow: to skip it would lose it silently.
     """
     skipped = []
     for folder in reversed(checkpoints(root)):
@@ -173,15 +196,15 @@ def latest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
 
 
 class NewerFormatError(CheckpointError):
-    """Written by a later version of tiltflow."""
+    """A checkpoint was written by a later version of tiltflow."""
 
 
 def verify_checkpoint(folder: Path) -> Tree:
-    """The manifest of a checkpoint whose every file is as it was written. Raises CheckpointError, saying what is not."""
+    """Compare the files of a checkpoint with its manifest, and return that. Raises CheckpointError for the first difference."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no checkpoint, or not a whole one: it has no {MANIFEST}") from None
+        raise CheckpointError(f"{folder}: not a complete checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
     written = manifest.get("format") if isinstance(manifest, dict) else None
@@ -205,7 +228,7 @@ def verify_checkpoint(folder: Path) -> Tree:
 
 
 def _complete(files: set[str]) -> bool:
-    """Whether these are the files of a checkpoint: the two, and all shards or none.
+    """True if these are the files of a checkpoint: the two, and all shards or none.
 
     >>> _complete({TENSORS, NUMBERS}), _complete({TENSORS, NUMBERS, "shards-00001-of-00001.safetensors"})
     (True, True)
@@ -218,7 +241,7 @@ def _complete(files: set[str]) -> bool:
 
 
 def load_checkpoint(folder: Path) -> Tree:
-    """The state that was saved, its tensors on the CPU. Raises CheckpointError if it does not verify."""
+    """Read the state in a checkpoint, with its tensors on the CPU. Raises CheckpointError if it is damaged."""
     files = verify_checkpoint(folder)["files"]
     try:
         tensors = load_file(folder / TENSORS)
@@ -237,8 +260,8 @@ def _sha256(path: Path) -> str:
 
 
 def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """The tree with a reference in place of each tensor; the tensors that this process writes, and what it holds of sharded
-    ones, by the path that leads to them."""
+    """Replace each tensor in a tree by a reference. Returns the tree, the tensors that this process writes, and its shards of
+    sharded ones, both by their path."""
     tensors: dict[str, Tensor] = {}
     shards: dict[str, Tensor] = {}
 
@@ -255,7 +278,7 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         if isinstance(node, (list, tuple)):
             return [walk(value, f"{path}/{i}") for i, value in enumerate(node)]
         if isinstance(node, str) and node.startswith(TENSOR):
-            raise ValueError(f"{path}: a word that begins with {TENSOR!r} cannot be saved")
+            raise ValueError(f"{path}: a string that begins with {TENSOR!r} cannot be saved")
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         raise TypeError(f"{path}: {type(node).__name__} cannot be saved")
@@ -264,6 +287,7 @@ def _split(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `_split`."""
     if isinstance(node, str) and node.startswith(TENSOR):
         return tensors[node.removeprefix(TENSOR)]
     if isinstance(node, dict):

@@ -1,13 +1,12 @@
-"""What a recipe names outside itself, by content: the base, prompts, the reward's weights and code.
+"""Fingerprints of what a recipe names outside itself: the base, prompts, the reward's weights and code.
 
 A name can come to mean something else: a relative path in another folder, a file that was changed, a model on the hub that was
-updated. So a run writes paths down as absolute ones, and keeps a fingerprint of what each name led to: the sha256 of a file; of
-the files of a folder, their names and contents; of the module that a function lies in (not of what that imports); of a model on
-the hub the commit that was loaded. What has changed since is refused where the run is gone on with or used, unless
-`accept_changes` says otherwise.
+updated. So a run stores absolute paths, and a fingerprint of what each name refers to: the sha256 of a file; of the names and
+contents of the files in a folder; of the module that defines a function (not of what that imports); for a model on the hub, the
+commit that was loaded. A run whose fingerprints have changed is neither resumed nor used, unless `accept_changes` allows it.
 
-Hashing reads everything once: 1 to 2 GB a second where the disk and the processor allow it. A file that is as long and as old
-as it was is not read again by the same process.
+Hashing reads everything once, at 1 to 2 GB a second where the disk and the processor allow it. A file of the same size and
+modification time is not read again by the same process.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.model_folder import CONFIG, WEIGHTS
+from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import External, Settings, validate
 from tiltflow.shipped import INDEX, assets
 
@@ -39,19 +40,19 @@ FILE, BASE = "fingerprints.json", "base"
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_CONTENT = re.compile(r"\..*|.*\.md|LICEN[CS]E.*", re.IGNORECASE)
-"""Files of a folder that change nothing: cards, licences, what is hidden."""
+"""Files in a folder that do not count: model cards, licences, hidden files."""
 Prints = Mapping[str, str]
-"""Fingerprints by the dotted names of settings."""
+"""Fingerprints, by the dotted names of settings."""
 S = TypeVar("S", bound=Settings)
 
 _accepted: ContextVar[bool] = ContextVar("accepted changes", default=False)
 _known: dict[tuple[str, int, int], str] = {}
-"""sha256 of files, by path, size and time of the last change."""
+"""sha256 of files, by path, size and modification time."""
 
 
 @contextmanager
 def accept_changes() -> Iterator[None]:
-    """Within it, a run is gone on with and used although what its recipe names has changed. What has, is said.
+    """In this context, runs are resumed and used although what their recipes name has changed; a note says what.
 
     >>> with accept_changes():
     ...     pass
@@ -67,7 +68,7 @@ def accept_changes() -> Iterator[None]:
 
 
 def externals(settings: Settings, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, External]]:
-    """Every value of a recipe that names something outside it: where it stands, what it says and how it is meant."""
+    """Yield every setting of a recipe that names something outside it: its path in the recipe, its value and its mark."""
     for name, field in type(settings).model_fields.items():
         value, here = getattr(settings, name), (*path, name)
         if isinstance(value, Settings):
@@ -81,13 +82,13 @@ def externals(settings: Settings, path: tuple[str | int, ...] = ()) -> Iterator[
 
 
 def _marker(field: FieldInfo) -> External | None:
-    """How a field says that it names something; in `Path | None` and `float | Path` the marker is inside."""
+    """The mark of a field that names something, if it has one; in `Path | None` and `float | Path` it is inside the union."""
     inside = [metadata for part in get_args(field.annotation) for metadata in getattr(part, "__metadata__", ())]
     return next((metadata for metadata in (*field.metadata, *inside) if isinstance(metadata, External)), None)
 
 
 def absolute(recipe: S) -> S:
-    """The recipe with the paths in it as absolute ones, so that it means the same from every folder."""
+    """Make the paths in a recipe absolute, so that it means the same in every working directory."""
     tree, changed = recipe.model_dump(mode="json"), False
     for path, value, marker in externals(recipe):
         place = _place(value, marker)
@@ -98,30 +99,31 @@ def absolute(recipe: S) -> S:
 
 
 def put(tree: Any, path: tuple[str | int, ...], value: str) -> None:
-    """Put a value where it stands in nested mappings and lists."""
+    """Set the value at a path of nested mappings and lists, in place."""
     for key in path[:-1]:
         tree = tree[key]
     tree[path[-1]] = value
 
 
 def dotted(path: tuple[str | int, ...]) -> str:
-    """
+    """Join a path with dots.
+
     >>> dotted(("reward", "rewards", 0, "path"))
     'reward.rewards.0.path'
     """
     return ".".join(map(str, path))
 
 
-# ---- what they lead to ----
+# ---- what they refer to ----
 
 
 def _shipped(value: str) -> Path | None:
-    """What ships with tiltflow under this name."""
+    """The folder of what ships with tiltflow under this name, if anything does."""
     return None if os.sep in value else (assets(INDEX) | assets(CONFIG)).get(value)
 
 
 def _place(value: str, marker: External) -> Path | None:
-    """The file or folder that a value leads to, absolute; None if that is none, as for a name on the hub."""
+    """The absolute file or folder that a value refers to; None if there is none, as for a name on the hub."""
     if match := FUNCTION.fullmatch(value):
         return module_file(match[1])
     if marker.only_functions:
@@ -134,7 +136,7 @@ def _place(value: str, marker: External) -> Path | None:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module, found without running anything of it; None if there is none."""
+    """Find the file of a module without running any code; None if there is none."""
     search: Any = [*sys.path, os.getcwd()]
     spec = None
     for i, _ in enumerate(name.split("."), 1):
@@ -146,7 +148,7 @@ def module_file(name: str) -> Path | None:
 
 
 def fingerprint(value: str, marker: External, revision: str | None = None) -> str | None:
-    """Of what a value leads to; None if it leads to nothing that is known here.
+    """The fingerprint of what a value refers to; None if that is not known on this machine.
 
     Raises InputError if a file of it cannot be read.
     """
@@ -157,15 +159,15 @@ def fingerprint(value: str, marker: External, revision: str | None = None) -> st
 
 
 def digest(place: Path) -> str:
-    """sha256 of a file, or of the names and contents of the files in a folder: of a model or a run of tiltflow those that are
-    loaded, of others all but what is hidden, cards and licences. Where the folder lies and when it was written does not matter.
+    """sha256 of a file, or of the names and contents of the files in a folder: for a model or a run of tiltflow those that are
+    loaded, otherwise all but hidden files, model cards and licences. The folder's own path and times do not count.
 
     Raises InputError if one cannot be read.
     """
     if place.is_file():
         return _sha256(place)
     if not (place / CONFIG).exists() and (place / "model" / CONFIG).exists():
-        place = place / "model"  # a run, of which the tuned model is meant
+        place = place / "model"  # a run stands for its tuned model
     if (place / CONFIG).exists() and (place / WEIGHTS).exists():
         inside = [place / CONFIG, place / WEIGHTS]
     else:
@@ -181,8 +183,8 @@ def digest(place: Path) -> str:
 
 
 def of_network(network: nn.Module) -> str:
-    """The fingerprint of a network in memory: of the names and contents of its tensors. Of one with an adapter those that are
-    frozen, so that it is the same before the adapter is added and however far that is trained."""
+    """The fingerprint of a network in memory: of the names and contents of its tensors; with an adapter, of the frozen ones, so
+    that adding and training the adapter does not change it."""
     adapter = has_adapter(network)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad} if adapter else set()
     whole = hashlib.sha256()
@@ -207,7 +209,7 @@ def _sha256(path: Path) -> str:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """Which commit of a model on the hub lies in the cache; None if none does."""
+    """The commit of a model on the hub that is in the cache; None if none is."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.file_download import repo_folder_name
@@ -226,22 +228,23 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def fingerprints(recipe: Settings, only: str = "") -> dict[str, str]:
-    """Of what a recipe names, by the dotted name of the setting; but of what is free to change, the evaluation.
+    """The fingerprints of what a recipe names, by the dotted name of the setting; except in the evaluation, which may change.
 
     Args:
-        only: of the settings whose name begins so.
+        only: restricts them to settings whose name begins with this.
     """
+    source = recipe.source if isinstance(recipe, Recipe) else None
     found = {}
     for path, value, marker in externals(recipe):
         if path[0] != "evaluation" and dotted(path).startswith(only):
-            revision = getattr(getattr(recipe, "model", None), "revision", None) if path == ("model", "diffusers") else None
+            revision = source.revision if isinstance(source, Diffusers) and path == ("model", "diffusers") else None
             if (known := fingerprint(value, marker, revision)) is not None:
                 found[dotted(path)] = known
     return found
 
 
 def read_fingerprints(folder: Path) -> dict[str, str] | None:
-    """What a run has written down; None if it was begun by a version that did not, or, with a warning, if that is damaged."""
+    """The fingerprints stored in a run; None if an early version wrote none or, with a warning, if the file is damaged."""
     if not (folder / FILE).exists():
         return None
     try:
@@ -252,27 +255,29 @@ def read_fingerprints(folder: Path) -> dict[str, str] | None:
 
 
 def compare(where: Path, then: Prints | None, now: Prints) -> list[str]:
-    """What a person should know of differences between fingerprints, in sentences.
+    """Compare fingerprints. Returns notes for the user.
 
     Raises InputError, naming the run as `where`, if something has changed and that is not accepted.
     """
     if then is None:
-        return ["the run has no fingerprints: whether base, prompts and reward are what they were is not known"]
+        return ["the run has no fingerprints: changes of base, prompts and reward cannot be detected"]
     changed = [key for key in sorted(then) if key in now and then[key] != now[key]]
     if not changed:
         return []
-    what = f"what {', '.join(changed)} {'names' if len(changed) == 1 else 'name'} is not what it was when the run was begun"
+    what = f"what {', '.join(changed)} {'names' if len(changed) == 1 else 'name'} has changed since the run was started"
     if not _accepted.get():
-        raise InputError(f"{where}: {what}; put it back, or accept it: --accept-changes")
+        raise InputError(f"{where}: {what}; restore it, or accept the change: --accept-changes")
     return [f"accepted: {what}"]
 
 
 def check_unchanged(folder: Path, recipe: Settings, *, only: str = "") -> None:
-    """`compare` for a run that is used, what is accepted being a warning; nothing for a run that has no fingerprints. The base
-    that lies in the folder is looked at in place of the one that it was copied from.
+    """`compare` for a run that is used: an accepted change is a warning. A run without fingerprints is not checked, and a base
+    that was copied into the folder is checked instead of the original.
 
     Args:
-        only: of the settings whose name begins so.
+        only: restricts the check to settings whose name begins with this.
+
+    Raises InputError if something has changed and that is not accepted.
     """
     then = read_fingerprints(folder)
     if then is None:
