@@ -73,7 +73,9 @@ def test_too_few_effective_samples_are_refused() -> None:
         return torch.randn(50, 1, generator=generator)
 
     problem = Gaussian(dimension=1, linear=1.0)
-    with pytest.raises(InputError, match=r"calibration: 100 base samples weigh as much as .* Raise method.beta"):
+    with pytest.raises(
+        InputError, match=r"calibration: 100 base samples have an effective sample size of .* Raise method.beta"
+    ):
         target_reward(ExactVelocity(problem.base()), problem.reward(), 0.2, draw, Sampling(num_inference_steps=4), 100)
 
 

@@ -11,28 +11,23 @@ from scipy.stats import genpareto, t
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.evaluation.estimates import (
+from tiltflow.evaluation.distances import (
     DistanceOverGroups,
-    Estimate,
-    ImportanceWeights,
     distance_to_law,
     drawn_again,
-    entropy,
     exact_w2,
-    frechet_distance,
     histogram_distance,
     histogram_masses,
     kolmogorov_smirnov,
-    mean_estimate,
-    one_hot,
-    pareto_tail,
     random_directions,
     reward_distance,
     reward_masses,
     sliced_w2,
-    total_variance,
     total_variation,
 )
+from tiltflow.evaluation.estimates import Estimate, entropy, mean_estimate, one_hot, total_variance
+from tiltflow.evaluation.features import frechet_distance
+from tiltflow.evaluation.importance_weights import ImportanceWeights, pareto_tail
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -249,7 +244,7 @@ def test_the_bias_of_small_groups_is_seen_and_declared(size: int, generator: tor
     if size == 64:
         assert abs(mean - EXACT_TARGET) < 2 * error
     else:
-        assert "of a prompt weigh as much as" in str(weights.unknown("prompt"))
+        assert "of a prompt have an effective sample size of" in str(weights.unknown("prompt"))
 
 
 LAWS: dict[str, tuple[Callable[[tuple[int, ...], torch.Generator], Tensor], float, float]] = {

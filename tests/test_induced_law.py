@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tiltflow.evaluation.estimates import exact_w2
+from tiltflow.evaluation.distances import exact_w2
 from tiltflow.laws.induced_law import (
     Law,
     fixed_point,

@@ -16,7 +16,8 @@ from tiny import tiny_flow, tiny_recipe
 import tiltflow
 from tiltflow.control.path_kl import path_costs
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import ImportanceWeights, kolmogorov_smirnov, reward_distance
+from tiltflow.evaluation.distances import kolmogorov_smirnov, reward_distance
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
 from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.problems import ExactVelocity, GaussianMixture
@@ -71,13 +72,13 @@ def test_everything_a_run_makes_lies_in_its_folder(finished: tuple[Path, dict[st
 def test_a_target_that_is_not_known_is_said_to_be(tmp_path: Path) -> None:
     """32 samples, which cannot weigh as much as 100: no number of the target law, no verdict, in every place the same words."""
     summary = run(recipe_of(tiny_recipe(tmp_path)), tmp_path / "run")
-    assert "32 base samples weigh as much as" in summary["target_unknown"]
+    assert "32 base samples have an effective sample size of" in summary["target_unknown"]
     of_target = [key for key in summary if key.startswith(("reward_target", "target_distance", "reward_distance", "path_kl_t"))]
     assert len(of_target) >= 9
     assert {summary[key] for key in of_target} == {None}
     assert summary["judge"]["target"] is summary["judge"]["group"]["target"] is None
     assert summary["tests"] == []
-    assert summary["verdict"]["text"].startswith("No verdict: the target law is not known.")
+    assert summary["verdict"]["text"].startswith("No verdict: the target law is unknown.")
     page = (tmp_path / "run" / "report.html").read_text()
     assert summary["target_unknown"] in page
 
@@ -253,7 +254,7 @@ def test_a_calibrated_run_trains_what_it_was_told_to(tmp_path: Path) -> None:
             "training.trainable: no parameter name matches 'inner'; the network's parts are time, ",
         ),
         ("training.trainable=(", "training.trainable"),
-        ("training.calibration_samples=8", "calibration: 8 base samples weigh as much as"),
+        ("training.calibration_samples=8", "calibration: 8 base samples have an effective sample size of"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing_behind(tmp_path: Path, override: str, message: str) -> None:

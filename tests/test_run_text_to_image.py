@@ -347,7 +347,7 @@ def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> No
     few = validate(Recipe, {**tree, "evaluation": {**evaluation, "num_generations": 2}}, "recipe")
     write_yaml(tmp_path / "run" / "recipe.yaml", few.model_dump(mode="json"))
     unknown = evaluate_run(tmp_path / "run")
-    assert "The 2 base samples of a prompt weigh as much as" in unknown["target_unknown"]
+    assert "The 2 base samples of a prompt have an effective sample size of" in unknown["target_unknown"]
     assert unknown["reward_target"] is unknown["target_distance"] is unknown["reward_distance"] is None
     assert unknown["verdict"]["text"].startswith("No verdict")
     assert unknown["reward_gain"] is not None

@@ -11,14 +11,9 @@ import torch
 from scipy.stats import norm, ttest_rel
 from torch import Tensor
 
-from tiltflow.evaluation.estimates import (
-    ImportanceWeights,
-    histogram_masses,
-    kolmogorov_smirnov,
-    one_hot,
-    reward_masses,
-    total_variation,
-)
+from tiltflow.evaluation.distances import histogram_masses, kolmogorov_smirnov, reward_masses, total_variation
+from tiltflow.evaluation.estimates import one_hot
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.verdict import class_tests, conclude, corrected, distance_test, mean_test, of_rewards, share_test
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -179,7 +174,7 @@ def test_exact_samples_are_told_apart_in_one_of_twenty_runs(generator: torch.Gen
     assert len(found[0]["tests"]) >= 8
     assert sum(each["verdict"]["tone"] == "good" for each in found) == runs - alarms
     said = [each["verdict"]["text"] for each in found if each["verdict"]["tone"] == "good"]
-    assert all(" tests do not tell the tuned model from the target law." in text for text in said)
+    assert all(" tests do not distinguish the tuned model from the target law." in text for text in said)
 
 
 def test_exact_pictures_of_prompts_are_told_apart_in_one_of_twenty_runs(generator: torch.Generator) -> None:
@@ -217,9 +212,7 @@ def test_a_group_and_a_class_that_are_short_are_seen(generator: torch.Generator)
 
 def test_the_most_that_is_said() -> None:
     text = conclude([row(0.3), row(0.5, unit="share", statistic="share of class a")], UNKNOWN)["verdict"]["text"]
-    assert text.startswith(
-        "These 2 tests do not tell the tuned model from the target law. 80% of the time they would have seen"
-    )
+    assert text.startswith("These 2 tests do not distinguish the tuned model from the target law. With 80% power, they detect")
     assert "a mean" not in text
     assert "points" in text
     assert "equal" not in text
@@ -229,13 +222,13 @@ def test_the_most_that_is_said() -> None:
 def test_tests_that_do_not_tell_even_the_base_apart_say_little() -> None:
     verdict = conclude([row(0.3, p_base=0.2), row(0.5, p_base=0.04)], UNKNOWN)["verdict"]
     assert verdict["tone"] == "fair"
-    assert "nor the base model" in verdict["text"]
+    assert "neither the tuned nor the base model" in verdict["text"]
 
 
 def test_what_was_calibrated_is_not_counted_and_that_is_said() -> None:
     verdict = conclude([row(0.0001, statistic="mean reward", counted=False), row(0.5)], UNKNOWN)["verdict"]
     assert verdict["tone"] == "good"
-    assert verdict["text"].startswith("These 1 tests")
+    assert verdict["text"].startswith("This test does not")
     assert "The mean reward is not counted: training was calibrated on it" in verdict["text"]
 
 
@@ -244,7 +237,7 @@ def test_no_verdict_where_the_target_is_not_known(generator: torch.Generator) ->
     entries, rows = of_rewards(base + 1, base, ImportanceWeights.from_rewards(base, 0.2), generator)
     found = conclude(rows, entries)
     assert found["tests"] == []
-    assert found["verdict"]["text"] == f"No verdict: the target law is not known. {entries['target_unknown']}"
+    assert found["verdict"]["text"] == f"No verdict: the target law is unknown. {entries['target_unknown']}"
     assert {entries[key] for key in entries if key.startswith(("reward_", "target_d", "path"))} == {None}
 
 
@@ -259,7 +252,7 @@ def test_a_model_no_nearer_than_the_base_is_called_so() -> None:
     assert found["tone"] == "poor"
     nearer = conclude([row(1e-9)], UNKNOWN | summary | {"target_distance": 0.1, "target_distance_kind": "total variation"})
     assert nearer["verdict"]["tone"] == "fair"
-    assert "it has come 82% of the way from the base" in nearer["verdict"]["text"]  # .31 of .38
+    assert "it is 82% of the way from the base" in nearer["verdict"]["text"]  # .31 of .38
 
 
 @pytest.mark.parametrize(("members", "tested"), [(8, False), (100, True), (412, True), (504, False)])

@@ -1,1 +1,1 @@
-"""What is measured of samples: estimates with their errors, tests, the alarm."""
+"""Evaluation of samples: estimates with their errors, tests against the target law, the alarm."""

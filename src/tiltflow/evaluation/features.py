@@ -1,5 +1,4 @@
-"""Features of pictures, in which sets of them are compared: how different the pictures of a prompt are, and how far tuned ones
-are from real ones."""
+"""Features of pictures, and distances between sets of pictures in them: Fréchet distance (FID) and KID, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.errors import InputError, not_installed
+from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import in_batches
 from tiltflow.plugins import import_function
 from tiltflow.rewards.backbones.clip import Clip
@@ -19,19 +18,19 @@ from tiltflow.streams import stream
 from tiltflow.user_code import explained
 
 MOST_KID = 1000
-"""Pictures of a subset of KID, as its authors have it (1801.01401)."""
+"""Size of the subsets of KID, as in arXiv 1801.01401."""
 
 Features = Callable[[Tensor], Tensor]
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def feature_extractor(name: str, device: str = "cpu") -> Features:
-    """Images [batch, 3, height, width] in [-1, 1] -> [batch, width], by name.
+    """Return the function from images [batch, 3, height, width] in [-1, 1] to features [batch, width].
 
     Args:
-        name: `package.module:function`, yours; or a CLIP model, a folder or a name on the hub, whose features have length 1.
+        name: `package.module:function` of the user; or a CLIP model, by folder or name on the hub, with features of length 1.
 
-    Raises InputError if it cannot be had.
+    Raises InputError if it cannot be imported or loaded.
     """
     if FUNCTION.fullmatch(name):
         return import_function(name, "evaluation.features")
@@ -39,8 +38,10 @@ def feature_extractor(name: str, device: str = "cpu") -> Features:
 
 
 def features_of(images: Tensor, extract: Features, batch_size: int, device: str) -> Tensor:
-    """[n, width], float64, on the CPU. Raises InputError if a function of the user returns something else, UserCodeError if it
-    raises an exception."""
+    """Return the features [n, width] of images [n, ...], float64, on the CPU.
+
+    Raises InputError if a user's function returns another shape or type, UserCodeError if it raises an exception.
+    """
 
     def checked(part: Tensor) -> Tensor:
         with explained("evaluation.features"):
@@ -55,8 +56,8 @@ def features_of(images: Tensor, extract: Features, batch_size: int, device: str)
     return in_batches(checked, images, batch_size, device).double()
 
 
-class _AsTheyAre(nn.Module):
-    """What torchmetrics calls its network: here the features are there already."""
+class _Identity(nn.Module):
+    """Identity in place of torchmetrics' network: the features are computed already."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -66,27 +67,31 @@ class _AsTheyAre(nn.Module):
         return features
 
 
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Return the Fréchet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of Gaussian fits to features [n, d] and
+    [m, d], by torchmetrics: FID (arXiv 1706.08500) in the features of an Inception network."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    fid = FrechetInceptionDistance(feature=_Identity(x.shape[1]))
+    fid.update(y.double().cpu(), real=True)
+    fid.update(x.double().cpu(), real=False)
+    return float(fid.compute())
+
+
 def distances_to_reference(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float]:
-    """FID (1706.08500) and KID (1801.01401), by torchmetrics, of features [n, width] to [m, width].
+    """Return FID and KID (arXiv 1801.01401), by torchmetrics, between features [n, width] and those of a reference [m, width].
 
-    FID falls with the number of pictures even if nothing else changes: compare it at equal numbers only. KID does not.
-
-    Raises InputError if torchmetrics is not installed.
+    FID falls with the number of pictures even if nothing else changes: compare it only at equal numbers. KID does not.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError:
-        raise not_installed("evaluation.reference: torchmetrics", "diffusers") from None
-    network, fewest = _AsTheyAre(features.shape[1]), min(len(features), len(reference))
-    whole = fewest <= MOST_KID
-    fid = FrechetInceptionDistance(feature=network)
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    fewest = min(len(features), len(reference))
+    subsets = 1 if fewest <= MOST_KID else 100
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that it keeps the features: they are here anyway
-        kid = KernelInceptionDistance(feature=network, subsets=1 if whole else 100, subset_size=min(fewest, MOST_KID))
+        warnings.simplefilter("ignore")  # about the memory of the features, which exist anyway
+        kid = KernelInceptionDistance(feature=_Identity(features.shape[1]), subsets=subsets, subset_size=min(fewest, MOST_KID))
     with torch.random.fork_rng(devices=[]):  # torchmetrics draws its subsets from the global generator
         torch.manual_seed(stream(seed, "kid").initial_seed())
-        for metric in (fid, kid):
-            metric.update(reference.double(), real=True)
-            metric.update(features.double(), real=False)
-        return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
+        kid.update(reference.double(), real=True)
+        kid.update(features.double(), real=False)
+        return {"fid": frechet_distance(features, reference), "kid": kid.compute()[0].item()}

@@ -1,4 +1,4 @@
-"""What an evaluation looks at: which samples are asked for, what they are measured with, and which of them count."""
+"""Samples of an evaluation: the items they are drawn for, the instruments that measure them, and those that are kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.evaluation.estimates import ImportanceWeights, in_batches
+from tiltflow.evaluation.estimates import in_batches
 from tiltflow.evaluation.features import Features, feature_extractor, features_of
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.models.model_folder import ClassifierConfig, load_classifier
 from tiltflow.models.protocol import GenerativeModel
@@ -23,12 +24,12 @@ Kind = Literal["sample", "class", "prompt"]
 
 @dataclass(frozen=True)
 class Asked:
-    """The samples that are asked for, in groups of equal size one after another: each has a target law of its own.
+    """Items of the samples to draw, in consecutive groups of equal size, each with a target law of its own.
 
     Args:
-        items: what each sample is asked for [n].
-        names: of the groups; one for a model without conditions, whose samples have one law.
-        kind: what a group is. Classes are all that there are (strata), prompts a sample of more.
+        items: one per sample [n].
+        names: of the groups; a model without conditions has one group.
+        kind: kind of the groups. Classes are all that exist (strata), prompts a sample of more.
     """
 
     items: tuple[Prompt, ...]
@@ -37,18 +38,18 @@ class Asked:
 
     @classmethod
     def of_samples(cls, count: int) -> Asked:
-        """So many samples of a model without conditions."""
+        """Return `count` samples of a model without conditions."""
         return cls((Prompt(""),) * count)
 
     @classmethod
     def of_classes(cls, classes: Sequence[Prompt], count: int) -> Asked:
-        """About so many samples, as many of each class as of another, two at least."""
+        """Return about `count` samples, equally many of each class, at least two."""
         each = max(2, count // len(classes))
         return cls(tuple(one for one in classes for _ in range(each)), tuple(one.text for one in classes), "class")
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[Prompt], each: int) -> Asked:
-        """So many samples of each prompt."""
+        """Return `each` samples of each prompt."""
         return cls(tuple(one for one in prompts for _ in range(each)), tuple(one.text for one in prompts), "prompt")
 
     def __len__(self) -> int:
@@ -56,36 +57,37 @@ class Asked:
 
     @property
     def groups(self) -> int:
+        """Number of groups."""
         return len(self.names)
 
     @property
     def size(self) -> int:
-        """Samples of a group."""
+        """Number of samples of a group."""
         return len(self.items) // self.groups
 
     @property
     def strata(self) -> bool:
-        """Whether the groups are all that there are."""
+        """True if the groups are all that exist."""
         return self.kind == "class"
 
     @property
     def together(self) -> int:
-        """How many samples in a row belong together for a standard error: those of a prompt; one otherwise."""
+        """Number of consecutive samples that are one unit of a standard error: those of a prompt; one otherwise."""
         return self.size if self.kind == "prompt" else 1
 
     def tell(self, reward: Reward) -> Reward:
-        """The reward of these samples, if it asks what they are and the model has conditions."""
+        """Bind a reward to the prompts and metadata of these samples, if the model has conditions."""
         if self.kind == "sample":
             return reward
         return given(reward, [item.text for item in self.items], [item.metadata for item in self.items])
 
     def some(self, each: int) -> Asked:
-        """The first samples of each group."""
+        """Return the first `each` samples of each group."""
         kept = [item for i in range(self.groups) for item in self.items[i * self.size : i * self.size + each]]
         return replace(self, items=tuple(kept))
 
     def halves(self, most: int) -> tuple[Tensor, Tensor]:
-        """Indices of the first samples of each group and of the last ones: up to half, and `most` in all."""
+        """Return the indices of the first and of the last samples of each group: up to half of it, and up to `most` in all."""
         half = max(1, min(self.size // 2, most // self.groups))
         starts = torch.arange(self.groups)[:, None] * self.size
         first = starts + torch.arange(half)
@@ -94,7 +96,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Judge:
-    """A classifier that was never part of the reward, with features."""
+    """A classifier with features that is not part of the reward."""
 
     name: str
     network: nn.Module
@@ -102,22 +104,22 @@ class Judge:
 
     @classmethod
     def load(cls, settings: Evaluation, device: str) -> Judge:
-        """The judge of an evaluation that has one. Raises InputError if it does not know a class of the group."""
+        """Load the judge of an evaluation. Raises InputError if it cannot be loaded or does not have a class of `group`."""
         assert settings.judge is not None
         network, config = load_classifier(settings.judge, device)
         if settings.group and max(settings.group) >= len(config.class_names):
             raise InputError(
-                f"evaluation.group names class {max(settings.group)}, the judge knows 0 to {len(config.class_names) - 1}"
+                f"evaluation.group names class {max(settings.group)}, the judge has 0 to {len(config.class_names) - 1}"
             )
         return cls(settings.judge, network, config)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """[batch, classes] of images."""
+        """Return the class probabilities [batch, classes] of images x."""
         p: Tensor = self.network(x).softmax(1)
         return p
 
     def features(self, x: Tensor) -> Tensor:
-        """[batch, width] of images."""
+        """Return the features [batch, width] of images x."""
         compute: Any = self.network.features
         found: Tensor = compute(x)
         return found
@@ -125,12 +127,15 @@ class Judge:
 
 @dataclass(frozen=True)
 class Instruments:
-    """What samples are measured with.
+    """Rewards, judge and features that measure samples.
 
     Args:
-        rewards: by name; the first one is that of the training, the others are held out.
-        extract: features in which samples are compared.
-        non_finite: what happens where a reward is NaN or infinite.
+        rewards: by name; the first is that of the training, the others are held out.
+        judge: independent classifier.
+        extract: images -> features, in which samples are compared.
+        batch_size: number of samples at a time.
+        device: where they are measured.
+        non_finite: treatment of NaN and infinite rewards.
     """
 
     rewards: dict[str, Reward]
@@ -144,7 +149,7 @@ class Instruments:
     def build(
         cls, reward: Reward, name: str, settings: Evaluation, device: str, non_finite: NonFiniteRewards = "error"
     ) -> Instruments:
-        """Raises InputError for what cannot be had."""
+        """Build the instruments of an evaluation. Raises InputError if one cannot be loaded."""
         names = numbered([name, *(part.name for part in settings.rewards)])
         rewards = [reward, *(part.build(device) for part in settings.rewards)]
         judge = None if settings.judge is None else Judge.load(settings, device)
@@ -153,33 +158,34 @@ class Instruments:
 
     @property
     def own(self) -> str:
-        """The name of the training's reward."""
+        """Name of the training's reward."""
         return next(iter(self.rewards))
 
     def scores(self, x: Tensor, asked: Asked) -> dict[str, Tensor]:
-        """Of each reward the values for samples x [n, *event]: [n] on the CPU, not finite where one is and is to be dropped."""
+        """Return the values [n] of each reward for samples x [n, *event], on the CPU; non-finite ones are kept if `non_finite`
+        allows."""
         told = {name: asked.tell(reward) for name, reward in self.rewards.items()}
         return {name: score(each, x, self.batch_size, self.device, self.non_finite) for name, each in told.items()}
 
     def look(self, function: Features, x: Tensor) -> Tensor:
-        """`function` over samples, a batch at a time; on the CPU."""
+        """Apply `function` to samples in batches; the result is on the CPU."""
         return in_batches(function, x, self.batch_size, self.device)
 
     def features(self, x: Tensor, extract: Features) -> Tensor:
-        """Features [n, width] of samples."""
+        """Return the features [n, width] of samples."""
         return features_of(x, extract, self.batch_size, self.device)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of the base and the tuned model that an evaluation measures: those whose rewards are finite.
+    """Samples of the base and the tuned model that an evaluation measures: those with finite rewards.
 
     Args:
         base, tuned: [n, *event] and [m, *event].
         base_rewards, tuned_rewards: by name, [n] and [m].
         log_tilt: log weights of the base samples toward the target law, up to a constant of each group [n].
         asked: the groups of the base samples.
-        left_out: how many samples are not of them: of the base, of the tuned model.
+        left_out: numbers of samples without a finite reward: of the base, of the tuned model.
     """
 
     base: Tensor
@@ -192,25 +198,25 @@ class Samples:
 
     @property
     def both(self) -> tuple[Tensor, Tensor]:
-        """Of the base, and of the tuned model."""
+        """Samples of the base and of the tuned model."""
         return self.base, self.tuned
 
     @property
     def weights(self) -> ImportanceWeights:
-        """The weights of the base samples."""
+        """Importance weights of the base samples."""
         return ImportanceWeights.from_log_tilt(self.log_tilt, self.asked.groups, strata=self.asked.strata)
 
 
 def kept(asked: Asked, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Asked]:
-    """Which samples stand for the laws where rewards are not finite: (indices in the base, in the tuned model, their groups).
+    """Select samples with finite rewards: (indices in the base, indices in the tuned model, groups of the base samples).
 
-    Of each group equally many, the first of those with finite rewards, which are as good a sample as any others. Of prompts,
-    as many of each in both models as keeps the most samples in all; prompts that have fewer are left out.
+    Of each group, the first samples with finite rewards are kept, equally many per group. For prompts, the number per prompt is
+    the same in both models and keeps the most samples in all; prompts with fewer are left out.
 
     Args:
         base, tuned: rewards by name, [n] each.
 
-    Raises NonFiniteError if no prompt, or not each class, has two in both.
+    Raises NonFiniteError if a class, or every prompt, has fewer than two samples with finite rewards.
     """
     finite = [torch.stack([each.isfinite() for each in one.values()]).all(0).reshape(asked.groups, -1) for one in (base, tuned)]
     if asked.kind != "prompt":
@@ -242,11 +248,13 @@ def samples_of(
     tilted: Tensor,
     log_tilt: Callable[[Tensor], Tensor],
 ) -> Samples:
-    """The samples that count, of all that were drawn.
+    """Select the samples with finite rewards of all that were drawn.
 
     Args:
-        tilted: what the target law tilts by, of the base samples [n]: rewards, or normalised ones.
-        log_tilt: of these the log weights.
+        x_base, x: samples of the base and of the tuned model [n, *event].
+        base, tuned: their rewards by name, [n] each.
+        tilted: (normalised) rewards [n] of the base samples that the target law tilts by.
+        log_tilt: function of these to log weights.
 
     Raises NonFiniteError if there are too few.
     """
@@ -268,12 +276,14 @@ def samples_of(
 
 @dataclass(frozen=True)
 class Seen:
-    """What a metric is measured from.
+    """Input of the function `measure` of a family of metrics.
 
     Args:
-        samples: of both models, at the first way to sample.
+        samples: of both models, at the first sampling point.
+        instruments: measure them.
+        settings: of the evaluation.
         models: the base and the tuned model.
-        generator: of the bootstrap, in the order of the metrics.
+        generator: for bootstraps; the metrics use it in their order.
     """
 
     samples: Samples
@@ -284,7 +294,7 @@ class Seen:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """The names, numbered where one comes again.
+    """Number the repetitions of a name.
 
     >>> numbered(["clip-score", "hps", "clip-score"])
     ['clip-score', 'hps', 'clip-score 2']

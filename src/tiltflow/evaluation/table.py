@@ -1,4 +1,4 @@
-"""The table of an evaluation: a row for each way to sample and each of the two models."""
+"""The table of an evaluation: one row for each sampling point and each of the two models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiltflow.streams import stream
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a model at one way to sample, and their rewards by name."""
+    """Samples of a model at one sampling point, and their rewards by name."""
 
     x: Tensor
     rewards: dict[str, Tensor]
@@ -36,7 +36,7 @@ def draw_all(
     *,
     seed: int,
 ) -> tuple[list[dict[str, Any]], tuple[Drawn, Drawn]]:
-    """A row for each way to sample and each of the two models; and what both drew in the first way."""
+    """Return one row for each sampling point and each of the two models, and the samples of both at the first point."""
     points, reference = settings.points or (), reference_features(settings, base, asked, instruments, seed)
     table, first = list[dict[str, Any]](), list[Drawn]()
     for i, point in enumerate(points):
@@ -61,14 +61,14 @@ def draw_all(
 
 
 def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_size: int) -> Tensor:
-    """A sample of each item, as a point says."""
+    """Draw a sample of each item at a sampling point."""
     return model.draw(
         asked.items, seed=seed, sampling=point.sampling, guidance_scale=point.guidance_scale, batch_size=batch_size
     )
 
 
 def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
-    """A way to sample as columns of the table: those that mean something, or differ between the ways."""
+    """Return a sampling point as columns of the table; shift and eta only if they differ between the points."""
     values = point.model_dump(include={"solver", "num_inference_steps"})
     values |= {name: getattr(point, name) for name in ("shift", "eta") if len({getattr(each, name) for each in points}) > 1}
     if model.has_decoder:
@@ -79,8 +79,8 @@ def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dic
 def reference_features(
     settings: Evaluation, base: GenerativeModel, asked: Asked, instruments: Instruments, seed: int
 ) -> Tensor | None:
-    """[n, width] of the pictures that FID and KID compare with, if there are any. Those of the base are from other noise than
-    the samples in the table, so the base's own distance is what is left where nothing differs."""
+    """Return the features [n, width] of the reference pictures of FID and KID, if there are any. Those of the base are drawn
+    from other noise than the samples in the table, so that the base's own distance is the floor."""
     extract = instruments.extract
     if settings.reference is None or extract is None:
         return None
@@ -92,7 +92,7 @@ def reference_features(
 
 
 def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:
-    """In what samples are compared for diversity."""
+    """Name what samples are compared in for diversity."""
     if instruments.extract is not None:
         return f"features of {features}"
     return "pixels" if base.has_decoder else "the samples themselves"

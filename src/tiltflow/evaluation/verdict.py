@@ -1,9 +1,9 @@
-"""What a run can say of its distance to the target law: a test of each statistic that was measured, and one sentence.
+"""The verdict on a run's distance to the target law: a test of each statistic, and one sentence.
 
-Each statistic of the tuned samples is tested against what base samples, weighted toward the target law, say of it, with the
-errors of both. The tests are corrected together (Holm 1979), so that where nothing is wrong, at most one run in twenty has a
-test that rejects. A test that does not reject proves nothing: beside it stands what it would have seen. The sentence says no
-more than the tests do.
+Each statistic of the tuned samples is tested against its estimate from base samples weighted toward the target law, with the
+errors of both. The tests are corrected together (Holm 1979): if the tuned model follows the target law, at most one run in
+twenty has a test that rejects. A test that does not reject proves nothing, so each has its smallest detectable deviation. The
+sentence says no more than the tests do.
 """
 
 # Mutation tests: test_verdict.py
@@ -19,29 +19,22 @@ from scipy.special import ndtri
 from scipy.stats import norm, t
 from torch import Tensor
 
-from tiltflow.evaluation.estimates import (
-    DistanceOverGroups,
-    Estimate,
-    ImportanceWeights,
-    kolmogorov_smirnov,
-    mean_estimate,
-    one_hot,
-    reward_distance,
-    reward_masses,
-)
+from tiltflow.evaluation.distances import DistanceOverGroups, kolmogorov_smirnov, reward_distance, reward_masses
+from tiltflow.evaluation.estimates import Estimate, mean_estimate, one_hot
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.formatting import decimal, percent
 
 LEVEL = 0.05
-"""The chance that any test rejects where nothing is wrong, at most."""
+"""Family-wise error rate: largest chance that any test rejects under the null hypothesis."""
 POWER = 0.8
-"""How often a test rejects what it is said to see."""
+"""Power at which `detectable` is stated."""
 FEWEST_OF_CLASS = 20
-"""Samples, expected of the tuned model and effective of the target, below which a share is no normal number."""
+"""Expected tuned samples, and effective target samples, of a class below which its share is not approximately normal."""
 
 Row = dict[str, Any]
-"""A test, as summary.json has it: statistic; unit ("share" or ""); base, tuned, target and their errors; z; p; p_base, what the
-same test says of the base; p_holm and rejected, once it is corrected; detectable, the smallest deviation that is seen POWER of
-the time; counted, which is false where training set the statistic itself."""
+"""A test, as in summary.json: statistic; unit ("share" or ""); base, tuned, target and their errors; z; p; p_base, the p-value
+of the base in the same test; p_holm and rejected, after the correction; detectable, the smallest deviation that is detected
+with probability POWER; counted, false if training was calibrated on the statistic."""
 
 
 def mean_test(
@@ -53,11 +46,16 @@ def mean_test(
     unit: Literal["", "share"] = "",
     counted: bool = True,
 ) -> Row:
-    """Whether the mean of `tuned` [n] is that of the target law, known from `base` [m] with its `weights`.
+    """Test whether the mean of `tuned` [n] is that of the target law, estimated from `base` [m] with `weights`.
 
-    Of one group: z = (tuned - target) / error, the errors of both added in quadrature and that of a share of tuned samples
-    being what the target's share makes it. Of several strata: the same within each. Of several other groups: Student's t of the
-    differences within the groups, in which what is special to a group cancels.
+    For one group, z = (tuned - target) / error, with both errors added in quadrature; the error of a share of tuned samples is
+    that of a binomial with the target's share. For strata, the same within each. For other groups, Student's t of the
+    differences within the groups, in which effects of a group cancel.
+
+    Args:
+        statistic: its name.
+        unit: "share" for members, 0 or 1.
+        counted: False if training was calibrated on the statistic.
     """
     tuned, base = tuned.double(), base.double()
     here, there, target = _over_groups(tuned, weights), _over_groups(base, weights), Estimate(*map(float, weights.mean(base)))
@@ -67,7 +65,7 @@ def mean_test(
 
 
 def _difference(values: Tensor, base: Tensor, weights: ImportanceWeights, share: bool) -> Estimate:
-    """Of the mean of values [n] from the target's, with its standard error."""
+    """Return the difference of the mean of values [n] from the target's, with its standard error."""
     target, error = weights.mean(base)
     if weights.groups == 1:
         variance = target * (1 - target) if share else values.var()
@@ -120,8 +118,13 @@ def _row(
 
 
 def distance_test(statistic: str, tuned: float, base: float, null: Tensor) -> Row:
-    """Whether a distance to the target law is larger than what is left where nothing is wrong: `null` [draws], of
-    `ImportanceWeights.null_distances`. Its target is their mean, the floor."""
+    """Test whether a distance to the target law is larger than under the null hypothesis.
+
+    Args:
+        tuned, base: distances of the two models.
+        null: distances [draws] under the null hypothesis, from `ImportanceWeights.null_distances`; their mean is the floor,
+            which stands as the target.
+    """
 
     def p_value(distance: float) -> float:
         return (1 + int((null >= distance).sum())) / (1 + len(null))
@@ -144,7 +147,7 @@ def distance_test(statistic: str, tuned: float, base: float, null: Tensor) -> Ro
 
 
 def share_test(statistic: str, tuned: Tensor, base: Tensor, weights: ImportanceWeights) -> Row | None:
-    """`mean_test` of members, 0 or 1; None where they, or those who are none, are so few that a share is no normal number."""
+    """Return the `mean_test` of members, 0 or 1; None if members or non-members are too few for a normal approximation."""
     share, error = map(float, weights.mean(base.double()))
     if error == 0 or min(share * (1 - share) / error**2, len(tuned)) * min(share, 1 - share) < FEWEST_OF_CLASS:
         return None
@@ -154,10 +157,12 @@ def share_test(statistic: str, tuned: Tensor, base: Tensor, weights: ImportanceW
 def class_tests(
     labels: Tensor, base_labels: Tensor, weights: ImportanceWeights, names: Sequence[str], group: Collection[int] = ()
 ) -> list[Row]:
-    """The share of each class that is common enough for a test, and of all the others together; of labels [n] and [m].
+    """Test the share of each class that is common enough, and of all others together.
 
     Args:
-        group: classes whose share is tested already: that of all others would be the same test.
+        labels, base_labels: classes [n] of the tuned and [m] of the base samples.
+        names: of the classes.
+        group: classes whose joint share is tested already: that of all others would be the same test.
     """
     members, base_members = one_hot(labels, len(names)), one_hot(base_labels, len(names))
     rows, rare = [], []
@@ -182,14 +187,14 @@ def of_rewards(
     group: str = "group",
     draws: int = 1000,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """What the rewards of tuned samples [n] and of the weighted base samples [m] say: entries of the summary, and tests.
+    """Compare the rewards of tuned samples [n] with those of weighted base samples [m]: (entries of the summary, tests).
 
-    Where the target law is not known, `target_unknown` says why, and every number of it is None.
+    If the target law is unknown, `target_unknown` says why, and all its numbers are None.
 
     Args:
-        counted: whether the mean reward counts as a test; not where training was steered by it.
-        group: what a group of the weights is, in a word.
-        draws: resamples of two samples between which nothing is wrong, for the distance's test.
+        counted: False if training was calibrated on the mean reward, which then does not count as a test.
+        group: word for a group of the weights.
+        draws: number of simulated distances under the null hypothesis.
     """
     why = weights.unknown(group)
     entries: dict[str, Any] = {"target_unknown": why, "effective_sample_size": weights.effective_sample_size}
@@ -233,7 +238,7 @@ FLOORS = ("reward_distance_floor", "target_distance_floor")
 
 
 def corrected(rows: Sequence[Row]) -> list[Row]:
-    """The tests, each with what it comes to beside the others: `p_holm`, `rejected` and `detectable`."""
+    """Correct the tests for their number: adds `p_holm`, `rejected` and `detectable` to each."""
     counted = sorted((row for row in rows if row["counted"]), key=lambda row: row["p"])
     size, worst, holm = len(counted), 0.0, dict[int, float]()
     for i, row in enumerate(counted):
@@ -253,8 +258,11 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
 
 
 def conclude(rows: Sequence[Row], summary: dict[str, Any]) -> dict[str, Any]:
-    """`tests` and `verdict` of a summary: the corrected tests, and what they come to, as a tone ("good", "fair" or "poor") and
-    a text. The most that it says is that the tests do not tell the tuned model from the target law."""
+    """Return the entries `tests`, the corrected tests, and `verdict`, a tone ("good", "fair" or "poor") and a text, of a
+    summary.
+
+    The best verdict is that the tests do not distinguish the tuned model from the target law.
+    """
     tests = corrected(rows)
     tone, text = _in_words(tests, len([row for row in rows if row["counted"]]), summary)
     return {"tests": tests, "verdict": {"tone": tone, "text": text}}
@@ -262,34 +270,36 @@ def conclude(rows: Sequence[Row], summary: dict[str, Any]) -> dict[str, Any]:
 
 def _in_words(tests: Sequence[Row], size: int, summary: dict[str, Any]) -> tuple[str, str]:
     if (why := summary.get("target_unknown")) is not None:
-        return "fair", f"No verdict: the target law is not known. {why}"
+        return "fair", f"No verdict: the target law is unknown. {why}"
     counted, aside = [row for row in tests if row["counted"]], [row for row in tests if not row["counted"]]
     rejected = sorted((row for row in counted if row["rejected"]), key=lambda row: row["p"])
     base_is_told = any(row["p_base"] * size <= LEVEL for row in counted)
     notes = [
-        f"The {row['statistic']} is not counted: training was calibrated on it, so that it agrees by construction"
+        f"The {row['statistic']} is not counted: training was calibrated on it, so it agrees by construction"
         f"{_z(row, ' (', ')')}."
         for row in aside
     ]
     if rejected:
         said = "; ".join(_told(row) for row in rejected[:3])
         more = f"; and {len(rejected) - 3} more" if len(rejected) > 3 else ""
-        verb = "tells" if len(rejected) == 1 else "tell"
+        verb = "distinguishes" if len(rejected) == 1 else "distinguish"
         text = f"{len(rejected)} of {size} tests {verb} the tuned model from the target law: {said}{more}."
         tone, way = _way(summary)
         return tone, " ".join(filter(None, [text, way, *notes]))
     if not base_is_told:
-        text = f"These {size} tests tell neither the tuned model from the target law, nor the base model: they see too little."
+        whose = "This test distinguishes" if size == 1 else f"These {size} tests distinguish"
+        text = f"{whose} neither the tuned nor the base model from the target law: too little power."
         return "fair", " ".join([text, *notes])
     means = [row for row in counted if row["tuned_error"] is not None][:2]
     able = " and ".join(f"a {row['statistic']} that is off by {_deviation(row)}" for row in means)
-    seen = f" {POWER:.0%} of the time they would have seen {able}." if able else ""
-    return "good", " ".join([f"These {size} tests do not tell the tuned model from the target law.{seen}", *notes])
+    seen = f" With {POWER:.0%} power, {'it detects' if size == 1 else 'they detect'} {able}." if able else ""
+    whose = "This test does" if size == 1 else f"These {size} tests do"
+    return "good", " ".join([f"{whose} not distinguish the tuned model from the target law.{seen}", *notes])
 
 
 def _told(row: Row) -> str:
     if row["tuned_error"] is None:
-        return f"{row['statistic']}: {decimal(row['tuned'])}, where {decimal(row['target'])} is left if nothing is wrong"
+        return f"{row['statistic']}: {decimal(row['tuned'])}, where {decimal(row['target'])} is expected under the target law"
     both = (_form(row, row[key], row[f"{key}_error"]) for key in ("tuned", "target"))
     return f"{row['statistic']}: {' against '.join(both)}{_z(row, ' (', ')')}"
 
@@ -307,12 +317,12 @@ def _deviation(row: Row) -> str:
 
 
 def _way(summary: dict[str, Any]) -> tuple[str, str]:
-    """How far the tuned model has come by the distance that the report shows: a tone, and a sentence."""
+    """Describe the way from the base to the target law, by the distance that the report shows: (tone, sentence)."""
     distance, base, floor = (summary.get(f"target_distance{part}") for part in ("", "_base", "_floor"))
     spread = summary.get("target_distance_error") or 0.0
     if distance is None or base is None or floor is None or base <= floor:
         return "fair", ""
     if distance >= base - 2 * spread:
-        return "poor", "It is not measurably closer to it than the base model."
+        return "poor", "It is not measurably closer to the target law than the base model."
     way = min(max((base - distance) / (base - floor), 0.0), 0.99)
-    return "fair", f"By the {summary['target_distance_kind']} it has come {way:.0%} of the way from the base."
+    return "fair", f"By the {summary['target_distance_kind']}, it is {way:.0%} of the way from the base to the target law."

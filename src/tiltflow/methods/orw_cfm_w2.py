@@ -46,7 +46,8 @@ from torch import Tensor
 
 from tiltflow.data import load_images
 from tiltflow.errors import CollapseError, InputError, did_you_mean
-from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
+from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import distance_to_law, mean_estimate
+from tiltflow.evaluation.distances import distance_to_law
+from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import lqg as exact
 from tiltflow.laws.lqg import Solution, chain_optimum, control_error, evaluate_chain, evaluate_policy, optimum

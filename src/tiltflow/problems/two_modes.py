@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import distance_to_law, mean_estimate, sliced_w2
+from tiltflow.evaluation.distances import distance_to_law, sliced_w2
+from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.laws.induced_law import Array, Law, log_normal, velocity_distance
 from tiltflow.laws.problems import GaussianMixture, mixture
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law

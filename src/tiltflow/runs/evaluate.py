@@ -16,7 +16,7 @@ from torch import Tensor
 from tiltflow import __version__, processes
 from tiltflow.control.path_kl import path_kl
 from tiltflow.evaluation import metrics
-from tiltflow.evaluation.estimates import ImportanceWeights
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
 from tiltflow.evaluation.settings import Point

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import Estimate, ImportanceWeights
+from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
 from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, shared

@@ -1,4 +1,4 @@
-"""How near a method with a law of its own is to that law: the pull of the reward over the penalty."""
+"""Balance of a method with a limit law of its own: ratio of the reward's pull to the penalty."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ METRICS = (
     Metric(
         "own_law_balance",
         "Balance",
-        "Pull of the reward over the penalty: 1 at the law at which the rounds settle. Above: on its way. Below: noise.",
+        "Ratio of the reward's pull to the penalty: 1 at the rounds' limit law, above before convergence, below by noise.",
         section=Section.CLOSE,
     ),
     Metric(
         "own_law_balance_expected",
         "Balance, expected",
-        "Of so many rounds, each fitted perfectly, to first order.",
+        "Balance after this number of rounds with perfect fits, to first order.",
         section=Section.CLOSE,
     ),
 )

@@ -1,4 +1,4 @@
-"""What a run cost: time, evaluations of the networks, samples, steps. Counted by the training loop."""
+"""Cost of a run: time, network evaluations, samples, steps; counted by the training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS = (
     Metric(
         "seconds_total",
         "Total time",
-        "With loading, sampling and evaluation.",
+        "Wall-clock time with loading, sampling and evaluation.",
         better="down",
         unit="seconds",
         section=Section.COST,
@@ -25,29 +25,29 @@ METRICS = (
     Metric(
         "network_evaluations",
         "Network evaluations",
-        "Samples that the two networks saw in training, counted together.",
+        "Inputs of the base and the tuned network in training, together.",
         better="down",
         section=Section.COST,
     ),
     Metric(
         "samples_drawn",
         "Samples drawn",
-        "By the model in training, to learn from; each counted once.",
+        "Samples that the model drew to learn from, each counted once.",
         better="down",
         section=Section.COST,
     ),
     Metric(
         "evaluations_per_iteration",
         "Evaluations per iteration",
-        "The same for one step of the optimizer.",
+        "Network evaluations per optimizer step.",
         better="down",
         section=Section.COST,
     ),
-    Metric("iterations", "Iterations", "Steps of the optimizer.", section=Section.COST),
+    Metric("iterations", "Iterations", "Optimizer steps.", section=Section.COST),
     Metric(
         "max_train_steps",
         "Iterations asked for",
-        "Fewer were done where the run was interrupted.",
+        "Steps that the recipe asks for; an interrupted run did fewer.",
         section=Section.COST,
     ),
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tiltflow.evaluation.estimates import exact_w2
+from tiltflow.evaluation.distances import exact_w2
 from tiltflow.evaluation.metrics import Cost, Found, Metric, Section
 from tiltflow.evaluation.samples import Asked, Seen
 
-MOST = 1024  # points for the exact distance, whose cost grows with their square
+MOST = 1024  # points for the exact distance, whose cost is quadratic in them
 
 METRICS = (
     Metric(
@@ -23,7 +23,7 @@ METRICS = (
     Metric(
         "w2_floor",
         "W2, floor",
-        "The same between two samples of the base: what finite samples leave.",
+        "The same between two samples of the base: the expected value if the models are equal.",
         section=Section.VARIED,
         compared=True,
     ),
@@ -31,10 +31,11 @@ METRICS = (
 
 
 def measure(seen: Seen) -> Found:
-    """The distance between samples of different noise, and the same between two halves of the base, which is what finite
-    samples leave: in the judge's features, in `features`, or of the samples themselves.
+    """Compute the distance between samples of different noise, and its floor, that between two halves of the base: in the
+    judge's features, in `features`, or of the samples themselves.
 
-    Not measured in the pixels of pictures of prompts: of the few of each, all are as far from each other."""
+    It is not computed in the pixels of pictures of prompts: with few pictures of each, all distances are about the same.
+    """
     instruments, samples = seen.instruments, seen.samples
     if instruments.judge is not None:
         judge = instruments.judge
@@ -50,8 +51,8 @@ def measure(seen: Seen) -> Found:
 
 
 def distance_to_base(tuned: Tensor, base: Tensor, asked: Asked) -> dict[str, float]:
-    """The distance of tuned and base samples [n, d] of different noise, and of two halves of the base. Each group is halved, so
-    that both halves have all of them."""
+    """Return the distances between tuned and base samples [n, d] of different noise, and between two halves of the base. Each
+    group is halved, so that both halves contain all groups."""
     first, last = asked.halves(MOST)
-    ours = first[first < len(tuned)]  # fewer, where more of the tuned model's were left out
+    ours = first[first < len(tuned)]  # fewer, if more samples of the tuned model had no finite reward
     return {"w2_base": exact_w2(tuned[ours], base[last]), "w2_floor": exact_w2(base[first], base[last])}

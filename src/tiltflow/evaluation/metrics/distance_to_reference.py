@@ -1,4 +1,4 @@
-"""Distances of pictures to reference pictures, for each way to sample. Computed by `evaluation.features`."""
+"""Distances of pictures to reference pictures, for each sampling point; computed by `evaluation.features`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ measure = nothing
 
 
 def reference_images(path: str, like: Tensor) -> Tensor:
-    """Up to 10,000 pictures [n, channels, height, width] with the channels of `like`, if they have one.
+    """Load up to 10,000 pictures [n, channels, height, width]; a single channel is repeated to those of `like`.
 
     Raises InputError if they cannot be read.
     """

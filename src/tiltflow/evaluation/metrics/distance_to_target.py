@@ -1,6 +1,6 @@
-"""Distances between the tuned samples and the target law, with the floor that finite samples leave.
+"""Distances between the tuned samples and the target law, with their floors for finite samples.
 
-Computed by `evaluation.estimates`: `histogram_distance`, `reward_distance`, `null_distances`.
+Computed by `evaluation.distances` and `ImportanceWeights.null_distances`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ METRICS = (
     Metric(
         "target_distance",
         "Distance to the target law",
-        "{kind}. After ± stands how much it varies from sample to sample: no interval for the distance, which finite"
-        " samples make larger, by about the floor.",
+        "{kind}. ± is its standard deviation from sample to sample, not an interval for the distance, which finite"
+        " samples increase by about the floor.",
         better="down",
         section=Section.CLOSE,
         compared=True,
@@ -20,27 +20,27 @@ METRICS = (
     Metric(
         "target_distance_base",
         "Distance of the base",
-        "The same for the untouched model: where the run began.",
+        "The same for the base model, from which training started.",
         section=Section.CLOSE,
     ),
     Metric(
         "target_distance_floor",
         "Floor",
-        "The mean of the same where nothing is wrong: between samples drawn from the weighted base samples, and these drawn"
-        " again.",
+        "The expected distance if the tuned model follows the target law: between samples drawn from the weighted base"
+        " samples and a resample of these.",
         section=Section.CLOSE,
     ),
     Metric(
         "reward_distance",
         "Distance in reward",
-        "Largest gap between the cumulative curves of r, tuned against target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
+        "Largest gap between the distribution functions of r, tuned and target (Kolmogorov-Smirnov): 0 equal, 1 disjoint.",
         better="down",
         section=Section.CLOSE,
     ),
     Metric(
         "reward_distance_floor",
         "Distance in reward, floor",
-        "The mean of the same where nothing is wrong.",
+        "The expected distance if the tuned model follows the target law.",
         section=Section.CLOSE,
     ),
 )

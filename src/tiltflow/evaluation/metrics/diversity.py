@@ -1,4 +1,4 @@
-"""How much samples of one prompt, of one class, or of a model without conditions differ, for each way to sample."""
+"""Diversity of the samples of a prompt, of a class, or of a model without conditions, for each sampling point."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tiltflow.evaluation.monitor import spread
 from tiltflow.evaluation.samples import Asked
 
 MOST = 256
-"""Samples of a group for the Vendi score, whose cost grows with their cube."""
+"""Samples of a group for the Vendi score, whose cost is cubic in them."""
 
 METRICS = (
     Metric(
         "variance",
         "Variance",
-        "Sum of the variances of the features of samples of one prompt or class, or of all.",
+        "Total variance of the features of the samples of a prompt or class, or of all samples.",
         better="up",
         source="table",
         compared=True,
@@ -27,7 +27,7 @@ METRICS = (
     Metric(
         "vendi",
         "Vendi score",
-        "Effective number of different samples of a prompt or class, or among 256 (arXiv 2210.02410).",
+        "Effective number of different samples of a prompt or class, or among 256 samples (arXiv 2210.02410).",
         better="up",
         short="Vendi",
         source="table",
@@ -39,22 +39,21 @@ measure = nothing
 
 
 def squared_distance(found: Tensor, size: int) -> float:
-    """Mean squared distance between two samples of a group: twice the variance of [n, ...], `size` of each group in a row."""
+    """Return the mean squared distance between two samples of a group: twice the variance of [n, ...], in groups of `size`."""
     groups = found.flatten(1).double().reshape(-1, size, found[0].numel())
     return 2 * float(groups.var(1).sum(1).mean())
 
 
 def diversity(found: Tensor, asked: Asked, scale: float | None = None) -> dict[str, float]:
-    """How much the samples of a group differ: the sum of the variances of their features, with its standard error, and the
-    Vendi score (2210.02410), the effective number of different ones.
+    """Measure the diversity of the samples of a group: the total variance of their features, and the Vendi score
+    (arXiv 2210.02410), the effective number of different samples.
 
-    Errors are over groups where these are prompts, a sample of more; within them otherwise, and of the variance alone.
+    For prompts, standard errors are over the groups; otherwise within the groups, and for the variance only.
 
     Args:
-        found: features [n, width] or samples [n, ...], those of a group side by side.
-        scale: for samples, whose similarity is exp(-d^2 / scale), d their distance. One scale for all that is compared, so that
-            the score falls to 1 as samples become one, whichever that is. None for features, whose directions say how alike
-            two are.
+        found: features [n, width] or samples [n, ...], in consecutive groups.
+        scale: of the similarity exp(-d^2 / scale) of samples at distance d. One scale for all models that are compared, so that
+            the score falls to 1 as samples become equal. None for features, whose similarity is the cosine.
     """
     x = found.flatten(1).double()
     groups = x.reshape(asked.groups, asked.size, x.shape[1])
@@ -73,5 +72,5 @@ def diversity(found: Tensor, asked: Asked, scale: float | None = None) -> dict[s
 
 
 def over_prompts(values: Tensor) -> Estimate:
-    """Mean of values [prompts] and its standard error."""
+    """Return the mean of values [prompts] and its standard error."""
     return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))

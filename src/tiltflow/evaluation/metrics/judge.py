@@ -1,4 +1,4 @@
-"""What an independent classifier sees in samples: classes, confidence, features."""
+"""Metrics of an independent classifier, the judge: classes, confidence and features of samples."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from tiltflow.data import load_images
-from tiltflow.evaluation.estimates import (
-    Estimate,
-    entropy,
-    frechet_distance,
-    histogram_distance,
-    histogram_masses,
-    mean_estimate,
-    one_hot,
-    total_variance,
-    total_variation,
-)
+from tiltflow.evaluation.distances import histogram_distance, histogram_masses, total_variation
+from tiltflow.evaluation.estimates import Estimate, entropy, mean_estimate, one_hot, total_variance
+from tiltflow.evaluation.features import frechet_distance
 from tiltflow.evaluation.metrics import Found, Metric, Section
 from tiltflow.evaluation.samples import Instruments, Judge, Samples, Seen
 from tiltflow.evaluation.settings import Evaluation
@@ -28,7 +20,7 @@ GROUP = (
     Metric(
         "judge.group.base",
         "Share of {group}, base",
-        "How often the judge sees them in samples of the untouched model.",
+        "Share of samples of the base model in these classes, by the judge.",
         unit="share",
         section=Section.CLOSE,
         compared=True,
@@ -45,7 +37,7 @@ GROUP = (
     Metric(
         "judge.group.target",
         "Share of {group}, target",
-        "The same under the target law, from weighted base samples.",
+        "The same under the target law, estimated from weighted base samples.",
         unit="share",
         section=Section.CLOSE,
     ),
@@ -55,7 +47,7 @@ FRECHET = (
     Metric(
         "judge.frechet_base",
         "Fréchet distance, base",
-        "Between Gaussian fits to the judge's features of samples and of real images; lower is better.",
+        "Fréchet distance between the judge's features of samples and of real images.",
         section=Section.SURE,
     ),
     Metric(
@@ -99,7 +91,7 @@ CONFIDENCE = (
     Metric(
         "judge.confidence_tuned",
         "Judge's confidence, tuned",
-        "The same. A clear fall means samples that look less like the data.",
+        "The same for the tuned model. A clear fall means samples that look less like the data.",
         better="up",
         unit="share",
         section=Section.SURE,
@@ -110,7 +102,7 @@ VARIETY = (
     Metric(
         "judge.entropy_base",
         "Entropy of classes, base",
-        "Of the judge's class histogram, in nats; 0 if one class is left.",
+        "Entropy of the judge's class histogram, in nats; 0 if only one class is left.",
         unit="nats",
         section=Section.VARIED,
         compared=True,
@@ -127,7 +119,7 @@ VARIETY = (
     Metric(
         "judge.variance_base",
         "Variance of features, base",
-        "How much samples differ from each other: the trace of the covariance of the judge's features.",
+        "Total variance of the judge's features: how much samples differ from each other.",
         section=Section.VARIED,
         compared=True,
     ),
@@ -145,8 +137,8 @@ METRICS = (*GROUP, *FRECHET, *CONFIDENCE, *VARIETY)
 
 
 def measure(seen: Seen) -> Found:
-    """What the judge sees, if there is one: class histograms of base, tuned and target, their total variation, and tests of all
-    of it against the target. What is of the target is None where that is not known."""
+    """Compute the judge's class histograms of base, tuned and target, their total variation, confidence, Fréchet distances, and
+    tests against the target. Values of the target are None if it is unknown; there is no entry without a judge."""
     judge, samples, settings = seen.instruments.judge, seen.samples, seen.settings
     if judge is None:
         return Found({"judge": None})
@@ -159,7 +151,7 @@ def measure(seen: Seen) -> Found:
 
 
 def of_classes(probabilities: list[Tensor], settings: Evaluation, judge: Judge) -> dict[str, Any]:
-    """Histograms and confidence of the base and the tuned model, from probabilities [n, classes] of both."""
+    """Return histograms and confidence of the base and the tuned model, from class probabilities [n, classes] of both."""
     p_base, p = probabilities
     names, members = judge.config.class_names, torch.tensor(settings.group, dtype=torch.long)
     base_histogram, ours = (one_hot(each.argmax(1), len(names)).mean(0) for each in probabilities)
@@ -190,7 +182,7 @@ def of_classes(probabilities: list[Tensor], settings: Evaluation, judge: Judge) 
 
 
 def of_features(instruments: Instruments, judge: Judge, samples: Samples, settings: Evaluation) -> dict[str, Any]:
-    """Variance of the judge's features, and their Fréchet distance to those of real images, if there are any."""
+    """Return the variance of the judge's features, and their Fréchet distance to real images, if there are any."""
     f_base, f = (instruments.look(judge.features, x) for x in (samples.base, samples.tuned))
     found = {"variance_base": total_variance(f_base), "variance_tuned": total_variance(f)}
     if settings.data is not None:
@@ -208,7 +200,7 @@ def of_target(
     samples: Samples,
     generator: torch.Generator,
 ) -> Found:
-    """What the judge would see under the target law, and the tests of the tuned model against it."""
+    """Estimate the judge's histogram under the target law, and test the tuned model against it."""
     names, weights = judge.config.class_names, samples.weights
     labels_base, labels = (each.argmax(1) for each in probabilities)
     sure_base, sure = ((each.amax(1) > settings.confidence).double() for each in probabilities)
@@ -225,7 +217,7 @@ def of_target(
     tests = [
         group_test,
         *class_tests(labels, labels_base, weights, names, settings.group),
-        share_test(f"share of which the judge is sure above {settings.confidence:g}", sure, sure_base, weights),
+        share_test(f"share of samples of which the judge is sure above {settings.confidence:g}", sure, sure_base, weights),
         distance_test("total variation of the classes", distance.value, of_base, null),
     ]
     of_distance = {
@@ -238,5 +230,5 @@ def of_target(
 
 
 def real_images(path: str) -> Tensor:
-    """Up to 10,000 of the real images that samples are compared with. Raises InputError if they cannot be read."""
+    """Load up to 10,000 real images. Raises InputError if they cannot be read."""
     return load_images(path, "test").images[:10_000]

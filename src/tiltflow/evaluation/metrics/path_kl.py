@@ -1,4 +1,4 @@
-"""KL divergence of the tuned sampler's paths from the base's. Computed by `control.path_kl`."""
+"""KL divergence of the tuned sampler's paths from the base's; computed by `control.path_kl`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ METRICS = (
     Metric(
         "path_kl",
         "Path KL to the base",
-        "How far the tuned memoryless sampler has moved away from the base's, in nats per sample, on fresh paths.",
+        "KL divergence of the tuned memoryless sampler's paths from the base's, in nats per sample, on fresh paths.",
         better="down",
         unit="nats",
         short="Path KL",
@@ -19,15 +19,15 @@ METRICS = (
     Metric(
         "path_kl_target",
         "KL of the target",
-        "Of the target law from the base's, in nats, from the weights: what the path KL is at an exact tilt in many steps.",
+        "KL divergence of the target law from the base's, from the weights: the path KL of an exact tilt with many steps.",
         unit="nats",
         section=Section.CLOSE,
     ),
     Metric(
         "path_kl",
         "Distance from the base",
-        "How far the sampler has moved away from the base model's, in nats per sample (path KL): one batch each, of the chain"
-        " that is trained. The dashed line is the KL divergence of the target law from the base's.",
+        "Path KL of the sampler that is trained from the base's, in nats per sample, on each training batch. The dashed line is"
+        " the KL divergence of the target law from the base's.",
         unit="nats",
         expect="starts at 0, rises with the reward and settles near the dashed line, or above it where the temperature was"
         " lowered.",

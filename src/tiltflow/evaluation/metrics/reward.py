@@ -8,7 +8,7 @@ METRICS = (
     Metric(
         "reward_base",
         "Mean reward, base",
-        "Mean of r over samples of the untouched model.",
+        "Mean of r over samples of the base model.",
         section=Section.CLOSE,
         compared=True,
     ),
@@ -23,29 +23,28 @@ METRICS = (
     Metric(
         "reward_gain",
         "Gain in reward",
-        "Tuned minus base, picture by picture: of the same prompts and noise.",
+        "Mean of tuned minus base over pairs of pictures from the same prompt and noise.",
         better="up",
         section=Section.CLOSE,
     ),
     Metric(
         "reward_target",
         "Mean reward, target",
-        "Mean of r under the target law: neither less nor more is asked for.",
+        "Mean of r under the target law: the tuned model should have this value, neither less nor more.",
         section=Section.CLOSE,
     ),
     Metric(
         "reward_target_bias",
         "Bias taken from it",
-        "By how much the weighted mean was off, as few samples of a group pull it toward the base (jackknife).",
+        "Bias of the weighted mean toward the base, from few samples of a group, that was subtracted (jackknife).",
         section=Section.CLOSE,
     ),
     Metric(
         "reward",
         "Reward",
-        "Mean reward of each training batch; the shade is the spread of single samples, the dashed line the target law's mean.",
+        "Mean reward of each training batch, with the standard deviation of samples as a band and the target's mean dashed.",
         better="up",
-        expect="rises and levels off at the dashed line. Below it: train longer. Far above it: the reward is followed"
-        " too hard.",
+        expect="rises and levels off at the dashed line. Below it, train longer. Far above it, the reward is over-optimised.",
         source="training",
     ),
 )

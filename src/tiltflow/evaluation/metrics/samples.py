@@ -1,4 +1,4 @@
-"""How many samples the numbers of an evaluation rest on. Computed by `evaluation.estimates.ImportanceWeights`."""
+"""Numbers of samples of an evaluation; computed by `evaluation.importance_weights`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ METRICS = (
     Metric(
         "effective_sample_size",
         "Effective sample size",
-        "Samples of equal weight that would tell as much about the target law.",
+        "Number of samples of the target law that would give the same precision.",
         better="up",
         section=Section.SURE,
         compared=True,
@@ -16,12 +16,17 @@ METRICS = (
     Metric(
         "effective_sample_size_of_group",
         "Effective sample size of a group",
-        "The same of one prompt, or one condition: the harmonic mean over all of them.",
+        "The same for one prompt or class: harmonic mean over all of them.",
         better="up",
         section=Section.SURE,
     ),
-    Metric("num_samples", "Samples", "Drawn from each of the two models for this evaluation.", section=Section.SURE),
-    Metric("num_prompts", "Prompts", "Held out from training.", section=Section.SURE),
+    Metric(
+        "num_samples",
+        "Samples",
+        "Number of samples drawn from each of the two models for this evaluation.",
+        section=Section.SURE,
+    ),
+    Metric("num_prompts", "Prompts", "Number of prompts that are held out from training.", section=Section.SURE),
 )
 
 measure = nothing

@@ -1,4 +1,4 @@
-"""Curves of the training: what each line of metrics.jsonl has beside the reward and the path KL. Yielded by the methods."""
+"""Training curves: the numbers of each line of metrics.jsonl besides the reward and the path KL; yielded by the methods."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ METRICS = (
     Metric(
         "loss",
         "Loss",
-        "What the optimizer lowers.",
+        "Loss that the optimizer minimises.",
         better="down",
-        expect="falls, then stays above zero: the rest is noise in what it is fitted to, which no model can remove.",
+        expect="falls, then levels off above zero: the rest is noise in the regression targets, which no model can remove.",
         source="training",
     ),
     Metric(
         "objective",
         "Objective",
-        "Mean reward minus β times the path KL: what the policy is trained to raise.",
+        "Mean reward minus β times the path KL, which training maximises.",
         better="up",
         expect="rises and levels off. While it falls, the steps are too large, or the critic is wrong.",
         source="training",
@@ -32,31 +32,31 @@ METRICS = (
     Metric(
         "critic_loss",
         "Critic's loss",
-        "Squared error of the value function, in units of the first batch's spread of rewards.",
+        "Squared error of the value function, in units of the reward's variance in the first batch.",
         better="down",
-        expect="falls from one half to the part of the reward that is still undecided along a trajectory.",
+        expect="falls from one half to the part of the reward's variance that the state on a trajectory does not determine.",
         source="training",
     ),
     Metric(
         "gradient_norm",
         "Gradient norm",
-        "Length of the gradient before it is clipped.",
+        "Norm of the gradient before clipping.",
         expect="noisy, but bounded. Growing spikes mean that the learning rate is too high.",
         source="training",
     ),
     Metric(
         "effective_sample_size",
         "Effective sample size",
-        "Samples of equal weight that would teach as much as the weighted ones of a round.",
+        "Number of equally weighted samples that would be worth as much as the weighted samples of a round.",
         better="up",
-        expect="a good part of the batch. Where it falls to a few samples, the model learns to make those few.",
+        expect="a good part of the batch. If it falls to a few samples, the model learns to reproduce those few.",
         source="training",
     ),
     Metric(
         "velocity_distance",
         "Distance of the velocities",
         "Mean square of v - v_base, summed over dimensions: the Wasserstein penalty before its weight.",
-        expect="rising from 0, then flat: the rounds have settled.",
+        expect="rises from 0, then levels off once the rounds have converged.",
         source="training",
     ),
     Metric(
@@ -64,7 +64,7 @@ METRICS = (
         "Clipped terms",
         "Share of the terms of the loss that are too large to be used.",
         better="down",
-        expect="small, and falling: a clipped term teaches nothing.",
+        expect="small and falling: a clipped term has no gradient.",
         source="training",
     ),
 )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tiltflow.data import ImageData
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import frechet_distance, in_batches
+from tiltflow.evaluation.estimates import in_batches
+from tiltflow.evaluation.features import frechet_distance
 from tiltflow.files import reason
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import Interpolant, Linear, PredictionType, interior

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import DistanceToLaw, distance_to_law, exact_w2, mean_estimate
+from tiltflow.evaluation.distances import DistanceToLaw, distance_to_law, exact_w2
+from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import chain_optimum
 from tiltflow.laws.problems import GaussianMixture, QuadraticReward, Vector, optimal_control, span_of_tilt, vector

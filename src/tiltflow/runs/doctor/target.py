@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tiltflow.evaluation.estimates import FEW, FEW_IN_GROUP, ImportanceWeights
+from tiltflow.evaluation.importance_weights import FEW, FEW_IN_GROUP, ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.rewards import LearnedReward
 from tiltflow.runs.doctor.patient import Finding, Patient
