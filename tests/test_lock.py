@@ -65,7 +65,7 @@ def test_another_process_is_named_and_a_dead_one_taken_over(tmp_path: Path) -> N
     with holding(folder) as process:
         said = refused(folder)
         assert f"process {process} on {socket.gethostname()}" in said
-        assert "is at work in it" in said
+        assert "in use by" in said
     assert (folder / HOLDER).exists()  # nobody was left to take it away
     notes: list[str] = []
     with working_in(folder, notes.append):
@@ -75,7 +75,7 @@ def test_another_process_is_named_and_a_dead_one_taken_over(tmp_path: Path) -> N
         (folder / "kept").touch()
     assert len(notes) == 1
     assert f"process {process} on" in notes[0]
-    assert "has ended without giving its lock back: it is taken over" in notes[0]
+    assert "ended without releasing its lock: it is taken over" in notes[0]
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
@@ -119,7 +119,7 @@ def test_a_recycled_process_number_is_not_taken_for_the_process(tmp_path: Path) 
     """Where the file system has no locks of its own, the time at which a process started tells it from a later one."""
     parent = os.getppid()
     left_by(tmp_path, process=parent, started=started_of(parent))
-    assert "is at work in it" in refused(tmp_path)
+    assert "in use by" in refused(tmp_path)
     for changes in ({"process": parent, "started": "1"}, {"process": 2**22 + 1}):  # above what Linux gives
         left_by(tmp_path, **changes)
         with pytest.warns(Note, match="it is taken over"), working_in(tmp_path):
@@ -140,7 +140,7 @@ def test_where_the_file_system_has_no_locks_the_file_says_who_it_is(tmp_path: Pa
     parent = os.getppid()
     left_by(tmp_path, process=parent, started=started_of(parent))
     with pytest.warns(Note, match="has no locks"):
-        assert "is at work in it" in refused(tmp_path)
+        assert "in use by" in refused(tmp_path)
 
 
 def test_the_lock_of_another_host_is_refused_with_the_command_that_clears_it(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_lock_of_another_host_is_refused_with_the_command_that_clears_it(tmp
     left_by(folder, host="node7", process=1, command="tiltflow train")
     said = refused(folder)
     assert "tiltflow train (process 1 on node7, since" in said
-    command = said.split("if it does not: ")[1]
+    command = said.split("if it is not: ")[1]
     subprocess.run(command, shell=True, check=True)
     with working_in(folder):
         pass
@@ -189,7 +189,7 @@ def test_every_command_that_writes_into_a_folder_holds_its_lock(tmp_path: Path) 
     }
     for name, attempt in attempts.items():
         folder = tmp_path / ("run" if name == "evaluate" else name)
-        with holding(folder) as process, pytest.raises(InputError, match=f"process {process} on .* is at work in it"):
+        with holding(folder) as process, pytest.raises(InputError, match=f"in use by .*process {process} on"):
             attempt(folder)
 
 
@@ -207,7 +207,7 @@ def test_of_two_that_begin_at_once_one_runs_and_the_other_is_told(tmp_path: Path
     _, said, code = ended[sum(seeds) - winner]
     assert code == 2
     assert said.startswith("error: ")
-    assert "is at work in it" in said or "already holds something" in said  # where the first had ended before
+    assert "in use by" in said or "already holds something" in said  # where the first had ended before
     assert said.count("\n") == 1
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["seed"] == winner
     assert [row["step"] for row in read_records(tmp_path / "run")] == list(range(1, 11))

@@ -114,7 +114,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
     if "methods" in scenarios:  # and all processes say the same of a folder that is not free
         said = [(together / "methods" / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
-        for words, line in zip(("already holds something", "is at work in it", "cannot be made"), said[0], strict=True):
+        for words, line in zip(("already holds something", "in use by", "cannot be made"), said[0], strict=True):
             assert words in line
     if "interrupted" in scenarios:
         for method in ("adjoint-matching", "score-as-action"):

@@ -70,10 +70,10 @@ def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path) -> Non
     told.clear()
     again = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
     assert dict(told) == {
-        "alpha=0,seed=0": "there already",
+        "alpha=0,seed=0": "already done",
         "alpha=0,seed=1": "done",
-        "alpha=1,seed=0": "there already",
-        "alpha=1,seed=1": "there already",
+        "alpha=1,seed=0": "already done",
+        "alpha=1,seed=1": "already done",
     }
     assert (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns == written
     for row, other in zip(again["runs"], result["runs"], strict=True):

@@ -1,10 +1,11 @@
-"""Every setting there is, in words: its name, type, default, and the sentence that stands below it in the code."""
+"""Descriptions of settings: name, type, default, and the sentence below the setting in the code."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,25 +21,25 @@ from tiltflow.settings import Settings
 
 PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions"}
 SECTIONS = ("prompts", "optimizer", "training", "sampling", "evaluation")
-"""Of a recipe; their settings, and those of a model, are dotted, as `--set` takes them."""
+"""Sections of a recipe; their settings, and those of a model, have dotted names, as `--set` takes them."""
 Topic = tuple[str, Callable[[], type[Settings]]]
-"""What it is, and how its class is had: nothing is imported before it is asked for."""
+"""A title, and a function that imports the class of settings."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key, as `--set` and a recipe take it."""
+    """A setting, as `--set` and a recipe take it."""
 
     name: str
     """Dotted: `critic.loss` is `loss` within `critic`."""
     type: str
     default: str
-    """As it is written in YAML; "required" if there is none."""
+    """In YAML; "required" if there is none."""
     description: str
 
 
 def topics() -> dict[str, list[Topic]]:
-    """All that `settings_of` knows, by name."""
+    """The topics of `settings_of`, by name."""
     found: dict[str, list[Topic]] = {
         name: [(f"{what} {name}", partial(find, package, name))] for package, what in PARTS.items() for name in names(package)
     }
@@ -54,7 +55,7 @@ def topics() -> dict[str, list[Topic]]:
 
 
 def settings_of(topic: str) -> dict[str, tuple[str, list[Setting]]]:
-    """Of each thing of that name: what it is, in a paragraph, and its settings. Raises InputError if there is none."""
+    """Describe everything of that name: its title -> a paragraph, and its settings. Raises InputError if there is none."""
     known = topics()
     if topic not in known:
         raise InputError(f"there are no settings of {topic!r}{did_you_mean(topic, known)}")
@@ -63,11 +64,11 @@ def settings_of(topic: str) -> dict[str, tuple[str, list[Setting]]]:
 
 
 def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
-    """The settings of a class, those of the classes within it after their own key."""
+    """Yield the settings of a class; after a setting that is itself a class of settings, those of that class."""
     schema, said = kind.model_json_schema(), sentences(kind)
     for name, field in kind.model_fields.items():
         if name == "name":
-            continue  # it says which class this is
+            continue  # it selects this class
         yield Setting(
             prefix + name, type_in_words(schema["properties"][name], schema), _default(field), _one_line(said.get(name, ""))
         )
@@ -78,7 +79,7 @@ def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
 
 @cache
 def sentences(kind: type[Settings]) -> dict[str, str]:
-    """The string below each field, of the class and of those that it is made of."""
+    """The string below each field in the code of a class and its bases."""
     found: dict[str, str] = {}
     for part in reversed(kind.__mro__):
         if issubclass(part, Settings):
@@ -92,7 +93,7 @@ def sentences(kind: type[Settings]) -> dict[str, str]:
 
 
 def type_in_words(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
-    """A JSON schema as a person says it.
+    """Describe a JSON schema in words.
 
     >>> type_in_words({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}, {})
     'integer >= 1, or null'
@@ -131,7 +132,7 @@ def type_in_words(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
 
 
 def _inner(field: FieldInfo) -> list[type[Settings]]:
-    """The classes of settings within a field."""
+    """The classes of settings in the type of a field."""
 
     def within(annotation: Any) -> list[type[Settings]]:
         if isinstance(annotation, type) and issubclass(annotation, Settings):
@@ -149,11 +150,11 @@ def _default(field: FieldInfo) -> str:
         return value.model_dump_json(exclude_defaults=True)
     if isinstance(value, tuple) and any(isinstance(part, Settings) for part in value):
         return json.dumps([part.model_dump(mode="json", exclude_defaults=True) for part in value])
-    return json.dumps(getattr(value, "pattern", value), ensure_ascii=False)
+    return json.dumps(value.pattern if isinstance(value, re.Pattern) else value, ensure_ascii=False)
 
 
 def _paragraph(kind: type[Settings]) -> str:
-    """What the class is for, or its file."""
+    """The first paragraph of the docstring of a class, or of its module."""
     said = kind.__doc__ or inspect.getmodule(kind).__doc__ or ""
     return _one_line(inspect.cleandoc(said).split("\n\n")[0])
 

@@ -1,9 +1,9 @@
-"""The lock of a folder: one process at a time writes into it, and the next one is told which.
+"""The lock of a folder: one process at a time writes into it, and others are refused with the name of that process.
 
-The operating system's lock, by `filelock`, ends with the process that holds it, however that ends, on local disks and on NFS.
-The file `.lock.json` beside it says who holds it, and is what is left where a process was killed: if it ran on this host, it is
-gone, for the operating system gave its lock away, and the folder is taken over. If it ran on another one, that cannot be known,
-as some network file systems keep locks for each host apart: a person has to say so.
+The operating system's lock, by `filelock`, is released when the process that holds it ends, for whatever reason, on local disks
+and on NFS. The file `.lock.json` beside it names the holder, and is left behind if that is killed. A holder on this host has
+ended if its lock is free, so the folder is taken over. Whether a holder on another host has ended is unknown, as some network
+file systems keep the locks of each host apart: the user has to decide.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ LOCK, HOLDER = ".lock", ".lock.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _held: set[tuple[Path, int]] = set()
-"""The folders that this process works in, and in which of its threads."""
+"""The folders that this process has locked, and the threads in which it has."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that works in a folder.
+    """A process that holds the lock of a folder.
 
     Args:
-        started: when it did, in ticks since its host did: another process may get its number. None where that is not known.
-        since: the time of day at which it began to work in the folder.
-        job: the job of Slurm and how often it was requeued, if it is one.
+        started: the start of the process, in ticks since the host booted: its number may be reused. None where it is unknown.
+        since: the date and time at which it took the lock.
+        job, restarts: its Slurm job, if it is one, and how often that was requeued.
     """
 
     process: int
@@ -71,7 +71,7 @@ class Holder:
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """The one that `path` names; None if there is no such file, or it is damaged."""
+        """Read the holder from a file; None if there is no file, or it is damaged."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):
@@ -81,17 +81,17 @@ class Holder:
         return f"{self.command} (process {self.process} on {self.host}, since {self.since})"
 
     def is_alive(self) -> bool:
-        """Whether a process of this host, other than this one, is still the same. Asked where the operating system's lock was
-        free, as it always is where the file system has none."""
+        """True if this process of this host is still running, and is not our own. This matters where the file system has no
+        locks, so that the operating system's is always free."""
         return self.process != os.getpid() and self.started is not None and started_of(self.process) == self.started
 
     def was_requeued_as(self, other: Holder) -> bool:
-        """Whether the other one is the same job of Slurm, started again: then this one has ended."""
+        """True if the other holder is the same Slurm job, started again: then this one has ended."""
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
 
 def started_of(process: int) -> str | None:
-    """When a process did, in ticks since the host did; None if there is none, or where there is no /proc."""
+    """The start of a process, in ticks since the host booted; None if there is no such process, or no /proc."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -104,14 +104,14 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def working_in(folder: Path, note: Callable[[str], None] = _warn) -> Iterator[None]:
-    """Work in `folder` alone: it is made if there is none, and tried, and no other process may work in it until the context
-    ends. If it is then empty, it is gone again. Of several processes on one run, the first one holds the lock. Inside another
-    such context of the same folder and thread, this is nothing.
+    """Lock `folder` in this context. It is created if necessary, and tested by writing a file; if it is empty at the end, it is
+    deleted. Of the processes of a distributed run, the main process holds the lock. Nested entry for the same folder in the
+    same thread is a no-op.
 
     Args:
-        note: is told what a person should know; by default it is a warning.
+        note: is told what the user should know; by default it is a warning.
 
-    Raises InputError, in one line, if the folder cannot be made or written to, or if another process works in it.
+    Raises InputError, in one line, if the folder cannot be created or written to, or if another process has locked it.
     """
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(_alone(folder, note)))
@@ -120,7 +120,7 @@ def working_in(folder: Path, note: Callable[[str], None] = _warn) -> Iterator[No
 
 @contextmanager
 def _alone(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """`working_in`, for one process."""
+    """`working_in` for a single process."""
     try:
         key = (folder.resolve(), threading.get_ident())
         if key in _held:
@@ -140,47 +140,48 @@ def _alone(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
             _held.discard(key)
             with suppress(OSError):
                 (folder / HOLDER).unlink(missing_ok=True)
-            _give_back(lock, folder)
+            _release(lock, folder)
     finally:
-        with suppress(OSError):  # not empty: something is kept in it, or another process has come
+        with suppress(OSError):  # not empty: it has content, or another process has locked it
             for path in made:
                 path.rmdir()
 
 
 def _acquire(lock: FileLock, folder: Path, note: Callable[[str], None]) -> None:
+    """Take the lock, and write the file that names its holder. Raises InputError if another process has it."""
     path = folder / HOLDER
     try:
         lock.acquire(timeout=0)
     except Timeout:
         who = Holder.read(path) or "another process"
-        raise InputError(f"{folder}: {who} is at work in it; wait until it ends, or give another folder") from None
+        raise InputError(f"{folder}: in use by {who}; wait until it ends, or choose another folder") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise InputError(f"{folder}: cannot be written to ({reason(error)})") from None
-        note(f"{folder}: its file system has no locks ({reason(error)}): two processes that begin at once may both go on")
+        note(f"{folder}: its file system has no locks ({reason(error)}): two processes that start at once may both get in")
     try:
         left, own = Holder.read(path), Holder.this()
         if left is not None and left.host == own.host and left.is_alive():
-            raise InputError(f"{folder}: {left} is at work in it; wait until it ends, or give another folder")
+            raise InputError(f"{folder}: in use by {left}; wait until it ends, or choose another folder")
         if left is not None and left.host != own.host and not left.was_requeued_as(own):
             raise InputError(
-                f"{folder}: {left} has left its lock, and whether it still runs cannot be seen from {own.host}; if it does not:"
+                f"{folder}: locked by {left}, and {own.host} cannot tell whether that is still running; if it is not:"
                 f" rm {shlex.quote(str(path))}"
             )
         if left is not None:
-            note(f"{left} has ended without giving its lock back: it is taken over")
+            note(f"{left} ended without releasing its lock: it is taken over")
         repair(folder)
         probe(folder)
         write_json(path, asdict(own))
     except (OSError, OutputError) as error:
-        _give_back(lock, folder)
+        _release(lock, folder)
         raise InputError(f"{folder}: cannot be written to ({reason(error)})") from None
     except BaseException:
-        _give_back(lock, folder)
+        _release(lock, folder)
         raise
 
 
-def _give_back(lock: FileLock, folder: Path) -> None:
+def _release(lock: FileLock, folder: Path) -> None:
     with suppress(OSError):
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: who has opened it sees that it is no longer there
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held, so that a process that has opened it sees that it is gone
     lock.release()

@@ -1,10 +1,10 @@
-"""A grid of training runs: every combination of values of some settings, each a run in its own folder, and what they trade.
+"""A grid of training runs: a run for every combination of values of some settings, and its reward against its cost.
 
-sweep.yaml       the recipe and the grid: the same command goes on where it was stopped
-<point>/         a finished run, as `tiltflow train` makes it; `<point>.partial` while it is under way
-sweep.json       one row for each point: its values, reward, and what else was measured; `distance` names the cost of reward
+sweep.yaml       the recipe and the grid: rerun the same command to continue a sweep
+<point>/         a finished run, as `tiltflow train` writes it; `<point>.partial` while it trains
+sweep.json       one row for each point: its values, reward and other measures; `distance` names the cost of reward
 pareto.svg       reward against that cost: for image models the distance to the base in W2; for pipelines the FID to the
-                 reference where there is one, else the path KL to the base
+                 reference if there is one, else the path KL to the base
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from tiltflow.runs.run_files import claim, write_yaml
 from tiltflow.settings import apply_overrides, parse_yaml, read_yaml
 
 COSTS = {metric.swept: metric for metric in every_metric() if metric.cost}
-"""What may be the cost of reward, the first one that was measured."""
+"""Metrics that can be the cost of reward, in order of preference."""
 DISTANCES = {name: metric.axis for name, metric in COSTS.items()}
-"""Their titles."""
+"""The titles of these metrics."""
 SEED = "seed"
 
 
@@ -53,7 +53,7 @@ class Point:
 
 
 def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
-    """`key=1,2,3` or `key=[1, 2, 3]` for each setting -> its values. Raises InputError for anything else."""
+    """Parse `key=1,2,3` or `key=[1, 2, 3]` for each setting into its values. Raises InputError for anything else."""
     grid: dict[str, list[Any]] = {}
     for text in over:
         key, equals, values = (part.strip() for part in text.partition("="))
@@ -71,7 +71,7 @@ def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def points_of(tree: Mapping[str, Any], grid: Mapping[str, list[Any]], where: str) -> list[Point]:
-    """Every combination, checked. Raises InputError if the recipe does not allow one."""
+    """Make and check the recipe of every combination. Raises InputError if one is not valid."""
     names = short_names(list(grid))
     found = []
     for values in product(*grid.values()):
@@ -85,7 +85,7 @@ def points_of(tree: Mapping[str, Any], grid: Mapping[str, list[Any]], where: str
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted key, the whole of it where two would be the same."""
+    """Shorten each dotted key to its last part, unless two would be the same."""
     last = [key.split(".")[-1] for key in keys]
     return {key: key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)}
 
@@ -104,14 +104,15 @@ def sweep(
     device: str = "cpu",
     watch: Callable[[str, str], None] = lambda name, what: None,
 ) -> dict[str, Any]:
-    """Run the points that are not yet there, and draw the front. Returns what sweep.json holds.
+    """Run the points that are missing, and draw the Pareto front. Returns the content of sweep.json.
+
+    A point that fails is recorded, the others continue, and the next call tries it again.
 
     Args:
         tree: a recipe, not yet validated.
-        watch: is told the name of each point and what became of it.
+        watch: is told the name and the result of each point.
 
-    A point that stops with an error of its own is recorded, and tried again by the next call; the others go on. Raises
-    InputError, with nothing run, if a point is not a valid recipe, or the folder holds something else.
+    Raises InputError, with nothing run, if a point is not a valid recipe, or the folder holds something else.
     """
     points = points_of(tree, grid, "sweep")
     plan = {"recipe": json.loads(json.dumps(tree)), "over": {key: list(values) for key, values in grid.items()}}
@@ -128,7 +129,7 @@ def _sweep(
     device: str,
     watch: Callable[[str, str], None],
 ) -> dict[str, Any]:
-    """`sweep`, in a folder that is locked."""
+    """`sweep` in a locked folder."""
     known = folder / "sweep.yaml"
     if known.exists():
         if read_yaml(known) != plan:
@@ -140,7 +141,20 @@ def _sweep(
     todo = [point for point in points if not (folder / point.name / "summary.json").exists()]
     for point in points:
         if point not in todo:
-            watch(point.name, "there already")
+            watch(point.name, "already done")
+    failures = _run_all(todo, folder, processes, device, watch)
+    result = collect(points, folder, failures)
+    write_json(folder / "sweep.json", result)
+    shown = list(short_names([key for key in grid if key != SEED]).values())
+    distance = result["distance"]
+    write_text(folder / "pareto.svg", pareto(result["points"], shown, COSTS[distance]))
+    return result
+
+
+def _run_all(
+    todo: Sequence[Point], folder: Path, processes: int, device: str, watch: Callable[[str, str], None]
+) -> dict[str, str]:
+    """Run points in a pool of processes. Returns the error of each one that failed, by name."""
     failures: dict[str, str] = {}
     threads = max(1, (os.cpu_count() or 1) // max(processes, 1))
     with ProcessPoolExecutor(min(processes, max(len(todo), 1)), multiprocessing.get_context("spawn")) as pool:
@@ -154,16 +168,11 @@ def _sweep(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    result = collect(points, folder, failures)
-    write_json(folder / "sweep.json", result)
-    shown = list(short_names([key for key in grid if key != SEED]).values())
-    distance = result["distance"]
-    write_text(folder / "pareto.svg", pareto(result["points"], shown, COSTS[distance]))
-    return result
+    return failures
 
 
 def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool = False) -> str | None:
-    """Train and evaluate one point. Returns what went wrong, if something of its own did."""
+    """Train and evaluate a point. Returns the error if it fails."""
     torch.set_num_threads(threads)
     partial = folder / f"{point.name}{PARTIAL}"
     try:
@@ -180,13 +189,13 @@ def run_point(point: Point, folder: Path, device: str, threads: int, code_of_run
 
 
 def beats(one: Mapping[str, Any], other: Mapping[str, Any], distance: str = "w2_base") -> bool:
-    """At least as much reward, at most as far by the measure `distance`, and not the same."""
+    """True if one row has at least the reward of the other at no greater `distance`, and is better in one of both."""
     gain, nearer = one["reward_tuned"] - other["reward_tuned"], other[distance] - one[distance]
     return bool(gain >= 0 and nearer >= 0 and gain + nearer > 0)
 
 
 def measured(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a sweep compares, from the summary of a run. Raises KeyError if it has no mean rewards."""
+    """The measures that a sweep compares, from the summary of a run. Raises KeyError if it has no mean rewards."""
     found = {key: summary[key] for key in ("reward_base", "reward_tuned")}
     compared = [metric for metric in every_metric() if metric.compared]
     known = {key: value for key, value in flat(summary).items() if value is not None or key not in COSTS}
@@ -198,42 +207,49 @@ def measured(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
-    """One row for each point, and one for each combination of the other values over its seeds, with mean and spread; and which
-    of their measures is the cost of reward, a key of `DISTANCES` that all have."""
+    """The content of sweep.json: a row for each run, a row for each combination of the values other than the seed, and the cost
+    of reward, a key of `DISTANCES` that all have."""
     names = short_names(list(points[0].values))
-    rows = []
-    for point in points:
-        row: dict[str, Any] = {"name": point.name, **{names[key]: value for key, value in point.values.items()}}
-        path = folder / point.name / "summary.json"
-        if path.exists():
-            try:
-                with trusted(path):
-                    row |= measured(read_json(path))
-            except InputError as error:
-                row["error"] = str(error)
-        else:
-            row["error"] = failures.get(point.name, "not run")
-        rows.append(row)
-
+    rows = [_row(point, names, folder, failures) for point in points]
     others = [names[key] for key in points[0].values if key != SEED]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row[key] for key in others]), []).append(row)
-    summaries = []
-    for members in groups.values():
-        finished = [row for row in members if "error" not in row]
-        merged: dict[str, Any] = {key: members[0][key] for key in others} | {"runs": len(finished)}
-        for key in finished[0] if finished else ():
-            if key not in (*others, "name", SEED) and all(key in row for row in finished):
-                values = [row[key] for row in finished]
-                known = None not in values  # of a target law that is not known there is no distance
-                merged[key] = statistics.mean(values) if known else None
-                merged[f"{key}_std"] = statistics.pstdev(values) if known else None
-        if not finished:
-            merged["error"] = members[0]["error"]
-        summaries.append(merged)
+    summaries = [_over_seeds(members, others) for members in groups.values()]
     finished = [row for row in summaries if "error" not in row]
     distance = next((key for key in DISTANCES if all(key in row for row in finished)), next(iter(DISTANCES)))
     for row in finished:
         row["on_front"] = not any(beats(other, row, distance) for other in finished)
     return {"distance": distance, "runs": rows, "points": summaries}
+
+
+def _row(point: Point, names: Mapping[str, str], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a point and its measures, or its error."""
+    row: dict[str, Any] = {"name": point.name, **{names[key]: value for key, value in point.values.items()}}
+    path = folder / point.name / "summary.json"
+    if not path.exists():
+        return row | {"error": failures.get(point.name, "not run")}
+    try:
+        with trusted(path):
+            return row | measured(read_json(path))
+    except InputError as error:
+        return row | {"error": str(error)}
+
+
+def _over_seeds(members: Sequence[dict[str, Any]], others: Sequence[str]) -> dict[str, Any]:
+    """The mean and the standard deviation of each measure over runs that differ in their seed alone; None where one is None.
+
+    Args:
+        others: the settings that these runs have in common.
+    """
+    finished = [row for row in members if "error" not in row]
+    merged: dict[str, Any] = {key: members[0][key] for key in others} | {"runs": len(finished)}
+    for key in finished[0] if finished else ():
+        if key not in (*others, "name", SEED) and all(key in row for row in finished):
+            values = [row[key] for row in finished]
+            known = None not in values  # the distance to an unknown target law is None
+            merged[key] = statistics.mean(values) if known else None
+            merged[f"{key}_std"] = statistics.pstdev(values) if known else None
+    if not finished:
+        merged["error"] = members[0]["error"]
+    return merged

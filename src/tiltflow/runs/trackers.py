@@ -1,6 +1,6 @@
-"""Experiment trackers: what `metrics.jsonl` says, and the pictures of a run, in TensorBoard, Trackio or Weights & Biases too.
+"""Experiment trackers: the metrics and pictures of a run in TensorBoard, Trackio or Weights & Biases.
 
-They are those of accelerate. The run's folder has everything without them, and no run needs one.
+The trackers are those of accelerate. They are optional: the run's folder has everything without them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MODULES: dict[TrackerName, tuple[str, ...]] = {
 
 
 def check_tracker(name: TrackerName) -> None:
-    """Raises InputError if what the tracker needs is not installed."""
+    """Raise InputError if a package that the tracker needs is not installed."""
     for needed in (("accelerate",), MODULES[name]):
         if not any(importlib.util.find_spec(module) for module in needed):
             raise not_installed(f"training.report_to {name}: {needed[0]}", name)
 
 
 def legend() -> str:
-    """A table, in Markdown, of what the curves of a training are."""
+    """Describe the curves of a training run in a Markdown table."""
     directions = {"up": "higher", "down": "lower", "none": ""}
     rows = [
         f"| {key} | {metric.title} | {metric.meaning} Expect: {metric.expect} | {directions[metric.better]} |"
@@ -47,18 +47,18 @@ def legend() -> str:
 
 @dataclass
 class Tracker:
-    """A run as a tracker sees it."""
+    """Reports a run to a tracker of accelerate."""
 
     tracker: Any
 
     @classmethod
     def start(cls, name: TrackerName, folder: Path, settings: Mapping[str, Any]) -> Tracker:
-        """Begin to report the run in `folder`, or go on with it.
+        """Start to report the run in `folder`, or resume its report.
 
         Args:
-            settings: of the recipe, by dotted keys.
+            settings: those of the recipe, by dotted keys.
 
-        Raises InputError if the tracker does not take the run, as where nobody is logged in.
+        Raises InputError if the tracker refuses the run, for example because nobody is logged in.
         """
         from accelerate import tracking
 
@@ -82,13 +82,13 @@ class Tracker:
         return cls(tracker)
 
     def scalars(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
-        """The numbers among `values`, after so many steps."""
+        """Report the numbers among `values` at a step."""
         numbers = {prefix + key: value for key, value in values.items() if isinstance(value, (int, float))}
         with writing(f"training.report_to {self.tracker.name}"):
             self.tracker.log(numbers, step=step)
 
     def end(self, folder: Path, summary: Mapping[str, Any]) -> None:
-        """What the run came to: the numbers of its summary, and its pictures."""
+        """Report the numbers of the summary and the pictures of a finished run."""
         step = summary["iterations"]
         self.scalars(summary, step, "summary/")
         for name in PICTURES:
@@ -97,7 +97,7 @@ class Tracker:
         self.tracker.finish()
 
     def _image(self, name: str, pixels: np.ndarray[Any, Any], step: int) -> None:
-        """Pixels [height, width, 3]."""
+        """Report an image, pixels [height, width, 3]."""
         if self.tracker.name == "tensorboard":
             self.tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
         elif self.tracker.name == "wandb":

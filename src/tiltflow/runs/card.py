@@ -1,0 +1,202 @@
+"""The model card of an export: README.md, with the code that draws what the run measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tiltflow.errors import InputError
+from tiltflow.evaluation.settings import Point
+from tiltflow.files import read_json
+from tiltflow.models.pipeline_files import SAMPLING
+from tiltflow.models.schedules import TOLERANCE, schedule_of
+from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.runs.recipe import Recipe
+from tiltflow.settings import dump_yaml, parse_yaml
+from tiltflow.shipped import INDEX, assets, by_name
+
+quoted = partial(json.dumps, ensure_ascii=False)
+
+
+def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
+    """Write the card, with the front matter that the hub reads.
+
+    Args:
+        place: the folder of the export, or its name on the hub, for the code.
+    """
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    found = licence(Path(recipe.model_name))
+    lines = [
+        *_front_matter(recipe, found),
+        f"# {recipe.model_name}, tuned by {recipe.method.name}",
+        "",
+        recipe.description,
+        "",
+        f"Reward: {recipe.reward.description}. Aims at {summary.get('target_law', 'a tilted law')}"
+        + (f" with beta = {summary['beta']:g}." if summary.get("beta") is not None else "."),
+        *(f"{limit}" for limit in summary.get("limits", [])),
+        "",
+        "What the run measured, in this folder:" if place == "." else "What the run measured:",
+        "",
+        "```python",
+        usage(recipe, output, place),
+        "```",
+        "",
+        *(f"{reason}\n" for reason in reservations(recipe, output)),
+        *_results(recipe, run, summary),
+        "The licence of the base model applies to what is derived from it" + (f": {found}." if found else "; see its card."),
+        "",
+        "The recipe, for `tiltflow train`:",
+        "",
+        "```yaml",
+        (run / "recipe.yaml").read_text(encoding="utf-8").strip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(recipe: Recipe, found: str | None) -> list[str]:
+    """The YAML at the head of a card, from the recipe and the licence of the base."""
+    pipeline = isinstance(recipe.source, Diffusers)
+    about = {
+        "base_model": recipe.model_name,
+        "library_name": "diffusers" if pipeline else "tiltflow",
+        "tags": ["tiltflow", recipe.method.name, *(["lora"] if pipeline and recipe.source.adapter else [])],
+    }
+    if found:
+        about["license"] = found
+    return ["---", dump_yaml(about).strip(), "---", ""]
+
+
+def _results(recipe: Recipe, run: Path, summary: Mapping[str, Any]) -> list[str]:
+    """The mean rewards, the curve and the pictures of a run, where it has them."""
+    lines = []
+    if summary:
+        of_what = ", held-out prompts" if recipe.prompts is not None else ""
+        lines += [
+            f"| | base | tuned |\n|---|---|---|\n| mean reward{of_what} | {_pm(summary, 'reward_base')} | "
+            f"{_pm(summary, 'reward_tuned')} |",
+            "",
+            "![Reward of the training batches](curves.svg)",
+            "",
+        ]
+    if (run / "before.png").exists():
+        lines += [
+            "Before and after, from the same noise:",
+            "",
+            "![Pictures of the base](before.png) ![Pictures of the tuned model](after.png)",
+            "",
+        ]
+    return lines
+
+
+def _pm(summary: Mapping[str, Any], key: str) -> str:
+    return f"{summary[key]:.3g} ± {summary[key + '_error']:.2g}"
+
+
+def licence(folder: Path) -> str | None:
+    """The licence in the model card of a pipeline on disk, if it has one."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    head = path.read_text(encoding="utf-8", errors="replace").split("---")
+    try:
+        found = parse_yaml(head[1], str(path)) if len(head) > 2 and not head[0].strip() else None
+    except InputError:
+        return None
+    return str(found["license"]) if isinstance(found, dict) and "license" in found else None
+
+
+# ---- the code ----
+
+
+def usage(recipe: Recipe, output: Path, place: str) -> str:
+    """Python code that loads an export and draws what the run measured; of diffusers alone for a pipeline.
+
+    Args:
+        place: the folder, or its name on the hub, as the code is to name it.
+    """
+    model = recipe.source
+    if not isinstance(model, Diffusers):
+        folder = quoted(place) if place == "." else f"snapshot_download({quoted(place)})"
+        lines = [] if place == "." else ["from huggingface_hub import snapshot_download", ""]
+        return "\n".join(["import tiltflow", *lines, f"model = tiltflow.load({folder})", "samples = model.sample(16)"])
+    scheduler = type(scheduler_of(output)).__name__
+    sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
+    lines = ["import torch"] if model.adapter is not None and model.dtype != "float32" else []
+    lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}", ""]
+    if model.adapter is None:
+        lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
+    else:
+        lines += _base_with_loras(model, scheduler, place)
+    texts = recipe.prompts.texts if recipe.prompts is not None else ()
+    prompt = (texts or ["a photograph"])[0]
+    lines += [f"sampling = {quoted(sampling)}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
+    return "\n".join(lines)
+
+
+def _base_with_loras(model: Diffusers, scheduler: str, place: str) -> list[str]:
+    """Code that loads the base pipeline, the scheduler of the export, and the LoRAs, the tuned one last."""
+    lines = []
+    if by_name(model.diffusers, assets(INDEX), "pipeline"):
+        lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
+    named = {"revision": model.revision, "variant": model.variant}
+    options = [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
+    options += [f"{part}=None" for part in model.without]
+    options += [f"dtype=torch.{model.dtype}"] if model.dtype != "float32" else []
+    lines += [
+        f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
+        f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
+    ]
+    if not model.loras:
+        return [*lines, f"pipeline.load_lora_weights({quoted(place)})"]
+    names = [*(f"lora_{i}" for i in range(len(model.loras))), "tuned"]
+    for name, path in zip(names, [*(lora.path for lora in model.loras), place], strict=True):
+        lines += [f"pipeline.load_lora_weights({quoted(path)}, adapter_name={quoted(name)})"]
+    return [*lines, f"pipeline.set_adapters({quoted(names)}, {[*(lora.strength for lora in model.loras), 1.0]})"]
+
+
+# ---- what plain diffusers draws ----
+
+
+def measured_at(recipe: Recipe) -> Point:
+    """The point of the evaluation that plain diffusers can repeat: the first one of the solver euler, or else the first one."""
+    points = recipe.evaluation.points or ()
+    return next((point for point in points if point.solver == "euler"), recipe.evaluation.first)
+
+
+def scheduler_of(output: Path) -> Any:
+    """Load the scheduler of an export. Raises InputError if it is not a scheduler of diffusers."""
+    import diffusers
+
+    path = output / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(f"{path}: {config.get('_class_name')!r} is not a scheduler of diffusers")
+    return kind.from_config(config)
+
+
+def reservations(recipe: Recipe, output: Path) -> list[str]:
+    """The reasons why plain diffusers may draw other pictures than were measured, one sentence each."""
+    if not isinstance(recipe.source, Diffusers):
+        return []
+    scheduler, point, reasons = scheduler_of(output), measured_at(recipe), []
+    if point.solver != "euler":
+        reasons.append(
+            f"The pictures that were measured were drawn by the solver {point.solver}, which diffusers does not have."
+        )
+    if (apart := schedule_of(scheduler).own_difference(point.num_inference_steps)) > TOLERANCE:
+        reasons.append(
+            f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
+            f" {apart:.2g} of the largest on a normal law."
+        )
+    if recipe.source.dtype != "float32":
+        reasons.append(
+            f"The run decoded pictures, and kept its adapter, in float32; this pipeline is all in {recipe.source.dtype}."
+        )
+    return reasons
