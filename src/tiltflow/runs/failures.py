@@ -1,4 +1,4 @@
-"""What a failed run leaves: diagnostics/ and, where memory ran out, advice."""
+"""Diagnostics of a failed run, and advice where memory ran out."""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def take_look(
     return alarm
 
 
-def write_first_looks(folder: Path, watcher: Watcher, begun_at: int) -> None:
+def write_first_looks(folder: Path, watcher: Watcher, start_step: int) -> None:
     """Write the looks up to the step at which training begins or resumes, the one at the base first."""
-    looks = [row for row in read_looks(folder) if row["step"] <= begun_at] if begun_at else []
+    looks = [row for row in read_looks(folder) if row["step"] <= start_step] if start_step else []
     if not looks or looks[0]["step"] > 0:
         looks.insert(0, to_row(watcher.first, None, target=named(watcher.target)))
     write_rows(folder / LOOKS, looks)

@@ -32,7 +32,7 @@ class Recorder:
     """Writes what a training loop yields into the folder of a run.
 
     Args:
-        begun_at: the step at which training begins or resumes.
+        start_step: the step at which training begins or resumes.
         callbacks: called with every record, in the main process.
         note: is told what the user should know.
         watcher: takes the monitor's looks, if the run has one.
@@ -41,7 +41,7 @@ class Recorder:
 
     path: Path
     training: Training
-    begun_at: int
+    start_step: int
     callbacks: Sequence[Callback]
     note: Callable[[str], None]
     watcher: Watcher | None = None
@@ -57,7 +57,7 @@ class Recorder:
     """True once there is a step that a stop would have to save."""
 
     def __post_init__(self) -> None:
-        self._saved_at = self._looked_at = self.begun_at
+        self._saved_at = self._looked_at = self.start_step
 
     def record(self, first: list[Record], records: Generator[Record, None, None], save: Callable[[], None]) -> None:
         """Write all records, and then, even after an error, `save` the tuned model.
@@ -82,7 +82,7 @@ class Recorder:
             raise
         finally:
             records.close()  # leaves the moving average in the weights
-            if agreed and (self.begun_at or first):
+            if agreed and (self.start_step or first):
                 without_hiding(save, self.note) if failed else save()
 
     def _write(self, records: Iterable[Record]) -> None:

@@ -117,7 +117,7 @@ class RunFolder(Generic[R]):
         return cast(RunSettings, self.recipe).training
 
     @property
-    def begun_at(self) -> int:
+    def start_step(self) -> int:
         """The step that the run resumes from; 0 for a new one."""
         return 0 if self.state is None else int(self.state["step"])
 
@@ -176,7 +176,7 @@ class RunFolder(Generic[R]):
         Raises what the loop raises: NonFiniteError and UserCodeError, with diagnostics in diagnostics/, the latter with a
         checkpoint to resume from, as Interrupted.
         """
-        recorder = Recorder(self.path, self.training, self.begun_at, callbacks, self.note, watcher)
+        recorder = Recorder(self.path, self.training, self.start_step, callbacks, self.note, watcher)
         echo = ECHO if processes.count() > 1 else 0.0
         with noted(recorder.announce_stop, echo=echo) if handle_signals else nullcontext(lambda: None) as stop:
             records = loop(resume_from=self.state, on_batch_end=recorder.on_batch_end, stop=stop)
@@ -207,19 +207,19 @@ class RunFolder(Generic[R]):
         before()
         self._write_metrics()
         if watcher is not None:
-            write_first_looks(self.path, watcher, self.begun_at)
+            write_first_looks(self.path, watcher, self.start_step)
         for later in checkpoint.checkpoints(self.path / checkpoint.FOLDER):
-            if checkpoint.step_of(later) > self.begun_at:
+            if checkpoint.step_of(later) > self.start_step:
                 self.note(f"{later.name} is deleted: the run resumes from an earlier step")
                 checkpoint.delete_checkpoint(later)
 
     def _write_metrics(self) -> None:
         """Write the lines of metrics up to the step that the run resumes from."""
-        rows = [row for row in known_records(self.path)[0] if row["step"] <= self.begun_at]
-        if lost := sorted(set(range(1, self.begun_at + 1)) - {row["step"] for row in rows}):
+        rows = [row for row in known_records(self.path)[0] if row["step"] <= self.start_step]
+        if lost := sorted(set(range(1, self.start_step + 1)) - {row["step"] for row in rows}):
             steps = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps, {lost[0]} to {lost[-1]},"
             self.note(f"{METRICS}: the metrics of {steps} are lost; the checkpoint is intact")
-            if lost[-1] == self.begun_at and self.state is not None:  # a report needs these numbers of the last line
+            if lost[-1] == self.start_step and self.state is not None:  # a report needs these numbers of the last line
                 rows.append({key: self.state[key] for key in ("step", "seconds", "network_evaluations")})
         write_rows(self.path / METRICS, rows)
 
