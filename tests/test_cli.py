@@ -285,7 +285,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
     code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json")
     assert code == 143
     assert "Stopping: no step is done yet. Press Ctrl-C again to quit at once." in err
-    assert "stopped by signal 15 at step 0; the same command with --resume begins; nothing was saved" in err
+    assert "stopped by signal 15 at step 0; rerun with --resume to start again; nothing was saved" in err
     assert "saving" not in err
     code, _, err = call(monkeypatch, capsys, "train", str(recipe), "--output", "run", "--json", "--resume")
     assert code == 0, err

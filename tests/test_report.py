@@ -157,7 +157,7 @@ def test_words(tmp_path: Path) -> None:
     assert "Some count" in text
     assert not re.findall(r"\b(?!p_base|target_kl)[A-Za-z]\w*_\w+", text.replace("digits_", ""))
     same = {"reward_base": 0.431, "reward_tuned": 0.434, "judge": None, "iterations": 1}
-    assert headline(SUMMARY | same) == "The mean reward stayed at 0.43; the target law asks for 3.50."
+    assert headline(SUMMARY | same) == "The mean reward stayed at 0.43; under the target law it is 3.50."
     page = write(tmp_path / "run", SUMMARY | same)
     assert "0.43 →" not in page
     assert "1 iteration<" in page
@@ -180,26 +180,26 @@ def test_the_verdict_and_the_tests_of_the_summary_are_on_the_page(tmp_path: Path
     """Word for word, escaped, with both numbers of each test: the page has no opinion of its own."""
     page = write(tmp_path / "run", SUMMARY)
     assert '<p class="verdict fair">1 of 3 tests tells &lt;b&gt;them&lt;/b&gt; apart: share of class 0 &amp; 1.</p>' in page
-    rows = [re.sub(r"<[^>]*>", "|", row) for row in page.split("What was tested")[1].split("</table>")[0].split("<tr>")]
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in page.split("<h2>Tests</h2>")[1].split("</table>")[0].split("<tr>")]
     differs, aside = rows[2:]
     for cell in ("share of &lt;class&gt; 0", "91.0 ± 1.0%", "95.0 ± 1.0%", "−2.8", "0.015", "4.30 points", "yes"):
         assert f"|{cell}|" in differs, cell
     assert "|not counted|" in aside
-    assert "0.900 ± 0.020 nats; the target law itself is 0.800 ± 0.030 nats" in page
+    assert "0.900 ± 0.020 nats; the KL divergence of the target law is 0.800 ± 0.030 nats" in page
 
 
 def test_a_target_that_is_not_known_is_marked_and_has_no_numbers(tmp_path: Path) -> None:
     numbers = [key for key in SUMMARY if key.startswith(("reward_target", "target_distance", "reward_distance", "path_kl_t"))]
     judge = SUMMARY["judge"] | {"target": None, "target_error": None}
     judge["group"] = judge["group"] | {"target": None, "target_error": None}
-    verdict = {"tone": "fair", "text": "No verdict: the target law is not known."}
+    verdict = {"tone": "fair", "text": "No verdict: the target law is unknown."}
     unknown = {"target_unknown": "Too few.", "verdict": verdict, "tests": [], "judge": judge}
     page = write(tmp_path / "run", SUMMARY | dict.fromkeys(numbers) | unknown)
-    assert "The target law is not known." in page
+    assert "The target law is unknown." in page
     assert "No verdict" in page
-    assert "What was tested" not in page
+    assert "<h2>Tests</h2>" not in page
     assert "target 9" not in page
-    assert "What the judge sees" in page  # base and tuned, without the target
+    assert "<h2>Judge</h2>" in page  # base and tuned, without the target
 
 
 def test_no_path_kl_says_why(tmp_path: Path) -> None:

@@ -485,7 +485,7 @@ def test_a_signal_saves_and_leaves_with_its_code(number: int, code: int, tmp_pat
         wait_for_steps(tmp_path / "run", 4, process)
         process.send_signal(number)
         assert process.wait(timeout=60) == code
-        assert "--resume goes on" in (tmp_path / "output").read_text()
+        assert "rerun with --resume to continue" in (tmp_path / "output").read_text()
     finally:
         process.kill()
     (saved,) = checkpoints(tmp_path / "run" / FOLDER)

@@ -19,8 +19,8 @@ def doctor(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Find out what would go wrong with a recipe, and what it will cost, before it runs. Trains for an iteration or two, and
-    writes nothing. Exit code 1 if something is red. A recipe can run code, the Python functions that it names.
+    """Check a recipe for errors, and estimate its cost, before it runs. Trains for an iteration or two, and writes nothing.
+    Exit code 1 if a check is red. A recipe can run code: the Python functions that it names.
 
     [dim]tiltflow doctor digits-even[/dim]
     [dim]tiltflow doctor mine.yaml --set training.micro_batch_size=4 --device cuda[/dim]

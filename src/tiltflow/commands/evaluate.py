@@ -1,4 +1,4 @@
-"""`tiltflow evaluate`: measure a run again."""
+"""`tiltflow evaluate`: repeat the evaluation of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tiltflow.commands.terminal.summary import print_summary
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run.")],
-    num_samples: Annotated[int | None, typer.Option(min=2, help="Samples of each model.", show_default="the recipe's")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=2, help="Number of samples of each model.", show_default="the recipe's")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,
@@ -22,9 +24,9 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
+    """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report.
 
-    A recipe can run code, the Python functions that it names; code in the folder of the run is not run without --allow-code.
+    A recipe can run code: the Python functions that it names. Code in the folder of the run needs --allow-code.
 
     [dim]tiltflow evaluate runs/even --num-samples 5000[/dim]
     """

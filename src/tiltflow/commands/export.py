@@ -1,4 +1,4 @@
-"""`tiltflow export`: write a tuned model for others: a pipeline for plain diffusers, a network for tiltflow."""
+"""`tiltflow export`: write a tuned model without its run: a pipeline for plain diffusers, a network for tiltflow."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run.")],
     output: Output,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload it, with the token of `hf auth login`.", show_default="no")
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload the result, with the token of `hf auth login`.", show_default="no"),
     ] = None,
     allow_code: AllowCode = False,
     accept_changes: AcceptChanges = False,
     as_json: Json = False,
 ) -> None:
-    """Write a tuned model and its card: of a pipeline a LoRA for `load_lora_weights`, or all of it, for plain diffusers; of a
-    network the folder that `tiltflow.load` reads.
+    """Write a tuned model and its card: for plain diffusers the LoRA of a pipeline, or the whole pipeline; for `tiltflow.load`
+    the folder of a network.
 
     [dim]tiltflow export runs/cats --output exported/cats[/dim]
     """

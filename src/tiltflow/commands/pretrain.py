@@ -28,7 +28,7 @@ def pretrain(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A pretraining recipe of `tiltflow recipes`, or a .yaml file.",
+            help="Name of a pretraining recipe, see `tiltflow recipes`, or a .yaml file.",
             autocompletion=completes(recipe_names("pretrain")),
         ),
     ],
@@ -41,7 +41,7 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images. The shipped ones were made so.
+    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, as the shipped models were.
 
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]

@@ -13,10 +13,10 @@ from tiltflow.errors import InputError, did_you_mean
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the recipe to print.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that ship with tiltflow, or print one, to copy and change.
+    """List the recipes that ship with tiltflow, or print one as a start for your own.
 
     [dim]tiltflow recipes digits-even > mine.yaml[/dim]
     """

@@ -25,7 +25,7 @@ SOLVERS = names("samplers.solvers")
 
 
 def model_names() -> Iterable[str]:
-    """The models that ship with tiltflow."""
+    """Return the names of the models that ship with tiltflow."""
     from tiltflow.models.model_folder import CONFIG
     from tiltflow.shipped import INDEX, assets
 
@@ -37,22 +37,28 @@ def sample(
         str,
         typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.", autocompletion=completes(model_names)),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png grid, or .npz with the array `samples`.")] = Path(
-        "samples.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: a .png grid, or an .npz with the array `samples`.")
+    ] = Path("samples.png"),
     num_samples: Annotated[
         int | None,
-        typer.Option("--num-samples", "-n", min=1, help="How many; of each prompt.", show_default="64; 4 of a prompt"),
+        typer.Option(
+            "--num-samples",
+            "-n",
+            min=1,
+            help="Number of samples, for a pipeline of each prompt.",
+            show_default="64; 4 of a prompt",
+        ),
     ] = None,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For a pipeline; may be repeated.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt for a pipeline; may be repeated.")] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
-            "--label", help="For a class-conditional model, a class by number or name; several in turn.", show_default="all"
+            "--label", help="Class for a class-conditional model, by number or name; may be repeated.", show_default="all"
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="For a pipeline; 1 is none.", show_default="the model's")
+        float | None, typer.Option(min=1, help="Guidance scale for a pipeline; 1 is no guidance.", show_default="the model's")
     ] = None,
     solver: Annotated[
         str | None,
@@ -62,9 +68,12 @@ def sample(
             autocompletion=completes(lambda: SOLVERS),
         ),
     ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.", show_default="the model's")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of solver steps.", show_default="the model's")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples at a time; part of what they depend on.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, help="Number of samples at a time; the samples depend on it.", show_default="the model's"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = "auto",
@@ -74,7 +83,7 @@ def sample(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Sample a tuned model, or one of those that ship with tiltflow.
+    """Draw samples from a tuned model, or from a model that ships with tiltflow.
 
     [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
@@ -96,12 +105,12 @@ def sample(
     options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
     if isinstance(loaded, TextToImage):
         if labels is not None:
-            raise InputError(f"--label: {model} is a pipeline; --prompt says what its pictures are of")
+            raise InputError(f"--label: {model} is a text-to-image pipeline; use --prompt")
         plan = plan_pictures(loaded, prompts, num_samples or 4, guidance_scale, options)
     else:
         for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
             if value is not None:
-                raise InputError(f"{option}: {model} is no text-to-image model; --num-samples says how many samples it draws")
+                raise InputError(f"{option}: {model} is not a text-to-image pipeline; leave it out")
         plan = plan_samples(loaded, labels, num_samples or 64, output, options)
     check_output(output)
     with spinner(console, quiet, f"sampling {plan.count}"):
@@ -114,14 +123,14 @@ def sample(
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draw.
+    """Samples to draw.
 
     Args:
-        draw: draws the samples, [count, *event].
-        count: how many.
-        what: what they are called.
-        columns: of a .png grid.
-        asked: the conditions, as --json shows them.
+        draw: draws the samples [count, *event].
+        count: number of samples.
+        what: noun for them.
+        columns: number of columns of a .png grid.
+        asked: their conditions, for --json.
     """
 
     draw: Callable[[], Tensor]
@@ -134,9 +143,9 @@ class Plan:
 def plan_pictures(
     model: TextToImage, prompts: list[str] | None, each: int, guidance_scale: float | None, options: dict[str, Any]
 ) -> Plan:
-    """So many pictures of each prompt, a row of the grid each. Raises InputError without a prompt."""
+    """Plan `each` pictures of each prompt, one row of the grid per prompt. Raises InputError without a prompt."""
     if not prompts:
-        raise InputError('--prompt: give at least one, for example --prompt "a red cat"')
+        raise InputError('--prompt: a pipeline needs at least one, for example --prompt "a red cat"')
     asked = {"prompts": prompts, "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale}
     several = [prompt for prompt in prompts for _ in range(each)]
     draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
@@ -144,17 +153,18 @@ def plan_pictures(
 
 
 def plan_samples(model: Model, labels: list[str] | None, count: int, output: Path, options: dict[str, Any]) -> Plan:
-    """So many samples, of the labels in turn, in a square grid. Raises InputError if they are no pictures but go to a .png."""
+    """Plan `count` samples, of the labels in turn, in a square grid. Raises InputError for a .png of samples that are not
+    pictures."""
     shape = model.event_shape
     if output.suffix == ".png" and not (len(shape) == 3 and shape[0] in (1, 3)):
-        raise InputError(f"--output {output}: samples of shape {list(shape)} are no pictures; use .npz")
+        raise InputError(f"--output {output}: samples of shape {list(shape)} are not pictures; use .npz")
     in_turn = None if labels is None else [labels[i % len(labels)] for i in range(count)]
     draw = partial(model.sample, count, labels=in_turn, **options)
     return Plan(draw, count, "samples", max(1, round(count**0.5)), {} if labels is None else {"labels": labels})
 
 
 def write_samples(output: Path, x: Tensor, columns: int) -> None:
-    """Write samples [count, *event] to a .png grid or an .npz file, whole or not at all."""
+    """Write samples [count, *event] atomically to a .png grid or an .npz file."""
     import numpy as np
 
     from tiltflow.files import write_file

@@ -14,17 +14,17 @@ from tiltflow.errors import InputError
 
 
 def serve_reward(
-    recipe: Annotated[Path, typer.Argument(help="A .yaml file with `reward:`, as in a training recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A .yaml file with `reward:`, such as a training recipe.")],
     overrides: Set = None,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8777,
     token_variable: Annotated[
-        str | None, typer.Option(help="Environment variable with the token that requests must bring.", show_default="none")
+        str | None, typer.Option(help="Environment variable with the token that requests must have.", show_default="none")
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Serve a reward to other processes of this machine, for reward `http`. Listens on 127.0.0.1 alone; Ctrl-C ends it.
+    """Serve a reward to other processes of this machine, for the reward `http`. Listens on 127.0.0.1 only; stop it with Ctrl-C.
 
     [dim]tiltflow serve-reward pick-score.yaml --port 8777[/dim]
     [dim]tiltflow train mine.yaml --output runs/mine --set 'reward={name: http, url: "http://127.0.0.1:8777/score"}'[/dim]
@@ -35,12 +35,12 @@ def serve_reward(
     tree = apply_overrides(read_yaml(recipe), overrides or [])
     settings = validate(Served, {key: value for key, value in tree.items() if key == "reward"}, str(recipe))
     if token_variable is not None and token_variable not in os.environ:
-        raise InputError(f"--token-variable: the environment has no {token_variable}")
+        raise InputError(f"--token-variable: environment variable {token_variable} is not set")
     chosen = set_up_torch(device, threads)
     token = os.environ[token_variable] if token_variable else None
     server = make_server(settings.reward.build(chosen), port, token=token, device=chosen)
     make_console(False).print(
-        f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score, Ctrl-C ends it"
+        f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score; stop with Ctrl-C"
     )
     try:
         server.serve_forever()

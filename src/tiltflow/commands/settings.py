@@ -12,7 +12,7 @@ from tiltflow.commands.terminal.options import Json, completes
 
 
 def topic_names() -> Iterable[str]:
-    """What has settings."""
+    """Return the names of everything that has settings."""
     from tiltflow.runs.describe import topics
 
     return topics()
@@ -23,13 +23,13 @@ def settings(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A method, reward, network, problem, or part of a recipe; leave it out for the list.",
+            help="A method, reward, network, problem, or section of a recipe; without it, these are listed.",
             autocompletion=completes(topic_names),
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List every setting with its type, its default and what it does: of a method or a reward, or of a part of a recipe.
+    """List the settings of a method, a reward or a section of a recipe, with types, defaults and descriptions.
 
     [dim]tiltflow settings adjoint-matching[/dim]
     [dim]tiltflow settings class-log-odds[/dim]

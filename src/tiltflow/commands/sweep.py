@@ -17,19 +17,22 @@ from tiltflow.commands.terminal.progress import sweep_progress
 
 def sweep(
     recipe: TrainRecipe,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or this sweep's own.")],
-    over: Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; several make a grid.")],
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or that of this sweep.")],
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; may be repeated to make a grid.")
+    ],
+    processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time.")] = 1,
     overrides: Set = None,
     device: Device = "auto",
     allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train on a grid of settings, and draw what reward costs in distance to the base.
+    """Train on a grid of settings, and plot the reward against the distance to the base.
 
-    Each point is a run in a folder of its own. Started again, it goes on with the points that are missing. Points that differ
-    in `seed` alone are shown as one, with their spread. A recipe can run code, the Python functions that it names.
+    Each point is a run in a folder of its own. The same command again resumes with the points that are missing. Points that
+    differ only in `seed` are shown as one, with their standard deviation. A recipe can run code: the Python functions that it
+    names.
 
     [dim]tiltflow sweep digits-even-orw --over method.alpha=0,0.3,1 --over method.tau=1,3 --output runs/sweep[/dim]
     [dim]tiltflow sweep digits-even --over method.beta=1,2,4 --over seed=0,1,2 --processes 2 --output runs/betas[/dim]
@@ -51,7 +54,7 @@ def sweep(
 
 
 def print_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> None:
-    """Print a line for each point of the grid, its seeds together."""
+    """Print one line for each point of the grid, over its seeds."""
     from rich.table import Table
 
     from tiltflow.runs.sweep import DISTANCES, short_names

@@ -34,7 +34,7 @@ def train(
     recipe: TrainRecipe,
     output: Output,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output from its latest checkpoint, or begin it.")
+        bool, typer.Option("--resume", help="Resume the run in --output from its latest checkpoint, or start it.")
     ] = False,
     overrides: Set = None,
     seed: Seed = None,
@@ -47,11 +47,11 @@ def train(
 ) -> None:
     """Tune a model toward a reward, and report how far it is from its target law.
 
-    A recipe can run code, the Python functions that it names: use those of people whom you trust. Code in the folder of a run
-    is not run without --allow-code.
+    A recipe can run code: the Python functions that it names. Use only recipes of people whom you trust. Code in the folder of
+    a run needs --allow-code.
 
-    Everything lands in one folder: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C, SIGTERM,
-    SIGHUP and SIGUSR1 save; the same command with --resume then goes on, bit for bit as if it had never stopped.
+    One folder holds everything: recipe, metrics, weights, pictures, summary.json and report.html. Ctrl-C, SIGTERM, SIGHUP and
+    SIGUSR1 save a checkpoint; rerun with --resume to continue, bit for bit as without the stop.
 
     [dim]tiltflow train digits-even --output runs/even[/dim]
     [dim]tiltflow train digits-even --output runs/even --resume[/dim]
@@ -78,8 +78,8 @@ def train(
         with training_progress(console, quiet, training.max_train_steps) as watch:
             summary = run(settings, output, device=chosen, callbacks=[watch], note=note, handle_signals=True)
     except Interrupted as error:
-        does = "goes on" if checkpoints(output / FOLDER) else "begins; nothing was saved"
-        console.print(f"{escape(str(error))}; the same command with --resume {does}")
+        does = "to continue" if checkpoints(output / FOLDER) else "to start again; nothing was saved"
+        console.print(f"{escape(str(error))}; rerun with --resume {does}")
         processes.end()
         raise typer.Exit(exit_code(error)) from None
     processes.end()
@@ -88,17 +88,17 @@ def train(
 
 
 def print_note(console: Console, text: str) -> None:
-    """Print what a person should know, in one line."""
-    with suppress(OSError):  # of a terminal that was closed: no reason to stop
+    """Print a note in one line."""
+    with suppress(OSError):  # the terminal was closed: no reason to stop
         console.print(f"[yellow]{escape(text)}[/yellow]")
 
 
 def uneven(batch: int) -> str:
-    """What to know where the processes cannot share a batch of so many samples evenly."""
+    """Return the note on a batch that the processes cannot share evenly."""
     from tiltflow import processes
 
     several, each = processes.count(), processes.share_of(batch)
     return (
-        f"{several} processes cannot share {batch} samples evenly: each does {each}, so that some are done twice;"
-        f" a batch of {each * several} costs the same"
+        f"{several} processes cannot share {batch} samples evenly: each computes {each}, some of them twice;"
+        f" a batch of {each * several} takes the same time"
     )

@@ -18,7 +18,9 @@ PROBLEMS = plugins.names("problems")
 def verify(
     problem: Annotated[
         str | None,
-        typer.Argument(help=f"{', '.join(PROBLEMS)}; leave it out for the list.", autocompletion=completes(lambda: PROBLEMS)),
+        typer.Argument(
+            help=f"{', '.join(PROBLEMS)}; without it, these are listed.", autocompletion=completes(lambda: PROBLEMS)
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -29,7 +31,9 @@ def verify(
         ),
     ] = None,
     overrides: Set = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the problem's")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Number of optimizer steps.", show_default="the problem's")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     threads: Threads = None,
     allow_code: AllowCode = False,
@@ -38,7 +42,7 @@ def verify(
 ) -> None:
     """Train a method on a problem with a known answer, and measure its distance to that answer.
 
-    Settings are those of the problem, the method and the run, by name or dotted name.
+    --set changes settings of the problem, the method or the run, by name or dotted name.
 
     [dim]tiltflow verify mixture[/dim]
     [dim]tiltflow verify gaussian --set dimension=10 --set quadratic=3 --set beta=0.5[/dim]

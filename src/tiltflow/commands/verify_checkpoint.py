@@ -14,10 +14,10 @@ from tiltflow.errors import CheckpointError, InputError
 
 
 def verify_checkpoint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a run, or of one of its checkpoints.")],
     as_json: Json = False,
 ) -> None:
-    """Read checkpoints again, and say whether every byte is as it was written. Exit code 1 if one is not.
+    """Verify the checksums of checkpoints. Exit code 1 if one is damaged.
 
     [dim]tiltflow verify-checkpoint runs/even[/dim]
     """
@@ -26,7 +26,7 @@ def verify_checkpoint(
     inside = checkpoint.checkpoints(path / checkpoint.FOLDER)
     folders = [path] if (path / checkpoint.MANIFEST).exists() else inside or checkpoint.checkpoints(path)
     if not folders:
-        raise InputError(f"{path}: is no checkpoint, and has none in {checkpoint.FOLDER}/")
+        raise InputError(f"{path}: is not a checkpoint, and has none in {checkpoint.FOLDER}/")
     console, found = make_console(as_json), dict[str, str | None]()
     for folder in folders:
         try:
@@ -34,7 +34,7 @@ def verify_checkpoint(
             found[folder.name] = None
             console.print(f"[green]good[/green] {escape(folder.name)}")
         except CheckpointError as error:
-            if not folder.exists():  # the run that it belongs to has written newer ones
+            if not folder.exists():  # its run has written newer ones meanwhile
                 console.print(f"[dim]gone[/dim] {escape(folder.name)}: deleted meanwhile")
                 continue
             found[folder.name] = str(error)

@@ -1,1 +1,1 @@
-"""The page and the pictures of a run."""
+"""The report of a run: one HTML page, with its pictures and plots."""

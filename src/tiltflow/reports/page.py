@@ -1,6 +1,6 @@
-"""What goes on the report of a run: plain values, computed from its summary, training records, looks and pictures.
+"""Values of the report of a run, computed from its summary, training records, looks of the monitor and pictures.
 
-The words around them are in `page.html.j2`; what a run did not measure is empty here, and left out there.
+The text around them is in `page.html.j2`; a value that a run did not measure is empty here, and left out there.
 """
 
 # Mutation tests: none: words and pages
@@ -24,7 +24,7 @@ from tiltflow.reports.values import capital, group, measured, sentence
 
 @dataclass(frozen=True)
 class Tile:
-    """A number in large print; `before` is what it was before tuning."""
+    """A number in large print; `before` is its value before tuning."""
 
     title: str
     value: str
@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of samples, as a PNG in base64, `side` before or after tuning."""
+    """A row of samples as a PNG in base64; `side` is "before" or "after" tuning."""
 
     side: str
     data: str
@@ -53,7 +53,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point on the scale of distances, at a percentage of its length."""
+    """A mark on the scale of distances, `place` in percent of its length."""
 
     kind: str
     label: str
@@ -62,7 +62,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Card:
-    """A plot (SVG) with its title and its words."""
+    """A plot (SVG) with its title and texts."""
 
     title: str
     svg: str
@@ -72,7 +72,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judge sees: a histogram (SVG), its numbers, its confidence before and after."""
+    """Results of the judge: histogram (SVG), its numbers, and the confidence before and after."""
 
     svg: str
     classes: Table
@@ -83,7 +83,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Page:
-    """A report, section by section."""
+    """Values of a report, section by section."""
 
     summary: Tree
     title: str
@@ -108,26 +108,26 @@ class Page:
     recipe: str
 
     def value(self, key: str) -> str:
-        """The number at a dotted key of the summary, formatted; empty if it was not measured."""
+        """Format the number at a dotted key of the summary; empty if it was not measured."""
         return measured(self.summary, key)
 
     def said(self, key: str) -> str:
-        """What the summary says at a key, as it is; empty if that is nothing."""
+        """Return the text at a key of the summary; empty if there is none."""
         return str(self.summary.get(key) or "")
 
 
 def page_of(
     s: Tree, records: Sequence[Tree], *, looks: Sequence[Tree], pictures: Sequence[bytes], recipe: str, folder: str
 ) -> Page:
-    """The report of a run.
+    """Compute the values of a report.
 
     Args:
-        s: its summary.
+        s: summary of the run.
         records: lines of metrics.jsonl.
         looks: lines of monitor.jsonl.
-        pictures: before and after tuning (PNG), or none.
-        recipe: its text.
-        folder: the name of the run's folder.
+        pictures: PNG files before and after tuning, or none.
+        recipe: text of the recipe.
+        folder: name of the run's folder.
     """
     name = str(s.get("name") or folder)
     tone, verdict = get(s, "verdict.tone"), get(s, "verdict.text")
@@ -159,7 +159,7 @@ def page_of(
 
 @dataclass(frozen=True)
 class Change:
-    """A number before and after tuning, and what the target law says."""
+    """A number before and after tuning, and under the target law."""
 
     subject: str
     base: float | None
@@ -170,7 +170,7 @@ class Change:
 
 
 def changes(s: Tree) -> list[Change]:
-    """The shares of the judge's group and the mean reward, as far as they were measured."""
+    """Return the changes of the share of the judge's group and of the mean reward, as far as measured."""
     found = []
     for stem, subject, form in (("judge.group.", group(s), percent), ("reward_", "the mean reward", decimal)):
         tuned = number(s, f"{stem}tuned")
@@ -181,25 +181,27 @@ def changes(s: Tree) -> list[Change]:
 
 
 def headline(s: Tree) -> str:
-    """The run in one sentence: the judge's group if there is one, else the mean reward."""
+    """Describe the run in one sentence, by the judge's group if there is one, else by the mean reward."""
     known = changes(s)
     if not known:
         return f"A run of {s.get('method') or 'tiltflow'}"
     c = known[0]
     before, after = None if c.base is None else c.form(c.base), c.form(c.tuned)
     change = f"is {after}" if before is None else f"stayed at {after}" if before == after else f"went from {before} to {after}"
-    return sentence(f"{c.subject} {change}" + (f"; the target law asks for {c.form(c.target)}" if c.target is not None else ""))
+    return sentence(
+        f"{c.subject} {change}" + (f"; under the target law it is {c.form(c.target)}" if c.target is not None else "")
+    )
 
 
 def tiles(s: Tree) -> list[Tile]:
-    """The numbers that a reader wants first."""
+    """Return the tiles of the most important numbers."""
     found = []
     for c in changes(s):
         aim = f"target {c.form(c.target, c.target_error)}" if c.target is not None else ""
         found.append(tile(c.subject, c.base, c.tuned, c.form, aim))
     if (distance := number(s, "target_distance")) is not None:
         floor = measured(s, "target_distance_floor")
-        base, note = number(s, "target_distance_base"), f"if nothing is wrong: {floor}" if floor else ""
+        base, note = number(s, "target_distance_base"), f"floor {floor}" if floor else ""
         found.append(tile("distance to the target law", base, distance, decimal, note))
     samples, target, steps = (measured(s, key) for key in ("num_samples", "path_kl_target", "iterations"))
     if size := measured(s, "effective_sample_size"):
@@ -214,13 +216,13 @@ def tiles(s: Tree) -> list[Tile]:
 
 
 def tile(subject: str, base: float | None, tuned: float, form: Callable[..., str], note: str) -> Tile:
-    """The tile of a change; without what was where both read alike."""
+    """Return the tile of a change, without the value before if both are formatted alike."""
     before = "" if base is None or form(base) == form(tuned) else form(base)
     return Tile(capital(subject), form(tuned), note, before)
 
 
 def pairs(s: Tree, pictures: Sequence[bytes]) -> list[Pair]:
-    """Each row of samples before tuning with the same row after it."""
+    """Pair each row of samples before tuning with the same row after it."""
     if len(pictures) != 2:
         return []
     opened = [Image.open(io.BytesIO(data)) for data in pictures]
@@ -237,19 +239,19 @@ def pairs(s: Tree, pictures: Sequence[bytes]) -> list[Pair]:
 
 
 def png(picture: Image.Image) -> str:
-    """A picture as a PNG file in base64."""
+    """Encode a picture as a PNG file in base64."""
     buffer = io.BytesIO()
     picture.save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def scale(s: Tree) -> list[Mark]:
-    """Distances to the target law side by side: of the base, the floor, the tuned model."""
+    """Return the marks of the distances to the target law: of the base, the floor and the tuned model."""
     tuned, base, floor = (number(s, f"target_distance{x}") for x in ("", "_base", "_floor"))
     if tuned is None or not base:
         return []
     longest = 1.04 * max(tuned, base, floor or 0.0)
-    crowded = floor is not None and abs(base - floor) < longest / 2  # both have their words below the line
+    crowded = floor is not None and abs(base - floor) < longest / 2  # both have their labels below the line
     return [
         Mark(f"{name}{' left' * (value > longest / 2)}{' low' * crowded}", f"{name} {decimal(value)}", 100 * value / longest)
         for name, value in (("base", base), ("floor", floor), ("tuned", tuned))
@@ -258,20 +260,20 @@ def scale(s: Tree) -> list[Mark]:
 
 
 def balance(s: Tree) -> str:
-    """What the balance of the pull of the reward and the penalty says, if it was measured."""
+    """Interpret the balance of the reward's pull and the penalty; empty if it was not measured."""
     value, error = number(s, "own_law_balance"), number(s, "own_law_balance_error") or 0.0
     if value is None:
         return ""
     if value < 1 - 2 * error:
         return (
-            "it has moved further than its reward pulls: noise, of the fit or of rounds with few samples, is part of what it"
-            " learned"
+            "it has moved further than the reward pulls it, so it has also learned noise, of the fit or of rounds with few"
+            " samples"
         )
-    return "it is there, within two standard errors" if value < 1 + 2 * error else "it is still on its way there"
+    return "it has converged, within two standard errors" if value < 1 + 2 * error else "it has not converged yet"
 
 
 def judged(s: Tree) -> Judged | None:
-    """The judge's histograms of classes, if it has any."""
+    """Return the results of the judge, if there are any."""
     base, tuned, target, names, error = (
         get(s, f"judge.{key}") or [] for key in ("base", "tuned", "target", "class_names", "target_error")
     )
@@ -290,18 +292,18 @@ def judged(s: Tree) -> Judged | None:
 
 
 def curves(s: Tree, records: Sequence[Tree]) -> list[Card]:
-    """A card for each described number of the training records that is measured anywhere."""
+    """Return a card for each metric of the training records that was measured."""
     targets = {"reward": number(s, "reward_target"), "path_kl": number(s, "path_kl_target")}
     references = {key: value for key, value in targets.items() if value is not None}
     return [
         Card(metric.title, plots.curves(records, [key], references=references), metric.meaning, metric.expect)
         for key, metric in described("training").items()
-        if any(number(record, key) for record in records)  # measured, and not zero throughout
+        if any(number(record, key) for record in records)  # measured, and not always zero
     ]
 
 
 def commands(s: Tree, folder: str) -> dict[str, str]:
-    """What can be done with a run, as typed in the folder that holds its folder: what it is for, and the command."""
+    """Return commands for a run, by purpose, to be typed in the parent of its folder."""
     run, prompts = f"./{folder}", get(s, "pictures.prompts")
     prompt = ["--prompt", str(prompts[0])] if prompts else []
     typed = {

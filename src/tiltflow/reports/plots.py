@@ -1,7 +1,7 @@
-"""Pictures: grids of images, and curves and histograms as SVG text. The same input gives the same bytes.
+"""Plots: grids of images, and curves and histograms as SVG text. The same input gives the same bytes.
 
-The colours of an SVG are CSS variables with a fallback, so that it follows the light or dark theme of the page around it
-and still looks right as a file of its own.
+The colours of an SVG are CSS variables with a fallback, so that it follows the light or dark theme of the page around it and
+is also complete as a file of its own.
 """
 
 # Mutation tests: none: pictures
@@ -29,7 +29,7 @@ from tiltflow.data import to_pixels
 from tiltflow.evaluation.metrics import Cost, Metric
 
 COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
-"""The CSS variable of each colour, and its value where the page does not set it."""
+"""CSS variable of each colour, and its value if the page does not set it."""
 PADDING = 2  # pixels around each image of a grid
 
 STYLE = {
@@ -51,9 +51,14 @@ STYLE = {
 
 
 def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = PADDING, background: int = 128) -> Image.Image:
-    """Images [count, 1 or 3, height, width] in [-1, 1] row by row, each pixel `scale` wide, `padding` around each image.
+    """Arrange images [count, 1 or 3, height, width] in [-1, 1] in rows of `columns`.
 
-    Cells that no image fills have the grey level `background`, as the padding has.
+    Args:
+        scale: width of an image's pixel in pixels of the picture.
+        padding: pixels around each image.
+        background: grey level of the padding and of empty cells.
+
+    Raises ValueError for another shape, and for sizes that are not positive.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images must be [count, 1 or 3, height, width] with count > 0, got {list(images.shape)}")
@@ -70,15 +75,16 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = P
 
 
 def grid_rows(picture: Image.Image, count: int) -> list[Image.Image]:
-    """The rows of a picture of `image_grid` that has `count` of them, each with the padding around it."""
+    """Cut a picture of `image_grid` with `count` rows into its rows, each with the padding around it."""
     high = (picture.height - PADDING) // count
     return [picture.crop((0, i * high, picture.width, (i + 1) * high + PADDING)) for i in range(count)]
 
 
 def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("before", "after")) -> Image.Image:
-    """Two pictures of one height beside each other on white, each below its label."""
+    """Place two pictures of the same height side by side on white, each below its label. Raises ValueError for other
+    heights."""
     if before.height != after.height:
-        raise ValueError(f"the pictures must be of one height, got {before.height} and {after.height}")
+        raise ValueError(f"the pictures must have the same height, got {before.height} and {after.height}")
     size = max(14, before.width // 18)
     gap, top = size, 2 * size
     canvas = Image.new("RGB", (before.width + gap + after.width, top + before.height), "white")
@@ -91,8 +97,12 @@ def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str
 
 
 def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, references: Mapping[str, float] | None = None) -> str:
-    """One panel for each key of the training records `rows`: the values, their running mean and, if there is a
-    `<key>_std` too, the spread. A reference is a dashed line: the value that the curve should reach."""
+    """Plot keys of training records, one panel each: values, running mean and, if there is a `<key>_std`, a band of one
+    standard deviation.
+
+    Args:
+        references: values that curves should reach, by key, as dashed lines.
+    """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4 * len(keys), 2.2), layout="constrained")
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
@@ -123,11 +133,11 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: f
 
 
 def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """A measure of a monitor over the steps, with error bars of one standard error; the target law's value is dashed, and the
-    first alarm is a line across.
+    """Plot a measure of the monitor over the steps, with error bars of one standard error, the target law's value as a dashed
+    line, and the first alarm as a vertical line.
 
     Args:
-        rows: the lines of monitor.jsonl; the first one is the base.
+        rows: lines of monitor.jsonl; the first one is of the base.
     """
     steps = [row["step"] for row in rows]
     values, errors = (np.array([row["measures"][name][i] for row in rows], float) for i in (0, 1))
@@ -150,14 +160,14 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, Any]:
-    """Steps and finite values of `key`, as far as the records have it."""
+    """Return the steps and values of `key` in the records in which it is finite."""
     pairs = [(i + 1 if row.get("step") is None else row["step"], row.get(key)) for i, row in enumerate(rows)]
     kept = [(step, value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
     return np.array([step for step, _ in kept], float), np.array([value for _, value in kept], float)
 
 
 def _running_mean(values: Any) -> Any:
-    """Mean over a window of a twentieth of the curve, cut off at its ends."""
+    """Average over a window of a twentieth of the curve, truncated at its ends."""
     window = np.ones(2 * (len(values) // 40) + 1)
     if not len(values):
         return values
@@ -171,7 +181,7 @@ def class_histogram(
     target_error: Sequence[float] | None,
     names: Sequence[str],
 ) -> str:
-    """Share of each class under the base, the tuned model and the target law, the last with error bars, if it is known."""
+    """Plot the share of each class under the base, the tuned model and, with error bars, the target law, if it is known."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(max(6.6, 0.66 * len(names)), 2.9), layout="constrained")
         axes, places = figure.subplots(), np.arange(len(names))
@@ -199,11 +209,12 @@ def class_histogram(
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metric) -> str:
-    """Mean reward against what it costs: one dot for each row, with its spread over seeds. A line joins those that no other
-    beats in both. Beside each dot, its values of `keys`.
+    """Plot the mean reward against a distance to the base: one dot per row, with standard deviations over seeds, and a line
+    through the Pareto front.
 
     Args:
         rows: the points of sweep.json.
+        keys: settings whose values label the dots.
         metric: a distance to the base, with a `cost`.
     """
     distance, cost = metric.swept, metric.cost or Cost()
@@ -241,10 +252,10 @@ def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metri
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an <svg> element, without a date, comments or names that would clash with another one on the page."""
+    """Return the figure as an <svg> element, without date, comments, or ids that could clash with another one on the page."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text, not ours
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r"<!--.*?-->\s*", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -1,6 +1,7 @@
-"""The report of a run: one HTML page, complete in itself, that says in words and pictures how close the run came to its aim.
+"""Writing the report of a run: one self-contained HTML page on how close the run came to its target law.
 
-It is written from the files of the run folder alone. `page.py` has its values, `page.html.j2` its words, `page.css` its look.
+It is made from the files of the run folder alone: `page.py` computes its values, `page.html.j2` has its text, `page.css` its
+style.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; every value is escaped."""
+    """Render the page as HTML; every value is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

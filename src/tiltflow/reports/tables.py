@@ -1,4 +1,4 @@
-"""The tables of a report: tests, classes, ways to sample, and everything measured. Cells are formatted text."""
+"""Tables of a report: tests, classes, sampling points, and all metrics. Cells are formatted text."""
 
 # Mutation tests: none: words and pages
 
@@ -15,7 +15,7 @@ from tiltflow.reports.values import COLUMNS, FACTS, capital, filled, measured, s
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by their heads, and rows of cells."""
+    """Heads of columns, and rows of cells."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -23,7 +23,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the list of everything measured."""
+    """A row of the list of all metrics."""
 
     title: str
     value: str
@@ -31,7 +31,7 @@ class Row:
 
 
 def tests(s: Tree) -> Table | None:
-    """Each test as a row: what was measured, what the target law has, and whether they differ by more than chance."""
+    """Return the tests, one per row: the tuned value, the target's, and whether they differ significantly."""
     known = s.get("tests")
     if not isinstance(known, list) or not known or not all(isinstance(row, Mapping) for row in known):
         return None
@@ -48,10 +48,10 @@ def tests(s: Tree) -> Table | None:
                 "–" if z is None else f"{z:+.1f}".replace("-", "−"),
                 "–" if p is None else "< 0.001" if p < 1e-3 else decimal(p),
                 "–" if seen is None else f"{decimal(100 * seen)} points" if share else decimal(seen),
-                "not counted" if not row.get("counted") else "yes" if row.get("rejected") else "not seen",
+                "not counted" if not row.get("counted") else "yes" if row.get("rejected") else "not detected",
             ]
         )
-    return Table(("Statistic", "Tuned", "Target", "z", "p", "Would see", "Differs"), rows)
+    return Table(("Statistic", "Tuned", "Target", "z", "p", "Detectable", "Differs"), rows)
 
 
 def classes(
@@ -62,7 +62,7 @@ def classes(
     target_error: Sequence[float] | None,
     count: float | None,
 ) -> Table:
-    """The share of each class in numbers; that of `count` independent samples has the error of a proportion."""
+    """Return the share of each class; shares of `count` independent samples have binomial standard errors."""
 
     def shares(values: Sequence[float], errors: Sequence[float] | None) -> list[str]:
         return [percent(value, errors[i] if errors else None) for i, value in enumerate(values)]
@@ -74,7 +74,7 @@ def classes(
 
 
 def table(s: Tree) -> Table | None:
-    """Each way to sample as a row, as the papers print them."""
+    """Return the table of sampling points, one per row."""
     rows = s.get("table")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return None
@@ -84,17 +84,17 @@ def table(s: Tree) -> Table | None:
 
 
 def measures(s: Tree) -> dict[str, list[Row]]:
-    """Everything in the summary that is a number, under the questions that it answers."""
+    """Return all numbers of the summary, by heading."""
     known = described("summary")
     found: dict[str, list[Row]] = {section: [] for section in Section}
     for key, metric in known.items():
         if metric.section is not None and (value := shown(s, key, metric.unit)):
             found[metric.section].append(Row(filled(metric.head, s), value, filled(metric.meaning, s)))
-    found["What was run"] = [
+    found["Run"] = [
         Row(filled(fact.title, s), value, filled(fact.meaning, s))
         for key, fact in FACTS.items()
         if (value := shown(s, key, fact.unit))
     ]
     rest = [key for key in s if key.removesuffix("_error") not in {*known, *FACTS, "alarm_step", "best_step"}]
-    found["Also measured"] = [Row(capital(key.replace("_", " ")), shown(s, key), "") for key in rest if measured(s, key)]
+    found["Other"] = [Row(capital(key.replace("_", " ")), shown(s, key), "") for key in rest if measured(s, key)]
     return {heading: rows for heading, rows in found.items() if rows}

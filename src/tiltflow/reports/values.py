@@ -1,4 +1,4 @@
-"""Values of a summary as the report writes them, and what they are called."""
+"""Formatting of the values of a summary for the report, and names of those that are not metrics."""
 
 # Mutation tests: none: words
 
@@ -12,36 +12,36 @@ from tiltflow.formatting import Tree, decimal, duration, get, number, percent
 FACTS = {
     fact.key: fact
     for fact in (
-        Metric("model", "Base model", "The model that was tuned; p_base is the law of its samples."),
-        Metric("method", "Method", "The algorithm that tuned it."),
-        Metric("reward", "Reward", "The r of the target law."),
+        Metric("model", "Base model", "Model that was tuned; p_base is the law of its samples."),
+        Metric("method", "Method", "Algorithm of the training."),
+        Metric("reward", "Reward", "r of the target law."),
         Metric(
             "beta",
             "β",
-            "Temperature, in units of reward: small follows the reward, large stays with the base.",
+            "Temperature, in units of the reward: the smaller, the stronger the tilt.",
             unit="plain",
         ),
         Metric(
             "working_beta",
             "Working β",
-            "Where the calibrated temperature ended; the target's own β where the tuned flow is exact.",
+            "Final value of the calibrated temperature; it is the target's β if the tuned flow is exact.",
         ),
-        Metric("judge.model", "Judge", "A classifier that was never part of the reward."),
+        Metric("judge.model", "Judge", "Independent classifier, not part of the reward."),
         Metric("seed", "Seed", "The same seed, software and machine give the same run.", unit="plain"),
-        Metric("device", "Device", "Where it ran."),
+        Metric("device", "Device", "Device of the run."),
         Metric("threads", "Threads", "CPU threads that torch used."),
-        Metric("torch", "PyTorch", "Its version."),
-        Metric("tiltflow", "Version", "Of tiltflow."),
+        Metric("torch", "PyTorch", "Version of PyTorch."),
+        Metric("tiltflow", "Version", "Version of tiltflow."),
     )
 }
-"""What was run: not measured, but described and shown as metrics are."""
+"""Facts of a run, described and shown like metrics."""
 
 COLUMNS = {"model": "Model", "solver": "Solver", "num_inference_steps": "Steps", "guidance_scale": "Guidance"}
-"""Heads of the columns of the table of sampling points that say how was sampled."""
+"""Heads of the columns of sampling settings in the table of sampling points."""
 
 
 def shown(s: Tree, key: str, unit: Unit = "") -> str:
-    """The value at a dotted key with its error, or the text there; empty if it is neither."""
+    """Format the number at a dotted key with its error, or return the text there; empty if there is neither."""
     value, measured, error = get(s, key), number(s, key), number(s, f"{key}_error")
     if measured is None:
         return value if isinstance(value, str) else ""
@@ -55,19 +55,19 @@ def shown(s: Tree, key: str, unit: Unit = "") -> str:
 
 
 def measured(s: Tree, key: str) -> str:
-    """The number at a dotted key of the summary as its description says; empty if there is none."""
+    """Format the number at a dotted key of the summary in its unit; empty if there is none."""
     metric = described("summary").get(key) or FACTS.get(key)
     return "" if number(s, key) is None else shown(s, key, metric.unit if metric else "")
 
 
 def filled(text: str, s: Tree) -> str:
-    """A title or a meaning with the values of the summary in place of `{dotted.key}`."""
+    """Replace each `{dotted.key}` of a title or meaning by that value of the summary."""
     words = {"group": group(s), "kind": str(s.get("target_distance_kind") or "between tuned samples and the target law")}
     return capital(re.sub(r"\{([\w.]+)\}", lambda place: words.get(place[1]) or str(get(s, place[1])), text))
 
 
 def group(s: Tree) -> str:
-    """The judge's group of classes in words."""
+    """Name the judge's group of classes."""
     label, names = str(get(s, "judge.group.label") or "the judge's group"), get(s, "judge.class_names")
     parts = label.split(", ")
     if not isinstance(names, list) or not set(parts) <= set(map(str, names)):
@@ -76,7 +76,7 @@ def group(s: Tree) -> str:
 
 
 def capital(text: str) -> str:
-    """The text with a capital, except for symbols: the capital of β is no sign of the temperature.
+    """Capitalise a text, except for a symbol such as β.
 
     >>> capital("share of 0"), capital("β, fixed"), capital("reward-weighted base")
     ('Share of 0', 'β, fixed', 'Reward-weighted base')
@@ -85,6 +85,6 @@ def capital(text: str) -> str:
 
 
 def sentence(text: object) -> str:
-    """The text with a capital and a full stop."""
+    """Make a sentence of a text: with a capital and a full stop."""
     words = str(text).strip()
     return capital(words) + ("" if words.endswith((".", "!", "?")) else ".")

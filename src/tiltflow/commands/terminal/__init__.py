@@ -1,1 +1,1 @@
-"""What the verbs share: the app, its options and exit codes, progress, and how results are printed."""
+"""Code that the verbs share: the app, options, exit codes, progress, and printing of results."""

@@ -1,7 +1,7 @@
-"""The program `tiltflow`: finds the verbs, runs one, and turns what it raises into one line and an exit code.
+"""The program `tiltflow`: finds the verbs, runs one, and turns its exceptions into one line and an exit code.
 
-Each verb does what one function of the library does. TILTFLOW_TRACEBACK=1 in the environment shows the traceback of an error,
-beside its one line.
+Each verb calls one function of the library. With TILTFLOW_TRACEBACK=1 in the environment, an error is printed with its
+traceback.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ ORDER = (
     *("train", "doctor", "verify-checkpoint", "sweep", "evaluate", "export"),
     *("serve-reward", "sample", "verify", "pretrain", "recipes", "settings"),
 )
-"""The order of --help, from the first step to the last; any other verb follows."""
+"""Order of the verbs in --help; other verbs follow."""
 
 
 def make_app() -> typer.Typer:
-    """The app with a verb for each file in `commands/`: the function of the file's name, its docstring the help."""
+    """Make the app, with a verb for each file in `commands/`: the function of the file's name, with its docstring as help."""
     made = typer.Typer(
         name="tiltflow",
         help="Fine-tune flow-matching and diffusion models so that they sample [bold]p_base(x) exp(r(x) / beta)[/bold], "
-        "and see how close it came.\n\nStart with: [cyan]tiltflow train digits-even --output runs/even[/cyan]",
+        "and measure how close they come.\n\nStart with: [cyan]tiltflow train digits-even --output runs/even[/cyan]",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
@@ -45,7 +45,7 @@ def make_app() -> typer.Typer:
     for name in sorted(plugins.names("commands"), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         try:
             made.command(name)(plugins.member("commands", name, name.replace("-", "_")))
-        except InputError as error:  # of another package: the verbs of tiltflow still work
+        except InputError as error:  # of another package: tiltflow's own verbs still work
             warnings.warn(str(error), Note, stacklevel=2)
     return made
 
@@ -60,7 +60,7 @@ app = make_app()
 
 
 def main() -> None:
-    """Run the command line: errors that a user can cause, and notes, are one line each."""
+    """Run the command line; errors that a user can cause, and notes, are printed in one line each."""
     warnings.showwarning = partial(print_warning, warnings.showwarning)
     try:
         app()
@@ -69,7 +69,7 @@ def main() -> None:
             traceback.print_exc()
         print_error(error)
         if "WORLD_SIZE" in os.environ:
-            os._exit(exit_code(error))  # an orderly exit would wait for the others, which may be waiting for this process
+            os._exit(exit_code(error))  # sys.exit would wait for the other processes, which may be waiting for this one
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
@@ -79,7 +79,8 @@ def main() -> None:
 
 
 def print_error(error: TiltflowError) -> None:
-    """Print an error in one line. Where every process has it, the main one prints it first, and its end stops the others."""
+    """Print an error in one line. Other processes wait first: if all have the error, the main process prints it and its exit
+    stops them."""
     process = ""
     if not is_main_process():
         time.sleep(3)
@@ -89,7 +90,7 @@ def print_error(error: TiltflowError) -> None:
 
 
 def print_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Print a Note in one line, and leave any other warning to `otherwise`."""
+    """Print a Note in one line; pass any other warning to `otherwise`."""
     if not issubclass(category, Note):
         otherwise(message, category, *where)
     elif is_main_process():

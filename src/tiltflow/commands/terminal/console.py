@@ -1,5 +1,4 @@
-"""What is printed, and where: with --json, one JSON object on standard output and all else on standard error. Of several
-processes, only the main one prints."""
+"""Printing: with --json, one JSON object on standard output and all else on standard error. Only the main process prints."""
 
 from __future__ import annotations
 
@@ -16,28 +15,29 @@ from tiltflow.errors import redacted, visible
 
 
 def escape(text: object) -> str:
-    """Text of a user or a file, safe to print: without markup, control characters and passwords. Print no such text without."""
+    """Make text of a user or a file safe to print: without markup, control characters and passwords. Always use it for such
+    text."""
     return markup.escape(visible(redacted(str(text))))
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    """Return whether this is the main process (rank 0)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def make_console(as_json: bool) -> Console:
-    """The console for people; it is silent in all but the main process."""
+    """Make the console for people; it prints only in the main process."""
     return Console(stderr=as_json, highlight=False, quiet=not is_main_process())
 
 
 def print_json(as_json: bool, result: Mapping[str, Any]) -> None:
-    """Print the result of a command for programs, if --json asks for it."""
+    """Print the result of a command as JSON, if --json is set."""
     if as_json and is_main_process():
         print(json.dumps(result))
 
 
 def print_table(console: Console, rows: Mapping[str, str], title: str) -> None:
-    """Print names and texts in two columns, the first under `title`."""
+    """Print names and texts in two columns; `title` is the head of the first."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -50,7 +50,7 @@ def print_table(console: Console, rows: Mapping[str, str], title: str) -> None:
 
 @contextmanager
 def spinner(console: Console, quiet: bool, text: str) -> Iterator[None]:
-    """Show that something is going on, while it does."""
+    """Show a spinner with a text in this context."""
     if quiet:
         yield
         return

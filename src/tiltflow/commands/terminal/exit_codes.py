@@ -13,7 +13,7 @@ CTRL_C = 128 + signal.SIGINT
 
 
 def exit_code(error: TiltflowError) -> int:
-    """The exit code of a command that ends with this error.
+    """Return the exit code of a command that ends with this error.
 
     >>> exit_code(InputError("no such file")), exit_code(Interrupted("stopped", signal.SIGTERM))
     (2, 143)

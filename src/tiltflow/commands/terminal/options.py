@@ -1,4 +1,4 @@
-"""Options and arguments that several verbs share, what the shell completes, and what --device, --threads and --seed do."""
+"""Options and arguments that several verbs share, and shell completion."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tiltflow.errors import InputError
 
 
 def completes(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Shell completion from names, which are looked up then, not when the program starts."""
+    """Return a shell completion from names, which are looked up when it is used."""
     return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
 def recipe_names(kind: Literal["train", "pretrain"]) -> Callable[[], Iterable[str]]:
-    """A function that lists the shipped recipes of a kind."""
+    """Return a function that lists the shipped recipes of a kind."""
 
     def names() -> Iterable[str]:
         from tiltflow.runs.recipe import shipped_recipes
@@ -28,7 +28,7 @@ def recipe_names(kind: Literal["train", "pretrain"]) -> Callable[[], Iterable[st
 
 
 def allow_code(context: typer.Context, asked: bool) -> bool:
-    """Allow code in the folders of runs, for the rest of the command, if --allow-code asks for it."""
+    """Allow code in the folders of runs for the rest of the command, if --allow-code is set."""
     if asked:
         from tiltflow import plugins
 
@@ -37,7 +37,7 @@ def allow_code(context: typer.Context, asked: bool) -> bool:
 
 
 def accept_changes(context: typer.Context, asked: bool) -> bool:
-    """Accept changed inputs of runs, for the rest of the command, if --accept-changes asks for it."""
+    """Accept changed inputs of runs for the rest of the command, if --accept-changes is set."""
     if asked:
         from tiltflow.runs import fingerprints
 
@@ -47,45 +47,43 @@ def accept_changes(context: typer.Context, asked: bool) -> bool:
 
 TrainRecipe = Annotated[
     str,
-    typer.Argument(help="A recipe of `tiltflow recipes`, or a .yaml file.", autocompletion=completes(recipe_names("train"))),
+    typer.Argument(
+        help="Name of a recipe, see `tiltflow recipes`, or a .yaml file.", autocompletion=completes(recipe_names("train"))
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a setting, checked like the recipe itself; see `tiltflow settings`."
-    ),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting of the recipe; see `tiltflow settings`."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result, no progress.")]
 Seed = Annotated[
-    int | None, typer.Option(help="Seed; the same one gives the same run, bit for bit.", show_default="the recipe's")
+    int | None, typer.Option(help="Seed; the same seed gives the same run, bit for bit.", show_default="the recipe's")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the best there is.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda if available, else cpu.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
 AllowCode = Annotated[
     bool,
-    typer.Option(
-        "--allow-code", callback=allow_code, help="Run code that lies in the folder of a run, if its recipe names some."
-    ),
+    typer.Option("--allow-code", callback=allow_code, help="Allow code in the folder of a run, if its recipe names some."),
 ]
 AcceptChanges = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
         callback=accept_changes,
-        help="Go on although the base, the prompts or the reward of the run are not what they were.",
+        help="Continue although the base, the prompts or the reward of the run have changed.",
     ),
 ]
 
 
 def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
-    """The overrides of --set, and --seed as one more."""
+    """Return the overrides of --set, with --seed as one more."""
     return [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
 
 
 def set_up_torch(device: str, threads: int | None) -> str:
-    """Set the number of CPU threads, and return the device to use: `auto` is cuda where there is one, else cpu.
+    """Set the number of CPU threads, and return the device: for `auto`, cuda if it is available, else cpu.
 
     Raises InputError if torch has no such device.
     """

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 Watch = Callable[["Record | PretrainingRecord"], None]
-"""A callback for training records, which shows them."""
+"""Type of a callback that shows training records."""
 
 
 def tune_progress(wanted: bool | None, total: int, *, evaluated: bool) -> AbstractContextManager[Watch]:
-    """The progress of `tiltflow.tune`.
+    """Show the progress of `tiltflow.tune`.
 
     Args:
-        wanted: None where a person looks on, in a terminal or a notebook.
-        total: the number of steps.
-        evaluated: whether an evaluation comes after them.
+        wanted: whether to show it; None for only in a terminal or a notebook.
+        total: number of steps.
+        evaluated: whether an evaluation follows.
     """
     console = make_console(as_json=False)
     shown = console.is_terminal or console.is_jupyter if wanted is None else wanted
@@ -36,12 +36,12 @@ def tune_progress(wanted: bool | None, total: int, *, evaluated: bool) -> Abstra
 
 @contextmanager
 def training_progress(console: Console, quiet: bool, total: int, afterwards: str = "now evaluating") -> Iterator[Watch]:
-    """A callback for training records, which shows them: a bar in a terminal and in a notebook; elsewhere a line for each tenth
-    of the work. The rate is that of the samples drawn; in pretraining, of images of the data.
+    """Yield a callback that shows training records: a bar in a terminal or a notebook, elsewhere ten lines. The rate is in
+    samples drawn per second; in pretraining, in images of the data.
 
     Args:
-        total: the number of steps.
-        afterwards: what is said once they are done.
+        total: number of steps.
+        afterwards: text after the last step.
     """
     if quiet:
         yield lambda record: None
@@ -54,14 +54,14 @@ def training_progress(console: Console, quiet: bool, total: int, afterwards: str
 
         def write(record: Record | PretrainingRecord) -> None:
             if record.step % max(total // 10, 1) == 0:
-                with suppress(OSError):  # of a pipe that was closed
+                with suppress(OSError):  # the pipe was closed
                     console.print(f"{record.step}/{total}  {numbers(record)}  {record.seconds:.0f} s")
 
         yield write
 
 
 def numbers(record: Record | PretrainingRecord) -> str:
-    """The numbers of a record that are shown while it runs."""
+    """Format the numbers of a record that are shown during training."""
     from tiltflow.training.trainer import Record
 
     shown = record.metrics if isinstance(record, Record) else {"loss": record.loss}
@@ -72,7 +72,7 @@ def numbers(record: Record | PretrainingRecord) -> str:
 
 @contextmanager
 def terminal_bar(console: Console, total: int, afterwards: str) -> Iterator[Watch]:
-    """A bar of rich."""
+    """Yield a callback that updates a progress bar of rich."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -88,20 +88,20 @@ def terminal_bar(console: Console, total: int, afterwards: str) -> Iterator[Watc
 
         def watch(record: Record | PretrainingRecord) -> None:
             stage = "left" if record.step < total else afterwards
-            with suppress(OSError):  # of a terminal that was closed
+            with suppress(OSError):  # the terminal was closed
                 bar.update(task, completed=record.step, metrics=numbers(record), stage=stage)
 
         yield watch
         with suppress(OSError):
-            bar.update(task, stage="")  # what stays in the terminal
+            bar.update(task, stage="")  # the final state of the bar
 
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
-"""In a notebook, where each drawing is a message to the browser."""
+"""Least time between updates in a notebook, where each is a message to the browser."""
 
 
 def notebook_bar(total: int) -> Watch:
-    """A bar in the output of a notebook's cell. rich would need ipywidgets for one; HTML is shown everywhere."""
+    """Return a callback that updates a bar in a notebook, in HTML: rich would need ipywidgets."""
     display: Any = importlib.import_module("IPython.display")
     drawn = -math.inf
 
@@ -122,10 +122,10 @@ def notebook_bar(total: int) -> Watch:
 
 @contextmanager
 def sweep_progress(console: Console, quiet: bool, total: int) -> Iterator[Callable[[str, str], None]]:
-    """A callback for the runs of a sweep, called with the name of each and how it ended.
+    """Yield a callback (name of a run, how it ended) that shows the progress of a sweep.
 
     Args:
-        total: the number of runs.
+        total: number of runs.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 

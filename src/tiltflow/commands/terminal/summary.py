@@ -1,4 +1,4 @@
-"""How the summary of a run is printed."""
+"""Printing of the summary of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiltflow.commands.terminal.console import escape
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """Print the result of a run, in the order in which a person asks."""
+    """Print the summary of a run, the most important numbers first."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -30,17 +30,17 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
 
 
 def with_error(summary: dict[str, Any], key: str) -> str:
-    """An estimate and its standard error."""
+    """Format an estimate and its standard error."""
     return f"{summary[key]:.3f} ± {summary[key + '_error']:.3f}"
 
 
 def target_is_known(summary: dict[str, Any]) -> bool:
-    """Whether there is a target law to compare with."""
+    """Return whether the target law is known."""
     return summary["target_unknown"] is None
 
 
 def rewards(summary: dict[str, Any]) -> dict[str, str]:
-    """Mean rewards."""
+    """Return the rows of the mean rewards."""
     rows = {"reward, base": with_error(summary, "reward_base"), "reward, tuned": with_error(summary, "reward_tuned")}
     if target_is_known(summary):
         rows["reward, target"] = f"{with_error(summary, 'reward_target')}   (importance-weighted base)"
@@ -48,11 +48,11 @@ def rewards(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def judged(summary: dict[str, Any]) -> dict[str, str]:
-    """What a classifier sees in the samples, if there is one."""
+    """Return the rows of the judge, if there is one."""
     rows, judge = dict[str, str](), summary["judge"]
     if judge and "group" in judge:
         group = judge["group"]
-        aim = f"; the target has {group['target']:.1%} ± {group['target_error']:.1%}" if target_is_known(summary) else ""
+        aim = f"; target {group['target']:.1%} ± {group['target_error']:.1%}" if target_is_known(summary) else ""
         rows[f"judge sees {group['label']}"] = (
             f"{group['base']:.1%} before, {group['tuned']:.1%} ± {group['tuned_error']:.1%} after{aim}"
         )
@@ -61,20 +61,20 @@ def judged(summary: dict[str, Any]) -> dict[str, str]:
             f"{judge['sure_base']:.1%} before, {judge['sure_tuned']:.1%} after (probability above {judge['sure_above']:g})"
         )
     if judge and "frechet_base" in judge:
-        rows["Frechet distance to real images"] = (
+        rows["Fréchet distance to real images"] = (
             f"{judge['frechet_base']:.1f} before, {judge['frechet_tuned']:.1f} after"
-            f" (features of {escape(judge['model'])}; two halves of the real ones {judge['frechet_real']:.1f})"
+            f" (features of {escape(judge['model'])}; between two halves of these {judge['frechet_real']:.1f})"
         )
     return rows
 
 
 def distances(summary: dict[str, Any]) -> dict[str, str]:
-    """How far the tuned model is from its target law and from the base."""
+    """Return the rows of the distances of the tuned model to its target law and to the base."""
     rows = dict[str, str]()
     if target_is_known(summary):
         rows["distance to target"] = (
             f"{summary['target_distance']:.3f}   (base {summary['target_distance_base']:.3f};"
-            f" {summary['target_distance_floor']:.3f} is left where nothing is wrong)"
+            f" floor {summary['target_distance_floor']:.3f})"
         )
         rows[""] = f"[dim]{escape(summary['target_distance_kind'])}[/dim]"
     if summary["path_kl"] is not None:
@@ -83,16 +83,14 @@ def distances(summary: dict[str, Any]) -> dict[str, str]:
         rows["path KL"] = f"{with_error(summary, 'path_kl')} nats{aim}"
     if "own_law_balance" in summary:
         balance = with_error(summary, "own_law_balance")
-        rows["pull over penalty"] = f"{balance}   (1 where the rounds settle; below it, noise was learned)"
+        rows["pull over penalty"] = f"{balance}   (1 at the limit of the rounds; below 1, noise was learned)"
     if summary["working_beta"] is not None:
-        rows["temperature"] = (
-            f"{summary['beta']:g}; calibrated on the mean reward, the run worked at {summary['working_beta']:.3g}"
-        )
+        rows["temperature"] = f"{summary['beta']:g}; the calibrated temperature ended at {summary['working_beta']:.3g}"
     return rows
 
 
 def costs(summary: dict[str, Any]) -> dict[str, str]:
-    """Effective samples of the comparison with the target, and the time."""
+    """Return the rows of the effective sample size and the time."""
     rows = {"effective sample size": f"{summary['effective_sample_size']:.0f} of {summary['num_samples']}"}
     if "effective_sample_size_of_group" in summary:
         rows["effective sample size"] += f", {summary['effective_sample_size_of_group']:.1f} of each prompt"

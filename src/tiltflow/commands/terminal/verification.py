@@ -1,4 +1,4 @@
-"""How the result of `tiltflow verify` is printed."""
+"""Printing of the result of `tiltflow verify`."""
 
 from __future__ import annotations
 

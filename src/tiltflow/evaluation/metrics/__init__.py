@@ -28,10 +28,10 @@ Unit = Literal["", "nats", "share", "seconds", "plain"]
 class Section(StrEnum):
     """Heading of the report for metrics of the summary."""
 
-    CLOSE = "How close"
-    SURE = "How sure"
-    VARIED = "How varied"
-    COST = "What it cost"
+    CLOSE = "Distance to the target law"
+    SURE = "Precision and confidence"
+    VARIED = "Diversity"
+    COST = "Cost"
 
 
 @dataclass(frozen=True)
