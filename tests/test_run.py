@@ -180,7 +180,7 @@ def test_an_interrupt_saves_and_evaluation_goes_on_from_there(tmp_path: Path) ->
         ("reward={name: png-size}", "reward 'png-size' has no gradient, and method 'adjoint-matching' needs one"),
         ("model=digits-fow", "there is no model 'digits-fow', did you mean 'digits-flow'"),
         ("evaluation.judge=nobody", "there is no model 'nobody'"),
-        ("evaluation.group=[0, 9]", "evaluation.group names class 9, the judge knows 0 to 2"),
+        ("evaluation.group=[0, 9]", "evaluation.group names class 9, the judge has 0 to 2"),
         ("reward.classes=[0, 7]", "7"),
     ],
 )
