@@ -379,7 +379,7 @@ def test_nothing_in_the_current_directory_hides_a_package(trained: Path, tmp_pat
 def test_help_says_that_a_recipe_can_run_code() -> None:
     for command in ("train", "doctor", "sweep", "evaluate"):
         said = " ".join(CliRunner().invoke(tiltflow.commands.terminal.app.app, [command, "--help"]).output.split())
-        assert "A recipe can run code, the Python functions that it names" in said
+        assert "A recipe can run code: the Python functions that it names" in said
         assert "--allow-code" in said
 
 

@@ -683,7 +683,7 @@ def test_a_run_from_recipe_to_report(tmp_path: Path) -> None:
     assert "Distance of the velocities" in report
     assert summary["own_law_balance_expected"] == pytest.approx(1 / (1 - 1.5**-2))
     assert summary["own_law_balance_error"] > 0
-    assert "in balance with the penalty" in report
+    assert "the ratio of the reward's pull to the penalty is 1" in report
     assert "W2 to the base" in report
     assert "exp(1.11 r(x))" in report
 
