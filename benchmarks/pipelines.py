@@ -38,7 +38,7 @@ from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
-from tiltflow.models.pipelines.stable_diffusion import TARGET_MODULES, predict
+from tiltflow.models.pipelines.stable_diffusion import StableDiffusion, predict
 from tiltflow.models.trainable import trainable_copy
 from tiltflow.training.batch import Batch
 from tiltflow.training.trainer import train
@@ -77,7 +77,7 @@ class Iterations:
         path = DiscreteVariancePreserving(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         autocast = torch.bfloat16 if row.get("autocast") else None
         if row.get("lora"):
-            unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(TARGET_MODULES)))
+            unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(StableDiffusion.target_modules)))
             for parameter in unet.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
