@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
@@ -45,7 +45,7 @@ class Kind:
 
     def draw(
         self,
-        items: Sequence[Prompt],
+        items: Sequence[Item],
         *,
         seed: int = 0,
         sampling: Sampling | None = None,
@@ -66,10 +66,10 @@ class Kind:
                 parts.append(self.decode(x, batch_size=batch_size))
         return torch.cat(parts)
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Any, Any]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Any, Any]:
         raise NotImplementedError
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         raise NotImplementedError
 
     def decode(self, x: Tensor, *, batch_size: int) -> Tensor:
@@ -132,11 +132,11 @@ class Ragged(Kind):
     def make(cls) -> Ragged:
         return cls(Flow(Cloud(), projection=projected))
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Tensor, None]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Tensor, None]:
         sizes = torch.tensor([item.metadata["label"] + 2 for item in items])
         return (torch.arange(ATOMS) < sizes[:, None]).float()[..., None], None
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         return projected(torch.randn(len(items), *self.event_shape, generator=generator), self.conditions(items)[0])
 
     def decode(self, x: Tensor, *, batch_size: int) -> Tensor:
@@ -178,11 +178,11 @@ class Video(Kind):
             torch.manual_seed(0)
             return cls(Flow(Clip()), Sampling(solver="euler", num_inference_steps=4), guidance_scale=2.0)
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         numbers = torch.tensor([[len(item.text) / 10] for item in items])
         return numbers, torch.zeros_like(numbers)
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         return torch.randn(len(items), *self.event_shape, generator=generator)
 
     def decode(self, x: Tensor, *, batch_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from tiltflow.control.adjoint import LeanAdjoint, lean_adjoint
 from tiltflow.control.objective import Objective
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.field import FunctionField
-from tiltflow.laws.problems import QuadraticReward
+from tiltflow.laws.gaussian_mixture import QuadraticReward
 from tiltflow.problems.mixture import Mixture
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid

@@ -19,7 +19,7 @@ from tiltflow.control.objective import Objective
 from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
-from tiltflow.laws.problems import GaussianMixture, QuadraticReward
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.problems.mixture import Mixture
 from tiltflow.problems.two_modes import TwoModes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.laws.problems import ExactVelocity
+from tiltflow.laws.gaussian_mixture import ExactVelocity
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.calibration import LIMIT, NEAR, Calibration, gain_at_limit, target_reward

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.laws.chain_optimum import Array, ChainOptimum, solve
-from tiltflow.laws.problems import GaussianMixture, QuadraticReward
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction

@@ -12,7 +12,7 @@ from torch import Tensor
 import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
-from tiltflow.laws.problems import GaussianMixture
+from tiltflow.laws.gaussian_mixture import GaussianMixture
 from tiltflow.models.consistency import DIFFERENT, WORST, consistency, samples_needed
 from tiltflow.models.model import Model, load
 from tiltflow.problems.gaussian import Gaussian

@@ -147,7 +147,7 @@ def test_a_model_that_does_not_begin_as_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "level"), [({"solver": "memoryless"}, "green"), ({"solver": "ddim", "eta": 0.2}, "amber")])
 def test_a_sampler_that_remembers_its_noise(method: dict[str, Any], level: str, tmp_path: Path) -> None:
     """On a Gaussian whose ODE maps noise to data one to one."""
-    from tiltflow.laws.problems import ExactVelocity
+    from tiltflow.laws.gaussian_mixture import ExactVelocity
     from tiltflow.problems.gaussian import Gaussian
 
     settings = {"name": "score-as-action", "num_inference_steps": 30} | method

@@ -14,7 +14,7 @@ from tiny import tiny_classifier, tiny_recipe
 from torch import Tensor
 
 import tiltflow
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.models.model_folder import ClassifierConfig, save_model
@@ -60,7 +60,7 @@ def test_ragged_clouds_reach_the_tilt_of_their_size(name: str) -> None:
     tuned = tiltflow.tune(Ragged.make(), along, method, tiltflow.Training(**training), optimizer=FAST)
     for label, size in enumerate((2, 3)):
         mask = (torch.arange(ATOMS) < size).float()[None, :, None]
-        items = [Prompt("", {"label": label})] * 4000
+        items = [Item("", {"label": label})] * 4000
         x = tuned.draw(items, seed=1, batch_size=4000)
         torch.testing.assert_close(projected(x, mask.expand(4000, -1, -1)), x, rtol=0, atol=1e-5)
         expected = VARIANCE / BETA * projected(SLOPE[None], mask)[0]

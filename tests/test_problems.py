@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.errors import SettingsError
-from tiltflow.laws.problems import (
+from tiltflow.laws.gaussian_mixture import (
     CorrectedVelocity,
     ExactVelocity,
     GaussianMixture,

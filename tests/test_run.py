@@ -20,7 +20,7 @@ from tiltflow.evaluation.distances import kolmogorov_smirnov, reward_distance
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
 from tiltflow.evaluation.samples import Asked
-from tiltflow.laws.problems import ExactVelocity, GaussianMixture
+from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.runs.caveats import calibration_in_words
 from tiltflow.runs.evaluate import of_path_kl

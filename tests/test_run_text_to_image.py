@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from tiltflow import accept_changes, load, load_text_to_image
 from tiltflow.commands.terminal.app import app
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.control.path_kl import path_kl
 from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation.estimates import effective_number
@@ -128,7 +128,7 @@ def test_guidance_modes(mode: str, tmp_path: Path) -> None:
     """What acts and what learns: the velocities of a batch, against the guided and the unguided field by hand."""
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
     training = Training(prompts_per_step=1, num_generations=3, guidance_mode=mode)  # type: ignore[arg-type]
-    batch = batches(model, [Prompt("a red cat")], lambda x: x[:, 0, 0, 0], SHORT_METHOD, training.for_prompts())(stream(0, "b"))
+    batch = batches(model, [Item("a red cat")], lambda x: x[:, 0, 0, 0], SHORT_METHOD, training.for_prompts())(stream(0, "b"))
     condition, negative = model.encode(["a red cat"] * 3)
     assert isinstance(model.flow, Flow)
     plain, empty = (model.flow.bind(part)(batch.x, torch.tensor(0.4)) for part in (condition, negative))
@@ -148,7 +148,7 @@ def test_what_is_regressed_in_rollout_mode_is_the_unguided_field(tmp_path: Path)
     model = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), guidance_scale=4.0))
     training = Training(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
     reward = partial(torch.mean, dim=(1, 2, 3))
-    batch = batches(model, [Prompt("a red cat")], reward, SHORT_METHOD, training.for_prompts())(stream(0, "b"))
+    batch = batches(model, [Item("a red cat")], reward, SHORT_METHOD, training.for_prompts())(stream(0, "b"))
     assert isinstance(model.flow, Flow)
     tuned, base = batch.bind(model.flow), batch.bind(model.base().flow)
     for micro in (None, 1):
@@ -189,7 +189,7 @@ def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
     size = torch.tensor(model.event_shape).prod().item()
     exact = (chain.control_scale**2).sum().item() * shift**2 * size / 2
     for texts, batch_size in (("aa", 2), ("aabb", 4), ("aabb", 3)):
-        items = [Prompt(text) for text in texts]
+        items = [Item(text) for text in texts]
         found = path_kl(moved, model, items, model.sampling, seed=0, batch_size=batch_size)
         torch.testing.assert_close(found, torch.full_like(found, exact), rtol=1e-3, atol=0)
 
@@ -303,7 +303,7 @@ def test_the_effective_number_of_different_pictures() -> None:
 
 def test_pictures_that_are_all_alike_have_no_variance() -> None:
     one = torch.rand(2, 3, 4, 4, generator=stream(0, "x")).repeat_interleave(3, 0)
-    asked = Asked.of_prompts([Prompt("a"), Prompt("b")], 3)
+    asked = Asked.of_prompts([Item("a"), Item("b")], 3)
     assert diversity(one, asked)["variance"] == pytest.approx(0, abs=1e-12)
     assert diversity(one, asked)["vendi"] == pytest.approx(1)
     other = torch.rand(6, 3, 4, 4, generator=stream(0, "x"))
@@ -317,7 +317,7 @@ def test_the_vendi_score_of_pixels_falls_as_pictures_become_one(prompts: int) ->
     """Towards their own mean, which is the base's, and towards another picture; with one prompt as with several."""
     count = 16
     base = torch.rand(prompts * count, 3, 4, 4, generator=stream(0, "x"), dtype=torch.float64)
-    scale, asked = squared_distance(base, count), Asked.of_prompts([Prompt("a")] * prompts, count)
+    scale, asked = squared_distance(base, count), Asked.of_prompts([Item("a")] * prompts, count)
     assert scale == pytest.approx(2 * diversity(base, asked)["variance"])
     own = base.reshape(prompts, count, -1).mean(1).repeat_interleave(count, 0).reshape(base.shape)
     for end in (own, torch.zeros_like(base)):
@@ -328,7 +328,7 @@ def test_the_vendi_score_of_pixels_falls_as_pictures_become_one(prompts: int) ->
         assert scores[3] == pytest.approx(1, abs=1e-4)
     # two kinds of picture far apart: two, whatever the scale
     two = torch.cat([torch.zeros(8, 3, 4, 4), 1e3 * torch.ones(8, 3, 4, 4)])
-    assert diversity(two, Asked.of_prompts([Prompt("a")], 16), scale)["vendi"] == pytest.approx(2)
+    assert diversity(two, Asked.of_prompts([Item("a")], 16), scale)["vendi"] == pytest.approx(2)
 
 
 def test_a_target_that_is_known_is_tested_prompt_by_prompt(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
         def __call__(self, x: Tensor) -> Tensor:
             return x.flatten(1).mean(1)
 
-    draw = batches(model, [Prompt("a"), Prompt("b"), Prompt("c")], Told(), SHORT_METHOD, training.for_prompts())
+    draw = batches(model, [Item("a"), Item("b"), Item("c")], Told(), SHORT_METHOD, training.for_prompts())
     batch = draw(stream(0, "one"))
     assert [seen[0][0]] * 3 + [seen[0][3]] * 3 == list(seen[0])
     assert seen[0][0] != seen[0][3]
@@ -868,7 +868,7 @@ def test_what_is_tuned_in_full_is_in_float32(tmp_path: Path) -> None:
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     batch = batches(
         tuned,
-        [Prompt("a")],
+        [Item("a")],
         lambda x: x.mean((1, 2, 3)),
         SHORT_METHOD,
         Training(guidance_mode="none").for_prompts(),

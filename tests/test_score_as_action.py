@@ -18,9 +18,9 @@ from tiltflow.control.value import FORMS, Critic, Value
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.laws.lqg import Lqg, evaluate_chain, evaluate_policy
 from tiltflow.laws.lqg_fields import LinearPolicy, OnePolicyEach, base_flow, draw_start, interpolant, own_scale, reward_of
-from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
 from tiltflow.problems.mixture import Mixture
 from tiltflow.problems.two_modes import TwoModes

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
-from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity
+from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.trainable import trainable_copy
 from tiltflow.networks.mlp import Mlp

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.commands.terminal.app import app
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.features import features_of
 from tiltflow.evaluation.samples import Asked, kept
@@ -527,7 +527,7 @@ def test_pictures_that_stand_for_the_laws() -> None:
     base = {"own": torch.tensor([1.0, nan, 2, 3, 4, 5, 6, 7, nan, nan, nan, 8]), "other": torch.zeros(12)}
     tuned = {"own": torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9]), "other": torch.zeros(12)}
     tuned["other"][6] = nan
-    asked = Asked.of_prompts([Prompt("a"), Prompt("b"), Prompt("c")], 4)
+    asked = Asked.of_prompts([Item("a"), Item("b"), Item("c")], 4)
     of_base, of_tuned, groups = kept(asked, base, tuned)
     assert of_base.tolist() == [0, 2, 3, 4, 5, 6]  # three of two prompts are more than one of all three
     assert of_tuned.tolist() == [0, 1, 2, 4, 5, 7]
@@ -535,7 +535,7 @@ def test_pictures_that_stand_for_the_laws() -> None:
     whole, _, groups = kept(asked, {"own": torch.zeros(12)}, {"own": torch.zeros(12)})
     assert (whole.tolist(), groups) == (list(range(12)), asked)
     with pytest.raises(tiltflow.NonFiniteError, match="at most one picture of each prompt"):
-        kept(Asked.of_prompts([Prompt("a"), Prompt("b")], 2), {"own": torch.full((4,), nan)}, {"own": torch.zeros(4)})
+        kept(Asked.of_prompts([Item("a"), Item("b")], 2), {"own": torch.full((4,), nan)}, {"own": torch.zeros(4)})
 
 
 def test_drop_on_pipelines(tmp_path: Path, write: Callable[[str], str]) -> None:

@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from tiltflow.commands.terminal.progress import tune_progress
+from tiltflow.conditions import Item
 from tiltflow.conditions.labels import Labels, as_labels
-from tiltflow.conditions.prompts import Prompt, from_rows, unique
+from tiltflow.conditions.prompts import from_rows, unique
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Evaluation
@@ -341,7 +342,7 @@ def _ready(
     return these
 
 
-def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training) -> list[Prompt]:
+def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training) -> list[Item]:
     """What samples are asked for, from the `conditions` of `tune`. Raises InputError for what the model cannot be asked for."""
     if not model.prompted:
         if conditions is None:

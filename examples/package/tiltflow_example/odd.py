@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.settings import Settings
 
 
@@ -12,6 +12,6 @@ class Odd(Settings):
 
     name: Literal["odd"] = "odd"
 
-    def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Item], list[Item]]:
         """The classes that are tuned and measured; none is held out."""
-        return [Prompt(name, {"label": i}) for i, name in enumerate(class_names) if i % 2], []
+        return [Item(name, {"label": i}) for i, name in enumerate(class_names) if i % 2], []

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from tiltflow.laws.problems import GaussianMixture, mixture
+from tiltflow.laws.gaussian_mixture import GaussianMixture, mixture
 from tiltflow.problems.verification.quadratic_tilt import QuadraticTilt
 
 

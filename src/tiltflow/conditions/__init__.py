@@ -1,26 +1,32 @@
 """Conditions of samples, one kind a file: a class of settings named after the file, with `items()`.
 
-Prompts and class labels are here; a size, an observation or another kind is one more file. An item is a `Prompt`: a text, and
-metadata that the model reads.
+Prompts and class labels are here; a size, an observation or another kind is one more file. An `Item` is a text, and
+metadata that models and rewards read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import BeforeValidator
 
 from tiltflow.plugins import part_of
 
-if TYPE_CHECKING:
-    from tiltflow.conditions.prompts import Prompt
+
+@dataclass(frozen=True)
+class Item:
+    """What one sample is asked for: a prompt, or the name of a class, with its metadata."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 class Conditions(Protocol):
     """Settings of a kind of condition."""
 
-    def items(self, class_names: Sequence[str], seed: int, /) -> tuple[list[Prompt], list[Prompt]]:
+    def items(self, class_names: Sequence[str], seed: int, /) -> tuple[list[Item], list[Item]]:
         """Return (items for training, items held out for the evaluation). The second list is empty if the first has all items
         that exist, as for classes: the evaluation then uses the first.
 

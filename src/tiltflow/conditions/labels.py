@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.settings import Labels as Classes
 from tiltflow.settings import Settings
@@ -21,7 +21,7 @@ class Labels(Settings):
     classes: Classes = ()
     """Numbers of the classes, from 0; all by default."""
 
-    def items(self, class_names: Sequence[str], seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+    def items(self, class_names: Sequence[str], seed: int = 0) -> tuple[list[Item], list[Item]]:
         """Return (the classes in order, nothing held out); both empty for a model without classes.
 
         Raises InputError for a class that the model does not have.
@@ -32,7 +32,7 @@ class Labels(Settings):
             raise InputError("training.classes: this model is not class-conditional; leave them out")
         if classes and classes[-1] >= count:
             raise InputError(f"training.classes names class {classes[-1]}, the model has 0 to {count - 1}")
-        return [Prompt(class_names[i], {"label": i}) for i in classes], []
+        return [Item(class_names[i], {"label": i}) for i in classes], []
 
 
 def as_labels(labels: Any, num_samples: int, class_names: Sequence[str]) -> Tensor:

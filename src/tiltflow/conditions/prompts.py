@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.streams import stream
@@ -33,20 +33,12 @@ class Prompts(Settings):
     """Share of the prompts that is held out for the evaluation, or the path of a file with others. A single prompt is
     never held out."""
 
-    def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Item], list[Item]]:
         """Read the prompts; see `read_prompts`."""
         return read_prompts(self, seed)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, with the metadata that its file has for it."""
-
-    text: str
-    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
-
-
-def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """Return (prompts for training, prompts held out), each once.
 
     Held out are the texts that a seeded shuffle puts first; if nothing can be held out, both lists are all prompts.
@@ -75,9 +67,9 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Prompt], list[P
     return [p for p in prompts if p.text not in held], [p for p in prompts if p.text in held]
 
 
-def unique(prompts: list[Prompt]) -> list[Prompt]:
+def unique(prompts: list[Item]) -> list[Item]:
     """Remove blank prompts and repetitions of the same text with the same metadata; the order stays."""
-    first: dict[Any, Prompt] = {}
+    first: dict[Any, Item] = {}
     for prompt in prompts:
         if prompt.text:
             first.setdefault((prompt.text, key_of(prompt.metadata)), prompt)
@@ -93,7 +85,7 @@ def key_of(metadata: Mapping[str, Any]) -> str:
     return json.dumps(metadata, sort_keys=True, default=repr)
 
 
-def read_file(path: Path, column: str) -> list[Prompt]:
+def read_file(path: Path, column: str) -> list[Item]:
     """Read the prompts of one file or folder. Raises InputError if it cannot be read."""
     if path.is_dir():
         return from_rows(_data_set(path), column, str(path))
@@ -126,7 +118,7 @@ def from_json(text: str, where: str) -> Any:
         raise InputError(f"prompts {where}: is not JSON ({error})") from None
 
 
-def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
+def from_rows(rows: list[Any], column: str, where: str) -> list[Item]:
     """Make prompts of mappings. Raises InputError, with the number of the row, for a row without a text in `column`."""
     prompts = []
     for number, row in enumerate(rows, 1):
@@ -139,7 +131,7 @@ def from_rows(rows: list[Any], column: str, where: str) -> list[Prompt]:
             raise InputError(
                 f"prompts {where}, row {number}: {ascii(text)[:60]} has an unpaired surrogate, which UTF-8 cannot encode"
             )
-        prompts.append(Prompt(text, {key: value for key, value in row.items() if key != column}))
+        prompts.append(Item(text, {key: value for key, value in row.items() if key != column}))
     return prompts
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import Velocity
 from tiltflow.models.protocol import GenerativeModel
@@ -33,7 +33,7 @@ def path_costs(chain: Chain, tuned: Velocity, base: Velocity, x: Tensor, generat
 
 @torch.no_grad()
 def path_kl(
-    tuned: GenerativeModel, base: GenerativeModel, items: Sequence[Prompt], grid: Sampling, *, seed: int, batch_size: int
+    tuned: GenerativeModel, base: GenerativeModel, items: Sequence[Item], grid: Sampling, *, seed: int, batch_size: int
 ) -> Tensor:
     """`path_costs` of samples of these items, one each, by the memoryless samplers of both models, without guidance: [items].
 

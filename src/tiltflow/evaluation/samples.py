@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation.estimates import in_batches
 from tiltflow.evaluation.features import Features, feature_extractor, features_of
@@ -32,23 +32,23 @@ class Asked:
         kind: kind of the groups. Classes are all that exist (strata), prompts a sample of more.
     """
 
-    items: tuple[Prompt, ...]
+    items: tuple[Item, ...]
     names: tuple[str, ...] = ("",)
     kind: Kind = "sample"
 
     @classmethod
     def of_samples(cls, count: int) -> Asked:
         """Return `count` samples of a model without conditions."""
-        return cls((Prompt(""),) * count)
+        return cls((Item(""),) * count)
 
     @classmethod
-    def of_classes(cls, classes: Sequence[Prompt], count: int) -> Asked:
+    def of_classes(cls, classes: Sequence[Item], count: int) -> Asked:
         """Return about `count` samples, equally many of each class, at least two."""
         each = max(2, count // len(classes))
         return cls(tuple(one for one in classes for _ in range(each)), tuple(one.text for one in classes), "class")
 
     @classmethod
-    def of_prompts(cls, prompts: Sequence[Prompt], each: int) -> Asked:
+    def of_prompts(cls, prompts: Sequence[Item], each: int) -> Asked:
         """Return `each` samples of each prompt."""
         return cls(tuple(one for one in prompts for _ in range(each)), tuple(one.text for one in prompts), "prompt")
 

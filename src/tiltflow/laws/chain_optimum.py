@@ -32,7 +32,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.laws.problems import GaussianMixture, QuadraticReward
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
 from tiltflow.samplers.chain import Chain
 
 Array = NDArray[np.float64]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import VariancePreserving
+from tiltflow.laws.gaussian_mixture import QuadraticReward
 from tiltflow.laws.lqg import Lqg, Solution
-from tiltflow.laws.problems import QuadraticReward
 from tiltflow.networks.quadratic import chebyshev
 
 

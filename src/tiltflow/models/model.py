@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiltflow.conditions import Item
 from tiltflow.conditions.labels import as_labels
-from tiltflow.conditions.prompts import Prompt
 from tiltflow.errors import InputError
 from tiltflow.flows.adapter import WithoutAdapter, has_adapter
 from tiltflow.flows.chunks import in_chunks
@@ -112,7 +112,7 @@ class Model:
         x = noise(self.flow, (num_samples, *self.event_shape), generator)
         return x.double() if self.flow.dtype == torch.float64 else x
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         """Draw starting points [len(items), *event]; their law is the same for every item."""
         return self.start(len(items), generator, t)
 
@@ -120,7 +120,7 @@ class Model:
         """Return the flow bound to labels [batch]; the flow itself for None."""
         return self.flow if labels is None else self.flow.bind(labels.to(self.device))
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Tensor | None, None]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Tensor | None, None]:
         """Return (labels [batch], None), read from `label` in the items' metadata; (None, None) for a model without classes."""
         if not self.class_names:
             return None, None
@@ -132,7 +132,7 @@ class Model:
 
     def draw(
         self,
-        items: Sequence[Prompt],
+        items: Sequence[Item],
         *,
         seed: int = 0,
         sampling: Sampling | None = None,

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
 from tiltflow.models.trainable import Adapter
@@ -79,11 +79,11 @@ class GenerativeModel(Protocol):
         """Default scale of classifier-free guidance; 1 is no guidance."""
         ...
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Any, Any]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Any, Any]:
         """Return (conditions, negative conditions) of these items, one row per sample; None where there are none."""
         ...
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         """Draw starting points [len(items), *event] on the linear path at the first time t of a grid. The law may depend on an
         item, for example on its size."""
         ...
@@ -94,7 +94,7 @@ class GenerativeModel(Protocol):
 
     def draw(
         self,
-        items: Sequence[Prompt],
+        items: Sequence[Item],
         *,
         seed: int = 0,
         sampling: Sampling | None = None,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow import processes
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.chunks import in_chunks
@@ -166,7 +166,7 @@ class TextToImage:
         latents = torch.randn(shape, generator=generator, device=generator.device)
         return latents * self.schedule.start_scale(t)
 
-    def noise(self, items: Sequence[Prompt], generator: torch.Generator, t: Tensor) -> Tensor:
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
         """Draw starting points [len(items), *event]; their law is the same for every prompt."""
         return self.start(len(items), generator, t)
 
@@ -184,7 +184,7 @@ class TextToImage:
             condition = {**condition, "guidance": torch.full((len(prompts),), float(scale), device=self.device)}
         return condition, negative
 
-    def conditions(self, items: Sequence[Prompt]) -> tuple[Condition, Condition | None]:
+    def conditions(self, items: Sequence[Item]) -> tuple[Condition, Condition | None]:
         """Encode the texts of prompts; see `encode`."""
         return self.encode([item.text for item in items])
 
@@ -268,7 +268,7 @@ class TextToImage:
 
     def draw(
         self,
-        items: Sequence[Prompt],
+        items: Sequence[Item],
         *,
         seed: int = 0,
         sampling: Sampling | None = None,

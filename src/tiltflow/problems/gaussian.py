@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tiltflow.laws.problems import GaussianMixture, Vector, mixture, vector
+from tiltflow.laws.gaussian_mixture import GaussianMixture, Vector, mixture, vector
 from tiltflow.problems.verification.quadratic_tilt import QuadraticTilt
 
 

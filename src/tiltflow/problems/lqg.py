@@ -23,9 +23,9 @@ from tiltflow.evaluation.distances import distance_to_law
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import lqg as exact
+from tiltflow.laws.gaussian_mixture import QuadraticReward
 from tiltflow.laws.lqg import Solution, chain_optimum, control_error, evaluate_chain, evaluate_policy, optimum
 from tiltflow.laws.lqg_fields import LinearPolicy, base_flow, draw_start, interpolant, reward_of
-from tiltflow.laws.problems import QuadraticReward
 from tiltflow.methods import Tilting
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.plugins import find

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from tiltflow.laws.problems import GaussianMixture, Vector, mixture, vector
+from tiltflow.laws.gaussian_mixture import GaussianMixture, Vector, mixture, vector
 from tiltflow.problems.verification.quadratic_tilt import QuadraticTilt
 
 Positive = Annotated[float, Field(gt=0)]

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError, not_installed
 from tiltflow.evaluation.samples import Asked
@@ -76,7 +76,7 @@ class Decoded:
         return values_of(self.reward, self.model.decode(x, batch_size=self.batch_size))
 
 
-def told(reward: Reward, items: Sequence[Prompt]) -> Reward:
+def told(reward: Reward, items: Sequence[Item]) -> Reward:
     """The reward of samples of these items, one for each, if it asks what they are."""
     return given(reward, [item.text for item in items], [item.metadata for item in items])
 
@@ -87,17 +87,17 @@ def told(reward: Reward, items: Sequence[Prompt]) -> Reward:
 class Items(Protocol):
     """Draw the items of an iteration, one for each sample, from a generator."""
 
-    def __call__(self, generator: torch.Generator, /) -> list[Prompt]: ...
+    def __call__(self, generator: torch.Generator, /) -> list[Item]: ...
 
 
 @dataclass(frozen=True)
 class InTurn:
     """`size` samples, as many of each item as of another; the rest, if they do not divide it, at random."""
 
-    items: Sequence[Prompt]
+    items: Sequence[Item]
     size: int
 
-    def __call__(self, generator: torch.Generator) -> list[Prompt]:
+    def __call__(self, generator: torch.Generator) -> list[Item]:
         order = torch.randperm(len(self.items), generator=generator, device=generator.device).tolist()
         return [self.items[order[i % len(order)]] for i in range(self.size)]
 
@@ -106,16 +106,16 @@ class InTurn:
 class Repeated:
     """`count` different items, each of them `each` times in a row."""
 
-    items: Sequence[Prompt]
+    items: Sequence[Item]
     count: int
     each: int
 
-    def __call__(self, generator: torch.Generator) -> list[Prompt]:
+    def __call__(self, generator: torch.Generator) -> list[Item]:
         return [item for item in InTurn(self.items, self.count)(generator) for _ in range(self.each)]
 
 
 def batches(
-    model: GenerativeModel, items: Sequence[Prompt], reward: Reward, method: Method, training: Training
+    model: GenerativeModel, items: Sequence[Item], reward: Reward, method: Method, training: Training
 ) -> Callable[[torch.Generator], Drawn]:
     """Draw the start of an iteration: items, their conditions, and noise.
 
@@ -133,7 +133,7 @@ def batches(
 
     def draw(generator: torch.Generator) -> Drawn:
         if not items:
-            x = model.noise([Prompt("")] * size, generator, first)
+            x = model.noise([Item("")] * size, generator, first)
             return Drawn(x, reward=of_states(reward)) if model.has_decoder else Drawn(x)
         some = choose(generator)
         condition, negative = model.conditions(some)
@@ -157,7 +157,7 @@ def batches(
 def prepare(
     model: M,
     tuned: M,
-    items: Sequence[Prompt],
+    items: Sequence[Item],
     reward: Reward,
     method: Method,
     training: Training,
@@ -239,7 +239,7 @@ def prepare(
     return Prepared(model, tuned, flow, base, reward, draw, loop)
 
 
-def asked_of(items: Sequence[Prompt], held_out: Sequence[Prompt], settings: Evaluation, count: int | None = None) -> Asked:
+def asked_of(items: Sequence[Item], held_out: Sequence[Item], settings: Evaluation, count: int | None = None) -> Asked:
     """The samples of an evaluation.
 
     Args:
@@ -284,7 +284,7 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
 # ---- what does not fit ----
 
 
-def check_fit(model: GenerativeModel, items: Sequence[Prompt], method: Method, training: Training) -> None:
+def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, training: Training) -> None:
     """Raise InputError, of one line, if the method cannot work with this model and these settings."""
     distinct, size = len(items), training.samples_per_step
     prompts = training.prompts_per_step is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.features import distances_to_reference, features_of
 from tiltflow.evaluation.metrics.distance_to_reference import reference_images
@@ -23,7 +23,7 @@ ROUGH = 4
 """Steps, at most, in which pictures are drawn to try what looks at them; some schedulers take no fewer."""
 
 
-def two_samples(model: GenerativeModel, item: Prompt, point: Point, seed: int = 0) -> Tensor:
+def two_samples(model: GenerativeModel, item: Item, point: Point, seed: int = 0) -> Tensor:
     """Two samples [2, *sample_shape] of an item. Those of a model with a decoder are drawn in few steps."""
     sampling = point.sampling
     if model.has_decoder:
@@ -33,7 +33,7 @@ def two_samples(model: GenerativeModel, item: Prompt, point: Point, seed: int = 
 
 def rehearse(
     model: GenerativeModel,
-    item: Prompt,
+    item: Item,
     asked: Asked,
     instruments: Instruments,
     method: Method,

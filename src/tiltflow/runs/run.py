@@ -20,7 +20,8 @@ from typing import Any, cast
 from safetensors.torch import load_file
 from torch import nn
 
-from tiltflow.conditions.prompts import Prompt, Prompts
+from tiltflow.conditions import Item
+from tiltflow.conditions.prompts import Prompts
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments
@@ -81,8 +82,8 @@ def make_ready(
     model: GenerativeModel,
     trainable: Callable[[], tuple[GenerativeModel, GenerativeModel]],
     reward: Reward,
-    items: Sequence[Prompt],
-    held_out: Sequence[Prompt],
+    items: Sequence[Item],
+    held_out: Sequence[Item],
     *,
     rehearsed: bool = True,
     running: RunningReward | None = None,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.conditions.prompts import Prompt, key_of
+from tiltflow.conditions import Item
+from tiltflow.conditions.prompts import key_of
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Metadata, PerPrompt, Reward, given, score
 from tiltflow.samplers.sampling import Sampling
@@ -37,7 +38,7 @@ class BaseStatistics:
 
     def __call__(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> tuple[Tensor, Tensor]:
         """(means, standard deviations), both [len(prompts)] in float64."""
-        several = [Prompt(text, dict(more)) for text, more in zip(prompts, metadata or [{}] * len(prompts), strict=True)]
+        several = [Item(text, dict(more)) for text, more in zip(prompts, metadata or [{}] * len(prompts), strict=True)]
         keys = [json.dumps([prompt.text, key_of(prompt.metadata)]) for prompt in several]
         for key, prompt in dict(zip(keys, several, strict=True)).items():
             if key not in self.known:
@@ -46,7 +47,7 @@ class BaseStatistics:
         return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
     @torch.no_grad()
-    def measured(self, prompt: Prompt) -> tuple[float, float]:
+    def measured(self, prompt: Item) -> tuple[float, float]:
         """(mean, standard deviation) of one prompt."""
         training = self.training
         count, size = training.per_prompt_normalization, training.micro_batch_size or training.samples_per_step

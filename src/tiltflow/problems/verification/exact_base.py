@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.flows.flow import Flow
-from tiltflow.laws.problems import CorrectedVelocity, ExactVelocity, GaussianMixture
+from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.networks.mlp import Mlp
 from tiltflow.problems import Defaults, Tree
 from tiltflow.samplers.sampling import Sampling

@@ -17,7 +17,7 @@ from tiltflow.evaluation.distances import DistanceToLaw, distance_to_law, exact_
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import chain_optimum
-from tiltflow.laws.problems import GaussianMixture, QuadraticReward, Vector, optimal_control, span_of_tilt, vector
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, Vector, optimal_control, span_of_tilt, vector
 from tiltflow.methods import Tilting
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tiltflow.conditions.prompts import Prompt
+from tiltflow.conditions import Item
 from tiltflow.flows.linearize import linearize
 from tiltflow.rewards import evaluate, select, value_and_gradient
 from tiltflow.runs.doctor.patient import Finding, Patient
@@ -81,7 +81,7 @@ def permanent(patient: Patient) -> dict[str, int]:
         f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
     }
     if patient.model.has_decoder:
-        condition = patient.model.conditions([Prompt("a photograph")])
+        condition = patient.model.conditions([Item("a photograph")])
         bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
         found[f"conditions of {batch} samples"] = batch * bytes_of_one
     return found
