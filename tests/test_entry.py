@@ -100,7 +100,7 @@ def test_what_a_pixel_model_cannot_be_asked_for(tmp_path: Path) -> None:
     for option in (["--prompt", "a cat"], ["--guidance-scale", "2"]):
         result = CliRunner().invoke(app, ["sample", folder, *option, "-o", str(tmp_path / "x.png")])
         assert isinstance(result.exception, InputError)
-        assert str(result.exception).startswith(f"{option[0]}: {folder} is no text-to-image model")
+        assert str(result.exception).startswith(f"{option[0]}: {folder} is not a text-to-image pipeline")
     result = CliRunner().invoke(
         app, ["sample", folder, "--batch-size", "3", "-n", "4", "-o", str(tmp_path / "x.npz"), "--json"]
     )
