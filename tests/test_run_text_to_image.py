@@ -46,7 +46,6 @@ from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
 from tiltflow.runs.export import export_run
-from tiltflow.runs.prepare import batches
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, load_run, read_run, run
 from tiltflow.runs.run_files import read_records, write_yaml
@@ -55,6 +54,7 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
+from tiltflow.training.draw import batches
 from tiltflow.training.settings import Training
 
 

@@ -29,6 +29,7 @@ from tiltflow.files import write_file
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.models.model_folder import save_weights
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
@@ -144,7 +145,7 @@ def run(
     handle_signals: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` into `folder`, which must be new or empty, and evaluate. Returns the summary. With
-    `training.resume_from_checkpoint` the run that is in the folder goes on.
+    `training.resume_from_checkpoint` it resumes the run that is in the folder.
 
     Args:
         note: is told what a person should know about where a run resumes from, and of alarms.
@@ -256,8 +257,8 @@ def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
     Raises InputError if it is no such run or its base cannot be had.
     """
     recipe = read_run(Path(run))
-    if not recipe.source.prompted:
-        raise InputError(f"{run}: is no run of a diffusers pipeline; `tiltflow.load` reads its model")
+    if not isinstance(recipe.source, Diffusers):
+        raise InputError(f"{run}: not a run of a diffusers pipeline; `tiltflow.load` reads its model")
     _, tuned = load_run(recipe, Path(run), device)
     point = recipe.evaluation.first
     scale = tuned.guidance_scale if point.guidance_scale is None else point.guidance_scale

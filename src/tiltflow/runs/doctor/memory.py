@@ -16,7 +16,7 @@ from tiltflow.conditions import Item
 from tiltflow.flows.linearize import linearize
 from tiltflow.rewards import evaluate, select, value_and_gradient
 from tiltflow.runs.doctor.patient import Finding, Patient
-from tiltflow.runs.prepare import Decoded
+from tiltflow.training.draw import Decoded
 from tiltflow.training.memory import free_memory, peak_of
 
 

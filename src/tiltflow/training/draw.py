@@ -1,0 +1,107 @@
+"""The start of each iteration: which items are drawn, their conditions, their noise, and the reward of what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tiltflow.conditions import Item
+from tiltflow.flows.field import VelocityField, Which
+from tiltflow.flows.guided import Guided
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.rewards import Reward, given, select, values_of
+from tiltflow.training.batch import Drawn
+from tiltflow.training.method import Method
+from tiltflow.training.settings import Training
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A reward of samples, as one of states: differentiable, through the decoder of the model."""
+
+    model: GenerativeModel
+    reward: Reward
+    batch_size: int
+
+    def select(self, which: Which) -> Decoded:
+        """The reward of these samples of the batch."""
+        return replace(self, reward=select(self.reward, which))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return values_of(self.reward, self.model.decode(x, batch_size=self.batch_size))
+
+
+def told(reward: Reward, items: Sequence[Item]) -> Reward:
+    """The reward of samples of these items, one for each, if it asks what they are."""
+    return given(reward, [item.text for item in items], [item.metadata for item in items])
+
+
+class Items(Protocol):
+    """Draw the items of an iteration, one for each sample, from a generator."""
+
+    def __call__(self, generator: torch.Generator, /) -> list[Item]: ...
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """`size` samples, as many of each item as of another; the rest, if they do not divide it, at random."""
+
+    items: Sequence[Item]
+    size: int
+
+    def __call__(self, generator: torch.Generator) -> list[Item]:
+        order = torch.randperm(len(self.items), generator=generator, device=generator.device).tolist()
+        return [self.items[order[i % len(order)]] for i in range(self.size)]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """`count` different items, each of them `each` times in a row."""
+
+    items: Sequence[Item]
+    count: int
+    each: int
+
+    def __call__(self, generator: torch.Generator) -> list[Item]:
+        return [item for item in InTurn(self.items, self.count)(generator) for _ in range(self.each)]
+
+
+def batches(
+    model: GenerativeModel, items: Sequence[Item], reward: Reward, method: Method, training: Training
+) -> Callable[[torch.Generator], Drawn]:
+    """Draw the start of an iteration: items, their conditions, and noise.
+
+    Args:
+        items: what samples are asked for; none for an unconditional model.
+    """
+    size, first = training.samples_per_step, method.sampling.times(model.grid)[0]
+    choose: Items = InTurn(items, size)
+    if training.prompts_per_step is not None and training.num_generations is not None:
+        choose = Repeated(items, training.prompts_per_step, training.num_generations)
+    decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
+
+    def of_states(of_samples: Reward) -> Reward:
+        return Decoded(model, of_samples, decode_batch_size) if model.has_decoder else of_samples
+
+    def draw(generator: torch.Generator) -> Drawn:
+        if not items:
+            x = model.noise([Item("")] * size, generator, first)
+            return Drawn(x, reward=of_states(reward)) if model.has_decoder else Drawn(x)
+        some = choose(generator)
+        condition, negative = model.conditions(some)
+        x, of_items = model.noise(some, generator, first), of_states(told(reward, some))
+
+        def guide(flow: VelocityField) -> Guided:
+            return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
+
+        def bound(flow: VelocityField) -> VelocityField:
+            conditional = flow.bind(condition)
+            return guide(conditional) if training.guidance_mode == "full" else conditional
+
+        return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_items)
+
+    return draw
