@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from tiny import tiny_classifier, tiny_recipe
 from torch import Tensor
 
 import tiltflow
+from tiltflow import plugins
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.models.model_folder import ClassifierConfig, save_model
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.networks.residual_classifier import ResidualClassifier
+from tiltflow.runs.doctor import examine
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
@@ -136,6 +139,9 @@ def bright(images):
 def dark(images):
     return -images.mean((1, 2, 3))
 
+def spread(x):
+    return x.square().sum((1, 2))
+
 def moments(images):
     return torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3)), images[:, 0, 0, 0]], 1)
 
@@ -155,6 +161,30 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def function(name: str) -> dict[str, str]:
     return {"name": "function", "path": f"mine_of_kinds:{name}"}
+
+
+def test_a_recipe_trains_a_kind_of_ones_own(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by an entry point: trained, watched, measured, measured again from its folder, loaded, and exported."""
+    entry = EntryPoint("ragged-clouds", "ragged_clouds", "tiltflow.models.sources")
+    monkeypatch.setattr(plugins, "entries", lambda package: {entry.name: entry} if package == "models.sources" else {})
+    tree = {
+        "model": {"name": "ragged-clouds", "shift": 0.5},
+        "reward": function("spread"),
+        "method": {"name": "adjoint-matching", "num_inference_steps": 4},
+        "training": {"max_train_steps": 2, "train_batch_size": 8, "classes": [1], "monitor": {"steps": 1, "num_samples": 8}},
+        "evaluation": {"num_samples": 32, "points": [{"num_inference_steps": 4}]},
+    }
+    recipe = validate(Recipe, tree, "recipe")
+    assert list(examine(recipe))[-1].level in ("green", "amber")
+    summary = run(recipe, mine / "run")
+    assert (summary["model"], summary["num_samples"]) == ("clouds", 32)
+    assert evaluate_run(mine / "run")["reward_tuned"] == summary["reward_tuned"]
+    tuned = tiltflow.load(mine / "run")
+    assert isinstance(tuned, Ragged)
+    assert tuned.sampling == recipe.evaluation.first.sampling
+    assert export_run(mine / "run", mine / "out")["kind"] == "network"
+    with pytest.raises(InputError, match="there is no source 'ragged-cloud', did you mean 'ragged-clouds'"):
+        validate(Recipe, tree | {"model": {"name": "ragged-cloud"}}, "recipe")
 
 
 def of_network(folder: Path, *overrides: str, **changes: Any) -> Recipe:

@@ -18,11 +18,11 @@ from tiltflow.optimization import (
     all_finite,
     finite,
     gradient_norm,
-    learning_rate_factor,
     load_optimizer,
     located,
     refuse_non_finite,
 )
+from tiltflow.training.optimizer import learning_rate_factor
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -21,13 +21,13 @@ from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.trainable import trainable_copy
 from tiltflow.networks.mlp import Mlp
-from tiltflow.optimization import WeightAverage, gradient_norm, learning_rate_factor
+from tiltflow.optimization import WeightAverage, gradient_norm
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
-from tiltflow.training.optimizer import Optimizer
+from tiltflow.training.optimizer import Optimizer, learning_rate_factor
 from tiltflow.training.trainer import Record, train
 
 pytestmark = pytest.mark.usefixtures("double")

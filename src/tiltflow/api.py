@@ -34,7 +34,7 @@ from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward, from_function
 from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.run import Ready, evaluate_run, load_text_to_image, make_ready, train
+from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
 from tiltflow.settings import Settings, read_yaml, validate
@@ -68,9 +68,9 @@ def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None
         return evaluate_run(Path(folder), device=device, num_samples=num_samples)
 
 
-def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
-    """A model that can be sampled and tuned: one that ships with tiltflow, by its name, or what lies in a folder: a model, the
-    tuned model of a run, or a pipeline of diffusers.
+def load(name_or_path: str | Path, device: str = "cpu") -> Any:
+    """A model that can be sampled and tuned, a `Model`, a `TextToImage` or one of another kind: one that ships with tiltflow, by
+    its name, or what lies in a folder: a model, the tuned model of a run, or a pipeline of diffusers.
 
     >>> load("digits-flow").event_shape
     (1, 28, 28)
@@ -88,16 +88,16 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Model | TextToImage:
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)
-    if is_run_of_pipeline(folder):
-        return load_text_to_image(folder, device)
+    if is_run_of_other_kind(folder):
+        return load_tuned(folder, device)
     return networks.load(shipped or name_or_path, device)
 
 
-def is_run_of_pipeline(folder: Path) -> bool:
-    """Whether `folder` is that of a training run of a pipeline."""
+def is_run_of_other_kind(folder: Path) -> bool:
+    """Whether `folder` is a training run of a model that is no network on tensors, such as a pipeline."""
     path = folder / RECIPE
     model = read_yaml(path).get("model") if path.is_file() else None
-    return isinstance(model, dict) and "diffusers" in model
+    return isinstance(model, dict) and ("path" not in model or "diffusers" in model)
 
 
 NEW_ADAPTER = Adapter()

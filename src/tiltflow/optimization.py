@@ -1,4 +1,4 @@
-"""Shared by all training loops: AdamW and the learning rate, the moving average of weights, and checks for numbers that are
+"""Shared by all training loops: AdamW itself, the moving average of weights, and checks for numbers that are
 not finite."""
 
 # Mutation tests: test_optimization.py test_trainer.py
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,6 @@ class Numbers:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
         vars(self).update(state)
-
-
-def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
-    """The factor on the learning rate at `step` in 1 .. total: linear up over `warmup` steps, then flat or a cosine to 0.
-
-    >>> [learning_rate_factor(step, warmup=2, total=6) for step in (1, 2, 4, 6)]
-    [0.5, 1.0, 0.5, 0.0]
-    """
-    if step <= warmup:
-        return step / warmup
-    if scheduler == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
 
 
 def adamw(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Distances between samples and the law that they should follow, with their floors.
+"""Distances between two sets of samples, and between samples and the law that they should follow, with their floors.
 
 If the target law can be sampled: Wasserstein distances, with the same distance between two exact samples of the same size as
 the floor. If it cannot: distances of class histograms and of the law of the reward to base samples with importance weights.

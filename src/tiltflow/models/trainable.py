@@ -1,4 +1,4 @@
-"""Trainable parameters: those of a copy of a network whose names match a pattern, or of a new LoRA of peft."""
+"""Trainable parameters: those of a copy of a network whose names match a pattern, or of a new LoRA of peft in any network."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tiltflow.flows.precision import MixedPrecision, autocast, autocast_dtype
-from tiltflow.optimization import WeightAverage, finite, gradient_norm, learning_rate_factor
+from tiltflow.optimization import WeightAverage, finite, gradient_norm
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
+from tiltflow.training.optimizer import learning_rate_factor
 
 BETAS = (0.9, 0.99)
 

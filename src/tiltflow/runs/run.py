@@ -250,19 +250,26 @@ def load_run(recipe: Recipe, folder: Path, device: str = "cpu") -> tuple[Any, An
     return source.load_tuned(model, folder / "model", recipe.seed)
 
 
-def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
-    """The tuned model of a run of a pipeline, to sample from: `load_text_to_image("runs/ir").sample(["a red cat"])`. It is
-    sampled, where nothing else is asked for, as the evaluation's first point says.
+def load_tuned(run: str | Path, device: str = "cpu") -> Any:
+    """The tuned model of a run, of any kind, to sample from: by default as the first point of the evaluation says.
 
     Raises InputError if it is no such run or its base cannot be had.
     """
     recipe = read_run(Path(run))
-    if not isinstance(recipe.source, Diffusers):
-        raise InputError(f"{run}: not a run of a diffusers pipeline; `tiltflow.load` reads its model")
     _, tuned = load_run(recipe, Path(run), device)
     point = recipe.evaluation.first
     scale = tuned.guidance_scale if point.guidance_scale is None else point.guidance_scale
-    return replace(cast(TextToImage, tuned), sampling=point.sampling, guidance_scale=scale)
+    return replace(tuned, sampling=point.sampling, guidance_scale=scale)
+
+
+def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
+    """`load_tuned` of a run of a pipeline: `load_text_to_image("runs/ir").sample(["a red cat"])`.
+
+    Raises InputError if it is no such run or its base cannot be had.
+    """
+    if not isinstance(read_run(Path(run)).source, Diffusers):
+        raise InputError(f"{run}: not a run of a diffusers pipeline; `tiltflow.load` reads its model")
+    return cast(TextToImage, load_tuned(run, device))
 
 
 def model_card(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""The start of an iteration, and the batch that a method sees."""
+"""The batch that a method sees, and the values that it starts from."""
 
 from __future__ import annotations
 

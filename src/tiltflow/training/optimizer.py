@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
@@ -69,3 +70,16 @@ def move_old_keys(tree: dict[str, Any]) -> dict[str, Any]:
     moved = {key: method[key] for key in Optimizer.model_fields if key in method}
     rest = {key: value for key, value in method.items() if key not in moved}
     return {**tree, "method": rest, "optimizer": moved}
+
+
+def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
+    """The factor on the learning rate at `step` in 1 .. total: linear up over `warmup` steps, then flat or a cosine to 0.
+
+    >>> [learning_rate_factor(step, warmup=2, total=6) for step in (1, 2, 4, 6)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if step <= warmup:
+        return step / warmup
+    if scheduler == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2

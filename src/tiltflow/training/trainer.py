@@ -22,7 +22,7 @@ from tiltflow.flows.averaged import Averaged
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
-from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, learning_rate_factor, load_optimizer
+from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
 from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
@@ -30,7 +30,7 @@ from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Batch, Drawn
 from tiltflow.training.calibration import Calibration
 from tiltflow.training.method import Method, Stateful
-from tiltflow.training.optimizer import Optimizer, fill_optimizer
+from tiltflow.training.optimizer import Optimizer, fill_optimizer, learning_rate_factor
 
 
 @dataclass(frozen=True)

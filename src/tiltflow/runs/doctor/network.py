@@ -29,6 +29,7 @@ def examine_model(model: Model, data: Tensor | None = None) -> Finding:
         data: 32 or more samples [n, *event] of the training data. Without them the model is checked on its own samples, which a
             wrong network may fit by chance: a Gaussian around 0 that is read backwards is one.
 
+    >>> from tiltflow import Flow, Model
     >>> examine_model(Model(Flow(lambda x, time: -x), (2,))).level
     'amber'
 
