@@ -69,8 +69,8 @@ def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None
 
 
 def load(name_or_path: str | Path, device: str = "cpu") -> Any:
-    """A model that can be sampled and tuned, a `Model`, a `TextToImage` or one of another kind: one that ships with tiltflow, by
-    its name, or what lies in a folder: a model, the tuned model of a run, or a pipeline of diffusers.
+    """A model that can be sampled and tuned, a `Model`, a `TextToImage` or one of another kind: one that ships with tiltflow,
+    by its name, or what lies in a folder: a model, the tuned model of a run, or a pipeline of diffusers.
 
     >>> load("digits-flow").event_shape
     (1, 28, 28)
