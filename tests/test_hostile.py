@@ -36,7 +36,7 @@ from tiltflow.data import load_captioned, load_images
 from tiltflow.errors import CheckpointError, InputError, TiltflowError
 from tiltflow.models.model import load
 from tiltflow.plugins import allow_code, code_allowed, import_function
-from tiltflow.rewards import given as told
+from tiltflow.rewards.functions.prompted import given as told
 from tiltflow.rewards.http import Http
 from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.runs.checkpoint import FOLDER, MANIFEST, NUMBERS, TENSORS, load_checkpoint, save_checkpoint

@@ -26,7 +26,9 @@ from tiny import tiny_recipe
 from torch import Tensor
 
 from tiltflow.errors import InputError, NonFiniteError
-from tiltflow.rewards import Reward, evaluate, given
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.rewards.http import Http
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.serving.request import BadRequestError, read_request

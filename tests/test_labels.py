@@ -18,7 +18,9 @@ from tiltflow.conditions.labels import as_labels, draw_labels
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.networks.unet import Unet
-from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
 from tiltflow.runs.run_files import write_yaml

@@ -21,10 +21,12 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.models.model_folder import ClassifierConfig, load_classifier, save_model
 from tiltflow.networks.residual_classifier import ResidualClassifier
 from tiltflow.plugins import find, names
-from tiltflow.rewards import LearnedReward, RewardSettings, evaluate, given, select, value_and_gradient
+from tiltflow.rewards import LearnedReward, RewardSettings, select
 from tiltflow.rewards import class_log_odds as class_log_odds_module
 from tiltflow.rewards.class_log_odds import ClassLogOdds, bounded, class_log_odds
 from tiltflow.rewards.function import Function
+from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.rewards.ink import Ink
 from tiltflow.rewards.jpeg_size import JpegSize
 from tiltflow.rewards.named_colour import NamedColour

@@ -43,8 +43,9 @@ from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.from_diffusers import from_diffusers
 from tiltflow.models.text_to_image import TextToImage, with_adapter
-from tiltflow.rewards import PerPrompt, given
 from tiltflow.rewards.function import Function
+from tiltflow.rewards.functions.normalised import PerPrompt
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, load_run, read_run, run

@@ -18,10 +18,11 @@ pytest.importorskip("diffusers")
 from tiny_scorers import HEAD, WIDTH, tiny_aesthetic_head, tiny_clip, tiny_image_reward, tiny_open_clip
 
 from tiltflow.errors import InputError
-from tiltflow.rewards import given, value_and_gradient
 from tiltflow.rewards.aesthetic import Aesthetic
 from tiltflow.rewards.backbones.clip import MEAN, STD, Clip, resized
 from tiltflow.rewards.clip_score import ClipScore
+from tiltflow.rewards.functions.checked import value_and_gradient
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.rewards.hps import Hps
 from tiltflow.rewards.image_reward import ImageReward, read_weights
 from tiltflow.rewards.named_colour import NamedColour

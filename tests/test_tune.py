@@ -20,7 +20,9 @@ from tiltflow.evaluation.monitor import read_looks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
 from tiltflow.optimization import adamw
-from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.runs.checkpoint import checkpoints
 from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.run_files import read_records

@@ -24,7 +24,10 @@ from tiltflow.evaluation.features import features_of
 from tiltflow.evaluation.samples import Asked, kept
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
-from tiltflow.rewards import evaluate, from_function, given, select, try_reward, value_and_gradient
+from tiltflow.rewards import select
+from tiltflow.rewards.functions.checked import evaluate, try_reward, value_and_gradient
+from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.doctor import examine
 from tiltflow.runs.recipe import Recipe

@@ -20,7 +20,9 @@ from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.models.consistency import consistency
 from tiltflow.models.model import Model
 from tiltflow.problems.mixture import Mixture
-from tiltflow.rewards import evaluate, from_function, given
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.samplers.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]

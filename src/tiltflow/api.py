@@ -31,7 +31,8 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
 from tiltflow.reports.report import write_report
-from tiltflow.rewards import LearnedReward, from_function
+from tiltflow.rewards import LearnedReward
+from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train

@@ -8,7 +8,7 @@ import torch
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
-from tiltflow.rewards import evaluate
+from tiltflow.rewards.functions.checked import evaluate
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling

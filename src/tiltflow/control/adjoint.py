@@ -39,7 +39,8 @@ from torch import Tensor
 from tiltflow.control.objective import Objective
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.linearize import linearize
-from tiltflow.rewards import NonFiniteRewards, value_and_gradient
+from tiltflow.rewards import NonFiniteRewards
+from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.samplers.chain import Chain
 
 Pairing = Literal["after", "before", "right"]

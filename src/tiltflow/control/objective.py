@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.rewards import Reward, evaluate, value_and_gradient
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
 from tiltflow.user_code import explained
 
 

@@ -36,8 +36,9 @@ from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.optimization import finite
 from tiltflow.plugins import find, import_function, part_of
-from tiltflow.rewards import NonFiniteRewards, Reward, evaluate
-from tiltflow.rewards import value_and_gradient as reward_and_gradient
+from tiltflow.rewards import NonFiniteRewards, Reward
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.checked import value_and_gradient as reward_and_gradient
 from tiltflow.settings import FunctionOrName, Settings
 from tiltflow.streams import Buildable, new_network, stream
 from tiltflow.user_code import explained

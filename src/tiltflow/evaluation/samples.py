@@ -17,7 +17,9 @@ from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.models.model_folder import ClassifierConfig, load_classifier
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.rewards import NonFiniteRewards, Reward, given, score
+from tiltflow.rewards import NonFiniteRewards, Reward
+from tiltflow.rewards.functions.checked import score
+from tiltflow.rewards.functions.prompted import given
 
 Kind = Literal["sample", "class", "prompt"]
 

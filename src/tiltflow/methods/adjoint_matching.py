@@ -33,7 +33,7 @@ from tiltflow.flows.interpolant import expand
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite
-from tiltflow.rewards import finite_only
+from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, rollout

@@ -55,7 +55,7 @@ from tiltflow.laws.target import Balance, Target
 from tiltflow.methods import MethodSettings
 from tiltflow.optimization import Numbers
 from tiltflow.plugins import import_function
-from tiltflow.rewards import evaluate, finite_only, shared
+from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start, spread_times
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, SolverName

@@ -59,7 +59,8 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.optimization import all_finite, load_optimizer
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, evaluate, finite_only, shared, value_and_gradient
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
+from tiltflow.rewards.functions.checked import evaluate, finite_only, shared, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, simulate

@@ -8,7 +8,8 @@ import torch
 from pydantic import field_validator
 
 from tiltflow.plugins import import_function
-from tiltflow.rewards import Reward, from_function
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.settings import FunctionOrName, Settings
 
 

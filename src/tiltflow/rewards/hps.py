@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 
 from tiltflow.flows.precision import Dtype
-from tiltflow.rewards import OfPrompts, Reward
+from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 
 

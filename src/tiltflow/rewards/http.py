@@ -33,7 +33,8 @@ from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.errors import SECRET, InputError, redacted, visible
-from tiltflow.rewards import Metadata, OfPrompts, Reward
+from tiltflow.rewards import Metadata, Reward
+from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import Settings
 
 MOST_BYTES = 1 << 20  # of an answer, at most

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tiltflow.errors import InputError, not_installed
 from tiltflow.flows.precision import Dtype, at_least_float32
-from tiltflow.rewards import OfPrompts, Reward
+from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import depth, resized
+from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.tensor_file import read_tensors
 from tiltflow.user_code import refused

@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.rewards import OfPrompts, Reward
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import Settings
 
 

@@ -13,7 +13,9 @@ from pydantic import field_validator
 from torch import Tensor
 
 from tiltflow.flows.field import Which
-from tiltflow.rewards import Metadata, NamedReward, Reward, given, select, values_of
+from tiltflow.rewards import Metadata, NamedReward, Reward, select
+from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.settings import Settings
 
 

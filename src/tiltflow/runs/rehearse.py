@@ -15,7 +15,7 @@ from tiltflow.evaluation.metrics.judge import real_images
 from tiltflow.evaluation.samples import Asked, Instruments, Judge
 from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.rewards import try_reward
+from tiltflow.rewards.functions.checked import try_reward
 from tiltflow.training.method import Method
 from tiltflow.user_code import tried
 

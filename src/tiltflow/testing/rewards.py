@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiltflow.rewards import Reward, evaluate, value_and_gradient
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
 
 
 def check_reward(reward: Reward, x: Tensor, *, gradient: bool = True) -> None:

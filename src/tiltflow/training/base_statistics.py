@@ -13,7 +13,10 @@ from torch import Tensor
 from tiltflow.conditions import Item
 from tiltflow.conditions.prompts import key_of
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.rewards import Metadata, PerPrompt, Reward, given, score
+from tiltflow.rewards import Metadata, Reward
+from tiltflow.rewards.functions.checked import score
+from tiltflow.rewards.functions.normalised import PerPrompt
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.settings import Training
@@ -68,7 +71,7 @@ class BaseStatistics:
         return values.mean().item(), values.std().item() + LEAST_STD
 
     def state_dict(self) -> dict[str, Any]:
-        """See `tiltflow.rewards.Statistics`."""
+        """See `tiltflow.rewards.functions.normalised.Statistics`."""
         return {key: list(both) for key, both in self.known.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
-from tiltflow.rewards import NonFiniteRewards, Reward, evaluate, shared
+from tiltflow.rewards import NonFiniteRewards, Reward
+from tiltflow.rewards.functions.checked import evaluate, shared
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling

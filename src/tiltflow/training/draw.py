@@ -13,7 +13,9 @@ from tiltflow.conditions import Item
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guided
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.rewards import Reward, given, select, values_of
+from tiltflow.rewards import Reward, select
+from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.training.batch import Drawn
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training

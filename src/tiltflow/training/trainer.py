@@ -23,7 +23,8 @@ from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, load_optimizer
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, PerPrompt, Reward
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
+from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree

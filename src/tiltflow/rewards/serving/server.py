@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError, visible
-from tiltflow.rewards import NamedReward, Reward, evaluate, given
+from tiltflow.rewards import NamedReward, Reward
+from tiltflow.rewards.functions.checked import evaluate
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.rewards.serving.request import BadRequestError, read_request
 from tiltflow.settings import Settings
 

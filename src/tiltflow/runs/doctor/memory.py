@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.conditions import Item
 from tiltflow.flows.linearize import linearize
-from tiltflow.rewards import evaluate, select, value_and_gradient
+from tiltflow.rewards import select
+from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
 from tiltflow.runs.doctor.patient import Finding, Patient
 from tiltflow.training.draw import Decoded
 from tiltflow.training.memory import free_memory, peak_of

@@ -15,7 +15,8 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.target import Target
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.rewards import Reward, evaluate, select
+from tiltflow.rewards import Reward, select
+from tiltflow.rewards.functions.checked import evaluate
 from tiltflow.runs.recipe import Recipe
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample

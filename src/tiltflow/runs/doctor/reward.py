@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tiltflow.rewards import evaluate, select, value_and_gradient
+from tiltflow.rewards import select
+from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
 from tiltflow.runs.doctor.patient import Finding, Patient
 from tiltflow.streams import stream
 

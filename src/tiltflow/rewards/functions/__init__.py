@@ -1,0 +1,1 @@
+"""Reward functions: lifted from the user's code, bound to prompts, called and checked."""
