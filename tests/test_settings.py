@@ -148,6 +148,10 @@ def test_a_number_is_no_word_and_a_word_no_number() -> None:
         ("a: 1\n---\nb: 2", "r:2: must be one document"),
         ("%YAML 1.1\n---\na: 1", r"r:\d: must be YAML 1.2"),
         ("[" * 2000, "r: nested deeper than 64 levels"),
+        (
+            "0x" + "9" * 5000,
+            "r: 0x99999999999999999999999999999999999999.. is an integer of 5002 characters; the most are 1000",
+        ),
         ("a:\n  b: 1\n  b: 2", "r:3: 'b' is given twice"),
         ("a: 1\n'a': 2", "r:2: 'a' is given twice"),
         ('a: "\\U00110000"', "r: not valid YAML"),

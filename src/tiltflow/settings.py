@@ -35,7 +35,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from tiltflow.errors import InputError, SettingsError, did_you_mean, redacted
 
-MOST_CHARACTERS, MOST_DEPTH = 1 << 18, 64
+MOST_CHARACTERS, MOST_DEPTH, MOST_DIGITS = 1 << 18, 64, 1000
 """Limits on the length and the nesting of a YAML file: far more than any recipe needs, and parsed in seconds."""
 
 
@@ -212,6 +212,8 @@ def _scalar(text: str) -> Any:
     if ZERO_LED.fullmatch(text):
         raise InputError(f"{text[:40]} begins with a zero; write it without, 0o.. if it is octal, or in quotes if it is a word")
     if INTEGER.fullmatch(text):
+        if len(text) > MOST_DIGITS:
+            raise InputError(f"{text[:40]}.. is an integer of {len(text)} characters; the most are {MOST_DIGITS}")
         return int(text, 0)
     if FLOAT.fullmatch(text):
         return float(text)

@@ -220,6 +220,11 @@ class TextToImage:
         def images(part: Tensor) -> Tensor:
             unpacked = self.family.unpack(self.pipeline, part, self.size)
             decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
+            if decoded.shape[1:] != self.sample_shape:
+                got, wanted = list(decoded.shape[1:]), list(self.sample_shape)
+                raise InputError(
+                    f"the pipeline's decoder returns pictures of shape {got}, not {wanted}; is its config.json right?"
+                )
             return decoded.to(part.dtype)
 
         parts = latents.split(batch_size)
