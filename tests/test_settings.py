@@ -155,7 +155,7 @@ def test_a_number_is_no_word_and_a_word_no_number() -> None:
         ("a:\n  b: 1\n  b: 2", "r:3: 'b' is given twice"),
         ("a: 1\n'a': 2", "r:2: 'a' is given twice"),
         ('a: "\\U00110000"', "r: not valid YAML"),
-        ("a: " + "9" * 6000, "characters; the most are 1000"),
+        ("a: " + "9" * 6000, "r: 9{40}.. is an integer of 6000 characters; the most are 1000"),
         ("x" * (1 << 18) + "y", "r: is longer than 262144 characters"),
     ],
 )
