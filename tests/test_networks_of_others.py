@@ -306,6 +306,7 @@ def test_a_clock_is_saved_and_one_that_is_not_there_is_the_usual_one(tmp_path: P
         ({"prediction": "velosity"}, r"^Flow: there is no prediction 'velosity', did you mean 'velocity'\?$"),
         ({"time_direction": "data-to-nois"}, r"there is no time_direction 'data-to-nois', did you mean 'data-to-noise'\?$"),
         ({"time_scale": 0}, "time_scale must be a number above 0, is 0"),
+        ({"time_scale": float("inf")}, "time_scale must be a number above 0, is inf"),
         ({"time_scale": "1000"}, "time_scale must be a number above 0, is '1000'"),
         ({"interpolant": "linear"}, "interpolant must be one of tiltflow.flows.interpolant, is 'linear'"),
         ({"interpolant": Cosine}, r"interpolant must be an instance, such as Cosine\(\)"),

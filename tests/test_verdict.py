@@ -235,6 +235,7 @@ def test_what_was_calibrated_is_not_counted_and_that_is_said() -> None:
 def test_no_verdict_where_the_target_is_not_known(generator: torch.Generator) -> None:
     base = torch.randn(40, generator=generator)
     entries, rows = of_rewards(base + 1, base, ImportanceWeights.from_rewards(base, 0.2), generator)
+    assert "effective_sample_size_of_group" not in entries  # there is one group
     found = conclude(rows, entries)
     assert found["tests"] == []
     assert found["verdict"]["text"] == f"No verdict: the target law is unknown. {entries['target_unknown']}"
