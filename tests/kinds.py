@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from tiltflow.streams import stream
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """What both have: a flow, a copy of which is trained, and samples that are decoded from states on the CPU."""
 
     flow: Flow
@@ -66,14 +67,14 @@ class Kind:
                 parts.append(self.decode(x, batch_size=batch_size))
         return torch.cat(parts)
 
-    def conditions(self, items: Sequence[Item]) -> tuple[Any, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def conditions(self, items: Sequence[Item]) -> tuple[Any, Any]: ...
 
-    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor: ...
 
-    def decode(self, x: Tensor, *, batch_size: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, x: Tensor, *, batch_size: int) -> Tensor: ...
 
     def trainable(self, adapter: Adapter | None = None, pattern: str | re.Pattern[str] = "", *, seed: int = 0) -> Any:
         if adapter is not None:

@@ -126,10 +126,10 @@ def make_ready(
 def ready(recipe: Recipe, device: str) -> Ready:
     """Load what a recipe names, and try it. Raises InputError, of one line, for what cannot be had or does not work."""
     source, asked_for = recipe.source, recipe.asked_for
-    if isinstance(asked_for, Prompts):
-        asked_for.items((), recipe.seed)  # what is wrong with a file is said before a large model is loaded
+    # what is wrong with a file of prompts is said before a large model is loaded
+    known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
     model: Any = source.load(device)
-    items, held_out = asked_for.items(model.class_names, recipe.seed)
+    items, held_out = known or asked_for.items(model.class_names, recipe.seed)
     reward = build_reward(recipe.reward, recipe.method, device, decoded=model.has_decoder)
     trainable = partial(model.trainable, source.adapter, recipe.training.trainable, seed=recipe.seed)
     return make_ready(recipe, model, trainable, reward, items, held_out)
@@ -221,7 +221,7 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
     if recipe.training.prompts_per_step is not None and num_samples is not None:
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
     check_unchanged(folder, recipe)
-    models = load_run(recipe, folder, device)
+    models = load_models(recipe, folder, device)
     reward = build_reward(recipe.reward, recipe.method, device)
     if isinstance(reward, LearnedReward):
         with refused(f"{folder / REWARD}: is not the network of the reward"):
@@ -245,6 +245,11 @@ def load_run(recipe: Recipe, folder: Path, device: str = "cpu") -> tuple[Any, An
     Raises InputError if the base is not the one that was tuned, and that is not accepted.
     """
     check_unchanged(folder, recipe, only="model")
+    return load_models(recipe, folder, device)
+
+
+def load_models(recipe: Recipe, folder: Path, device: str) -> tuple[Any, Any]:
+    """`load_run`, whose base is known to be the one that was tuned."""
     source = recipe.source.kept_in(folder / BASE)
     model = source.load(device)
     return source.load_tuned(model, folder / "model", recipe.seed)
