@@ -16,10 +16,9 @@ from tiltflow.evaluation.features import Features, feature_extractor, features_o
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.models.model_folder import ClassifierConfig, load_classifier
-from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import NonFiniteRewards, Reward
 from tiltflow.rewards.functions.checked import score
-from tiltflow.rewards.functions.prompted import given
+from tiltflow.rewards.functions.prompted import told
 
 Kind = Literal["sample", "class", "prompt"]
 
@@ -81,7 +80,7 @@ class Asked:
         """Bind a reward to the prompts and metadata of these samples, if the model has conditions."""
         if self.kind == "sample":
             return reward
-        return given(reward, [item.text for item in self.items], [item.metadata for item in self.items])
+        return told(reward, self.items)
 
     def some(self, each: int) -> Asked:
         """Return the first `each` samples of each group."""
@@ -284,14 +283,12 @@ class Seen:
         samples: of both models, at the first sampling point.
         instruments: measure them.
         settings: of the evaluation.
-        models: the base and the tuned model.
         generator: for bootstraps; the metrics use it in their order.
     """
 
     samples: Samples
     instruments: Instruments
     settings: Evaluation
-    models: tuple[GenerativeModel, GenerativeModel]
     generator: torch.Generator
 
 

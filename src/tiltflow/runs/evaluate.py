@@ -68,7 +68,7 @@ def evaluate(
     # a gain at its limit has not made the mean reward what it should be
     reached = calibrated["calibration_at_limit"] is not False
     entries, tests = of_laws(samples, instruments.own, generator, counted=reached)
-    found = metrics.measure(Seen(samples, instruments, settings, (base, tuned), generator))
+    found = metrics.measure(Seen(samples, instruments, settings, generator))
     summary: dict[str, Any] = {
         **described(run, target, folder, base, asked),
         "iterations": records[-1]["step"],

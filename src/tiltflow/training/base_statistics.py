@@ -16,7 +16,7 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Metadata, Reward
 from tiltflow.rewards.functions.checked import score
 from tiltflow.rewards.functions.normalised import PerPrompt
-from tiltflow.rewards.functions.prompted import given
+from tiltflow.rewards.functions.prompted import told
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.settings import Training
@@ -62,7 +62,7 @@ class BaseStatistics:
             guidance_scale=1 if training.guidance_mode == "none" else None,
             batch_size=size,
         )
-        reward = given(self.reward, [prompt.text] * count, [prompt.metadata] * count)
+        reward = told(self.reward, [prompt] * count)
         values = score(reward, x, size, self.base.device, training.non_finite_rewards).double()
         values = values[values.isfinite()]
         if len(values) < 2:

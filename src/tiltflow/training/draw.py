@@ -15,7 +15,7 @@ from tiltflow.flows.guided import Guided
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import values_of
-from tiltflow.rewards.functions.prompted import given
+from tiltflow.rewards.functions.prompted import told
 from tiltflow.training.batch import Drawn
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training
@@ -35,11 +35,6 @@ class Decoded:
 
     def __call__(self, x: Tensor) -> Tensor:
         return values_of(self.reward, self.model.decode(x, batch_size=self.batch_size))
-
-
-def told(reward: Reward, items: Sequence[Item]) -> Reward:
-    """The reward of samples of these items, one for each, if it asks what they are."""
-    return given(reward, [item.text for item in items], [item.metadata for item in items])
 
 
 class Items(Protocol):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.field import Which
 from tiltflow.rewards import Metadata, PromptedReward, Reward, WithPrompts
@@ -68,3 +69,8 @@ def given(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata] |
 def prompts_of(reward: Reward) -> Sequence[str]:
     """The prompts that a reward is bound to, if any."""
     return reward.prompts if isinstance(reward, WithPrompts) else ()
+
+
+def told(reward: Reward, items: Sequence[Item]) -> Reward:
+    """The reward of samples of these items, one for each, if it asks what they are."""
+    return given(reward, [item.text for item in items], [item.metadata for item in items])
