@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_flow, tiny_recipe
 
 import tiltflow
+from tiltflow.conditions import Item
 from tiltflow.control.path_kl import path_costs
 from tiltflow.errors import InputError
 from tiltflow.evaluation.distances import kolmogorov_smirnov, reward_distance
@@ -293,3 +294,14 @@ def test_the_distance_to_the_base() -> None:
     assert found["w2_base"] == pytest.approx(3, abs=0.25)
     assert 0 < found["w2_floor"] < 0.25
     assert distance_to_base(x, x, asked)["w2_base"] == found["w2_floor"]
+
+
+def test_both_halves_have_every_group() -> None:
+    """Two classes 10 apart in the same place in base and tuned model: a distance between halves of different classes were 10."""
+    classes = Asked.of_classes([Item("a", {"label": 0}), Item("b", {"label": 1})], 400)
+    first, last = classes.halves(1024)
+    assert (first.tolist(), last.tolist()) == ([*range(100), *range(200, 300)], [*range(100, 200), *range(300, 400)])
+    x = torch.randn(400, 1, generator=stream(0, "test")) + 10 * (torch.arange(400) >= 200).float()[:, None]
+    assert distance_to_base(x, x, classes)["w2_floor"] < 0.5
+    few, _ = classes.halves(20)
+    assert few.tolist() == [*range(10), *range(200, 210)]
