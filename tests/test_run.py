@@ -297,7 +297,7 @@ def test_the_distance_to_the_base() -> None:
 
 
 def test_both_halves_have_every_group() -> None:
-    """Two classes 10 apart in the same place in base and tuned model: a distance between halves of different classes were 10."""
+    """Of two classes 10 apart: a distance between halves of different classes would be 10."""
     classes = Asked.of_classes([Item("a", {"label": 0}), Item("b", {"label": 1})], 400)
     first, last = classes.halves(1024)
     assert (first.tolist(), last.tolist()) == ([*range(100), *range(200, 300)], [*range(100, 200), *range(300, 400)])
