@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow.flows.adapter import AdapterOff, base_of
-from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.flow import Flow
@@ -316,7 +316,7 @@ def test_the_average_has_the_jacobian_of_its_own_weights(generator: torch.Genera
     for parameter in network.parameters():
         parameter.data = parameter.data * 2
     now = flow(x, t).detach()
-    v, pullback = linearize(Averaged(flow, average), x, t)
+    v, pullback = linearize(AtWeights(flow, average), x, t)
     assert torch.equal(v, expected)
     assert_close(pullback(cotangent), before)
     with average.applied(), average.applied():

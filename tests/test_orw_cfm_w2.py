@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.adapter import AdapterOff
-from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import FunctionField, VelocityField
 from tiltflow.flows.flow import Flow
@@ -368,8 +368,8 @@ WRAPPED: dict[str, Callable[[Flow], VelocityField]] = {
     "guided": lambda flow: Guided(flow, flow, 1.0),
     "guided twice over": lambda flow: Guided(Guided(flow, flow, 1.0), flow, 1.0),
     "in chunks": lambda flow: in_chunks(flow, 7),
-    "averaged": lambda flow: Averaged(flow, WeightAverage(flow.parameters(), 0.0)),
-    "guided and averaged": lambda flow: Averaged(Guided(flow, flow, 1.0), WeightAverage(flow.parameters(), 0.0)),
+    "averaged": lambda flow: AtWeights(flow, WeightAverage(flow.parameters(), 0.0)),
+    "guided and averaged": lambda flow: AtWeights(Guided(flow, flow, 1.0), WeightAverage(flow.parameters(), 0.0)),
 }
 
 

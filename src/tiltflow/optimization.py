@@ -36,24 +36,20 @@ def adamw(parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer
     return torch.optim.AdamW(several, fused=fused or None, **options)
 
 
-class WeightAverage:
-    """The exponential moving average of parameters, with a smaller decay at the start, so that the first values do not
-    dominate it. With a decay of 0 it is the parameters themselves, and costs nothing."""
+class StoredWeights:
+    """Other values of parameters, which can take their place.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = list(parameters) if decay else [], decay, 0
-        self.values, self.in_place = [p.detach().clone() for p in self.parameters], False
+    Args:
+        values: of each parameter; a copy of what they are by default.
+    """
 
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 10))
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.lerp_(parameter, 1 - decay)
+    def __init__(self, parameters: Iterable[nn.Parameter], values: Sequence[Tensor] | None = None):
+        self.parameters, self.in_place = list(parameters), False
+        self.values = [p.detach().clone() for p in self.parameters] if values is None else list(values)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the parameters are their average. Memory is swapped, not copied; nested entry is a no-op."""
+        """A context in which the parameters have these values. Memory is swapped, not copied; nested entry is a no-op."""
         if self.in_place:
             yield
             return
@@ -75,6 +71,29 @@ class WeightAverage:
                 parameter.data, self.values[i] = self.values[i], parameter.data
         processes.weights_changed()
 
+    @torch.no_grad()
+    def store(self) -> None:
+        """Write the values into the parameters."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+        processes.weights_changed()
+
+
+class WeightAverage(StoredWeights):
+    """The exponential moving average of parameters, with a smaller decay at the start, so that the first values do not
+    dominate it. With a decay of 0 it is the parameters themselves, and costs nothing."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        super().__init__(parameters if decay else ())
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1 - decay)
+
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` takes."""
         return {"values": self.values, "updates": self.updates}
@@ -84,13 +103,6 @@ class WeightAverage:
         self.updates = state["updates"]
         for value, saved in zip(self.values, state["values"], strict=True):
             value.copy_(processes.part_like(saved, value))
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Write the average into the parameters."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            parameter.copy_(value)
-        processes.weights_changed()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

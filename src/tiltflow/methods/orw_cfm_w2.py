@@ -63,6 +63,7 @@ from tiltflow.settings import FunctionOrName, PathOrName
 from tiltflow.streams import normal
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
+from tiltflow.training.noising import noising, shuffled
 from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
@@ -388,36 +389,26 @@ class OrwCfmW2(MethodSettings):
 
     def _regress(self, batch: Batch, x1: Tensor, weights: Tensor) -> dict[str, float]:
         """Accumulate the gradient of the loss over samples x1 [batch, *event], with fresh noise and times."""
-        generator = batch.generator
-        size, device = self.regression_batch_size or len(x1), x1.device
+        generator, pair = batch.generator, None
+        size = self.regression_batch_size or len(x1)
         if self.coupling == "independent":
-            which = torch.cat(
-                [torch.randperm(len(x1), generator=generator, device=device) for _ in range(-(-size // len(x1)))]
-            )[:size]
+            which = shuffled(len(x1), size, generator)
             of_fit, of_penalty = (
                 weights[which],
                 weights[which] if self.weight_mode == "both-terms" else torch.ones_like(weights[which]),
             )
         else:
-            which = torch.multinomial(weights, size, replacement=True, generator=generator)
+            pair, which = cheapest_pairing, torch.multinomial(weights, size, replacement=True, generator=generator)
             of_fit = of_penalty = torch.ones_like(weights[which])
-        x0 = normal((size, *x1.shape[1:]), generator, x1.dtype)
-        if self.coupling == "optimal-transport":
-            x0 = x0[cheapest_pairing(x0, x1[which])]
-        x0 = batch.tuned.select(which).project(x0)
-        # one time in each of `size` equal parts, as the steps of the sampler are spread: the same minimum, with less noise
-        parts = torch.arange(size, device=device) + torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-        t = spread_times(parts / size, start=self.sampling.times(batch.start)[0].item(), shift=self.shift)
+        pairs = noising(batch.tuned, x1, which, self.sampling, generator, start=batch.start, pair=pair)
 
         def terms_of(part: slice) -> dict[str, Tensor]:
-            i, s = which[part], t[part]
-            left, right = expand(1 - s, x0[part]), expand(s, x0[part])
-            x = left * x0[part] + right * x1[i]
+            i, x, s, u = pairs.points(part)
             v = batch.tuned.select(i)(x, s)
             # measured in the network's own prediction, errors near the ends of the path have the weight that they had in
             # pretraining
             scale = batch.tuned.prediction_scale(s).to(x) ** 2 / x[0].numel()
-            misfit = scale * (v - (x1[i] - x0[part])).flatten(1).square().sum(1)
+            misfit = scale * (v - u).flatten(1).square().sum(1)
             terms = {"loss": of_fit[part] * misfit, "flow_matching_loss": misfit.detach()}
             if self.alpha > 0:
                 with torch.no_grad():

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow import processes
 from tiltflow.control.objective import Objective, RunningReward
+from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide
-from tiltflow.optimization import located
+from tiltflow.optimization import StoredWeights, located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
 
@@ -50,6 +51,7 @@ class Batch:
         running: the running reward; only methods whose `Needs` have `running_reward` get one.
         micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite, and counts them as `dropped`.
+        parameters: the parameters of `tuned` that are trained.
     """
 
     x: Tensor
@@ -63,6 +65,7 @@ class Batch:
     micro_batch_size: int | None = None
     non_finite: NonFiniteRewards = "error"
     running: RunningReward | None = None
+    parameters: Sequence[nn.Parameter] = ()
 
     @property
     def objective(self) -> Objective:
@@ -75,6 +78,14 @@ class Batch:
     def whole(self, flow: VelocityField) -> VelocityField:
         """Evaluate `flow` on the whole batch, a micro-batch at a time, shared out among the processes."""
         return in_chunks(flow, self.micro_batch_size)
+
+    def copy_of_weights(self) -> list[Tensor]:
+        """The present values of the parameters that are trained, for `tuned_at`."""
+        return [p.detach().clone() for p in self.parameters]
+
+    def tuned_at(self, weights: Sequence[Tensor]) -> VelocityField:
+        """`tuned` at earlier weights, from `copy_of_weights`."""
+        return AtWeights(self.tuned, StoredWeights(self.parameters, weights))
 
     def select(self, which: Which) -> Batch:
         """The part of the batch with these samples."""

@@ -18,7 +18,7 @@ from tiltflow import processes
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import CheckpointError, InputError, Interrupted, NonFiniteError, UserCodeError
 from tiltflow.flows.adapter import AdapterOff
-from tiltflow.flows.averaged import Averaged
+from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
@@ -345,11 +345,12 @@ class _Loop:
             reward=drawn.reward or self.reward,
             generator=stream(self.seed, "rollout", self.step, device=self.device),
             start=self.start,
-            actor=drawn.bind(Averaged(self.tuned, self.average)) if self.average.decay else None,
+            actor=drawn.bind(AtWeights(self.tuned, self.average)) if self.average.decay else None,
             guide=drawn.guide,
             micro_batch_size=self.micro_batch_size,
             non_finite=self.non_finite_rewards,
             running=self.running,
+            parameters=tuple(self.trained.values()),
         )
         return method.gradients(batch, self.of_method)
 

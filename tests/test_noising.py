@@ -1,0 +1,81 @@
+"""Noising: the law of what conditional flow matching regresses on, and the weights of earlier times."""
+
+from __future__ import annotations
+
+import torch
+
+from tiltflow.flows.field import FunctionField
+from tiltflow.optimization import StoredWeights
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.training.batch import Batch
+from tiltflow.training.noising import noising, shuffled
+
+FIELD = FunctionField(lambda x, t: x)
+
+
+def drawn(size: int, *, start: float = 0.0, shift: float = 1.0, seed: int = 0):
+    samples = torch.tensor([[3.0], [-1.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(solver="heun", num_inference_steps=4, shift=shift)
+    return samples, noising(FIELD, samples, shuffled(2, size, generator), sampling, generator, start=start)
+
+
+def test_points_are_on_the_path_from_the_noise_to_the_sample_at_their_time():
+    samples, pairs = drawn(1000)
+    points = pairs.points(slice(200, 700))
+    end = points.x + (1 - points.t)[:, None] * points.u
+    start = points.x - points.t[:, None] * points.u
+    torch.testing.assert_close(end, samples[points.which])
+    torch.testing.assert_close(start, pairs.noise[200:700])
+
+
+def test_noise_is_standard_normal_and_independent_of_the_sample_and_of_the_time():
+    _, pairs = drawn(100_000)
+    noise = pairs.noise[:, 0]
+    assert abs(noise.mean()) < 4 / 100_000**0.5
+    assert abs(noise.square().mean() - 1) < 4 * 2**0.5 / 100_000**0.5
+    for other in (pairs.which.double(), pairs.times):
+        assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 4 / 100_000**0.5
+
+
+def test_times_fill_each_part_of_the_axis_from_the_start_of_the_sampler():
+    _, pairs = drawn(500, start=0.2)
+    u = (pairs.times - 0.2) / 0.8
+    assert torch.equal((u * 500).floor().long(), torch.arange(500))
+    _, pairs = drawn(500, shift=3.0)
+    noise = 1 - (torch.arange(500) + 0.5) / 500
+    middle = 1 - 3 * noise / (1 + 2 * noise)
+    assert (pairs.times - middle).abs().max() < 3 / 500
+
+
+def test_every_sample_is_there_once_before_any_is_there_twice():
+    which = shuffled(7, 17, torch.Generator().manual_seed(0))
+    assert sorted(which[:7].tolist()) == sorted(which[7:14].tolist()) == list(range(7))
+    assert len(which) == 17
+    assert len(set(which[14:].tolist())) == 3
+
+
+def test_a_flow_at_earlier_weights_leaves_the_present_ones_and_their_gradients_alone():
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    field = FunctionField(lambda x, t: scale * x)
+    batch = Batch(torch.ones(1, 1), field, field, lambda x: x[:, 0], torch.Generator(), parameters=[scale])
+    before = batch.copy_of_weights()
+    with torch.no_grad():
+        scale.fill_(5.0)
+    x, t = torch.ones(1, 1), torch.tensor(0.5)
+    present = batch.tuned(x, t)
+    assert batch.tuned_at(before)(x, t).item() == 2
+    assert scale.item() == 5
+    present.sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.item() == 1
+    assert [value.item() for value in before] == [2]
+
+
+def test_stored_weights_can_be_made_the_present_ones():
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    stored = StoredWeights([scale])
+    with torch.no_grad():
+        scale.fill_(5.0)
+    stored.store()
+    assert scale.item() == 2
