@@ -8,7 +8,7 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.optimization import StoredWeights
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.batch import Batch
-from tiltflow.training.noising import noising, shuffled
+from tiltflow.training.noising import Points, noising, posterior, shuffled
 
 FIELD = FunctionField(lambda x, t: x)
 
@@ -79,3 +79,49 @@ def test_stored_weights_can_be_made_the_present_ones():
         scale.fill_(5.0)
     stored.store()
     assert scale.item() == 2
+
+
+def test_the_posterior_is_bayes_rule_for_the_end_of_a_path():
+    samples = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    pairs = noising(FIELD, samples, torch.arange(3).repeat(2), Sampling(), generator)
+    points = pairs.points(slice(None))
+    t = points.t[:, None]
+    law = torch.distributions.Normal(t[..., None] * samples, (1 - t[..., None]).expand(-1, 3, 2))
+    joint = law.log_prob(points.x[:, None]).sum(2)
+    torch.testing.assert_close(posterior(points, samples, [torch.arange(3)]), joint.softmax(1))
+
+
+def test_the_mean_over_the_posterior_is_the_velocity_of_the_samples_law_and_keeps_the_mean_of_the_regression():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(50, 1, generator=generator, dtype=torch.float64)
+    weights = torch.rand(50, generator=generator, dtype=torch.float64)
+    count = 200_000
+    which = torch.randint(50, (count,), generator=generator)
+    x0 = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    t = torch.full((count,), 0.4, dtype=torch.float64)
+    points = Points(which, 0.6 * x0 + 0.4 * samples[which], t, samples[which] - x0)
+    some = Points(*(each[:2000] for each in points))
+    p = posterior(some, samples, [torch.arange(50)])
+    smooth = torch.cos(points.x[:, 0])  # any function of x_t: both targets have the same mean beside it
+    plain = weights[which] * points.u[:, 0] * smooth
+    known = (p * weights) @ samples - (p @ weights)[:, None] * some.x
+    averaged = known[:, 0] / 0.6 * smooth[:2000]
+    error = (plain.var() / count + averaged.var() / 2000) ** 0.5
+    assert abs(plain.mean() - averaged.mean()) < 4 * error
+    assert averaged.var() < plain.var() / 3
+
+
+def test_near_the_data_a_path_knows_its_own_sample():
+    samples = torch.randn(30, 784, generator=torch.Generator().manual_seed(0))
+    which = torch.arange(30)
+    for t in (0.9, 1 - 1e-9, 1.0):
+        points = Points(which, t * samples + (1 - t) * torch.randn(30, 784), torch.full((30,), t).double(), samples)
+        torch.testing.assert_close(posterior(points, samples, [which]), torch.eye(30, dtype=torch.float64))
+
+
+def test_a_path_ends_in_a_sample_of_its_own_condition():
+    samples, pairs = drawn(200)
+    points = pairs.points(slice(None))
+    p = posterior(points, samples, [torch.tensor([0]), torch.tensor([1])])
+    torch.testing.assert_close(p, torch.nn.functional.one_hot(points.which, 2).double())
