@@ -101,6 +101,7 @@ def test_a_run_with_a_learned_reward(tmp_path: Path, npz: Path, method: dict[str
     assert summary["judge"]["frechet_base"] > 0
     assert summary["judge"]["frechet_tuned"] != summary["judge"]["frechet_base"]
     assert any("no noise" in limit or "no target law" in limit for limit in summary["limits"])
+    assert summary["reaches"] == "none"
     learned = load_file(tmp_path / "run" / "reward.safetensors")
     assert learned
     again = evaluate_run(tmp_path / "run")

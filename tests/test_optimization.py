@@ -31,6 +31,7 @@ def test_the_log_tilt_is_the_reward_over_the_temperature() -> None:
     target = Tilting(beta=0.25).target(7)
     assert target.log_tilt(torch.tensor([1.0, -0.5], dtype=torch.float32)).tolist() == [4, -2]
     assert (target.beta, target.temperature, target.caveats) == (0.25, 0.25, ())
+    assert target.reaches == "exact"
     assert Tilting().priced_chain() is None
 
 

@@ -485,18 +485,21 @@ def test_the_target_says_whether_it_is_an_exponential_tilt_and_whether_it_settle
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "said", "reaches"),
     [
-        ({"alpha": 0.0}, ["every round tilts the law again"]),
-        ({"alpha": 0.0, "online_fraction": 0.0}, []),
-        ({"alpha": 0.0, "online_fraction": 0.5}, ["hyperbolic"]),
-        ({"alpha": 0.0, "online_fraction": 0.0, "weight": "reward"}, ["not exp"]),
-        ({"alpha": 0.3}, ["no exponential tilt"]),
-        ({"alpha": 0.3, "online_fraction": 0.5}, ["no exponential tilt", "hyperbolic"]),
+        ({"alpha": 0.0}, ["every round tilts the law again"], "exact"),
+        ({"alpha": 0.0, "online_fraction": 0.0}, [], "exact"),
+        ({"alpha": 0.0, "online_fraction": 0.0, "data": "mine.npz"}, [], "none"),
+        ({"alpha": 0.0, "online_fraction": 0.5}, ["hyperbolic"], "none"),
+        ({"alpha": 0.0, "online_fraction": 0.0, "weight": "reward"}, ["not exp"], "none"),
+        ({"alpha": 0.3}, ["no exponential tilt"], "first-order"),
+        ({"alpha": 0.3, "online_fraction": 0.5}, ["no exponential tilt", "hyperbolic"], "none"),
     ],
 )
-def test_the_reasons_why_the_law_is_another(settings: dict[str, Any], said: list[str]) -> None:
-    limits = OrwCfmW2.model_validate(settings).target(1).caveats
+def test_the_reasons_why_the_law_is_another(settings: dict[str, Any], said: list[str], reaches: str) -> None:
+    target = OrwCfmW2.model_validate(settings).target(1)
+    limits = target.caveats
+    assert target.reaches == reaches
     assert len(limits) == len(said)
     assert all(words in limit for words, limit in zip(said, limits, strict=True))
 
@@ -673,6 +676,7 @@ def test_a_run_from_recipe_to_report(tmp_path: Path) -> None:
     summary = run(validate(Recipe, read_yaml(path), "recipe"), tmp_path / "run")
     assert summary["target_law"] == "p_base(x) exp(1.11 r(x))"  # 4 steps are 2 rounds: 1 / 1.5 + 1 / 1.5^2
     assert any("no exponential tilt" in limit for limit in summary["limits"])
+    assert summary["reaches"] == "first-order"
     assert summary["beta"] is None
     assert summary["w2_base"] > 0 < summary["w2_floor"]
     assert summary["judge"]["entropy_base"] > 0 < summary["judge"]["variance_tuned"]

@@ -23,7 +23,8 @@ from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
 from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.caveats import calibration_in_words
+from tiltflow.laws.target import exponential_tilt
+from tiltflow.runs.caveats import calibration_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_path_kl
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
@@ -118,6 +119,16 @@ def test_the_path_kl_of_a_tilted_normal_law_is_that_of_the_law(generator: torch.
         costs = path_costs(chain, ExactVelocity(tilted), ExactVelocity(base), x, generator)
         error = 4 * costs.std().item() / len(costs) ** 0.5
         assert costs.mean().item() == pytest.approx(shift**2 / 2, rel=slack, abs=error)
+
+
+def test_a_law_that_is_no_tilt_is_said() -> None:
+    """By the method, or else by a sentence of how near a tilt it is."""
+    assert reach_in_words(exponential_tilt(1.0)) == []
+    assert reach_in_words(exponential_tilt(1.0, ["because"])) == ["because"]
+    for reaches, words in (("first-order", "first order"), ("none", "No exponential tilt")):
+        (said,) = reach_in_words(exponential_tilt(1.0, reaches=reaches))
+        assert words in said
+        assert reach_in_words(exponential_tilt(1.0, ["because"], reaches)) == ["because"]
 
 
 @pytest.mark.parametrize(("working", "at_limit"), [(0.701, True), (0.72, True), (1.2, False), (2.1, False), (6.2, True)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from tiltflow.samplers.grid import Start
 
 RewardAt = Callable[[Array], Array]
 """A reward of points on the line: [n] -> [n]."""
+Reach = Literal["exact", "first-order", "none"]
+"""How near to p_base(x) exp(r(x) / beta), at some beta, the law of a perfectly trained run is."""
 
 
 class MeasureBalance(Protocol):
@@ -59,10 +61,12 @@ class Target:
         words: the law, in words.
         caveats: reasons why the law that is reached is not p_base exp(r / beta), one sentence each.
         beta: the temperature that the method works at, in units of reward; None for a method without one.
-        temperature: beta of the law p_base exp(r / beta), where the target is exactly that law; None where it is another.
+        temperature: beta of the law p_base exp(r / beta), where that is what is aimed at; None where it is another.
         exact: the law on the line, of the law of the base and the reward; None where it is the base tilted by `log_tilt`.
             Raises ValueError where the law is not known.
         balance: of a method that settles where the pull of the reward is in balance with a penalty.
+        reaches: how near to p_base exp(r / beta), at some beta, a perfectly trained run comes. exact: it is that law, up to the
+            errors of sampler, fit and finite steps. first-order: only to first order in 1 / beta. none: not even that.
     """
 
     log_tilt: Callable[[Tensor], Tensor]
@@ -72,6 +76,7 @@ class Target:
     temperature: float | None = None
     exact: Callable[[Law, RewardAt], Law] | None = None
     balance: Balance | None = None
+    reaches: Reach = "exact"
 
     def tilted(self, base: Law, reward: RewardAt) -> Law:
         """The law on the line whose density over that of `base` is exp(log_tilt)."""
@@ -82,7 +87,7 @@ class Target:
         return self.tilted(base, reward) if self.exact is None else self.exact(base, reward)
 
 
-def exponential_tilt(beta: float, caveats: Sequence[str] = ()) -> Target:
+def exponential_tilt(beta: float, caveats: Sequence[str] = (), reaches: Reach = "exact") -> Target:
     """p_base(x) exp(r(x) / beta), at temperature beta in units of reward.
 
     >>> exponential_tilt(0.25).log_tilt(torch.tensor([1.0, -0.5])).tolist()
@@ -94,4 +99,5 @@ def exponential_tilt(beta: float, caveats: Sequence[str] = ()) -> Target:
         caveats=tuple(caveats),
         beta=beta,
         temperature=beta,
+        reaches=reaches,
     )

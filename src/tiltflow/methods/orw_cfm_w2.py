@@ -51,7 +51,7 @@ from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
-from tiltflow.laws.target import Balance, Target
+from tiltflow.laws.target import Balance, Reach, Target
 from tiltflow.methods import MethodSettings
 from tiltflow.optimization import Numbers
 from tiltflow.plugins import import_function
@@ -184,7 +184,14 @@ class OrwCfmW2(MethodSettings):
             exact=partial(self._exact_law, steps=steps),
             # expected if each round is fitted perfectly
             balance=Balance(self.balance, 1 / (1 - float((1 + self.alpha) ** -rounds))) if settles else None,
+            reaches=self._reaches(),
         )
+
+    def _reaches(self) -> Reach:
+        """See `Target`: rounds without a penalty, and the one round of the base's own samples, are exponential tilts."""
+        if self.weight != "exponential" or self.data is not None or 0 < self.online_fraction < 1:
+            return "none"
+        return "exact" if self.alpha == 0 else "first-order"
 
     def _exact_law(self, base: Law, reward: Callable[[Array], Array], steps: int) -> Law:
         """The law after this many optimizer steps, in one dimension, if each round is fitted perfectly; the law at which the

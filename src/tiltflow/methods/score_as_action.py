@@ -297,11 +297,12 @@ class ScoreAsAction(Tilting):
         """p_base exp(r / beta), as far as the price of a step and the sampler reach it; see `Sampling.limits`."""
         if self.running_reward == "none":
             nothing = "Nothing but the size of the steps holds the model near the base: there is no target law."
-            return exponential_tilt(self.beta, [nothing])
+            return exponential_tilt(self.beta, [nothing], reaches="none")
         caveats = self.sampling.limits(start)
         if self.running_reward == "transition-kl":
             caveats.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
-        return exponential_tilt(self.beta, caveats)
+        priced = self.running_reward == "path-kl" and self.sampling.build().is_memoryless
+        return exponential_tilt(self.beta, caveats, reaches="exact" if priced else "none")
 
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
         """The chain of the policy and the energy of a change of its velocities; None for a solver that is no chain, or without

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiltflow.laws.target import Target
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.settings import GuidanceMode
 
@@ -30,6 +31,19 @@ def calibration_in_words(beta: float | None, working_beta: float | None) -> dict
         " from converged, or its sampler cannot reach the target."
     )
     return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+def reach_in_words(target: Target) -> list[str]:
+    """Why the law of the run is not the target law, one sentence each: the method's own reasons, or, where it gives none, how
+    near to an exponential tilt it comes."""
+    if target.caveats or target.reaches == "exact":
+        return list(target.caveats)
+    if target.reaches == "none":
+        return ["No exponential tilt is near the law that this method reaches: its target law shows a direction only."]
+    return [
+        "The method reaches its target law only to first order in the strength of the tilt: the stronger it is, the further its"
+        " own law is from that."
+    ]
 
 
 def guidance_limits(mode: GuidanceMode | None) -> list[str]:

@@ -29,7 +29,7 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words
+from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words, reach_in_words
 from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.runs.run_files import read_records
@@ -75,7 +75,7 @@ def evaluate(
         "working_beta": records[-1].get("beta"),
         "calibration_at_limit": calibrated["calibration_at_limit"],
         "limits": [
-            *target.caveats,
+            *reach_in_words(target),
             *calibrated["limits"],
             *guidance_limits(run.training.guidance_mode),
             *left_out_in_words(*samples.left_out, len(asked)),
@@ -114,6 +114,7 @@ def described(run: RunSettings, target: Target, folder: Path, base: GenerativeMo
         "method": run.method.name,
         "beta": target.beta,
         "target_law": target.words + of_group,
+        "reaches": target.reaches,
         "reward": run.reward_name,
         "reward_description": run.reward_description,
         "max_train_steps": run.training.max_train_steps,
