@@ -22,8 +22,8 @@ from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
 from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
-from tiltflow.problems.gaussian import Gaussian
 from tiltflow.laws.target import exponential_tilt
+from tiltflow.problems.gaussian import Gaussian
 from tiltflow.runs.caveats import calibration_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_path_kl
 from tiltflow.runs.recipe import Recipe, shipped_recipes
