@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from tiltflow.evaluation.distances import exact_w2
-from tiltflow.laws.induced_law import (
-    Law,
-    fixed_point,
-    induced_velocity,
-    log_normal,
-    mixture_of_rounds,
-    one_round,
-    push_forward,
-    velocity_distance,
-)
+from tiltflow.laws.induced_law import fixed_point, induced_velocity, mixture_of_rounds, one_round
+from tiltflow.laws.law import Law, log_normal, push_forward, velocity_distance
 from tiltflow.problems.two_modes import sampler
 from tiltflow.streams import stream
 

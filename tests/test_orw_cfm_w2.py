@@ -26,7 +26,8 @@ from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import Cosine, Interpolant, Linear, PredictionType, convert, expand, linear_time
 from tiltflow.flows.noise import noise
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
-from tiltflow.laws.induced_law import Array, Law, induced_velocity
+from tiltflow.laws.induced_law import induced_velocity
+from tiltflow.laws.law import Array, Law
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2, State, WeightMode, cheapest_pairing
 from tiltflow.optimization import WeightAverage
 from tiltflow.problems.two_modes import TwoModes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.field import VelocityField
-from tiltflow.laws.induced_law import Array, Law
+from tiltflow.laws.law import Array, Law
 from tiltflow.samplers.grid import Start
 
 RewardAt = Callable[[Array], Array]

@@ -50,7 +50,8 @@ from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
-from tiltflow.laws.induced_law import Array, Law, fixed_point, mixture_of_rounds, one_round
+from tiltflow.laws.induced_law import fixed_point, mixture_of_rounds, one_round
+from tiltflow.laws.law import Array, Law
 from tiltflow.laws.target import Balance, Reach, Target
 from tiltflow.methods import MethodSettings
 from tiltflow.optimization import Numbers

@@ -16,7 +16,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.distances import distance_to_law, sliced_w2
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.laws.gaussian_mixture import GaussianMixture, mixture
-from tiltflow.laws.induced_law import Array, Law, log_normal, velocity_distance
+from tiltflow.laws.law import Array, Law, log_normal, velocity_distance
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
 from tiltflow.problems.verification.exact_base import ExactBase
 from tiltflow.samplers.rollout import sample
