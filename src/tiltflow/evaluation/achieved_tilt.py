@@ -1,0 +1,130 @@
+r"""How much of the tilt that was asked for a model has: a regression of the log ratio of its law to the base's on that tilt.
+
+Under the target law the log ratio log p_tuned / p_base is the log tilt, r / beta, up to a constant. So over samples of the
+tuned model
+
+    achieved tilt   the slope of the log ratio on the log tilt: 1 at the target law, 0 at the base
+    R^2             the share of the log ratio's variance that the tilt explains: below 1, part of what changed is no tilt.
+
+The log ratio is an estimate with noise, which adds to its variance. Two independent estimates of each sample share all but
+that noise, so their covariance stands for the variance: R^2 = slope^2 Var(tilt) / Cov(L_1, L_2). The noise is larger for some
+samples than for others, so standard errors are those that allow for it (MacKinnon & White 1985, HC3).
+
+Every prompt, and every class, has a constant of its own: the regression is within groups.
+"""
+
+# Mutation tests: test_achieved_tilt.py
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.log_ratio import by_flow_matching, by_ode
+from tiltflow.flows.field import VelocityField
+
+FEW_DIMENSIONS = 3
+"""Up to so many, the log ratio is computed by the ODE with its divergence, where its start is standard normal noise."""
+KEYS = ("achieved_tilt", "achieved_tilt_error", "achieved_tilt_r2", "achieved_tilt_r2_error", "achieved_tilt_by")
+
+
+@dataclass(frozen=True)
+class AchievedTilt:
+    """The tilt of a model in units of the tilt that was asked for.
+
+    Args:
+        slope: 1 at the target law.
+        r2: None if the log ratio hardly varies between samples.
+        by: the log ratio's estimator.
+    """
+
+    slope: Estimate
+    r2: Estimate | None
+    by: str
+
+    def entries(self) -> dict[str, Any]:
+        """Return the entries of a summary, `KEYS`."""
+        r2 = (None, None) if self.r2 is None else (self.r2.value, self.r2.standard_error)
+        return dict(zip(KEYS, (self.slope.value, self.slope.standard_error, *r2, self.by), strict=True))
+
+
+def measure(
+    tuned: VelocityField,
+    base: VelocityField,
+    x1: Tensor,
+    log_tilt: Tensor,
+    generator: torch.Generator,
+    *,
+    groups: int = 1,
+    strata: bool = True,
+    start: float = 0.0,
+    batch_size: int | None = None,
+) -> AchievedTilt | None:
+    """Measure the achieved tilt over samples x1 [n, *event] of the tuned model. None if the tilt is the same for all samples of
+    each group.
+
+    Args:
+        tuned, base: bound to the conditions of the samples.
+        log_tilt: log density of the target law over the base's, up to a constant of each group [n]; see `Target.log_tilt`.
+        groups: number of groups of equal size, one after the other, each with a base law of its own.
+        strata: True if the groups are all that exist, and not a sample of more.
+        start: time at which both models start from pure noise.
+        batch_size: samples that a network sees at once.
+    """
+    if x1[0].numel() <= FEW_DIMENSIONS and start == 0:
+        estimates, by = by_ode(tuned, base, x1, batch_size=batch_size)[None], "the ODE with its divergence"
+    else:
+        estimates = by_flow_matching(tuned, base, x1, generator, start=start, batch_size=batch_size)
+        by = "differences of flow matching losses"
+    found = regression(estimates, log_tilt, groups, strata=strata)
+    return None if found is None else AchievedTilt(*found, by)
+
+
+def regression(
+    estimates: Tensor, log_tilt: Tensor, groups: int = 1, *, strata: bool = True
+) -> tuple[Estimate, Estimate | None] | None:
+    """Regress log ratios on the log tilt: (slope, R^2). None if the tilt does not vary within any group.
+
+    Args:
+        estimates: independent estimates of the log ratio [k, n], one without noise or two.
+        log_tilt: [n]; samples where it is infinite are left out.
+        groups, strata: see `measure`. Unless they are strata, standard errors are over groups.
+    """
+    z, ratios = log_tilt.double().cpu(), estimates.double().cpu()
+    known = (z.isfinite() & ratios.isfinite().all(0)).reshape(groups, -1)
+    z, first, second = (_centred(each.reshape(groups, -1), known) for each in (z, ratios[0], ratios[-1]))
+    spread = z.square().sum()
+    if not float(spread) > 1e-20 * float(log_tilt[known.flatten()].double().square().sum()):
+        return None
+    ratio = (first + second) / 2
+    slope = (z * ratio).sum() / spread
+    leverage = z.square() / spread + known / known.sum(1, keepdim=True).clamp(min=1)
+    residual = (ratio - slope * z) / (1 - leverage).clamp(min=1e-6)
+    clusters = groups > 1 and not strata
+
+    def error(influence: Tensor) -> float:
+        """The standard error of a statistic, from the influence of each sample on it [groups, size]."""
+        parts, small = (influence.sum(1), groups / (groups - 1)) if clusters else (influence.flatten(), 1.0)
+        return math.sqrt(float(parts.square().sum()) * small)
+
+    of_slope = Estimate(slope.item(), error(z * residual / spread))
+    both = first * second
+    common, of_common = both.sum(), error(both - both.sum() / known.sum() * known)
+    if not float(common) > 2 * of_common:
+        return of_slope, None
+    r2 = slope.square() * spread / common
+    # the derivative of log R^2 = 2 log sum z L - log sum z^2 - log sum L_1 L_2; without a slope its square has none
+    influence = r2 * (z.square() / spread - both / common) + 2 * slope * z * residual / common
+    return of_slope, Estimate(r2.item(), error(influence))
+
+
+def _centred(values: Tensor, known: Tensor) -> Tensor:
+    """Subtract from values [groups, size] the mean of those of each group that are known; the others become 0."""
+    kept = torch.where(known, values, 0.0)
+    mean = kept.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(known, kept - mean, 0.0)

@@ -1,0 +1,270 @@
+"""The achieved tilt: estimates of log p_tuned / p_base against densities, and their regression on the tilt that was asked for."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiltflow.evaluation.achieved_tilt import measure, regression
+from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
+from tiltflow.flows.field import FunctionField
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import Cosine
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, mixture
+from tiltflow.streams import stream
+
+pytestmark = pytest.mark.usefixtures("double")
+
+STANDARD = mixture(torch.tensor([[0.7]], dtype=torch.float64), (1.0,), 0.5)
+CURVED = QuadraticReward(torch.tensor([1.7], dtype=torch.float64), 3.0)
+RING = mixture(torch.tensor([[2.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), (0.6, 0.4), (0.4, 0.7))
+SLANTED = QuadraticReward(torch.tensor([1.0, 0.5, 0.0, -0.2], dtype=torch.float64), 0.3)
+
+
+def field(law: GaussianMixture) -> FunctionField:
+    return FunctionField(law.velocity)
+
+
+def log_density(law: GaussianMixture, x: Tensor) -> Tensor:
+    squares, d = (x[:, None] - law.means).square().sum(2), x.shape[1]
+    return torch.logsumexp(law.log_weights - squares / (2 * law.variances) - d / 2 * (2 * math.pi * law.variances).log(), 1)
+
+
+def log_ratio(tuned: GaussianMixture, base: GaussianMixture, x: Tensor) -> Tensor:
+    return log_density(tuned, x) - log_density(base, x)
+
+
+def regressed(*arguments: Any, **options: Any) -> tuple[Estimate, Estimate]:
+    """The regression, where both of its numbers are known."""
+    found = regression(*arguments, **options)
+    assert found is not None
+    slope, r2 = found
+    assert r2 is not None
+    return slope, r2
+
+
+# ---- estimates of the log ratio ----
+
+
+@pytest.mark.parametrize(("base", "reward"), [(STANDARD, CURVED), (RING, SLANTED)])
+def test_differences_of_flow_matching_losses_are_the_log_ratio(base: GaussianMixture, reward: QuadraticReward) -> None:
+    """The mean over many draws, sample by sample, and both estimates are as good and independent."""
+    tuned = base.tilt(reward, 0.8)
+    x = tuned.sample(20, stream(0, "x"))
+    many = by_flow_matching(field(tuned), field(base), x.repeat(500, 1), stream(0, "noise"), draws=8).reshape(2, 500, 20)
+    error = many.std(1) / 500**0.5
+    z = (many.mean(1) - log_ratio(tuned, base, x)) / error
+    assert z.abs().max() < 4
+    assert 0.5 < z.square().mean() < 2
+    correlation = ((many[0] - many[0].mean(0)) * (many[1] - many[1].mean(0))).mean(0) / (many[0].std(0) * many[1].std(0))
+    assert correlation.abs().max() < 4 / 500**0.5
+
+
+@pytest.mark.parametrize(("share", "slope"), [(0.25, 0.2133), (0.5, 0.4510), (0.75, 0.7132), (1.0, 1.0)])
+def test_a_field_on_the_way_to_the_optimum_has_part_of_the_tilt(share: float, slope: float) -> None:
+    """v + share (v* - v) is the field of no law, and the estimate of its tilt is then not exact, but known."""
+    target = STANDARD.tilt(CURVED, 1.0)
+
+    def blend(x: Tensor, t: Tensor) -> Tensor:
+        return STANDARD.velocity(x, t) + share * (target.velocity(x, t) - STANDARD.velocity(x, t))
+
+    x = target.sample(40_000, stream(1, "x"))
+    estimates = by_flow_matching(FunctionField(blend), field(STANDARD), x, stream(1, "noise"))
+    found, _ = regressed(estimates, CURVED(x))
+    assert found.standard_error < 0.006
+    assert abs(found.value - slope) < 4 * found.standard_error + 1e-3
+
+
+def test_the_estimate_does_not_depend_on_what_a_network_predicts_and_on_which_path() -> None:
+    """The same fields as networks that predict noise on a cosine path."""
+    x = STANDARD.sample(50, stream(2, "x"))
+    target = STANDARD.tilt(CURVED, 1.0)
+
+    def noise_of(law: GaussianMixture) -> Flow:
+        path = Cosine()
+
+        def predict(y: Tensor, s: Tensor) -> Tensor:
+            c = path(s)
+            total = (c.alpha + c.beta)[:, None]
+            t = c.alpha / (c.alpha + c.beta)
+            state = y / total
+            return state - t[:, None] * law.velocity(state, t)
+
+        return Flow(predict, "epsilon", path)
+
+    own = by_flow_matching(field(target), field(STANDARD), x, stream(2, "noise"))
+    other = by_flow_matching(noise_of(target), noise_of(STANDARD), x, stream(2, "noise"))
+    assert_close(own, other, rtol=1e-6, atol=1e-8)
+    assert_close(
+        by_ode(noise_of(target), noise_of(STANDARD), x), by_ode(field(target), field(STANDARD), x), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_a_start_after_time_0_leaves_the_part_before_it_out() -> None:
+    """N(0, 1) shifted by 1: v* - v = (1 - t) / V with V = t^2 + (1 - t)^2, so the log ratio is x int 2 t (1 - t) / V^2 dt."""
+    base, reward = mixture(torch.zeros(1, 1), (1.0,), 1.0), QuadraticReward(torch.ones(1), 0.0)
+    x = torch.linspace(-2, 2, 4000)[:, None]
+    for start in (0.0, 0.4):
+        exact = quad(lambda t: 2 * t * (1 - t) / (t**2 + (1 - t) ** 2) ** 2, start, END)[0]
+        tuned = field(base.tilt(reward, 1.0))
+        found, _ = regressed(by_flow_matching(tuned, field(base), x, stream(4, "noise"), start=start), x[:, 0])
+        assert found.standard_error < 0.005
+        assert abs(found.value - exact) < 4 * found.standard_error
+    assert exact == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize(("base", "reward"), [(STANDARD, CURVED), (RING, SLANTED)])
+def test_the_ode_has_the_density_to_second_order(base: GaussianMixture, reward: QuadraticReward) -> None:
+    tuned = base.tilt(reward, 0.8)
+    x = tuned.sample(200, stream(3, "x"))
+    exact = log_ratio(tuned, base, x)
+    errors = [
+        (by_ode(field(tuned), field(base), x, steps=steps) - exact).square().mean().sqrt().item() for steps in (20, 40, 80)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+    assert errors[1] < 0.02
+
+
+def test_micro_batches_and_conditions_change_nothing() -> None:
+    """A field for each of two classes, evaluated seven samples at a time."""
+    laws = (STANDARD, STANDARD.tilt(CURVED, 1.0))
+
+    def predict(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return torch.where(label[:, None] == 1, laws[1].velocity(x, t), laws[0].velocity(x, t))
+
+    x, labels = STANDARD.sample(20, stream(5, "x")), torch.arange(20) % 2
+    tuned = Flow(predict).bind(labels)
+    for estimate in (partial(by_flow_matching, generator=stream(5, "noise")), by_ode):
+        parts = estimate(tuned, field(STANDARD), x, batch_size=7)
+        whole = partial(by_flow_matching, generator=stream(5, "noise")) if estimate is not by_ode else by_ode
+        assert_close(parts, whole(tuned, field(STANDARD), x))
+        assert ((parts != 0) == (labels == 1)).all()
+
+
+# ---- the regression ----
+
+
+def made(groups: int, size: int, seed: int = 0, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(estimates of log ratios [2, n], tilts [n]): slope 0.8 and a residual of variance 0.3 beside a tilt of variance 1, a
+    constant of each group that goes against the slope, and noise that is larger for samples of a large tilt."""
+    generator = stream(seed, "made")
+    z, rest = torch.randn(groups, size, generator=generator), torch.randn(groups, size, generator=generator)
+    constant = torch.linspace(0, 4, groups)[:, None] if groups > 1 else torch.zeros(1, 1)
+    ratio = 0.8 * z + 0.3**0.5 * rest - 2 * constant
+    draws = torch.randn(2, groups, size, generator=generator) * noise * (1 + z.square())
+    return (ratio + draws).flatten(1), (z + constant).flatten()
+
+
+R2 = 0.64 / (0.64 + 0.3)
+
+
+def design(z: Tensor, groups: int) -> Tensor:
+    """The matrix of the regression with a constant of each group [n, 1 + groups]."""
+    member = torch.eye(groups).repeat_interleave(len(z) // groups, 0)
+    return torch.cat([z[:, None], member], 1)
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_the_slope_and_its_error_are_those_of_least_squares(groups: int) -> None:
+    """With a constant of each group, and the sandwich of HC3; over groups, of their sums."""
+    estimates, z = made(groups, 40, noise=0.5)
+    X, y = design(z, groups), estimates.mean(0)
+    inverse = torch.linalg.inv(X.T @ X)
+    best = inverse @ X.T @ y
+    residual = (y - X @ best) / (1 - (X @ inverse * X).sum(1))
+    each = (X @ inverse)[:, 0] * residual
+    found, _ = regressed(estimates, z, groups)
+    assert found.value == pytest.approx(best[0].item())
+    assert found.standard_error == pytest.approx(each.square().sum().sqrt().item())
+    if groups > 1:
+        clustered, _ = regressed(estimates, z, groups, strata=False)
+        assert clustered.value == found.value
+        expected = (each.reshape(groups, -1).sum(1).square().sum() * groups / (groups - 1)).sqrt()
+        assert clustered.standard_error == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(("groups", "size", "strata"), [(1, 400, True), (4, 100, True), (40, 10, False)])
+def test_errors_cover_the_truth_and_the_noise_is_taken_out_of_r2(groups: int, size: int, strata: bool) -> None:
+    slopes, squares = [], []
+    for seed in range(300):
+        slope, r2 = regressed(*made(groups, size, seed, noise=0.25), groups, strata=strata)
+        slopes.append((slope.value - 0.8) / slope.standard_error)
+        squares.append((r2.value - R2) / r2.standard_error)
+    for z in (torch.tensor(slopes), torch.tensor(squares)):
+        assert 0.92 < (z.abs() < 2).double().mean() < 0.98
+        assert abs(z.mean()) < 0.3
+
+
+def test_without_noise_r2_is_the_squared_correlation() -> None:
+    estimates, z = made(1, 100)
+    _, r2 = regressed(estimates[:1], z)
+    assert r2.value == pytest.approx(torch.corrcoef(torch.stack([estimates[0], z]))[0, 1].item() ** 2)
+    for value, exact in zip(regressed(2 * z[None] + 1, z), (2, 1), strict=True):
+        assert value.value == pytest.approx(exact)
+        assert value.standard_error < 1e-9
+
+
+def test_groups_have_constants_of_their_own() -> None:
+    """Pooled, the constants would turn the sign of the slope."""
+    estimates, z = made(4, 200)
+    (within, _), (pooled, _) = regressed(estimates, z, 4), regressed(estimates, z)
+    assert abs(within.value - 0.8) < 4 * within.standard_error
+    assert pooled.value < 0
+
+
+def test_samples_with_an_infinite_tilt_are_left_out() -> None:
+    estimates, z = made(2, 50, noise=0.1)
+    kept = torch.arange(100) % 50 < 40
+    some = z.clone()
+    some[~kept] = -math.inf
+    for one, other in zip(regressed(estimates, some, 2), regressed(estimates[:, kept], z[kept], 2), strict=True):
+        assert (one.value, one.standard_error) == pytest.approx((other.value, other.standard_error))
+
+
+def test_a_tilt_that_does_not_vary_has_no_slope_and_a_model_that_is_the_base_has_slope_0() -> None:
+    estimates, z = made(2, 50)
+    assert regression(estimates, torch.arange(2.0).repeat_interleave(50), 2) is None
+    assert regression(estimates, torch.full((100,), 0.1), 1) is None
+    assert regression(torch.zeros(2, 100), z, 2) == (Estimate(0.0, 0.0), None)
+
+
+# ---- together ----
+
+
+@pytest.mark.parametrize(("base", "reward", "by"), [(STANDARD, CURVED, "ODE"), (RING, SLANTED, "flow matching")])
+@pytest.mark.parametrize("beta", [0.7, 1.4])
+def test_the_tilt_that_a_model_has_in_units_of_the_one_that_was_asked_for(
+    base: GaussianMixture, reward: QuadraticReward, by: str, beta: float
+) -> None:
+    """A model that is at temperature `beta`, where 1 was asked for."""
+    tuned = base.tilt(reward, beta)
+    x = tuned.sample(1000, stream(6, "x"))
+    found = measure(field(tuned), field(base), x, reward(x), stream(6, "noise"))
+    assert found is not None
+    assert found.r2 is not None
+    assert by in found.by
+    assert found.slope.standard_error < 0.04
+    assert abs(found.slope.value - 1 / beta) < 4 * found.slope.standard_error + 1e-3
+    assert abs(found.r2.value - 1) < 4 * found.r2.standard_error + 1e-3
+    assert found.entries()["achieved_tilt"] == found.slope.value
+
+
+def test_the_estimate_is_as_sure_as_it_says_and_surer_than_plain_draws() -> None:
+    """For 4,096 samples of the standard problem, 16 plain draws of noise and time have a standard deviation of 0.025."""
+    target = STANDARD.tilt(CURVED, 1.0)
+    found = []
+    for seed in range(30):
+        x = target.sample(4096, stream(seed, "x"))
+        found.append(regressed(by_flow_matching(field(target), field(STANDARD), x, stream(seed, "noise")), CURVED(x))[0])
+    values, errors = torch.tensor([each.value for each in found]), torch.tensor([each.standard_error for each in found])
+    assert values.std() < 0.019
+    assert 0.7 < values.std() / errors.mean() < 1.4
