@@ -1,4 +1,4 @@
-"""The achieved tilt: estimates of log p_tuned / p_base against densities, and their regression on the tilt that was asked for."""
+"""The achieved tilt: estimates of log p_tuned / p_base against densities, and their regression on the tilt."""
 
 from __future__ import annotations
 
