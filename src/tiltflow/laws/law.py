@@ -32,32 +32,47 @@ TAIL = 24  # points that the extrapolation beyond the last one is fitted to
 FLOOR = -60.0  # log densities below are extrapolated: the backward ODE has no digits there
 
 
+def _times(steps: int) -> list[float]:
+    """0, .., 1: ends and middles of the steps, which are shorter at both ends."""
+    ends = (1 - np.cos(np.pi * np.arange(steps + 1) / steps)) / 2
+    return [float(t) for t in np.sort(np.concatenate([ends, (ends[1:] + ends[:-1]) / 2]))]
+
+
+GRID, TIMES = np.linspace(-SUPPORT, SUPPORT, NODES), _times(STEPS)
+
+
 def log_normal(x: Array, mean: Array | float, std: Array | float) -> Array:
     return -(((x - mean) / std) ** 2) / 2 - np.log(std * math.sqrt(2 * math.pi))
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The law of (x_1, x_0) given each of n values of x_t: `data` and `noise`, which broadcast to the shape [n, m] of their
-    `probabilities`."""
+    """The law of (x_1, x_0) given x_t = x [n] on the linear path: their values `data` and `noise`, one of them [m], the same
+    for all x, the other [n, m]; the `probabilities` [n, m]; and the `log_density` of x_t at x [n]."""
 
+    x: Array
+    t: float
     data: Array
     noise: Array
     probabilities: Array
+    log_density: Array
 
-    @property
-    def velocities(self) -> Array:
-        """x_1 - x_0: [n, m]."""
-        return self.data - self.noise
+    def mean(self, values: Array) -> Array:
+        """E[values | x_t], for values [m] or [n, m]: [n]."""
+        if values.ndim == 1:
+            return np.asarray(self.probabilities @ values)
+        return np.einsum("nm,nm->n", self.probabilities, values)
+
+    def pull(self, values: Array) -> Array:
+        """E[values (x_1 - x_0) | x_t]: [n]."""
+        if self.data.ndim == 1:
+            return np.asarray((self.mean(values * self.data) - self.x * self.mean(values)) / (1 - self.t))
+        return np.asarray((self.x * self.mean(values) - self.mean(values * self.noise)) / self.t)
 
     @cached_property
     def velocity(self) -> Array:
         """E[x_1 - x_0 | x_t]: [n]."""
-        return self.mean(self.velocities)
-
-    def mean(self, values: Array) -> Array:
-        """E[values | x_t] for values that broadcast to [n, m]: [n]."""
-        return np.asarray((self.probabilities * values).sum(1))
+        return self.pull(np.ones(self.probabilities.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -70,8 +85,7 @@ class Law:
     @classmethod
     def of(cls, log_density: Density) -> Law:
         """The law with this log density, up to a constant."""
-        points = np.linspace(-SUPPORT, SUPPORT, NODES)
-        return cls.normalised(points, log_density(points))
+        return cls.normalised(GRID, log_density(GRID))
 
     @classmethod
     def normalised(cls, points: Array, log_density: Array) -> Law:
@@ -142,12 +156,15 @@ class Law:
         """The law of (x_1, x_0) given x_t = x [n] on the linear path."""
         if t < 0.5:
             data, noise = self.points, (x[:, None] - t * self.points) / (1 - t)
-            joint = self.log_density - noise**2 / 2
+            joint, cell = self.log_density - noise**2 / 2, (self.points[1] - self.points[0]) / (1 - t)
         else:
             data, noise = (x[:, None] - (1 - t) * NOISE) / t, NOISE
-            joint = self.log_at(data) - NOISE**2 / 2
-        joint = np.exp(joint - joint.max(axis=1, keepdims=True))
-        return Posterior(data, noise, joint / joint.sum(1, keepdims=True))
+            joint, cell = self.log_at(data) - NOISE**2 / 2, (NOISE[1] - NOISE[0]) / t
+        highest = joint.max(axis=1, keepdims=True)
+        np.exp(joint - highest, out=joint)
+        total = joint.sum(1, keepdims=True)
+        log_density = highest + np.log(total) + math.log(cell / math.sqrt(2 * math.pi))
+        return Posterior(x, t, data, noise, joint / total, log_density[:, 0])
 
     def posterior(self, x: Array, t: float, log_weight: Array) -> tuple[Array, Array]:
         """(log m, v) at x_t = x [n] on the linear path: m = E[w | x_t], v the velocity of the law w q.
@@ -159,23 +176,37 @@ class Law:
         logs = log_weight if t < 0.5 else CubicSpline(self.points, log_weight)(given.data.clip(self.points[0], self.points[-1]))
         w = np.exp(logs)
         m = given.mean(w)
-        return np.log(m), given.mean(w * given.velocities) / m
+        return np.log(m), given.pull(w) / m
 
     def velocity(self, x: Array, t: float) -> Array:
         """E[x_1 - x_0 | x_t = x] on the linear path."""
         return self.given(x, t).velocity
 
 
+@dataclass(frozen=True)
+class Table:
+    """A velocity field by its values [len(TIMES), NODES] at the times of `push_forward` and the points of the grid, beyond which
+    it is constant."""
+
+    values: Array
+
+    @classmethod
+    def of(cls, field: Field) -> Table:
+        """The field, evaluated once."""
+        return cls(np.stack([field(GRID, t) for t in TIMES]))
+
+    def __call__(self, x: Array, t: float) -> Array:
+        return np.asarray(CubicSpline(GRID, self.values[TIMES.index(t)])(x.clip(-SUPPORT, SUPPORT)))
+
+
 def push_forward(field: Field, *, steps: int = STEPS) -> Law:
     """The law of the ODE of a velocity field, from standard normal noise."""
-    times = (1 - np.cos(np.pi * np.arange(steps + 1) / steps)) / 2
-    y = np.linspace(-SUPPORT, SUPPORT, NODES)
-    x = y.copy()
-    for s, t in zip(times[:0:-1], times[-2::-1], strict=True):
+    y, x, nodes = GRID, GRID, _times(steps)[::-1]
+    for s, middle, t in zip(nodes[:-2:2], nodes[1::2], nodes[2::2], strict=True):
         h = t - s
         k1 = field(x, s)
-        k2 = field(x + h / 2 * k1, s + h / 2)
-        k3 = field(x + h / 2 * k2, s + h / 2)
+        k2 = field(x + h / 2 * k1, middle)
+        k3 = field(x + h / 2 * k2, middle)
         k4 = field(x + h * k3, t)
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     slope = CubicSpline(y, x)(y, 1)
