@@ -185,8 +185,8 @@ class Law:
 
 @dataclass(frozen=True)
 class Table:
-    """A velocity field by its values [len(TIMES), NODES] at the times of `push_forward` and the points of the grid, beyond which
-    it is constant."""
+    """A velocity field by its values [len(TIMES), NODES] at the times of `push_forward` and the points of the grid; beyond
+    them it is constant."""
 
     values: Array
 
