@@ -61,7 +61,7 @@ class Posterior:
         """E[values | x_t], for values [m] or [n, m]: [n]."""
         if values.ndim == 1:
             return np.asarray(self.probabilities @ values)
-        return np.einsum("nm,nm->n", self.probabilities, values)
+        return np.asarray(np.einsum("nm,nm->n", self.probabilities, values))
 
     def pull(self, values: Array) -> Array:
         """E[values (x_1 - x_0) | x_t]: [n]."""
