@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy.integrate import quad
+from tiny import tiny_recipe
 from torch import Tensor
 from torch.testing import assert_close
 
+from tiltflow.conditions import Item
 from tiltflow.evaluation.achieved_tilt import measure, regression
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
+from tiltflow.evaluation.samples import Asked
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import Cosine
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, mixture
+from tiltflow.laws.target import exponential_tilt
+from tiltflow.models.model import Model
+from tiltflow.runs.reached import States, of_achieved_tilt
+from tiltflow.runs.recipe import Recipe
+from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -268,3 +278,49 @@ def test_the_estimate_is_as_sure_as_it_says_and_surer_than_plain_draws() -> None
     values, errors = torch.tensor([each.value for each in found]), torch.tensor([each.standard_error for each in found])
     assert values.std() < 0.019
     assert 0.7 < values.std() / errors.mean() < 1.4
+
+
+# ---- in a run ----
+
+
+class Pixels(torch.nn.Module):
+    """The velocity of a law of the four pixels of an image."""
+
+    def __init__(self, law: GaussianMixture):
+        super().__init__()
+        self.law = law
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.law.velocity(x.flatten(1), time).reshape(x.shape)
+
+
+def test_a_run_has_the_achieved_tilt_of_some_of_its_samples(tmp_path: Path) -> None:
+    """No more of them than cost as many evaluations as they did; none where the law is not known."""
+    recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path)), "recipe")
+    base, tuned = (Model(Flow(Pixels(law)), (1, 2, 2)) for law in (RING, RING.tilt(SLANTED, 0.2)))
+    x = RING.tilt(SLANTED, 0.2).sample(4000, stream(7, "x"))
+    states = States(Asked.of_samples(4000), x.reshape(-1, 1, 2, 2), SLANTED(x))
+
+    def entries(recipe: Any, states: States = states) -> dict[str, Any]:
+        return of_achieved_tilt(recipe, exponential_tilt(0.1), base, tuned, states, lambda rewards, asked: rewards)
+
+    found = entries(recipe)
+    assert found["achieved_tilt_samples"] == 4000 * recipe.evaluation.first.num_inference_steps // 16 == 1000
+    assert abs(found["achieved_tilt"] - 0.5) < 4 * found["achieved_tilt_error"] < 0.15
+    assert abs(found["achieved_tilt_r2"] - 1) < 4 * found["achieved_tilt_r2_error"] < 0.6
+    assert found["achieved_tilt_absent"] is None
+    guided = entries(recipe.model_copy(update={"training": recipe.training.model_copy(update={"guidance_mode": "full"})}))
+    flat = entries(recipe, replace(states, rewards=torch.ones(4000)))
+    for absent, why in ((guided, "the field of no law"), (flat, "the same for all samples, so")):
+        assert absent["achieved_tilt"] is absent["achieved_tilt_error"] is absent["achieved_tilt_r2"] is None
+        assert why in absent["achieved_tilt_absent"]
+
+
+def test_some_states_are_as_many_of_each_group() -> None:
+    asked = Asked.of_prompts([Item("a"), Item("b"), Item("c")], 5)
+    states = States(asked, torch.arange(15.0)[:, None], torch.arange(15.0))
+    some = states.some(7)
+    assert some.rewards.tolist() == some.x[:, 0].tolist() == [0, 1, 5, 6, 10, 11]
+    assert [item.text for item in some.asked.items] == ["a", "a", "b", "b", "c", "c"]
+    assert states.some(1).rewards.tolist() == some.rewards.tolist()
+    assert states.some(15) is states

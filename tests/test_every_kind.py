@@ -124,6 +124,7 @@ def test_a_kind_of_ones_own_goes_through_everything(kind: str, method: str, tmp_
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert [row["model"] for row in summary["table"]] == ["base", "tuned"] * 2
     assert summary["path_kl"] > 0
+    assert summary["achieved_tilt_error"] > 0
     assert (tmp_path / "whole" / "report.html").exists()
     assert len(read_records(tmp_path / "parts")) == 4
 
@@ -328,6 +329,7 @@ def test_a_pipeline_says_how_near_it_is_to_a_law_of_its_own(tmp_path: Path) -> N
         tree["training"] |= {"guidance_mode": mode}
         summary = run(validate(Recipe, tree, "recipe"), tmp_path / mode)
         assert ("own_law_balance" in summary) is (mode == "none")
+        assert summary["achieved_tilt_samples"] == summary["num_samples"]
 
 
 def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:

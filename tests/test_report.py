@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tiltflow.reports import plots
-from tiltflow.reports.page import headline
+from tiltflow.reports.page import headline, tilt
 from tiltflow.reports.report import TEMPLATES, write_report
 
 STYLE = TEMPLATES / "page.css"
@@ -31,6 +31,7 @@ SUMMARY: dict[str, Any] = {
     "reward_target_error": 0.15,
     "target_distance": 0.0625, "target_distance_error": 0.01, "target_distance_base": 0.47, "target_distance_floor": 0.03,
     "target_distance_kind": "total variation", "reward_distance": 0.05, "reward_distance_error": 0.01,
+    "achieved_tilt": 0.8, "achieved_tilt_error": 0.04, "achieved_tilt_r2": 0.9, "achieved_tilt_r2_error": 0.02,
     "effective_sample_size": 81.0, "path_kl": 0.9, "path_kl_error": 0.02, "path_kl_target": 0.8, "path_kl_target_error": 0.03,
     "verdict": {"tone": "fair", "text": "1 of 3 tests tells <b>them</b> apart: share of class 0 & 1."},
     "tests": [
@@ -220,3 +221,17 @@ def test_a_grid_puts_each_image_in_its_cell() -> None:
 def test_plots_are_valid_svg() -> None:
     names = ["0", "1"]
     ElementTree.fromstring(plots.class_histogram([0.5, 0.5], [0.9, 0.1], [0.94, 0.06], [0.01, 0.01], names))
+
+
+def test_the_achieved_tilt_is_told_in_words(tmp_path: Path) -> None:
+    page = write(tmp_path / "run", SUMMARY)
+    assert "The achieved tilt is <b>0.800 ± 0.040</b> of the one that was asked for, and R² 0.900 ± 0.020: it" in page
+    assert tilt(SUMMARY) == (
+        "it is tilted less than the target law, as at a temperature of 2.50 for 2; 10% of the variance of how its log density"
+        " has changed is no tilt by the reward."
+    )
+    assert tilt({"achieved_tilt": 1.05, "achieved_tilt_error": 0.04}).startswith("within two standard errors")
+    assert tilt({"achieved_tilt": 1.2, "achieved_tilt_error": 0.04}) == "it is tilted more than the target law."
+    assert tilt({"achieved_tilt": None}) == ""
+    why = SUMMARY | {"achieved_tilt": None, "achieved_tilt_absent": "It is <not> known."}
+    assert "The achieved tilt is not known. It is &lt;not&gt; known." in write(tmp_path / "absent", why)

@@ -26,7 +26,9 @@ from tiltflow.flows.interpolant import expand
 from tiltflow.streams import normal
 
 DRAWS = 4
-"""Times of each of two estimates for a sample, each with a noise and its opposite: 16 evaluations of either field."""
+"""Times of each of two estimates for a sample, each with a noise and its opposite."""
+EVALUATIONS = 4 * DRAWS
+"""Of either field, for a sample."""
 END = 1 - 1 / 128
 """Last time at which fields are compared. What is left out is of order (1 - END)^2, below a thousandth of the tilt of a normal
 law; errors of networks, which do not vanish at data as the difference of exact fields does, would count without limit there."""

@@ -96,6 +96,7 @@ class Page:
     tone: str
     verdict: str
     scale: Sequence[Mark]
+    tilt: str
     balance: str
     limits: Sequence[str]
     tests: Table | None
@@ -144,6 +145,7 @@ def page_of(
         tone=tone if tone in ("good", "fair", "poor") else "fair",
         verdict=verdict if isinstance(verdict, str) else "",
         scale=scale(s),
+        tilt=tilt(s),
         balance=balance(s),
         limits=[str(limit) for limit in limits] if isinstance(limits, list) else [],
         tests=tests(s),
@@ -203,6 +205,9 @@ def tiles(s: Tree) -> list[Tile]:
         floor = measured(s, "target_distance_floor")
         base, note = number(s, "target_distance_base"), f"floor {floor}" if floor else ""
         found.append(tile("distance to the target law", base, distance, decimal, note))
+    if tilted := measured(s, "achieved_tilt"):
+        r2 = measured(s, "achieved_tilt_r2")
+        found.append(Tile("Achieved tilt", tilted, "1 is the target law" + (f"; R² {r2}" if r2 else "")))
     samples, target, steps = (measured(s, key) for key in ("num_samples", "path_kl_target", "iterations"))
     if size := measured(s, "effective_sample_size"):
         found.append(Tile("Effective sample size", size, f"of {samples} base samples" if samples else ""))
@@ -257,6 +262,24 @@ def scale(s: Tree) -> list[Mark]:
         for name, value in (("base", base), ("floor", floor), ("tuned", tuned))
         if value is not None
     ]
+
+
+def tilt(s: Tree) -> str:
+    """Interpret the achieved tilt and its R²; empty if it was not measured."""
+    value, error = number(s, "achieved_tilt"), number(s, "achieved_tilt_error") or 0.0
+    if value is None:
+        return ""
+    r2, of_r2, beta = number(s, "achieved_tilt_r2"), number(s, "achieved_tilt_r2_error") or 0.0, number(s, "beta")
+    if abs(value - 1) <= 2 * error:
+        said = "within two standard errors of the tilt of the target law"
+    else:
+        said = f"it is tilted {'less' if value < 1 else 'more'} than the target law"
+        said += (
+            f", as at a temperature of {decimal(beta / value)} for {beta:g}" if beta is not None and value > 2 * error else ""
+        )
+    if r2 is not None and r2 + 2 * of_r2 < 1:
+        said += f"; {percent(1 - r2)} of the variance of how its log density has changed is no tilt by the reward"
+    return said + "."
 
 
 def balance(s: Tree) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from tiltflow.evaluation.settings import Point
 from tiltflow.evaluation.table import Drawn, draw_all, in_words
 from tiltflow.evaluation.verdict import Row, conclude, mean_test, of_rewards
 from tiltflow.files import final_name, write_file, write_json, write_text
-from tiltflow.flows.chunks import in_chunks
 from tiltflow.laws.target import Target
 from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
@@ -31,9 +29,9 @@ from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
 from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words, reach_in_words
 from tiltflow.runs.looks import of_monitor
+from tiltflow.runs.reached import balance, of_achieved_tilt, states_of
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.runs.run_files import read_records
-from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
 
@@ -62,13 +60,16 @@ def evaluate(
     began, records = time.perf_counter(), read_records(folder)
     settings, target = run.evaluation, run.method.target(records[-1]["step"], base.grid)
     table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed)
-    samples = counted(run, target, base, asked, instruments, of_base, of_tuned)
+    tilted = units_of_target(run, base, instruments)
+    own = of_base.rewards[instruments.own]
+    samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
     generator = stream(run.seed, "bootstrap")
     calibrated = calibration_in_words(target.beta, records[-1].get("beta"))
     # a gain at its limit has not made the mean reward what it should be
     reached = calibrated["calibration_at_limit"] is not False
     entries, tests = of_laws(samples, instruments.own, generator, counted=reached)
     found = metrics.measure(Seen(samples, instruments, settings, generator))
+    states = states_of(run, tuned, samples, instruments)
     summary: dict[str, Any] = {
         **described(run, target, folder, base, asked),
         "iterations": records[-1]["step"],
@@ -90,7 +91,8 @@ def evaluate(
         "samples_drawn": records[-1].get("samples_drawn"),
         **of_monitor(folder),
         **found.entries,
-        **balance(run, target, base, tuned, samples, instruments),
+        **of_achieved_tilt(run, target, base, tuned, states, tilted),
+        **balance(run, target, base, tuned, states),
     }
     if guided(base, asked, settings.first):
         # of the law of guided samples: not to be held against paths without guidance
@@ -127,23 +129,17 @@ def described(run: RunSettings, target: Target, folder: Path, base: GenerativeMo
 # ---- samples ----
 
 
-def counted(
-    run: RunSettings,
-    target: Target,
-    base: GenerativeModel,
-    asked: Asked,
-    instruments: Instruments,
-    of_base: Drawn,
-    of_tuned: Drawn,
-) -> Samples:
-    """The samples that stand for the laws, with the weights of the base's toward the target."""
-    tilted = of_base.rewards[instruments.own]
-    if run.training.per_prompt_normalization:
-        reward = instruments.rewards[instruments.own]
-        statistics = BaseStatistics(run.training, run.method.sampling, base, reward, run.seed)
+def units_of_target(run: RunSettings, base: GenerativeModel, instruments: Instruments) -> Callable[[Tensor, Asked], Tensor]:
+    """(rewards [n] of samples, what they are of) -> the rewards as the target law tilts by them: normalised if the training's
+    are."""
+    reward = instruments.rewards[instruments.own]
+    statistics = BaseStatistics(run.training, run.method.sampling, base, reward, run.seed)
+
+    def normalised(rewards: Tensor, asked: Asked) -> Tensor:
         mean, std = statistics([item.text for item in asked.items], [item.metadata for item in asked.items])
-        tilted = (tilted - mean) / std
-    return samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted, target.log_tilt)
+        return (rewards - mean) / std
+
+    return normalised if run.training.per_prompt_normalization else lambda rewards, asked: rewards
 
 
 def guided(model: GenerativeModel, asked: Asked, point: Point) -> bool:
@@ -213,38 +209,6 @@ def of_paths(asked: Asked) -> Asked:
         return asked.some(max(1, min(MOST_PATHS, len(asked)) // asked.groups))
     prompts = [asked.items[i * asked.size] for i in range(min(asked.groups, PATHS_OF_PROMPTS))]
     return Asked.of_prompts(prompts, max(2, PATHS_OF_PROMPTS // len(prompts)) if len(prompts) < PATHS_OF_PROMPTS else 1)
-
-
-def balance(
-    run: RunSettings,
-    target: Target,
-    base: GenerativeModel,
-    tuned: GenerativeModel,
-    samples: Samples,
-    instruments: Instruments,
-) -> dict[str, Any]:
-    """How near a method with a law of its own is to that law, by its states: the samples, or, where these are decoded, fresh
-    ones of the training's own sampler. Not of guided ones, whose law it is not."""
-    method, settings = run.method, run.evaluation
-    if target.balance is None or run.training.guidance_mode not in (None, "none"):
-        return {}
-    generator, asked = stream(run.seed, "balance", device=base.device), samples.asked
-    x, rewards = (each.to(base.device) for each in (samples.tuned, samples.tuned_rewards[instruments.own]))
-    if base.has_decoder:
-        asked = of_paths(asked)
-    elif len(x) != len(asked):  # others were left out than of the base
-        firsts = asked.items[:: asked.size]
-        asked = replace(asked, items=tuple(item for item in firsts for _ in range(len(x) // asked.groups)))
-    condition, _ = tuned.conditions(asked.items)
-    ours, theirs = (model.flow.bind(condition) for model in (tuned, base))
-    if base.has_decoder:
-        start = tuned.noise(asked.items, generator, method.sampling.times(tuned.grid)[0])
-        x = sample(in_chunks(ours, settings.at_once), start, method.sampling, generator, start=tuned.grid)
-        rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked)[instruments.own].to(x.device)
-    found = target.balance.measure(ours, theirs, x, rewards, generator, start=base.grid, batch_size=settings.at_once)
-    if found is None:
-        return {}
-    return found.named("own_law_balance") | {"own_law_balance_expected": target.balance.expected}
 
 
 # ---- files ----

@@ -117,6 +117,7 @@ ORDER = (
     "judge",
     "reward",
     "distance-to-target",
+    "achieved-tilt",
     "balance",
     "distance-to-reference",
     "distance-to-base",

@@ -1,0 +1,33 @@
+"""The tilt that the tuned model has, in units of the one that was asked for; computed by `evaluation.achieved_tilt`."""
+
+from __future__ import annotations
+
+from tiltflow.evaluation.metrics import Metric, Section, nothing
+
+METRICS = (
+    Metric(
+        "achieved_tilt",
+        "Achieved tilt",
+        "How much of the tilt that was asked for the tuned model has: 1 at the target law, 0 at the base, above 1 if it is"
+        " tilted too far. It is the slope of the log of the tuned density over the base's on that of the target's over the"
+        " base's, by {achieved_tilt_by}.",
+        section=Section.CLOSE,
+        compared=True,
+    ),
+    Metric(
+        "achieved_tilt_r2",
+        "R² of the tilt",
+        "Share of the variance of the log of the tuned density over the base's that this tilt explains, without the noise of"
+        " its estimate: 1 if the reward alone has changed the law; the rest is change that nobody asked for.",
+        section=Section.CLOSE,
+        compared=True,
+    ),
+    Metric(
+        "achieved_tilt_samples",
+        "Samples of the tilt",
+        "Number of samples of the tuned model over which the achieved tilt is measured.",
+        section=Section.SURE,
+    ),
+)
+
+measure = nothing
