@@ -20,7 +20,7 @@ iteration is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
@@ -28,19 +28,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.control.adjoint import Pairing, lean_adjoint
+from tiltflow.control.control_variate import noise_to_come, predicted
+from tiltflow.control.suffix_weights import suffix_weights
 from tiltflow.control.timesteps import Stratum, choose_timesteps
+from tiltflow.errors import InputError
+from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
+from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite
 from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Trajectory, rollout
+from tiltflow.samplers.rollout import Act, Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
+from tiltflow.training.self_distillation import self_distillation
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -126,6 +132,13 @@ class AdjointMatching(Tilting):
     """Which adjoint step k regresses on: a_{k+1} (exact), a_k of the same chain, or a_k as printed in the paper."""
     reward_at: Literal["end", "denoised"] = "end"
     """Where the reward's gradient is taken if the last step is noisy: at its end, or at the base's denoised start."""
+    control_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Control the steps from this time on alone, and need no adjoint before it, where it is mostly noise. 0 is the paper. The
+    steps before it learn by `early`."""
+    early: Literal["self-distillation", "base"] = "self-distillation"
+    """What the steps before `control_from` learn. self-distillation: flow matching on the samples of the batch, which has the
+    tilt as its fixed point, after rounds that are fewer the earlier `control_from` is; it must be before the modes of the data
+    part. base: to stay as they are, which leaves the law of the states at `control_from` untilted."""
     bootstrap: Annotated[float, Field(ge=0)] = 0.0
     """Above 0, the learned control replaces part of the adjoint, 1 - exp(-bootstrap std_k^2) of it at step k. The fixed point
     is the same for a network that can represent it, with far less noise near t = 0, where most of the noise is; a network that
@@ -141,6 +154,12 @@ class AdjointMatching(Tilting):
     group of `share_timesteps`, one after another."""
     num_passes: Count = 1
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
+    reweight_passes: bool = False
+    """Weight the terms of all passes but the first by how much likelier the model as it is by then goes on as the path did:
+    without it they are those of the model as it was. Costs another rollout's network evaluations a pass."""
+    control_variate: bool = False
+    """Subtract from each term what the noise to come predicts of it: the same mean, with much less noise near the data where
+    the reward's curvature is the same in all directions. Costs no network evaluation."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +173,10 @@ class AdjointMatching(Tilting):
             raise ValueError("pairing 'right' is the paper's recursion: it needs solver 'memoryless-offset' and shift 1")
         if self.bootstrap > 0 and self.pairing != "after":
             raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
+        if self.control_from > 0 and self.drop_quantile is not None:
+            raise ValueError(
+                "drop_quantile is over all the steps that are drawn, and control_from leaves some of them out; use one"
+            )
         return self
 
     @property
@@ -168,7 +191,8 @@ class AdjointMatching(Tilting):
     def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor]:
         """The chain that is tuned, and the weights of a change of its velocities in the path KL; see `Tilting.priced_chain`."""
         chain = self.chain(start)
-        return chain, chain.control_scale**2
+        controlled = chain.times[:-1] >= (chain.times[self._first_controlled(chain)] if self.early == "base" else 0)
+        return chain, controlled * chain.control_scale**2
 
     @property
     def sampling(self) -> Sampling:
@@ -178,11 +202,30 @@ class AdjointMatching(Tilting):
     @property
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
-        return Needs(reward_gradient=True, running_reward=True, passes=self.num_passes, trajectory_copies=9)
+        copies = 9 + int(self.reweight_passes) + 2 * int(self.control_variate)
+        late = self.control_from > 0  # the running reward before it would be left out
+        return Needs(reward_gradient=True, running_reward=not late, passes=self.num_passes, trajectory_copies=copies)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
-        """p_base exp(r / beta), as far as the sampler reaches it; see `Sampling.limits`."""
-        return exponential_tilt(self.beta, self.sampling.limits(start))
+        """p_base exp(r / beta), as far as the sampler reaches it; see `Sampling.limits`. Raises InputError if no step is
+        controlled."""
+        self._first_controlled(self.chain(start))
+        target = exponential_tilt(self.beta, self.sampling.limits(start))
+        if self.early == "self-distillation" or self.control_from == 0:
+            return target
+        since = f"t = {self.control_from:g}"
+        untilted = (
+            f"Before {since} nothing is learned: what the base has settled by then, such as the mode of a sample, stays as"
+            " likely as it was, and only what comes after is tilted."
+        )
+        return replace(
+            target,
+            words=f"p_base(x) exp(r(x) / beta) given the state at {since}, whose law is the base's",
+            caveats=(*target.caveats, untilted),
+            temperature=None,
+            exact=lambda base, reward: late_control(base, reward, self.beta, self.control_from),
+            reaches="none",
+        )
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """The state that is kept between iterations."""
@@ -196,40 +239,51 @@ class AdjointMatching(Tilting):
         """
         x, chain = batch.x, self.chain(batch.start)
         path, chosen = self._draw(batch, chain)
-        first = int(torch.stack(chosen).min())
+        first, late = int(torch.stack(chosen).min()), self._first_controlled(chain)
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
         velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
-        targets, base_velocities, rewards = self._adjoints(batch, chain, path, first, right)
+        targets, base_velocities, ends, rewards = self._adjoints(batch, chain, path, first, late, right)
         if (kept := finite_only(rewards)) is not None:
-            path, batch, rewards = path.select(kept), batch.select(kept), rewards[kept]
+            path, batch, rewards, ends = path.select(kept), batch.select(kept), rewards[kept], ends[kept]
             velocities, targets, base_velocities = (each[:, kept] for each in (velocities, targets, base_velocities))
             chosen = [pairs[:, kept] for pairs in chosen]
         steps = slice(first, len(path.velocities))
         all_finite(targets, "adjoint", chain.times[steps])
         gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
         control = gain * (velocities[steps] - base_velocities)
+        if self.control_variate:
+            targets = targets - predicted(control + std * targets, noise_to_come(path)[steps]) / std
         terms = (control + std * targets).flatten(2).square().sum(2)
         regression = Regression(torch.stack(path.states[steps]), base_velocities, targets, first)
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
-            "loss": terms.sum(0).mean().item(),
+            "loss": terms[max(late - first, 0) :].sum(0).mean().item(),
             "path_kl": control.flatten(2).square().sum(2).sum(0).mean().item() / 2,
             **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
-        for pairs in chosen:
+        for number, pairs in enumerate(chosen):
             in_loss = terms.gather(0, pairs - first)
             limits = self._limits(chain, pairs, in_loss, state)
-            self._regress(batch, chain, regression, pairs, limits)
-            yield {**measured, "clipped": (in_loss > limits).double().mean().item()}
+            weights = suffix_weights(path, *_actor(batch))[steps] if self.reweight_passes and number else None
+            own = (pairs < late) & (self.early == "self-distillation")
+            if own.any():
+                begin, end = (chain.times[k].item() for k in (0, late))
+                which, scale = own.nonzero()[:, 1], (end - begin) / late
+                self_distillation(batch, ends, which, self.sampling, end=end, scale=scale)
+            self._regress(batch, chain, regression, pairs, limits, ~own, weights)
+            yield {
+                **measured,
+                **({} if weights is None else {"effective_sample_size": _effective_size(weights[max(late - first, 0)])}),
+                "clipped": (in_loss > limits).double().mean().item(),
+            }
 
     def _draw(self, batch: Batch, chain: Chain) -> tuple[Trajectory, list[Tensor]]:
         """The trajectories of a batch, and for each of `num_passes` the steps that enter the loss, [count, batch]."""
         with torch.no_grad():
-            actor = batch.whole(batch.actor or batch.tuned)
-            act = None if batch.guide is None else batch.guide(actor).guide
+            actor, act = _actor(batch)
             path = rollout(chain, actor, batch.x, batch.generator, act=act)
         chosen = [
             choose_timesteps(
@@ -250,13 +304,28 @@ class AdjointMatching(Tilting):
             return batch if self.share_timesteps else alone
         return self.share_timesteps
 
+    def _first_controlled(self, chain: Chain) -> int:
+        """The first step at or after `control_from`. Raises InputError if nothing is learned on one of its sides."""
+        late = int((chain.times[:-1] < self.control_from - 1e-9).sum())
+        noisy = chain.times[:-1][chain.std > 0]
+        if late and not self.control_from <= noisy[-1] + 1e-9:
+            last = noisy[-1].item()
+            raise InputError(
+                f"method.control_from {self.control_from:g}: the last step with noise, and control, is at t = {last:.3g}"
+            )
+        places = [[round(edge * len(chain)) for edge in (each.start, each.end)] for each in self.train_timesteps or ()]
+        if late and places and not min(places)[0] < late < max(end for _, end in places):
+            raise InputError("method.train_timesteps: needs steps before control_from, and steps after it")
+        return late
+
     def _adjoints(
-        self, batch: Batch, chain: Chain, path: Trajectory, first: int, right: Chain | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets and base velocities of the controlled steps from `first` on, [steps, batch, *event], and rewards [batch]."""
+        self, batch: Batch, chain: Chain, path: Trajectory, first: int, late: int, right: Chain | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Targets and base velocities of the steps from `first` on, [steps, batch, *event], the targets of those before `late`
+        zero; ends of the paths [batch, *event], and their rewards [batch]."""
         controlled = slice(first, len(path.velocities))
 
-        def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             found = lean_adjoint(
                 chain,
                 some.base,
@@ -265,17 +334,22 @@ class AdjointMatching(Tilting):
                 self.beta,
                 pairing=self.pairing,
                 reward_at=self.reward_at,
-                first=first,
+                first=max(first, late),
                 right=right,
                 tuned_velocities=[v[part] for v in path.velocities],
                 bootstrap=self.bootstrap,
                 non_finite=some.non_finite,
             )
+            for k in range(first, late):
+                x = path.states[k][part]
+                found.targets[k] = torch.zeros_like(x)
+                with torch.no_grad():
+                    found.base_velocities[k] = some.base(x, chain.times[k])
             targets, velocities = (cast(list[Tensor], each[controlled]) for each in (found.targets, found.base_velocities))
-            return torch.stack(targets), torch.stack(velocities), found.rewards
+            return torch.stack(targets), torch.stack(velocities), found.end, found.rewards
 
-        targets, velocities, rewards = batch.map(adjoints, dims=(1, 1, 0))
-        return targets, velocities, rewards
+        targets, velocities, ends, rewards = batch.map(adjoints, dims=(1, 1, 0, 0))
+        return targets, velocities, ends, rewards
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or
@@ -296,12 +370,21 @@ class AdjointMatching(Tilting):
                 limit.clamp_(max=state.threshold**2)  # a view of `limits`
         return limits
 
-    def _regress(self, batch: Batch, chain: Chain, regression: Regression, pairs: Tensor, limits: Tensor) -> None:
-        """Accumulate the gradient of the mean over the batch of sum_k |w_k + s_k a|^2 over the chosen (step, sample) pairs
-        whose term is not above its limit, both [count, batch]."""
+    def _regress(
+        self,
+        batch: Batch,
+        chain: Chain,
+        regression: Regression,
+        pairs: Tensor,
+        limits: Tensor,
+        used: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        """Accumulate the gradient of the mean over the batch of sum_k W_k |w_k + s_k a|^2 over the `used` ones of the chosen
+        (step, sample) pairs whose term is not above its limit, all [count, batch]; weights W [steps, batch], or 1."""
         size = regression.states.shape[1]
-        k, limit = pairs.flatten(), limits.flatten()
-        i = torch.arange(size, device=k.device).expand_as(pairs).flatten()
+        k, limit = pairs[used], limits[used]
+        i = torch.arange(size, device=k.device).expand_as(pairs)[used]
 
         def terms_of(part: slice) -> dict[str, Tensor]:
             kk, row, ii = k[part], k[part] - regression.first, i[part]
@@ -310,9 +393,21 @@ class AdjointMatching(Tilting):
             v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
             residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
             terms = residual.flatten(1).square().sum(1)
-            return {"loss": (terms.detach() <= limit[part]) * terms}
+            kept = terms.detach() <= limit[part]
+            return {"loss": kept * terms if weights is None else kept * weights[row, ii].to(terms) * terms}
 
         batch.accumulate(terms_of, len(k), over=size)
+
+
+def _actor(batch: Batch) -> tuple[VelocityField, Act | None]:
+    """The field that the paths of a batch are drawn from, and what guides it."""
+    actor = batch.whole(batch.actor or batch.tuned)
+    return actor, None if batch.guide is None else batch.guide(actor).guide
+
+
+def _effective_size(weights: Tensor) -> float:
+    """(sum w)^2 / sum w^2 of weights [batch]."""
+    return float(weights.sum().square() / weights.square().sum())
 
 
 def _columns(values: Tensor, x: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ def noising(
     generator: torch.Generator,
     *,
     start: Start = 0.0,
+    end: float = 1.0,
     pair: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Noising:
     """Draw noise and a time for each of some samples: one time in each of equally many parts of the time axis, spread as the
@@ -92,6 +93,7 @@ def noising(
         samples: [batch, *event].
         which: indices of the samples [count].
         sampling: whose shift, and time of the first step from `start`, the times have.
+        end: the end of the times.
         pair: (x_0, x_1) [count, *event] -> the index of the noise of each sample; as drawn by default.
     """
     size = len(which)
@@ -101,7 +103,8 @@ def noising(
     x0 = flow.select(which).project(x0)
     parts = torch.arange(size, device=samples.device)
     uniform = parts + torch.rand(size, generator=generator, device=samples.device, dtype=torch.float64)
-    t = spread_times(uniform / size, start=sampling.times(start)[0].item(), shift=sampling.shift)
+    first = sampling.times(start)[0].item()
+    t = first + (end - first) * spread_times(uniform / size, shift=sampling.shift)
     return Noising(samples, which, x0, t)
 
 

@@ -1,0 +1,34 @@
+r"""A control variate for regressions on what a path does next: the noise that is still to come.
+
+Given x_k, the noise z_k = sum_{j >= k} std_j eps_j of the steps to come has mean zero, whatever the chain and its control.
+It is what x_K is away from its prediction at x_k, as far as steps hand noise on unchanged, and late in a path what the adjoint
+is away from its mean is nearly proportional to it: the reward's gradient at x_K is what it is at the prediction, plus the
+reward's curvature times z_k. So a multiple of z_k is subtracted from the target of step k. The multiple that sample i gets is
+that of a regression over all other samples, c_-i, which is independent of z_k of sample i: the mean of what is subtracted,
+E[c_-i] E[z_k | x_k], is zero.
+"""
+
+# Mutation tests: test_control_variate.py
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tiltflow.samplers.rollout import Trajectory
+
+
+def noise_to_come(path: Trajectory) -> Tensor:
+    """z_k of each step of a path, [steps, batch, *event]."""
+    noise = path.noise()
+    std = path.chain.std[: len(noise)].to(noise).reshape(-1, *(1 for _ in noise.shape[1:]))
+    return (std * noise).flip(0).cumsum(0).flip(0)
+
+
+def predicted(residuals: Tensor, variate: Tensor) -> Tensor:
+    """What `variate` predicts of the residuals of each step, by a least-squares multiple of all other samples: both
+    [steps, batch, *event]. Zero where there is no other sample."""
+    flat = variate.flatten(2).double()
+    products, squares = (flat * residuals.flatten(2)).sum(2), flat.square().sum(2)
+    products, squares = (each.sum(1, keepdim=True) - each for each in (products, squares))
+    multiples = (products / squares.clamp(min=1e-300)).where(squares > 0, 0.0)
+    return (multiples.to(variate).reshape(*multiples.shape, *(1 for _ in variate.shape[2:]))) * variate
