@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import lambertw, ndtri
 
-from tiltflow.laws.forward_process import explicit_rounds, ram, regression, reverse, tilting_rate
+from tiltflow.laws.forward_process import explicit_rounds, noise_over_signal, ram, regression, reverse, tilting_rate
 from tiltflow.laws.law import Array, Field, Law, log_normal
 
 TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
@@ -151,6 +151,31 @@ def test_the_error_of_explicit_rounds_falls_as_one_over_their_number(residual: A
     errors = [explicit_rounds(TWO_MODES, np.tanh, 1.0, n, residual).expectation(np.tanh) - exact for n in (4, 8, 16)]
     assert 1.5 < errors[0] / errors[1] < 2.5
     assert 1.7 < errors[1] / errors[2] < 2.3
+
+
+@pytest.mark.parametrize(
+    ("rounds", "weighted", "implicit"),
+    [(1, (2.2, 2.2), (1.0, 1.0)), (4, (37, 47), (0.9, 2.3)), (16, (598, 937), (0.8, 3.0))],
+)
+def test_the_noise_of_implicit_rounds_does_not_grow_with_their_number(
+    rounds: int, weighted: tuple[float, float], implicit: tuple[float, float]
+) -> None:
+    """In the first and the last; that of reward-weighted regression grows with the square."""
+    for before, expected in zip((0, 1 - 1 / rounds), zip(weighted, implicit, strict=True), strict=True):
+        found = noise_over_signal(TWO_MODES.tilt(before * np.tanh(TWO_MODES.points)), np.tanh, 1 / rounds)
+        assert found["reward-weighted"] == pytest.approx(expected[0], rel=0.03)
+        assert found["implicit"] == pytest.approx(expected[1], abs=0.06)
+
+
+def test_the_noise_of_a_round_in_closed_form() -> None:
+    """A shift by h of N(0, 1), to first order in h: W - 1 = h x_1, and u - v has variance 1 / V at t. Over x_t the mean of
+    (h x_1 (u - v) - h E)^2 is h^2 (E[x_1^2] (u - v)^2 - E^2), E = (1 - t) / V: by Gaussian moments 1 / V + E^2."""
+    h, t = 1e-3, (np.arange(2000) + 0.5) / 2000
+    v = t**2 + (1 - t) ** 2
+    signal = (((1 - t) / v) ** 2).mean()
+    found = noise_over_signal(NORMAL, lambda x: x, h)
+    assert found["implicit"] == pytest.approx(((1 / v).mean() + signal) / signal, rel=5e-3)
+    assert found["reward-weighted"] == pytest.approx((1 / v).mean() / signal / h**2, rel=5e-3)
 
 
 # ---- where rounds around the base settle ----

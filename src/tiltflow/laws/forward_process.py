@@ -70,6 +70,28 @@ def advantage(q: Law, reward: Density, step: float) -> Density:
     return lambda x: step * (reward(x) - mean)
 
 
+def noise_over_signal(q: Law, reward: Density, step: float) -> dict[str, float]:
+    """The noise of a round's gradient at its optimum v*, for weights W = exp(step r) / E_q in reward-weighted regression and
+    for implicit tilt matching, over |v* - v|^2: how many samples tell the round's change from nothing.
+
+        reward-weighted  E |W (u - v*)|^2
+        implicit         E |(W - 1) (u - v*) - (v* - v)|^2
+    """
+    total = q.expectation(lambda x: np.exp(step * reward(x)))
+    nodes, lengths = np.polynomial.legendre.leggauss(48)
+    weighted, implicit, signal = 0.0, 0.0, 0.0
+    for t, length in zip((nodes + 1) / 2, lengths / 2, strict=True):
+        given = q.given(GRID, float(t))
+        w = np.exp(step * reward(given.data)) / total
+        best = given.pull(w) / given.mean(w)
+        away, moved = given.velocities - best[:, None], best - given.velocity
+        mass = length * (GRID[1] - GRID[0]) * np.exp(given.log_density)
+        weighted += mass @ given.mean((w * away) ** 2)
+        implicit += mass @ given.mean(((w - 1) * away - moved[:, None]) ** 2)
+        signal += mass @ moved**2
+    return {"reward-weighted": float(weighted / signal), "implicit": float(implicit / signal)}
+
+
 def explicit_rounds(base: Law, reward: Density, beta: float, rounds: int, residual: Residual = "anchor") -> Law:
     """The law after so many rounds of explicit tilt matching, each a step 1 / (rounds beta) of the tilting identity from the
     last network. A full round of DiffusionNFT without a penalty is one of these.

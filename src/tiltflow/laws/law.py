@@ -57,6 +57,11 @@ class Posterior:
     probabilities: Array
     log_density: Array
 
+    @property
+    def velocities(self) -> Array:
+        """x_1 - x_0: [n, m]."""
+        return self.data - self.noise
+
     def mean(self, values: Array) -> Array:
         """E[values | x_t], for values [m] or [n, m]: [n]."""
         if values.ndim == 1:
@@ -201,7 +206,7 @@ class Table:
 
 def push_forward(field: Field, *, steps: int = STEPS) -> Law:
     """The law of the ODE of a velocity field, from standard normal noise."""
-    y, x, nodes = GRID, GRID, _times(steps)[::-1]
+    x, nodes = GRID, _times(steps)[::-1]
     for s, middle, t in zip(nodes[:-2:2], nodes[1::2], nodes[2::2], strict=True):
         h = t - s
         k1 = field(x, s)
@@ -209,11 +214,16 @@ def push_forward(field: Field, *, steps: int = STEPS) -> Law:
         k3 = field(x + h / 2 * k2, middle)
         k4 = field(x + h * k3, t)
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    slope = CubicSpline(y, x)(y, 1)
-    log_density = log_normal(x, 0.0, 1.0) + np.log(np.maximum(slope, 1e-300))
-    trusted = np.flatnonzero((log_density > FLOOR) & (np.abs(x) < NOISE[-1]))
+    return law_of_transport(x)
+
+
+def law_of_transport(start: Array) -> Law:
+    """The law of the map that carries standard normal noise, at `start` [NODES], to the points of the grid."""
+    slope = CubicSpline(GRID, start)(GRID, 1)
+    log_density = log_normal(start, 0.0, 1.0) + np.log(np.maximum(slope, 1e-300))
+    trusted = np.flatnonzero((log_density > FLOOR) & (np.abs(start) < NOISE[-1]))
     kept = slice(trusted[0], trusted[-1] + 1)
-    return Law.normalised(y, Law(y[kept], log_density[kept]).log_at(y))
+    return Law.normalised(GRID, Law(GRID[kept], log_density[kept]).log_at(GRID))
 
 
 def velocity_distance(q: Law, base: Law, field: Field | None = None, *, times: int = 48) -> float:
