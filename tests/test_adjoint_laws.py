@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from tiltflow.laws.adjoint_laws import deterministic_control, late_control, score_round, slope, smoothed_tilt, sweep
+from tiltflow.laws.adjoint_laws import deterministic_control, score_round, slope, smoothed_tilt
 from tiltflow.laws.law import Array, Law, log_normal
 
 TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
@@ -31,51 +31,6 @@ def line(x: Array) -> Array:
 def test_slope() -> None:
     x = np.linspace(-2, 2, 5)
     assert slope(np.tanh)(x) == pytest.approx(1 / np.cosh(x) ** 2, abs=1e-6)
-
-
-# ---- late control ----
-
-
-@pytest.mark.parametrize(
-    ("from_time", "mean", "variance", "shift"),
-    [
-        (0.25, 0.643750, 0.142883, 0.9),
-        (0.5, 0.650000, 0.144531, 0.5),
-        (0.75, 0.675000, 0.176758, 0.1),
-        (0.9, 0.695455, 0.233632, 0.012195),
-    ],
-)
-def test_late_control_of_a_gaussian(from_time: float, mean: float, variance: float, shift: float) -> None:
-    """Mean (m + w c / beta) / (1 + q w / beta), w = w_t; the second, of a shift by 1 that is asked for, is w_t."""
-    law = late_control(NARROW, hill, 1.0, from_time)
-    assert (law.mean, law.variance) == pytest.approx((mean, variance), abs=1e-6)
-    law = late_control(NORMAL, line, 1.0, from_time)
-    assert (law.mean, law.variance) == pytest.approx((shift, 1.0), abs=1e-6)
-
-
-def test_modes_are_chosen_early() -> None:
-    law = late_control(TWO_MODES, np.tanh, 1.0, 0.5)
-    assert (law.expectation(np.tanh), law.positive) == pytest.approx((0.17640, 0.60328), abs=1e-5)
-
-
-@pytest.mark.parametrize(("from_time", "rate"), [(0.3, 0.23707), (0.5, 0.71993)])
-def test_rounds_of_late_control_settle_at_the_tilt(from_time: float, rate: float) -> None:
-    """A chain that is reversible under the tilt: its second eigenvalue is the rate."""
-    matrix, exact = sweep(TWO_MODES, np.tanh, 1.0, from_time), TWO_MODES.tilt(np.tanh(TWO_MODES.points)).probabilities
-    assert exact @ matrix == pytest.approx(exact, abs=1e-9)
-    assert matrix.sum(1) == pytest.approx(1)
-    assert np.sort(np.abs(np.linalg.eigvals(matrix)))[-2] == pytest.approx(rate, abs=1e-5)
-
-
-def test_each_round_of_late_control() -> None:
-    rewards = [late_control(TWO_MODES, np.tanh, 1.0, 0.3, n).expectation(np.tanh) for n in (1, 2, 5)]
-    assert rewards == pytest.approx([0.47664, 0.58366, 0.61644], abs=1e-5)
-
-
-def test_the_rate_of_late_control_of_a_gaussian() -> None:
-    """t g / (1 + q w / beta), g = t S / V."""
-    for t, rate in ((0.25, 0.015625), (0.5, 0.125), (0.75, 0.5625)):
-        assert np.sort(np.abs(np.linalg.eigvals(sweep(NARROW, hill, 1.0, t))))[-2] == pytest.approx(rate, abs=1e-6)
 
 
 # ---- scores of a smoothed base ----

@@ -1,6 +1,6 @@
-r"""The laws of cheaper kinds of Adjoint Matching, on the line: late control, a smoothed base, and control without noise.
+"""The laws of cheaper kinds of Adjoint Matching, on the line: by scores of a smoothed base, and by control without noise.
 
-Adjoint Matching itself, on a memoryless chain of many steps, reaches the tilt.
+Adjoint Matching itself, on a memoryless chain of many steps, reaches the tilt; control from a time on is `late_control.py`.
 """
 
 # Mutation tests: test_adjoint_laws.py
@@ -18,29 +18,6 @@ SMALL = 1e-3  # of differences that stand for derivatives
 def slope(function: Density) -> Density:
     """The derivative of a function."""
     return lambda x: np.asarray((function(x + SMALL) - function(x - SMALL)) / (2 * SMALL))
-
-
-def sweep(base: Law, reward: Density, beta: float, from_time: float) -> Array:
-    """Probabilities [n, n] of x_1', the columns, given x_1: noise x_1 to x_t at `from_time`, and denoise it under the tilt,
-    x_1' ~ p_base(x_1 | x_t) exp(r / beta), normalised. The tilt is stationary."""
-    t, points = from_time, base.points
-    kernel = -(((points[:, None] - t * points) / (1 - t)) ** 2) / 2
-    forward, backward = np.exp(kernel), kernel + base.log_density + reward(points) / beta
-    backward = np.exp(backward - backward.max(1, keepdims=True))
-    return np.asarray((forward / forward.sum(0)).T @ (backward / backward.sum(1, keepdims=True)))
-
-
-def late_control(base: Law, reward: Density, beta: float, from_time: float, rounds: int = 1) -> Law:
-    """The law of a memoryless control that acts from a time on: what is decided before stays as in the base.
-
-    Args:
-        rounds: rounds after each of which the part before that time learns, by plain flow matching, the samples of the whole:
-            a Gibbs sweep each, which settles at the tilt.
-    """
-    matrix, p = sweep(base, reward, beta, from_time), base.probabilities
-    for _ in range(rounds):
-        p = p @ matrix
-    return Law.normalised(base.points, np.log(np.maximum(p, 1e-300)))
 
 
 def smoothed_tilt(base: Law, reward: Density, beta: float, time: float, *, rescaled: bool = False) -> Law:

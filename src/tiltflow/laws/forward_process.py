@@ -107,15 +107,21 @@ def explicit_rounds(base: Law, reward: Density, beta: float, rounds: int, residu
     return q
 
 
-def ram(base: Law, reward: Density, beta: float, residual: Residual = "network") -> Law:
+def ram(base: Law, reward: Density, beta: float, residual: Residual = "network", *, lowest: float = -np.inf) -> Law:
     """The law at which RAM, AWM and DiffusionNFT with a reference penalty settle: v = v_base + E_q[A (u - v) | x_t] / beta, of
     advantages A = r - E_q r and samples of v's own law q. Raises ValueError where they do not settle.
 
     Args:
         residual: "samples" for E_q[u | x_t] instead of v, which is v_base + Cov_q(r, u | x_t) / beta and has no pole; "anchor"
             for ADRPO, whose residual is v_base.
+        lowest: where A / beta is clipped; above -1 there is no pole.
     """
-    return settled(base, lambda q: advantage(q, reward, 1 / beta), residual)
+
+    def coefficient(q: Law) -> Density:
+        a = advantage(q, reward, 1 / beta)
+        return lambda x: np.maximum(a(x), lowest)
+
+    return settled(base, coefficient, residual)
 
 
 def reverse(base: Law, reward: Density, beta: float) -> Law:
@@ -156,4 +162,4 @@ def settled(base: Law, coefficient: Callable[[Law], Density], residual: Residual
             break
         if max(abs(q.mean - before.mean), abs(q.variance - before.variance)) < TOLERANCE:
             return q
-    raise ValueError("the rounds do not settle: the reward spreads too far for this beta")
+    raise ValueError("no law was found at which the rounds settle: the reward spreads too far for this beta")
