@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+    from tiltflow.methods.path_reweighted import PathReweighted
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.models.from_diffusers import from_diffusers
     from tiltflow.models.model import Model
@@ -44,6 +45,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
+    "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
     "TiltflowError": "errors",
@@ -73,6 +75,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "OrwCfmW2",
+    "PathReweighted",
     "Sampling",
     "ScoreAsAction",
     "TiltflowError",

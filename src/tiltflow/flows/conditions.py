@@ -8,7 +8,7 @@ one for each sample; anything else is for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,19 @@ def select(condition: Any, which: Which) -> Any:
     if isinstance(condition, Mapping):
         return {key: select(value, which) for key, value in condition.items()}
     return condition[which] if isinstance(condition, Tensor) and condition.ndim > 0 else condition
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The conditions of several batches as those of one, the samples of the first before those of the second. What is for all
+    samples is that of the first. Raises ValueError for tensors of different shapes."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts]) for key in first}
+    if not isinstance(first, Tensor) or first.ndim == 0:
+        return first
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise ValueError(f"conditions of shapes {', '.join(sorted({str(list(part.shape[1:])) for part in parts}))}")
+    return torch.cat(list(parts))
 
 
 def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:

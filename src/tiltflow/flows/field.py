@@ -38,6 +38,11 @@ class VelocityField(ABC):
     def bind(self, condition: Any) -> VelocityField:
         """The same field conditioned on `condition`: see `tiltflow.flows.flow.Flow`."""
 
+    @property
+    @abstractmethod
+    def condition(self) -> Any:
+        """What `bind` takes: the conditions that the field is bound to, as nested mappings of tensors."""
+
     @abstractmethod
     def select(self, which: Which) -> VelocityField:
         """The same field for these samples of the batch that it is bound to."""
@@ -75,6 +80,10 @@ class Wrapper(VelocityField):
     def bind(self, condition: Any) -> Self:
         return replace(self, flow=self.flow.bind(condition))
 
+    @property
+    def condition(self) -> Any:
+        return self.flow.condition
+
     def select(self, which: Which) -> Self:
         return replace(self, flow=self.flow.select(which))
 
@@ -102,6 +111,10 @@ class FunctionField(VelocityField):
 
     def bind(self, condition: Any) -> Self:
         return self
+
+    @property
+    def condition(self) -> None:
+        return None
 
     def select(self, which: Which) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class Guided(Wrapper):
     def guide(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """The guided velocity [batch, *event] at (x, t), where that of `flow` is v."""
         return v if self.guidance_scale == 1 else torch.lerp(self.negative(x, t), v, self.guidance_scale)
+
+    def bind(self, condition: Any) -> Guided:
+        """Bind both fields, each to its own part of a `condition` of a guided field."""
+        flow, negative = self.flow.bind(condition["condition"]), self.negative.bind(condition["negative"])
+        return replace(self, flow=flow, negative=negative)
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        return {"condition": self.flow.condition, "negative": self.negative.condition}
 
     def select(self, which: Which) -> Guided:
         return replace(self, flow=self.flow.select(which), negative=self.negative.select(which))

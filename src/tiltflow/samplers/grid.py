@@ -27,6 +27,16 @@ def spread_times(u: Tensor, *, start: float = 0.0, shift: float = 1.0) -> Tensor
     return start + (1 - start) * (1 - noise)
 
 
+def split(times: Tensor, parts: int) -> Tensor:
+    """Times [K + 1] with each step split into so many of equal length: [K parts + 1].
+
+    >>> split(torch.tensor([0.0, 0.5, 1.0]), 2).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    within = torch.arange(parts, dtype=times.dtype) / parts
+    return torch.cat([(times[:-1, None] + times.diff()[:, None] * within).flatten(), times[-1:]])
+
+
 def variance_preserving(times: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and beta of a variance-preserving path at linear times: alpha / beta = t / (1 - t), alpha^2 + beta^2 = 1."""
     norm = torch.hypot(times, 1 - times)

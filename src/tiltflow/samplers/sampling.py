@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import Start, variance_preserving
+from tiltflow.samplers.grid import Start, split, variance_preserving
 from tiltflow.samplers.solver import ChainSolver, Solver, check_memoryless, check_name, solver_named
 from tiltflow.settings import External, Settings
 
@@ -87,12 +87,13 @@ class Sampling(Settings):
             return start(self.num_inference_steps)
         return self.build().times(self.num_inference_steps, start=start, shift=self.shift)
 
-    def chain(self, start: Start = 0.0) -> Chain:
-        """The chain of this solver from time `start`. Raises ValueError for a solver that is not one."""
+    def chain(self, start: Start = 0.0, *, substeps: int = 1) -> Chain:
+        """The chain of this solver from time `start`, each step split into so many of equal length. Raises ValueError for a
+        solver that is not one."""
         solver = self.build()
         if not isinstance(solver, ChainSolver):
             raise ValueError(f"{self.solver} is no chain of Gaussian steps")
-        return solver.chain(self.times(start))
+        return solver.chain(split(self.times(start), substeps))
 
 
 def check_sampling(sampling: Any) -> None:

@@ -52,6 +52,8 @@ class Batch:
         micro_batch_size: how many samples a network sees at once. It changes the memory needed, not the result.
         non_finite: `drop` leaves out samples whose reward is NaN or infinite, and counts them as `dropped`.
         parameters: the parameters of `tuned` that are trained.
+        step: optimizer steps taken before this batch.
+        max_train_steps: optimizer steps of the whole run.
     """
 
     x: Tensor
@@ -66,6 +68,8 @@ class Batch:
     non_finite: NonFiniteRewards = "error"
     running: RunningReward | None = None
     parameters: Sequence[nn.Parameter] = ()
+    step: int = 0
+    max_train_steps: int = 1
 
     @property
     def objective(self) -> Objective:

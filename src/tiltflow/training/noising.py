@@ -74,6 +74,16 @@ def shuffled(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator, device=generator.device) for _ in rounds])[:size]
 
 
+def resampled(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """`size` indices of samples with these weights [count], in random order: number i is there size w_i / sum w times, rounded
+    up or down so that the mean is right. By one uniform number for all (systematic resampling)."""
+    device = weights.device
+    levels = (torch.arange(size, device=device) + torch.rand(1, generator=generator, device=device)).double() / size
+    steps = weights.double().cumsum(0)
+    which = torch.searchsorted(steps / steps[-1], levels, right=True).clamp(max=len(weights) - 1)
+    return which[torch.randperm(size, generator=generator, device=device)]
+
+
 def noising(
     flow: VelocityField,
     samples: Tensor,

@@ -351,6 +351,8 @@ class _Loop:
             non_finite=self.non_finite_rewards,
             running=self.running,
             parameters=tuple(self.trained.values()),
+            step=self.step,
+            max_train_steps=self.max_train_steps,
         )
         return method.gradients(batch, self.of_method)
 

@@ -24,8 +24,14 @@ Count = Annotated[int, Field(ge=1)]
 FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
     "orw-cfm-w2": {"regression_batch_size": 1024},
+    "path-reweighted": {
+        "first": {"name": "adjoint-matching", "bootstrap": 1.0},
+        "first_steps": 200,
+        "path_steps": 100,
+        "regression_batch_size": 1024,
+    },
 }
-LEARNING_RATES = {"adjoint-matching": 5e-3, "score-as-action": 5e-3, "orw-cfm-w2": 3e-3}
+LEARNING_RATES = {"adjoint-matching": 5e-3, "score-as-action": 5e-3, "orw-cfm-w2": 3e-3, "path-reweighted": 1e-2}
 
 
 class ExactBase(Settings):
@@ -49,8 +55,11 @@ class ExactBase(Settings):
     @classmethod
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
-        optimizer = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
-        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), optimizer=optimizer)
+        optimizer: Tree = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
+        run: Tree = {}
+        if method == "path-reweighted":  # many short steps, whose gradients are of another size than those of its first method
+            optimizer, run = {**optimizer, "adam_beta2": 0.95}, {"iterations": 2200}
+        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), run=run, optimizer=optimizer)
 
     def base_flow(self) -> Flow:
         """The exact velocity field of the base."""
