@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pydantic import BeforeValidator, Field
 
-from tiltflow.errors import InputError, did_you_mean
+from tiltflow.errors import InputError
 from tiltflow.flows.interpolant import Cosine, DiscreteVariancePreserving, Interpolant
-from tiltflow.plugins import find, names, part_of
+from tiltflow.plugins import did_you_mean, find, names, part_of
 from tiltflow.runs.recipe import Recipe, find_recipe
 from tiltflow.settings import Settings, apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 
@@ -55,7 +55,7 @@ class Outer(Settings):
             "here: method: there is no method 'adjoint-matchng', did you mean 'adjoint-matching'?",
         ),
         ({"method": {"name": "adjoint-matching", "bta": 1}}, "here: method.bta is not a setting, did you mean 'beta'?"),
-        ({"method": {"beta": 1}}, "here: method: needs a name; known: adjoint-matching, orw-cfm-w2, score-as-action"),
+        ({"method": {"beta": 1}}, f"here: method: needs a name; known: {', '.join(names('methods'))}"),
         ({}, "here: needed is missing"),
     ],
 )
