@@ -1,6 +1,6 @@
 """Which law each method reaches, by quadrature on the line: no network, no training.
 
-    python benchmarks/laws.py                              the table of docs/laws.md
+    python benchmarks/laws.py                              the tables of docs/laws.md
     python benchmarks/laws.py --output docs/laws.png       and the densities at beta = 0.3
 
 Three problems at beta = 1: `bowl`, N(0, 1) with r = -x^2 / 2; `hill`, N(0.7, 0.25) with r = 1.7 x - 1.5 x^2; `modes`, two equal
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiltflow.laws.adjoint_laws import deterministic_control, smoothed_tilt
-from tiltflow.laws.forward_process import explicit_rounds, ram
+from tiltflow.laws.forward_process import explicit_rounds, noise_over_signal, ram
 from tiltflow.laws.induced_law import fixed_point
 from tiltflow.laws.late_control import late_control
 from tiltflow.laws.law import Density, Law, log_normal
 from tiltflow.laws.other_laws import best_of, guided, importance_resampled
-from tiltflow.laws.tilted_law import achieved_tilt, tilted
+from tiltflow.laws.tilted_law import achieved_tilt, effective_share, temperature_of_kl, tilted
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ FIGURE = (
     "control without noise",
     "best of 4",
 )
-COLUMNS = ("bowl: variance", "hill: mean", "variance", "modes: E r", "P(x > 0)", "KL", "tilt", "R²")
 
 
 def row(name: str) -> list[str]:
@@ -93,6 +92,37 @@ def tilts(problem: Problem, law: Law) -> list[str]:
     found = [law.expectation(problem.reward), law.positive, law.kl(problem.base)]
     share = achieved_tilt(law, problem.base, problem.reward, 1.0) if law is not problem.base else (0.0, float("nan"))
     return [f"{each + 0.0:.3f}".replace("nan", "–").replace("-0.000", "0.000") for each in (*found, *share)]
+
+
+def laws() -> list[list[str]]:
+    """Each law, and its numbers."""
+    heads = ["law", "bowl: variance", "hill: mean", "variance", "modes: E r", "P(x > 0)", "KL", "tilt", "R²"]
+    return [heads, *([name, *row(name)] for name in LAWS)]
+
+
+def rounds() -> list[list[str]]:
+    """Rounds of equal steps on the modes, the first and the last: the effective share of their samples, and the noise of the
+    gradient that they make, in units of what the round has to learn."""
+    heads = ["rounds", "effective share", "at β = 0.3", "noise of reward weighting", "of implicit tilt matching"]
+    r, rows = MODES.reward(MODES.base.points), list[list[str]]()
+    for n in (1, 2, 4, 8, 16):
+        done = sorted({0, n - 1})
+        shares = [[effective_share(MODES.base.tilt(k / n / beta * r), r / n / beta) for k in done] for beta in (1.0, 0.3)]
+        noises = [noise_over_signal(MODES.base.tilt(k / n * r), MODES.reward, 1 / n) for k in done]
+        cells = [" … ".join(f"{share:.2f}" for share in each) for each in shares]
+        cells += [" … ".join(f"{noise[key]:.1f}" for noise in noises) for key in ("reward-weighted", "implicit")]
+        rows.append([str(n), *cells])
+    return [heads, *rows]
+
+
+def temperatures() -> list[list[str]]:
+    """The temperature of each KL, on the hill and the modes, and the mean reward that it buys on the modes."""
+    rows = []
+    for kl in (0.01, 0.05, 0.1, 0.5):
+        hill, modes = (temperature_of_kl(p.base, p.reward, kl) for p in (HILL, MODES))
+        reward = tilted(MODES.base, MODES.reward, modes).expectation(MODES.reward)
+        rows.append([f"{kl:g}", f"{hill:.4f}", f"{modes:.4f}", f"{reward:.4f}"])
+    return [["KL", "hill: β", "modes: β", "E r"], *rows]
 
 
 def draw(path: str, beta: float) -> None:
@@ -125,9 +155,9 @@ def main() -> None:
     parser.add_argument("--output", help="PNG file of the densities")
     parser.add_argument("--beta", type=float, default=0.3, help="temperature of the figure")
     options = parser.parse_args()
-    print("| law | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-    for name in LAWS:
-        print(f"| {name} | " + " | ".join(row(name)) + " |", flush=True)
+    for table in (laws, rounds, temperatures):
+        heads, *rows = table()
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)) + "\n", flush=True)
     if options.output:
         draw(options.output, options.beta)
 
