@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tiltflow.errors import InputError
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.plugins import find, names
-from tiltflow.problems import Check, Problem, to_law
+from tiltflow.problems import Check, Findings, Problem, Trained, to_law
 from tiltflow.problems.lqg import Lqg
 from tiltflow.problems.verification.quadratic_tilt import temperature
 from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.streams import stream
+from tiltflow.training.trainer import Record
 
 SMALL = [
     "num_samples=4000",
@@ -59,6 +64,41 @@ def test_without_training_the_report_shows_the_base() -> None:
     assert result["control_error"] == pytest.approx(1, abs=0.01)
     # the tilt moves the mean by more than one standard deviation of a mode
     assert result["distance"] > 20 * result["floor"]
+    assert abs(result["achieved_tilt"]) < 0.01
+
+
+def posed(*overrides: str) -> Findings:
+    """What is found of a model that has the law which was asked for, at beta 0.7."""
+    settings = read_verification("mixture", "adjoint-matching", ["beta=0.7", *overrides])
+    problem, method = settings.problem, settings.method
+    law = problem.exact_law(method, 1)
+    record = Record(1, {"loss": 0.0, "path_kl": 0.0}, seconds=1.0, network_evaluations=1)
+    flow = Flow(ExactVelocity(law))
+    return problem.check(Trained(method, flow, problem.base_flow(), law, record, 1, 1, num_samples=2000, draws=2, seed=0))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dimension=1", "means=[[0.3]]", "linear=-1.2"],
+        ["dimension=3", "means=[[-1, 0, 1], [2, 1, 0]]", "weights=[3, 1]", "scale=[0.2, 0.9]", "linear=[-0.5, 0.2]"],
+        ["dimension=5", "quadratic=0.4"],
+    ],
+)
+def test_any_law_has_its_achieved_tilt_and_its_effective_sample_size(overrides: list[str]) -> None:
+    found = posed("num_inference_steps=40", "num_samples_w2=100", *overrides)
+    values = found.values
+    assert abs(values["achieved_tilt"] - 1) < 4 * values["achieved_tilt_error"] + 0.01
+    assert abs(values["achieved_tilt_r2"] - 1) < 4 * values["achieved_tilt_r2_error"] + 0.01
+    assert values["effective_sample_size_of"] == "2000 base samples"
+    assert 1 < values["effective_sample_size"] < 2000
+    assert "R² " in str(found.tables[0].rows["achieved tilt"])
+
+
+def test_the_effective_sample_size_of_base_samples_is_that_of_their_law() -> None:
+    """Under a linear reward c x a Gaussian's is exp(-(c s / beta)^2) of the samples."""
+    size = posed("dimension=1", "means=[[0.3]]", "scale=0.5", "linear=1", "num_samples_w2=100").values["effective_sample_size"]
+    assert size / 2000 == pytest.approx(math.exp(-((0.5 / 0.7) ** 2)), rel=0.1)
 
 
 def test_many_dimensions_do_not_hide_that_the_base_is_untuned() -> None:

@@ -30,6 +30,7 @@ from tiltflow.methods import Tilting
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.plugins import find
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, Tree, to_law
+from tiltflow.problems.verification.exact_base import tilt_reached, tilt_rows
 from tiltflow.problems.verification.policy_gradients import check_gradients, gradients_table
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
@@ -154,8 +155,8 @@ class Lqg(exact.Lqg):
         tables += [steps_table(values["at_other_steps"], steps), self._reached(trained, values)]
         return Findings(values, tables)
 
-    def _distances(self, trained: Trained[ChainLaw]) -> dict[str, float]:
-        """Sliced W2 of samples to the law of the chain's optimum, and the mean reward."""
+    def _distances(self, trained: Trained[ChainLaw]) -> dict[str, Any]:
+        """Sliced W2 of samples to the law of the chain's optimum, the mean reward and the achieved tilt."""
         start, generator = trained.base.noise_time, stream(trained.seed, "evaluation")
         steps = trained.law.steps
         sampling = Sampling(solver="euler-maruyama", num_inference_steps=steps, eta=self.eta)
@@ -184,6 +185,7 @@ class Lqg(exact.Lqg):
             ),
             "reward": reward.value,
             "reward_error": reward.standard_error,
+            **tilt_reached(trained, x, x_base, self.reward(), lambda rewards: rewards / trained.law.beta),
         }
 
     def _at_other_steps(self, trained: Trained[ChainLaw]) -> dict[str, dict[str, float]]:
@@ -237,6 +239,7 @@ class Lqg(exact.Lqg):
             "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
             "relative error of the control": Check(values["control_error"], format=".1%"),
             "path KL": Check(values["path_kl"], theory=values["path_kl_exact"]),
+            **tilt_rows(values),
             "cost": trained.cost,
         }
         return Table(f"{trained.method.name} on {self.name}", rows)

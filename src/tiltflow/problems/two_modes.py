@@ -18,7 +18,7 @@ from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.laws.gaussian_mixture import GaussianMixture, mixture
 from tiltflow.laws.law import Array, Law, log_normal, velocity_distance
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
-from tiltflow.problems.verification.exact_base import ExactBase
+from tiltflow.problems.verification.exact_base import ExactBase, tilt_reached, tilt_rows
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
@@ -92,7 +92,7 @@ class TwoModes(ExactBase):
         """
         law, own, reward = self.law(), trained.law, self.reward()
         tilted = self.tilted(trained.method, trained.iterations)
-        generator = stream(trained.seed, "evaluation")
+        generator, target = stream(trained.seed, "evaluation"), trained.method.target(trained.record.step)
         noise = torch.randn(trained.num_samples, 1, generator=generator)
         x = sample(trained.tuned, noise, self.sampling, generator)
         x_base = sample(trained.base, noise, self.sampling, generator)
@@ -101,7 +101,7 @@ class TwoModes(ExactBase):
         mean = mean_estimate(reward(x))
         laws = {"base": law, "own": own, "tilted": tilted}
         values: dict[str, Any] = {
-            "target_law": trained.method.target(trained.record.step).words,
+            "target_law": target.words,
             "laws": {name: describe(q, law, self.reward_at) for name, q in laws.items()},
             "reached": {
                 "mean": x.mean().item(),
@@ -119,7 +119,7 @@ class TwoModes(ExactBase):
             ).distance,
             "distance_base": sliced_w2(x_base, sampler(own)(len(x_base), generator), torch.ones(1, 1)),
             "own_to_tilted": own.w2(tilted),
-            "effective_sample_size": trained.record.metrics.get("effective_sample_size"),
+            **tilt_reached(trained, x, x_base, reward, target.log_tilt),
         }
         return Findings(values, [self._laws(trained, values), distances(trained, values)])
 
@@ -141,6 +141,7 @@ def distances(trained: Trained[Law], values: dict[str, Any]) -> Table:
         "floor": Check(values["floor"], values["floor_std"]),
         "to the tilted law": Check(values["distance_tilted"], note=f"own target to tilted law: {values['own_to_tilted']:.4f}"),
         "untuned base": Check(values["distance_base"]),
+        **tilt_rows(values),
         "own target": values["target_law"],
         "cost": f"{trained.record.seconds:.0f} s, {trained.record.network_evaluations} network evaluations",
     }

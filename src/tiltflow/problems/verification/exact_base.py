@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from tiltflow.evaluation import achieved_tilt
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.networks.mlp import Mlp
-from tiltflow.problems import Defaults, Tree
+from tiltflow.problems import Check, Defaults, Trained, Tree
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
-from tiltflow.streams import new_network
+from tiltflow.streams import new_network, stream
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -32,6 +34,9 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     },
 }
 LEARNING_RATES = {"adjoint-matching": 5e-3, "score-as-action": 5e-3, "orw-cfm-w2": 3e-3, "path-reweighted": 1e-2}
+
+MOST = 2_000
+"""Samples for the achieved tilt."""
 
 
 class ExactBase(Settings):
@@ -74,3 +79,35 @@ class ExactBase(Settings):
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise: [count, dimension]."""
         return torch.randn(count, self.base().means.shape[1], generator=generator)
+
+
+def tilt_reached(
+    trained: Trained[Any], x: Tensor, x_base: Tensor, reward: Callable[[Tensor], Tensor], log_tilt: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The achieved tilt, and the effective sample size: that of the method's last round, or else of base samples that are
+    weighted toward the target law.
+
+    Args:
+        x, x_base: samples of the tuned model and of the base.
+        log_tilt: rewards -> log density of the target law over the base's.
+    """
+    some, of_round = x[:MOST], trained.record.metrics.get("effective_sample_size")
+    generator = stream(trained.seed, "achieved tilt")
+    start = trained.base.noise_time
+    found = achieved_tilt.measure(trained.tuned, trained.base, some, log_tilt(reward(some)), generator, start=start)
+    of_base = ImportanceWeights.from_log_tilt(log_tilt(reward(x_base))).effective_sample_size
+    return {
+        **(dict.fromkeys(achieved_tilt.KEYS) if found is None else found.entries()),
+        "effective_sample_size": of_base if of_round is None else of_round,
+        "effective_sample_size_of": f"{len(x_base)} base samples" if of_round is None else "the last round",
+    }
+
+
+def tilt_rows(found: Mapping[str, Any]) -> dict[str, Check | str]:
+    """What `tilt_reached` found, as rows of a table."""
+    slope, r2 = found["achieved_tilt"], found["achieved_tilt_r2"]
+    size = {"effective sample size": f"{found['effective_sample_size']:.0f}, {found['effective_sample_size_of']}"}
+    if slope is None:
+        return {**size}
+    note = "" if r2 is None else f"R² {Check(r2, found['achieved_tilt_r2_error']).estimate}"
+    return {"achieved tilt": Check(slope, found["achieved_tilt_error"], theory=1.0, note=note), **size}

@@ -21,7 +21,7 @@ from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, Vec
 from tiltflow.methods import Tilting
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
-from tiltflow.problems.verification.exact_base import ExactBase
+from tiltflow.problems.verification.exact_base import ExactBase, tilt_reached, tilt_rows
 from tiltflow.samplers.grid import time_grid
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
@@ -113,6 +113,7 @@ class QuadraticTilt(ExactBase):
             "reward_error": mean.standard_error,
             "reward_exact": target.expectation(reward),
             "reward_base": law.expectation(reward),
+            **tilt_reached(trained, x, x_base, reward, lambda rewards: rewards / beta),
             **best_of_chain(trained.method, law, reward, beta),
             "control_error": control_error(trained.tuned, law, target, generator),
             "loss": trained.record.metrics["loss"],
@@ -139,6 +140,7 @@ class QuadraticTilt(ExactBase):
             "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
             "relative error of the control": Check(values["control_error"], format=".1%"),
             **({"path KL": Check(kl, theory=values["path_kl_exact"])} if kl is not None else {}),
+            **tilt_rows(values),
             "cost": trained.cost,
         }
         return Table(f"{trained.method.name} on {self.name}", rows)
