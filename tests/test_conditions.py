@@ -17,6 +17,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.streams import stream
 
 LABELS = torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0, 2.0, 0.0, 1.0])
@@ -28,6 +29,7 @@ METHODS = {
         num_inference_steps=4, estimator="closed-form", critic={"form": "constant-skip", "num_steps": 0}
     ),
     "orw-cfm-w2": OrwCfmW2(num_inference_steps=4, num_passes=2),
+    "tilt-matching": TiltMatching(num_inference_steps=4, num_passes=2, anchor="old"),
 }
 
 

@@ -47,6 +47,10 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
         tiltflow.OrwCfmW2(tau=1.0, alpha=BETA, weight_mode="both-terms", num_inference_steps=10),
         {"max_train_steps": 250, "train_batch_size": 4096},
     ),
+    "tilt-matching": (
+        tiltflow.TiltMatching(beta=BETA, num_inference_steps=10, num_passes=50),
+        {"max_train_steps": 250, "train_batch_size": 4096},
+    ),
 }
 
 
@@ -91,6 +95,7 @@ SHORT: dict[str, Any] = {
     "adjoint-matching": tiltflow.AdjointMatching(num_inference_steps=4),
     "score-as-action": tiltflow.ScoreAsAction(preset="ddpo", num_inference_steps=4),
     "orw-cfm-w2": tiltflow.OrwCfmW2(num_inference_steps=4, min_effective_sample_size=1, num_passes=1),
+    "tilt-matching": tiltflow.TiltMatching(num_inference_steps=4, min_effective_sample_size=1, num_passes=1),
 }
 
 

@@ -8,7 +8,7 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.optimization import StoredWeights
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.batch import Batch
-from tiltflow.training.noising import Points, noising, posterior, shuffled
+from tiltflow.training.noising import Points, noising, posterior, shuffled, smoothed
 
 FIELD = FunctionField(lambda x, t: x)
 
@@ -125,3 +125,58 @@ def test_a_path_ends_in_a_sample_of_its_own_condition():
     points = pairs.points(slice(None))
     p = posterior(points, samples, [torch.tensor([0]), torch.tensor([1])])
     torch.testing.assert_close(p, torch.nn.functional.one_hot(points.which, 2).double())
+
+
+def pairs_of(count: int, seed: int, labels: torch.Tensor | None = None):
+    samples = torch.tensor([[-1.0, 0.5], [0.3, -0.2], [2.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(4, (count,), generator=generator)
+    pairs = noising(FIELD, samples, which, Sampling(solver="heun"), generator)
+    return samples, pairs, torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)[which]
+
+
+def test_means_among_neighbours_are_those_of_the_posterior():
+    samples, pairs, gain = pairs_of(64, 0)
+    groups = torch.arange(64) % 2
+    values = torch.stack([gain, gain**2], 1)
+    found = smoothed(pairs, values, gain, groups, 16)
+    points = pairs.points(slice(None))
+    order = [*range(0, 64, 2), *range(1, 64, 2)]  # conditions one after another, in parts of 16
+    for begin in range(0, 64, 16):
+        some = order[begin : begin + 16]
+        for i in some:
+            t = points.t[i]
+            p = torch.tensor([(-(points.x[i] - t * samples[pairs.which[j]]).square().sum() / 2 / (1 - t) ** 2) for j in some])
+            p = p.double().softmax(0)
+            u = torch.stack([(samples[pairs.which[j]] - points.x[i]) / (1 - t) for j in some])
+            torch.testing.assert_close(found.values[i], p @ values[some])
+            torch.testing.assert_close(found.pull[i], (p * gain[some]) @ u)
+    alone = smoothed(pairs, values, gain, groups, 1)
+    torch.testing.assert_close(alone.pull, gain[:, None] * points.u)
+    assert torch.equal(alone.values, values)
+
+
+def test_neighbours_of_another_condition_are_not_seen():
+    """In one part of all pairs as well."""
+    _, pairs, gain = pairs_of(12, 1)
+    groups = torch.tensor([0, 1, 2] * 4)
+    together = smoothed(pairs, gain[:, None], gain, groups, 12)
+    apart = smoothed(pairs, gain[:, None], gain, groups, 4)
+    torch.testing.assert_close(together.pull, apart.pull)
+    torch.testing.assert_close(together.values, apart.values)
+
+
+def test_neighbours_leave_the_mean_of_the_gradient_and_most_of_its_noise_out():
+    """sum f(x_t) gain u, for a test function of x and t: early, and at all times."""
+    totals = []
+    for seed in range(300):
+        _, pairs, gain = pairs_of(32, seed)
+        x, t = pairs.points(slice(None))[1:3]
+        test = torch.stack([x.tanh().sum(1), (t < 0.3) * x[:, 0]])
+        groups = torch.zeros(32, dtype=torch.long)
+        totals.append([(test @ smoothed(pairs, gain[:, None], gain, groups, size).pull).flatten() / 32 for size in (1, 32)])
+    alone, among = (torch.stack(each) for each in zip(*totals, strict=True))
+    difference = alone - among
+    assert (difference.mean(0).abs() < 3.5 * difference.std(0) / 300**0.5).all()
+    assert (among.var(0) < alone.var(0)).all()
+    assert (among.var(0)[2:] < 0.4 * alone.var(0)[2:]).all()

@@ -45,6 +45,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "score-as-action-ddpo": {"name": "score-as-action", "preset": "ddpo", "num_passes": 2},
     "score-as-action-ode": {"name": "score-as-action", "solver": "euler", "critic": CRITIC | {"form": "cos-sin"}},
     "orw-cfm-w2": {"alpha": 0.3, "num_passes": 3, "min_effective_sample_size": 1},
+    "tilt-matching": {"num_passes": 3, "min_effective_sample_size": 1, "replay": 2},
+    "tilt-matching-rounds": {
+        "name": "tilt-matching",
+        "preset": "implicit",
+        "batches_per_round": 2,
+        "num_passes": 1,
+        "min_effective_sample_size": 1,
+    },
     "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},
 }
 TRAINING = {

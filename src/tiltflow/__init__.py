@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.path_reweighted import PathReweighted
     from tiltflow.methods.score_as_action import ScoreAsAction
+    from tiltflow.methods.tilt_matching import TiltMatching
     from tiltflow.models.from_diffusers import from_diffusers
     from tiltflow.models.model import Model
     from tiltflow.models.trainable import Adapter
@@ -48,6 +49,7 @@ _HOME = {
     "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
+    "TiltMatching": "methods.tilt_matching",
     "TiltflowError": "errors",
     "Training": "training.settings",
     "UserCodeError": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "PathReweighted",
     "Sampling",
     "ScoreAsAction",
+    "TiltMatching",
     "TiltflowError",
     "Training",
     "UserCodeError",

@@ -8,6 +8,7 @@ one for each sample; anything else is for all.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,10 +40,22 @@ def joined(parts: Sequence[Any]) -> Any:
 
 def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:
     """The indices of those of `count` samples that share a condition, for each condition; of all where there is one for all."""
+    rows = _rows(condition)
+    if rows is None:
+        return [torch.arange(count, device=device)]
+    _, member = torch.unique(rows, dim=0, return_inverse=True)
+    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
+
+
+def name_of(condition: Any, which: int) -> str:
+    """A name for the condition of a sample, the same in every batch: a hash of its numbers; "" where there is one for all."""
+    rows = _rows(condition)
+    return "" if rows is None else hashlib.sha256(rows[which].double().cpu().numpy().tobytes()).hexdigest()
+
+
+def _rows(condition: Any) -> Tensor | None:
+    """What tells the conditions of samples apart, [batch, ..]; None where there is one for all."""
     if isinstance(condition, Mapping):
         parts = [value.flatten(1).float() for value in condition.values() if isinstance(value, Tensor) and value.ndim > 1]
         condition = torch.cat(parts, 1) if parts else None
-    if not isinstance(condition, Tensor) or condition.ndim == 0:
-        return [torch.arange(count, device=device)]
-    _, member = torch.unique(condition, dim=0, return_inverse=True)
-    return [(member == i).nonzero()[:, 0].to(device) for i in range(int(member.max()) + 1)]
+    return condition if isinstance(condition, Tensor) and condition.ndim > 0 else None

@@ -53,6 +53,10 @@ class VelocityField(ABC):
         `tiltflow.flows.conditions.groups`."""
 
     @abstractmethod
+    def name_of(self, which: int) -> str:
+        """A name for the condition of this sample, the same in every batch: see `tiltflow.flows.conditions.name_of`."""
+
+    @abstractmethod
     def prediction_scale(self, t: Tensor) -> Tensor:
         """Change of the network's prediction for a change of velocity by 1, at t [] or [batch]: of the shape of t."""
 
@@ -90,6 +94,9 @@ class Wrapper(VelocityField):
     def groups(self, count: int, device: torch.device) -> list[Tensor]:
         return self.flow.groups(count, device)
 
+    def name_of(self, which: int) -> str:
+        return self.flow.name_of(which)
+
     def prediction_scale(self, t: Tensor) -> Tensor:
         return self.flow.prediction_scale(t)
 
@@ -121,6 +128,9 @@ class FunctionField(VelocityField):
 
     def groups(self, count: int, device: torch.device) -> list[Tensor]:
         return [torch.arange(count, device=device)]
+
+    def name_of(self, which: int) -> str:
+        return ""
 
     def prediction_scale(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

@@ -194,6 +194,9 @@ class Flow(VelocityField):
     def groups(self, count: int, device: torch.device) -> list[Tensor]:
         return conditions.groups(self.condition, count, device)
 
+    def name_of(self, which: int) -> str:
+        return conditions.name_of(self.condition, which)
+
     @property
     def noise_time(self) -> float:
         """The linear time at which the network's noise end sits: 0, or a little more for a diffusion schedule whose

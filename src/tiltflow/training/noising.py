@@ -79,7 +79,7 @@ def resampled(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
     up or down so that the mean is right. By one uniform number for all (systematic resampling)."""
     device = weights.device
     levels = (torch.arange(size, device=device) + torch.rand(1, generator=generator, device=device)).double() / size
-    steps = weights.double().cumsum(0)
+    steps = weights.double().cpu().cumsum(0).to(device)  # a sum that steers decisions: in one order
     which = torch.searchsorted(steps / steps[-1], levels, right=True).clamp(max=len(weights) - 1)
     return which[torch.randperm(size, generator=generator, device=device)]
 
@@ -140,3 +140,43 @@ def posterior(points: Points, samples: Tensor, groups: Sequence[Tensor]) -> Tens
             group[members] = number
         logits = logits.masked_fill(group[points.which][:, None] != group, -torch.inf)
     return logits.softmax(1)
+
+
+class Smoothed(NamedTuple):
+    """Points of paths, with the means of what is known of their samples, given the point.
+
+    Args:
+        points: their u is that of each path's own sample.
+        values: means of some values of the samples [count, k].
+        pull: mean of their gain times u [count, *event].
+    """
+
+    points: Points
+    values: Tensor
+    pull: Tensor
+
+
+def smoothed(pairs: Noising, values: Tensor, gain: Tensor, groups: Tensor, size: int) -> Smoothed:
+    """The points of all pairs, each seen among the samples of `size` pairs; the samples of all were drawn independently.
+
+    Args:
+        values: of the sample of each pair [count, k], float64.
+        gain: of the sample of each pair [count], float64.
+        groups: number of the condition of each sample [count]; only those of the same one are seen together.
+    """
+    points = pairs.points(slice(None))
+    pull = expand(gain, points.u) * points.u
+    if size > 1:
+        values = values.clone()
+        for some in groups.sort(stable=True).indices.split(size):
+            x1 = pairs.samples[points.which[some]]
+            own = torch.arange(len(some), device=some.device)
+            part = Points(own, points.x[some], points.t[some], points.u[some])
+            members = [(groups[some] == g).nonzero()[:, 0] for g in groups[some].unique()]
+            p = posterior(part, x1, members)
+            # u of sample j at the point of path i is u_i + (x_1j - x_1i) / (1 - t_i)
+            c, flat = gain[some], x1.flatten(1).double()
+            away = (p @ (c[:, None] * flat) - (p @ c)[:, None] * flat) / (1 - part.t)[:, None]
+            pull[some] = ((p @ c)[:, None] * part.u.flatten(1) + away).to(x1).reshape(x1.shape)
+            values[some] = p @ values[some]
+    return Smoothed(points, values, pull)

@@ -1,0 +1,104 @@
+r"""The laws p_base exp(eta r) / Z(eta), and what samples of some of them say of any other by their rewards alone.
+
+With N_j of N samples from the law at tilt eta_j, all of them together are N samples of the mixture m = sum_j (N_j / N) p_j, and
+
+    p_eta / m = exp(eta r) / (Z(eta) M(r)),     M(r) = sum_j (N_j / N) exp(eta_j r) / Z(eta_j),
+
+so that the weights of any law of the family need Z alone, which the samples themselves give: Z(eta) is the mean of
+exp(eta r) / M(r). For the eta_j themselves this is a fixed point, that of the multistate Bennett acceptance ratio (Shirts and
+Chodera, J. Chem. Phys. 129, 124105, 2008; here in one dimension). No weight of the law of batch j exceeds N / N_j.
+"""
+
+# Mutation tests: test_exponential_family.py
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEPS = 2**20
+"""The parts of the way to a tilt that `next_tilt` counts in: a number of them does not depend on how sums are rounded."""
+TOLERANCE, MOST_ITERATIONS = 1e-10, 1000
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Samples of several laws of the family, all float64 on the CPU.
+
+    Args:
+        rewards: [n].
+        log_mixture: log M(r) of each [n], up to a constant.
+    """
+
+    rewards: Tensor
+    log_mixture: Tensor
+
+    @classmethod
+    def of(cls, rewards: Tensor, tilts: Tensor) -> Pooled:
+        """The samples with these rewards [n], each of the law at its tilt [n]."""
+        r, tilts = rewards.double().cpu(), tilts.double().cpu()
+        levels, level, counts = torch.unique(tilts, return_inverse=True, return_counts=True)
+        log_share = counts.double().log() - torch.tensor(len(r), dtype=torch.float64).log()
+        exponents = levels * r[:, None]
+        log_z = torch.zeros_like(levels)
+        for j in range(1, len(levels)):  # from each law to the next by its own samples: where the iteration starts
+            rise = (levels[j] - levels[j - 1]) * r[level == j - 1]
+            log_z[j] = log_z[j - 1] + torch.logsumexp(rise, 0) - counts[j - 1].double().log()
+        log_mixture = torch.logsumexp(exponents + log_share - log_z, 1)
+        for _ in range(MOST_ITERATIONS if len(levels) > 1 else 0):
+            before, log_z = log_z, torch.logsumexp(exponents - log_mixture[:, None], 0)
+            log_z = log_z - log_z[0]
+            log_mixture = torch.logsumexp(exponents + log_share - log_z, 1)
+            if float((log_z - before).abs().max()) < TOLERANCE:
+                break
+        return cls(r, log_mixture)
+
+    def weights(self, tilt: float) -> Tensor:
+        """p_eta / m of each sample [n], of mean 1: exactly 1 where all rewards are equal."""
+        logs = tilt * self.rewards - self.log_mixture
+        weights = (logs - logs.max()).exp()
+        return weights / weights.mean()
+
+    def log_partition(self, tilt: float) -> float:
+        """log Z(eta), up to the same constant for every eta."""
+        return float(torch.logsumexp(tilt * self.rewards - self.log_mixture, 0))
+
+    def divergence(self, tilt: float) -> float:
+        """KL(p_eta | p_base) = eta E_eta[r] - log Z(eta) / Z(0), in nats."""
+        mean = float((self.weights(tilt) * self.rewards).mean())
+        return tilt * mean - self.log_partition(tilt) + self.log_partition(0.0)
+
+
+def effective_share(weights: Tensor) -> float:
+    """Effective sample size of weights [n] over their number: (sum w)^2 / (n sum w^2)."""
+    w = weights.double()
+    return float(w.sum().square() / (len(w) * w.square().sum()))
+
+
+def next_tilt(rewards: Sequence[Tensor], tilt: float, wanted: float, share: float) -> float:
+    """The tilt nearest to `wanted` for which samples of the law at `tilt` still have this effective share, when they are
+    weighted by exp(h r), h the difference; found by bisection of the way there in `STEPS` parts.
+
+    Args:
+        rewards: those of each group [n], float64; weights are normalised within it.
+        share: in [0, 1].
+
+    Raises ValueError if the first part is too far already.
+    """
+
+    def effective(part: int) -> float:
+        logs = [(wanted - tilt) * part / STEPS * r for r in rewards]
+        return effective_share(torch.cat([torch.softmax(each, 0) * len(each) for each in logs]))
+
+    if wanted == tilt or effective(STEPS) >= share:
+        return wanted
+    low, high = 0, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if effective(middle) >= share else (low, middle)
+    if low == 0:
+        raise ValueError(f"the rewards spread too far: a tilt of {(wanted - tilt) / STEPS:.2g} more leaves less than {share:g}")
+    return tilt + (wanted - tilt) * low / STEPS

@@ -1,0 +1,363 @@
+r"""Tilt Matching (arXiv 2512.18209), and the family of forward-process regressions that it belongs to.
+
+No gradient of the reward, no likelihood, no SDE. Round after round the inverse temperature eta of the laws p_base exp(eta r)
+rises to 1 / beta. One round is
+
+    1.  draw samples x_1 by the ODE of the model, without gradients, and their rewards
+    2.  choose the next eta: as far as the samples, weighted by exp(h r), h the rise, are still worth a share of their number
+    3.  regress: steps of v at x_t = t x_1 + (1 - t) x_0, x_0 fresh noise, towards v + d, held fixed, with
+
+            d = a (v_anchor - v) + c (u - v_residual),     u = x_1 - x_0.
+
+With W the weight of x_1 under the law of the next eta, and a its weight under the law of the anchor, c = W - a makes
+
+    d = W (u - v) - a (u - v_anchor),
+
+whose mean given x_t vanishes for v the field of the next law: E[W (u - v)] = 0 there, and E[a (u - v_anchor)] = 0 for the
+field of the anchor's own law. So every round is exact, and the second term is there to cancel noise. The weights follow from
+the rewards alone, for samples of this round and of earlier ones together (`tiltflow.laws.exponential_family`). Where W = 1
+and a = 1, as for a reward that is constant, d is zero at the anchor, sample by sample: what the model does not do perfectly is
+left as it is, and not learned again from its own samples.
+
+    anchor old, own samples     a = 1, c = W - 1: implicit tilt matching as published. Errors of the rounds add up.
+    anchor base, own samples    a = exp(-eta r) / mean: the reverse form. It corrects what earlier rounds got wrong, but its
+                                noise grows with eta, and for some rewards E exp(-eta r) does not exist.
+    anchor base, earlier ones   both, and a is bounded, as samples of the base itself are among them. (default)
+    anchor none                 a = 0, c = W: reward weighting, the same laws with far more noise: it grows with the square of
+                                the number of rounds.
+
+With coefficient `linear` a = 1 and c = h (r - mean r), h the rise, or all of eta around the base: quadratures of
+
+    d v / d eta = Cov(r, u | x_t)
+
+with the whole step at one end of it, which other papers take. Their laws are not the tilt; the presets say which.
+"""
+
+# Mutation tests: test_tilt_matching.py
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tiltflow import processes
+from tiltflow.errors import CollapseError, InputError
+from tiltflow.flows.field import VelocityField
+from tiltflow.flows.interpolant import expand
+from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
+from tiltflow.laws.target import Reach, Target, exponential_tilt
+from tiltflow.methods import Tilting
+from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
+from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling, SolverName
+from tiltflow.training.batch import Batch
+from tiltflow.training.method import Needs
+from tiltflow.training.noising import noising, resampled, smoothed
+from tiltflow.training.replay import Recalled, Replay
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Which = Literal["current", "old", "base"]
+
+POLE = -0.9
+"""The least c of a linear coefficient around the network itself: at -1 the regression has no minimum."""
+
+OWN: dict[str, Any] = {"replay": 1, "neighbours": 1}
+LINEAR: dict[str, Any] = {**OWN, "coefficient": "linear"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "implicit": {**OWN, "anchor": "old"},
+    "reverse": {**OWN, "anchor": "base"},
+    "reward-weighting": {**OWN, "anchor": "none"},
+    "explicit": {**LINEAR, "anchor": "old", "residual": "old"},
+    "ram": {**LINEAR, "target_effective_sample_size": 0.0, "num_passes": 8},
+    "awm": {**LINEAR, "target_effective_sample_size": 0.0, "num_inference_steps": 14},
+    "adrpo": {**LINEAR, "target_effective_sample_size": 0.0, "residual": "base"},
+    "nft": {**LINEAR, "anchor": "old", "residual": "old", "standardize": True, "advantage_clip": 5.0, "fixed_rise": 0.2},
+}
+REACHES: dict[str, tuple[Reach, str]] = {
+    "explicit": (
+        "first-order",
+        "Each round is one explicit step of the tilting identity: the law is the tilt up to an error of order 1 / rounds.",
+    ),
+    "current": (
+        "first-order",
+        "The advantage is taken once, linearly and at the end of the way: the law is the tilt to first order in 1 / beta, and"
+        " milder beyond. Advantages below -0.9 beta are clipped, as the regression has no minimum there.",
+    ),
+    "base": (
+        "first-order",
+        "The advantage is taken once, linearly and around the base: the law is the tilt to first order in 1 / beta, and exactly"
+        " for a linear reward on a Gaussian, in the first round alone.",
+    ),
+    "nft": ("none", "Every round tilts the law again, and nothing pulls it back: there is no law at which this settles."),
+}
+
+
+class Aims(NamedTuple):
+    """a and c of each sample [n], float64."""
+
+    pull: Tensor
+    gain: Tensor
+
+
+@dataclass
+class State:
+    """The inverse temperature that the model is at, and the one that this round aims at; the samples that are kept; the weights
+    at the start of the round, where they are needed."""
+
+    device: torch.device
+    tilt: float = 0.0
+    aim: float = 0.0
+    batches: int = 0
+    old: list[Tensor] = field(default_factory=list)
+    replay: Replay = field(default_factory=Replay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that `load_state_dict` takes."""
+        numbers = {"tilt": self.tilt, "aim": self.aim, "batches": self.batches}
+        return {**numbers, "old": self.old, "replay": self.replay.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a state."""
+        self.tilt, self.aim, self.batches = state["tilt"], state["aim"], state["batches"]
+        self.old = [values.to(self.device) for values in state["old"]]
+        self.replay.load_state_dict(state["replay"], self.device)
+
+
+class TiltMatching(Tilting):
+    """Tilt Matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta)."""
+
+    name: Literal["tilt-matching"] = "tilt-matching"
+    preset: Literal["implicit", "reverse", "reward-weighting", "explicit", "ram", "awm", "adrpo", "nft"] | None = None
+    """Start from a published setting; keys given beside it win. The tilt in any number of rounds: implicit (as published),
+    reverse, reward-weighting. The tilt as the number of rounds grows: explicit. To first order in 1 / beta: ram, awm, adrpo. No
+    law: nft, without a penalty."""
+
+    coefficient: Literal["exponential", "linear"] = "exponential"
+    """How much a sample counts: by its weight exp(h r), or by h (r - mean r)."""
+    anchor: Literal["base", "old", "none"] = "base"
+    """The field that a round starts from: that of the base, of the last round, or none, which is reward weighting."""
+    residual: Which = "current"
+    """What the velocity of a sample is compared with: the network as it is, or as it was in the last round, or the base."""
+    target_effective_sample_size: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """Share of the samples of a round that their weights toward the next inverse temperature must be worth: it sets how fast
+    that rises. With 0 it is 1 / beta at once."""
+    fixed_rise: Positive | None = None
+    """Instead, raise the inverse temperature by this in each round, without end."""
+    batches_per_round: Count = 1
+    """Batches in a round. With more than one, all are drawn from the weights at its start: for models with prompts, whose batch
+    is too small to fit a round on."""
+    replay: Count = 8
+    """Batches whose samples are kept and learned from again: the first one, of the base, and the latest. Those of other
+    conditions wait until these come again. 1: each batch is used once."""
+    neighbours: Count = 256
+    """Samples whose mean, weighted by how likely each of them ends at x_t, stands for the one that x_t was made from: the same
+    target with less noise near the start of the path (arXiv 2302.00670). 1 for none."""
+    standardize: bool = False
+    """Divide linear advantages by their standard deviation in the batch."""
+    advantage_clip: Positive | None = None
+    """Clip linear advantages at this and at minus this."""
+    min_effective_sample_size: Annotated[float, Field(ge=1)] = 2.0
+    """Stop when the weights of a batch rest on fewer samples than this."""
+
+    solver: SolverName = "heun"
+    """An ODE solver of `Sampling`, which draws the samples."""
+    num_inference_steps: Annotated[int, Field(ge=2)] = 20
+    """Steps of the solver, from noise to data."""
+    shift: Positive = 1.0
+    """Above 1, more steps are near the noise; see `time_grid`. The times of the regression are spread in the same way."""
+    num_passes: Count = 16
+    """Optimizer steps on each batch, each with fresh noise and times."""
+    regression_batch_size: Count | None = None
+    """Samples in each of these steps; by default as many as the batch has."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
+        return {**preset, **values} if preset else values
+
+    @model_validator(mode="after")
+    def _check(self) -> TiltMatching:
+        if self.sampling.has_noise:
+            raise ValueError(f"solver {self.solver!r} has noise, and the method needs the law of the ODE; use euler or heun")
+        if self.coefficient == "linear":
+            if self.replay > 1:
+                raise ValueError("coefficient 'linear' has no weights for samples of earlier batches; use replay 1")
+            if self.anchor == "none":
+                raise ValueError("coefficient 'linear' needs an anchor: advantages of both signs have no mean velocity")
+        elif self.standardize or self.advantage_clip is not None or self.fixed_rise is not None:
+            raise ValueError("standardize, advantage_clip and fixed_rise belong to coefficient 'linear'")
+        return self
+
+    def learns_nothing(self, group: int) -> str | None:
+        """See `MethodSettings`: a single sample has nothing to be better than."""
+        if group > 1:
+            return None
+        return "rewards are compared among the samples of a prompt, a class or a batch, and a single one has no other"
+
+    @property
+    def needs(self) -> Needs:
+        """Takes any reward."""
+        return Needs(passes=self.num_passes)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampler that draws samples from the model while it trains."""
+        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
+
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """p_base exp(r / beta), and how near to it this member of the family comes."""
+        if self.coefficient == "exponential":
+            return exponential_tilt(self.beta)
+        kind = "nft" if self.fixed_rise is not None else "explicit" if self.anchor == "old" else self.residual
+        reaches, caveat = REACHES["explicit" if kind == "old" else kind]
+        return exponential_tilt(self.beta, [caveat], reaches)
+
+    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
+        """The state that is kept between batches."""
+        return State(device)
+
+    def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
+        """One batch of a round: yields once for each of `num_passes` optimizer steps, its gradient accumulated. Weights and
+        advantages are normalised among the samples of each condition.
+
+        Args:
+            state: kept between batches; changed in place.
+
+        Raises InputError if all rewards of the first batch are equal; CollapseError if too few samples carry the weight.
+        """
+        begins = state.batches % self.batches_per_round == 0
+        if begins and (self.batches_per_round > 1 or "old" in (self.anchor, self.residual)):
+            with (batch.actor or batch.tuned).own_weights():
+                state.old = batch.copy_of_weights()
+        size, x1 = len(batch), self._samples(batch, state)
+        rewards = evaluate(shared(batch.reward), x1, batch.non_finite).detach()
+        if (kept := finite_only(rewards)) is not None:
+            x1, rewards, batch = x1[kept], rewards[kept], batch.select(kept)
+        constant = bool((rewards == rewards[0]).all())
+        if state.batches == 0 and constant and len(rewards) > 1:
+            raise InputError(
+                f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
+            )
+        recalled = state.replay.add(x1, rewards, state.tilt, batch.tuned, self.replay)
+        if begins:
+            state.aim = state.tilt if constant else self._next(rewards, batch, state)
+        aims, measured = self._aims(recalled, state)
+        measured = {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "inverse_temperature": state.aim,
+            "tilt_step": state.aim - state.tilt,
+            **measured,
+            **({} if kept is None else {"dropped": float(size - len(kept))}),
+        }
+        present = batch.select(recalled.where)
+        for _ in range(self.num_passes):
+            yield {**measured, **self._regress(present, recalled, aims, state, size)}
+        state.batches += 1
+        if state.batches % self.batches_per_round == 0:
+            state.tilt, state.old = state.aim, []
+
+    def _samples(self, batch: Batch, state: State) -> Tensor:
+        """Samples of the model as it is at the start of the round [batch, *event]."""
+        flow = self._old(batch, state) if self.batches_per_round > 1 else batch.actor or batch.tuned
+        acting = batch.whole(batch.guide(flow) if batch.guide else flow)
+        return sample(acting, batch.x, self.sampling, batch.generator, start=batch.start)
+
+    @staticmethod
+    def _old(batch: Batch, state: State) -> VelocityField:
+        """The model as it is at the start of the round."""
+        return batch.tuned_at([processes.part_like(w, p) for w, p in zip(state.old, batch.parameters, strict=True)])
+
+    def _next(self, rewards: Tensor, batch: Batch, state: State) -> float:
+        """The inverse temperature that the round aims at."""
+        if self.fixed_rise is not None:
+            return state.tilt + self.fixed_rise
+        of_groups = [rewards[members].double().cpu() for members in batch.tuned.groups(len(rewards), rewards.device)]
+        try:
+            return next_tilt(of_groups, state.tilt, 1 / self.beta, self.target_effective_sample_size)
+        except ValueError as error:
+            raise CollapseError(
+                f"batch {state.batches + 1}: {error} of {len(rewards)} samples (rewards {rewards.min().item():.3g} to"
+                f" {rewards.max().item():.3g}); lower method.target_effective_sample_size, or bound the reward"
+            ) from None
+
+    def _aims(self, recalled: Recalled, state: State) -> tuple[Aims, dict[str, float]]:
+        """a and c of each sample, and what is known of the law that is aimed at.
+
+        Raises CollapseError if too few samples carry the weight.
+        """
+        count = len(recalled.rewards)
+        pull, weights, gain = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        divergence = 0.0
+        for members in (each.cpu() for each in recalled.groups):
+            rewards = recalled.rewards.cpu()[members]
+            if self.coefficient == "linear":
+                pull[members], gain[members] = 1.0, self._advantages(rewards) * self._rise(state)
+                continue
+            family = Pooled.of(rewards, recalled.tilts[members])
+            weights[members] = family.weights(state.aim)
+            if self.anchor != "none":
+                pull[members] = family.weights(state.tilt if self.anchor == "old" else 0.0)
+            gain[members] = weights[members] - pull[members]
+            divergence += family.divergence(state.aim) / len(recalled.groups)
+        if self.coefficient == "linear":
+            return Aims(pull, gain), {"largest_weight": (1 + gain).abs().max().item()}
+        for which, some in (("next law", weights), ("anchor", pull)):
+            effective = effective_share(some) * count if some.any() else float("inf")
+            if effective < self.min_effective_sample_size:
+                raise CollapseError(
+                    f"batch {state.batches + 1}: the weights of the {which} rest on {effective:.1f} of {count} samples (largest"
+                    f" {some.max().item():.3g}): raise training.train_batch_size or method.replay, or use anchor 'old'"
+                )
+        found = {"effective_sample_size": effective_share(weights) * count, "largest_weight": weights.max().item()}
+        return Aims(pull, gain), found | ({"kl": divergence} if state.aim == 1 / self.beta else {})
+
+    def _rise(self, state: State) -> float:
+        """The inverse temperature between the anchor and the aim."""
+        return state.aim - (state.tilt if self.anchor == "old" else 0.0)
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """r - mean r of the samples of a condition, as `standardize` and `advantage_clip` have it."""
+        advantages = rewards - rewards.mean()
+        if self.standardize and float(std := advantages.std(correction=0)) > 0:
+            advantages = advantages / std
+        return advantages if self.advantage_clip is None else advantages.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def _regress(self, batch: Batch, recalled: Recalled, aims: Aims, state: State, size: int) -> dict[str, float]:
+        """Accumulate the gradient of E|v - sg(v + d)|^2, with fresh noise and times.
+
+        Args:
+            batch: bound to the conditions of the samples that are recalled.
+            size: how many samples the present batch has.
+        """
+        size = self.regression_batch_size or size
+        gain = aims.gain.clamp(min=POLE) if self.coefficient == "linear" and self.residual == "current" else aims.gain
+        share = aims.pull + gain.abs()  # samples of no weight under both laws are not drawn, and no weight is large
+        which = resampled(share.to(recalled.x.device), size, batch.generator)
+        pairs = noising(batch.tuned, recalled.x, which, self.sampling, batch.generator, start=batch.start)
+        drawn = which.cpu()
+        pull, gain = ((each[drawn] * share.mean() / share[drawn]).to(which.device) for each in (aims.pull, gain))
+        among = smoothed(pairs, torch.stack([pull, gain], 1), gain, recalled.group[which], self.neighbours)
+        fields = {"base": batch.base, "old": self._old(batch, state) if state.old else batch.base}
+
+        def terms_of(part: slice) -> dict[str, Tensor]:
+            i, x, t = (each[part] for each in among.points[:3])
+            (a, c), cu = among.values[part].T, among.pull[part]
+            with torch.no_grad():
+                fixed = {name: fields[name].select(i)(x, t) for name in {self.anchor, self.residual} & set(fields)}
+            v = batch.tuned.select(i)(x, t)
+            now = v.detach()
+            step = cu - expand(c, x) * fixed.get(self.residual, now) + expand(a, x) * (fixed.get(self.anchor, now) - now)
+            # in the network's own prediction, in which pretraining weighed errors
+            scale = batch.tuned.prediction_scale(t).to(x) ** 2 / x[0].numel()
+            return {"loss": scale * (v - (now + step)).flatten(1).square().sum(1)}
+
+        return batch.accumulate(terms_of, size, over=size)

@@ -1,0 +1,448 @@
+"""Tilt matching and its family against closed forms: the fixed points of their own gradients among affine fields."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.special import lambertw
+from tiny import iterate
+from torch import Tensor, nn
+
+from tiltflow.errors import CollapseError, InputError
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import ExactVelocity, mixture
+from tiltflow.methods.tilt_matching import State, TiltMatching
+from tiltflow.streams import stream
+from tiltflow.training.batch import Batch
+
+CPU = torch.device("cpu")
+BINS = 32
+COUNT = 20_000
+BASE = ExactVelocity(mixture(torch.zeros(1, 1, dtype=torch.float64), (1.0,), 1.0))
+"""N(0, 1)."""
+
+
+def bowl(x: Tensor) -> Tensor:
+    return -x[:, 0].square() / 2
+
+
+def slope(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+class Affine(nn.Module):
+    """The field of N(0, 1) and a + b x more, a and b of each of `BINS` parts of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.slope = (nn.Parameter(torch.zeros(BINS)) for _ in range(2))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        part = (time * BINS).long().clamp(max=BINS - 1)
+        return BASE(x, time) + self.offset[part, None] + self.slope[part, None] * x
+
+    @property
+    def law(self) -> tuple[float, float]:
+        """Mean and variance at t = 1, by the ODE: exact, but for 4,000 steps of the offset."""
+        a, b = (each.detach().double().numpy() for each in (self.offset, self.slope))
+        t = (np.arange(4000) + 0.5) / 4000
+        part, v = (t * BINS).astype(int), t**2 + (1 - t) ** 2
+        # the field of N(0, 1) has the slope d log sqrt(v) / dt
+        growth = np.cumsum(b[part]) / 4000 + np.log(v) / 2
+        end = float(b.mean())
+        return float((a[part] * np.exp(end - growth)).mean()), math.exp(2 * end)
+
+
+def gradients_at(tuned: Affine, values: Tensor) -> Callable[[], Tensor]:
+    """Put values [2, bins] into the parameters; what is returned takes the gradient [2, bins] away from them."""
+    for parameter, value in zip((tuned.offset, tuned.slope), values, strict=True):
+        parameter.data = value.clone()
+        parameter.grad = None
+    return lambda: torch.stack([p.grad for p in (tuned.offset, tuned.slope)])  # type: ignore[misc]
+
+
+def fitted_round(
+    method: TiltMatching, tuned: Affine, reward: Callable[[Tensor], Tensor], state: State, seed: int = 0
+) -> dict[str, float]:
+    """A round with a perfect fit: the gradient of the loss is affine in the parameters, and those of each part of the time have
+    it to themselves; so three values of it, for the same noise, say where it vanishes."""
+    generator = stream(seed, "round")
+    levels = (torch.arange(COUNT) + 0.5).double() / COUNT
+    x = torch.special.ndtri(levels).float()[:, None]
+    method = method.model_copy(update={"num_passes": 3})
+    steps = iterate(method, Flow(tuned), Flow(BASE), reward, x, generator, state, parameters=(tuned.offset, tuned.slope))
+    start = torch.stack([tuned.offset.detach().clone(), tuned.slope.detach().clone()])
+    before, found, measured = generator.get_state(), [], {}
+    for away in ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0]):
+        generator.set_state(before)
+        if not found:  # samples are drawn before the first gradient
+            take = gradients_at(tuned, start)
+            measured = next(steps)
+        else:
+            take = gradients_at(tuned, start + torch.tensor(away)[:, None])
+            next(steps)
+        found.append(take().double())
+    jacobian = torch.stack([found[1] - found[0], found[2] - found[0]], 1)  # [equation, unknown, bins]
+    move = torch.linalg.solve(jacobian.permute(2, 0, 1), -found[0].T[..., None])[..., 0].T
+    gradients_at(tuned, start + move.float())
+    assert next(steps, None) is None
+    return measured
+
+
+def after(method: TiltMatching, reward: Callable[[Tensor], Tensor], rounds: int) -> tuple[float, float]:
+    """Mean and variance of the law after so many rounds with a perfect fit."""
+    tuned, state = Affine(), method.new_state((1,), 0, CPU)
+    for i in range(rounds):
+        fitted_round(method, tuned, reward, state, i)
+    return tuned.law
+
+
+EXACT: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default without neighbours": {"neighbours": 1},
+    "anchor old": {"anchor": "old"},
+    "anchor none": {"anchor": "none"},
+    "implicit": {"preset": "implicit"},
+    "reward-weighting": {"preset": "reward-weighting"},
+    "residual old": {"anchor": "old", "residual": "old"},
+    "residual base": {"residual": "base"},
+}
+
+
+@pytest.mark.parametrize("name", ["default", "default without neighbours", "implicit", "reward-weighting"])
+def test_one_round_is_exact_on_a_bowl(name: str) -> None:
+    """N(0, 1) exp(-x^2 / 2) is N(0, 1/2)."""
+    mean, variance = after(TiltMatching(target_effective_sample_size=0, **EXACT[name]), bowl, 1)
+    assert mean == pytest.approx(0, abs=0.015)
+    assert variance == pytest.approx(0.5, abs=0.015)
+
+
+@pytest.mark.parametrize("name", ["default", "anchor old", "anchor none", "implicit", "reward-weighting"])
+def test_rounds_are_exact_whatever_they_learn_from(name: str) -> None:
+    """At beta = 1/2 the law is N(0, 1/3). A share of .9 takes the inverse temperature there in several rounds; one more at it
+    changes nothing."""
+    method = TiltMatching(beta=0.5, target_effective_sample_size=0.9, **EXACT[name])
+    tuned, state, tilts = Affine(), method.new_state((1,), 0, CPU), []
+    for i in range(4):
+        measured = fitted_round(method, tuned, bowl, state, i)
+        tilts.append(state.tilt)
+        assert measured["inverse_temperature"] == state.tilt
+        assert tuned.law[1] == pytest.approx(1 / (1 + state.tilt), abs=0.02)
+    assert tilts[0] == pytest.approx(0.7727, abs=0.005)  # sqrt(1 + 2 h) / (1 + h) = .9
+    assert tilts == sorted(tilts)
+    assert tilts[-2:] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "rounds"),
+    [(None, 2), ("implicit", 2), ("reverse", 2), ("reward-weighting", 1), ("explicit", 2), ("ram", 3), ("adrpo", 1)],
+)
+def test_a_linear_reward_is_tilted_exactly_by_all(preset: Any, rounds: int) -> None:
+    """N(0, 1) exp(x / 2) is N(1/2, 1)."""
+    mean, variance = after(TiltMatching(preset=preset, beta=2.0, target_effective_sample_size=0, neighbours=64), slope, rounds)
+    assert mean == pytest.approx(0.5, abs=0.015)
+    assert variance == pytest.approx(1, abs=0.02)
+
+
+def test_one_explicit_round_overshoots_a_bowl() -> None:
+    """S -> S exp(-h S): exp(-1)."""
+    method = TiltMatching(preset="explicit", target_effective_sample_size=0)
+    assert after(method, bowl, 1)[1] == pytest.approx(0.367879, abs=0.01)
+
+
+def test_explicit_rounds_compose() -> None:
+    """Two rounds of 1/2: exp(-1/2), and of that exp(-exp(-1/2) / 2), which is .447864."""
+    tuned, state = Affine(), State(CPU)
+    method = TiltMatching(preset="explicit", target_effective_sample_size=0)
+    for i, beta in enumerate((2.0, 1.0)):
+        fitted_round(method.model_copy(update={"beta": beta}), tuned, bowl, state, i)
+    assert tuned.law[1] == pytest.approx(0.447864, abs=0.01)
+
+
+def settled_variance(coefficient: Callable[[np.ndarray, float], np.ndarray], residual: str) -> float:
+    """The fixed point among affine fields of v = v_base + E[C (u - v_residual)]: with c_k = E[C x_1^k], V = t^2 S + (1 - t)^2,
+    E[C u x] = t c_2 - (1 - t) c_0 and E[C x^2] = t^2 c_2 + (1 - t)^2 c_0, S = exp(2 int gamma)."""
+    nodes, lengths = np.polynomial.legendre.leggauss(64)
+    t, z = (nodes + 1) / 2, np.linspace(-9, 9, 4001)
+    density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+
+    def excess(variance: float) -> float:
+        c = coefficient(math.sqrt(variance) * z, variance) * density
+        c0, c2 = c.sum(), float(c @ z**2) * variance
+        gamma_base, v = (2 * t - 1) / (t**2 + (1 - t) ** 2), t**2 * variance + (1 - t) ** 2
+        pull, weight = t * c2 - (1 - t) * c0, t**2 * c2 + (1 - t) ** 2 * c0
+        gamma = (
+            (gamma_base * v + pull) / (v + weight) if residual == "network" else gamma_base + (pull - gamma_base * weight) / v
+        )
+        return math.exp(float(gamma @ lengths)) - variance  # lengths sum to 2
+
+    return float(brentq(excess, 0.05, 0.99999))
+
+
+@pytest.mark.parametrize(("preset", "residual"), [("ram", "network"), ("awm", "network"), ("adrpo", "base")])
+def test_linear_advantages_settle_short_of_the_tilt(preset: Any, residual: str) -> None:
+    """Not at 1/2: and their own fixed point is that of the quadrature, with the clip that keeps the regression convex."""
+
+    def coefficient(x: np.ndarray, variance: float) -> np.ndarray:
+        c = (variance - x**2) / 2
+        return np.maximum(c, -0.9) if residual == "network" else c
+
+    expected = settled_variance(coefficient, residual)
+    assert expected > 0.53
+    tuned, state, found = Affine(), State(CPU), []
+    for i in range(16):
+        fitted_round(TiltMatching(preset=preset, num_inference_steps=20), tuned, bowl, state, i)
+        found.append(tuned.law[1])
+    assert np.mean(found[-6:]) == pytest.approx(expected, abs=0.01)  # rounds overshoot by turns, less and less
+    assert np.std(found[-6:]) < 0.02
+
+
+def test_the_covariance_form_would_settle_at_lamberts_function() -> None:
+    """A check of the quadrature above: with E[u | x_t] for a residual the fixed point is W(1) = .567143."""
+    variance = lambertw(1).real
+    t = np.linspace(0, 1, 20001)
+    v = t**2 * variance + (1 - t) ** 2
+    gamma = (2 * t - 1) / (t**2 + (1 - t) ** 2) - t * variance**2 * (1 - t) / v**2
+    assert math.exp(2 * np.trapezoid(gamma, t)) == pytest.approx(variance, abs=1e-6)
+    small = settled_variance(lambda x, s: 1e-3 * (s - x**2) / 2, "base")
+    assert 1 - small == pytest.approx(1e-3, rel=5e-3)  # they agree to first order
+
+
+def test_the_reverse_form_corrects_what_the_model_got_wrong() -> None:
+    """At the inverse temperature that is asked for, from a law that is not there yet: N(.2, 1) where N(.5, 1) is right. Around
+    the last round nothing moves; around the base the next round is nearer, and the samples of the base help further."""
+
+    def wrong() -> Affine:
+        tuned = Affine()
+        part = (torch.arange(4000) + 0.5) / 4000
+        v = part**2 + (1 - part) ** 2  # the field of N(m, 1) has m (1 - t) / v more than that of N(0, 1)
+        tuned.offset.data = 0.2 * ((1 - part) / v).reshape(BINS, -1).mean(1)
+        return tuned
+
+    moved = {}
+    for preset in ("implicit", "reverse"):
+        tuned, state = wrong(), State(CPU, tilt=0.5, aim=0.5, batches=1)
+        assert tuned.law[0] == pytest.approx(0.2, abs=1e-3)
+        fitted_round(TiltMatching(preset=preset, beta=2.0), tuned, slope, state)
+        moved[preset] = tuned.law[0]
+    assert moved["implicit"] == pytest.approx(0.2, abs=1e-3)
+    assert moved["reverse"] == pytest.approx(0.5, abs=0.02)  # E_q[e^(-r/beta) (u - v_base)] = 0 has the tilt for an answer
+
+
+# ---- what is exactly zero ----
+
+
+def gradient(method: TiltMatching, reward: Callable[[Tensor], Tensor], *, anchor: float = 0.0) -> Tensor:
+    tuned = Affine()
+    tuned.slope.data += anchor
+    state = State(CPU, batches=1)
+    steps = iterate(
+        method, Flow(tuned), Flow(BASE), reward, torch.randn(64, 1, generator=stream(0, "x")), stream(0), state,
+        parameters=(tuned.offset, tuned.slope),
+    )  # fmt: skip
+    next(iter(steps))
+    return torch.cat([p.grad for p in (tuned.offset, tuned.slope)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("preset", [None, "implicit", "reverse", "explicit", "ram", "awm", "adrpo", "nft", "reward-weighting"])
+def test_a_constant_reward_teaches_nothing_sample_by_sample(preset: Any) -> None:
+    """But by reward weighting, which learns its own samples again."""
+    method = TiltMatching(preset=preset, num_inference_steps=5)
+    zero = bool((gradient(method, lambda x: torch.full((len(x),), 0.3)) == 0).all())
+    assert zero == (preset != "reward-weighting")
+    assert not (gradient(method, slope) == 0).all()
+
+
+def test_around_the_last_round_a_model_that_is_no_exact_field_is_left_alone() -> None:
+    method = TiltMatching(preset="implicit", num_inference_steps=5)
+    assert (gradient(method, lambda x: torch.zeros(len(x)), anchor=0.3) == 0).all()
+
+
+@pytest.mark.parametrize("preset", [None, "implicit", "reverse", "reward-weighting", "explicit", "ram", "nft"])
+def test_the_offset_of_the_reward_does_not_matter(preset: Any) -> None:
+    method = TiltMatching(preset=preset, num_inference_steps=5)
+    one, other = (gradient(method, lambda x, c=c: x[:, 0].double() + c) for c in (0.0, 1000.0))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# ---- noise ----
+
+
+def noise_of(method: TiltMatching, tilt: float, aim: float, draws: int = 40) -> float:
+    """The variance of the gradient at the optimum of a round of a linear reward, from N(tilt, 1) to N(aim, 1)."""
+    found = []
+    for i in range(draws):
+        tuned = Shifted(tilt)
+        state = State(CPU, tilt=tilt, batches=1)
+        x = torch.randn(512, 1, generator=stream(i, "x"))
+        method = method.model_copy(update={"beta": 1 / aim, "num_passes": 2})
+        steps = iterate(method, Flow(tuned), Flow(BASE), slope, x, stream(i), state, parameters=(tuned.mean,))
+        next(steps)
+        tuned.mean.data.fill_(aim)
+        tuned.mean.grad = None
+        next(steps)
+        found.append(tuned.mean.grad.item())  # type: ignore[attr-defined]
+    return float(np.var(found))
+
+
+class Shifted(nn.Module):
+    """The field of N(mean, 1)."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        t = time[:, None]
+        return BASE(x, time) + self.mean * (1 - t) / (t**2 + (1 - t) ** 2)
+
+
+def test_implicit_matching_has_far_less_noise_than_reward_weighting() -> None:
+    """The second of four rounds to a tilt of 1: its signal is a quarter, that of reward weighting's noise is whole."""
+    settings: dict[str, Any] = {"target_effective_sample_size": 0, "num_inference_steps": 5}
+    noises = {
+        preset: noise_of(TiltMatching(preset=preset, **settings), 0.25, 0.5) for preset in ("implicit", "reward-weighting")
+    }
+    assert noises["reward-weighting"] > 10 * noises["implicit"]
+
+
+# ---- rounds ----
+
+
+def test_the_inverse_temperature_follows_a_beta_that_changes() -> None:
+    tuned, state = Affine(), State(CPU)
+    for i, (beta, variance) in enumerate(((1.0, 0.5), (0.5, 1 / 3), (2.0, 2 / 3))):
+        method = TiltMatching(beta=beta, target_effective_sample_size=0.3)
+        measured = fitted_round(method, tuned, bowl, state, i)
+        assert state.tilt == pytest.approx(1 / beta, abs=1e-12)
+        assert measured["tilt_step"] == pytest.approx((1.0, 1.0, -1.5)[i])
+        assert tuned.law[1] == pytest.approx(variance, abs=0.02)
+        # KL(N(0, s) | N(0, 1))
+        assert measured["kl"] == pytest.approx((variance - 1 - math.log(variance)) / 2, abs=0.01)
+
+
+def test_what_a_round_measures() -> None:
+    """exp(h x) of N(0, 1): the share exp(-h^2) is .7 at h = sqrt(-log .7)."""
+    state = State(CPU)
+    method = TiltMatching(beta=0.5, num_passes=1, preset="implicit")
+    x = torch.randn(50_000, 1, generator=stream(3, "x"))
+    tuned = Affine()
+    batch = Batch(x, Flow(tuned), Flow(BASE), slope, stream(0), parameters=tuple(tuned.parameters()))
+    (measured,) = method.gradients(batch, state)
+    assert (
+        measured["tilt_step"]
+        == measured["inverse_temperature"]
+        == state.tilt
+        == pytest.approx((-math.log(0.7)) ** 0.5, rel=0.02)
+    )
+    assert measured["effective_sample_size"] / 50_000 == pytest.approx(0.7, abs=1e-3)
+    assert measured["largest_weight"] == pytest.approx(float(torch.exp(state.tilt * x.max() - state.tilt**2 / 2)), rel=0.05)
+    assert measured["reward"] == pytest.approx(0, abs=0.02)
+    assert measured["reward_std"] == pytest.approx(1, abs=0.02)
+    assert "kl" not in measured  # of the law at 1 / beta, once that is what a round aims at
+
+
+def test_a_round_of_several_batches_is_drawn_from_the_weights_at_its_start() -> None:
+    method = TiltMatching(batches_per_round=3, num_passes=1, num_inference_steps=5, beta=0.2)
+    tuned, state, tilts, rewards = Affine(), State(CPU), [], []
+    for i in range(6):
+        x = torch.linspace(-2, 2, 64)[:, None]
+        batch = Batch(x, Flow(tuned), Flow(BASE), slope, stream(i), parameters=(tuned.offset, tuned.slope))
+        (measured,) = method.gradients(batch, state)
+        tuned.offset.data += 0.1
+        tilts.append(measured["inverse_temperature"])
+        rewards.append(measured["reward"])
+        assert state.tilt == (tilts[0] if i in (2, 3, 4) else tilts[3] if i == 5 else 0.0)
+    assert tilts[0] == tilts[1] == tilts[2] < tilts[3] == tilts[4] == tilts[5]
+    assert rewards[:3] == [pytest.approx(0, abs=1e-6)] * 3
+    assert rewards[3] == rewards[4] == rewards[5] > 0.1
+
+
+def test_weights_are_normalised_among_the_samples_of_a_condition() -> None:
+    """Two classes whose rewards differ by an offset alone: that of a class teaches nothing."""
+
+    class Labelled(Affine):
+        def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, time) + 0 * label[:, None]
+
+    def offset_reward(x: Tensor) -> Tensor:
+        return torch.tensor([0.0, 50.0]).repeat(len(x) // 2)
+
+    tuned, labels = Labelled(), torch.tensor([3, 8]).repeat(32)
+    base = Flow(lambda x, time, label: BASE(x, time)).bind(labels)
+    x = torch.randn(64, 1, generator=stream(0, "x"))
+    for method in (TiltMatching(num_inference_steps=5), TiltMatching(preset="ram", num_inference_steps=5)):
+        tuned.zero_grad()
+        next(iterate(method, Flow(tuned).bind(labels), base, offset_reward, x, stream(0), State(CPU)))
+        assert all((p.grad == 0).all() for p in tuned.parameters())
+
+
+# ---- laws and mistakes ----
+
+
+def test_which_law_each_preset_reaches() -> None:
+    laws = {preset: TiltMatching(preset=preset).target(100) for preset in (None, *["implicit", "reverse", "reward-weighting"])}
+    assert all(law.reaches == "exact" and not law.caveats and law.temperature == 1.0 for law in laws.values())
+    for preset, reaches, words in (
+        ("explicit", "first-order", "order 1 / rounds"),
+        ("ram", "first-order", "Advantages below -0.9 beta are clipped"),
+        ("awm", "first-order", "milder beyond"),
+        ("adrpo", "first-order", "in the first round alone"),
+        ("nft", "none", "there is no law at which this settles"),
+    ):
+        law = TiltMatching(preset=preset, beta=0.5).target(100)
+        assert law.reaches == reaches
+        assert words in law.caveats[0]
+        assert law.log_tilt(torch.ones(1)).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "memoryless"}, "solver 'memoryless' has noise"),
+        ({"coefficient": "linear"}, "use replay 1"),
+        ({"coefficient": "linear", "replay": 1, "anchor": "none"}, "needs an anchor"),
+        ({"standardize": True}, "belong to coefficient 'linear'"),
+        ({"fixed_rise": 0.1}, "belong to coefficient 'linear'"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TiltMatching(**settings)
+
+
+def attempt(reward: Callable[[Tensor], Tensor], state: State | None = None, size: int = 8, **settings: Any) -> None:
+    method = TiltMatching(num_inference_steps=2, **settings)
+    tuned = Affine()
+    x = torch.linspace(-1, 1, size)[:, None]
+    next(
+        iterate(
+            method, Flow(tuned), Flow(BASE), reward, x, stream(0), state or State(CPU), parameters=tuple(tuned.parameters())
+        )
+    )
+
+
+def test_rounds_that_cannot_be_learned_from_are_one_line() -> None:
+    with pytest.raises(InputError, match="the reward is 2 for all 8 samples: there is nothing to learn from it"):
+        attempt(lambda x: torch.full((len(x),), 2.0))
+    spread = lambda x: torch.where(torch.arange(len(x)) == 0, 1e30, 0.0)  # noqa: E731
+    with pytest.raises(CollapseError, match=r"batch 1: the rewards spread too far.*of 8 samples.*bound the reward"):
+        attempt(spread)
+    with pytest.raises(CollapseError, match=r"batch 1: the weights of the next law rest on 1.0 of 8 samples \(largest 8\)"):
+        attempt(spread, target_effective_sample_size=0)
+    with pytest.raises(
+        CollapseError, match=r"batch 2: the weights of the anchor rest on 1.0 of 8 samples.*or use anchor 'old'"
+    ):
+        attempt(lambda x: x[:, 0] * 100, State(CPU, tilt=1.0, aim=1.0, batches=1), replay=1)
+
+
+def test_a_single_sample_teaches_nothing() -> None:
+    assert "a single one has no other" in str(TiltMatching().learns_nothing(1))
+    assert TiltMatching().learns_nothing(2) is None
