@@ -24,7 +24,7 @@ from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.laws.target import exponential_tilt
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.caveats import calibration_in_words, reach_in_words
+from tiltflow.runs.caveats import annealing_in_words, calibration_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_path_kl
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
@@ -119,6 +119,16 @@ def test_the_path_kl_of_a_tilted_normal_law_is_that_of_the_law(generator: torch.
         costs = path_costs(chain, ExactVelocity(tilted), ExactVelocity(base), x, generator)
         error = 4 * costs.std().item() / len(costs) ** 0.5
         assert costs.mean().item() == pytest.approx(shift**2 / 2, rel=slack, abs=error)
+
+
+def test_a_run_that_ends_before_its_inverse_temperature_says_so() -> None:
+    (said,) = annealing_in_words(0.5, {"inverse_temperature": 1.5})
+    assert "had risen to 2: it aimed at p_base(x) exp(1.5 r(x))" in said
+    (said,) = annealing_in_words(0.5, {"inverse_temperature": 2.0, "beta": 0.25})  # calibrated
+    assert "had risen to 4: it aimed at p_base(x) exp(2 r(x))" in said
+    for record in ({"inverse_temperature": 2.0}, {"inverse_temperature": 2.1}, {}):
+        assert annealing_in_words(0.5, record) == []
+    assert annealing_in_words(None, {"inverse_temperature": 1.0}) == []
 
 
 def test_a_law_that_is_no_tilt_is_said() -> None:

@@ -51,7 +51,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
 from tiltflow.laws.target import Reach, Target, exponential_tilt
-from tiltflow.methods import Tilting
+from tiltflow.methods import MethodSettings, Positive
 from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
@@ -62,7 +62,6 @@ from tiltflow.training.noising import noising, resampled, smoothed
 from tiltflow.training.replay import Recalled, Replay
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Which = Literal["current", "old", "base"]
 
 POLE = -0.9
@@ -130,7 +129,7 @@ class State:
         self.replay.load_state_dict(state["replay"], self.device)
 
 
-class TiltMatching(Tilting):
+class TiltMatching(MethodSettings):
     """Tilt Matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta)."""
 
     name: Literal["tilt-matching"] = "tilt-matching"
@@ -139,6 +138,8 @@ class TiltMatching(Tilting):
     reverse, reward-weighting. The tilt as the number of rounds grows: explicit. To first order in 1 / beta: ram, awm, adrpo. No
     law: nft, without a penalty."""
 
+    beta: Positive = 1.0
+    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base."""
     coefficient: Literal["exponential", "linear"] = "exponential"
     """How much a sample counts: by its weight exp(h r), or by h (r - mean r)."""
     anchor: Literal["base", "old", "none"] = "base"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from tiltflow.laws.target import Target
@@ -31,6 +33,23 @@ def calibration_in_words(beta: float | None, working_beta: float | None) -> dict
         " from converged, or its sampler cannot reach the target."
     )
     return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+def annealing_in_words(beta: float | None, record: Mapping[str, Any]) -> list[str]:
+    """The sentence that says how far a method that raises the inverse temperature came, if not to the end.
+
+    Args:
+        beta: the temperature that was asked for.
+        record: of the last optimizer step.
+    """
+    reached = record.get("inverse_temperature")
+    asked = 1 / (record.get("beta") or beta or math.inf)
+    if reached is None or reached >= asked * (1 - 1e-6):
+        return []
+    return [
+        f"Training ended before its inverse temperature had risen to {asked:.3g}: it aimed at p_base(x) exp({reached:.3g} r(x))"
+        " by then. More steps, or a lower method.target_effective_sample_size, take it further."
+    ]
 
 
 def reach_in_words(target: Target) -> list[str]:

@@ -27,7 +27,7 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.runs.caveats import calibration_in_words, guidance_limits, left_out_in_words, reach_in_words
+from tiltflow.runs.caveats import annealing_in_words, calibration_in_words, guidance_limits, left_out_in_words, reach_in_words
 from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.reached import balance, of_achieved_tilt, states_of
 from tiltflow.runs.recipe import RunSettings
@@ -78,6 +78,7 @@ def evaluate(
         "limits": [
             *reach_in_words(target),
             *calibrated["limits"],
+            *annealing_in_words(target.beta, records[-1]),
             *guidance_limits(run.training.guidance_mode),
             *left_out_in_words(*samples.left_out, len(asked)),
         ],

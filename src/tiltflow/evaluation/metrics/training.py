@@ -84,6 +84,20 @@ METRICS = (
         source="training",
     ),
     Metric(
+        "inverse_temperature",
+        "Inverse temperature",
+        "Tilt of the law that this round aims at, p_base exp(eta r), in units of 1 / reward.",
+        expect="rises in steps to 1 / β, and stays there for the rest of the run.",
+        source="training",
+    ),
+    Metric(
+        "tilt_step",
+        "Step of the inverse temperature",
+        "Rise of the inverse temperature from the last round to this one.",
+        expect="above 0 at first, and 0 once the inverse temperature is 1 / β.",
+        source="training",
+    ),
+    Metric(
         "largest_weight",
         "Largest weight",
         "Weight of the sample that weighs most, in units of the mean weight.",

@@ -33,7 +33,19 @@ FEW_DIMENSIONS: dict[str, Tree] = {
         "regression_batch_size": 1024,
     },
 }
-LEARNING_RATES = {"adjoint-matching": 5e-3, "score-as-action": 5e-3, "orw-cfm-w2": 3e-3, "path-reweighted": 1e-2}
+LEARNING_RATES = {
+    "adjoint-matching": 5e-3,
+    "score-as-action": 5e-3,
+    "orw-cfm-w2": 3e-3,
+    "path-reweighted": 1e-2,
+    "tilt-matching": 5e-3,
+}
+# Tilt matching learns in rounds, each from many samples.
+ROUNDS: dict[str, Tree] = {"tilt-matching": {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}}
+RUNS: dict[str, Tree] = {
+    "path-reweighted": {"iterations": 2200},
+    "tilt-matching": {"iterations": 1200, "train_batch_size": 32_768},
+}
 
 MOST = 2_000
 """Samples for the achieved tilt."""
@@ -61,10 +73,10 @@ class ExactBase(Settings):
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
         optimizer: Tree = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
-        run: Tree = {}
         if method == "path-reweighted":  # many short steps, whose gradients are of another size than those of its first method
-            optimizer, run = {**optimizer, "adam_beta2": 0.95}, {"iterations": 2200}
-        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), run=run, optimizer=optimizer)
+            optimizer = {**optimizer, "adam_beta2": 0.95}
+        rounds, run = ROUNDS.get(method, {}), RUNS.get(method, {})
+        return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), method=rounds, run=run, optimizer=optimizer)
 
     def base_flow(self) -> Flow:
         """The exact velocity field of the base."""
