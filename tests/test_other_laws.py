@@ -68,6 +68,11 @@ def test_resampling_one_of_k(beta: float, k: int, reward: float, slope: float | 
     assert slope is None or achieved_tilt(law, TWO_MODES, np.tanh, beta)[0] == pytest.approx(slope, abs=6e-4)
 
 
+def test_an_offset_of_the_reward_changes_nothing() -> None:
+    laws = [importance_resampled(TWO_MODES, lambda x, c=c: c + np.tanh(x), 0.5, 4) for c in (0.0, 1e3)]  # type: ignore[misc]
+    assert laws[1].probabilities == pytest.approx(laws[0].probabilities, abs=1e-9)
+
+
 def test_resampling_one_of_two_exactly() -> None:
     """p(x) times the mean over x' of 2 w(x) / (w(x) + w(x'))."""
     law, w, p = importance_resampled(TWO_MODES, np.tanh, 0.5, 2), np.exp(2 * np.tanh(TWO_MODES.points)), TWO_MODES.probabilities
