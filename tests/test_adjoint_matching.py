@@ -786,6 +786,7 @@ def test_keys_beside_a_preset_win() -> None:
         ({"pairing": "right"}, "needs solver 'memoryless-offset'"),
         ({"preset": "paper", "solver": "memoryless"}, "needs solver 'memoryless-offset'"),
         ({"preset": "paper", "shift": 3.0}, "shift 1"),
+        ({"preset": "paper", "spacing": "middle"}, "even steps"),
         ({"preset": "papper"}, "'paper' or 'official-code'"),
         ({"solver": "euler"}, "a memoryless solver .*ddpm, euler-maruyama, memoryless, memoryless-offset.*, is 'euler'"),
         ({"beta": 0.0}, "greater than 0"),

@@ -420,6 +420,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         ({"reward": "jpeg-size"}, "has no gradient"),
         ({"reward": "named-color"}, "did you mean 'named-colour'"),
         ({"method": {"name": "adjoint-matching", "shift": 3.0}}, "its own time grid"),
+        ({"method": {"name": "adjoint-matching", "spacing": "middle"}}, "leave spacing at even"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -359,10 +359,23 @@ def test_shift_multiplies_the_odds_of_noise() -> None:
     assert_close(time_grid(8, start=0.1, shift=3.0)[1:], 0.1 + 0.9 * shifted)
 
 
+def test_spacing_middle_spends_its_steps_in_the_middle() -> None:
+    """Their density is 6 t (1 - t), so that 3 t^2 - 2 t^3 is even; the ends are exact, and the shift comes after it."""
+    times = time_grid(40, spacing="middle")
+    assert_close(3 * times**2 - 2 * times**3, time_grid(40))
+    assert (times[0], times[20], times[-1]) == (0, 0.5, 1)
+    assert times.diff().argmax() in (0, 39)
+    assert times.diff()[20].item() == pytest.approx(1 / 40 / 1.5, rel=1e-3)
+    both = time_grid(40, start=0.1, shift=3.0, spacing="middle")
+    odds, shifted = (1 - times[1:]) / times[1:], (1 - both[1:]) / (both[1:] - 0.1)
+    assert_close(shifted, 3 * odds)
+
+
 @pytest.mark.parametrize(
     ("sampling", "chain"),
     [
         (Sampling(), memoryless(time_grid(40))),
+        (Sampling(num_inference_steps=9, spacing="middle"), memoryless(time_grid(9, spacing="middle"))),
         (Sampling(solver="memoryless-offset", num_inference_steps=7), memoryless_offset(time_grid(7))),
         (Sampling(solver="ddpm", num_inference_steps=7, eta=0.3), ddim(time_grid(7), eta=1.0)),
         (Sampling(solver="ddim", num_inference_steps=7, eta=0.3), ddim(time_grid(7), eta=0.3)),

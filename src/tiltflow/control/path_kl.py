@@ -40,7 +40,8 @@ def path_kl(
     Args:
         grid: whose steps and shift the sampler has; two steps at least, for the last one is not controlled.
     """
-    chain = Sampling(num_inference_steps=max(2, grid.num_inference_steps), shift=grid.shift).chain(tuned.grid)
+    steps = max(2, grid.num_inference_steps)
+    chain = Sampling(num_inference_steps=steps, shift=grid.shift, spacing=grid.spacing).chain(tuned.grid)
     generator = stream(seed, "path kl", device=base.device)
     x = base.noise(items, generator, chain.times[0])
     condition, _ = tuned.conditions(items)

@@ -68,9 +68,11 @@ def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_s
 
 
 def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
-    """Return a sampling point as columns of the table; shift and eta only if they differ between the points."""
+    """Return a sampling point as columns of the table; shift, spacing and eta only if they differ between the points."""
     values = point.model_dump(include={"solver", "num_inference_steps"})
-    values |= {name: getattr(point, name) for name in ("shift", "eta") if len({getattr(each, name) for each in points}) > 1}
+    values |= {
+        name: getattr(point, name) for name in ("shift", "spacing", "eta") if len({getattr(each, name) for each in points}) > 1
+    }
     if model.has_decoder:
         values["guidance_scale"] = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
     return values

@@ -40,7 +40,7 @@ from tiltflow.methods import Tilting
 from tiltflow.optimization import Numbers, all_finite
 from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import Start
+from tiltflow.samplers.grid import Spacing, Start
 from tiltflow.samplers.rollout import Act, Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
@@ -128,6 +128,9 @@ class AdjointMatching(Tilting):
     """Steps of the chain, from noise to data."""
     shift: Positive = 1.0
     """Above 1, the chain's steps are smaller near the noise; see `time_grid`."""
+    spacing: Spacing = "even"
+    """middle: before that shift, smaller steps in the middle, which leave less between the optimum of the chain and the tilt.
+    Sample on the same grid, or a finer one."""
     pairing: Pairing = "after"
     """Which adjoint step k regresses on: a_{k+1} (exact), a_k of the same chain, or a_k as printed in the paper."""
     reward_at: Literal["end", "denoised"] = "end"
@@ -169,8 +172,10 @@ class AdjointMatching(Tilting):
 
     @model_validator(mode="after")
     def _check(self) -> AdjointMatching:
-        if self.pairing == "right" and (self.solver != "memoryless-offset" or self.shift != 1):
-            raise ValueError("pairing 'right' is the paper's recursion: it needs solver 'memoryless-offset' and shift 1")
+        if self.pairing == "right" and (self.solver, self.shift, self.spacing) != ("memoryless-offset", 1, "even"):
+            raise ValueError(
+                "pairing 'right' is the paper's recursion: it needs solver 'memoryless-offset', shift 1 and even steps"
+            )
         if self.bootstrap > 0 and self.pairing != "after":
             raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
         if self.control_from > 0 and self.drop_quantile is not None:
@@ -197,7 +202,8 @@ class AdjointMatching(Tilting):
     @property
     def sampling(self) -> Sampling:
         """The sampler of the chain that is tuned."""
-        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
+        grid: dict[str, Any] = {"shift": self.shift, "spacing": self.spacing}
+        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, **grid)
 
     @property
     def needs(self) -> Needs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import Start, split, variance_preserving
+from tiltflow.samplers.grid import Spacing, Start, split, variance_preserving
 from tiltflow.samplers.solver import ChainSolver, Solver, check_memoryless, check_name, solver_named
 from tiltflow.settings import External, Settings
 
@@ -32,6 +32,8 @@ class Sampling(Settings):
     """Steps from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, steps are smaller near the noise; see `time_grid`."""
+    spacing: Spacing = "even"
+    """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The noise of the `ddim` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
 
@@ -78,14 +80,16 @@ class Sampling(Settings):
     def times(self, start: Start = 0.0) -> Tensor:
         """The grid from `start` to 1: [num_inference_steps + 1], float64.
 
-        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there; and for a shift of a model
-        that has its own grid.
+        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there; and for a shift or a
+        spacing of a model that has its own grid.
         """
         if callable(start):
             if self.shift != 1:
                 raise InputError(f"shift {self.shift:g}: the model has its own time grid; leave shift at 1")
+            if self.spacing != "even":
+                raise InputError(f"spacing {self.spacing}: the model has its own time grid; leave spacing at even")
             return start(self.num_inference_steps)
-        return self.build().times(self.num_inference_steps, start=start, shift=self.shift)
+        return self.build().times(self.num_inference_steps, start=start, shift=self.shift, spacing=self.spacing)
 
     def chain(self, start: Start = 0.0, *, substeps: int = 1) -> Chain:
         """The chain of this solver from time `start`, each step split into so many of equal length. Raises ValueError for a

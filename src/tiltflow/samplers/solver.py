@@ -23,7 +23,7 @@ from tiltflow.errors import did_you_mean
 from tiltflow.flows.field import Velocity
 from tiltflow.plugins import find, import_function, names
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.grid import Spacing, time_grid
 
 SOLVERS = "samplers.solvers"
 OdeFunction = Callable[[Velocity, Tensor, Tensor], list[Tensor]]
@@ -58,9 +58,9 @@ class BaseSolver:
         tilt of the paths one of the samples (2409.08861, Theorem 1)."""
         return False
 
-    def times(self, num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0) -> Tensor:
+    def times(self, num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0, spacing: Spacing = "even") -> Tensor:
         """Its grid from `start` to 1: [num_inference_steps + 1], float64; see `time_grid`."""
-        return time_grid(num_inference_steps, start=start, shift=shift)
+        return time_grid(num_inference_steps, start=start, shift=shift, spacing=spacing)
 
 
 class ChainSolver(BaseSolver, ABC):

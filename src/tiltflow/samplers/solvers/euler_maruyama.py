@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import variance_preserving
+from tiltflow.samplers.grid import Spacing, variance_preserving
 from tiltflow.samplers.solver import ChainSolver
 from tiltflow.samplers.solvers.euler import euler
 
@@ -44,8 +44,8 @@ class EulerMaruyama(ChainSolver):
     def is_memoryless(self) -> bool:
         return self.eta == 1
 
-    def times(self, num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0) -> Tensor:
-        """Uniform in tau, whatever `shift` is. Raises InputError at start 0, where tau is infinite."""
+    def times(self, num_inference_steps: int, *, start: float = 0.0, shift: float = 1.0, spacing: Spacing = "even") -> Tensor:
+        """Uniform in tau, whatever `shift` and `spacing` are. Raises InputError at start 0, where tau is infinite."""
         if start <= 0:
             raise InputError("solver euler-maruyama needs a diffusion model, which starts above t = 0; use memoryless here")
         alpha = variance_preserving(torch.tensor([start], dtype=torch.float64))[0] ** torch.linspace(
