@@ -16,9 +16,9 @@ number of steps K to K + 1 times, float64."""
 
 
 Spacing = Literal["even", "middle"]
-"""even: steps of equal length, before any shift. middle: smaller ones in the middle, where they are 2/3 as long, and longer ones
-at both ends. A method that controls a chain leaves an error in every step, which grows with the square of the step's length and
-with the curvature of the value function there times the variance that the step adds in unit time, and both vanish at the
+"""even: steps of equal length, before any shift. middle: smaller ones in the middle, where they are 2/3 as long, and longer
+ones at both ends. What a step leaves between the optimum of a controlled chain and the tilt grows with the square of its
+length, and with the curvature of the value function times the variance that the step adds in unit time: that vanishes at both
 ends."""
 
 
