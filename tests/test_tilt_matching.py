@@ -19,6 +19,7 @@ from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, mixture
 from tiltflow.methods.tilt_matching import State, TiltMatching
+from tiltflow.problems.two_modes import TwoModes
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 
@@ -401,6 +402,17 @@ def test_which_law_each_preset_reaches() -> None:
         assert law.reaches == reaches
         assert words in law.caveats[0]
         assert law.log_tilt(torch.ones(1)).item() == 2.0
+        assert (law.exact is None) == (preset in ("explicit", "nft"))
+
+
+@pytest.mark.parametrize(("preset", "reward"), [("ram", 0.27944), ("adrpo", 0.27591)])
+def test_the_law_at_which_rounds_around_the_base_settle(preset: Any, reward: float) -> None:
+    """On two modes under tanh x, at beta = 2.5: see test_forward_process.py, and test_laws_of_networks.py for networks."""
+    problem = TwoModes()
+    law = TiltMatching(preset=preset, beta=2.5).target(100).law(problem.law(), problem.reward_at)
+    assert law.expectation(np.tanh) == pytest.approx(reward, abs=2e-5)
+    with pytest.raises(ValueError, match="no exact law is known"):
+        TiltMatching(preset=preset, standardize=True).target(100).law(problem.law(), problem.reward_at)
 
 
 @pytest.mark.parametrize(

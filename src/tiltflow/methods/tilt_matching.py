@@ -37,8 +37,9 @@ with the whole step at one end of it, which other papers take. Their laws are no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -50,7 +51,9 @@ from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
-from tiltflow.laws.target import Reach, Target, exponential_tilt
+from tiltflow.laws.forward_process import Residual, ram
+from tiltflow.laws.law import Law
+from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
 from tiltflow.methods import MethodSettings, Positive
 from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start
@@ -219,7 +222,17 @@ class TiltMatching(MethodSettings):
             return exponential_tilt(self.beta)
         kind = "nft" if self.fixed_rise is not None else "explicit" if self.anchor == "old" else self.residual
         reaches, caveat = REACHES["explicit" if kind == "old" else kind]
-        return exponential_tilt(self.beta, [caveat], reaches)
+        target = exponential_tilt(self.beta, [caveat], reaches)
+        settles = self.anchor == "base" and self.fixed_rise is None
+        return replace(target, exact=self._settled_law) if settles else target
+
+    def _settled_law(self, base: Law, reward: RewardAt) -> Law:
+        """The law at which rounds with linear advantages around the base settle, on the line. Raises ValueError where none is
+        known."""
+        if self.standardize or self.advantage_clip is not None:
+            raise ValueError("with standardize or advantage_clip no exact law is known")
+        residual: Residual = "anchor" if self.residual == "base" else "network"
+        return ram(base, reward, self.beta, residual, lowest=POLE if self.residual == "current" else -math.inf)
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """The state that is kept between batches."""
