@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pydantic import BeforeValidator, Field
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flows.interpolant import Cosine, DiscreteVariancePreserving, Interpolant
-from tiltflow.plugins import did_you_mean, find, names, part_of
+from tiltflow.plugins import find, names, part_of
 from tiltflow.runs.recipe import Recipe, find_recipe
 from tiltflow.settings import Settings, apply_overrides, dump_yaml, parse_yaml, read_yaml, validate
 

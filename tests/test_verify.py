@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import affine
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from tiltflow.problems import Check, Findings, Problem, Trained, to_law
 from tiltflow.problems.lqg import Lqg
 from tiltflow.problems.verification.quadratic_tilt import temperature
 from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record
 
@@ -113,6 +115,25 @@ def test_many_dimensions_do_not_hide_that_the_base_is_untuned() -> None:
     assert result["distance_span"] > 5 * result["distance"]
     assert result["chain_optimum"] is None
     assert result["chain_optimum_missing"] == "not computed above two dimensions"
+
+
+def test_samples_are_drawn_in_the_steps_that_were_asked_for_and_in_those_of_the_method() -> None:
+    """An untuned N(0.7, 0.25 I) as its own target: W2 along the diagonal is the error of the sampler's mean and standard
+    deviation, known step by step."""
+    alone = ["dimension=3", "means=[[0.7, 0.7, 0.7]]", "scale=0.5", "linear=1e-3", "beta=1e9", "iterations=1", "draws=2"]
+    sizes = ["num_samples=6000", "num_samples_w2=100", "train_batch_size=8", "hidden=8", "learning_rate=1e-12"]
+    steps = ["method.num_inference_steps=3", "sampling.num_inference_steps=5"]
+    found = verify(read_verification("mixture", "adjoint-matching", [*alone, *sizes, *steps])).values
+    for values, count in ((found, 5), (found["own_steps"], 3)):
+        chain = Sampling(num_inference_steps=count).chain()
+        a = affine.slope(chain.times[:-1])
+        gain, offset = chain.x_scale + chain.v_scale * a, chain.v_scale * affine.MEAN * (1 - a * chain.times[:-1])
+        mean, variance = affine.Affine(gain, offset, chain.std).law()
+        expected = torch.hypot(3**0.5 * (mean - 0.7), variance.sqrt() - 0.5).item()
+        assert expected > 2 * found["floor_span"]
+        assert values["distance_span"] == pytest.approx(expected, abs=found["floor_span"])
+        assert values["distance_ode_span"] < expected - found["floor_span"]
+    assert found["own_steps"]["num_inference_steps"] == 3
 
 
 def test_the_best_that_a_chain_can_is_told_from_a_run_that_has_not_converged() -> None:

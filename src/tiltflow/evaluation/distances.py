@@ -8,7 +8,7 @@ the floor. If it cannot: distances of class histograms and of the law of the rew
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -62,19 +62,35 @@ def distance_to_law(
     distance: Callable[[Tensor, Tensor], float] | None = None,
     draws: int = 10,
 ) -> DistanceToLaw:
-    """Estimate the distance of x [n, d] to a law from `draws` samples exact(n, generator) of it.
+    """Estimate the distance of x [n, d] to a law; see `distances_to_law`."""
+    return distances_to_law([x], exact, generator, directions=directions, distance=distance, draws=draws)[0]
+
+
+def distances_to_law(
+    several: Sequence[Tensor],
+    exact: Callable[[int, torch.Generator], Tensor],
+    generator: torch.Generator,
+    *,
+    directions: torch.Generator,
+    distance: Callable[[Tensor, Tensor], float] | None = None,
+    draws: int = 10,
+) -> list[DistanceToLaw]:
+    """Estimate the distances of several samples [n, d], all of one size, to a law from `draws` samples exact(n, generator) of
+    it: the same for all of them, so that what is compared differs in the samples alone.
 
     Args:
         directions: generator of the sliced distance's directions: new ones for each draw, shared by distance and floor.
         distance: (x, y) -> distance; sliced_w2 by default.
     """
-    samples = [exact(len(x), generator) for _ in range(draws + 1)]
+    count, dimension = several[0].shape
+    samples = [exact(count, generator) for _ in range(draws + 1)]
     floors, distances = [], []
     for one, other in pairwise(samples):
-        measure = distance or partial(sliced_w2, directions=random_directions(x.shape[1], directions))
+        measure = distance or partial(sliced_w2, directions=random_directions(dimension, directions))
         floors.append(measure(one, other))
-        distances.append(measure(x, one))
-    return DistanceToLaw(sum(distances) / draws, sum(floors) / draws, torch.tensor(floors).std().item())
+        distances.append([measure(x, one) for x in several])
+    floor, floor_std = sum(floors) / draws, torch.tensor(floors).std().item()
+    return [DistanceToLaw(sum(each) / draws, floor, floor_std) for each in zip(*distances, strict=True)]
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:

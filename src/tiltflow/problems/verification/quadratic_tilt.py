@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.distances import DistanceToLaw, distance_to_law, exact_w2
+from tiltflow.evaluation.distances import DistanceToLaw, distances_to_law, exact_w2
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import chain_optimum
@@ -76,33 +75,40 @@ class QuadraticTilt(ExactBase):
         Distances are 2-Wasserstein, in units of x, between samples of the memoryless SDE (or the solver asked for) and as many
         exact samples; `floor` is the same between two exact samples. `distance` is over random directions of the space, in
         which many dimensions hide a tilt; `distance_span` over those of the `span` dimensions in which the tilt moves anything
-        but variances.
+        but variances. Those with `ode` are of Heun's method in as many steps; `own_steps` has them for the number of steps that
+        the method itself takes.
         """
         law, reward, target = self.base(), self.reward(), trained.law
         beta = temperature(trained.method, trained.iterations)
         generator = stream(trained.seed, "evaluation")
         x, x_base, x_ode = self._samples(trained, generator)
+        own_steps = trained.method.sampling.num_inference_steps
+        own = self.sampling.model_copy(update={"num_inference_steps": own_steps})
+        x_own, x_own_ode = self._sampled(trained, own, stream(trained.seed, "evaluation", "own steps"))
 
-        def measure(
-            x: Tensor, exact: Callable[[int, torch.Generator], Tensor] = target.sample, **options: Any
-        ) -> DistanceToLaw:
-            # against the same exact samples along the same directions, so that what is compared differs in x alone
-            directions = stream(trained.seed, "directions")
-            options = {"draws": trained.draws, **options}
-            return distance_to_law(x, exact, stream(trained.seed, "exact"), directions=directions, **options)
+        def measure(*several: Tensor, law: GaussianMixture = target, **options: Any) -> list[DistanceToLaw]:
+            options = {"draws": trained.draws, "directions": stream(trained.seed, "directions"), **options}
+            return distances_to_law(several, law.sample, stream(trained.seed, "exact"), **options)
 
-        sliced = measure(x)
-        w2 = measure(x[: self.num_samples_w2], distance=exact_w2, draws=min(trained.draws, 3))
+        sliced, of_base, of_ode = measure(x, x_base, x_ode)
+        (w2,) = measure(x[: self.num_samples_w2], distance=exact_w2, draws=min(trained.draws, 3))
         span = span_of_tilt(law, target, reward)
-        spanned = measure(x.double() @ span, target.projected(span).sample)
+        within = [some.double() @ span for some in (x, x_ode, x_own, x_own_ode)]
+        spanned, spanned_ode, of_own, of_own_ode = measure(*within, law=target.projected(span))
         mean = mean_estimate(reward(x))
         values: dict[str, Any] = {
             "distance": sliced.distance,
             "floor": sliced.floor,
             "floor_std": sliced.floor_std,
-            "distance_base": measure(x_base).distance,
-            "distance_ode": measure(x_ode).distance,
+            "distance_base": of_base.distance,
+            "distance_ode": of_ode.distance,
             "distance_span": spanned.distance,
+            "distance_ode_span": spanned_ode.distance,
+            "own_steps": {
+                "num_inference_steps": own_steps,
+                "distance_span": of_own.distance,
+                "distance_ode_span": of_own_ode.distance,
+            },
             "floor_span": spanned.floor,
             "floor_span_std": spanned.floor_std,
             "span": span.shape[1],
@@ -124,7 +130,7 @@ class QuadraticTilt(ExactBase):
 
     def _reached(self, trained: Trained[GaussianMixture], values: dict[str, Any]) -> Table:
         """The distances to the exact law, and what else can be compared with exact values."""
-        span, kl = values["span"], values["path_kl"]
+        span, kl, own = values["span"], values["path_kl"], values["own_steps"]
         rows: dict[str, Check | str] = {
             "sliced W2 to the exact target": to_law(values["distance"], values["floor"]),
             "floor": Check(values["floor"], values["floor_std"]),
@@ -132,10 +138,17 @@ class QuadraticTilt(ExactBase):
         if span < values["dimension"]:
             where = "one dimension" if span == 1 else f"{span} dimensions"
             rows[f"within the {where} of the tilt"] = to_law(values["distance_span"], values["floor_span"], "its floor")
+            rows["so by the ODE"] = to_law(values["distance_ode_span"], values["floor_span"], "its floor")
+        if own["num_inference_steps"] != self.sampling.num_inference_steps:
+            there = " within the tilt" if span < values["dimension"] else ""
+            rows |= {
+                f"{how} in {own['num_inference_steps']} steps{there}": to_law(own[key], values["floor_span"], "its floor")
+                for how, key in (("by the SDE", "distance_span"), ("by the ODE", "distance_ode_span"))
+            }
         rows |= {
             "best that this chain can reach": words_of_chain(values),
             "untuned base": Check(values["distance_base"]),
-            "sampled by the ODE": Check(values["distance_ode"]),
+            "sampled by the ODE": to_law(values["distance_ode"], values["floor"]),
             "exact W2": Check(values["w2"], note=f"floor {values['w2_floor']:.4f}"),
             "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
             "relative error of the control": Check(values["control_error"], format=".1%"),
@@ -147,11 +160,23 @@ class QuadraticTilt(ExactBase):
 
     def _samples(self, trained: Trained[GaussianMixture], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Samples of the tuned flow, of the base, and of the tuned flow's ODE, all from the same noise."""
-        ode = Sampling(solver="heun", num_inference_steps=self.sampling.num_inference_steps)
         noise = self.draw(trained.num_samples, generator)
         x_base = sample(trained.base, noise, self.sampling, generator)
         x = sample(trained.tuned, noise, self.sampling, generator)
-        return x, x_base, sample(trained.tuned, noise, ode, generator)
+        return x, x_base, sample(trained.tuned, noise, ode_of(self.sampling), generator)
+
+    def _sampled(
+        self, trained: Trained[GaussianMixture], sampling: Sampling, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Samples of the tuned flow by `sampling`, and by the ODE in as many steps, from the same noise."""
+        noise = self.draw(trained.num_samples, generator)
+        x = sample(trained.tuned, noise, sampling, generator)
+        return x, sample(trained.tuned, noise, ode_of(sampling), generator)
+
+
+def ode_of(sampling: Sampling) -> Sampling:
+    """Heun's method in as many steps."""
+    return Sampling(solver="heun", num_inference_steps=sampling.num_inference_steps)
 
 
 def temperature(method: Method, iterations: int) -> float:
