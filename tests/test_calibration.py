@@ -23,7 +23,7 @@ BETA, VARIANCE = 2.0, 1.7
 def settle(mean_reward: Callable[[float], float], target: float, steps: int = 400) -> Calibration:
     calibration = Calibration(target, BETA)
     for _ in range(steps):
-        calibration.update(mean_reward(calibration.working_beta))
+        calibration.update({"reward": mean_reward(calibration.working_beta)}, 0)
     return calibration
 
 
@@ -48,7 +48,7 @@ def test_the_gain_is_limited_and_does_not_wind_up(share: float, gain: float) -> 
     calibration = settle(lambda beta: share * exact(beta), exact(BETA))
     assert calibration.working_beta == pytest.approx(BETA / gain)
     before = calibration.log_gain
-    calibration.update(calibration.target_reward + math.copysign(1.0, before))
+    calibration.update({"reward": calibration.target_reward + math.copysign(1.0, before)}, 0)
     assert abs(calibration.log_gain) == pytest.approx(abs(before) - 0.1 / BETA)
 
 

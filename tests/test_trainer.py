@@ -278,7 +278,7 @@ def test_trajectories_are_drawn_from_the_average() -> None:
 def test_the_method_works_at_the_calibrated_temperature() -> None:
     """The adjoint of a linear reward is its gradient over beta: the gradient norm of the first step after a change tells it."""
     calibration = Calibration(target_reward=100.0, beta=1.0)
-    _, records = run(3, calibration=calibration)
+    _, records = run(3, temperature=calibration)
     assert [record.metrics["beta"] for record in records] == [1.0, pytest.approx(1 / 3), pytest.approx(1 / 3)]
     assert [record.metrics["beta_at_limit"] for record in records] == [0.0, 1.0, 1.0]
     plain = run(3)[1]

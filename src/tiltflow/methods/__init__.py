@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tiltflow.errors import InputError
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
@@ -51,6 +52,15 @@ class MethodSettings(Settings):
         None if there is none."""
         return None
 
+    @property
+    def temperature(self) -> float | None:
+        """The temperature that the method works at, in units of reward; None for a method without one."""
+        return None
+
+    def at_temperature(self, beta: float) -> Self:
+        """The method with the settings that make it work at another temperature. Raises InputError for one without any."""
+        raise InputError(f"{type(self).__name__} has no temperature with these settings")
+
     @abstractmethod
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """The law that a run of so many optimizer steps aims at, sampled from time `start`."""
@@ -62,6 +72,15 @@ class Tilting(MethodSettings):
     beta: Positive = 1.0
     """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
     nat of path KL."""
+
+    @property
+    def temperature(self) -> float | None:
+        """beta."""
+        return self.beta
+
+    def at_temperature(self, beta: float) -> Self:
+        """The method with another beta."""
+        return self.model_copy(update={"beta": beta})
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base(x) exp(r(x) / beta)."""

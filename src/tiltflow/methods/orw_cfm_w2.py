@@ -156,6 +156,16 @@ class OrwCfmW2(MethodSettings):
         """The sampler that draws samples from the model while it trains."""
         return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
 
+    @property
+    def temperature(self) -> float | None:
+        """alpha / tau, to first order in tau; None where the rounds settle at no tilt."""
+        settles = self.alpha > 0 and self.online_fraction == 1 and self.weight == "exponential"
+        return self.alpha / self.tau if settles else None
+
+    def at_temperature(self, beta: float) -> OrwCfmW2:
+        """The same weights with the penalty alpha = tau beta."""
+        return self.model_copy(update={"alpha": self.tau * beta})
+
     def tilt(self, rounds: float) -> float:
         """c such that the law after this many rounds is p_base exp(c r): tau sum_{k=1..n} (1 + alpha)^-k. Exact for alpha = 0
         and exponential weights, otherwise to first order in tau. Offline there is only one round."""
@@ -424,6 +434,8 @@ class OrwCfmW2(MethodSettings):
                 away = (v - origin).flatten(1).square().sum(1)
                 terms["loss"] = terms["loss"] + self.alpha * of_penalty[part] * scale * away
                 terms["velocity_distance"] = away.detach()
+                if self.online_fraction == 1:
+                    terms["kl"] = pairs.kl_weights[part] * away.detach()
             return terms
 
         return batch.accumulate(terms_of, size, over=size)

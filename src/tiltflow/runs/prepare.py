@@ -27,10 +27,12 @@ from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
 from tiltflow.training.calibration import Calibration, target_reward
 from tiltflow.training.draw import batches
+from tiltflow.training.kl_budget import KlBudget
 from tiltflow.training.method import Method
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
-from tiltflow.training.trainer import Record, train
+from tiltflow.training.temperature import Temperature
+from tiltflow.training.trainer import Record, temperature_state, train
 from tiltflow.user_code import tried
 
 M = TypeVar("M", bound=GenerativeModel)
@@ -97,8 +99,6 @@ def prepare(
     base = base_of(flow) if adapted else replace(cast(Flow, model.flow), autocast=dtype)
     draw = batches(tuned, items, reward, method, training)
 
-    beta = method.target(training.max_train_steps, model.grid).beta
-
     def calibrate(beta: float) -> tuple[Calibration, int]:
         networks = (flow.network, base.network)
         with eval_mode(*networks, reward), CountEvaluations(*networks) as evaluations:
@@ -116,11 +116,19 @@ def prepare(
             )
         return Calibration(expected.value, beta), evaluations.total
 
+    def adapting(resume_from: Tree | None) -> tuple[Temperature | None, int]:
+        """What adapts the temperature, if anything does, and the network evaluations that this took."""
+        beta = method.temperature
+        if beta is None or (training.target_kl is None and not training.calibration_samples):
+            return None, 0
+        if training.target_kl is not None:
+            return KlBudget(training.target_kl, beta, training.max_train_steps), 0
+        if resume_from is not None:
+            return Calibration(temperature_state(resume_from)["target_reward"], beta), 0
+        return calibrate(beta)
+
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
-        calibration, spent = None, 0
-        if beta is not None and training.calibration_samples:
-            known = None if resume_from is None else resume_from["calibration"]["target_reward"]
-            calibration, spent = calibrate(beta) if known is None else (Calibration(known, beta), 0)
+        temperature, spent = adapting(resume_from)
         yield from train(
             flow,
             base,
@@ -133,7 +141,7 @@ def prepare(
             start=model.grid,
             ema_decay=training.ema_decay,
             micro_batch_size=training.micro_batch_size,
-            calibration=calibration,
+            temperature=temperature,
             network_evaluations=spent,
             adam=eight_bit_adam() if training.use_8bit_adam else adamw,
             max_skipped_steps=training.max_skipped_steps,
@@ -205,6 +213,7 @@ def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, tra
         )
     if training.calibration_samples and method.target(training.max_train_steps, model.grid).beta is None:
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
+    check_budget(model, method, training)
     if training.calibration_samples and distinct and (prompts is False or distinct > 1):
         one = "prompt" if prompts else "class"
         raise InputError(
@@ -227,6 +236,19 @@ def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, tra
             f"training.guidance_mode {training.guidance_mode}: this model was distilled from guidance and has no negative"
             " prompts; its guidance_scale is an input of the network. Use guidance_mode none"
         )
+
+
+def check_budget(model: GenerativeModel, method: Method, training: Training) -> None:
+    """Raise InputError, of one line, if there is a KL budget and no temperature that it could set."""
+    if training.target_kl is None:
+        return
+    if training.calibration_samples:
+        raise InputError("training.target_kl and training.calibration_samples both set the temperature; give one of them")
+    why = "works at no temperature that could be adapted" if method.temperature is None else None
+    if method.target(training.max_train_steps, model.grid).reaches == "none":
+        why = "reaches no tilted law, so that its temperature does not set a KL divergence"
+    if why is not None:
+        raise InputError(f"training.target_kl: {method.name} with these settings {why}; leave it out")
 
 
 def check_running_reward(running: RunningReward | None, method: Method, training: Training) -> None:

@@ -31,7 +31,12 @@ FREE_TO_CHANGE = (
 )
 """Settings that may differ in a resumed run: they do not change what is computed, or only after training."""
 STEPS = "training.max_train_steps"
-"""May differ too, where the learning rate does not depend on it."""
+"""May differ too, where nothing is scheduled by it."""
+SCHEDULED: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "learning rate": lambda flat: flat["optimizer.lr_scheduler"] != "constant",
+    "temperature": lambda flat: flat["training.target_kl"] is not None,
+}
+"""What may depend on the number of steps, and whether it does by the settings of a run."""
 
 
 def refuse_changes(path: Path, recipe: Settings) -> None:
@@ -41,12 +46,13 @@ def refuse_changes(path: Path, recipe: Settings) -> None:
     """
     then, now = flat(_recipe_before(path, recipe)), flat(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    free = [*FREE_TO_CHANGE, *([STEPS] if now["optimizer.lr_scheduler"] == "constant" else [])]
+    scheduled = [name for name, depends in SCHEDULED.items() if depends(now)]
+    free = [*FREE_TO_CHANGE, *([] if scheduled else [STEPS])]
     unsafe = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
     if unsafe:
         listed = "; ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in unsafe[:5])
         more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
-        why = " (its learning rate depends on it)" if unsafe == [STEPS] else ""
+        why = f" (its {scheduled[0]} depends on it)" if unsafe == [STEPS] else ""
         raise InputError(
             f"{path}: the run was started with another recipe: {listed}{more}{why}; change it back, or train into a new folder"
         )

@@ -17,7 +17,7 @@ to the tilt whose mean reward is right. It cannot repair more than the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -64,10 +64,10 @@ class Calibration:
         """The temperature to run at, in units of reward."""
         return self.beta / math.exp(self.log_gain)
 
-    def update(self, reward: float) -> None:
+    def update(self, measured: Mapping[str, float], step: int) -> None:
         """Adapt the gain to the mean reward of a batch drawn at the working temperature."""
         most = math.log(LIMIT)
-        self.log_gain += RATE * (self.target_reward - reward) / self.beta
+        self.log_gain += RATE * (self.target_reward - measured["reward"]) / self.beta
         self.log_gain = min(max(self.log_gain, -most), most)
 
 

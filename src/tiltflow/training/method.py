@@ -99,8 +99,18 @@ class Method(Protocol):
         measured. Changes the state in place."""
         ...
 
+    @property
+    def temperature(self) -> float | None:
+        """The temperature that the method works at, in units of reward: beta of the law that it aims at, exactly or to first
+        order; None for a method without one."""
+        ...
+
+    def at_temperature(self, beta: float) -> Method:
+        """The method with the settings that make it work at another temperature. It may change from batch to batch."""
+        ...
+
     def model_copy(self, *, update: Mapping[str, Any]) -> Method:
-        """A copy with some settings changed, such as `beta` by the calibration."""
+        """A copy with some settings changed."""
         ...
 
 

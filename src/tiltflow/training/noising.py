@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.evaluation.log_ratio import END
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.grid import Start, spread_times
@@ -54,12 +55,23 @@ class Noising:
         which: the sample of each pair [count].
         noise: x_0 [count, *event].
         times: [count], float64.
+        shares: of the time axis that each time stands for, times count [count], float64: a mean over times with these weights
+            is that over uniform ones.
     """
 
     samples: Tensor
     which: Tensor
     noise: Tensor
     times: Tensor
+    shares: Tensor
+
+    @property
+    def kl_weights(self) -> Tensor:
+        """[count] weights of |v - v_base|^2, summed over dimensions, whose mean is the KL divergence of the law of the samples
+        from the base's, if v and v_base are the fields of these laws: t / (1 - t), by Girsanov's theorem. Left out after END,
+        as in `tiltflow.evaluation.log_ratio`."""
+        t = self.times
+        return torch.where(t <= END, self.shares * t / (1 - t).clamp(min=1 - END), 0.0)
 
     def points(self, part: slice) -> Points:
         """The points of these pairs."""
@@ -114,8 +126,11 @@ def noising(
     parts = torch.arange(size, device=samples.device)
     uniform = parts + torch.rand(size, generator=generator, device=samples.device, dtype=torch.float64)
     first = sampling.times(start)[0].item()
-    t = first + (end - first) * spread_times(uniform / size, shift=sampling.shift)
-    return Noising(samples, which, x0, t)
+    t, edges = (
+        first + (end - first) * spread_times(u / size, shift=sampling.shift)
+        for u in (uniform, torch.arange(size + 1, device=samples.device, dtype=torch.float64))
+    )
+    return Noising(samples, which, x0, t, size * edges.diff())
 
 
 def posterior(points: Points, samples: Tensor, groups: Sequence[Tensor]) -> Tensor:

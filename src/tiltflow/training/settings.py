@@ -56,6 +56,9 @@ class Training(Settings):
     calibration_samples: Annotated[int, Field(ge=0)] = 0
     """Base samples for an estimate of the target law's mean reward, to which the working temperature is then adapted (see
     `tiltflow.training.calibration`); 0 to run at the method's beta throughout."""
+    target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """KL divergence from the base to spend, in nats per sample: the temperature is adapted to it until three quarters of the
+    run, whatever the method's beta, and then held (see `tiltflow.training.kl_budget`). null to run at the method's beta."""
     mixed_precision: MixedPrecision = "no"
     """Precision of the network, in training and in the evaluation: "bf16", "no", or "auto", which is bf16 where the hardware
     multiplies it."""

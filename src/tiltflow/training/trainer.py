@@ -29,9 +29,9 @@ from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Batch, Drawn
-from tiltflow.training.calibration import Calibration
 from tiltflow.training.method import Method, Stateful
 from tiltflow.training.optimizer import Optimizer, fill_optimizer, learning_rate_factor
+from tiltflow.training.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def train(
     start: Start = 0.0,
     ema_decay: float = 0.0,
     micro_batch_size: int | None = None,
-    calibration: Calibration | None = None,
+    temperature: Temperature | None = None,
     network_evaluations: int = 0,
     adam: Callable[..., torch.optim.Optimizer] = adamw,
     max_skipped_steps: int = 0,
@@ -95,8 +95,8 @@ def train(
         optimizer: settings of AdamW and its schedule; by default the method's own.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
-        calibration: adapts the temperature that the method works at; `beta` in the metrics.
-        network_evaluations: how many were spent before, on the calibration; the records count from there.
+        temperature: adapts the temperature that the method works at; `beta` in the metrics.
+        network_evaluations: how many were spent before, on a calibration; the records count from there.
         adam: an optimizer with the arguments of AdamW, such as one that keeps its state in 8 bits.
         max_skipped_steps: how many steps in a row may be skipped because a number in them is not finite.
         non_finite_rewards: `error` raises for samples whose reward is NaN or infinite; `drop` leaves them out, and counts them
@@ -134,7 +134,7 @@ def train(
         seed=seed,
         start=start,
         micro_batch_size=micro_batch_size,
-        calibration=calibration,
+        temperature=temperature,
         non_finite_rewards=non_finite_rewards,
         running=running,
         stop=stop,
@@ -183,7 +183,7 @@ class _Loop:
     seed: int
     start: Start
     micro_batch_size: int | None
-    calibration: Calibration | None
+    temperature: Temperature | None
     non_finite_rewards: NonFiniteRewards
     running: RunningReward | None
     stop: Callable[[], int | None]
@@ -257,7 +257,7 @@ class _Loop:
             "buffers": buffers_of(self.tuned.network),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
-            "calibration": None if self.calibration is None else self.calibration.state_dict(),
+            "temperature": None if self.temperature is None else self.temperature.state_dict(),
             **self.learners(),
         }
 
@@ -267,8 +267,8 @@ class _Loop:
             load_weights(state, self.trained, buffers_of(self.tuned.network))
             load_optimizer(self.optimizer, state["optimizer"])
             self.average.load_state_dict(state["average"])
-            if self.calibration is not None:
-                self.calibration.load_state_dict(state["calibration"])
+            if self.temperature is not None:
+                self.temperature.load_state_dict(temperature_state(state))
             self.put_reward_back(state["reward"])
             self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
             self.began -= float(state["seconds"])
@@ -301,14 +301,14 @@ class _Loop:
                 self.moved = True
                 self.step += 1
                 metrics = {**measured, **self.optimize(measured)}
-                if self.calibration is not None:
-                    metrics["beta"] = self.calibration.working_beta
-                    metrics["beta_at_limit"] = float(self.calibration.at_limit)
+                if self.temperature is not None:
+                    metrics["beta"] = self.temperature.working_beta
+                    metrics["beta_at_limit"] = float(self.temperature.at_limit)
                 yield self.record(metrics)
                 if self.step == self.max_train_steps:
                     return
-            if self.calibration is not None:
-                self.calibration.update(measured["reward"])
+            if self.temperature is not None:
+                self.temperature.update(measured, self.step)
         except (Interrupted, NonFiniteError, UserCodeError) as error:
             self.optimizer.zero_grad()
             if not self.moved and self.before is not None:
@@ -336,8 +336,8 @@ class _Loop:
     def updates(self, drawn: Drawn) -> Iterator[dict[str, float]]:
         """Run the method on a batch: yields its metrics before each optimizer step, with the gradient accumulated."""
         method = self.method
-        if self.calibration is not None:
-            method = method.model_copy(update={"beta": self.calibration.working_beta})
+        if self.temperature is not None:
+            method = method.at_temperature(self.temperature.working_beta)
         batch = Batch(
             x=drawn.x,
             tuned=drawn.bind(self.tuned),
@@ -376,6 +376,12 @@ class _Loop:
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
     """Both networks; the same one where the base is the tuned flow with its adapter off."""
     return tuned.network, base.network
+
+
+def temperature_state(state: Tree) -> Tree:
+    """The state of the temperature in that of a loop; earlier versions had it under another name."""
+    found: Tree = state["temperature"] if "temperature" in state else state["calibration"]
+    return found
 
 
 def buffers_of(network: object) -> dict[str, Tensor]:

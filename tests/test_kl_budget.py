@@ -1,0 +1,166 @@
+"""The KL budget: where its feedback settles, in closed form, with noise, and with a model that follows slowly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from tiltflow.errors import InputError
+from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, mixture
+from tiltflow.laws.law import Law, log_normal
+from tiltflow.laws.tilted_law import temperature_of_kl, tilted
+from tiltflow.training.kl_budget import DEAD_BAND, GRID, LIMIT, MOST, KlBudget, changed
+
+STANDARD = mixture(torch.tensor([[0.7]], dtype=torch.float64), (1.0,), 0.5)
+CURVED = QuadraticReward(torch.tensor([1.7], dtype=torch.float64), 3.0)
+TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
+STEPS = 320
+
+
+def standard_kl(beta: float) -> float:
+    """KL(N(0.7, 0.25) exp((1.7 x - 1.5 x^2) / beta) | N(0.7, 0.25)), in closed form."""
+    target: GaussianMixture = STANDARD.tilt(CURVED, beta)
+    return target.expectation(CURVED) / beta - STANDARD.log_partition(CURVED, beta)
+
+
+def two_modes_kl(beta: float) -> float:
+    return tilted(TWO_MODES, np.tanh, beta).kl(TWO_MODES)
+
+
+def train(
+    budget: KlBudget,
+    kl: Callable[[float], float],
+    *,
+    deviation: float,
+    lag: float = 1.0,
+    noise: float = 0.0,
+    passes: int = 1,
+    seed: int = 0,
+) -> list[float]:
+    """The temperatures of a run whose model goes, in each batch, the 1 / lag-th part of the way to the inverse temperature that
+    the method works at, and whose measured KL has relative noise."""
+    generator, eta, betas = torch.Generator().manual_seed(seed), 0.0, []
+    for step in range(passes, budget.steps + 1, passes):
+        betas.append(budget.working_beta)
+        eta += (1 / budget.working_beta - eta) / lag
+        seen = kl(1 / eta) * math.exp(noise * torch.randn((), generator=generator).item() - noise**2 / 2)
+        budget.update({"path_kl": seen, "reward_std": deviation}, step)
+    return betas
+
+
+def test_the_kl_of_the_tilted_law_is_the_one_that_is_known() -> None:
+    for budget, beta in ((0.01, 3.489973), (0.05, 1.292389), (0.1, 0.781882), (0.5, 0.151660)):
+        assert standard_kl(beta) == pytest.approx(budget, rel=1e-4)
+    for budget, beta in ((0.01, 6.137367), (0.05, 2.690226), (0.1, 1.852511), (0.5, 0.603303)):
+        assert two_modes_kl(beta) == pytest.approx(budget, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "first", "rounds"), [(0.2, -0.2120, 10), (0.5, -0.1014, 3), (0.8, 0.0209, 2)])
+def test_rounds_of_feedback_settle_as_fast_as_their_rate_says(rate: float, first: float, rounds: int) -> None:
+    """From beta = 1 to a KL of 0.1, up to the dead band, where that of a perfect model is measured without noise."""
+    log_eta, errors = 0.0, []
+    for _ in range(rounds):
+        log_eta += changed(standard_kl(math.exp(-log_eta)), 0.1, rate)
+        errors.append(standard_kl(math.exp(-log_eta)) / 0.1 - 1)
+    assert errors[0] == pytest.approx(first, abs=1e-4)
+    assert abs(errors[-1]) < DEAD_BAND
+    assert all(abs(error) > DEAD_BAND for error in errors[:-1])
+
+
+def test_a_change_is_in_proportion_to_the_logarithm_and_limited() -> None:
+    assert changed(0.4, 0.5) == pytest.approx(0.5 * math.log(0.5 / 0.4))
+    assert changed(0.4, 0.5, 0.3) == pytest.approx(0.3 * math.log(0.5 / 0.4))
+    assert changed(0.5 * math.exp(1.01 * DEAD_BAND), 0.5) < 0
+    for within in (1.0, 0.99, -0.99):
+        assert changed(0.5 * math.exp(within * DEAD_BAND * 0.999), 0.5) == 0
+    assert changed(1e-9, 0.5) == changed(0.0, 0.5) == MOST
+    assert changed(1e9, 0.5) == -MOST
+
+
+@pytest.mark.parametrize("wrong", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("lag", [1, 20, 40])
+@pytest.mark.parametrize(("kl", "budget", "exact"), [(standard_kl, 0.1, 0.781882), (two_modes_kl, 0.5, 0.603303)])
+def test_a_run_ends_at_the_temperature_of_its_budget(
+    kl: Callable[[float], float], budget: float, exact: float, lag: int, wrong: float
+) -> None:
+    """Whatever the method's beta, from rewards whose deviation misleads by a factor of 3 either way, and with a model that
+    takes an eighth of the run to follow."""
+    found = KlBudget(budget, 50.0, STEPS)
+    betas = train(found, kl, deviation=wrong * exact * (2 * budget) ** 0.5, lag=lag)
+    assert betas[0] == pytest.approx(50)
+    assert betas[1] == pytest.approx(wrong * exact, rel=1e-5)
+    error = {1: 0.01, 20: 0.06, 40: 0.25}[lag]
+    assert abs(math.log(kl(found.working_beta) / budget)) < 2 * error
+    assert betas[-1] == found.working_beta
+    assert set(betas[3 * STEPS // 4 :]) == {betas[-1]}  # the last quarter
+    assert not found.at_limit
+
+
+def test_noise_of_the_batches_is_averaged() -> None:
+    """A third of the KL in each batch is a few percent in that of the last quarter's temperature, by the mean over a quarter of
+    the run; more without it."""
+    errors = []
+    for seed in range(40):
+        found = KlBudget(0.1, 1.0, STEPS)
+        betas = train(found, lambda beta: 0.5 / beta**2, deviation=0.7, noise=1 / 3, seed=seed)
+        errors.append([math.log(5 / beta**2) for beta in (betas[-1], betas[3 * STEPS // 4 - 1])])
+    last, before = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert last < 0.08
+    assert before > 1.25 * last
+
+
+def test_the_tilt_is_not_raised_before_a_quarter_and_lowered_at_any_time() -> None:
+    for kl, sign in ((0.001, 1), (10.0, -1)):
+        found = KlBudget(0.5, 1.0, STEPS)
+        betas = train(found, lambda beta, kl=kl: kl, deviation=1.0)  # type: ignore[misc]
+        first = next(i for i, beta in enumerate(betas[1:], 1) if beta != betas[1])
+        assert first == (5 * STEPS // 16 if sign > 0 else STEPS // 16)
+        assert math.copysign(1, betas[1] - betas[first]) == sign
+        assert betas[first] / betas[1] == pytest.approx(2.0**-sign, rel=1e-5)
+
+
+def test_a_budget_that_cannot_be_spent_ends_at_the_limit() -> None:
+    found = KlBudget(0.5, 2.0, STEPS)
+    betas = train(found, lambda beta: 0.1, deviation=0.0)  # a constant reward has no deviation to start from
+    assert betas[1] == pytest.approx(2)
+    assert found.working_beta == pytest.approx(2 / LIMIT, rel=0.3)
+    assert found.at_limit
+    other = KlBudget(0.5, 2.0, STEPS)
+    train(other, lambda beta: 3.0, deviation=1.0)
+    assert other.working_beta == pytest.approx(LIMIT, rel=1e-4)
+    assert other.at_limit
+
+
+@pytest.mark.parametrize("passes", [1, 8, 40, 160])
+def test_a_run_of_few_batches_has_fewer_rounds(passes: int) -> None:
+    found = KlBudget(0.1, 1.0, STEPS)
+    betas = train(found, standard_kl, deviation=0.5, passes=passes)
+    assert len(betas) == STEPS // passes
+    if passes <= 40:
+        assert abs(math.log(standard_kl(found.working_beta) / 0.1)) < 0.1
+
+
+def test_it_resumes_where_it_was() -> None:
+    whole, parts = KlBudget(0.1, 1.0, 64), KlBudget(0.1, 1.0, 64)
+    for step in range(1, 65):
+        measured = {"kl": 0.1 + 0.03 * math.sin(step), "reward_std": 0.4}
+        whole.update(measured, step)
+        parts.update(measured, step)
+        state = parts.state_dict()
+        parts = KlBudget(0.1, 1.0, 64)
+        parts.load_state_dict(state)
+        assert parts.working_beta == whole.working_beta
+        assert (whole.log_eta * GRID).is_integer()
+
+
+def test_a_method_without_a_kl_is_refused() -> None:
+    with pytest.raises(InputError, match=r"training\.target_kl: the method measures no KL"):
+        KlBudget(0.5, 1.0, 10).update({"reward_std": 1.0}, 1)
+    budget = KlBudget(0.5, 1.0, 100)
+    budget.update({"path_kl": 0.2, "kl": 0.1, "reward_std": 1.0}, 1)
+    assert budget.seen == [0.2]
+    assert temperature_of_kl(TWO_MODES, np.tanh, 0.5) == pytest.approx(0.603303, abs=1e-4)
