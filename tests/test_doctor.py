@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from tiltflow.commands.terminal.app import app
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.flow import Flow
 from tiltflow.runs.doctor import Finding, Patient, admit, examine, iteration, network, reward, sampler, target, verdict
@@ -173,6 +174,31 @@ def test_too_strong_and_too_weak_a_tilt(tmp_path: Path) -> None:
     assert "nearly the base" in found[1e9].text
     constant = replace(patient, reward=lambda x: torch.ones(len(x)))
     assert the(target.temperature(constant), "temperature").level == "red"
+
+
+def test_a_kl_budget_that_the_reward_cannot_spend(tmp_path: Path) -> None:
+    """Base samples say at which temperature it is spent, and that a reward of two values has a largest tilt."""
+    patient = patient_for(tmp_path, training=TRAINING | {"train_batch_size": 64, "target_kl": 0.5})
+
+    def asking(patient: Patient, budget: float) -> Patient:
+        training = patient.recipe.training.model_copy(update={"target_kl": budget})
+        return replace(patient, recipe=patient.recipe.model_copy(update={"training": training}))
+
+    found = list(target.temperature(patient))
+    assert [finding.check for finding in found] == ["KL budget", "temperature"]
+    rewards = patient.rewards(patient.samples()).double()
+    beta = target.temperature_of(0.5, [rewards])
+    assert beta is not None
+    assert f"{beta:.3g}" in found[0].text
+    assert ImportanceWeights.from_rewards(rewards, beta).divergence().value == pytest.approx(0.5)
+    half = replace(patient, reward=lambda x: (x.mean((1, 2, 3)) > x.mean((1, 2, 3)).median()).float())
+    assert the(target.temperature(half), "KL budget").level == "green"
+    finding = the(target.temperature(asking(half, 0.8)), "KL budget")
+    assert finding.level == "red"
+    assert "50% of 64 base samples have the largest reward, and the most that can be spent is 0.693" in finding.text
+    finding = the(target.temperature(asking(patient, 5.0)), "KL budget")
+    assert finding.level == "amber"
+    assert "64 base samples are too few" in finding.text
 
 
 def test_an_evaluation_too_small_to_know_its_target(tmp_path: Path) -> None:

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from tiltflow.errors import InputError
+import tiltflow
+from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, mixture
 from tiltflow.laws.law import Law, log_normal
 from tiltflow.laws.tilted_law import temperature_of_kl, tilted
+from tiltflow.testing.gaussian import Shifted
 from tiltflow.training.kl_budget import DEAD_BAND, GRID, LIMIT, MOST, KlBudget, changed
+from tiltflow.training.method import Method
+from tiltflow.training.optimizer import Optimizer
+from tiltflow.training.trainer import train
 
 STANDARD = mixture(torch.tensor([[0.7]], dtype=torch.float64), (1.0,), 0.5)
 CURVED = QuadraticReward(torch.tensor([1.7], dtype=torch.float64), 3.0)
@@ -31,7 +36,7 @@ def two_modes_kl(beta: float) -> float:
     return tilted(TWO_MODES, np.tanh, beta).kl(TWO_MODES)
 
 
-def train(
+def simulated(
     budget: KlBudget,
     kl: Callable[[float], float],
     *,
@@ -90,7 +95,7 @@ def test_a_run_ends_at_the_temperature_of_its_budget(
     """Whatever the method's beta, from rewards whose deviation misleads by a factor of 3 either way, and with a model that
     takes an eighth of the run to follow."""
     found = KlBudget(budget, 50.0, STEPS)
-    betas = train(found, kl, deviation=wrong * exact * (2 * budget) ** 0.5, lag=lag)
+    betas = simulated(found, kl, deviation=wrong * exact * (2 * budget) ** 0.5, lag=lag)
     assert betas[0] == pytest.approx(50)
     assert betas[1] == pytest.approx(wrong * exact, rel=1e-5)
     error = {1: 0.01, 20: 0.06, 40: 0.25}[lag]
@@ -106,7 +111,7 @@ def test_noise_of_the_batches_is_averaged() -> None:
     errors = []
     for seed in range(40):
         found = KlBudget(0.1, 1.0, STEPS)
-        betas = train(found, lambda beta: 0.5 / beta**2, deviation=0.7, noise=1 / 3, seed=seed)
+        betas = simulated(found, lambda beta: 0.5 / beta**2, deviation=0.7, noise=1 / 3, seed=seed)
         errors.append([math.log(5 / beta**2) for beta in (betas[-1], betas[3 * STEPS // 4 - 1])])
     last, before = torch.tensor(errors).square().mean(0).sqrt().tolist()
     assert last < 0.08
@@ -116,7 +121,7 @@ def test_noise_of_the_batches_is_averaged() -> None:
 def test_the_tilt_is_not_raised_before_a_quarter_and_lowered_at_any_time() -> None:
     for kl, sign in ((0.001, 1), (10.0, -1)):
         found = KlBudget(0.5, 1.0, STEPS)
-        betas = train(found, lambda beta, kl=kl: kl, deviation=1.0)  # type: ignore[misc]
+        betas = simulated(found, lambda beta, kl=kl: kl, deviation=1.0)  # type: ignore[misc]
         first = next(i for i, beta in enumerate(betas[1:], 1) if beta != betas[1])
         assert first == (5 * STEPS // 16 if sign > 0 else STEPS // 16)
         assert math.copysign(1, betas[1] - betas[first]) == sign
@@ -125,12 +130,12 @@ def test_the_tilt_is_not_raised_before_a_quarter_and_lowered_at_any_time() -> No
 
 def test_a_budget_that_cannot_be_spent_ends_at_the_limit() -> None:
     found = KlBudget(0.5, 2.0, STEPS)
-    betas = train(found, lambda beta: 0.1, deviation=0.0)  # a constant reward has no deviation to start from
+    betas = simulated(found, lambda beta: 0.1, deviation=0.0)  # a constant reward has no deviation to start from
     assert betas[1] == pytest.approx(2)
     assert found.working_beta == pytest.approx(2 / LIMIT, rel=0.3)
     assert found.at_limit
     other = KlBudget(0.5, 2.0, STEPS)
-    train(other, lambda beta: 3.0, deviation=1.0)
+    simulated(other, lambda beta: 3.0, deviation=1.0)
     assert other.working_beta == pytest.approx(LIMIT, rel=1e-4)
     assert other.at_limit
 
@@ -138,7 +143,7 @@ def test_a_budget_that_cannot_be_spent_ends_at_the_limit() -> None:
 @pytest.mark.parametrize("passes", [1, 8, 40, 160])
 def test_a_run_of_few_batches_has_fewer_rounds(passes: int) -> None:
     found = KlBudget(0.1, 1.0, STEPS)
-    betas = train(found, standard_kl, deviation=0.5, passes=passes)
+    betas = simulated(found, standard_kl, deviation=0.5, passes=passes)
     assert len(betas) == STEPS // passes
     if passes <= 40:
         assert abs(math.log(standard_kl(found.working_beta) / 0.1)) < 0.1
@@ -157,10 +162,42 @@ def test_it_resumes_where_it_was() -> None:
         assert (whole.log_eta * GRID).is_integer()
 
 
-def test_a_method_without_a_kl_is_refused() -> None:
-    with pytest.raises(InputError, match=r"training\.target_kl: the method measures no KL"):
-        KlBudget(0.5, 1.0, 10).update({"reward_std": 1.0}, 1)
-    budget = KlBudget(0.5, 1.0, 100)
-    budget.update({"path_kl": 0.2, "kl": 0.1, "reward_std": 1.0}, 1)
-    assert budget.seen == [0.2]
+METHODS = [
+    (tiltflow.AdjointMatching(num_inference_steps=10), 160, 0.05),
+    (tiltflow.OrwCfmW2(tau=0.3, weight_mode="both-terms", num_inference_steps=10, num_passes=4), 640, 0.02),
+    (tiltflow.TiltMatching(num_inference_steps=10), 320, 0.02),
+]
+
+
+@pytest.mark.parametrize(("method", "steps", "rate"), METHODS, ids=lambda value: getattr(value, "name", ""))
+def test_training_ends_at_the_temperature_of_the_budget(method: Method, steps: int, rate: float) -> None:
+    """N(0, 1) under 2 x: the tilt at temperature 2 is N(1, 1), half a nat from the base, whatever the method's own beta."""
+    tuned, base = Flow(Shifted()), Flow(Shifted())
+    budget = KlBudget(0.5, method.temperature or 0.0, steps)
+    records = train(
+        tuned,
+        base,
+        method,
+        lambda x: 2 * x[:, 0],
+        lambda generator: torch.randn(256, 1, generator=generator),
+        max_train_steps=steps,
+        optimizer=Optimizer(learning_rate=rate, lr_scheduler="constant"),
+        temperature=budget,
+    )
+    betas = [record.metrics["beta"] for record in records]
+    assert betas[0] == pytest.approx(method.temperature)
+    assert betas[-1] == betas[-steps // 5] == pytest.approx(2, rel=0.1)
+    assert next(tuned.parameters()).item() == pytest.approx(1, abs=0.12)
+
+
+def test_batches_without_a_kl_change_nothing_and_that_of_a_law_goes_first() -> None:
+    """Tilt Matching measures none while it is on its way to the temperature."""
+    found = KlBudget(0.5, 1.0, 16)
+    for step in range(1, 9):
+        found.update({"reward_std": 1.0}, step)
+    assert found.working_beta == pytest.approx(1)  # sqrt(2 * 0.5) / 1
+    found.update({"path_kl": 0.2, "kl": 0.1, "reward_std": 9.0}, 9)
+    assert found.log_eta == pytest.approx(MOST, abs=1e-5)
+    found.update({"path_kl": 0.4, "reward_std": 9.0}, 10)
+    assert found.log_eta == pytest.approx(MOST + math.log(0.5 / 0.4) / 2, abs=1e-5)
     assert temperature_of_kl(TWO_MODES, np.tanh, 0.5) == pytest.approx(0.603303, abs=1e-4)

@@ -154,6 +154,7 @@ def test_resume_is_bitwise(method: str, tmp_path: Path) -> None:
     [
         {"micro_batch_size": 2, "ema_decay": 0.0},
         {"calibration_samples": 256},
+        {"target_kl": 0.2},
         {"trainable": "middle"},
         {"checkpointing_steps": 1, "checkpoints_total_limit": 1},
         {"report_to": "tensorboard", "calibration_samples": 256, "micro_batch_size": 2, "deterministic": True},

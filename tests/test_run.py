@@ -24,7 +24,7 @@ from tiltflow.evaluation.samples import Asked
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.laws.target import exponential_tilt
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.caveats import annealing_in_words, calibration_in_words, reach_in_words
+from tiltflow.runs.caveats import annealing_in_words, budget_in_words, calibration_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_path_kl
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
@@ -149,6 +149,42 @@ def test_calibration_at_its_limit_is_said(working: float, at_limit: bool) -> Non
     if at_limit:
         assert f"a temperature of {working:.3g} where 2.1 was asked for" in found["limits"][0]
     assert calibration_in_words(2.1, None) == {"calibration_at_limit": None, "limits": []}
+
+
+def test_a_kl_budget_names_the_target_law(tmp_path: Path) -> None:
+    """It is that of the temperature that was held in the last quarter, which the summary, the report and the terminal say."""
+    path = tiny_recipe(tmp_path, training={"max_train_steps": 16, "train_batch_size": 4, "target_kl": 0.3})
+    summary = run(recipe_of(path, "evaluation.num_samples=256"), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["beta"] == pytest.approx(0.1)
+    assert rows[1]["beta"] != rows[0]["beta"]
+    assert summary["beta"] == summary["working_beta"] == rows[-1]["beta"] == rows[-4]["beta"]
+    assert summary["target_kl"] == 0.3
+    assert summary["calibration_at_limit"] is None
+    assert summary["kl_reached"] == pytest.approx(sum(row["path_kl"] for row in rows[-4:]) / 4)
+    assert any("KL budget of 0.3 nats was not met" in limit for limit in summary["limits"])  # in 16 steps
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert "KL budget" in page
+    assert "a KL budget of 0.3 nats" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_kl_budget_that_was_met_or_not() -> None:
+    def records(kl: float, *, limit: float = 0.0, key: str = "path_kl") -> list[dict[str, float]]:
+        return [
+            {"step": i, "beta": 2.0 if i > 30 else 1.0, "beta_at_limit": limit, key: kl + i % 2 * 1e-3} for i in range(1, 41)
+        ]
+
+    assert budget_in_words(None, records(0.5)) == {"target_kl": None, "limits": []}
+    met = budget_in_words(0.5, records(0.53))
+    assert met["kl_reached"] == pytest.approx(0.5305)
+    assert met["limits"] == []
+    (missed,) = budget_in_words(0.5, records(0.4))["limits"]
+    assert missed.startswith("The KL budget of 0.5 nats was not met: at the temperature 2, which the run ended with, the KL is")
+    assert missed.endswith("a longer run has more time to find it.")
+    (limited,) = budget_in_words(0.5, records(0.7, limit=1.0, key="kl"))["limits"]
+    assert "cannot be tilted so far" in limited
+    (unseen,) = budget_in_words(0.5, records(0.7, key="other"))["limits"]
+    assert "no KL was measured" in unseen
 
 
 def test_the_folder_alone_is_enough(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

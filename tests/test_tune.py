@@ -285,6 +285,24 @@ def check_calibration(folder: Path) -> None:
     assert "beta" not in tuned(method=beta).rows[0]
 
 
+def check_budget(folder: Path) -> None:
+    assert tuned(target_kl=0.05).rows[0]["beta"] == tiltflow.AdjointMatching().beta
+    assert "beta" not in tuned().rows[0]
+    for wrong, message in (
+        (
+            {"target_kl": 0.5, "calibration_samples": 256},
+            r"target_kl and training\.calibration_samples both set the temperature",
+        ),
+        ({"target_kl": 0.5, "method": tiltflow.OrwCfmW2(alpha=0)}, r"orw-cfm-w2 with these settings works at no temperature"),
+        ({"target_kl": 0.5, "method": tiltflow.ScoreAsAction(preset="ddpo")}, r"score-as-action with .* reaches no tilted law"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tuned(**wrong)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"target_kl must be (greater than 0|a finite number)"):
+            tuned(target_kl=wrong)
+
+
 def check_classes(folder: Path) -> None:  # what it does for a class-conditional model: see test_labels
     with pytest.raises(InputError, match=r"training\.classes: this model is not class-conditional"):
         tuned(classes=[0])
@@ -326,6 +344,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "ema_decay": lambda folder: differs(ema_decay=0.5),
     "trainable": check_trainable,
     "calibration_samples": check_calibration,
+    "target_kl": check_budget,
     "classes": check_classes,
     "mixed_precision": lambda folder: differs(mixed_precision="bf16"),
     "deterministic": check_deterministic,

@@ -293,6 +293,13 @@ def check_calibration(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> No
     assert "beta" in rows[0].metrics
 
 
+def check_budget(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """One temperature for all prompts."""
+    training, rows = tiltflow.Training.model_validate(SMALL | {"target_kl": 0.05}), list[Any]()
+    tiltflow.tune(pipeline(folder.parent / "one"), brightness, METHOD, training, conditions=PROMPTS, callbacks=[rows.append])
+    assert rows[0].metrics["beta"] == METHOD.beta
+
+
 def check_classes(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"training\.classes: this model has prompts"):
         tuned(classes=(0,))
@@ -302,6 +309,7 @@ CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
     "train_batch_size": check_batch_size,
     "trainable": check_trainable,
     "calibration_samples": check_calibration,
+    "target_kl": check_budget,
     "classes": check_classes,
     "micro_batch_size": check_micro_batches,
     "decode_batch_size": check_decoding,

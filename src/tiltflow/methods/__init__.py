@@ -66,12 +66,11 @@ class MethodSettings(Settings):
         """The law that a run of so many optimizer steps aims at, sampled from time `start`."""
 
 
-class Tilting(MethodSettings):
-    """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
+class Tempered(MethodSettings):
+    """Part of the settings of every method that has a temperature for a setting."""
 
     beta: Positive = 1.0
-    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
-    nat of path KL."""
+    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base."""
 
     @property
     def temperature(self) -> float | None:
@@ -81,6 +80,14 @@ class Tilting(MethodSettings):
     def at_temperature(self, beta: float) -> Self:
         """The method with another beta."""
         return self.model_copy(update={"beta": beta})
+
+
+class Tilting(Tempered):
+    """Part of the settings of every method that aims at p_base(x) exp(r(x) / beta)."""
+
+    beta: Positive = 1.0
+    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base. It is the price of a
+    nat of path KL."""
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base(x) exp(r(x) / beta)."""

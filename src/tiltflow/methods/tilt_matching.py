@@ -54,7 +54,7 @@ from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
 from tiltflow.laws.forward_process import Residual, ram
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
-from tiltflow.methods import MethodSettings, Positive
+from tiltflow.methods import Positive, Tempered
 from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
@@ -132,7 +132,7 @@ class State:
         self.replay.load_state_dict(state["replay"], self.device)
 
 
-class TiltMatching(MethodSettings):
+class TiltMatching(Tempered):
     """Tilt Matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta)."""
 
     name: Literal["tilt-matching"] = "tilt-matching"
@@ -141,8 +141,6 @@ class TiltMatching(MethodSettings):
     reverse, reward-weighting. The tilt as the number of rounds grows: explicit. To first order in 1 / beta: ram, awm, adrpo. No
     law: nft, without a penalty."""
 
-    beta: Positive = 1.0
-    """Temperature of the tilt, in units of reward: small follows the reward, large stays with the base."""
     coefficient: Literal["exponential", "linear"] = "exponential"
     """How much a sample counts: by its weight exp(h r), or by h (r - mean r)."""
     anchor: Literal["base", "old", "none"] = "base"

@@ -24,7 +24,8 @@ FACTS = {
         Metric(
             "working_beta",
             "Working β",
-            "Final value of the calibrated temperature; it is the target's β if the tuned flow is exact.",
+            "Temperature that the method worked at in the end, where it was adapted: to a KL budget, and it is then that of the"
+            " target law, or to the mean reward, and it is then the target's if the tuned flow is exact.",
         ),
         Metric("judge.model", "Judge", "Independent classifier, not part of the reward."),
         Metric("seed", "Seed", "The same seed, software and machine give the same run.", unit="plain"),

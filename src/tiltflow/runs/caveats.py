@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.laws.target import Target
 from tiltflow.training.calibration import LIMIT, gain_at_limit
+from tiltflow.training.kl_budget import FREEZE, MEASURED
 from tiltflow.training.settings import GuidanceMode
+
+MISSED = 0.1
+"""Relative deviation of a KL from its budget that is said, beyond two standard errors."""
 
 
 def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
@@ -33,6 +40,38 @@ def calibration_in_words(beta: float | None, working_beta: float | None) -> dict
         " from converged, or its sampler cannot reach the target."
     )
     return {"calibration_at_limit": at_limit, "limits": [sentence] if at_limit else []}
+
+
+def budget_in_words(budget: float | None, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a run with a KL budget: the KL in the quarter in which the temperature was held (`kl_reached`), and the sentence that
+    says that it is not the budget (`limits`).
+
+    Args:
+        records: of the optimizer steps.
+    """
+    if budget is None:
+        return {"target_kl": None, "limits": []}
+    beta = records[-1]["beta"]
+    held = [row for row in records if row["beta"] == beta and row["step"] > FREEZE * records[-1]["step"]]
+    kls = [next((row[key] for key in MEASURED if key in row), None) for row in held]
+    found = [kl for kl in dict.fromkeys(kls) if kl is not None]  # once for all steps on a batch
+    if len(found) < 2:
+        said = f"The KL budget of {budget:g} nats had no effect in the end: no KL was measured in the last quarter of the run."
+        return {"target_kl": budget, "kl_reached": None, "kl_reached_error": None, "limits": [said]}
+    reached = mean_estimate(torch.tensor(found, dtype=torch.float64))
+    entries = {"target_kl": budget, **reached.named("kl_reached"), "limits": list[str]()}
+    if abs(reached.value / budget - 1) > MISSED + 2 * reached.standard_error / budget:
+        why = (
+            "that is as far from where it began as it may be: the reward cannot be tilted so far, or the run is far from"
+            " converged"
+            if records[-1]["beta_at_limit"]
+            else "a longer run has more time to find it"
+        )
+        said = (
+            f"The KL budget of {budget:g} nats was not met: at the temperature {beta:.3g}, which the run ended with, the KL is"
+        )
+        entries["limits"] = [f"{said} {reached}; {why}."]
+    return entries
 
 
 def annealing_in_words(beta: float | None, record: Mapping[str, Any]) -> list[str]:

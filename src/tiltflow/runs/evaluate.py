@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,21 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.runs.caveats import annealing_in_words, calibration_in_words, guidance_limits, left_out_in_words, reach_in_words
+from tiltflow.runs.caveats import (
+    annealing_in_words,
+    budget_in_words,
+    calibration_in_words,
+    guidance_limits,
+    left_out_in_words,
+    reach_in_words,
+)
 from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.reached import balance, of_achieved_tilt, states_of
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.runs.run_files import read_records
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
+from tiltflow.training.method import Method
 
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
 """For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
@@ -58,13 +66,14 @@ def evaluate(
         seconds: what the run took until now; by default its training.
     """
     began, records = time.perf_counter(), read_records(folder)
-    settings, target = run.evaluation, run.method.target(records[-1]["step"], base.grid)
+    settings, target = run.evaluation, method_at(run, records[-1]).target(records[-1]["step"], base.grid)
     table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed)
     tilted = units_of_target(run, base, instruments)
     own = of_base.rewards[instruments.own]
     samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
     generator = stream(run.seed, "bootstrap")
-    calibrated = calibration_in_words(target.beta, records[-1].get("beta"))
+    budget = budget_in_words(run.training.target_kl, records)
+    calibrated = calibration_in_words(target.beta, records[-1].get("beta") if budget["target_kl"] is None else None)
     # a gain at its limit has not made the mean reward what it should be
     reached = calibrated["calibration_at_limit"] is not False
     entries, tests = of_laws(samples, instruments.own, generator, counted=reached)
@@ -75,9 +84,11 @@ def evaluate(
         "iterations": records[-1]["step"],
         "working_beta": records[-1].get("beta"),
         "calibration_at_limit": calibrated["calibration_at_limit"],
+        **budget,
         "limits": [
             *reach_in_words(target),
             *calibrated["limits"],
+            *budget["limits"],
             *annealing_in_words(target.beta, records[-1]),
             *guidance_limits(run.training.guidance_mode),
             *left_out_in_words(*samples.left_out, len(asked)),
@@ -101,6 +112,11 @@ def evaluate(
     summary |= conclude([*tests, *found.tests], summary)
     summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
     return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid)
+
+
+def method_at(run: RunSettings, record: Mapping[str, Any]) -> Method:
+    """The method as it worked at an optimizer step: a KL budget has set its temperature."""
+    return run.method if run.training.target_kl is None else run.method.at_temperature(record["beta"])
 
 
 def described(run: RunSettings, target: Target, folder: Path, base: GenerativeModel, asked: Asked) -> dict[str, Any]:

@@ -281,7 +281,8 @@ def model_card(recipe: Recipe) -> str:
     """README.md of a tuned model."""
     steps = recipe.training.max_train_steps
     target = recipe.method.target(steps)
-    aim = target.words if target.beta is None else f"{target.words}, beta = {target.beta:g}"
+    beta, budget = target.beta, recipe.training.target_kl
+    aim = target.words + (f", with a KL budget of {budget:g} nats" if budget else "" if beta is None else f", beta = {beta:g}")
     return (
         f"# {recipe.model_name} tuned by {recipe.method.name}\n\n{recipe.description}\n\n"
         f"Base: `{recipe.model_name}`. Reward: {recipe.reward.description}. Aims at {aim}; "

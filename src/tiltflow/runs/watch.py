@@ -34,7 +34,7 @@ def make_watcher(
     differ: of a prompt, or all.
 
     The best look is that by the judge, or else by the first held-out reward, or else by the variety. The target law is known
-    where its samples are of classes or have no condition.
+    where its samples are of classes or have no condition, and the temperature is.
 
     Raises InputError for a reward that learns.
     """
@@ -68,7 +68,7 @@ def make_watcher(
 
     of_base, features, groups = measure(base)
     target = None
-    if groups.kind != "prompt":
+    if groups.kind != "prompt" and run.training.target_kl is None:  # a KL budget names the target law at the end
         tilt = run.method.target(run.training.max_train_steps, base.grid).log_tilt(of_base["reward"])
         under_target = of_base | {VARIETY: spread_of_target(features, tilt, groups.groups)}
         target = target_measures(under_target, tilt, groups.groups)

@@ -28,7 +28,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiltflow import processes
-from tiltflow.errors import InputError
 
 RATE = 0.5
 ROUNDS = 16
@@ -43,8 +42,8 @@ LIMIT = 30.0
 """Largest factor between the temperature and the one that the rewards of the first batch gave."""
 GRID = 2.0**20
 """log eta is rounded to a multiple of 1 / GRID, so that the rounding of sums does not become another temperature."""
-MEASURED = ("path_kl", "kl")
-"""The KL of a batch in the metrics of a method: of the paths of the chain that it controls, or of the law of its samples."""
+MEASURED = ("kl", "path_kl")
+"""The KL in the metrics of a batch: of a law, or of the paths of the chain that is controlled."""
 
 
 class KlBudget:
@@ -80,22 +79,17 @@ class KlBudget:
         return self.start is not None and abs(self.log_eta - self.start) >= math.log(LIMIT) - DEAD_BAND
 
     def update(self, measured: Mapping[str, float], step: int) -> None:
-        """Note the KL of a batch, drawn at the working temperature; adapt that at the end of a round.
-
-        Raises InputError if the method measures no KL.
-        """
-        kl = next((measured[key] for key in MEASURED if key in measured), None)
-        if kl is None:
-            raise InputError("training.target_kl: the method measures no KL divergence from the base; leave it out")
-        kl, deviation = processes.exchanged([kl, measured.get("reward_std", 0.0)])[0]  # the same number in all processes
+        """Note the KL of a batch, where the method has measured it; adapt the temperature at the end of a round."""
+        kls = [measured[key] for key in MEASURED if key in measured][:1]
+        kls, deviation = processes.exchanged([kls, measured.get("reward_std", 0.0)])[0]  # the same numbers in all processes
         if self.start is None:
             self.start = self._begin(deviation)
-        self.seen.append(kl)
+        self.seen += kls
         done, current = step / self.steps, step * ROUNDS // self.steps
         if current == self.round or self.round >= FREEZE * ROUNDS:
             return
         half = self.seen[len(self.seen) // 2 :]
-        change = changed(math.fsum(half) / len(half), self.budget)
+        change = changed(math.fsum(half) / len(half), self.budget) if half else 0.0
         if change < 0 or done > HOLD:
             reach = math.log(LIMIT)
             self._set(min(max(self.log_eta + change, self.start - reach), self.start + reach))

@@ -87,7 +87,10 @@ def distances(summary: dict[str, Any]) -> dict[str, str]:
     if "own_law_balance" in summary:
         balance = with_error(summary, "own_law_balance")
         rows["pull over penalty"] = f"{balance}   (1 at the limit of the rounds; below 1, noise was learned)"
-    if summary["working_beta"] is not None:
+    if summary["target_kl"] is not None:
+        reached = f"; KL reached {with_error(summary, 'kl_reached')}" if summary["kl_reached"] is not None else ""
+        rows["temperature"] = f"{summary['beta']:.3g}, by a KL budget of {summary['target_kl']:g} nats{reached}"
+    elif summary["working_beta"] is not None:
         rows["temperature"] = f"{summary['beta']:g}; the calibrated temperature ended at {summary['working_beta']:.3g}"
     return rows
 

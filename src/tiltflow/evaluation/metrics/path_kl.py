@@ -24,6 +24,20 @@ METRICS = (
         section=Section.CLOSE,
     ),
     Metric(
+        "target_kl",
+        "KL budget",
+        "KL divergence from the base that was to be spent: the temperature was adapted to it, and held in the last quarter.",
+        unit="nats",
+        section=Section.CLOSE,
+    ),
+    Metric(
+        "kl_reached",
+        "KL reached",
+        "Mean of the KL divergence from the base that the batches of the last quarter measured, at the temperature held then.",
+        unit="nats",
+        section=Section.CLOSE,
+    ),
+    Metric(
         "path_kl",
         "Distance from the base",
         "Path KL of the sampler that is trained from the base's, in nats per sample, on each training batch. The dashed line is"

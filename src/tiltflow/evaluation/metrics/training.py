@@ -107,10 +107,10 @@ METRICS = (
     ),
     Metric(
         "kl",
-        "KL of the target",
-        "KL divergence from the base of the law that is learned, by its weights, in nats.",
+        "KL of the law",
+        "KL divergence from the base of the law that is learned, by its weights or by its velocities, in nats.",
         unit="nats",
-        expect="constant but for noise, unless the temperature changes.",
+        expect="by weights, constant but for noise while the temperature is; by velocities, rises from 0 and levels off.",
         source="training",
     ),
     Metric(
