@@ -9,20 +9,21 @@ rises to 1 / beta. One round is
 
             d = a (v_anchor - v) + c (u - v_residual),     u = x_1 - x_0.
 
-With W the weight of x_1 under the law of the next eta, and a its weight under the law of the anchor, c = W - a makes
+With W the weight of x_1 under the law of the next eta, A its weight under that of the anchor, a = s A and c = W - a,
 
-    d = W (u - v) - a (u - v_anchor),
+    d = W (u - v) - s A (u - v_anchor),
 
-whose mean given x_t vanishes for v the field of the next law: E[W (u - v)] = 0 there, and E[a (u - v_anchor)] = 0 for the
-field of the anchor's own law. So every round is exact, and the second term is there to cancel noise. The weights follow from
-the rewards alone, for samples of this round and of earlier ones together (`tiltflow.laws.exponential_family`). Where W = 1
-and a = 1, as for a reward that is constant, d is zero at the anchor, sample by sample: what the model does not do perfectly is
-left as it is, and not learned again from its own samples.
+whose mean given x_t vanishes for v the field of the next law: E[W (u - v)] = 0 there, and E[A (u - v_anchor)] = 0 for the
+field of the anchor's own law. So every round is exact, and the second term, a control variate, is there to cancel noise: most
+of it for s = E[W A] / E[A^2], which is 1 for the samples of the anchor's law, and falls as the two laws part. The weights
+follow from the rewards alone, for samples of this round and of earlier ones together (`tiltflow.laws.exponential_family`).
+Where W = A = 1, as for a reward that is constant, d is zero at the anchor, sample by sample: what the model does not do
+perfectly is left as it is, and not learned again from its own samples.
 
     anchor old, own samples     a = 1, c = W - 1: implicit tilt matching as published. Errors of the rounds add up.
-    anchor base, own samples    a = exp(-eta r) / mean: the reverse form. It corrects what earlier rounds got wrong, but its
-                                noise grows with eta, and for some rewards E exp(-eta r) does not exist.
-    anchor base, earlier ones   both, and a is bounded, as samples of the base itself are among them. (default)
+    anchor base, own samples    A = exp(-eta r) / mean: the reverse form. It corrects what earlier rounds got wrong, the less
+                                so the further eta is: for some rewards E exp(-eta r) does not exist.
+    anchor base, earlier ones   both, and A is bounded, as samples of the base itself are among them. (default)
     anchor none                 a = 0, c = W: reward weighting, the same laws with far more noise: it grows with the square of
                                 the number of rounds.
 
@@ -216,7 +217,7 @@ class TiltMatching(Tempered):
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base exp(r / beta), and how near to it this member of the family comes."""
-        if self.coefficient == "exponential":
+        if self.coefficient == "exponential" and self.residual == "current":
             return exponential_tilt(self.beta)
         kind = "nft" if self.fixed_rise is not None else "explicit" if self.anchor == "old" else self.residual
         reaches, caveat = REACHES["explicit" if kind == "old" else kind]
@@ -317,7 +318,9 @@ class TiltMatching(Tempered):
             family = Pooled.of(rewards, recalled.tilts[members])
             weights[members] = family.weights(state.aim)
             if self.anchor != "none":
-                pull[members] = family.weights(state.tilt if self.anchor == "old" else 0.0)
+                of_anchor = family.weights(state.tilt if self.anchor == "old" else 0.0)
+                # the share of the anchor's term that cancels most noise, as of any control variate
+                pull[members] = of_anchor * (weights[members] * of_anchor).mean() / of_anchor.square().mean()
             gain[members] = weights[members] - pull[members]
             divergence += family.divergence(state.aim) / len(recalled.groups)
         if self.coefficient == "linear":

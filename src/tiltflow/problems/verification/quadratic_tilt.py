@@ -124,6 +124,7 @@ class QuadraticTilt(ExactBase):
             "control_error": control_error(trained.tuned, law, target, generator),
             "loss": trained.record.metrics["loss"],
             "path_kl": trained.record.metrics.get("path_kl"),
+            "inverse_temperature": trained.record.metrics.get("inverse_temperature"),
             "path_kl_exact": target.expectation(reward) / beta - law.log_partition(reward, beta),
         }
         return Findings(values, [self._reached(trained, values)])
@@ -131,6 +132,7 @@ class QuadraticTilt(ExactBase):
     def _reached(self, trained: Trained[GaussianMixture], values: dict[str, Any]) -> Table:
         """The distances to the exact law, and what else can be compared with exact values."""
         span, kl, own = values["span"], values["path_kl"], values["own_steps"]
+        eta, beta = values["inverse_temperature"], temperature(trained.method, trained.iterations)
         rows: dict[str, Check | str] = {
             "sliced W2 to the exact target": to_law(values["distance"], values["floor"]),
             "floor": Check(values["floor"], values["floor_std"]),
@@ -153,6 +155,7 @@ class QuadraticTilt(ExactBase):
             "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
             "relative error of the control": Check(values["control_error"], format=".1%"),
             **({"path KL": Check(kl, theory=values["path_kl_exact"])} if kl is not None else {}),
+            **({"inverse temperature at the end": Check(eta, theory=1 / beta)} if eta is not None else {}),
             **tilt_rows(values),
             "cost": trained.cost,
         }
