@@ -96,6 +96,13 @@ SHORT: dict[str, Any] = {
     "score-as-action": tiltflow.ScoreAsAction(preset="ddpo", num_inference_steps=4),
     "orw-cfm-w2": tiltflow.OrwCfmW2(num_inference_steps=4, min_effective_sample_size=1, num_passes=1),
     "tilt-matching": tiltflow.TiltMatching(num_inference_steps=4, min_effective_sample_size=1, num_passes=1),
+    "path-reweighted": tiltflow.PathReweighted(
+        num_inference_steps=4,
+        path_steps=4,
+        first=tiltflow.AdjointMatching(num_inference_steps=4),
+        min_effective_sample_size=1,
+        num_passes=1,
+    ),
 }
 
 

@@ -18,10 +18,14 @@ from tiltflow.errors import CollapseError, NonFiniteError
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
+from tiltflow.laws.chain_optimum import solve, tilted_chain
+from tiltflow.laws.gaussian_mixture import QuadraticReward, mixture
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.path_reweighted import LOOK_AGAIN, SHARES, PathReweighted, Pool, State, dealt
 from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.problems.verification.quadratic_tilt import best_of_chain
 from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.runs.caveats import weights_in_words
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
@@ -187,6 +191,36 @@ def test_the_size_of_several_groups_is_their_harmonic_mean_whatever_their_consta
     torch.testing.assert_close(both, 2 / (1 / one + 1 / other))
 
 
+# ---- what is left: the law of the base's own chain ----
+
+
+def test_what_is_left_on_one_gaussian_is_the_error_of_the_base_chain() -> None:
+    base = mixture(torch.tensor([[affine.MEAN]]).double(), (1.0,), affine.VARIANCE**0.5)
+    reward = QuadraticReward(torch.tensor([0.45]).double(), 0.4)
+    found = tilted_chain(CHAIN, base, reward, 0.5)
+    points, probabilities = (torch.from_numpy(each) for each in (found.axes[0], found.weights))
+    mean = probabilities @ points
+    assert (mean.item(), (probabilities @ (points - mean) ** 2).item()) == pytest.approx(tilted(0.9, 0.8), abs=1e-6)
+    exact = tilted(0.9, 0.8)
+    assert found.reward == pytest.approx(0.45 * exact[0] - 0.2 * (exact[0] ** 2 + exact[1]), abs=1e-6)
+    ours, theirs = (torch.distributions.Normal(m, v**0.5) for m, v in (exact, tilted(0, 0)))
+    assert found.path_kl == pytest.approx(torch.distributions.kl_divergence(ours, theirs).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "left", "of_control"), [(15, 0.0484, 0.2324), (40, 0.0186, 0.112)])
+def test_what_is_left_on_two_modes_is_a_fifth_of_what_the_best_control_leaves(
+    steps: int, left: float, of_control: float
+) -> None:
+    base = mixture(torch.tensor([[-1.5], [1.5]]).double(), (0.6, 0.4), (0.15**0.5, 0.3**0.5))
+    reward = QuadraticReward(torch.tensor([0.8]).double(), 0.7)
+    found = best_of_chain(PathReweighted(num_inference_steps=steps, path_steps=steps), base, reward, 0.6)["chain_optimum"]
+    assert found["distance"] == pytest.approx(left, abs=1e-4)
+    assert found["num_inference_steps"] == steps
+    chain = Sampling(num_inference_steps=steps).chain()
+    control = solve(chain, chain.energy, base, reward, 0.6)
+    assert control.sliced_w2(base.tilt(reward, 0.6)) == pytest.approx(of_control, abs=1e-3)
+
+
 # ---- rounds ----
 
 
@@ -316,18 +350,22 @@ class Constant(nn.Module):
         return self.value.expand_as(x)
 
 
-def test_the_gradient_of_the_loss() -> None:
-    """At v = c: 2 (c - E_w[x_1]), as noise has mean zero."""
+@pytest.mark.parametrize("neighbours", [1, 100])
+def test_the_gradient_of_the_loss(neighbours: int) -> None:
+    """At v = c: 2 (c - E_w[x_1]), as noise has mean zero, however many samples are seen together."""
     flow = Flow(Constant(0.3))
     pool, weights = torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([0.5, 0.2, 0.3])
     batch = Batch(torch.zeros(20_000, 1), flow, flow, linear, stream(0, "gradient"))
-    measured = PathReweighted()._regress(batch, flow, pool, weights)
+    measured = PathReweighted(neighbours=neighbours)._regress(batch, flow, pool, weights, [torch.arange(3)])
     (value,) = flow.parameters()
     assert value.grad is not None
     assert value.grad.item() == pytest.approx(2 * (0.3 - 0.95), abs=4 * 2 * 1.5 / 20_000**0.5)
-    # |c - x_1 + x_0|^2
+    # |c - x_1 + x_0|^2, of a single sample
     spread = float(weights @ (pool[:, 0] - 0.3) ** 2)
-    assert measured["loss"] == pytest.approx(1 + spread, abs=0.1)
+    if neighbours == 1:
+        assert measured["loss"] == pytest.approx(1 + spread, abs=0.1)
+    else:
+        assert measured["loss"] < 0.8 * (1 + spread)
 
 
 class Shifted(nn.Module):
@@ -538,8 +576,18 @@ def test_the_first_method_lasts_a_share_of_the_run_or_a_number_of_steps() -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [15, 40])
 def test_two_modes_are_reached_by_the_ode(steps: int) -> None:
-    """The mixture of `docs/exactness.md`: the best control of a chain of 15 steps is at .234, of 40 at .116."""
-    mixture = ["dimension=1", "means=[[-1.5],[1.5]]", "weights=[.6,.4]", "scale=[.3873,.5477]", "linear=0.8", "quadratic=0.7"]
-    found = verify(read_verification("mixture", "path-reweighted", [*mixture, "beta=0.6", f"num_inference_steps={steps}"]))
+    """The mixture of `docs/exactness.md`: the best control of a chain of 15 steps is at .232, of 40 at .112."""
+    two = ["dimension=1", "means=[[-1.5],[1.5]]", "weights=[.6,.4]", "scale=[.3873,.5477]", "linear=0.8", "quadratic=0.7"]
+    found = verify(read_verification("mixture", "path-reweighted", [*two, "beta=0.6", f"num_inference_steps={steps}"]))
     assert found.values["distance_ode"] < 0.04
     assert found.values["network_evaluations"] < 27e6
+
+
+def test_a_run_says_when_it_learned_from_few_samples() -> None:
+    (said,) = weights_in_words({"effective_sample_size": 12.4, "relative_size": 0.002})
+    assert "were worth 12 equally weighted ones, 0.2% of their number" in said
+    assert len(weights_in_words({"effective_sample_size": 500.0, "relative_size": 0.049})) == 1
+    assert len(weights_in_words({"effective_sample_size": 99.0, "relative_size": 0.9})) == 1
+    assert weights_in_words({"effective_sample_size": 100.0, "relative_size": 0.05}) == []
+    assert weights_in_words({"effective_sample_size": 2.0}) == []
+    assert weights_in_words({"loss": 1.0}) == []

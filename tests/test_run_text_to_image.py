@@ -70,6 +70,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"num_inference_steps": 3},
     "score-as-action": {"preset": "ddpo", "num_inference_steps": 3},
     "orw-cfm-w2": {"num_inference_steps": 3, "num_passes": 2, "min_effective_sample_size": 1},
+    "path-reweighted": {
+        "num_inference_steps": 3,
+        "path_steps": 3,
+        "num_passes": 1,
+        "min_effective_sample_size": 1,
+        "first": {"name": "adjoint-matching"},
+        "first_steps": 1,
+    },
 }
 
 

@@ -123,6 +123,19 @@ def solve(
     return ChainOptimum([axis.points for axis in axes], law, mean_reward, mean_reward / beta - gain)
 
 
+def tilted_chain(chain: Chain, base: GaussianMixture, reward: QuadraticReward, beta: float) -> ChainOptimum:
+    """The law of the ends of the uncontrolled chain, tilted by exp(r / beta): what weights of its paths stand for. Its path KL
+    is that from the chain's own ends. Raises InputError as `solve` does."""
+    free = solve(chain, torch.zeros(len(chain), dtype=torch.float64), base, reward, beta)
+    points = np.stack(np.meshgrid(*free.axes, indexing="ij"), -1).reshape(-1, len(free.axes))
+    rewards: Array = reward(torch.from_numpy(points)).numpy().reshape(free.weights.shape)
+    tilt = np.exp((rewards - rewards.max()) / beta)
+    weights = free.weights * tilt / (free.weights * tilt).sum()
+    mean = float((weights * rewards).sum())
+    log_mean = math.log(float((free.weights * tilt).sum())) + float(rewards.max()) / beta
+    return ChainOptimum(free.axes, weights, mean, mean / beta - log_mean)
+
+
 class Axis:
     """Cubic splines on equally spaced points of the line."""
 

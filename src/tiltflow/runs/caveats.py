@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tiltflow.evaluation.estimates import mean_estimate
+from tiltflow.evaluation.importance_weights import FEW
 from tiltflow.laws.target import Target
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.kl_budget import FREEZE, MEASURED
@@ -16,6 +17,8 @@ from tiltflow.training.settings import GuidanceMode
 
 MISSED = 0.1
 """Relative deviation of a KL from its budget that is said, beyond two standard errors."""
+UNEVEN = 0.05
+"""Relative effective sample size below which a run says that its law is that of few samples."""
 
 
 def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
@@ -101,6 +104,22 @@ def reach_in_words(target: Target) -> list[str]:
     return [
         "The method reaches its target law only to first order in the strength of the tilt: the stronger it is, the further its"
         " own law is from that."
+    ]
+
+
+def weights_in_words(metrics: Mapping[str, float]) -> list[str]:
+    """The sentence that says that few of the weighted samples that a run learned from carried the law, if they were few.
+
+    Args:
+        metrics: of the last optimizer step.
+    """
+    size, share = metrics.get("effective_sample_size"), metrics.get("relative_size")
+    if size is None or share is None or (size >= FEW and share >= UNEVEN):
+        return []
+    return [
+        f"The weighted samples that the model last learned from were worth {size:.0f} equally weighted ones, {share:.1%} of"
+        " their number: it has the law of those few. Raise beta, draw more samples, or begin with a method that comes nearer"
+        " (method.first)."
     ]
 
 

@@ -34,6 +34,7 @@ from tiltflow.runs.caveats import (
     guidance_limits,
     left_out_in_words,
     reach_in_words,
+    weights_in_words,
 )
 from tiltflow.runs.looks import of_monitor
 from tiltflow.runs.reached import balance, of_achieved_tilt, states_of
@@ -90,6 +91,7 @@ def evaluate(
             *calibrated["limits"],
             *budget["limits"],
             *annealing_in_words(target.beta, records[-1]),
+            *weights_in_words(records[-1]),
             *guidance_limits(run.training.guidance_mode),
             *left_out_in_words(*samples.left_out, len(asked)),
         ],

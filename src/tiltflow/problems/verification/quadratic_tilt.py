@@ -19,6 +19,7 @@ from tiltflow.laws import chain_optimum
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, Vector, optimal_control, span_of_tilt, vector
 from tiltflow.methods import Tilting
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.methods.path_reweighted import PathReweighted
 from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
 from tiltflow.problems.verification.exact_base import ExactBase, tilt_reached, tilt_rows
 from tiltflow.samplers.grid import time_grid
@@ -197,17 +198,20 @@ def temperature(method: Method, iterations: int) -> float:
 
 
 def best_of_chain(method: Method, law: GaussianMixture, reward: QuadraticReward, beta: float) -> dict[str, Any]:
-    """`chain_optimum`: what the best control of the method's own chain reaches, so that a run that has not converged is told
-    from a chain that cannot come closer. None, with the reason, where it is not computed.
+    """`chain_optimum`: what the best control of the method's own chain reaches, or what weights of its paths stand for, so that
+    a run that has not converged is told from a chain that cannot come closer. None, with the reason, where it is not computed.
 
     `distance` is W2 to the tilted law in one dimension, sliced W2 in two; it has no Monte-Carlo floor.
     """
-    priced = method.priced_chain() if isinstance(method, Tilting) else None
-    if priced is None:
-        return {"chain_optimum": None, "chain_optimum_missing": "the method does not control a chain at a price"}
-    chain, energy = priced
     try:
-        best = chain_optimum.solve(chain, energy, law, reward, beta)
+        if isinstance(method, PathReweighted):
+            chain = method.chain()
+            best = chain_optimum.tilted_chain(chain, law, reward, beta)
+        elif isinstance(method, Tilting) and (priced := method.priced_chain()) is not None:
+            chain = priced[0]
+            best = chain_optimum.solve(*priced, law, reward, beta)
+        else:
+            return {"chain_optimum": None, "chain_optimum_missing": "the method does not control a chain at a price"}
     except InputError as error:
         return {"chain_optimum": None, "chain_optimum_missing": str(error)}
     found = {
