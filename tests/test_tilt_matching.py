@@ -406,7 +406,7 @@ def test_which_law_each_preset_reaches() -> None:
 
 @pytest.mark.parametrize(("preset", "reward"), [("ram", 0.27944), ("adrpo", 0.27591)])
 def test_the_law_at_which_rounds_around_the_base_settle(preset: Any, reward: float) -> None:
-    """On two modes under tanh x, at beta = 2.5: see test_forward_process.py, and test_laws_of_networks.py for networks."""
+    """On two modes under tanh x, at beta = 2.5: see test_forward_process.py."""
     problem = TwoModes()
     law = TiltMatching(preset=preset, beta=2.5).target(100).law(problem.law(), problem.reward_at)
     assert law.expectation(np.tanh) == pytest.approx(reward, abs=2e-5)
