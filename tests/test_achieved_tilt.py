@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from affine import LINEAR, QUADRATIC, on_gaussian, riccati
 from scipy.integrate import quad
 from tiny import tiny_recipe
 from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.conditions import Item
+from tiltflow.control.path_weights import draw_paths
 from tiltflow.evaluation.achieved_tilt import measure, regression
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
@@ -28,6 +30,8 @@ from tiltflow.laws.target import exponential_tilt
 from tiltflow.models.model import Model
 from tiltflow.runs.reached import States, of_achieved_tilt
 from tiltflow.runs.recipe import Recipe
+from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.solvers.memoryless import memoryless
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
@@ -158,6 +162,32 @@ def test_micro_batches_and_conditions_change_nothing() -> None:
         whole = partial(by_flow_matching, generator=stream(5, "noise")) if estimate is not by_ode else by_ode
         assert_close(parts, whole(tuned, field(STANDARD), x))
         assert ((parts != 0) == (labels == 1)).all()
+
+
+@pytest.mark.parametrize(("steps", "slope", "r2"), [(10, 0.7653, 0.721), (20, 0.8888, 0.863), (40, 0.9459, 0.932)])
+def test_the_paths_of_the_best_control_of_few_steps_have_part_of_the_tilt(steps: int, slope: float, r2: float) -> None:
+    """Gaussian steps cannot narrow a law as its velocity could; of a linear reward the paths have all of the tilt, exactly."""
+    chain = memoryless(time_grid(steps), denoise=False)
+    affine = on_gaussian(chain)
+    x0 = torch.randn(40_000, 1, generator=stream(8, "x"))
+    for linear, quadratic in ((LINEAR, QUADRATIC), (1.0, 0.0)):
+        controls = torch.stack(riccati(affine, linear, quadratic))
+
+        def tuned(x: Tensor, t: Tensor, controls: Tensor = controls) -> Tensor:
+            k = int((chain.times - t).abs().argmin())
+            w = controls[0, k] * x + controls[1, k]
+            return STANDARD.velocity(x, t) + chain.std[k] / chain.v_scale[k] * w
+
+        drawn = torch.zeros(len(x0), dtype=torch.bool)
+        paths = draw_paths(chain, FunctionField(tuned), field(STANDARD), x0, drawn, stream(8, "paths"))
+        assert paths.log_ratio is not None
+        reward = QuadraticReward(torch.tensor([linear]), quadratic)
+        found, share = regressed(paths.log_ratio[None], reward(paths.ends))
+        if quadratic:
+            assert abs(found.value - slope) < 4 * found.standard_error < 0.03
+            assert abs(share.value - r2) < 4 * share.standard_error < 0.03
+        else:
+            assert (found.value, share.value) == pytest.approx((1, 1))
 
 
 # ---- the regression ----

@@ -15,17 +15,18 @@ from tiny import tiny_flow, tiny_recipe
 
 import tiltflow
 from tiltflow.conditions import Item
-from tiltflow.control.path_kl import path_costs
+from tiltflow.control.path_weights import draw_paths
 from tiltflow.errors import InputError
 from tiltflow.evaluation.distances import kolmogorov_smirnov, reward_distance
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.metrics.distance_to_base import distance_to_base
-from tiltflow.evaluation.samples import Asked
-from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
+from tiltflow.evaluation.samples import Asked, Instruments
+from tiltflow.flows.field import FunctionField
+from tiltflow.laws.gaussian_mixture import GaussianMixture
 from tiltflow.laws.target import exponential_tilt
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.caveats import annealing_in_words, budget_in_words, calibration_in_words, reach_in_words
-from tiltflow.runs.evaluate import of_path_kl
+from tiltflow.runs.caveats import annealing_in_words, budget_in_words, calibration_in_words, modes_in_words, reach_in_words
+from tiltflow.runs.evaluate import of_paths
 from tiltflow.runs.recipe import Recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
 from tiltflow.samplers.sampling import Sampling
@@ -96,15 +97,24 @@ def test_the_path_kl_is_fresh_and_bounds_the_divergence_of_the_samples(tmp_path:
         def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return network(x, time) + 0.03
 
-    asked = Asked.of_samples(16)
-    found = of_path_kl(recipe, replace(base, flow=replace(base.flow, network=Moved())), base, asked)
+    def found_of(recipe: Recipe, tuned: Any) -> dict[str, Any]:
+        asked, target = Asked.of_samples(16), exponential_tilt(1.0)
+        instruments = Instruments({"ink": lambda x: x.mean((1, 2, 3))}, None, None, 16, "cpu")
+        return of_paths(recipe, target, tuned, base, asked, instruments, lambda rewards, asked: rewards)
+
+    found = found_of(recipe, replace(base, flow=replace(base.flow, network=Moved())))
     chain = Sampling(num_inference_steps=4, shift=2.0).chain()
     assert found["path_kl"] == pytest.approx((chain.control_scale**2).sum().item() / 2 * 0.03**2 * 64, rel=1e-3)
     assert found["path_kl_error"] < 1e-3 * found["path_kl"]
-    assert of_path_kl(recipe, base, base, asked)["path_kl"] == 0
+    assert (
+        abs(found["achieved_tilt_path"]) > 4 * found["achieved_tilt_path_error"] > 0
+    )  # a shift of all pixels is one of the ink
+    of_base = found_of(recipe, base)
+    assert of_base["path_kl"] == of_base["achieved_tilt_path"] == 0
+    assert of_base["achieved_tilt_path_r2"] is None
     ode = recipe_of(tmp_path / "recipe.yaml", "method={name: score-as-action, solver: euler, estimator: pathwise}")
-    absent = of_path_kl(ode, base, base, asked)
-    assert absent["path_kl"] is None
+    absent = found_of(ode, base)
+    assert absent["path_kl"] is absent["achieved_tilt_path"] is None
     assert "no noise" in absent["path_kl_absent"]
 
 
@@ -116,7 +126,8 @@ def test_the_path_kl_of_a_tilted_normal_law_is_that_of_the_law(generator: torch.
     x = torch.randn(4000, 1, generator=generator)
     for steps, slack in ((40, 0.15), (320, 0.03)):
         chain = Sampling(num_inference_steps=steps).chain()
-        costs = path_costs(chain, ExactVelocity(tilted), ExactVelocity(base), x, generator)
+        of_tuned, of_base = (FunctionField(law.velocity) for law in (tilted, base))
+        costs = draw_paths(chain, of_tuned, of_base, x, torch.zeros(len(x), dtype=torch.bool), generator).costs
         error = 4 * costs.std().item() / len(costs) ** 0.5
         assert costs.mean().item() == pytest.approx(shift**2 / 2, rel=slack, abs=error)
 
@@ -185,6 +196,25 @@ def test_a_kl_budget_that_was_met_or_not() -> None:
     assert "cannot be tilted so far" in limited
     (unseen,) = budget_in_words(0.5, records(0.7, key="other"))["limits"]
     assert "no KL was measured" in unseen
+
+
+def test_a_model_that_has_not_found_a_mode_says_so() -> None:
+    """Two modes eight standard deviations apart, of which one was asked for: a path KL of .038 of .336."""
+    far = {"path_kl": 0.038, "path_kl_error": 0.002, "path_kl_target": 0.336, "path_kl_target_error": 0.02}
+    tilt = {"achieved_tilt": 0.06, "achieved_tilt_error": 0.01}
+    (said,) = modes_in_words(far | tilt)
+    assert said.startswith(
+        "The paths spend 0.038 of the 0.34 nats that the target law costs, and the model has 0.06 of the tilt"
+    )
+    for change in (
+        {"achieved_tilt": 0.49},
+        {"achieved_tilt": None},
+        {"path_kl": 0.17},
+        {"path_kl_target": 0.1, "path_kl_target_error": 0.015},
+        {"path_kl": None},
+        {"path_kl_target": None},
+    ):
+        assert modes_in_words(far | tilt | change) == []
 
 
 def test_the_folder_alone_is_enough(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from tiltflow import accept_changes, load, load_text_to_image
 from tiltflow.commands.terminal.app import app
 from tiltflow.conditions import Item
-from tiltflow.control.path_kl import path_kl
+from tiltflow.control.path_kl import tuned_paths
 from tiltflow.errors import InputError, Interrupted, Note
 from tiltflow.evaluation.estimates import effective_number
 from tiltflow.evaluation.features import distances_to_reference
@@ -199,7 +199,7 @@ def test_the_path_kl_is_that_of_the_definition(tmp_path: Path) -> None:
     exact = (chain.control_scale**2).sum().item() * shift**2 * size / 2
     for texts, batch_size in (("aa", 2), ("aabb", 4), ("aabb", 3)):
         items = [Item(text) for text in texts]
-        found = path_kl(moved, model, items, model.sampling, seed=0, batch_size=batch_size)
+        found = tuned_paths(moved, model, items, model.sampling, seed=0, batch_size=batch_size).costs
         torch.testing.assert_close(found, torch.full_like(found, exact), rtol=1e-3, atol=0)
 
 

@@ -14,7 +14,7 @@ from affine import on_gaussian
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiltflow.control.path_kl import path_costs
+from tiltflow.control.path_weights import draw_paths
 from tiltflow.errors import InputError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
@@ -535,7 +535,9 @@ def test_euler_maruyama_needs_a_start_above_pure_noise() -> None:
 def test_the_costs_of_a_constant_change_of_velocity() -> None:
     """sum_k |w_k|^2 / 2 with w_k the change in units of the noise, over the steps that have some."""
     chain, change = memoryless(time_grid(5)), torch.tensor([0.3, -0.1])
-    costs = path_costs(chain, lambda x, t: gaussian_flow(x, t) + change, gaussian_flow, torch.zeros(3, 2), stream(1))
+    tuned = FunctionField(lambda x, t: gaussian_flow(x, t) + change)
+    drawn = torch.zeros(3, dtype=torch.bool)
+    costs = draw_paths(chain, tuned, FunctionField(gaussian_flow), torch.zeros(3, 2), drawn, stream(1)).costs
     expected = (chain.v_scale[:4] / chain.std[:4]).square().sum() * change.square().sum() / 2
     assert_close(costs, expected.expand(3))
 

@@ -20,6 +20,9 @@ MISSED = 0.1
 UNEVEN = 0.05
 """Relative effective sample size below which a run says that its law is that of few samples."""
 
+FAR = 0.5
+"""Share of the target law's KL, and of the tilt, below which a run says that it has not found its target."""
+
 
 def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
     """The sentence that says which samples the numbers of a summary are not of, if any."""
@@ -75,6 +78,27 @@ def budget_in_words(budget: float | None, records: Sequence[Mapping[str, Any]]) 
         )
         entries["limits"] = [f"{said} {reached}; {why}."]
     return entries
+
+
+def modes_in_words(summary: Mapping[str, Any]) -> list[str]:
+    """The sentence that says that a run has found little of its target law: its paths cost far less than those of that law, and
+    its samples have far less of the tilt.
+
+    Args:
+        summary: of the run, its limits apart.
+    """
+    keys = ("path_kl", "path_kl_target", "achieved_tilt")
+    paths, target, tilt = (summary.get(key) for key in keys)
+    if paths is None or target is None or tilt is None:
+        return []
+    of_paths, of_target, of_tilt = (summary[f"{key}_error"] for key in keys)
+    if paths + 2 * of_paths >= FAR * (target - 2 * of_target) or tilt + 2 * of_tilt >= FAR:
+        return []
+    return [
+        f"The paths spend {paths:.2g} of the {target:.2g} nats that the target law costs, and the model has {tilt:.2f} of the"
+        " tilt that was asked for: it has not found what the reward prefers, such as a mode far from the others. More steps may"
+        " find it, or a method that weighs base samples: tilt-matching, path-reweighted."
+    ]
 
 
 def annealing_in_words(beta: float | None, record: Mapping[str, Any]) -> list[str]:

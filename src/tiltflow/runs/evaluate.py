@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiltflow import __version__, processes
-from tiltflow.control.path_kl import path_kl
+from tiltflow.control.path_kl import tuned_paths
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import over_groups
@@ -33,11 +33,12 @@ from tiltflow.runs.caveats import (
     calibration_in_words,
     guidance_limits,
     left_out_in_words,
+    modes_in_words,
     reach_in_words,
     weights_in_words,
 )
 from tiltflow.runs.looks import of_monitor
-from tiltflow.runs.reached import balance, of_achieved_tilt, states_of
+from tiltflow.runs.reached import TILT_OF_PATHS, balance, of_achieved_tilt, states_of, tilt_of_paths
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.runs.run_files import read_records
 from tiltflow.streams import stream
@@ -97,7 +98,7 @@ def evaluate(
         ],
         **mean_rewards(samples, of_base, of_tuned, asked, instruments.own),
         **entries,
-        **of_path_kl(run, tuned, base, asked),
+        **of_paths(run, target, tuned, base, asked, instruments, tilted),
         "diversity_in": in_words(instruments, settings.features, base),
         "table": table,
         "seconds": records[-1]["seconds"],
@@ -111,6 +112,7 @@ def evaluate(
     if guided(base, asked, settings.first):
         # of the law of guided samples: not to be held against paths without guidance
         summary |= dict.fromkeys(("path_kl_target", "path_kl_target_error"))
+    summary["limits"] += modes_in_words(summary)
     summary |= conclude([*tests, *found.tests], summary)
     summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
     return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid)
@@ -210,19 +212,33 @@ def mean_rewards(samples: Samples, of_base: Drawn, of_tuned: Drawn, asked: Asked
     }
 
 
-def of_path_kl(run: RunSettings, tuned: GenerativeModel, base: GenerativeModel, asked: Asked) -> dict[str, Any]:
+def of_paths(
+    run: RunSettings,
+    target: Target,
+    tuned: GenerativeModel,
+    base: GenerativeModel,
+    asked: Asked,
+    instruments: Instruments,
+    tilted: Callable[[Tensor, Asked], Tensor],
+) -> dict[str, Any]:
     """`path_kl` of the summary, fresh and with its standard error: of the memoryless samplers of both models, without guidance,
-    on the grid that the evaluation samples on. None, and `path_kl_absent` says why, for a method that tunes a solver without
-    noise."""
+    on the grid that the evaluation samples on; and the achieved tilt of these paths. None, and `path_kl_absent` says why, for a
+    method that tunes a solver without noise."""
     settings, tuned_solver = run.evaluation, run.method.sampling
     if isinstance(run.method, Tilting) and not tuned_solver.has_noise:
-        return dict.fromkeys(("path_kl", "path_kl_error")) | {"path_kl_absent": tuned_solver.limits(tuned.grid)[0]}
-    paths = of_paths(asked)
-    costs = path_kl(tuned, base, paths.items, settings.first, seed=run.seed, batch_size=settings.at_once)
-    return {**over_groups(costs, paths.together).named("path_kl"), "path_kl_absent": None}
+        absent = dict.fromkeys(("path_kl", "path_kl_error", *TILT_OF_PATHS))
+        return absent | {"path_kl_absent": tuned_solver.limits(tuned.grid)[0]}
+    chosen = asked_of_paths(asked)
+    paths = tuned_paths(tuned, base, chosen.items, settings.first, seed=run.seed, batch_size=settings.at_once)
+    tilt = partial(tilt_of_paths, run, target, tuned, chosen, paths, instruments, tilted)
+    return {
+        **over_groups(paths.costs.cpu(), chosen.together).named("path_kl"),
+        **(tilt() if isinstance(run.method, Tilting) else dict.fromkeys(TILT_OF_PATHS)),
+        "path_kl_absent": None,
+    }
 
 
-def of_paths(asked: Asked) -> Asked:
+def asked_of_paths(asked: Asked) -> Asked:
     """The samples whose paths are looked at: of each class as many, of as many prompts as possible."""
     if asked.kind != "prompt":
         return asked.some(max(1, min(MOST_PATHS, len(asked)) // asked.groups))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltflow.control.path_weights import WeightedPaths
 from tiltflow.evaluation import achieved_tilt as tilts
 from tiltflow.evaluation.log_ratio import EVALUATIONS
 from tiltflow.evaluation.samples import Asked, Instruments, Samples
@@ -22,6 +23,8 @@ from tiltflow.streams import stream
 
 MOST, FEWEST, MOST_DECODED = 1024, 32, 256
 """Samples for the achieved tilt, and states that are drawn where samples are decoded."""
+
+TILT_OF_PATHS = ("achieved_tilt_path", "achieved_tilt_path_error", "achieved_tilt_path_r2")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,34 @@ def of_achieved_tilt(
         of_group = "" if asked.groups == 1 else f" of each {asked.kind}"
         return absent(f"The reward is the same for all samples{of_group}, so that nothing can be tilted by it.")
     return found.entries() | {"achieved_tilt_samples": len(states.x), "achieved_tilt_absent": None}
+
+
+@torch.no_grad()
+def tilt_of_paths(
+    run: RunSettings,
+    target: Target,
+    tuned: GenerativeModel,
+    asked: Asked,
+    paths: WeightedPaths,
+    instruments: Instruments,
+    tilted: Callable[[Tensor, Asked], Tensor],
+) -> dict[str, Any]:
+    """The entries of the achieved tilt of the paths of a sampler in a summary: of their log ratio to the base's paths, which is
+    that of the chain as it is run. In many steps it is r / beta without any noise, up to a constant, if the control is optimal.
+    None where the reward does not vary.
+
+    Args:
+        asked: what the paths are of.
+        tilted: rewards of samples -> (normalised) rewards that the target law tilts by.
+    """
+    x = tuned.decode(paths.ends, batch_size=run.evaluation.at_once) if tuned.has_decoder else paths.ends
+    log_tilt = target.log_tilt(tilted(instruments.scores(x, asked)[instruments.own], asked))
+    assert paths.log_ratio is not None
+    found = tilts.regression(paths.log_ratio[None], log_tilt, asked.groups, strata=asked.kind != "prompt")
+    if found is None:
+        return dict.fromkeys(TILT_OF_PATHS)
+    slope, r2 = found
+    return dict(zip(TILT_OF_PATHS, (slope.value, slope.standard_error, None if r2 is None else r2.value), strict=True))
 
 
 def absent(why: str) -> dict[str, Any]:

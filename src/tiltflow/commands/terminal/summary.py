@@ -84,6 +84,8 @@ def distances(summary: dict[str, Any]) -> dict[str, str]:
     if summary["achieved_tilt"] is not None:
         r2 = f"; R² {with_error(summary, 'achieved_tilt_r2')}" if summary["achieved_tilt_r2"] is not None else ""
         rows["achieved tilt"] = f"{with_error(summary, 'achieved_tilt')} of the tilt that was asked for{r2}"
+        if summary["achieved_tilt_path"] is not None:
+            rows["achieved tilt"] += f"; of the memoryless paths {with_error(summary, 'achieved_tilt_path')}"
     if "own_law_balance" in summary:
         balance = with_error(summary, "own_law_balance")
         rows["pull over penalty"] = f"{balance}   (1 at the limit of the rounds; below 1, noise was learned)"

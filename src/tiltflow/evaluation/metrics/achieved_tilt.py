@@ -23,6 +23,20 @@ METRICS = (
         compared=True,
     ),
     Metric(
+        "achieved_tilt_path",
+        "Achieved tilt of the paths",
+        "The same of the paths of the memoryless sampler, with the steps of the evaluation. Steps of Gaussian noise leave part"
+        " of the tilt out, the fewer the more; where the velocity has more of it, an ODE draws samples that are nearer.",
+        section=Section.CLOSE,
+    ),
+    Metric(
+        "achieved_tilt_path_r2",
+        "R² of the paths",
+        "Share of the variance of the paths' log ratio to the base's that the tilt explains: in many steps 1 if the control is"
+        " optimal.",
+        section=Section.CLOSE,
+    ),
+    Metric(
         "achieved_tilt_samples",
         "Samples of the tilt",
         "Number of samples of the tuned model over which the achieved tilt is measured.",
