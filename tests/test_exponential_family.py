@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
+from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt, tilt_of
 from tiltflow.problems.two_modes import TwoModes
 
 COUNT = 20_000
@@ -130,3 +130,18 @@ def test_rewards_that_spread_too_far_are_refused() -> None:
 def test_the_effective_share() -> None:
     assert effective_share(torch.tensor([1.0, 3.0])) == pytest.approx(0.8)
     assert effective_share(torch.tensor([0.0, 0.0, 0.0, 5.0])) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("tilt", [0.6, 1.0, 1.4])
+def test_a_tilt_is_found_by_its_mean_reward(tilt: float) -> None:
+    mean = rewards_at(tilt).mean().item()
+    for family in (pooled(0.0), pooled(0.0, 0.8)):
+        assert tilt_of([(family, mean)], 1.0) == pytest.approx(tilt, abs=2e-3)
+        assert tilt_of([(family, mean), (family, mean + 0.01), (family, mean - 0.01)], 1.0) == pytest.approx(tilt, abs=2e-3)
+    mirrored = Pooled.of(-rewards_at(0.0), torch.zeros(COUNT))
+    assert tilt_of([(mirrored, -mean)], -1.0) == pytest.approx(-tilt, abs=2e-3)
+
+
+def test_a_tilt_is_not_looked_for_far_from_where_it_should_be() -> None:
+    assert tilt_of([(pooled(0.0), -0.5)], 2.0) == pytest.approx(1.0)
+    assert tilt_of([(pooled(0.0), 0.999)], 2.0) == pytest.approx(3.0)

@@ -66,10 +66,13 @@ class Pooled:
         """log Z(eta), up to the same constant for every eta."""
         return float(torch.logsumexp(tilt * self.rewards - self.log_mixture, 0))
 
+    def mean(self, tilt: float) -> float:
+        """E[r] under the law at this tilt: it never falls as the tilt rises."""
+        return float((self.weights(tilt) * self.rewards).mean())
+
     def divergence(self, tilt: float) -> float:
         """KL(p_eta | p_base) = eta E_eta[r] - log Z(eta) / Z(0), in nats."""
-        mean = float((self.weights(tilt) * self.rewards).mean())
-        return tilt * mean - self.log_partition(tilt) + self.log_partition(0.0)
+        return tilt * self.mean(tilt) - self.log_partition(tilt) + self.log_partition(0.0)
 
 
 def effective_share(weights: Tensor) -> float:
@@ -102,3 +105,19 @@ def next_tilt(rewards: Sequence[Tensor], tilt: float, wanted: float, share: floa
     if low == 0:
         raise ValueError(f"the rewards spread too far: a tilt of {(wanted - tilt) / STEPS:.2g} more leaves less than {share:g}")
     return tilt + (wanted - tilt) * low / STEPS
+
+
+def tilt_of(samples: Sequence[tuple[Pooled, float]], near: float) -> float:
+    """The tilt at which the mean rewards of samples are what they are: where they come short of one that they were meant to
+    have, the law nearest to theirs in the family.
+
+    Args:
+        samples: of each group, earlier ones, whose tilts are known, and the mean reward of those in question.
+        near: the tilt that was meant; the one found is between half and one and a half times that.
+    """
+    low, high = near / 2, near * 1.5
+    for _ in range(40):
+        middle = (low + high) / 2
+        short = sum(family.mean(middle) - mean for family, mean in samples) < 0
+        low, high = (middle, high) if short == (near > 0) else (low, middle)
+    return (low + high) / 2

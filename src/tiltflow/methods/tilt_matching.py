@@ -51,7 +51,7 @@ from tiltflow import processes
 from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
-from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt
+from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt, tilt_of
 from tiltflow.laws.forward_process import Residual, ram
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
@@ -222,7 +222,7 @@ class TiltMatching(Tempered):
         kind = "nft" if self.fixed_rise is not None else "explicit" if self.anchor == "old" else self.residual
         reaches, caveat = REACHES["explicit" if kind == "old" else kind]
         target = exponential_tilt(self.beta, [caveat], reaches)
-        settles = self.anchor == "base" and self.fixed_rise is None
+        settles = self.coefficient == "linear" and self.anchor == "base" and self.fixed_rise is None
         return replace(target, exact=self._settled_law) if settles else target
 
     def _settled_law(self, base: Law, reward: RewardAt) -> Law:
@@ -259,6 +259,8 @@ class TiltMatching(Tempered):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )
+        if begins and self.replay > 1 and state.tilt and not constant:
+            state.tilt = self._measured(rewards, batch, state)
         recalled = state.replay.add(x1, rewards, state.tilt, batch.tuned, self.replay)
         if begins:
             state.aim = state.tilt if constant else self._next(rewards, batch, state)
@@ -288,6 +290,21 @@ class TiltMatching(Tempered):
     def _old(batch: Batch, state: State) -> VelocityField:
         """The model as it is at the start of the round."""
         return batch.tuned_at([processes.part_like(w, p) for w, p in zip(state.old, batch.parameters, strict=True)])
+
+    @staticmethod
+    def _measured(rewards: Tensor, batch: Batch, state: State) -> float:
+        """The inverse temperature of the law that the samples are of: less than their round aimed at, where it did not fit. By
+        their mean reward, beside earlier samples; as aimed at where there are none of the same conditions."""
+        earlier = state.replay.earlier(batch.tuned, len(rewards), rewards.device)
+        group, tilts, values = (
+            torch.cat(each).cpu() for each in zip(*((e.group, e.tilts, e.rewards) for e in earlier), strict=True)
+        )
+        known = [
+            (Pooled.of(values[group == number], tilts[group == number]), rewards[own].double().mean().item())
+            for number, own in enumerate(batch.tuned.groups(len(rewards), rewards.device))
+            if bool((group == number).any())
+        ]
+        return tilt_of(known, state.tilt) if known else state.tilt
 
     def _next(self, rewards: Tensor, batch: Batch, state: State) -> float:
         """The inverse temperature that the round aims at."""

@@ -84,23 +84,32 @@ class Replay:
         self.batches.append(Kept(x, rewards.double(), group, names, tilt))
         while len(self.batches) > most:
             del self.batches[min(1, most - 1)]
-        return self._recalled(members, names)
+        earlier = self._of(self.batches[:-1], members, names)
+        own = Recalled(
+            x, rewards.double(), torch.full((len(x),), tilt, dtype=torch.float64), group, torch.arange(len(x)).to(group)
+        )
+        return Recalled(*(torch.cat(each) for each in zip(*(vars(one).values() for one in [*earlier, own]), strict=True)))
 
-    def _recalled(self, members: Sequence[Tensor], names: Sequence[str]) -> Recalled:
-        """All samples whose condition is one of these."""
-        device, parts = members[0].device, []
-        for batch in self.batches:
+    def earlier(self, flow: VelocityField, count: int, device: torch.device) -> list[Recalled]:
+        """The samples of each batch that is kept, of the conditions that a flow is bound to for `count` samples."""
+        members = flow.groups(count, device)
+        return self._of(self.batches, members, [flow.name_of(int(some[0])) for some in members])
+
+    @staticmethod
+    def _of(batches: Sequence[Kept], members: Sequence[Tensor], names: Sequence[str]) -> list[Recalled]:
+        """The samples of each batch whose condition is one of these."""
+        device, found = members[0].device, []
+        for batch in batches:
             present = torch.tensor([names.index(name) if name in names else -1 for name in batch.names], device=device)
             group = present[batch.group]
             some = (group >= 0).nonzero()[:, 0]
-            where = torch.arange(len(group), device=device)
-            if batch is not self.batches[-1]:
-                for number, own in enumerate(members):
-                    of_group = (group == number).nonzero()[:, 0]
-                    where[of_group] = own[torch.arange(len(of_group), device=device) % len(own)]
+            where = torch.zeros_like(group)
+            for number, own in enumerate(members):
+                of_group = (group == number).nonzero()[:, 0]
+                where[of_group] = own[torch.arange(len(of_group), device=device) % len(own)]
             tilts = torch.full((len(some),), batch.tilt, dtype=torch.float64)
-            parts.append((batch.x[some], batch.rewards[some], tilts, group[some], where[some]))
-        return Recalled(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            found.append(Recalled(batch.x[some], batch.rewards[some], tilts, group[some], where[some]))
+        return found
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state that `load_state_dict` takes."""
