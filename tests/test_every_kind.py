@@ -103,6 +103,7 @@ SHORT: dict[str, Any] = {
         min_effective_sample_size=1,
         num_passes=1,
     ),
+    "endpoint-adjoint-matching": tiltflow.EndpointAdjointMatching(num_inference_steps=4, num_passes=1),
 }
 
 

@@ -137,6 +137,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Prompts": {"path", "validation"},
         "Point": {"solver"},
         "OrwCfmW2": {"weight", "data", "solver"},
+        "EndpointAdjointMatching": {"solver"},
         "PathReweighted": {"solver"},
         "TiltMatching": {"solver"},
         "ScoreAsAction": {"solver"},

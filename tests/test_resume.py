@@ -41,6 +41,15 @@ CRITIC = {"num_steps": 2, "train_batch_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"beta": 0.1, "num_passes": 2, "drop_quantile": 0.8, "train_timesteps": [{"count": 2}]},
     "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5},
+    "adjoint-matching-late": {
+        "name": "adjoint-matching",
+        "beta": 0.1,
+        "control_from": 0.4,
+        "num_passes": 2,
+        "reweight_passes": True,
+        "control_variate": True,
+    },
+    "endpoint-adjoint-matching": {"beta": 0.1, "num_passes": 2},
     "score-as-action": {"critic": CRITIC, "num_passes": 3, "train_timesteps": [{"count": 2}]},
     "score-as-action-ddpo": {"name": "score-as-action", "preset": "ddpo", "num_passes": 2},
     "score-as-action-ode": {"name": "score-as-action", "solver": "euler", "critic": CRITIC | {"form": "cos-sin"}},

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+    from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.path_reweighted import PathReweighted
     from tiltflow.methods.score_as_action import ScoreAsAction
@@ -39,6 +41,8 @@ _HOME = {
     "Adapter": "models.trainable",
     "AdjointMatching": "methods.adjoint_matching",
     "CollapseError": "errors",
+    "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
+    "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
     "InputError": "errors",
@@ -70,6 +74,8 @@ __all__ = [
     "Adapter",
     "AdjointMatching",
     "CollapseError",
+    "DeterministicAdjointMatching",
+    "EndpointAdjointMatching",
     "Evaluation",
     "Flow",
     "InputError",

@@ -39,6 +39,8 @@ LEARNING_RATES = {
     "orw-cfm-w2": 3e-3,
     "path-reweighted": 1e-2,
     "tilt-matching": 5e-3,
+    "endpoint-adjoint-matching": 5e-3,
+    "deterministic-adjoint-matching": 5e-3,
 }
 # Tilt matching learns in rounds, each from many samples.
 ROUNDS: dict[str, Tree] = {"tilt-matching": {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}}
