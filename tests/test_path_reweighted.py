@@ -244,6 +244,7 @@ def test_the_proposal_is_what_leaves_more_samples(tuned: FunctionField, best: fl
     assert measured["base_share"] == 0.5
     assert state.share == best
     base, of_tuned = measured["relative_size_of_base"], measured["relative_size_of_tuned"]
+    assert base == pytest.approx(math.exp(-(0.4**2) * steps_of(CHAIN).law()[1].item()), abs=0.03)  # of exp(0.4 x)
     assert (base > of_tuned) == (best == 1)
     again, measured = drawn(2000, method, state, tuned, linear)
     assert measured["base_share"] == best
@@ -368,6 +369,15 @@ def test_the_gradient_of_the_loss(neighbours: int) -> None:
         assert measured["loss"] < 0.8 * (1 + spread)
 
 
+def test_the_loss_is_a_mean_over_the_numbers_of_a_sample() -> None:
+    """At v = c, for noise and samples of two numbers that are alike: that of one of them."""
+    flow = Flow(Constant(0.3))
+    pool, weights = torch.tensor([[2.0, 2.0], [-1.0, -1.0]]), torch.tensor([0.5, 0.5])
+    batch = Batch(torch.zeros(20_000, 2), flow, flow, linear, stream(0, "gradient"))
+    measured = PathReweighted(neighbours=1)._regress(batch, flow, pool, weights, [torch.arange(2)])
+    assert measured["loss"] == pytest.approx(1 + (1.7**2 + 1.3**2) / 2, abs=0.1)
+
+
 class Shifted(nn.Module):
     """The field of N(mean, 0.25); the mean is the parameter."""
 
@@ -481,6 +491,8 @@ def test_weights_that_rest_on_one_path_stop_with_what_would_help() -> None:
         PathReweighted(num_inference_steps=15)._weights(pool, [torch.arange(100)], 3)
     for help_ in ("method.beta (1)", "train_batch_size", "num_inference_steps 15", "method.first", "tilt-matching"):
         assert help_ in str(told.value)
+    exactly = PathReweighted(min_effective_sample_size=4)  # is enough
+    exactly._weights(pool_of([1.0] * 4), [torch.arange(4)], 3)
     two = pool_of([0.0] * 98 + [80.0] * 2)
     weights, _ = PathReweighted(min_effective_sample_size=1.99)._weights(two, [torch.arange(100)], 3)
     assert weights[98:].sum().item() == pytest.approx(1)
