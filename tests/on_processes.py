@@ -81,9 +81,9 @@ def pictures(folder: Path) -> None:
 
 
 def interrupted(folder: Path) -> None:
-    """Runs, and copies of them that go on from their second checkpoint."""
+    """Runs with a KL budget, and copies of them that go on from their second checkpoint."""
     for method in ("adjoint-matching", "score-as-action"):
-        recipe = shared_recipe(folder, method, checkpoints_total_limit=None, checkpointing_steps=2)
+        recipe = shared_recipe(folder, method, checkpoints_total_limit=None, checkpointing_steps=2, target_kl=0.2)
         run(recipe, folder / method)
         copy = folder / f"{method}-again"
         processes.by_main(lambda method=method, copy=copy: shutil.copytree(folder / method, copy) and None)
