@@ -31,6 +31,7 @@ from tiltflow.models.model import Model
 from tiltflow.runs.reached import States, of_achieved_tilt
 from tiltflow.runs.recipe import Recipe
 from tiltflow.samplers.grid import time_grid
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solvers.memoryless import memoryless
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
@@ -122,14 +123,14 @@ def test_the_estimate_does_not_depend_on_what_a_network_predicts_and_on_which_pa
     )
 
 
-def test_a_start_after_time_0_leaves_the_part_before_it_out() -> None:
+def test_a_start_after_time_0_and_an_end_before_1_leave_the_rest_out() -> None:
     """N(0, 1) shifted by 1: v* - v = (1 - t) / V with V = t^2 + (1 - t)^2, so the log ratio is x int 2 t (1 - t) / V^2 dt."""
     base, reward = mixture(torch.zeros(1, 1), (1.0,), 1.0), QuadraticReward(torch.ones(1), 0.0)
     x = torch.linspace(-2, 2, 4000)[:, None]
-    for start in (0.0, 0.4):
-        exact = quad(lambda t: 2 * t * (1 - t) / (t**2 + (1 - t) ** 2) ** 2, start, END)[0]
+    for start, end in ((0.0, END), (0.0, 0.7), (0.4, END)):
+        exact = quad(lambda t: 2 * t * (1 - t) / (t**2 + (1 - t) ** 2) ** 2, start, end)[0]
         tuned = field(base.tilt(reward, 1.0))
-        found, _ = regressed(by_flow_matching(tuned, field(base), x, stream(4, "noise"), start=start), x[:, 0])
+        found, _ = regressed(by_flow_matching(tuned, field(base), x, stream(4, "noise"), start=start, end=end), x[:, 0])
         assert found.standard_error < 0.005
         assert abs(found.value - exact) < 4 * found.standard_error
     assert exact == pytest.approx(0.7, abs=0.03)
@@ -329,7 +330,7 @@ def test_a_run_has_the_achieved_tilt_of_some_of_its_samples(tmp_path: Path) -> N
     recipe = validate(Recipe, read_yaml(tiny_recipe(tmp_path)), "recipe")
     base, tuned = (Model(Flow(Pixels(law)), (1, 2, 2)) for law in (RING, RING.tilt(SLANTED, 0.2)))
     x = RING.tilt(SLANTED, 0.2).sample(4000, stream(7, "x"))
-    states = States(Asked.of_samples(4000), x.reshape(-1, 1, 2, 2), SLANTED(x))
+    states = States(Asked.of_samples(4000), x.reshape(-1, 1, 2, 2), SLANTED(x), Sampling(num_inference_steps=40))
 
     def entries(recipe: Any, states: States = states) -> dict[str, Any]:
         return of_achieved_tilt(recipe, exponential_tilt(0.1), base, tuned, states, lambda rewards, asked: rewards)
@@ -348,7 +349,7 @@ def test_a_run_has_the_achieved_tilt_of_some_of_its_samples(tmp_path: Path) -> N
 
 def test_some_states_are_as_many_of_each_group() -> None:
     asked = Asked.of_prompts([Item("a"), Item("b"), Item("c")], 5)
-    states = States(asked, torch.arange(15.0)[:, None], torch.arange(15.0))
+    states = States(asked, torch.arange(15.0)[:, None], torch.arange(15.0), Sampling())
     some = states.some(7)
     assert some.rewards.tolist() == some.x[:, 0].tolist() == [0, 1, 5, 6, 10, 11]
     assert [item.text for item in some.asked.items] == ["a", "a", "b", "b", "c", "c"]

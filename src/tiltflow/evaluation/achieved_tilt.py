@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.evaluation.estimates import Estimate
-from tiltflow.evaluation.log_ratio import by_flow_matching, by_ode
+from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
 from tiltflow.flows.field import VelocityField
 
 FEW_DIMENSIONS = 3
@@ -63,6 +63,7 @@ def measure(
     groups: int = 1,
     strata: bool = True,
     start: float = 0.0,
+    end: float = END,
     batch_size: int | None = None,
 ) -> AchievedTilt | None:
     """Measure the achieved tilt over samples x1 [n, *event] of the tuned model. None if the tilt is the same for all samples of
@@ -74,12 +75,13 @@ def measure(
         groups: number of groups of equal size, one after the other, each with a base law of its own.
         strata: True if the groups are all that exist, and not a sample of more.
         start: time at which both models start from pure noise.
+        end: last time at which their sampler asks for their velocities.
         batch_size: samples that a network sees at once.
     """
     if x1[0].numel() <= FEW_DIMENSIONS and start == 0:
         estimates, by = by_ode(tuned, base, x1, batch_size=batch_size)[None], "the ODE with its divergence"
     else:
-        estimates = by_flow_matching(tuned, base, x1, generator, start=start, batch_size=batch_size)
+        estimates = by_flow_matching(tuned, base, x1, generator, start=start, end=end, batch_size=batch_size)
         by = "differences of flow matching losses"
     found = regression(estimates, log_tilt, groups, strata=strata)
     return None if found is None else AchievedTilt(*found, by)

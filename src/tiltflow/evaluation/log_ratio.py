@@ -30,8 +30,8 @@ DRAWS = 4
 EVALUATIONS = 4 * DRAWS
 """Of either field, for a sample."""
 END = 1 - 1 / 128
-"""Last time at which fields are compared. What is left out is of order (1 - END)^2, below a thousandth of the tilt of a normal
-law; errors of networks, which do not vanish at data as the difference of exact fields does, would count without limit there."""
+"""Last time at which exact fields are compared: what is left out is of order (1 - END)^2, below a thousandth of the tilt of a
+normal law."""
 ODE_STEPS = 40
 
 
@@ -43,6 +43,7 @@ def by_flow_matching(
     generator: torch.Generator,
     *,
     start: float = 0.0,
+    end: float = END,
     draws: int = DRAWS,
     batch_size: int | None = None,
 ) -> Tensor:
@@ -51,6 +52,9 @@ def by_flow_matching(
     Args:
         tuned, base: bound to the conditions of the samples.
         start: time at which both models start from pure noise.
+        end: last time at which the fields are compared: the last one at which their sampler asks for them. After it, networks
+            have learned nothing, and their errors, which do not vanish at data as the difference of exact fields does, would
+            count without limit.
         draws: equidistant times of each estimate, from a random first one; each with a noise and its opposite.
         batch_size: samples that a network sees at once.
     """
@@ -59,9 +63,9 @@ def by_flow_matching(
     for estimate in found:
         first = torch.rand(len(x1), generator=generator, device=generator.device, dtype=torch.float64)
         for k in range(draws):
-            t = start + (END - start) * (k + first) / draws
+            t = start + (end - start) * (k + first) / draws
             noise = tuned.project(normal(x1.shape, generator, x1.dtype))
-            weight = (END - start) / draws * t / (1 - t)
+            weight = (end - start) / draws * t / (1 - t)
             for x0 in (noise, -noise):
                 x, u = expand(t, x1) * x1 + expand(1 - t, x1) * x0, (x1 - x0).double()
                 v, origin = ours(x, t).double(), theirs(x, t).double()

@@ -174,7 +174,7 @@ class Lqg(exact.Lqg):
             for y in (x, x_base)
         )
         best, (mean, variance) = optimum(self, trained.law.beta), self.tilted(trained.law.beta)
-        reward = mean_estimate(self.reward()(x))
+        reward, beta = mean_estimate(self.reward()(x)), trained.law.beta
         return {
             "distance": law.distance,
             "floor": law.floor,
@@ -185,7 +185,7 @@ class Lqg(exact.Lqg):
             ),
             "reward": reward.value,
             "reward_error": reward.standard_error,
-            **tilt_reached(trained, x, x_base, self.reward(), lambda rewards: rewards / trained.law.beta),
+            **tilt_reached(trained, x, x_base, sampling, self.reward(), lambda rewards: rewards / beta),
         }
 
     def _at_other_steps(self, trained: Trained[ChainLaw]) -> dict[str, dict[str, float]]:

@@ -119,7 +119,7 @@ class TwoModes(ExactBase):
             ).distance,
             "distance_base": sliced_w2(x_base, sampler(own)(len(x_base), generator), torch.ones(1, 1)),
             "own_to_tilted": own.w2(tilted),
-            **tilt_reached(trained, x, x_base, reward, target.log_tilt),
+            **tilt_reached(trained, x, x_base, self.sampling, reward, target.log_tilt),
         }
         return Findings(values, [self._laws(trained, values), distances(trained, values)])
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tiltflow.control.path_weights import WeightedPaths
 from tiltflow.evaluation import achieved_tilt as tilts
-from tiltflow.evaluation.log_ratio import EVALUATIONS
+from tiltflow.evaluation.log_ratio import END, EVALUATIONS
 from tiltflow.evaluation.samples import Asked, Instruments, Samples
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.laws.target import Target
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.samplers.rollout import sample
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
 MOST, FEWEST, MOST_DECODED = 1024, 32, 256
@@ -34,11 +35,13 @@ class States:
     Args:
         x: [n, *event].
         rewards: [n].
+        sampling: how they were drawn.
     """
 
     asked: Asked
     x: Tensor
     rewards: Tensor
+    sampling: Sampling
 
     def some(self, most: int) -> States:
         """The first states of each group, at least two of each and about `most` in all."""
@@ -47,7 +50,7 @@ class States:
             return self
         first = torch.arange(self.asked.groups, device=self.x.device)[:, None] * size
         which = (first + torch.arange(each, device=self.x.device)).flatten()
-        return States(self.asked.some(each), self.x[which], self.rewards[which])
+        return replace(self, asked=self.asked.some(each), x=self.x[which], rewards=self.rewards[which])
 
 
 def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instruments: Instruments) -> States:
@@ -58,7 +61,7 @@ def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instru
         if len(x) != len(asked):  # others were left out than of the base
             firsts = asked.items[:: asked.size]
             asked = replace(asked, items=tuple(item for item in firsts for _ in range(len(x) // asked.groups)))
-        return States(asked, x, rewards)
+        return States(asked, x, rewards, settings.first.sampling)
     asked = asked.some(max(2, MOST_DECODED // asked.groups))
     generator = stream(run.seed, "states", device=tuned.device)
     condition, _ = tuned.conditions(asked.items)
@@ -66,7 +69,7 @@ def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instru
     flow = in_chunks(tuned.flow.bind(condition), settings.at_once)
     x = sample(flow, start, run.method.sampling, generator, start=tuned.grid)
     rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked)[instruments.own]
-    return States(asked, x, rewards.to(x.device))
+    return States(asked, x, rewards.to(x.device), run.method.sampling)
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def of_achieved_tilt(
     """
     if run.training.guidance_mode == "full":
         return absent("The guided velocity is the field of no law, so that the tilt of its samples is not known.")
-    sampling, steps = run.method.sampling, run.evaluation.first.num_inference_steps
+    times, steps = states.sampling.times(tuned.grid), run.evaluation.first.num_inference_steps
     # this is not to cost more network evaluations than drawing the samples did
     states = states.some(min(MOST, max(FEWEST, len(states.x) * steps // EVALUATIONS)))
     asked = states.asked
@@ -98,7 +101,8 @@ def of_achieved_tilt(
         stream(run.seed, "achieved tilt", device=base.device),
         groups=asked.groups,
         strata=asked.kind != "prompt",
-        start=sampling.times(tuned.grid)[0].item(),
+        start=times[0].item(),
+        end=min(END, times[-2].item()),
         batch_size=run.evaluation.at_once,
     )
     if found is None:

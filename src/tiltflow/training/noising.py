@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.evaluation.log_ratio import END
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.grid import Start, spread_times
@@ -55,23 +54,16 @@ class Noising:
         which: the sample of each pair [count].
         noise: x_0 [count, *event].
         times: [count], float64.
-        shares: of the time axis that each time stands for, times count [count], float64: a mean over times with these weights
-            is that over uniform ones.
+        kl_weights: of |v - v_base|^2, summed over dimensions: with them its mean is the KL divergence of the law of the samples
+            from the base's, by Girsanov's theorem, if v and v_base are the fields of these laws: t / (1 - t), and 0 after the
+            last time at which the sampler asks for a velocity [count], float64.
     """
 
     samples: Tensor
     which: Tensor
     noise: Tensor
     times: Tensor
-    shares: Tensor
-
-    @property
-    def kl_weights(self) -> Tensor:
-        """[count] weights of |v - v_base|^2, summed over dimensions, whose mean is the KL divergence of the law of the samples
-        from the base's, if v and v_base are the fields of these laws: t / (1 - t), by Girsanov's theorem. Left out after END,
-        as in `tiltflow.evaluation.log_ratio`."""
-        t = self.times
-        return torch.where(t <= END, self.shares * t / (1 - t).clamp(min=1 - END), 0.0)
+    kl_weights: Tensor
 
     def points(self, part: slice) -> Points:
         """The points of these pairs."""
@@ -130,7 +122,10 @@ def noising(
         first + (end - first) * spread_times(u / size, shift=sampling.shift)
         for u in (uniform, torch.arange(size + 1, device=samples.device, dtype=torch.float64))
     )
-    return Noising(samples, which, x0, t, size * edges.diff())
+    last = sampling.times(start)[-2].item()
+    # a mean with these shares of the time axis is that over uniform times
+    kl_weights = torch.where(t <= last, size * edges.diff() * t / (1 - t), 0.0)
+    return Noising(samples, which, x0, t, kl_weights)
 
 
 def posterior(points: Points, samples: Tensor, groups: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tiltflow.evaluation import achieved_tilt
 from tiltflow.evaluation.importance_weights import ImportanceWeights
+from tiltflow.evaluation.log_ratio import END
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.networks.mlp import Mlp
@@ -96,19 +97,32 @@ class ExactBase(Settings):
 
 
 def tilt_reached(
-    trained: Trained[Any], x: Tensor, x_base: Tensor, reward: Callable[[Tensor], Tensor], log_tilt: Callable[[Tensor], Tensor]
+    trained: Trained[Any],
+    x: Tensor,
+    x_base: Tensor,
+    sampling: Sampling,
+    reward: Callable[[Tensor], Tensor],
+    log_tilt: Callable[[Tensor], Tensor],
 ) -> dict[str, Any]:
     """The achieved tilt, and the effective sample size: that of the method's last round, or else of base samples that are
     weighted toward the target law.
 
     Args:
         x, x_base: samples of the tuned model and of the base.
+        sampling: how they were drawn.
         log_tilt: rewards -> log density of the target law over the base's.
     """
     some, of_round = x[:MOST], trained.record.metrics.get("effective_sample_size")
-    generator = stream(trained.seed, "achieved tilt")
-    start = trained.base.noise_time
-    found = achieved_tilt.measure(trained.tuned, trained.base, some, log_tilt(reward(some)), generator, start=start)
+    times = sampling.times(trained.base.noise_time)
+    found = achieved_tilt.measure(
+        trained.tuned,
+        trained.base,
+        some,
+        log_tilt(reward(some)),
+        stream(trained.seed, "achieved tilt"),
+        start=times[0].item(),
+        end=min(END, times[-2].item()),
+    )
     of_base = ImportanceWeights.from_log_tilt(log_tilt(reward(x_base))).effective_sample_size
     return {
         **(dict.fromkeys(achieved_tilt.KEYS) if found is None else found.entries()),

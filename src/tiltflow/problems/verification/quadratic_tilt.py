@@ -120,7 +120,7 @@ class QuadraticTilt(ExactBase):
             "reward_error": mean.standard_error,
             "reward_exact": target.expectation(reward),
             "reward_base": law.expectation(reward),
-            **tilt_reached(trained, x, x_base, reward, lambda rewards: rewards / beta),
+            **tilt_reached(trained, x, x_base, self.sampling, reward, lambda rewards: rewards / beta),
             **best_of_chain(trained.method, law, reward, beta),
             "control_error": control_error(trained.tuned, law, target, generator),
             "loss": trained.record.metrics["loss"],
