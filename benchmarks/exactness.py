@@ -1,0 +1,199 @@
+"""Distance to the tilted law, by method, number of steps and cost, on problems whose answer is known: the tables and the figures of
+docs/exactness.md.
+
+    python benchmarks/exactness.py run --output runs/exactness                 # some hours on two cores; a row a run
+    python benchmarks/exactness.py run --cases fixture --methods tilt-matching --steps 15 --seeds 1
+    python benchmarks/exactness.py table --output runs/exactness
+    python benchmarks/exactness.py figures --output runs/exactness --docs docs
+
+Each row is a run of `tiltflow verify`, written to OUTPUT/rows.jsonl; rows that are there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.errors import TiltflowError
+from tiltflow.problems.verification.verify import read_verification, verify
+
+
+def spread(dimension: int) -> list[str]:
+    """Three modes of unequal weights and variances, on three axes of the space."""
+    return [
+        f"dimension={dimension}",
+        "means=[[2],[-1,2],[0,-1,2]]",
+        "weights=[.5,.3,.2]",
+        "scale=[.4,.6,.8]",
+        "linear=[1,.5,.5]",
+    ]
+
+
+CASES: dict[str, list[str]] = {
+    "fixture": [
+        "dimension=1",
+        "means=[[-1.5],[1.5]]",
+        "weights=[.6,.4]",
+        "scale=[.3872983346,.5477225575]",
+        "linear=.8",
+        "quadratic=.7",
+        "beta=.6",
+    ],
+    "ring": [],
+    "2-d": spread(3)[1:] + ["dimension=3"],
+    "16-d": spread(16),
+    "64-d": spread(64),
+    "ring, strong": ["beta=.171"],  # a tenth of the standard deviation of the reward
+    "far modes": ["dimension=1", "means=[[-4],[4]]", "scale=.5", "linear=.25", "beta=1"],
+}
+"""Overrides of `tiltflow verify mixture`."""
+METHODS: dict[str, list[str]] = {
+    "adjoint-matching": ["iterations=660"],
+    "score-as-action": ["iterations=1000"],
+    "path-reweighted": [],
+    "tilt-matching": [],
+}
+KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_span_ode", "floor_span", "span")
+KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
+KEYS += ("achieved_tilt_r2", "effective_sample_size", "path_kl", "path_kl_exact", "chain_optimum")
+
+
+def one(case: str, method: str, steps: int, seed: int, extra: Sequence[str]) -> dict[str, Any]:
+    """A row: the run, and what it found, or the line with which it stopped."""
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"case": case, "method": method, "steps": steps, "seed": seed, "extra": list(extra)}
+    sets = [*METHODS[method], *CASES[case], f"sampling.num_inference_steps={steps}", f"seed={seed}", *extra]
+    if method != "tilt-matching":  # its samples come from an ODE, whose steps are its own
+        sets.append(f"method.num_inference_steps={steps}")
+    try:
+        found = verify(read_verification("mixture", method, sets)).values
+    except TiltflowError as error:
+        return row | {"stopped": str(error)}
+    return row | {key: found.get(key) for key in KEYS}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows so far."""
+    path = folder / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    known = {(row["case"], row["method"], row["steps"], row["seed"]) for row in rows_of(options.output)}
+    jobs = [job for job in product(options.cases, options.methods, options.steps, range(options.seeds)) if job not in known]
+    with ProcessPoolExecutor(options.processes) as pool, open(options.output / "rows.jsonl", "a") as file:
+        for done in as_completed([pool.submit(one, *job, options.set) for job in jobs]):
+            row = done.result()
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(line(row), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    head = f"{row['case']:13} {row['method']:17} K={row['steps']:<3} seed {row['seed']}"
+    if "stopped" in row:
+        return f"{head}  stopped: {row['stopped']}"
+    return (
+        f"{head}  SDE {row['distance'] / row['floor']:5.2f}  ODE {row['distance_ode'] / row['floor']:5.2f} of the floor,"
+        f" reward {row['reward']:.4f} (exact {row['reward_exact']:.4f}), {row['network_evaluations'] / 1e6:.1f}M evaluations,"
+        f" {row['seconds']:.0f} s"
+    )
+
+
+def grouped(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, str, int], list[dict[str, Any]]]]:
+    """Rows by case, method and steps, in order."""
+    for case, method, steps in product(CASES, METHODS, sorted({row["steps"] for row in rows})):
+        some = [row for row in rows if (row["case"], row["method"], row["steps"]) == (case, method, steps)]
+        if some:
+            yield (case, method, steps), some
+
+
+def pm(values: Sequence[float | None], form: str = ".2f") -> str:
+    """Mean ± standard deviation over seeds."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    return f"{statistics.mean(numbers):{form}}" + (f" ± {statistics.stdev(numbers):{form}}" if len(numbers) > 1 else "")
+
+
+def relative(row: dict[str, Any], kind: str) -> float:
+    """A distance over its floor; within the span of the tilt, where that has fewer dimensions than the space."""
+    span = "_span" if row["distance_span"] is not None and row["case"].endswith("-d") else ""
+    distance: float = row[f"distance{span}{kind}"] / row[f"floor{span}"]
+    return distance
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print the rows as a table of Markdown."""
+    print("| problem | method | K | SDE / floor | ODE / floor | reward − exact | achieved tilt | evaluations | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (case, method, steps), some in grouped(rows_of(options.output)):
+        if "stopped" in some[0]:
+            print(f"| {case} | {method} | {steps} | {some[0]['stopped']} | | | | | |")
+            continue
+        print(
+            f"| {case} | {method} | {steps} | {pm([relative(row, '') for row in some])} | {pm([relative(row, '_ode') for row in some])}"
+            f" | {pm([row['reward'] - row['reward_exact'] for row in some], '.3f')} | {pm([row['achieved_tilt'] for row in some])}"
+            f" | {statistics.mean(row['network_evaluations'] for row in some) / 1e6:.0f}M"
+            f" | {statistics.mean(row['seconds'] for row in some):.0f} |"
+        )
+
+
+def figures(options: argparse.Namespace) -> None:
+    """Draw the two figures: distance against the number of steps, and against network evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows_of(options.output) if "stopped" not in row and row["case"] == "fixture"]
+    colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
+    for name, label in (("steps", "steps K of the chain, in training and sampling"), ("network_evaluations", "network evaluations")):
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+        for method, colour in colours.items():
+            some = [row for row in rows if row["method"] == method]
+            for kind, style in (("", "o-"), ("_ode", "s--")):
+                points = sorted({row[name] if name == "steps" else row["steps"] for row in some})
+                chosen = [[row for row in some if row["steps"] == at] for at in points]
+                x = [statistics.mean(row[name] for row in part) for part in chosen]
+                y = [statistics.mean(row[f"distance{kind}"] for row in part) for part in chosen]
+                axes.loglog(x, y, style, color=colour, label=f"{method}, {'ODE' if kind else 'SDE'}", markersize=5)
+        if name == "steps":
+            best = {row["steps"]: row["chain_optimum"]["distance"] for row in rows if row.get("chain_optimum")}
+            axes.loglog(sorted(best), [best[k] for k in sorted(best)], ":", color="black", label="exact optimum of the chain")
+        if rows:
+            axes.axhline(statistics.mean(row["floor"] for row in rows), color="grey", lw=1)
+            axes.annotate("floor: two exact samples", (axes.get_xlim()[0], rows[0]["floor"]), va="bottom", color="grey", fontsize=8)
+        axes.set(xlabel=label, ylabel="W2 to the tilted law")
+        axes.legend(fontsize=7)
+        figure.savefig(options.docs / f"exactness-{'steps' if name == 'steps' else 'cost'}.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table", "figures"))
+    parser.add_argument("--output", type=Path, default=Path("runs/exactness"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the figures go")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--steps", nargs="+", type=int, default=[15, 40])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `tiltflow verify`")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    {"run": run, "table": table, "figures": figures}[options.verb](options)
+
+
+if __name__ == "__main__":
+    main()
