@@ -1,4 +1,4 @@
-r"""Tilt Matching (arXiv 2512.18209), and the family of forward-process regressions that it belongs to.
+r"""Tilt Matching (arXiv 2512.21829), and the family of forward-process regressions that it belongs to.
 
 No gradient of the reward, no likelihood, no SDE. Round after round the inverse temperature eta of the laws p_base exp(eta r)
 rises to 1 / beta. One round is
