@@ -1,5 +1,5 @@
-"""Distance to the tilted law, by method, number of steps and cost, on problems whose answer is known: the tables and the figures of
-docs/exactness.md.
+"""Distance to the tilted law, by method, number of steps and cost, on problems whose answer is known: the tables and the
+figures of docs/exactness.md.
 
     python benchmarks/exactness.py run --output runs/exactness                 # some hours on two cores; a row a run
     python benchmarks/exactness.py run --cases fixture --methods tilt-matching --steps 15 --seeds 1
@@ -48,7 +48,7 @@ CASES: dict[str, list[str]] = {
         "beta=.6",
     ],
     "ring": [],
-    "2-d": spread(3)[1:] + ["dimension=3"],
+    "3-d": spread(3),
     "16-d": spread(16),
     "64-d": spread(64),
     "ring, strong": ["beta=.171"],  # a tenth of the standard deviation of the reward
@@ -142,12 +142,10 @@ def table(options: argparse.Namespace) -> None:
         if "stopped" in some[0]:
             print(f"| {case} | {method} | {steps} | {some[0]['stopped']} | | | | | |")
             continue
-        print(
-            f"| {case} | {method} | {steps} | {pm([relative(row, '') for row in some])} | {pm([relative(row, '_ode') for row in some])}"
-            f" | {pm([row['reward'] - row['reward_exact'] for row in some], '.3f')} | {pm([row['achieved_tilt'] for row in some])}"
-            f" | {statistics.mean(row['network_evaluations'] for row in some) / 1e6:.0f}M"
-            f" | {statistics.mean(row['seconds'] for row in some):.0f} |"
-        )
+        cells = [case, method, str(steps), *(pm([relative(row, kind) for row in some]) for kind in ("", "_ode"))]
+        cells += [pm([row["reward"] - row["reward_exact"] for row in some], ".3f"), pm([row["achieved_tilt"] for row in some])]
+        cells += [f"{statistics.mean(row['network_evaluations'] for row in some) / 1e6:.0f}M"]
+        print(f"| {' | '.join(cells)} | {statistics.mean(row['seconds'] for row in some):.0f} |")
 
 
 def figures(options: argparse.Namespace) -> None:
@@ -159,7 +157,10 @@ def figures(options: argparse.Namespace) -> None:
 
     rows = [row for row in rows_of(options.output) if "stopped" not in row and row["case"] == "fixture"]
     colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
-    for name, label in (("steps", "steps K of the chain, in training and sampling"), ("network_evaluations", "network evaluations")):
+    for name, label in (
+        ("steps", "steps K of the chain, in training and sampling"),
+        ("network_evaluations", "network evaluations"),
+    ):
         figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
         for method, colour in colours.items():
             some = [row for row in rows if row["method"] == method]
@@ -174,7 +175,9 @@ def figures(options: argparse.Namespace) -> None:
             axes.loglog(sorted(best), [best[k] for k in sorted(best)], ":", color="black", label="exact optimum of the chain")
         if rows:
             axes.axhline(statistics.mean(row["floor"] for row in rows), color="grey", lw=1)
-            axes.annotate("floor: two exact samples", (axes.get_xlim()[0], rows[0]["floor"]), va="bottom", color="grey", fontsize=8)
+            axes.annotate(
+                "floor: two exact samples", (axes.get_xlim()[0], rows[0]["floor"]), va="bottom", color="grey", fontsize=8
+            )
         axes.set(xlabel=label, ylabel="W2 to the tilted law")
         axes.legend(fontsize=7)
         figure.savefig(options.docs / f"exactness-{'steps' if name == 'steps' else 'cost'}.png", dpi=130)

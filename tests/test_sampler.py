@@ -28,9 +28,9 @@ from tiltflow.plugins import names
 from tiltflow.samplers import solvers
 from tiltflow.samplers.chain import Chain, sde, step
 from tiltflow.samplers.grid import time_grid
-from tiltflow.samplers.rollout import rollout, rollout_ode, sample, solve
+from tiltflow.samplers.rollout import rollout, rollout_ode, sample, simulate, solve
 from tiltflow.samplers.sampling import Sampling, check_sampling
-from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, solver_named
+from tiltflow.samplers.solver import SOLVERS, ChainSolver, Solver, StochasticSolver, solver_named
 from tiltflow.samplers.solvers.ddim import ddim
 from tiltflow.samplers.solvers.dpm_solver_plus_plus import dpm_solver
 from tiltflow.samplers.solvers.euler import euler
@@ -39,6 +39,7 @@ from tiltflow.samplers.solvers.heun import heun
 from tiltflow.samplers.solvers.memoryless import memoryless, memoryless_sigma
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.streams import stream
+from tiltflow.testing.gaussian import law_of_states
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -645,6 +646,8 @@ def measured_order(solver: Solver) -> float:
         if isinstance(solver, ChainSolver):
             law = on_gaussian(solver.chain(times)).law(0.7 * 0.1, spread[0] ** 2)
             errors.append(abs(law[1].item() - spread[-1].item() ** 2))
+        elif isinstance(solver, StochasticSolver):
+            errors.append(abs(law_of_states(solver, times)[1] - spread[-1].item() ** 2))
         else:
             x = torch.tensor([-1.5, 0.2, 1.0])
             exact = 0.7 * 0.9 + spread[-1] / spread[0] * (x - 0.7 * 0.1)
@@ -657,13 +660,68 @@ def measured_order(solver: Solver) -> float:
 def test_a_solver_is_what_it_says_of_itself(name: str, eta: float) -> None:
     solver = solver_named(name, eta)
     assert solver == Sampling(solver=name, eta=eta).build()
-    assert (solver.has_noise, solver.is_memoryless) == ((eta > 0, eta == 1) if solver.uses_eta else (name not in ODES,) * 2)
+    noise = (name not in ODES, name not in ODES and not isinstance(solver, StochasticSolver))
+    assert (solver.has_noise, solver.is_memoryless) == ((eta > 0, eta == 1) if solver.uses_eta else noise)
     assert solver.order is not None
     assert measured_order(solver) > solver.order - 0.1
     if isinstance(solver, ChainSolver):
         chain = solver.chain(solver.times(40, start=1e-3))
         assert bool((chain.std > 0).any()) == solver.has_noise
         assert (abs(on_gaussian(chain).gain.prod().item()) < 2e-3) == solver.is_memoryless
+
+
+def test_stochastic_heun_is_exact_where_heun_is_and_the_noise_changes_no_marginal(generator: torch.Generator) -> None:
+    """A point mass at 0.7: x_t = 0.7 t + (1 - t) x_0, whose paths are straight, so that Heun's method makes no error."""
+
+    def to_a_point(x: Tensor, t: Tensor) -> Tensor:
+        return (0.7 - x) / (1 - t)
+
+    solver, times = solver_named("stochastic-heun"), time_grid(6)
+    assert isinstance(solver, StochasticSolver)
+    x = torch.randn(200_000, 1, generator=generator, dtype=torch.float64)
+    states = solver.states(to_a_point, x, times, lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype))
+    for t, state in zip(times[:-1], states, strict=False):
+        assert abs(state.mean() - 0.7 * t) < 4 * (1 - t) / 200_000**0.5
+        assert abs(state.var() / (1 - t) ** 2 - 1) < 4 * (2 / 200_000) ** 0.5
+    assert_close(states[-1], torch.full_like(x, 0.7))
+    assert abs(torch.corrcoef(torch.stack([states[-2][:, 0], x[:, 0]]))[0, 1]) < 0.5  # it forgets
+
+
+def test_stochastic_heun_goes_half_a_step_too_far_and_comes_back() -> None:
+    times = torch.tensor([0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
+    solver, asked = solver_named("stochastic-heun"), list[float]()
+    assert isinstance(solver, StochasticSolver)
+
+    def recorded(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return torch.ones_like(x)
+
+    states = solver.states(recorded, torch.zeros(1, dtype=torch.float64), times, torch.ones_like)
+    assert asked == [0, 0.5, 0.25, 0.875, 0.75]
+    first = 0.5 * 0.5 + (0.75**2 - (0.5 * 0.5) ** 2) ** 0.5
+    second = 6 / 7 * (first + 0.625) + (0.25**2 - (6 / 7 * 0.125) ** 2) ** 0.5
+    assert_close(torch.cat(states).tolist(), [0.0, first, second, second + 0.25])
+
+
+def test_in_few_steps_the_law_of_stochastic_heun_is_nearer_than_that_of_the_sde() -> None:
+    times = time_grid(15)
+    solver = solver_named("stochastic-heun")
+    assert isinstance(solver, StochasticSolver)
+    ours, theirs = law_of_states(solver, times), on_gaussian(memoryless(times)).law(0.0, torch.ones((), dtype=torch.float64))
+    assert abs(ours[1] - 0.25) < abs(theirs[1].item() - 0.25) / 2
+    assert abs(ours[0] - 0.7) < 1e-3
+
+
+def test_stochastic_heun_is_not_tuned() -> None:
+    sampling = Sampling(solver="stochastic-heun")
+    with pytest.raises(ValueError, match="no chain of Gaussian steps"):
+        sampling.chain()
+    with pytest.raises(ValueError, match="no chain of Gaussian steps"):
+        simulate(gaussian_flow, torch.zeros(1), sampling, torch.Generator())
+    with pytest.raises(SettingsError, match="must be a memoryless solver"):
+        AdjointMatching(solver="stochastic-heun")
+    with pytest.raises(SettingsError, match="no transition densities"):
+        ScoreAsAction(solver="stochastic-heun")
 
 
 def test_a_solver_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:

@@ -266,6 +266,10 @@ class ScoreAsAction(Tilting):
 
     @model_validator(mode="after")
     def _check(self) -> ScoreAsAction:
+        if self.sampling.has_noise and not self.sampling.is_chain:
+            raise ValueError(
+                f"solver {self.solver!r} has noise and no transition densities: it is to sample with; use memoryless"
+            )
         if not self._uses_value_gradient and not self.sampling.has_noise:
             raise ValueError(f"estimator {self.estimator!r} needs a solver with noise, {self.solver} has none; use closed-form")
         if self.update == "clip" and self._uses_value_gradient:

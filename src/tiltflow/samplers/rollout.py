@@ -15,8 +15,9 @@ from tiltflow.flows.field import Velocity, VelocityField, Which
 from tiltflow.samplers.chain import Chain, step
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import Sampling
-from tiltflow.samplers.solver import OdeFunction, OdeSolver
+from tiltflow.samplers.solver import OdeFunction, OdeSolver, StochasticSolver
 from tiltflow.samplers.solvers.euler import euler
+from tiltflow.streams import normal
 from tiltflow.user_code import explained
 
 
@@ -62,9 +63,12 @@ def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Gener
     solver, times = sampling.build(), sampling.times(start)
     if isinstance(solver, OdeSolver):
         return solve(solver.states, flow, x, times)[-1]
+    project = projection_of(flow)
+    if isinstance(solver, StochasticSolver):
+        return solver.states(flow, x, times, lambda x: project(normal(x.shape, generator, x.dtype)))[-1]
     chain = solver.chain(times)
     for k in range(len(chain)):
-        x = step(chain, k, x, flow(x, chain.times[k]), generator, projection_of(flow))
+        x = step(chain, k, x, flow(x, chain.times[k]), generator, project)
     return x
 
 
@@ -82,6 +86,8 @@ def simulate(
     solver, times = sampling.build(), sampling.times(start)
     if isinstance(solver, OdeSolver):
         return rollout_ode(solver.states, times, flow, x, act=act)
+    if isinstance(solver, StochasticSolver):
+        raise ValueError(f"{sampling.solver} is no chain of Gaussian steps")
     return rollout(solver.chain(times), flow, x, generator, act=act, to_the_end=not solver.has_noise)
 
 

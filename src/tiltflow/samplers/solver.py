@@ -2,7 +2,8 @@
 
 A solver is a chain of Gaussian steps (`ChainSolver`), with or without noise, or it integrates the probability-flow ODE in
 some other way (`OdeSolver`): several evaluations a step, several steps of memory, or a function of yours. Of both, the visited
-states and velocities are kept, which is all that a policy gradient needs.
+states and velocities are kept, which is all that a policy gradient needs. A `StochasticSolver` has noise and is no chain: it
+draws samples, and is not tuned.
 
 Each one is a file in `tiltflow.samplers.solvers`, which a recipe names: `dpm-solver++` is the class `DpmSolverPlusPlus` in
 `dpm_solver_plus_plus.py`.
@@ -79,6 +80,22 @@ class OdeSolver(BaseSolver, ABC):
         """See `OdeFunction`."""
 
 
+class StochasticSolver(BaseSolver, ABC):
+    """A solver with random steps that are not Gaussian in the state before: to sample with, not to tune."""
+
+    @property
+    def has_noise(self) -> bool:
+        return True
+
+    @abstractmethod
+    def states(self, velocity: Velocity, x: Tensor, times: Tensor, noise: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The K + 1 states at `times` [K + 1], x [batch, *event] first.
+
+        Args:
+            noise: x -> fresh noise of the model, of its shape.
+        """
+
+
 @dataclass(frozen=True)
 class FunctionSolver(OdeSolver):
     """An `OdeFunction` of yours.
@@ -96,7 +113,7 @@ class FunctionSolver(OdeSolver):
         return cast(OdeFunction, import_function(self.path, "solver"))(velocity, x, times)
 
 
-Solver = ChainSolver | OdeSolver
+Solver = ChainSolver | OdeSolver | StochasticSolver
 
 
 def check_name(solver: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.solver import StochasticSolver
 
 MEAN, STD = 0.7, 0.5
 
@@ -36,6 +37,27 @@ def law_of(chain: Chain) -> tuple[float, float, float]:
         variance = factor**2 * variance + chain.std[k] ** 2
         gain = gain * factor
     return mean.item(), variance.item(), gain.item()
+
+
+def law_of_states(solver: StochasticSolver, times: Tensor) -> tuple[float, float]:
+    """Mean and variance at the end of a stochastic solver that begins at x_t of its first time. Its end is affine in its start
+    and in its noise, so that one run with each of them changed by a unit says what it makes of all."""
+    count = len(times) - 1
+    start = torch.zeros(count + 2, dtype=torch.float64)
+    start[1] = 1  # run 0 is without noise, run 1 from another start, run 2 + k with noise k
+
+    drawn: list[Tensor] = []
+
+    def noise(x: Tensor) -> Tensor:
+        unit = torch.zeros_like(x)
+        unit[2 + len(drawn)] = 1
+        drawn.append(unit)
+        return unit
+
+    ends = solver.states(velocity, start + MEAN * times[0], times, noise)[-1]
+    gains = ends[1:] - ends[0]
+    variance = (gains[0] * spread(times[0])) ** 2 + gains[1:].square().sum()
+    return ends[0].item(), variance.item()
 
 
 class Shifted(nn.Module):

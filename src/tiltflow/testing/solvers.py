@@ -9,15 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from tiltflow.samplers.solver import ChainSolver, OdeSolver
-from tiltflow.testing.gaussian import MEAN, law_of, spread, velocity
+from tiltflow.samplers.solver import ChainSolver, OdeSolver, Solver, StochasticSolver
+from tiltflow.testing.gaussian import MEAN, law_of, law_of_states, spread, velocity
 
 COARSE, FINE = 40, 80
 SLACK = 0.25
 """Margin by which a measured order may fall below the claimed one, at finite steps."""
 
 
-def check_solver(solver: ChainSolver | OdeSolver) -> None:
+def check_solver(solver: Solver) -> None:
     """Check that a solver converges at its order, has noise, and forgets its start, as it says.
 
     On N(0.7, 0.5^2), from t = 0.1 to 0.9, where nothing is singular: the law at the end of a chain, or the map of the ODE.
@@ -40,14 +40,19 @@ def check_solver(solver: ChainSolver | OdeSolver) -> None:
         assert (left < 2e-3) == solver.is_memoryless, (
             f"the solver says is_memoryless = {solver.is_memoryless}, and {left:.1%} of its start is left at the end"
         )
-    else:
+    elif isinstance(solver, OdeSolver):
         assert not solver.has_noise, "an ODE solver has no noise"
+    else:
+        assert solver.has_noise, "a stochastic solver has noise"
 
 
-def error(solver: ChainSolver | OdeSolver, times: Tensor) -> float:
-    """The error at the end of a grid: of the mean and the variance of a chain, or of the points of an ODE."""
+def error(solver: Solver, times: Tensor) -> float:
+    """The error at the end of a grid: of the mean and the variance of a law, or of the points of an ODE."""
     if isinstance(solver, ChainSolver):
         mean, variance, _ = law_of(solver.chain(times))
+    if isinstance(solver, StochasticSolver):
+        mean, variance = law_of_states(solver, times)
+    if not isinstance(solver, OdeSolver):
         return max(abs(mean - MEAN * times[-1].item()), abs(variance - spread(times[-1]).item() ** 2))
     x = torch.tensor([-1.5, 0.2, 1.0], dtype=torch.float64)
     exact = MEAN * times[-1] + spread(times[-1]) / spread(times[0]) * (x - MEAN * times[0])

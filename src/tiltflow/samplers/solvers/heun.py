@@ -15,12 +15,16 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     for some predictions."""
     states = [x]
     for k in range(len(times) - 1):
-        h = (times[k + 1] - times[k]).item()
-        v = velocity(x, times[k])
-        end = x + h * v
-        x = end if k == len(times) - 2 else x + h / 2 * (v + velocity(end, times[k + 1]))
-        states.append(x)
+        states.append(heun_step(velocity, states[-1], times[k], times[k + 1], singular_end=k == len(times) - 2))
     return states
+
+
+def heun_step(velocity: Velocity, x: Tensor, start: Tensor, end: Tensor, *, singular_end: bool = False) -> Tensor:
+    """One step, or Euler's if the velocity at its end is not to be asked for."""
+    h = (end - start).item()
+    v = velocity(x, start)
+    there = x + h * v
+    return there if singular_end else x + h / 2 * (v + velocity(there, end))
 
 
 class Heun(OdeSolver):
