@@ -131,6 +131,8 @@ def test_the_law_of_early_steps_that_stay_with_the_base() -> None:
     assert target.caveats[-1].startswith("Before t = 0.5 nothing is learned: what the base has settled by then")
     ordinary = AdjointMatching(control_from=0.5, beta=0.5).target(1)
     assert (ordinary.reaches, ordinary.temperature, ordinary.words) == ("exact", 0.5, "p_base(x) exp(r(x) / beta)")
+    assert ordinary.caveats[-1].startswith("Between modes that are apart at t = 0.5 already, it takes many rounds")
+    assert AdjointMatching().target(1).caveats == ()
 
 
 def test_the_distillation_is_of_the_whole_early_part_and_as_large_as_its_steps() -> None:

@@ -13,6 +13,9 @@ iteration is
     1.  roll the tuned chain out, without gradients
     2.  run the lean adjoint back along it: vector-Jacobian products of the base
     3.  regress the control of some of the steps on it.
+
+With `control_from` above 0 steps 2 and 3 are for the times from there on, and the steps before learn from the ends of the paths
+(`tiltflow.training.self_distillation`): on the tilt both agree.
 """
 
 # Mutation tests: test_adjoint_matching.py
@@ -217,9 +220,12 @@ class AdjointMatching(Tilting):
         controlled."""
         self._first_controlled(self.chain(start))
         target = exponential_tilt(self.beta, self.sampling.limits(start))
-        if self.early == "self-distillation" or self.control_from == 0:
+        if self.control_from == 0:
             return target
         since = f"t = {self.control_from:g}"
+        if self.early == "self-distillation":
+            slow = f"Between modes that are apart at {since} already, it takes many rounds of self-distillation to move weight."
+            return replace(target, caveats=(*target.caveats, slow))
         untilted = (
             f"Before {since} nothing is learned: what the base has settled by then, such as the mode of a sample, stays as"
             " likely as it was, and only what comes after is tilted."
