@@ -119,7 +119,7 @@ class Lqg(exact.Lqg):
         """The law of the chain's optimum. Raises InputError if the method's sampler has other noise than the problem's."""
         if method.sampling.eta != self.eta:
             raise InputError("verify lqg: problem.eta and method.eta are the noise of one sampler: they must be the same")
-        beta, steps = method.target(iterations).beta, method.sampling.num_inference_steps
+        beta, steps = method.target(iterations, self.base_flow().noise_time).beta, method.sampling.num_inference_steps
         if beta is None:
             raise InputError(f"verify lqg: {method.name} has no price beta of its control")
         return ChainLaw(self.dimension, beta, steps, chain_optimum(self, beta, steps))
