@@ -58,10 +58,10 @@ CASES: dict[str, list[str]] = {
 METHODS: dict[str, list[str]] = {
     "adjoint-matching": ["iterations=660"],
     "score-as-action": ["iterations=1000"],
-    "path-reweighted": [],
-    "tilt-matching": [],
+    "path-reweighted": ["sampling.solver=stochastic-heun"],  # no chain of theirs is to be sampled, but a velocity field
+    "tilt-matching": ["sampling.solver=stochastic-heun"],
 }
-KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_span_ode", "floor_span", "span")
+KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_ode_span", "floor_span", "span")
 KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
 KEYS += ("achieved_tilt_r2", "effective_sample_size", "path_kl", "path_kl_exact", "chain_optimum")
 
@@ -130,7 +130,7 @@ def pm(values: Sequence[float | None], form: str = ".2f") -> str:
 def relative(row: dict[str, Any], kind: str) -> float:
     """A distance over its floor; within the span of the tilt, where that has fewer dimensions than the space."""
     span = "_span" if row["distance_span"] is not None and row["case"].endswith("-d") else ""
-    distance: float = row[f"distance{span}{kind}"] / row[f"floor{span}"]
+    distance: float = row[f"distance{kind}{span}"] / row[f"floor{span}"]
     return distance
 
 
