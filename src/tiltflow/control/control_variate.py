@@ -12,6 +12,7 @@ E[c_-i] E[z_k | x_k], is zero.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tiltflow.samplers.rollout import Trajectory
@@ -29,6 +30,7 @@ def predicted(residuals: Tensor, variate: Tensor) -> Tensor:
     [steps, batch, *event]. Zero where there is no other sample."""
     flat = variate.flatten(2).double()
     products, squares = (flat * residuals.flatten(2)).sum(2), flat.square().sum(2)
-    products, squares = (each.sum(1, keepdim=True) - each for each in (products, squares))
-    multiples = (products / squares.clamp(min=1e-300)).where(squares > 0, 0.0)
+    total = squares.sum(1, keepdim=True)
+    others = torch.maximum(total - squares, 1e-12 * total + 1e-300)  # not less than rounding leaves
+    multiples = (products.sum(1, keepdim=True) - products) / others
     return (multiples.to(variate).reshape(*multiples.shape, *(1 for _ in variate.shape[2:]))) * variate
