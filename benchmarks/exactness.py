@@ -127,25 +127,24 @@ def pm(values: Sequence[float | None], form: str = ".2f") -> str:
     return f"{statistics.mean(numbers):{form}}" + (f" ± {statistics.stdev(numbers):{form}}" if len(numbers) > 1 else "")
 
 
-def relative(row: dict[str, Any], kind: str) -> float:
-    """A distance over its floor; within the span of the tilt, where that has fewer dimensions than the space."""
-    span = "_span" if row["distance_span"] is not None and row["case"].endswith("-d") else ""
-    distance: float = row[f"distance{kind}{span}"] / row[f"floor{span}"]
-    return distance
+def key_of(row: dict[str, Any], kind: str) -> str:
+    """The key of a distance, or of the floor: within the span of the tilt, where that has fewer dimensions than the space."""
+    return kind + ("_span" if row["case"].endswith("-d") else "")
 
 
 def table(options: argparse.Namespace) -> None:
     """Print the rows as a table of Markdown."""
-    print("| problem | method | K | SDE / floor | ODE / floor | reward − exact | achieved tilt | evaluations | s |")
+    print("| problem | method | K | with noise | ODE | floor | reward − exact | achieved tilt | evaluations |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (case, method, steps), some in grouped(rows_of(options.output)):
         if "stopped" in some[0]:
             print(f"| {case} | {method} | {steps} | {some[0]['stopped']} | | | | | |")
             continue
-        cells = [case, method, str(steps), *(pm([relative(row, kind) for row in some]) for kind in ("", "_ode"))]
+        kinds = ("distance", "distance_ode", "floor")
+        cells = [case, method, str(steps), *(pm([row[key_of(row, kind)] for row in some], ".3f") for kind in kinds)]
         cells += [pm([row["reward"] - row["reward_exact"] for row in some], ".3f"), pm([row["achieved_tilt"] for row in some])]
         cells += [f"{statistics.mean(row['network_evaluations'] for row in some) / 1e6:.0f}M"]
-        print(f"| {' | '.join(cells)} | {statistics.mean(row['seconds'] for row in some):.0f} |")
+        print(f"| {' | '.join(cells)} |")
 
 
 def figures(options: argparse.Namespace) -> None:
