@@ -162,8 +162,13 @@ def test_it_resumes_where_it_was() -> None:
 
 
 METHODS = [
-    (tiltflow.AdjointMatching(num_inference_steps=10), 160, 0.05),
-    (tiltflow.OrwCfmW2(tau=0.3, weight_mode="both-terms", num_inference_steps=10, num_passes=4), 640, 0.02),
+    pytest.param(tiltflow.AdjointMatching(num_inference_steps=10), 160, 0.05, marks=pytest.mark.slow),
+    pytest.param(
+        tiltflow.OrwCfmW2(tau=0.3, weight_mode="both-terms", num_inference_steps=10, num_passes=4),
+        640,
+        0.02,
+        marks=pytest.mark.slow,
+    ),
     (tiltflow.TiltMatching(num_inference_steps=10), 320, 0.02),
 ]
 

@@ -414,7 +414,8 @@ def trained(method: PathReweighted, steps: int, size: int = 256, **options: Any)
     return tuned, records
 
 
-@pytest.mark.parametrize("first", [None, pytest.param("adjoint-matching", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [None, "adjoint-matching"])
 def test_training_reaches_the_tilt(first: Any) -> None:
     """N(0.7, 0.25) under r = x at beta = 0.5 is N(1.2, 0.25)."""
     tuned, records = trained(PathReweighted(**SHORT, first=first, first_steps=30), 120)

@@ -123,7 +123,10 @@ def test_one_round_is_exact_on_a_bowl(name: str) -> None:
     assert variance == pytest.approx(0.5, abs=0.015)
 
 
-@pytest.mark.parametrize("name", ["default", "anchor old", "anchor none", "implicit", "reward-weighting"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchor old", "anchor none")]
+
+
+@pytest.mark.parametrize("name", ["default", *SLOWER, "implicit", "reward-weighting"])
 def test_rounds_are_exact_whatever_they_learn_from(name: str) -> None:
     """At beta = 1/2 the law is N(0, 1/3). A share of .9 takes the inverse temperature there in several rounds; one more at it
     changes nothing."""
@@ -185,6 +188,7 @@ def settled_variance(coefficient: Callable[[np.ndarray, float], np.ndarray], res
     return float(brentq(excess, 0.05, 0.99999))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "residual"), [("ram", "network"), ("awm", "network"), ("adrpo", "base")])
 def test_linear_advantages_settle_short_of_the_tilt(preset: Any, residual: str) -> None:
     """Not at 1/2: and their own fixed point is that of the quadrature, with the clip that keeps the regression convex."""
