@@ -345,6 +345,7 @@ def test_a_pipeline_says_how_near_it_is_to_a_law_of_its_own(tmp_path: Path) -> N
         assert summary["achieved_tilt_samples"] == summary["num_samples"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:
     found = sweep(of_pipeline(tmp_path), {"method.beta": [0.5, 2.0]}, tmp_path / "sweep")
     assert [row["beta"] for row in found["points"]] == [0.5, 2.0]

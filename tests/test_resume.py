@@ -544,7 +544,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
 # ---- contract 3: SIGKILL ----
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_is_bitwise_the_same(kills: int, tmp_path: Path) -> None:
     """A real subprocess and a real SIGKILL, at a random time after the run has begun to go on; a checkpoint at every batch, so
     that many of them hit a save."""
