@@ -6,26 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from lines import NARROW, NORMAL, TWO_MODES, bowl, hill, line
 from scipy.special import ndtri
 
 from tiltflow.laws.adjoint_laws import deterministic_control, score_round, slope, smoothed_tilt
-from tiltflow.laws.law import Array, Density, Law, log_normal
-
-TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
-NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))
-NARROW = Law.of(lambda x: log_normal(x, 0.7, 0.5))
-
-
-def bowl(x: Array) -> Array:
-    return -(x**2) / 2
-
-
-def hill(x: Array) -> Array:
-    return 1.7 * x - 1.5 * x**2
-
-
-def line(x: Array) -> Array:
-    return x
+from tiltflow.laws.law import Density, Law
 
 
 def test_slope() -> None:

@@ -6,15 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from lines import NORMAL, TWO_MODES
 
 from tiltflow.evaluation.distances import exact_w2
 from tiltflow.laws.induced_law import fixed_point, induced_velocity, mixture_of_rounds, one_round
 from tiltflow.laws.law import Law, log_normal, push_forward, velocity_distance
 from tiltflow.problems.two_modes import sampler
 from tiltflow.streams import stream
-
-TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
-NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))
 
 
 def gaussian(mean: float, std: float) -> Law:

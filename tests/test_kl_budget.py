@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from lines import TWO_MODES
 
 import tiltflow
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward, mixture
-from tiltflow.laws.law import Law, log_normal
 from tiltflow.laws.tilted_law import temperature_of_kl, tilted
 from tiltflow.testing.gaussian import Shifted
 from tiltflow.training.kl_budget import DEAD_BAND, GRID, LIMIT, MOST, KlBudget, changed
@@ -22,7 +22,6 @@ from tiltflow.training.trainer import train
 
 STANDARD = mixture(torch.tensor([[0.7]], dtype=torch.float64), (1.0,), 0.5)
 CURVED = QuadraticReward(torch.tensor([1.7], dtype=torch.float64), 3.0)
-TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
 STEPS = 320
 
 

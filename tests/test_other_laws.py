@@ -6,26 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from lines import NARROW, NORMAL, TWO_MODES, bowl, hill, line
 
-from tiltflow.laws.law import Array, Law, log_normal
 from tiltflow.laws.other_laws import best_of, guided, importance_resampled, normalised_tilts, window_fraction
 from tiltflow.laws.tilted_law import achieved_tilt
-
-TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
-NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))
-NARROW = Law.of(lambda x: log_normal(x, 0.7, 0.5))
-
-
-def bowl(x: Array) -> Array:
-    return -(x**2) / 2
-
-
-def hill(x: Array) -> Array:
-    return 1.7 * x - 1.5 * x**2
-
-
-def line(x: Array) -> Array:
-    return x
 
 
 @pytest.mark.parametrize(("n", "mean"), [(2, 1 / math.sqrt(math.pi)), (4, 1.02938), (8, 1.42360), (16, 1.76599), (64, 2.34373)])

@@ -223,6 +223,14 @@ def test_plots_are_valid_svg() -> None:
     ElementTree.fromstring(plots.class_histogram([0.5, 0.5], [0.9, 0.1], [0.94, 0.06], [0.01, 0.01], names))
 
 
+def test_the_number_of_a_tile_is_narrow_enough_for_a_phone(tmp_path: Path) -> None:
+    page = write(tmp_path / "run", SUMMARY)
+    assert "± 0.040; 1 is the target law; R² 0.900 ± 0.020" in page
+    numbers = re.findall(r'class="big"[^>]*>(.*?)</', page)
+    assert any("0.800" in number for number in numbers)
+    assert not any("±" in number for number in numbers)
+
+
 def test_the_achieved_tilt_is_told_in_words(tmp_path: Path) -> None:
     page = write(tmp_path / "run", SUMMARY)
     assert "The achieved tilt is <b>0.800 ± 0.040</b> of the one that was asked for, and R² 0.900 ± 0.020: it" in page

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from lines import NARROW, NORMAL, TWO_MODES, bowl, hill, line
 
-from tiltflow.laws.law import Array, Law, log_normal
 from tiltflow.laws.tilted_law import (
     achieved_tilt,
     effective_share,
@@ -16,23 +16,6 @@ from tiltflow.laws.tilted_law import (
     temperature_of_kl,
     tilted,
 )
-
-TWO_MODES = Law.of(lambda x: np.logaddexp(log_normal(x, -1.5, 0.5), log_normal(x, 1.5, 0.5)))
-NORMAL = Law.of(lambda x: log_normal(x, 0.0, 1.0))
-NARROW = Law.of(lambda x: log_normal(x, 0.7, 0.5))
-
-
-def bowl(x: Array) -> Array:
-    return -(x**2) / 2
-
-
-def hill(x: Array) -> Array:
-    return 1.7 * x - 1.5 * x**2
-
-
-def line(x: Array) -> Array:
-    return x
-
 
 # ---- temperatures ----
 

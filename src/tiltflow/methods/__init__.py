@@ -26,6 +26,11 @@ from tiltflow.training.optimizer import Optimizer
 Positive = Annotated[float, Field(gt=0)]
 
 
+def from_preset(presets: Mapping[str, Mapping[str, Any]], values: Any) -> Any:
+    """The values of a method's settings, where they name a `preset` on top of those of that preset."""
+    return {**presets.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+
+
 class MethodSettings(Settings):
     """Part of the settings of every method."""
 

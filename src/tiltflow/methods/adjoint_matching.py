@@ -39,7 +39,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
-from tiltflow.methods import Tilting
+from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import Numbers, all_finite
 from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
@@ -170,8 +170,7 @@ class AdjointMatching(Tilting):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
-        return {**preset, **values} if preset else values
+        return from_preset(PRESETS, values)
 
     @model_validator(mode="after")
     def _check(self) -> AdjointMatching:

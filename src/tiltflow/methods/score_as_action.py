@@ -57,7 +57,7 @@ from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.laws.target import Target, exponential_tilt
-from tiltflow.methods import Tilting
+from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import all_finite, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
 from tiltflow.rewards.functions.checked import evaluate, finite_only, shared, value_and_gradient
@@ -255,10 +255,8 @@ class ScoreAsAction(Tilting):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = {**PRESETS.get(str(values.get("preset")), {}), **values}
-        if "estimator" not in values:
+        values = from_preset(PRESETS, values)
+        if isinstance(values, dict) and "estimator" not in values:
             sampler = {key: values[key] for key in ("solver", "eta") if key in values}
             with suppress(ValidationError):  # the sampler's own check reports it
                 values["estimator"] = "return-minus-value" if Sampling.model_validate(sampler).has_noise else "closed-form"

@@ -55,7 +55,7 @@ from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt,
 from tiltflow.laws.forward_process import Residual, ram
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
-from tiltflow.methods import Positive, Tempered
+from tiltflow.methods import Positive, Tempered, from_preset
 from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
@@ -183,8 +183,7 @@ class TiltMatching(Tempered):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
-        return {**preset, **values} if preset else values
+        return from_preset(PRESETS, values)
 
     @model_validator(mode="after")
     def _check(self) -> TiltMatching:

@@ -206,8 +206,10 @@ def tiles(s: Tree) -> list[Tile]:
         base, note = number(s, "target_distance_base"), f"floor {floor}" if floor else ""
         found.append(tile("distance to the target law", base, distance, decimal, note))
     if tilted := measured(s, "achieved_tilt"):
+        value, _, error = tilted.partition(" ± ")  # both in the size of a tile's number are wider than one on a phone
         r2 = measured(s, "achieved_tilt_r2")
-        found.append(Tile("Achieved tilt", tilted, "1 is the target law" + (f"; R² {r2}" if r2 else "")))
+        notes = [f"± {error}" if error else "", "1 is the target law", f"R² {r2}" if r2 else ""]
+        found.append(Tile("Achieved tilt", value, "; ".join(note for note in notes if note)))
     samples, target, steps = (measured(s, key) for key in ("num_samples", "path_kl_target", "iterations"))
     if size := measured(s, "effective_sample_size"):
         found.append(Tile("Effective sample size", size, f"of {samples} base samples" if samples else ""))

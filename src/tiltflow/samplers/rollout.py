@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,11 +66,17 @@ def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Gener
         return solve(solver.states, flow, x, times)[-1]
     project = projection_of(flow)
     if isinstance(solver, StochasticSolver):
-        return solver.states(flow, x, times, lambda x: project(normal(x.shape, generator, x.dtype)))[-1]
+        noise = partial(_noise_like, generator=generator, project=project)
+        return solve(partial(solver.states, noise=noise), flow, x, times)[-1]
     chain = solver.chain(times)
     for k in range(len(chain)):
         x = step(chain, k, x, flow(x, chain.times[k]), generator, project)
     return x
+
+
+def _noise_like(x: Tensor, *, generator: torch.Generator, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """Fresh noise of a field, of the shape of x."""
+    return project(normal(x.shape, generator, x.dtype))
 
 
 def simulate(

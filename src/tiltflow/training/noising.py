@@ -167,7 +167,7 @@ class Smoothed(NamedTuple):
 
 
 def smoothed(pairs: Noising, values: Tensor, gain: Tensor, groups: Tensor, size: int) -> Smoothed:
-    """The points of all pairs, each seen among the samples of `size` pairs; the samples of all were drawn independently.
+    """The points of all pairs, each seen among the samples of `size` pairs, whose samples are in random order.
 
     Args:
         values: of the sample of each pair [count, k], float64.

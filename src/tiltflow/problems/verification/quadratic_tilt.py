@@ -84,8 +84,10 @@ class QuadraticTilt(ExactBase):
         generator = stream(trained.seed, "evaluation")
         x, x_base, x_ode = self._samples(trained, generator)
         own_steps = trained.method.sampling.num_inference_steps
-        own = self.sampling.model_copy(update={"num_inference_steps": own_steps})
-        x_own, x_own_ode = self._sampled(trained, own, stream(trained.seed, "evaluation", "own steps"))
+        x_own, x_own_ode = x, x_ode
+        if own_steps != self.sampling.num_inference_steps:
+            own = self.sampling.model_copy(update={"num_inference_steps": own_steps})
+            x_own, x_own_ode = self._sampled(trained, own, stream(trained.seed, "evaluation", "own steps"))
 
         def measure(*several: Tensor, law: GaussianMixture = target, **options: Any) -> list[DistanceToLaw]:
             options = {"draws": trained.draws, "directions": stream(trained.seed, "directions"), **options}
