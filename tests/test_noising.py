@@ -10,7 +10,7 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.optimization import StoredWeights
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.batch import Batch
-from tiltflow.training.noising import Points, noising, posterior, shuffled, smoothed
+from tiltflow.training.noising import Points, noising, posterior, resampled, shuffled, smoothed
 
 FIELD = FunctionField(lambda x, t: x)
 
@@ -195,3 +195,12 @@ def test_neighbours_leave_the_mean_of_the_gradient_and_most_of_its_noise_out():
     assert (difference.mean(0).abs() < 3.5 * difference.std(0) / 300**0.5).all()
     assert (among.var(0) < alone.var(0)).all()
     assert (among.var(0)[2:] < 0.4 * alone.var(0)[2:]).all()
+
+
+def test_samples_are_drawn_as_often_as_their_weights_say() -> None:
+    weights = torch.tensor([1.0, 0.0, 4.0, 2.5, 0.5])  # of sum 8, in any unit
+    for seed in range(20):
+        which = resampled(weights, 800, torch.Generator().manual_seed(seed))
+        counts = torch.bincount(which, minlength=5).double()
+        assert bool(((counts - 100 * weights).abs() < 1).all())
+    assert not torch.equal(which, which.sort().values)
