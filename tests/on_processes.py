@@ -1,18 +1,20 @@
-"""What `test_processes.py` starts in several processes, or in one: python on_processes.py FOLDER SCENARIO [SCENARIO ..]"""
+"""What `test_processes.py` starts in several processes: python on_processes.py FOLDER WEIGHTS/SCENARIO [WEIGHTS/SCENARIO ..]"""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from test_resume import METHODS, recipe_for, resuming
-from test_run_text_to_image import recipe_for as picture_recipe
 from torch import Tensor
 
 from tiltflow import processes
@@ -23,11 +25,18 @@ from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
 
+WEIGHTS: dict[str, dict[str, str]] = {
+    "replicated": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualBlock"},
+    "zero-2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+}
+"""How accelerate would be configured, by where the weights are; read again for each network."""
+
 
 def methods(folder: Path) -> None:
-    """A short run by each method, evaluation and all."""
+    """A short run of several batches by each method, evaluation and all."""
     for method in METHODS:
-        run(shared_recipe(folder, method), folder / method)
+        run(shared_recipe(folder, method, max_train_steps=6), folder / method)
     taken(folder, shared_recipe(folder, method))
 
 
@@ -52,6 +61,11 @@ def taken(folder: Path, recipe: Recipe) -> None:
 
 def pictures(folder: Path) -> None:
     """Pipelines with an adapter and in full, guidance, and a reward that is normalised for each prompt."""
+    from test_run_text_to_image import recipe_for as picture_recipe  # slow to import
+
+    import tiltflow.runs.evaluate
+
+    before, tiltflow.runs.evaluate.PATHS_OF_PROMPTS = tiltflow.runs.evaluate.PATHS_OF_PROMPTS, 3  # most of the time, else
     for name, method, adapter in (
         ("stable-diffusion", "adjoint-matching", {"rank": 2}),
         ("stable-diffusion-3", "orw-cfm-w2", None),
@@ -78,12 +92,15 @@ def pictures(folder: Path) -> None:
             tree["training"]["per_prompt_normalization"] = None
         kind = "full" if adapter is None else "adapter"
         run(validate(Recipe, tree, "recipe"), folder / f"{name}-{method}-{kind}")
+    tiltflow.runs.evaluate.PATHS_OF_PROMPTS = before
 
 
 def interrupted(folder: Path) -> None:
     """Runs with a KL budget, and copies of them that go on from their second checkpoint."""
     for method in ("adjoint-matching", "score-as-action"):
-        recipe = shared_recipe(folder, method, checkpoints_total_limit=None, checkpointing_steps=2, target_kl=0.2)
+        recipe = shared_recipe(
+            folder, method, max_train_steps=9, checkpoints_total_limit=None, checkpointing_steps=2, target_kl=0.2
+        )
         run(recipe, folder / method)
         copy = folder / f"{method}-again"
         processes.by_main(lambda method=method, copy=copy: shutil.copytree(folder / method, copy) and None)
@@ -151,15 +168,38 @@ def shared_recipe(folder: Path, method: str, **training: Any) -> Recipe:
     return validate(Recipe, tree, "recipe")
 
 
-def main() -> None:
-    folder, *scenarios = sys.argv[1:]
-    torch.set_num_threads(1)
-    processes.begin("cpu")
-    for scenario in scenarios:
-        place = Path(folder) / scenario
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Leaves out the page that a run writes at its end, which takes longer than so short a run; pictures have it."""
+    import tiltflow.runs.evaluate
+
+    before, tiltflow.runs.evaluate.write_report = tiltflow.runs.evaluate.write_report, lambda folder: folder
+    try:
+        yield
+    finally:
+        tiltflow.runs.evaluate.write_report = before
+
+
+def make(folder: Path, *names: str) -> None:
+    """Let the scenarios leave what they make in `folder`, each under its name."""
+    for name in names:
+        weights, scenario = name.split("/")
+        for variable in {key for settings in WEIGHTS.values() for key in settings}:
+            os.environ.pop(variable, None)
+        os.environ.update(WEIGHTS[weights])
+        place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         processes.wait()
-        globals()[scenario](place)
+        with nullcontext() if scenario == "pictures" else without_reports():
+            globals()[scenario](place)
+
+
+def main() -> None:
+    folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    os.environ.update(WEIGHTS[names[-1].split("/")[0]])  # to begin is more with sharded weights, which come last
+    processes.begin("cpu")
+    make(Path(folder), *names)
     processes.end()
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
+from filelock import FileLock
+from on_processes import WEIGHTS, make
 from test_resume import METHODS
 
 from tiltflow import processes
@@ -29,35 +30,61 @@ from tiltflow.processes import shares
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
 
 HERE = Path(__file__).parent
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualBlock"}
-ZERO_2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+TOGETHER = [f"replicated/{name}" for name in ("methods", "pictures", "interrupted", "not_finite")]
+TOGETHER += ["zero-2/interrupted", "fsdp2/methods", "fsdp2/interrupted"]  # of one launch: two processes start for seconds
 TOLERANCE = 1e-6
 
 
-def launch(count: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def launch(count: int, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
         [*launcher, *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def complete(count: int, folder: Path, *scenarios: str, **environment: str) -> Path:
-    """What `on_processes.py` leaves in `folder`."""
-    process = launch(count, str(HERE / "on_processes.py"), str(folder), *scenarios, **environment)
+def complete(folder: Path, *names: str) -> None:
+    """Let two processes make the scenarios of these names."""
+    process = launch(2, str(HERE / "on_processes.py"), str(folder), *names)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "processes"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What one process makes of a scenario; made once."""
-    return cache(lambda scenario: complete(1, tmp_path_factory.mktemp("alone"), scenario) / scenario)
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Make what several tests look at, in whichever of them comes first; after a failure, fail in the others at once."""
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            assert not unfinished.exists(), f"{folder.name}: another test has failed to make it"
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+@pytest.fixture
+def together(shared: Path) -> Path:
+    """What two processes make of all scenarios."""
+    return made_once(shared / "together", lambda folder: complete(folder, *TOGETHER))
+
+
+@pytest.fixture
+def alone(shared: Path) -> Path:
+    """What one process, this one, makes of the scenarios."""
+    names = [f"replicated/{scenario}" for scenario in ("methods", "pictures", "interrupted")]
+    return made_once(shared / "alone", lambda folder: make(folder, *names)) / "replicated"
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -92,33 +119,32 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
 
 
 @pytest.mark.parametrize(
-    ("environment", "scenarios"),
-    [
-        pytest.param({}, ("methods", "pictures", "interrupted"), id="ddp"),
-        pytest.param(SHARDED, ("methods", "interrupted"), id="fsdp2"),
-        pytest.param(ZERO_2, ("interrupted",), id="zero-2"),
-        pytest.param(SHARDED, ("pictures",), id="fsdp2-pictures", marks=pytest.mark.slow),
-    ],
+    "name",
+    [*(name for name in TOGETHER if "not_finite" not in name), pytest.param("fsdp2/pictures", marks=pytest.mark.slow)],
 )
 def test_two_processes_give_the_weights_and_metrics_of_one(
-    environment: dict[str, str], scenarios: tuple[str, ...], alone: Callable[[str], Path], tmp_path: Path
+    name: str, alone: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Every method, with a moving average; pipelines with an adapter and in full, with guidance, a monitor and statistics for
     each prompt, and a batch that two processes cannot share evenly. And a run that goes on from a checkpoint of both."""
-    together = complete(2, tmp_path / "together", *scenarios, **environment)
-    for scenario in scenarios:
-        runs = [path.parent.name for path in alone(scenario).glob("*/summary.json")]
-        assert len(runs) == {"methods": len(METHODS), "pictures": 3, "interrupted": 4}[scenario]
-        for name in runs:
-            assert_same_runs(alone(scenario) / name, together / scenario / name, evaluations=scenario != "pictures")
-    if "methods" in scenarios:  # and all processes say the same of a folder that is not free
-        said = [(together / "methods" / f"said-by-{process}").read_text().splitlines() for process in range(2)]
+    if name in TOGETHER:
+        both = request.getfixturevalue("together") / name
+    else:
+        complete(tmp_path, name)
+        both = tmp_path / name
+    kept, scenario = name.split("/")
+    runs = [path.parent.name for path in (alone / scenario).glob("*/summary.json")]
+    assert len(runs) == {"methods": len(METHODS), "pictures": 3, "interrupted": 4}[scenario]
+    for each in runs:
+        assert_same_runs(alone / scenario / each, both / each, evaluations=scenario != "pictures")
+    if scenario == "methods":  # and all processes say the same of a folder that is not free
+        said = [(both / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
         for words, line in zip(("already holds something", "in use by", "cannot be made"), said[0], strict=True):
             assert words in line
-    if "interrupted" in scenarios:
+    if scenario == "interrupted":
         for method in ("adjoint-matching", "score-as-action"):
-            assert_gone_on_with(together / "interrupted", method, shards=2 if environment else 0)
+            assert_gone_on_with(both, method, shards=2 if WEIGHTS[kept] else 0)
 
 
 def assert_gone_on_with(folder: Path, method: str, *, shards: int) -> None:
@@ -134,9 +160,8 @@ def assert_gone_on_with(folder: Path, method: str, *, shards: int) -> None:
     assert shapes == {name: value.shape for name, value in ours.items()}
 
 
-def test_a_reward_that_is_not_finite_in_one_process_is_not_finite_in_all(tmp_path: Path) -> None:
-    complete(2, tmp_path, "not_finite")
-    folder = tmp_path / "not_finite"
+def test_a_reward_that_is_not_finite_in_one_process_is_not_finite_in_all(together: Path) -> None:
+    folder = together / "replicated" / "not_finite"
     said = [(folder / f"said-by-{process}").read_text() for process in range(2)]
     assert said[0] == said[1]
     assert "'samples': [2]" in said[0]  # of the batch of four: the first of the second process
@@ -148,13 +173,14 @@ def test_a_reward_that_is_not_finite_in_one_process_is_not_finite_in_all(tmp_pat
 
 
 def test_a_process_that_fails_takes_the_others_down(tmp_path: Path) -> None:
-    process = launch(2, str(HERE / "on_processes.py"), str(tmp_path), "dies")
+    process = launch(2, str(HERE / "on_processes.py"), str(tmp_path), "replicated/dies")
     output, _ = process.communicate(timeout=120)
-    died = float((tmp_path / "dies" / "died").read_text())
+    place = tmp_path / "replicated" / "dies"
+    died = float((place / "died").read_text())
     assert process.returncode != 0
     assert "ZeroDivisionError: the reward of process 1 divides by zero" in output
     assert time.monotonic() - died < 20
-    assert not (tmp_path / "dies" / "run" / "summary.json").exists()
+    assert not (place / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("asked", ["launcher", "one", "all"])

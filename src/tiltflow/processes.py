@@ -194,13 +194,29 @@ def from_main(work: Callable[[], object]) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """All-reduce the gradients; FSDP has already reduced sharded ones."""
+    """All-reduce the gradients, many in one message; FSDP has already reduced sharded ones."""
     if count() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        assert work is not None
-        work.wait()
+    for run in _joined(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in run])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(run, flat.split([gradient.numel() for gradient in run]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def _joined(tensors: Sequence[Tensor], at_most: int = 2**23) -> Iterator[list[Tensor]]:
+    """Cut into runs of one type and device, with at most so many elements in all where there are several."""
+    run, elements = list[Tensor](), 0
+    for tensor in tensors:
+        alike = not run or (tensor.dtype, tensor.device) == (run[0].dtype, run[0].device)
+        if run and not (alike and elements + tensor.numel() <= at_most):
+            yield run
+            run, elements = [], 0
+        run.append(tensor)
+        elements += tensor.numel()
+    if run:
+        yield run
 
 
 def distribute(*networks: Any) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-import ot
 import torch
 from torch import Tensor
 
@@ -34,12 +33,16 @@ def sliced_w2(x: Tensor, y: Tensor, directions: Tensor) -> float:
     A difference in a few of many dimensions shrinks by 1 / sqrt(d) in random directions, while the floor does not: measure such
     a difference in its own subspace.
     """
+    import ot  # slow to import, and needed where exact samples are known alone
+
     a, b = x.double().cpu().numpy(), y.double().cpu().numpy()
     return float(ot.sliced_wasserstein_distance(a, b, projections=directions.double().T.numpy(), p=2))
 
 
 def exact_w2(x: Tensor, y: Tensor) -> float:
     """Return the 2-Wasserstein distance of samples [n, d] and [m, d] by linear programming, for up to a few thousand points."""
+    import ot
+
     cost = torch.cdist(x.double().cpu(), y.double().cpu()).square().numpy()
     return float(ot.emd2([], [], cost, numItermax=10_000_000) ** 0.5)
 

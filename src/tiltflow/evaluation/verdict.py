@@ -15,8 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
-from scipy.special import ndtri
-from scipy.stats import norm, t
+from scipy.special import ndtr, ndtri, stdtr
 from torch import Tensor
 
 from tiltflow.evaluation.distances import DistanceOverGroups, kolmogorov_smirnov, reward_distance, reward_masses
@@ -100,7 +99,7 @@ def _row(
         if difference.standard_error == 0:
             return float(difference.value == 0)
         z = abs(difference.value) / difference.standard_error
-        return float(2 * (norm.sf(z) if groups == 1 else t.sf(z, groups - 1)))
+        return float(2 * (ndtr(-z) if groups == 1 else stdtr(groups - 1, -z)))
 
     error = ours.standard_error
     return {

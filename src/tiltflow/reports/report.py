@@ -6,6 +6,7 @@ style.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -45,7 +46,12 @@ def write_report(folder: Path) -> Path:
 
 def render(page: Page) -> str:
     """Render the page as HTML; every value is escaped."""
-    environment = Environment(
+    return _environment().get_template("page.html.j2").render(page=page)
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, compiled once."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.j2").render(page=page)
