@@ -14,6 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is importe
 torch.set_num_threads(1)  # the problems are small: threads cost more than they bring
 
 
+@pytest.fixture(autouse=True)
+def plain_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves of reports without matplotlib's search for the best margins, which takes longer than many a run of a test; the
+    tests of the report itself have it."""
+    if request.path.stem != "test_report":
+        monkeypatch.setattr("tiltflow.reports.plots.LAYOUT", None)
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     """float64 by default, so that rounding stays far below every tolerance."""

@@ -29,22 +29,24 @@ class AdaptedDenoiser(Denoiser):
     def __init__(self, network: nn.Module, predict: Callable[..., Tensor], adapter: str, below: Sequence[str] = ()):
         super().__init__(network, predict)
         self.adapter, self.below = adapter, tuple(below)
+        self.layers = layers_of_adapters(network)  # found once: networks have thousands of modules, and this is done often
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Switch the new adapter off in this context."""
-        network: Any = self.network
-        if self.below:
-            self.activate(self.below)
-        else:
-            network.disable_adapters()
+        self.switch(on=False)
         try:
             yield
         finally:
-            if self.below:
-                self.activate((*self.below, self.adapter))
-            else:
-                network.enable_adapters()
+            self.switch(on=True)
+
+    def switch(self, *, on: bool) -> None:
+        """Switch the new adapter on or off."""
+        if self.below:
+            self.activate((*self.below, self.adapter) if on else self.below)
+            return
+        for layer in self.layers:
+            layer.enable_adapters(on)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate exactly these adapters. peft makes every active adapter trainable, so those below are frozen again."""
@@ -67,15 +69,20 @@ def loaded_adapters(network: nn.Module) -> Mapping[str, Any]:
     return network.peft_config if isinstance(network, HasAdapters) else {}
 
 
+def layers_of_adapters(network: nn.Module) -> list[Any]:
+    """Return the layers of a network that adapters change."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 def active_adapters(network: nn.Module) -> list[str]:
     """Return the names of the active adapters of a network.
 
     Raises InputError if one is fused into the weights and still loaded: peft would remove it from them when another adapter is
     added.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = layers_of_adapters(network)
     if any(layer.merged for layer in layers):
         raise InputError(
             "a LoRA is fused into the pipeline and still loaded: call pipeline.unload_lora_weights() first; it stays fused"

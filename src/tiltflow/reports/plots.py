@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -30,6 +30,8 @@ from tiltflow.evaluation.metrics import Cost, Metric
 
 COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
 """CSS variable of each colour, and its value if the page does not set it."""
+LAYOUT: Literal["constrained"] | None = "constrained"
+"""Matplotlib's engine that makes room for the labels of curves."""
 PADDING = 2  # pixels around each image of a grid
 
 STYLE = {
@@ -104,7 +106,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, references
         references: values that curves should reach, by key, as dashed lines.
     """
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.4 * len(keys), 2.2), layout="constrained")
+        figure = Figure(figsize=(4.4 * len(keys), 2.2), layout=LAYOUT)
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             _curve(axes, rows, key, (references or {}).get(key))
         return _svg(figure)
@@ -144,7 +146,7 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     target = (rows[0].get("target") or {}).get(name)
     alarm = next((row["step"] for row in rows if row["alarm"]), None)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
+        figure = Figure(figsize=(4.4, 2.2), layout=LAYOUT)
         axes = figure.subplots()
         axes.errorbar(steps, values, errors, color=COLOURS["tuned"], marker="o", markersize=4, linewidth=1.6, elinewidth=1)
         if target is not None:
