@@ -22,6 +22,13 @@ def plain_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("tiltflow.reports.plots.LAYOUT", None)
 
 
+@pytest.fixture(autouse=True)
+def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trajectories of 50 steps for the path KL of a pipeline instead of 32, which are most of the time of a run of three
+    updates."""
+    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     """float64 by default, so that rounding stays far below every tolerance."""

@@ -176,7 +176,6 @@ def test_the_python_of_the_page_on_classes_runs() -> None:
 def test_the_python_of_the_page_on_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)  # the path KL is not what is tested
     fewer = {"max_train_steps": "1", "num_inference_steps": "3", "num_generations": "2", "prompts_per_step": "1"}
     names = run_page("text-to-image.md", 1, **fewer)
     assert names["images"].shape == names["before"].shape == (2, 3, 32, 32)
@@ -242,8 +241,6 @@ def test_what_the_report_of_an_image_model_says_works(tmp_path: Path, monkeypatc
 def test_what_the_report_of_a_pipeline_says_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     from tiny_pipelines import tiny_pipeline
-
-    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)  # the path KL is not what is tested
 
     tiny_pipeline("stable-diffusion", tmp_path).save_pretrained(tmp_path / "pipeline")
     tree = {

@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,12 @@ def last_metrics(method: str, folder: Path, **training: Any) -> dict[str, float]
     return {key: float(value) for key, value in last.items() if key != "seconds"}
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, float]]:
+    """Metrics of the last step by each method, as a run usually is; trained once."""
+    return cache(lambda method: last_metrics(method, tmp_path_factory.mktemp(method)))
+
+
 def flags() -> tuple[bool, ...]:
     cudnn = torch.backends.cudnn
     tf32 = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32
@@ -48,17 +56,17 @@ def test_everything_that_varies_is_off_in_the_context_and_as_it_was_after(monkey
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_deterministic_run_has_the_same_bits(method: str, tmp_path: Path) -> None:
+def test_a_deterministic_run_has_the_same_bits(method: str, usual: Callable[[str], dict[str, float]], tmp_path: Path) -> None:
     """Every operation of every method has a deterministic kernel on a CPU, and it is the one that is used anyway."""
-    assert last_metrics(method, tmp_path / "a", deterministic=True) == last_metrics(method, tmp_path / "b")
+    assert last_metrics(method, tmp_path, deterministic=True) == usual(method)
 
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("method", METHODS)
-def test_the_numbers_are_those_of_earlier_versions(method: str, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_earlier_versions(method: str, usual: Callable[[str], dict[str, float]]) -> None:
     """What changes them changes the results of users: it belongs into the changelog, and then into the file."""
     golden = {key: float.fromhex(value) for key, value in json.loads(GOLDEN.read_text())[method].items()}
-    found = last_metrics(method, tmp_path)
+    found = usual(method)
     assert found.keys() == golden.keys()
     for key, value in golden.items():
         assert math.isclose(found[key], value, rel_tol=SLACK, abs_tol=SLACK), key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import ot
 import pytest
 import torch
 from scipy.stats import genpareto, t
@@ -63,6 +64,16 @@ def test_sliced_w2_in_one_dimension_is_exact() -> None:
     x = quantiles(500)[:, None]
     expected = math.sqrt(0.7**2 + 0.5**2 * x.square().mean())
     assert sliced_w2(x, 0.7 + 1.5 * x.flip(0), -torch.ones(1, 1)) == pytest.approx(expected)
+
+
+def test_sliced_w2_is_that_of_samples_as_often_as_they_are(generator: torch.Generator) -> None:
+    """Of one size, where the sorted ones belong together, and of two, where parts of them do."""
+    x, y = torch.randn(60, 3, generator=generator), 2 * torch.randn(20, 3, generator=generator) + 1
+    directions = random_directions(3, generator, 7)
+    same = sliced_w2(x, y.repeat(3, 1), directions)
+    assert same == pytest.approx(sliced_w2(x, y, directions), rel=1e-12)
+    a, b = x.double().numpy(), y.repeat(3, 1).double().numpy()
+    assert same == pytest.approx(ot.sliced_wasserstein_distance(a, b, projections=directions.T.numpy(), p=2), rel=1e-12)
 
 
 def test_sliced_w2_of_a_translation_is_its_length_over_root_dimension(generator: torch.Generator) -> None:

@@ -58,13 +58,6 @@ from tiltflow.training.base_statistics import BaseStatistics
 from tiltflow.training.draw import batches
 from tiltflow.training.settings import Training
 
-
-@pytest.fixture(autouse=True)
-def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two trajectories of 50 steps for the path KL instead of 32, which are most of the time of a run of three updates."""
-    monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)
-
-
 SHORT = {"num_inference_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"num_inference_steps": 3},
