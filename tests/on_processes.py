@@ -32,10 +32,13 @@ WEIGHTS: dict[str, dict[str, str]] = {
 }
 """How accelerate would be configured, by where the weights are; read again for each network."""
 
+INTERRUPTED = ("adjoint-matching", "score-as-action")
+OTHERS = tuple(method for method in METHODS if method not in INTERRUPTED)
+
 
 def methods(folder: Path) -> None:
-    """A short run of several batches by each method, evaluation and all."""
-    for method in METHODS:
+    """A short run of several batches by each method that is not `INTERRUPTED`, evaluation and all."""
+    for method in OTHERS:
         run(shared_recipe(folder, method, max_train_steps=6), folder / method)
     taken(folder, shared_recipe(folder, method))
 
@@ -97,7 +100,7 @@ def pictures(folder: Path) -> None:
 
 def interrupted(folder: Path) -> None:
     """Runs with a KL budget, and copies of them that go on from their second checkpoint."""
-    for method in ("adjoint-matching", "score-as-action"):
+    for method in INTERRUPTED:
         recipe = shared_recipe(
             folder, method, max_train_steps=9, checkpoints_total_limit=None, checkpointing_steps=2, target_kl=0.2
         )

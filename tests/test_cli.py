@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 from tiny import tiny_flow, tiny_recipe
+from typed import typed
 from typer.testing import CliRunner
 
 import tiltflow
@@ -70,17 +71,18 @@ def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:
     assert "report.html" in trained.stderr
     assert "reward" in trained.stderr
 
-    again = tiltflow_command("evaluate", str(folder), "--json", "--threads", "1", "--quiet", "--num-samples", "16")
-    assert json.loads(again.stdout.splitlines()[-1])["num_samples"] == 16
-
     grid, arrays = tmp_path / "grid.png", tmp_path / "x.npz"
-    assert tiltflow_command("sample", str(folder), "-o", str(grid), "-n", "4").returncode == 0
+    again, drawn, saved, exported = typed(
+        ["evaluate", str(folder), "--json", "--threads", "1", "--quiet", "--num-samples", "16"],
+        ["sample", str(folder), "-o", str(grid), "-n", "4"],
+        ["sample", str(folder), "-o", str(arrays), "-n", "4", "--solver", "heun"],
+        ["export", str(folder), "-o", str(tmp_path / "exported")],
+    )
+    assert json.loads(again.stdout.splitlines()[-1])["num_samples"] == 16
+    assert drawn.returncode == saved.returncode == 0
     Image.open(grid).verify()
-    assert tiltflow_command("sample", str(folder), "-o", str(arrays), "-n", "4", "--solver", "heun").returncode == 0
     with np.load(arrays) as archive:
         assert archive["samples"].shape == (4, 1, 8, 8)
-
-    exported = tiltflow_command("export", str(folder), "-o", str(tmp_path / "exported"))
     assert exported.stdout.strip() == f'tiltflow.load("{tmp_path / "exported"}") loads it'
     assert tiltflow.load(tmp_path / "exported").event_shape == (1, 8, 8)
 

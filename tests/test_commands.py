@@ -6,6 +6,7 @@ import html
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tiny import tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
+from tiltflow import load
 from tiltflow.commands.terminal.app import app
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.problems.verification.verify import read_verification
 from tiltflow.reports.page import commands
@@ -143,9 +146,18 @@ def test_scripts_and_targets_that_are_spoken_of_exist() -> None:
         assert name in targets, name
 
 
+def loaded_to_sample_fast(name: str) -> Any:
+    """A model whose pictures are drawn in 5 steps, not in 50, by default and in the evaluation."""
+    model = load(name)
+    if not isinstance(model, TextToImage):
+        return model
+    return replace(model, sampling=Sampling(solver=model.sampling.solver, num_inference_steps=5))
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiltflow, "load", loaded_to_sample_fast)
     first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)  # _: test_your_own_model
     code = first + second
     names: dict[str, Any] = {}
@@ -176,6 +188,7 @@ def test_the_python_of_the_page_on_classes_runs() -> None:
 def test_the_python_of_the_page_on_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiltflow, "load", loaded_to_sample_fast)
     fewer = {"max_train_steps": "1", "num_inference_steps": "3", "num_generations": "2", "prompts_per_step": "1"}
     names = run_page("text-to-image.md", 1, **fewer)
     assert names["images"].shape == names["before"].shape == (2, 3, 32, 32)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tiny import UNET, tiny_recipe
+from typed import typed
 
 from tiltflow import plugins
 from tiltflow.errors import InputError
@@ -35,11 +36,8 @@ def installed(site: Path, broken: str = "") -> Path:
     return site
 
 
-def tiltflow(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "tiltflow", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+def train(folder: Path) -> list[str]:
+    return ["train", str(folder / "example.yaml"), "--output", str(folder / "run"), "--threads", "1"]
 
 
 def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
@@ -49,7 +47,7 @@ def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
     tree |= {"reward": {"name": "bowl", "level": 0.5}, "method": "best-of", "optimizer": {"learning_rate": 1e-3}}
     tree["sampling"] = {"solver": "midpoint", "num_inference_steps": 3}
     (tmp_path / "example.yaml").write_text(dump_yaml(tree))
-    done = tiltflow(site, "train", str(tmp_path / "example.yaml"), "--output", str(tmp_path / "run"), "--threads", "1")
+    done, greeting, listed = typed(train(tmp_path), ["greet", "you"], ["settings", "linear-field"], site=site)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["method"], summary["reward"]) == ("best-of", "bowl")
@@ -57,8 +55,7 @@ def test_a_recipe_uses_the_parts_of_another_package(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["kept"] >= tree["training"]["train_batch_size"] / 2
     assert "Samples of the batch that the model learned." in (tmp_path / "run" / "report.html").read_text()
-    assert tiltflow(site, "greet", "you").stdout == "hello, you\n"
-    listed = tiltflow(site, "settings", "linear-field")
+    assert greeting.stdout == "hello, you\n"
     assert "dimension" in listed.stdout, listed.stderr
 
 
@@ -70,24 +67,30 @@ def test_a_recipe_uses_the_conditions_of_another_package(tmp_path: Path) -> None
     model.save(tmp_path / "classes")
     tree = read_yaml(tiny_recipe(tmp_path)) | {"model": str(tmp_path / "classes"), "conditions": "odd", "reward": "ink"}
     (tmp_path / "example.yaml").write_text(dump_yaml(tree))
-    done = tiltflow(site, "train", str(tmp_path / "example.yaml"), "--output", str(tmp_path / "run"), "--threads", "1")
+    misspelt = ["doctor", str(tmp_path / "example.yaml"), "--set", "conditions=od"]
+    done, unknown = typed(train(tmp_path), misspelt, site=site)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_samples"] == 32
     assert summary["effective_sample_size_of_group"] == pytest.approx(summary["effective_sample_size"] / 2)  # two classes
-    unknown = tiltflow(site, "doctor", str(tmp_path / "example.yaml"), "--set", "conditions=od")
     assert "there is no condition 'od', did you mean 'odd'?" in unknown.stdout + unknown.stderr
 
 
 def test_verify_uses_the_problem_of_another_package(tmp_path: Path) -> None:
     """It is listed, meant by a name that is nearly its own, and verified with a method of tiltflow and of the package."""
     site = installed(tmp_path / "site")
-    assert "mixture, pair, two-modes" in tiltflow(site, "verify", "--help").stdout
-    assert "did you mean 'pair'" in tiltflow(site, "verify", "pairs").stderr
     small = ("num_samples=200", "num_samples_w2=100", "draws=2", "hidden=8", "distance=3", "method.num_inference_steps=5")
     settings = [part for one in small for part in ("--set", one)]
-    for method in ("adjoint-matching", "best-of"):
-        done = tiltflow(site, "verify", "pair", "--method", method, "--iterations", "2", *settings, "--json")
+    methods = ("adjoint-matching", "best-of")
+    said, misspelt, *verified = typed(
+        ["verify", "--help"],
+        ["verify", "pairs"],
+        *(["verify", "pair", "--method", method, "--iterations", "2", *settings, "--json"] for method in methods),
+        site=site,
+    )
+    assert "mixture, pair, two-modes" in said.stdout
+    assert "did you mean 'pair'" in misspelt.stderr
+    for method, done in zip(methods, verified, strict=True):
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert (found["problem"], found["method"], found["dimension"]) == ("pair", method, 1)
@@ -142,6 +145,6 @@ def test_a_broken_part_of_another_package_is_one_line(value: str, message: str, 
 
 def test_a_broken_command_of_another_package_is_named_and_the_others_work(tmp_path: Path) -> None:
     site = installed(tmp_path / "site", "\n[tiltflow.commands]\nlost = tiltflow_example.lost")
-    done = tiltflow(site, "greet", "you")
+    (done,) = typed(["greet", "you"], site=site)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "hello, you\n"

@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 from filelock import FileLock
-from on_processes import WEIGHTS, make
-from test_resume import METHODS
+from on_processes import INTERRUPTED, OTHERS, WEIGHTS, make
 
 from tiltflow import processes
 from tiltflow.errors import InputError
@@ -134,7 +133,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
         both = tmp_path / name
     kept, scenario = name.split("/")
     runs = [path.parent.name for path in (alone / scenario).glob("*/summary.json")]
-    assert len(runs) == {"methods": len(METHODS), "pictures": 3, "interrupted": 4}[scenario]
+    assert len(runs) == {"methods": len(OTHERS), "pictures": 3, "interrupted": 4}[scenario]
     for each in runs:
         assert_same_runs(alone / scenario / each, both / each, evaluations=scenario != "pictures")
     if scenario == "methods":  # and all processes say the same of a folder that is not free
@@ -143,7 +142,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
         for words, line in zip(("already holds something", "in use by", "cannot be made"), said[0], strict=True):
             assert words in line
     if scenario == "interrupted":
-        for method in ("adjoint-matching", "score-as-action"):
+        for method in INTERRUPTED:
             assert_gone_on_with(both, method, shards=2 if WEIGHTS[kept] else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,20 @@ def test_points_are_named_by_their_values(tree: dict[str, Any]) -> None:
         points_of(tree, {"method.alpha": [1, -1]}, "tiny")
 
 
-def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each process of a sweep, as in all tests: several are slower where the models are small."""
+    monkeypatch.setattr("tiltflow.runs.sweep.os.cpu_count", lambda: 1)
+
+
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of a sweep be copies of this one, which need not import everything first."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr("tiltflow.runs.sweep.multiprocessing.get_context", lambda method: context)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, told = tmp_path / "sweep", []
     grid = {"method.alpha": [0, 1], "seed": [0, 1]}
     result = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
@@ -64,6 +78,7 @@ def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path) -> Non
     assert "alpha = 0" in picture
     assert "alpha = 1" in picture
 
+    forked(monkeypatch)
     # again: nothing is run twice, and a point that was cut off is made anew
     written = (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns
     (folder / "alpha=0,seed=1").rename(folder / "alpha=0,seed=1.partial")
@@ -85,7 +100,11 @@ def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path) -> Non
         sweep(tree, grid, tmp_path)
 
 
-def test_a_point_that_fails_does_not_stop_the_others(tree: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_point_that_fails_does_not_stop_the_others(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked(monkeypatch)
     (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
     out, grid = tmp_path / "out", ["--over", "method.min_effective_sample_size=1,1000"]
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "recipe.yaml"), "-o", str(out), *grid, "--json"])
