@@ -182,7 +182,7 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path: Path) -> None:
     assert not (place / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("asked", ["launcher", "one", "all"])
+@pytest.mark.parametrize("asked", ["one", "all", pytest.param("launcher", marks=pytest.mark.slow)])  # "all" tells it too
 def test_asked_to_stop_all_save_and_the_run_goes_on(asked: str, tmp_path: Path) -> None:
     """Whoever hears of it: the launcher, which tells all, a single process, or all of them and the launcher, which tells them
     once more."""
