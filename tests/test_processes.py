@@ -234,3 +234,13 @@ def test_shares_of_several_processes_cover_a_batch_and_count_each_row_once(monke
             assert done == set(range(size))
             assert sorted(counted) == list(range(size))
             assert len(calls) == 1  # all call their networks equally often: a sharded one needs them together
+
+
+def test_tensors_are_joined_in_order_each_once_by_type_and_up_to_a_length() -> None:
+    sizes = [3, 2, 1, 9, 4, 4]
+    tensors = [torch.zeros(size, dtype=torch.float64 if i == 5 else torch.float32) for i, size in enumerate(sizes)]
+    runs = list(processes._joined(tensors, at_most=5))
+    assert [[tensor.numel() for tensor in run] for run in runs] == [[3, 2], [1], [9], [4], [4]]
+    assert [id(tensor) for run in runs for tensor in run] == [id(tensor) for tensor in tensors]
+    assert [[tensor.numel() for tensor in run] for run in processes._joined(tensors, at_most=100)] == [[3, 2, 1, 9, 4], [4]]
+    assert list(processes._joined([])) == []
