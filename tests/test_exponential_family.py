@@ -145,3 +145,11 @@ def test_a_tilt_is_found_by_its_mean_reward(tilt: float) -> None:
 def test_a_tilt_is_not_looked_for_far_from_where_it_should_be() -> None:
     assert tilt_of([(pooled(0.0), -0.5)], 2.0) == pytest.approx(1.0)
     assert tilt_of([(pooled(0.0), 0.999)], 2.0) == pytest.approx(3.0)
+
+
+def test_a_sample_that_went_astray_does_not_decide_the_tilt() -> None:
+    family = pooled(0.0)
+    inside = family.rewards[::7]
+    assert torch.equal(family.within(inside), inside)
+    astray = family.within(torch.tensor([-8e6, 8e6]))
+    assert astray.tolist() == [family.rewards.min().item(), family.rewards.max().item()]

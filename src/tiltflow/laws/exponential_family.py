@@ -70,6 +70,11 @@ class Pooled:
         """E[r] under the law at this tilt: it never falls as the tilt rises."""
         return float((self.weights(tilt) * self.rewards).mean())
 
+    def within(self, rewards: Tensor) -> Tensor:
+        """Other rewards [n] no farther out than these samples': a single one that is, of a sample that went astray, would
+        decide a mean, and these samples cannot tell what it says of the law."""
+        return rewards.double().cpu().clamp(self.rewards.min(), self.rewards.max())
+
     def divergence(self, tilt: float) -> float:
         """KL(p_eta | p_base) = eta E_eta[r] - log Z(eta) / Z(0), in nats."""
         return tilt * self.mean(tilt) - self.log_partition(tilt) + self.log_partition(0.0)

@@ -298,11 +298,11 @@ class TiltMatching(Tempered):
         group, tilts, values = (
             torch.cat(each).cpu() for each in zip(*((e.group, e.tilts, e.rewards) for e in earlier), strict=True)
         )
-        known = [
-            (Pooled.of(values[group == number], tilts[group == number]), rewards[own].double().mean().item())
-            for number, own in enumerate(batch.tuned.groups(len(rewards), rewards.device))
-            if bool((group == number).any())
-        ]
+        known = []
+        for number, own in enumerate(batch.tuned.groups(len(rewards), rewards.device)):
+            if bool((group == number).any()):
+                family = Pooled.of(values[group == number], tilts[group == number])
+                known.append((family, family.within(rewards[own]).mean().item()))
         return tilt_of(known, state.tilt) if known else state.tilt
 
     def _next(self, rewards: Tensor, batch: Batch, state: State) -> float:
