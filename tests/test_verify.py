@@ -20,6 +20,7 @@ from tiltflow.problems.verification.quadratic_tilt import temperature
 from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.optimizer import fill_optimizer
 from tiltflow.training.trainer import Record
 
 SMALL = [
@@ -42,6 +43,13 @@ def test_a_key_without_a_dot_finds_its_place() -> None:
         read_verification("mixture", "adjoint-matching", ["bta=2"])
     with pytest.raises(InputError, match="linear has 3 numbers, dimension is 2"):
         read_verification("gaussian", "adjoint-matching", ["linear=[1, 2, 3]"])
+
+
+def test_a_preset_without_an_optimizer_of_its_own_keeps_that_of_the_problem() -> None:
+    plain, preset = (read_verification("mixture", "tilt-matching", some) for some in ([], ["preset=implicit"]))
+    assert preset.optimizer == plain.optimizer != read_verification("mixture", "adjoint-matching", ["preset=paper"]).optimizer
+    published = read_verification("mixture", "adjoint-matching", ["preset=paper"])
+    assert fill_optimizer(published.method, published.optimizer).learning_rate == 2e-5
 
 
 def test_a_linear_reward_on_a_gaussian_is_reached() -> None:

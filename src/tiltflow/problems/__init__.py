@@ -96,7 +96,7 @@ class Defaults:
         tuning: settings of the method; a preset of the method replaces them.
         method: settings of the method that stay with a preset.
         run: settings of `Verification`, such as the number of iterations.
-        optimizer: settings of the optimizer; a preset of the method replaces them.
+        optimizer: settings of the optimizer; a preset of the method that has its own replaces them.
     """
 
     tuning: Tree = field(default_factory=dict)

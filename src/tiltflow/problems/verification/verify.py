@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, InstanceOf
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, part_of
-from tiltflow.problems import Findings, Problem, Trained
+from tiltflow.problems import Findings, Problem, Trained, Tree
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.training.method import NamedMethod
 from tiltflow.training.optimizer import Optimizer
@@ -49,12 +49,17 @@ def read_verification(problem: str, method: str | None = None, overrides: Sequen
     if "sampling" in posed.model_fields:
         parts["problem.sampling"] = posed.model_fields["sampling"].annotation
     defaults = posed.defaults(method)
-    with_preset = any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides)
-    tuning, optimizer = ({}, {}) if with_preset else (defaults.tuning, defaults.optimizer)
-    tree = {"problem": {"name": problem}, "method": {"name": method, **tuning, **defaults.method}, **defaults.run}
-    tree["optimizer"] = dict(optimizer)
     dotted = [place for override in overrides for place in places(override, parts, posed.letters)]
-    return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
+
+    def read(tuning: Tree, optimizer: Tree) -> Verification:
+        own = {"name": method, **tuning, **defaults.method}
+        tree = {"problem": {"name": problem}, "method": own, "optimizer": dict(optimizer), **defaults.run}
+        return validate(Verification, apply_overrides(tree, dotted), f"verify {problem}")
+
+    if not any(override.partition("=")[0].strip() in ("preset", "method.preset") for override in overrides):
+        return read(defaults.tuning, defaults.optimizer)
+    published = read({}, {})
+    return published if published.method.optimizer_defaults else read({}, defaults.optimizer)
 
 
 def places(override: str, parts: dict[str, type[Settings]], letters: dict[str, Sequence[str]]) -> list[str]:
