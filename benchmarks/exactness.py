@@ -168,7 +168,7 @@ def figures(options: argparse.Namespace) -> None:
                 chosen = [[row for row in some if row["steps"] == at] for at in points]
                 x = [statistics.mean(row[name] for row in part) for part in chosen]
                 y = [statistics.mean(row[f"distance{kind}"] for row in part) for part in chosen]
-                axes.loglog(x, y, style, color=colour, label=f"{method}, {'ODE' if kind else 'SDE'}", markersize=5)
+                axes.loglog(x, y, style, color=colour, label=f"{method}, {'ODE' if kind else 'with noise'}", markersize=5)
         if name == "steps":
             best = {row["steps"]: row["chain_optimum"]["distance"] for row in rows if row.get("chain_optimum")}
             axes.loglog(sorted(best), [best[k] for k in sorted(best)], ":", color="black", label="exact optimum of the chain")

@@ -27,33 +27,28 @@ Count = Annotated[int, Field(ge=1)]
 FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
     "orw-cfm-w2": {"regression_batch_size": 1024},
-    "path-reweighted": {
-        "first": {"name": "adjoint-matching", "bootstrap": 1.0},
-        "first_steps": 200,
-        "path_steps": 100,
-        "regression_batch_size": 1024,
-    },
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
     "score-as-action": 5e-3,
     "orw-cfm-w2": 3e-3,
-    "path-reweighted": 1e-2,
+    "path-reweighted": 5e-3,
     "tilt-matching": 5e-3,
     "endpoint-adjoint-matching": 5e-3,
     "deterministic-adjoint-matching": 5e-3,
 }
-# Tilt matching learns in rounds, each from many samples.
+# These learn in rounds, each from many samples.
 ROUNDS: dict[str, Tree] = {
+    "path-reweighted": {"num_passes": 128, "regression_batch_size": 2048, "path_steps": 100},
     "tilt-matching": {
         "num_passes": 300,
         "regression_batch_size": 2048,
         "num_inference_steps": 15,
         "target_effective_sample_size": 0.5,  # of very many samples: fewer rounds, so that fewer errors add up
-    }
+    },
 }
 RUNS: dict[str, Tree] = {
-    "path-reweighted": {"iterations": 2200},
+    "path-reweighted": {"iterations": 2200, "train_batch_size": 4096},
     "tilt-matching": {"iterations": 2400, "train_batch_size": 32_768},
 }
 
@@ -83,7 +78,7 @@ class ExactBase(Settings):
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
         optimizer: Tree = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
-        if method == "path-reweighted":  # many short steps, whose gradients are of another size than those of its first method
+        if method == "path-reweighted":  # its first rounds rest on fewer samples than its last, and their gradients are larger
             optimizer = {**optimizer, "adam_beta2": 0.95}
         rounds, run = ROUNDS.get(method, {}), RUNS.get(method, {})
         return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), method=rounds, run=run, optimizer=optimizer)
