@@ -48,7 +48,7 @@ ROUNDS: dict[str, Tree] = {
     },
 }
 RUNS: dict[str, Tree] = {
-    "path-reweighted": {"iterations": 2200, "train_batch_size": 4096},
+    "path-reweighted": {"iterations": 1920, "train_batch_size": 4096},
     "tilt-matching": {"iterations": 2400, "train_batch_size": 32_768},
 }
 
