@@ -27,19 +27,19 @@ Count = Annotated[int, Field(ge=1)]
 FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
     "orw-cfm-w2": {"regression_batch_size": 1024},
+    "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
     "score-as-action": 5e-3,
     "orw-cfm-w2": 3e-3,
-    "path-reweighted": 5e-3,
+    "path-reweighted": 1e-2,
     "tilt-matching": 5e-3,
     "endpoint-adjoint-matching": 5e-3,
     "deterministic-adjoint-matching": 5e-3,
 }
-# These learn in rounds, each from many samples.
+# Tilt matching learns in rounds, each from many samples.
 ROUNDS: dict[str, Tree] = {
-    "path-reweighted": {"num_passes": 128, "regression_batch_size": 2048, "path_steps": 100},
     "tilt-matching": {
         "num_passes": 300,
         "regression_batch_size": 2048,
@@ -48,7 +48,7 @@ ROUNDS: dict[str, Tree] = {
     },
 }
 RUNS: dict[str, Tree] = {
-    "path-reweighted": {"iterations": 1920, "train_batch_size": 4096},
+    "path-reweighted": {"iterations": 2200},
     "tilt-matching": {"iterations": 2400, "train_batch_size": 32_768},
 }
 
