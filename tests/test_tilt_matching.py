@@ -346,6 +346,19 @@ def test_a_round_that_did_not_fit_is_told_by_its_mean_reward() -> None:
     assert tuned.law[0] == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_sample_that_went_astray_does_not_decide_where_a_round_begins() -> None:
+    def astray(x: Tensor) -> Tensor:
+        rewards = slope(x)
+        rewards[0] = -1e6
+        return rewards
+
+    tuned, state = Affine(), State(CPU)
+    method = TiltMatching(beta=2.0, target_effective_sample_size=0)
+    fitted_round(method, tuned, slope, state)
+    fitted_round(method, tuned, astray, state, 1)
+    assert state.replay.batches[-1].tilt == pytest.approx(0.5, abs=0.02)
+
+
 def test_what_a_round_measures() -> None:
     """exp(h x) of N(0, 1): the share exp(-h^2) is .7 at h = sqrt(-log .7)."""
     state = State(CPU)

@@ -78,7 +78,7 @@ class ExactBase(Settings):
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
         optimizer: Tree = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
-        if method == "path-reweighted":  # its first rounds rest on fewer samples than its last, and their gradients are larger
+        if method == "path-reweighted":  # each round changes the weights, and with them the size of the gradients
             optimizer = {**optimizer, "adam_beta2": 0.95}
         rounds, run = ROUNDS.get(method, {}), RUNS.get(method, {})
         return Defaults(tuning=FEW_DIMENSIONS.get(method, {}), method=rounds, run=run, optimizer=optimizer)
