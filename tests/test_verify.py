@@ -52,6 +52,14 @@ def test_a_preset_without_an_optimizer_of_its_own_keeps_that_of_the_problem() ->
     assert fill_optimizer(published.method, published.optimizer).learning_rate == 2e-5
 
 
+def test_what_a_preset_is_about_is_not_tuned_by_a_problem() -> None:
+    shares = [
+        read_verification("mixture", "tilt-matching", some).method.target_effective_sample_size
+        for some in ([], ["preset=implicit"], ["preset=ram"])
+    ]
+    assert shares == [0.5, 0.7, 0.0]
+
+
 def test_a_linear_reward_on_a_gaussian_is_reached() -> None:
     settings = read_verification(
         "gaussian", "adjoint-matching", [*SMALL, "dimension=1", "iterations=150", "train_batch_size=128"]

@@ -28,6 +28,7 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
     "orw-cfm-w2": {"regression_batch_size": 1024},
     "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
+    "tilt-matching": {"target_effective_sample_size": 0.5},  # of very many samples: fewer rounds, so that fewer errors add up
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
@@ -39,14 +40,7 @@ LEARNING_RATES = {
     "deterministic-adjoint-matching": 5e-3,
 }
 # Tilt matching learns in rounds, each from many samples.
-ROUNDS: dict[str, Tree] = {
-    "tilt-matching": {
-        "num_passes": 300,
-        "regression_batch_size": 2048,
-        "num_inference_steps": 15,
-        "target_effective_sample_size": 0.5,  # of very many samples: fewer rounds, so that fewer errors add up
-    },
-}
+ROUNDS: dict[str, Tree] = {"tilt-matching": {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}}
 RUNS: dict[str, Tree] = {
     "path-reweighted": {"iterations": 2200},
     "tilt-matching": {"iterations": 2400, "train_batch_size": 32_768},
