@@ -10,6 +10,7 @@ import multiprocessing.context
 import os
 import pty
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -473,11 +474,14 @@ def test_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path) -> None:
 
     arguments = [part for part in command(recipe, tmp_path / "run") if part != "--quiet"]  # the progress bar writes too
     process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=in_a_session_of_its_own)
-    reader = threading.Thread(target=read_all, args=(master,), daemon=True)
+    closing = threading.Event()
+    reader = threading.Thread(target=read_until, args=(closing, master), daemon=True)
     reader.start()
     try:
         os.close(slave)
         wait_for_steps(tmp_path / "run", 4, process)
+        closing.set()
+        reader.join()  # a terminal that somebody still reads from is not hung up
         os.close(master)
         assert process.wait(timeout=60) == 129
     finally:
@@ -486,11 +490,12 @@ def test_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path) -> None:
     assert load_checkpoint(saved)["loop"]["step"] == rows(tmp_path / "run")[-1]["step"]
 
 
-def read_all(fd: int) -> None:
+def read_until(closing: threading.Event, fd: int) -> None:
     """So that who writes does not wait for a reader."""
     with suppress(OSError):
-        while os.read(fd, 1 << 16):
-            pass
+        while not closing.is_set():
+            if select.select([fd], [], [], 0.05)[0]:
+                os.read(fd, 1 << 16)
 
 
 @pytest.mark.parametrize(
