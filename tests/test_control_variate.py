@@ -51,6 +51,18 @@ def test_each_sample_gets_the_regression_of_all_others() -> None:
             z, r = variate[k, others].flatten(), residuals[k, others].flatten()
             assert_close(found[k, i], torch.linalg.lstsq(z[:, None], r[:, None]).solution[0, 0] * variate[k, i])
     assert not predicted(residuals[:, :1], variate[:, :1]).any()
+    assert not predicted(residuals, 0 * variate).any()
+
+
+def test_the_unit_of_the_variate_does_not_matter() -> None:
+    """Also where one sample has nearly all of it: what its square leaves of the sum of all squares has no digits then."""
+    residuals, variate = (torch.randn(3, 5, 2, generator=stream(i)) for i in (1, 2))
+    for share in (1.0, 1e-9):
+        variate[:, 1:] *= share
+        found = predicted(residuals, variate)
+        assert found.isfinite().all()
+        for unit in (2.0**-30, 2.0**30):
+            assert torch.equal(predicted(residuals, unit * variate), found)
 
 
 class Away(torch.nn.Module):

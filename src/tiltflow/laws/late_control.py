@@ -20,14 +20,14 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import logsumexp
 
-from tiltflow.laws.law import Density, Law, log_normal
+from tiltflow.laws.law import NODES, SUPPORT, Density, Law, log_normal
 
 
 def late_control(base: Law, reward: Density, beta: float, time: float, *, rounds: int = 1) -> Law:
     """The law after so many rounds of a control from `time` on, 0 < time < 1, of which the first starts from states of the
     base, and each other from states of the law before it."""
     x1 = base.points
-    x = np.linspace(time * x1[0] - 8 * (1 - time), time * x1[-1] + 8 * (1 - time), 4 * len(x1))
+    x = np.linspace(-SUPPORT, SUPPORT, 4 * NODES)  # samples and noise are within, and so are their mixtures
     noising = log_normal(x, time * x1[:, None], 1 - time)  # log density of x at `time`, given each x_1: [x_1, x]
     noising -= logsumexp(noising, axis=1, keepdims=True)
     joint = noising + (base.log_density + reward(x1) / beta)[:, None]
