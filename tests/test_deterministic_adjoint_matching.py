@@ -123,10 +123,13 @@ def test_micro_batches_and_samples_without_a_reward() -> None:
 
 
 def test_no_adjoint_is_computed_before_the_control() -> None:
-    asked = []
+    """Of two controlled steps the last takes the gradient at the end, and the one before it one vector-Jacobian product."""
+    asked, products = [], []
 
     def base(x: Tensor, t: Tensor) -> Tensor:
         asked.append(x.requires_grad)
+        if x.requires_grad:
+            x.register_hook(lambda _: products.append(float(t)))
         return affine.velocity(x, t)
 
     method = DeterministicAdjointMatching(num_inference_steps=10, control_from=0.8)
@@ -134,6 +137,7 @@ def test_no_adjoint_is_computed_before_the_control() -> None:
     x = torch.randn(3, 1, generator=stream(0))
     list(iterate(method, FunctionField(tuned), FunctionField(base), REWARD, x, stream(1), None))
     assert asked == [True] * 2 + [False] * 8
+    assert products == pytest.approx([0.9])
 
 
 def test_words_and_refusals() -> None:

@@ -317,7 +317,7 @@ class AdjointMatching(Tilting):
 
     def _first_controlled(self, chain: Chain) -> int:
         """The first step at or after `control_from`. Raises InputError if nothing is learned on one of its sides."""
-        late = int((chain.times[:-1] < self.control_from - 1e-9).sum())
+        late = int(torch.searchsorted(chain.times[:-1], self.control_from - 1e-9))
         noisy = chain.times[:-1][chain.std > 0]
         if late and not self.control_from <= noisy[-1] + 1e-9:
             last = noisy[-1].item()

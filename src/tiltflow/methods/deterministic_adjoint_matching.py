@@ -117,7 +117,7 @@ class DeterministicAdjointMatching(Tilting):
 
     def _first_controlled(self, chain: Chain) -> int:
         """The first step at or after `control_from`. Raises InputError if there is none."""
-        late = int((chain.times[:-1] < self.control_from - 1e-9).sum())
+        late = int(torch.searchsorted(chain.times[:-1], self.control_from - 1e-9))
         if late == len(chain):
             raise InputError(f"method.control_from {self.control_from:g}: the last step is at t = {chain.times[-2].item():.3g}")
         return late
