@@ -216,16 +216,17 @@ def design(z: Tensor, groups: int) -> Tensor:
 
 @pytest.mark.parametrize("groups", [1, 5])
 def test_the_slope_and_its_error_are_those_of_least_squares(groups: int) -> None:
-    """With a constant of each group, and the sandwich of HC3; over groups, of their sums."""
+    """With a constant of each group, and the sandwich of HC3; over groups, of their sums, in which a group's own constant makes
+    no residual too small: without HC3."""
     estimates, z = made(groups, 40, noise=0.5)
     X, y = design(z, groups), estimates.mean(0)
     inverse = torch.linalg.inv(X.T @ X)
     best = inverse @ X.T @ y
-    residual = (y - X @ best) / (1 - (X @ inverse * X).sum(1))
-    each = (X @ inverse)[:, 0] * residual
+    each = (X @ inverse)[:, 0] * (y - X @ best)
+    alone = each / (1 - (X @ inverse * X).sum(1))
     found, _ = regressed(estimates, z, groups)
     assert found.value == pytest.approx(best[0].item())
-    assert found.standard_error == pytest.approx(each.square().sum().sqrt().item())
+    assert found.standard_error == pytest.approx(alone.square().sum().sqrt().item())
     if groups > 1:
         clustered, _ = regressed(estimates, z, groups, strata=False)
         assert clustered.value == found.value
@@ -233,7 +234,24 @@ def test_the_slope_and_its_error_are_those_of_least_squares(groups: int) -> None
         assert clustered.standard_error == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize(("groups", "size", "strata"), [(1, 400, True), (4, 100, True), (40, 10, False)])
+@pytest.mark.parametrize(("groups", "strata"), [(1, True), (1, False), (3, True), (100, False)])
+def test_errors_are_those_of_leaving_each_sample_out(groups: int, strata: bool) -> None:
+    """Or each group: the jackknife, which knows no formula of an influence."""
+    size = 600 // groups
+    estimates, z = made(groups, size, noise=0.25)
+    found = regressed(estimates, z, groups, strata=strata)
+    blocks = groups if groups > 1 and not strata else 600
+    without = []
+    for out in range(blocks):
+        kept = torch.arange(600) // (600 // blocks) != out
+        some = torch.where(kept, z, -math.inf)
+        without.append([each.value for each in regressed(estimates, some, groups)])
+    for one, values in zip(found, torch.tensor(without).T, strict=True):
+        jackknife = ((blocks - 1) * values.var(correction=0)).sqrt()
+        assert one.standard_error == pytest.approx(jackknife.item(), rel=0.02)
+
+
+@pytest.mark.parametrize(("groups", "size", "strata"), [(1, 400, True), (4, 100, True), (40, 10, False), (60, 4, False)])
 def test_errors_cover_the_truth_and_the_noise_is_taken_out_of_r2(groups: int, size: int, strata: bool) -> None:
     slopes, squares = [], []
     for seed in range(300):
@@ -252,6 +270,14 @@ def test_without_noise_r2_is_the_squared_correlation() -> None:
     for value, exact in zip(regressed(2 * z[None] + 1, z), (2, 1), strict=True):
         assert value.value == pytest.approx(exact)
         assert value.standard_error < 1e-9
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_the_slope_is_per_unit_of_the_tilt(unit: float) -> None:
+    estimates, z = made(1, 50, noise=0.1)
+    (one, r2), (other, same) = regressed(estimates, z), regressed(estimates, unit * z)
+    assert (unit * other.value, unit * other.standard_error) == pytest.approx((one.value, one.standard_error))
+    assert (same.value, same.standard_error) == pytest.approx((r2.value, r2.standard_error))
 
 
 def test_groups_have_constants_of_their_own() -> None:
@@ -274,7 +300,8 @@ def test_samples_with_an_infinite_tilt_are_left_out() -> None:
 def test_a_tilt_that_does_not_vary_has_no_slope_and_a_model_that_is_the_base_has_slope_0() -> None:
     estimates, z = made(2, 50)
     assert regression(estimates, torch.arange(2.0).repeat_interleave(50), 2) is None
-    assert regression(estimates, torch.full((100,), 0.1), 1) is None
+    for same in (0.0, 0.1, 1e8 / 3):
+        assert regression(estimates, torch.full((100,), same), 1) is None
     assert regression(torch.zeros(2, 100), z, 2) == (Estimate(0.0, 0.0), None)
 
 
@@ -297,6 +324,15 @@ def test_the_tilt_that_a_model_has_in_units_of_the_one_that_was_asked_for(
     assert abs(found.slope.value - 1 / beta) < 4 * found.slope.standard_error + 1e-3
     assert abs(found.r2.value - 1) < 4 * found.r2.standard_error + 1e-3
     assert found.entries()["achieved_tilt"] == found.slope.value
+
+
+@pytest.mark.parametrize(("dimensions", "start", "by"), [(3, 0.0, "ODE"), (4, 0.0, "flow matching"), (3, 0.1, "flow matching")])
+def test_the_ode_is_for_three_dimensions_from_normal_noise(dimensions: int, start: float, by: str) -> None:
+    base = mixture(torch.zeros(1, dimensions), (1.0,), 1.0)
+    tuned, x = base.tilt(QuadraticReward(torch.ones(dimensions), 0.0), 1.0), torch.randn(20, dimensions)
+    found = measure(field(tuned), field(base), x, x.sum(1), stream(6, "noise"), start=start)
+    assert found is not None
+    assert by in found.by
 
 
 def test_the_estimate_is_as_sure_as_it_says_and_surer_than_plain_draws() -> None:

@@ -10,7 +10,8 @@ The log ratio is an estimate with noise, which adds to its variance. Two indepen
 that noise, so their covariance stands for the variance: R^2 = slope^2 Var(tilt) / Cov(L_1, L_2). The noise is larger for some
 samples than for others, so standard errors are those that allow for it (MacKinnon & White 1985, HC3).
 
-Every prompt, and every class, has a constant of its own: the regression is within groups.
+Every prompt, and every class, has a constant of its own: the regression is within groups. Where groups are a sample of more,
+such as prompts, standard errors are of sums over each group, from which its constant drops out: residuals as they are.
 """
 
 # Mutation tests: test_achieved_tilt.py
@@ -105,9 +106,10 @@ def regression(
         return None
     ratio = (first + second) / 2
     slope = (z * ratio).sum() / spread
-    leverage = z.square() / spread + known / known.sum(1, keepdim=True).clamp(min=1)
-    residual = (ratio - slope * z) / (1 - leverage).clamp(min=1e-6)
-    clusters = groups > 1 and not strata
+    residual, clusters = ratio - slope * z, groups > 1 and not strata
+    if not clusters:
+        leverage = z.square() / spread + known / known.sum(1, keepdim=True).clamp(min=1)
+        residual = residual / (1 - leverage).clamp(min=1e-6)
 
     def error(influence: Tensor) -> float:
         """The standard error of a statistic, from the influence of each sample on it [groups, size]."""
