@@ -122,6 +122,20 @@ def test_weights_of_the_next_tilt_are_normalised_within_groups() -> None:
     assert next_tilt([torch.cat([rewards, rewards + 50])], 0.0, 10.0, 0.7) < alone / 10
 
 
+def test_a_group_counts_by_its_number_of_samples() -> None:
+    """exp(h x) of N(0, 1) in two thirds of the samples, equal rewards in the rest: a share of 3 / (2 exp(h^2) + 1)."""
+    rewards = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    found = next_tilt([rewards, torch.full((10_000,), 7.0, dtype=torch.float64)], 0.0, 2.0, 0.8)
+    assert found == pytest.approx(np.log(1.375) ** 0.5, rel=2e-3)
+
+
+def test_a_share_that_is_just_kept_is_enough() -> None:
+    """Half of the samples have no weight left at any tilt, and the others all that there is."""
+    rewards = torch.tensor([0.0, 0.0, -1e30, -1e30], dtype=torch.float64)
+    assert next_tilt([rewards], 0.0, 1.0, 0.5) == 1.0
+    assert next_tilt([torch.zeros(4, dtype=torch.float64)], 0.0, 1.0, 1.0) == 1.0
+
+
 def test_rewards_that_spread_too_far_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the rewards spread too far: a tilt of 9\.5e-07 more leaves less than 0\.7"):
         next_tilt([torch.tensor([0.0, 0.0, 1e30], dtype=torch.float64)], 0.0, 1.0, 0.7)

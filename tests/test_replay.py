@@ -36,6 +36,7 @@ def test_the_first_batch_and_the_latest_are_kept() -> None:
     for i in range(3):
         recalled = with_one.add(column(i), torch.zeros(1), 0.0, FREE, most=1)
     assert recalled.x.tolist() == [[2.0]]
+    assert [batch.x.tolist() for batch in with_one.batches] == [[[2.0]]]
 
 
 def test_samples_come_back_with_their_own_condition() -> None:

@@ -22,6 +22,7 @@ from tiltflow.methods.tilt_matching import State, TiltMatching
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
+from tiltflow.training.replay import Kept, Replay
 
 CPU = torch.device("cpu")
 BINS = 32
@@ -357,6 +358,14 @@ def test_a_sample_that_went_astray_does_not_decide_where_a_round_begins() -> Non
     fitted_round(method, tuned, slope, state)
     fitted_round(method, tuned, astray, state, 1)
     assert state.replay.batches[-1].tilt == pytest.approx(0.5, abs=0.02)
+
+
+def test_earlier_rewards_that_are_all_equal_do_not_say_where_a_round_begins() -> None:
+    """Every tilt has their mean."""
+    earlier = Kept(torch.zeros(8, 1), torch.full((8,), 0.1).double(), torch.zeros(8, dtype=torch.long), [""], 0.0)
+    state = State(CPU, tilt=0.5, aim=0.5, batches=1, replay=Replay([earlier]))
+    measured = fitted_round(TiltMatching(beta=2.0, num_inference_steps=2), Affine(), slope, state)
+    assert measured["inverse_temperature"] == state.replay.batches[-1].tilt == 0.5
 
 
 def test_what_a_round_measures() -> None:

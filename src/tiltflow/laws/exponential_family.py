@@ -40,19 +40,14 @@ class Pooled:
     def of(cls, rewards: Tensor, tilts: Tensor) -> Pooled:
         """The samples with these rewards [n], each of the law at its tilt [n]."""
         r, tilts = rewards.double().cpu(), tilts.double().cpu()
-        levels, level, counts = torch.unique(tilts, return_inverse=True, return_counts=True)
-        log_share = counts.double().log() - torch.tensor(len(r), dtype=torch.float64).log()
-        exponents = levels * r[:, None]
-        log_z = torch.zeros_like(levels)
-        for j in range(1, len(levels)):  # from each law to the next by its own samples: where the iteration starts
-            rise = (levels[j] - levels[j - 1]) * r[level == j - 1]
-            log_z[j] = log_z[j - 1] + torch.logsumexp(rise, 0) - counts[j - 1].double().log()
-        log_mixture = torch.logsumexp(exponents + log_share - log_z, 1)
-        for _ in range(MOST_ITERATIONS if len(levels) > 1 else 0):
+        levels, counts = torch.unique(tilts, return_counts=True)
+        log_share = counts.double().log().log_softmax(0)  # log N_j / N
+        exponents, log_z = levels * r[:, None], torch.zeros_like(levels)
+        for _ in range(MOST_ITERATIONS):
+            log_mixture = torch.logsumexp(exponents + log_share - log_z, 1)
             before, log_z = log_z, torch.logsumexp(exponents - log_mixture[:, None], 0)
             log_z = log_z - log_z[0]
-            log_mixture = torch.logsumexp(exponents + log_share - log_z, 1)
-            if float((log_z - before).abs().max()) < TOLERANCE:
+            if torch.allclose(log_z, before, rtol=0, atol=TOLERANCE):
                 break
         return cls(r, log_mixture)
 
@@ -97,16 +92,16 @@ def next_tilt(rewards: Sequence[Tensor], tilt: float, wanted: float, share: floa
     Raises ValueError if the first part is too far already.
     """
 
-    def effective(part: int) -> float:
+    def keeps(part: int) -> bool:
         logs = [(wanted - tilt) * part / STEPS * r for r in rewards]
-        return effective_share(torch.cat([torch.softmax(each, 0) * len(each) for each in logs]))
+        return effective_share(torch.cat([torch.softmax(each, 0) * len(each) for each in logs])) >= share
 
-    if wanted == tilt or effective(STEPS) >= share:
+    if wanted == tilt or keeps(STEPS):
         return wanted
     low, high = 0, STEPS
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if effective(middle) >= share else (low, middle)
+        low, high = (middle, high) if keeps(middle) else (low, middle)
     if low == 0:
         raise ValueError(f"the rewards spread too far: a tilt of {(wanted - tilt) / STEPS:.2g} more leaves less than {share:g}")
     return tilt + (wanted - tilt) * low / STEPS
@@ -120,9 +115,9 @@ def tilt_of(samples: Sequence[tuple[Pooled, float]], near: float) -> float:
         samples: of each group, earlier ones, whose tilts are known, and the mean reward of those in question.
         near: the tilt that was meant; the one found is between half and one and a half times that.
     """
-    low, high = near / 2, near * 1.5
+    low, high = sorted((near / 2, near * 1.5))
     for _ in range(40):
         middle = (low + high) / 2
         short = sum(family.mean(middle) - mean for family, mean in samples) < 0
-        low, high = (middle, high) if short == (near > 0) else (low, middle)
+        low, high = (middle, high) if short else (low, middle)
     return (low + high) / 2

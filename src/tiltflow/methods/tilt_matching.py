@@ -293,15 +293,16 @@ class TiltMatching(Tempered):
     @staticmethod
     def _measured(rewards: Tensor, batch: Batch, state: State) -> float:
         """The inverse temperature of the law that the samples are of: less than their round aimed at, where it did not fit. By
-        their mean reward, beside earlier samples; as aimed at where there are none of the same conditions."""
+        their mean reward, beside earlier samples; as aimed at where none of the same conditions have rewards that differ."""
         earlier = state.replay.earlier(batch.tuned, len(rewards), rewards.device)
         group, tilts, values = (
             torch.cat(each).cpu() for each in zip(*((e.group, e.tilts, e.rewards) for e in earlier), strict=True)
         )
         known = []
         for number, own in enumerate(batch.tuned.groups(len(rewards), rewards.device)):
-            if bool((group == number).any()):
-                family = Pooled.of(values[group == number], tilts[group == number])
+            before = values[group == number]
+            if len(before.unique()) > 1:  # equal rewards have the same mean at every tilt
+                family = Pooled.of(before, tilts[group == number])
                 known.append((family, family.within(rewards[own]).mean().item()))
         return tilt_of(known, state.tilt) if known else state.tilt
 

@@ -90,9 +90,8 @@ class KlBudget:
             return
         half = self.seen[len(self.seen) // 2 :]
         change = changed(math.fsum(half) / len(half), self.budget) if half else 0.0
-        if change < 0 or done > HOLD:
-            reach = math.log(LIMIT)
-            self._set(min(max(self.log_eta + change, self.start - reach), self.start + reach))
+        change, reach = min(change, 0.0) if done <= HOLD else change, math.log(LIMIT)
+        self._set(min(max(self.log_eta + change, self.start - reach), self.start + reach))
         self.round, self.seen = current, []
         if done > SETTLED:
             self.settled.append(self.log_eta)
