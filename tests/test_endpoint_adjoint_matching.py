@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 from tiltflow.errors import SettingsError
 from tiltflow.flows.field import FunctionField
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import PredictionType
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
 from tiltflow.laws.law import Law, log_normal
 from tiltflow.methods.adjoint_matching import AdjointMatching
@@ -38,7 +40,7 @@ class Near(nn.Module):
         return self.field(x, t) + self.away[0] + self.away[1] * x
 
 
-def gaussian(mean: float, variance: float) -> Any:
+def gaussian(mean: Any, variance: Any) -> Any:
     return lambda x, t: affine.velocity(x, t.reshape(-1, 1), mean, variance)
 
 
@@ -74,6 +76,35 @@ def test_forces_are_gradients_and_scores_of_the_smoothed_base() -> None:
     score = -(x1 - affine.MEAN) / (affine.VARIANCE + (0.1 / 0.9) ** 2)
     assert_close(forces, (affine.LINEAR - affine.QUADRATIC * x1) / 0.5 + score)
     assert_close(rewards, REWARD(x1))
+
+
+class OffInItsPrediction(nn.Module):
+    """A network whose prediction is off by constants [2] from that of a field."""
+
+    def __init__(self, prediction: PredictionType, field: Any):
+        super().__init__()
+        self.prediction, self.field, self.off = prediction, field, nn.Parameter(torch.tensor([0.3, -0.4]))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        velocity, t = self.field(x, t[:, None]), t[:, None]
+        predicted = {"velocity": velocity, "epsilon": x - t * velocity, "x1": x + (1 - t) * velocity}[self.prediction]
+        return predicted + self.off
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon", "x1"])
+def test_the_loss_is_the_mean_square_of_errors_of_the_prediction(prediction: PredictionType) -> None:
+    """Of a force that is the same at all ends, whose target is known: an error of (0.3, -0.4) has the loss 0.25 / 2."""
+    mean, force = torch.tensor([0.2, -1.0]), torch.tensor([0.7, 0.1])
+
+    def target(x: Tensor, t: Tensor) -> Tensor:
+        return affine.velocity(x, t, mean, 0.8) + (1 - t) * 0.8 / (t**2 * 0.8 + (1 - t) ** 2) * force
+
+    network = OffInItsPrediction(prediction, target)
+    x1 = torch.randn(6, 2, generator=stream(0))
+    batch = Batch(x1, Flow(network, prediction), BASE, REWARD, stream(1), parameters=list(network.parameters()))
+    measured = EndpointAdjointMatching()._regress(batch, x1, force.expand(6, 2), State(CPU, mean, 0.8))
+    assert measured["loss"] == pytest.approx(0.125)
+    assert_close(network.off.grad, network.off.detach())
 
 
 @pytest.mark.parametrize(
@@ -125,16 +156,12 @@ def test_the_reference_is_the_base_of_the_first_batch() -> None:
     """Its mean and the mean of its variances, measured once, and kept in a checkpoint."""
     method, state = EndpointAdjointMatching(num_inference_steps=30, num_passes=1), State(CPU)
     tuned = Near(gaussian(0.0, 1.0))
-    scale = torch.tensor([1.0, 3.0])
-
-    def base(x: Tensor, t: Tensor) -> Tensor:
-        return affine.velocity(x / scale, t.reshape(-1, 1)) * scale + 0 * x
-
+    base = gaussian(torch.tensor([0.7, 2.1]), torch.tensor([0.25, 2.25]))
     x = torch.randn(4000, 2, generator=stream(0))
     fields = FunctionField(tuned), FunctionField(base)
     list(iterate(method, *fields, lambda x: x[:, 0], x, stream(1), state, micro_batch_size=500))
     assert state.mean.tolist() == pytest.approx([0.7, 2.1], abs=0.1)
-    assert state.variance > 0.25
+    assert state.variance == pytest.approx((0.25 + 2.25) / 2, rel=0.08)
     other = State(CPU)
     other.load_state_dict(state.state_dict())
     assert torch.equal(other.mean, state.mean)
@@ -168,3 +195,4 @@ def test_settings_and_words() -> None:
     assert (target.reaches, target.temperature) == ("none", 0.5)
     assert target.caveats[0].startswith("Scores do not see the weights of modes")
     assert "standard deviation 0.02 in each coordinate" in target.caveats[1]
+    assert "standard deviation 0.25 in each" in EndpointAdjointMatching(score_time=0.8).target(1).caveats[1]
