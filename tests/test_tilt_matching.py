@@ -154,6 +154,22 @@ def test_a_linear_reward_is_tilted_exactly_by_all(preset: Any, rounds: int) -> N
     assert variance == pytest.approx(1, abs=0.03)  # 2.5 standard errors: sqrt(2 / 20,000) a round, and the noise of the fit
 
 
+def test_a_round_of_nft_raises_the_tilt_by_what_it_is_told_in_units_of_the_reward_s_deviation() -> None:
+    """.2 each round, whatever the temperature and the scale of a linear reward, which explicit rounds tilt exactly."""
+    tuned, state = Affine(), State(CPU)
+    for i in range(2):
+        measured = fitted_round(TiltMatching(preset="nft", beta=3.0), tuned, lambda x: 7 * slope(x), state, i)
+        assert measured["inverse_temperature"] == pytest.approx(0.2 * (i + 1))
+        assert tuned.law == pytest.approx((0.2 * (i + 1), 1), abs=0.03)
+
+
+def test_clipped_advantages_count_by_the_samples_within_the_clip() -> None:
+    """E[c(x) x] = E[c'(x)] of N(0, 1), by Stein's lemma: .2 P(|x| < 1) for c = .2 x, clipped at .2."""
+    mean, variance = after(TiltMatching(preset="nft", advantage_clip=1.0), slope, 1)
+    assert mean == pytest.approx(0.2 * math.erf(0.5**0.5), abs=0.01)
+    assert variance == pytest.approx(1, abs=0.02)
+
+
 def test_one_explicit_round_overshoots_a_bowl() -> None:
     """S -> S exp(-h S): exp(-1)."""
     method = TiltMatching(preset="explicit", target_effective_sample_size=0)
@@ -230,15 +246,46 @@ def test_the_reverse_form_corrects_what_the_model_got_wrong() -> None:
         tuned.offset.data = 0.2 * ((1 - part) / v).reshape(BINS, -1).mean(1)
         return tuned
 
-    moved = {}
-    for preset in ("implicit", "reverse"):
+    def after_one(preset: Any, rise: float) -> float:
         tuned, state = wrong(), State(CPU, tilt=0.5, aim=0.5, batches=1)
         assert tuned.law[0] == pytest.approx(0.2, abs=1e-3)
-        fitted_round(TiltMatching(preset=preset, beta=2.0), tuned, slope, state)
-        moved[preset] = tuned.law[0]
-    assert moved["implicit"] == pytest.approx(0.2, abs=1e-3)
-    # the samples reweighted to the base are at -.3; the share of that error that is taken off is s = 1 / E_q[A^2] = exp(-1/4)
-    assert moved["reverse"] == pytest.approx(0.2 + 0.3 * math.exp(-0.25), abs=0.02)
+        method = TiltMatching(preset=preset, beta=1 / (0.5 + rise), target_effective_sample_size=0)
+        fitted_round(method, tuned, slope, state)
+        return tuned.law[0]
+
+    assert after_one("implicit", 0.0) == pytest.approx(0.2, abs=1e-3)
+    t = np.linspace(0, 1, 2001)
+    v = t**2 + (1 - t) ** 2
+    for rise in (0.0, 0.5):
+        # The samples reweighted to the base are at -.3. The share of that error that is taken off, s = E_q[W A] / E_q[A^2], is
+        # exp(-rise / 2) / exp(1/4). With M = .2 + rise, the affine v with E[W (u - v)] = s E[A (u - v_base)], times 1 and times
+        # x_t, is the field of N(M, 1), and `error` and b (x - t M) more; the mean of its law follows from its ODE.
+        error = 0.3 * math.exp(-rise / 2 - 0.25) * (1 - t) / v
+        b = -error * t * (0.5 + rise) / v
+        left = np.array([np.trapezoid(b[i:], t[i:]) for i in range(len(t))])
+        mean = 0.2 + rise + np.trapezoid(error * np.exp(left) / np.sqrt(v), t)
+        assert after_one("reverse", rise) == pytest.approx(mean, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [({}, 1.0), ({"regression_batch_size": 30_000}, 1.0), ({"preset": "ram"}, (1 + math.erf(0.9 * 0.5**0.5)) / 2)],
+)
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_the_gradient_is_that_of_the_samples_as_they_were_drawn(settings: dict[str, Any], share: float, dimension: int) -> None:
+    """Though those that count more are seen more often. From N(0, 1) to N(1, 1) the field rises by (1 - t) / V, with
+    V = t^2 + (1 - t)^2: pi / 4 over all times, of which the gradient of the square has twice the negative. Linear advantages
+    that are clipped at -.9 have the share P(x > -.9) of it, by Stein's lemma. A mean over two dimensions has half."""
+    base = Flow(ExactVelocity(mixture(torch.zeros(1, dimension, dtype=torch.float64), (1.0,), 1.0)))
+    offset = nn.Parameter(torch.zeros(()))
+    levels, generator = (torch.arange(COUNT) + 0.5).double() / COUNT, stream(0, "order")
+    x = torch.stack(
+        [torch.special.ndtri(levels).float()[torch.randperm(COUNT, generator=generator)] for _ in range(dimension)], 1
+    )
+    tuned, method = Flow(lambda x, t: base(x, t) + offset), TiltMatching(target_effective_sample_size=0, **settings)
+    next(iterate(method, tuned, base, slope, x, stream(0), State(CPU), parameters=(offset,)))
+    assert offset.grad is not None
+    assert offset.grad.item() == pytest.approx(-share * math.pi / 2 / dimension, abs=0.03)
 
 
 # ---- what is exactly zero ----
@@ -389,6 +436,14 @@ def test_what_a_round_measures() -> None:
     assert "kl" not in measured  # of the law at 1 / beta, once that is what a round aims at
 
 
+def test_the_largest_weight_of_linear_advantages() -> None:
+    """1 + (mean r - r(0)) / beta, at the middle of the bowl; E x^2 / 2 = 1/2."""
+    levels = (torch.arange(401) + 0.5).double() / 401
+    x = torch.special.ndtri(levels).float()[:, None]
+    steps = iterate(TiltMatching(preset="ram", beta=4.0), Flow(Affine()), Flow(BASE), bowl, x, stream(0), State(CPU))
+    assert next(steps)["largest_weight"] == pytest.approx(1 + 0.5 / 4, abs=0.005)
+
+
 def test_a_round_of_several_batches_is_drawn_from_the_weights_at_its_start() -> None:
     method = TiltMatching(batches_per_round=3, num_passes=1, num_inference_steps=5, beta=0.2, replay=1)
     tuned, state, tilts, rewards = Affine(), State(CPU), [], []
@@ -400,17 +455,43 @@ def test_a_round_of_several_batches_is_drawn_from_the_weights_at_its_start() -> 
         tilts.append(measured["inverse_temperature"])
         rewards.append(measured["reward"])
         assert state.tilt == (tilts[0] if i in (2, 3, 4) else tilts[3] if i == 5 else 0.0)
+        assert state.batches == i + 1
     assert tilts[0] == tilts[1] == tilts[2] < tilts[3] == tilts[4] == tilts[5]
     assert rewards[:3] == [pytest.approx(0, abs=1e-6)] * 3
     assert rewards[3] == rewards[4] == rewards[5] > 0.1
 
 
+def test_weights_are_copied_for_what_needs_them_alone() -> None:
+    for settings, copied in (({}, 0), ({"anchor": "old"}, 2), ({"batches_per_round": 2}, 2)):
+        tuned, state = Affine(), State(CPU)
+        steps = iterate(
+            TiltMatching(num_inference_steps=2, **settings), Flow(tuned), Flow(BASE), slope, torch.linspace(-1, 1, 8)[:, None],
+            stream(0), state, parameters=(tuned.offset, tuned.slope),
+        )  # fmt: skip
+        next(steps)
+        assert len(state.old) == copied
+
+
+def test_samples_that_are_dropped_are_counted() -> None:
+    def reward(x: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(x)) < 3, torch.nan, slope(x))
+
+    state = State(CPU)
+    x = torch.linspace(-1, 1, 11)[:, None]
+    steps = iterate(
+        TiltMatching(num_inference_steps=2), Flow(Affine()), Flow(BASE), reward, x, stream(0), state, non_finite="drop"
+    )
+    assert next(steps)["dropped"] == 3
+    assert len(state.replay.batches[0].x) == 8
+
+
+class Labelled(Affine):
+    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, time) + 0 * label[:, None]
+
+
 def test_weights_are_normalised_among_the_samples_of_a_condition() -> None:
     """Two classes whose rewards differ by an offset alone: that of a class teaches nothing."""
-
-    class Labelled(Affine):
-        def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x, time) + 0 * label[:, None]
 
     def offset_reward(x: Tensor) -> Tensor:
         return torch.tensor([0.0, 50.0]).repeat(len(x) // 2)
@@ -422,6 +503,16 @@ def test_weights_are_normalised_among_the_samples_of_a_condition() -> None:
         tuned.zero_grad()
         next(iterate(method, Flow(tuned).bind(labels), base, offset_reward, x, stream(0), State(CPU)))
         assert all((p.grad == 0).all() for p in tuned.parameters())
+
+
+def test_the_kl_of_several_conditions_is_their_mean() -> None:
+    """KL(N(h, 1) | N(0, 1)) = h^2 / 2, for h = 1/2 and 1."""
+    x = torch.special.ndtri((torch.arange(COUNT) + 0.5).double() / COUNT).float()[:, None]
+    labels = torch.arange(2).repeat(COUNT // 2)
+    base = Flow(lambda x, time, label: BASE(x, time)).bind(labels)
+    method = TiltMatching(beta=2.0, target_effective_sample_size=0, regression_batch_size=8)
+    steps = iterate(method, Flow(Labelled()).bind(labels), base, lambda x: (1 + labels) * slope(x), x, stream(0), State(CPU))
+    assert next(steps)["kl"] == pytest.approx((1 / 8 + 1 / 2) / 2, abs=0.005)
 
 
 # ---- laws and mistakes ----
@@ -488,6 +579,7 @@ def test_rounds_that_cannot_be_learned_from_are_one_line() -> None:
         attempt(spread)
     with pytest.raises(CollapseError, match=r"batch 1: the weights of the next law rest on 1.0 of 8 samples \(largest 8\)"):
         attempt(spread, target_effective_sample_size=0)
+    attempt(lambda x: torch.where(torch.arange(len(x)) < 2, 1e30, 0.0), target_effective_sample_size=0)  # two are enough
     with pytest.raises(
         CollapseError, match=r"batch 2: the weights of the anchor rest on 1.0 of 8 samples.*or use anchor 'old'"
     ):
@@ -497,3 +589,4 @@ def test_rounds_that_cannot_be_learned_from_are_one_line() -> None:
 def test_a_single_sample_teaches_nothing() -> None:
     assert "a single one has no other" in str(TiltMatching().learns_nothing(1))
     assert TiltMatching().learns_nothing(2) is None
+    attempt(slope, size=1, preset="ram")  # it is said before, and is no mistake of the reward
