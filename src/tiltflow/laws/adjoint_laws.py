@@ -30,17 +30,16 @@ def smoothed_tilt(base: Law, reward: Density, beta: float, time: float, *, resca
     return Law.normalised(base.points, base.given(points, time).log_density + reward(base.points) / beta)
 
 
-def score_round(q: Law, base: Law, reward: Density, beta: float, mean: float, variance: float) -> Law:
-    """The law after one exact round of Adjoint Matching by scores, from samples of q, with N(mean, variance) as reference."""
+def score_round(q: Law, base: Law, reward: Density, beta: float, variance: float) -> Law:
+    """The law after one exact round of Adjoint Matching by scores, from samples of q, with a Gaussian of this variance as
+    reference; its mean cancels."""
     force = slope(lambda x: reward(x) / beta + base.log_at(x))
 
     def field(x: Array, t: float) -> Array:
         total = t**2 * variance + (1 - t) ** 2
-        reference = mean + (t * variance - (1 - t)) / total * (x - t * mean)
         given = q.given(x, t)
-        return np.asarray(
-            reference + (1 - t) * variance / total * given.mean(force(given.data) + (given.data - mean) / variance)
-        )
+        pull = given.mean(variance * force(given.data) + given.data)
+        return np.asarray(((t * variance - (1 - t)) * x + (1 - t) * pull) / total)
 
     return push_forward(field)
 
@@ -55,7 +54,7 @@ def deterministic_control(base: Law, reward: Density, beta: float, from_time: fl
     )
     state = np.stack([GRID, slope(reward)(GRID) / beta, np.zeros_like(GRID)])
     state = _backward(base.velocity, state, late)
-    if from_time > 0:
+    if from_time:
         state[1] = 0
         state = _backward(base.velocity, state, early)
     start, value = state[0], reward(GRID) / beta - state[2]
@@ -72,9 +71,10 @@ def _reached(start: Array, value: Array) -> Array:
             if rising[own[0]] and rising[other[0]] and own is not other:
                 best = np.interp(start[own], start[other], value[other], left=-np.inf, right=-np.inf)
                 margin[own] = np.minimum(margin[own], value[own] - best)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cells = margin / np.abs(np.gradient(margin))
-    return np.where(np.isfinite(cells), (0.5 + cells).clip(0, 1), margin > 0)
+    with np.errstate(invalid="ignore"):
+        change = np.abs(np.gradient(margin)).clip(min=1e-300)
+        inside = (0.5 + margin / change).clip(0, 1)
+    return np.where(np.isfinite(change), inside, np.heaviside(margin, 0.5))  # a piece begins or ends where it is infinite
 
 
 def _backward(velocity: Field, state: Array, times: Array) -> Array:
