@@ -76,7 +76,8 @@ class KlBudget:
     @property
     def at_limit(self) -> bool:
         """True where the budget would need another temperature than the limit allows."""
-        return self.start is not None and abs(self.log_eta - self.start) >= math.log(LIMIT) - DEAD_BAND
+        reach = math.log(LIMIT)
+        return self.start is not None and math.isclose(abs(self.log_eta - self.start), reach, rel_tol=0, abs_tol=DEAD_BAND)
 
     def update(self, measured: Mapping[str, float], step: int) -> None:
         """Note the KL of a batch, where the method has measured it; adapt the temperature at the end of a round."""
