@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiltflow.flows import conditions
 from tiltflow.flows.field import FunctionField, VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.training.replay import Replay
@@ -71,6 +72,11 @@ def test_names_of_conditions() -> None:
     assert field.name_of(0) == field.name_of(2) != field.name_of(1)
     assert field.name_of(1) == of(embedded[1:]).name_of(0)
     assert of(torch.tensor([4, 7])).name_of(1) == of(torch.tensor([7])).name_of(0) != of(torch.tensor([4])).name_of(0)
+    assert len({of(torch.tensor([0, 1, 0])).name_of(i) for i in range(3)}) == 2
+    alone, longer = ({"embeds": torch.ones(1, n, 2), "mask": torch.ones(1, n)} for n in (2, 3))
+    both = of(conditions.joined([alone, longer]))
+    assert (both.name_of(0), both.name_of(1)) == (of(alone).name_of(0), of(longer).name_of(0))
+    assert both.name_of(0) != both.name_of(1)
     assert FREE.name_of(0) == of(None).name_of(0) == of(torch.tensor(3.0)).name_of(1) == ""
 
 

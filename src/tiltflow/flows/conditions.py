@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,15 +28,27 @@ def select(condition: Any, which: Which) -> Any:
 
 def joined(parts: Sequence[Any]) -> Any:
     """The conditions of several batches as those of one, the samples of the first before those of the second. What is for all
-    samples is that of the first. Raises ValueError for tensors of different shapes."""
+    samples is that of the first.
+
+    Tensors [batch, length, ..] of a mapping may differ in length, as prompts do: the shorter ones get zeros, and so does the
+    mask among them, by which a network knows them. Raises ValueError for other tensors of different shapes.
+    """
     first = parts[0]
     if isinstance(first, Mapping):
-        return {key: joined([part[key] for part in parts]) for key in first}
+        return {key: joined(_of_one_length([part[key] for part in parts])) for key in first}
     if not isinstance(first, Tensor) or first.ndim == 0:
         return first
     if len({part.shape[1:] for part in parts}) > 1:
         raise ValueError(f"conditions of shapes {', '.join(sorted({str(list(part.shape[1:])) for part in parts}))}")
     return torch.cat(list(parts))
+
+
+def _of_one_length(parts: Sequence[Any]) -> Sequence[Any]:
+    """Tensors [batch, length, ..] with zeros after them, up to the longest; anything else as it is."""
+    if not all(isinstance(part, Tensor) and part.ndim > 1 for part in parts):
+        return parts
+    most = max(part.shape[1] for part in parts)
+    return [torch.cat([part, part.new_zeros(len(part), most - part.shape[1], *part.shape[2:])], 1) for part in parts]
 
 
 def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:
@@ -48,14 +61,25 @@ def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:
 
 
 def name_of(condition: Any, which: int) -> str:
-    """A name for the condition of a sample, the same in every batch: a hash of its numbers; "" where there is one for all."""
-    rows = _rows(condition)
-    return "" if rows is None else hashlib.sha256(rows[which].double().cpu().numpy().tobytes()).hexdigest()
+    """A name for the condition of a sample, the same in every batch, however long the others in it are: a hash of its numbers,
+    without the zeros at the end of each tensor; "" where there is one for all."""
+    parts, name = _parts(condition), hashlib.sha256()
+    for part in parts:
+        numbers = np.trim_zeros(part[which].double().cpu().numpy().ravel(), "b").tobytes()
+        name.update(len(numbers).to_bytes(8, "big") + numbers)
+    return name.hexdigest() if parts else ""
 
 
 def _rows(condition: Any) -> Tensor | None:
     """What tells the conditions of samples apart, [batch, ..]; None where there is one for all."""
+    parts = _parts(condition)
     if isinstance(condition, Mapping):
-        parts = [value.flatten(1).float() for value in condition.values() if isinstance(value, Tensor) and value.ndim > 1]
-        condition = torch.cat(parts, 1) if parts else None
-    return condition if isinstance(condition, Tensor) and condition.ndim > 0 else None
+        parts = [torch.cat([part.flatten(1).float() for part in parts], 1)] if parts else []
+    return parts[0] if parts else None
+
+
+def _parts(condition: Any) -> list[Tensor]:
+    """The tensors of a condition that tell samples apart, each [batch, ..]."""
+    if isinstance(condition, Mapping):
+        return [value for value in condition.values() if isinstance(value, Tensor) and value.ndim > 1]
+    return [condition] if isinstance(condition, Tensor) and condition.ndim > 0 else []

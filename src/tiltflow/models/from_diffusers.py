@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiltflow.errors import InputError, did_you_mean
+from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_files import load_pipeline
-from tiltflow.models.pipelines import Family, TextOptions, families
+from tiltflow.models.pipelines import Family, TextOptions, families, family_named
 from tiltflow.models.prompt_encoder import PromptEncoder
 from tiltflow.models.schedules import schedule_of
 from tiltflow.models.text_to_image import TextToImage, checked_scale
@@ -64,12 +64,8 @@ def from_diffusers(
 
 def family_of(pipeline: Any) -> Family:
     """Return the family of a pipeline. Raises InputError if its class is not supported or a component is missing."""
-    known, name = families(), type(pipeline).__name__
-    if name not in known:
-        raise InputError(
-            f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family"
-        )
-    family = known[name]
+    name = type(pipeline).__name__
+    family = family_named(name, families())
     if missing := [part for part in family.components if getattr(pipeline, part, None) is None]:
         raise InputError(f"pipeline {name}: has no {missing[0]}")
     return family

@@ -16,9 +16,12 @@ from tiltflow.errors import InputError, Note, not_installed
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
+from tiltflow.models.pipelines import families, family_named
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.user_code import refused
 
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+"""Options of `from_pretrained` that say what is fetched, and from where."""
 LORA, SAMPLING = "pytorch_lora_weights.safetensors", "sampling.json"
 
 
@@ -28,7 +31,8 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     Args:
         options: of `DiffusionPipeline.from_pretrained`.
 
-    Raises InputError if diffusers is not installed, or if the pipeline cannot be loaded.
+    Raises InputError if diffusers is not installed, if the pipeline's class is not known, before anything but its index is
+    fetched, or if it cannot be loaded.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -39,6 +43,9 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
         raise InputError(f"model.diffusers {path}: there is no such folder")
     if Path(path).is_dir():
         check_pipeline_folder(Path(path))
+    with refused(f"model.diffusers {path}: cannot be loaded"):  # of the hub's files this one alone is fetched
+        index = DiffusionPipeline.load_config(str(path), **{key: options[key] for key in OF_THE_HUB if key in options})
+    family_named(str(index.get("_class_name")), families())
     options = {"use_safetensors": True, **options}
     # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
     dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tiltflow.errors import Note
+from tiltflow.flows.conditions import joined
 from tiltflow.models.denoiser import Condition
 from tiltflow.models.pipelines import Family, TextOptions
 from tiltflow.user_code import explained
@@ -24,7 +25,8 @@ CONDITIONS_KEPT = 256
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """The text encoders of a pipeline, with a cache on the CPU.
+    """The text encoders of a pipeline, with a cache on the CPU. Each prompt is in it alone, as long as it is; in a batch the
+    shorter ones get zeros, which the mask of the family tells from the rest.
 
     Args:
         size: height and width of the pictures in pixels, which some families encode too.
@@ -85,11 +87,3 @@ class PromptEncoder:
 def on_device(conditions: Any, device: torch.device) -> Any:
     """Move all tensors of nested conditions to a device."""
     return tree_map_only(Tensor, lambda part: part.to(device), conditions)
-
-
-def joined(conditions: Sequence[Any]) -> Any:
-    """Concatenate conditions of single prompts [1, ..] into one of a batch [batch, ..]; None stays None."""
-    first = conditions[0]
-    if isinstance(first, Mapping):
-        return {key: joined([condition[key] for condition in conditions]) for key in first}
-    return None if first is None else torch.cat(list(conditions))

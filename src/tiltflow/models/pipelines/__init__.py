@@ -7,7 +7,7 @@ group `tiltflow.models.pipelines` that names such a module. `docs/text-to-image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tiltflow import plugins
+from tiltflow.errors import InputError, did_you_mean
 
 Condition = dict[str, Any]
 """Keyword arguments of a denoiser: tensors [batch, ..], or mappings of tensors."""
@@ -101,3 +102,13 @@ def _family(name: str) -> Family:
 def families() -> dict[str, Family]:
     """Return all families by the names of their pipeline classes."""
     return {family.pipeline_class: family for family in map(_family, plugins.names("models.pipelines"))}
+
+
+def family_named(name: str, known: Mapping[str, Family]) -> Family:
+    """Return the family of a class of pipelines. Raises InputError, which names the known ones, if there is none."""
+    if name in known:
+        return known[name]
+    raise InputError(
+        f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family to"
+        f" {', '.join(sorted(known))}"
+    )
