@@ -101,7 +101,8 @@ def train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return run(validate(Recipe, tree, "recipe"), folder)
 
 
-QUICK = {("stable-diffusion-3", method) for method in METHODS} | {(name, "adjoint-matching") for name in PIPELINES}
+OLDEST = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux")
+QUICK = {("stable-diffusion-3", method) for method in METHODS} | {(name, "adjoint-matching") for name in OLDEST}
 
 
 def slow_unless(quick: bool) -> Any:
@@ -216,6 +217,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stable-diffusion-xl": ("stable-diffusion-xl", {"scheduler": {"timestep_spacing": "trailing"}}, {}),
     "stable-diffusion-3": ("stable-diffusion-3", {"scheduler": {"shift": 1.5}}, {}),
     "flux": ("flux", {"scheduler": {"base_shift": 0.9}, "width": 32}, {}),
+    "pixart-sigma": ("pixart-sigma", {"scheduler": {"timestep_spacing": "trailing"}}, {}),
 }
 QUICK_EXPORTS = ("stable-diffusion",)
 

@@ -40,31 +40,30 @@ def euler(steps: int) -> Sampling:
     return Sampling(solver="euler", num_inference_steps=steps)
 
 
-def theirs(pipeline: Any, latents: Tensor, steps: int, scale: float, output: str = "latent") -> Tensor:
-    images: Tensor = pipeline(
-        PROMPTS,
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        latents=latents.clone(),
-        output_type=output,
-        height=16,
-        width=16,
+def theirs(model: TextToImage, latents: Tensor, steps: int, scale: float, output: str = "latent") -> Tensor:
+    """What the pipeline itself draws, called as an export says."""
+    options = dict(zip(("height", "width"), model.size, strict=True)) | dict(model.family.call)
+    images: Tensor = model.pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=scale, latents=latents.clone(), output_type=output, **options
     ).images
     return images
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-@pytest.mark.parametrize("steps", [4, 10])
+@pytest.mark.parametrize(("steps", "wide"), [(4, False), (10, True)])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_parity_with_the_pipeline(name: str, steps: int, scale: float, tmp_path: Path) -> None:
+def test_parity_with_the_pipeline(name: str, steps: int, wide: bool, scale: float, tmp_path: Path) -> None:
+    """At two sizes, with prompts of different length."""
     pipeline = tiny_pipeline(name, tmp_path)
     model = from_diffusers(pipeline)
+    if wide:
+        model = from_diffusers(pipeline, width=2 * model.size[1])
     latents = latents_of(model)
-    expected = theirs(pipeline, latents, steps, scale)
+    expected = theirs(model, latents, steps, scale)
     found = model.sample_latents(PROMPTS, sampling=euler(steps), guidance_scale=scale, latents=latents)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     images = model.sample(PROMPTS, sampling=euler(steps), guidance_scale=scale, latents=latents, batch_size=2)
-    assert (images.clamp(-1, 1) - (2 * theirs(pipeline, latents, steps, scale, "pt") - 1)).abs().max() < 1e-4
+    assert (images.clamp(-1, 1) - (2 * theirs(model, latents, steps, scale, "pt") - 1)).abs().max() < 1e-4
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)  # the latents and the prompts matter
 
 
@@ -77,7 +76,7 @@ def test_guidance_at_and_below_1_is_none(name: str, tmp_path: Path) -> None:
         model = from_diffusers(pipeline, guidance_scale=scale)
         assert model.guidance_scale == scale
         latents = latents_of(model)
-        expected = theirs(pipeline, latents, 4, scale)
+        expected = theirs(model, latents, 4, scale)
         for given in (None, scale):  # the model's own, and one that is asked for
             found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=given, latents=latents)
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -87,7 +86,7 @@ def test_guidance_of_0_as_an_input_of_the_network(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("flux", tmp_path)
     model = from_diffusers(pipeline, guidance_scale=0.0)
     latents = latents_of(model)
-    expected = theirs(pipeline, latents, 4, 0.0)
+    expected = theirs(model, latents, 4, 0.0)
     found = model.sample_latents(PROMPTS, sampling=euler(4), latents=latents)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not torch.equal(found, model.sample_latents(PROMPTS, sampling=euler(4), latents=latents, guidance_scale=3.5))
@@ -139,7 +138,7 @@ def test_the_scheduler_decides_the_path_and_the_grid(name: str, options: dict[st
     pipeline = tiny_pipeline(name, tmp_path, **options)
     model = from_diffusers(pipeline)
     latents = latents_of(model)
-    expected = theirs(pipeline, latents, 4, 3.0)
+    expected = theirs(model, latents, 4, 3.0)
     scale = None if name == "flux" else 3.0
     found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=scale, latents=latents)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -153,6 +152,7 @@ def test_the_scheduler_decides_the_path_and_the_grid(name: str, options: dict[st
         ("stable-diffusion-xl", {"negative_prompt": "a blue dog"}),
         ("stable-diffusion-3", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
         ("flux", {"max_sequence_length": 8}),
+        ("pixart-sigma", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
     ],
 )
 def test_settings_of_the_text_encoders(name: str, encoding: dict[str, Any], tmp_path: Path) -> None:
@@ -161,6 +161,7 @@ def test_settings_of_the_text_encoders(name: str, encoding: dict[str, Any], tmp_
     latents = latents_of(model)
     options = {"num_inference_steps": 4, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
     lists = {key: [value] * len(PROMPTS) if isinstance(value, str) else value for key, value in encoding.items()}
+    options |= dict(model.family.call)
     expected = pipeline(PROMPTS, latents=latents.clone(), **options, **lists).images
     found, other = (
         one.sample_latents(PROMPTS, sampling=euler(4), latents=latents, guidance_scale=3.0) for one in (model, plain)
@@ -576,41 +577,32 @@ def test_layers_that_are_not_there(tmp_path: Path) -> None:
 # ---- the documented example of a new family ----
 
 
-def test_the_documented_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of docs/text-to-image.md, on PixArt-Sigma: parity with its pipeline, and under 60 lines."""
+@pytest.mark.parametrize("sample_size", [8, 128])
+def test_the_documented_family_works(sample_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/text-to-image.md, on PixArt-Alpha: parity with its pipeline, which tells networks of 128 latents the
+    size of the picture."""
     import importlib.util
 
-    from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-    from tiny_pipelines import STABLE_DIFFUSION, WIDTH, t5, vae
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline
+    from tiny_pipelines import STABLE_DIFFUSION, pixart_transformer, t5, vae
 
     page = (Path(__file__).parents[1] / "docs/text-to-image.md").read_text(encoding="utf-8")
     code = page.split("## Adding a family")[1].split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) < 60
-    path = tmp_path / "pixart_sigma.py"
+    path = tmp_path / "pixart_alpha.py"
     path.write_text(code)
-    spec = importlib.util.spec_from_file_location("pixart_sigma", path)
+    spec = importlib.util.spec_from_file_location("pixart_alpha", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    family, known = module.PixartSigma(), families()
+    family, known = module.PixartAlpha(), families()
     monkeypatch.setattr(constructor, "families", lambda: {**known, family.pipeline_class: family})
 
     torch.manual_seed(0)
     tokenizer, encoder = t5()
-    pipeline = PixArtSigmaPipeline(
-        tokenizer, encoder, vae(),
-        PixArtTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=16,
-            sample_size=8, patch_size=2, caption_channels=2 * WIDTH, use_additional_conditions=False,
-        ),
-        DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False),
-    )  # fmt: skip
-    model = from_diffusers(pipeline)
+    transformer, scheduler = pixart_transformer(sample_size=sample_size), DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False)
+    model = from_diffusers(PixArtAlphaPipeline(tokenizer, encoder, vae(), transformer, scheduler), height=16, width=32)
     latents = latents_of(model)
-    expected = pipeline(
-        PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=latents.clone(), output_type="latent",
-        height=16, width=16, use_resolution_binning=False, clean_caption=False,
-    ).images  # fmt: skip
+    expected = theirs(model, latents, 4, 3.0)
     found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=3.0, latents=latents)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -15,6 +15,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -133,11 +135,28 @@ def flux(folder: Path, *, guidance_embeds: bool = True, **scheduler: Any) -> Flu
     return pipeline
 
 
+def pixart_sigma(folder: Path, **scheduler: Any) -> PixArtSigmaPipeline:
+    tokenizer, encoder = t5()
+    return PixArtSigmaPipeline(
+        tokenizer, encoder, vae(), pixart_transformer(sample_size=8),
+        DDIMScheduler(**{"beta_schedule": "linear", "clip_sample": False, "steps_offset": 1, **scheduler}),
+    )  # fmt: skip
+
+
+def pixart_transformer(**options: Any) -> PixArtTransformer2DModel:
+    """It predicts the variance too."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=24,
+        patch_size=2, caption_channels=2 * WIDTH, **options,
+    )  # fmt: skip
+
+
 PIPELINES = {
     "stable-diffusion": stable_diffusion,
     "stable-diffusion-xl": stable_diffusion_xl,
     "stable-diffusion-3": stable_diffusion_3,
     "flux": flux,
+    "pixart-sigma": pixart_sigma,
 }
 
 

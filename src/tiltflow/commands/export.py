@@ -33,10 +33,12 @@ def export(
 
     [dim]tiltflow export runs/cats --output exported/cats[/dim]
     """
+    from tiltflow.models.pipeline_files import PEFT_LORA
     from tiltflow.runs.export import export_run
 
     result = export_run(folder, output, push_to_hub=push_to_hub)
-    loads = LOADERS[result["kind"]]
+    by_peft = (output / PEFT_LORA).exists()
+    loads = "peft.PeftModel.from_pretrained" if by_peft else LOADERS[result["kind"]]
     uploaded = f"; uploaded to {result['url']}" if result["url"] else ""
     make_console(as_json).print(escape(f'{loads}("{output}") loads it{uploaded}'))
     print_json(as_json, result)

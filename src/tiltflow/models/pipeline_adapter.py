@@ -45,15 +45,19 @@ class AdaptedDenoiser(Denoiser):
         if self.below:
             self.activate((*self.below, self.adapter) if on else self.below)
             return
+        self.switch_layers(on=on)
+
+    def switch_layers(self, *, on: bool) -> None:
+        """Switch all adapters on or off."""
         for layer in self.layers:
             layer.enable_adapters(on)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate exactly these adapters. peft makes every active adapter trainable, so those below are frozen again."""
-        network: Any = self.network
-        network.set_adapter(list(names))
+        for layer in self.layers:
+            layer.set_adapter(list(names))
         if self.below:
-            for name, parameter in network.named_parameters():
+            for name, parameter in self.network.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and self.adapter in name.split("."))
 
 
@@ -100,6 +104,8 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
     loaded.
     """
     config = adapter.config(targets)
+    from peft import inject_adapter_in_model  # after a missing peft has been named
+
     network: Any = denoiser.network
     below, taken = active_adapters(network), loaded_adapters(network)
     name = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
@@ -107,11 +113,14 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
             torch.manual_seed(stream(seed, "adapter").initial_seed())
-            network.add_adapter(config, name)
+            if hasattr(network, "add_adapter"):
+                network.add_adapter(config, name)
+            else:  # some classes of diffusers know nothing of adapters
+                inject_adapter_in_model(config, network, name)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
     adapted, computed = AdaptedDenoiser(network, denoiser.predict, name, below), floating_dtype(network)
-    network.enable_adapters()
+    adapted.switch_layers(on=True)
     adapted.activate((*below, name))
     for parameter in network.parameters():
         if parameter.requires_grad:

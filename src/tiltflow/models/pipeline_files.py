@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tiltflow.errors import InputError, Note, not_installed
 from tiltflow.models.denoiser import Denoiser
@@ -23,6 +23,8 @@ from tiltflow.user_code import refused
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 """Options of `from_pretrained` that say what is fetched, and from where."""
 LORA, SAMPLING = "pytorch_lora_weights.safetensors", "sampling.json"
+PEFT_LORA, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+"""File and prefix of `peft.PeftModel`, which reads the LoRAs of pipelines that have no `load_lora_weights`."""
 
 
 def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
@@ -59,7 +61,8 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
 
 
 def save_weights(pipeline: Any, denoiser: Denoiser, component: str, folder: Path) -> None:
-    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or the denoiser as its class does.
+    """Write what was tuned: an adapter as `pipeline.load_lora_weights(folder)` reads it, or `peft.PeftModel` where the pipeline
+    has no such method, or the denoiser as its class does.
 
     An adapter above others is written alone, and a warning names those that it needs below it.
 
@@ -73,8 +76,13 @@ def save_weights(pipeline: Any, denoiser: Denoiser, component: str, folder: Path
     from peft import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(network, adapter_name=denoiser.adapter)
-    metadata = {f"{component}_lora_adapter_metadata": network.peft_config[denoiser.adapter].to_dict()}
-    pipeline.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, **metadata)
+    config = network.peft_config[denoiser.adapter]
+    if hasattr(pipeline, "save_lora_weights"):
+        metadata = {f"{component}_lora_adapter_metadata": config.to_dict()}
+        pipeline.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, **metadata)
+    else:
+        config.save_pretrained(folder)
+        save_file({PEFT_PREFIX + key: value for key, value in layers.items()}, folder / PEFT_LORA, {"format": "pt"})
     if denoiser.below:
         names = ", ".join(map(repr, denoiser.below))
         warnings.warn(
@@ -89,7 +97,8 @@ def load_weights(denoiser: Denoiser, component: str, folder: Path) -> None:
     """
     network: Any = denoiser.network
     adapter = denoiser.adapter if isinstance(denoiser, AdaptedDenoiser) else None
-    path = folder / (f"{component}/diffusion_pytorch_model.safetensors" if adapter is None else LORA)
+    lora = PEFT_LORA if (folder / PEFT_LORA).exists() else LORA
+    path = folder / (f"{component}/diffusion_pytorch_model.safetensors" if adapter is None else lora)
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -102,7 +111,7 @@ def load_weights(denoiser: Denoiser, component: str, folder: Path) -> None:
 
     wrong = f"{path}: is not an adapter of this model; are rank and target_modules those of the recipe?"
     with refused(wrong):
-        own = {key.removeprefix(f"{component}."): value for key, value in weights.items()}
+        own = {key.removeprefix(PEFT_PREFIX if lora == PEFT_LORA else f"{component}."): value for key, value in weights.items()}
         result: Any = set_peft_model_state_dict(network, own, adapter_name=adapter)
     if result.unexpected_keys or any(adapter in key.split(".") for key in result.missing_keys):
         raise InputError(wrong)

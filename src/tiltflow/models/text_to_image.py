@@ -201,7 +201,7 @@ class TextToImage:
         """Write what plain diffusers needs to draw the same pictures: a scheduler, and arguments of the pipeline in
         sampling.json."""
         self.schedule.plain.save_pretrained(folder / "scheduler")
-        options = {**dict(zip(("height", "width"), self.size, strict=True)), **self.encoding}
+        options = {**dict(zip(("height", "width"), self.size, strict=True)), **self.encoding, **self.family.call}
         if self.takes_guidance:
             options["guidance_scale"] = self.guidance_scale
         (folder / SAMPLING).write_text(json.dumps(options) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import read_json
-from tiltflow.models.pipeline_files import SAMPLING
+from tiltflow.models.pipeline_files import PEFT_LORA, SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.runs.recipe import Recipe
@@ -128,19 +128,22 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     scheduler = type(scheduler_of(output)).__name__
     sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
     lines = ["import torch"] if model.adapter is not None and model.dtype != "float32" else []
-    lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}", ""]
+    lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}"]
+    lines += ["from peft import PeftModel", ""] if (output / PEFT_LORA).exists() else [""]
     if model.adapter is None:
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
     else:
-        lines += _base_with_loras(model, scheduler, place)
+        lines += _base_with_loras(model, scheduler, place, by_peft=(output / PEFT_LORA).exists())
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
-    lines += [f"sampling = {quoted(sampling)}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
+    arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())
+    lines += [f"sampling = {{{', '.join(arguments)}}}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
     return "\n".join(lines)
 
 
-def _base_with_loras(model: Diffusers, scheduler: str, place: str) -> list[str]:
-    """Code that loads the base pipeline, the scheduler of the export, and the LoRAs, the tuned one last."""
+def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: bool) -> list[str]:
+    """Code that loads the base pipeline, the scheduler of the export, and the LoRAs, the tuned one last; by peft where the
+    pipeline does not load any itself."""
     lines = []
     if by_name(model.diffusers, assets(INDEX), "pipeline"):
         lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
@@ -152,6 +155,8 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str) -> list[str]:
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
         f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
     ]
+    if by_peft:
+        return [*lines, f"pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, {quoted(place)})"]
     if not model.loras:
         return [*lines, f"pipeline.load_lora_weights({quoted(place)})"]
     names = [*(f"lora_{i}" for i in range(len(model.loras))), "tuned"]

@@ -27,9 +27,10 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
     """Write the tuned model of a run into `output`, which must be new or empty, with the pictures and the recipe of the run and
     a model card, README.md, with the code that loads it. Returns `output`, the `kind` and, after an upload, its `url`.
 
-    For a pipeline that is `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output)` accepts, or the whole
-    pipeline if all of the denoiser was tuned; scheduler/ and sampling.json have the scheduler and the arguments with which
-    plain diffusers draws what the run measured. For any other model it is the folder that `tiltflow.load` reads.
+    For a pipeline that is `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output)` accepts, or where the
+    pipeline has no such method, what `peft.PeftModel` reads, or the whole pipeline if all of the denoiser was tuned; scheduler/
+    and sampling.json have the scheduler and the arguments with which plain diffusers draws what the run measured. For any other
+    model it is the folder that `tiltflow.load` reads.
 
     Args:
         push_to_hub: the name of a repository on the hub to upload the folder to.

@@ -53,6 +53,8 @@ class Family(ABC):
     """True if there are no negative prompts: the guidance scale is an input of the network, or there is no guidance."""
     max_sequence_length: ClassVar[int | None] = None
     """Default number of tokens that T5 sees; None if its number is not a setting."""
+    call: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of the pipeline's call without which it would draw other pictures than we do; exports name them."""
 
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
