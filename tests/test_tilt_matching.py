@@ -145,13 +145,44 @@ def test_rounds_are_exact_whatever_they_learn_from(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "rounds"),
-    [(None, 2), ("implicit", 2), ("reverse", 2), ("reward-weighting", 1), ("explicit", 2), ("ram", 3), ("adrpo", 1)],
+    [(None, 2), ("implicit", 2), ("reverse", 2), ("reward-weighting", 1), ("explicit", 2), ("adrpo", 1)],
 )
-def test_a_linear_reward_is_tilted_exactly_by_all(preset: Any, rounds: int) -> None:
+def test_a_linear_reward_is_tilted_exactly_by_all_but_ram(preset: Any, rounds: int) -> None:
     """N(0, 1) exp(x / 2) is N(1/2, 1)."""
     mean, variance = after(TiltMatching(preset=preset, beta=2.0, target_effective_sample_size=0, neighbours=64), slope, rounds)
     assert mean == pytest.approx(0.5, abs=0.015)
-    assert variance == pytest.approx(1, abs=0.03)  # 2.5 standard errors: sqrt(2 / 20,000) a round, and the noise of the fit
+    assert variance == pytest.approx(1, abs=0.03)  # over seeds its deviation is .009, that of the mean .004
+
+
+def round_of_ram(mean: float, variance: float, beta: float) -> tuple[float, float]:
+    """Mean and variance after a round of RAM under x, from N(mean, variance), on its way from N(0, 1), by quadrature. With
+    d = v_base - v + C (u - v), v = gamma x + a + b x, E[d] = 0 and E[d x_t] = 0 are linear in a and b."""
+    z = np.linspace(-9, 9, 4001)
+    x, density = mean + math.sqrt(variance) * z, np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    c = np.maximum((x - mean) / beta, -0.9) * density
+    c0, c1, c2 = c.sum(), float(c @ x), float(c @ x**2)
+    nodes, lengths = np.polynomial.legendre.leggauss(128)
+    t, lengths = (nodes + 1) / 2, lengths / 2
+    v = t**2 + (1 - t) ** 2
+    gamma, cxx = (2 * t - 1) / v, t**2 * c2 + (1 - t) ** 2 * c0
+    of_x = t * (mean + c1)
+    matrix = np.array([[np.full_like(t, 1 + c0), of_x], [of_x, t**2 * (variance + mean**2) + (1 - t) ** 2 + cxx]])
+    right = np.array([c1 - gamma * t * c1, t * c2 - (1 - t) * c0 - gamma * cxx])
+    a, b = np.linalg.solve(matrix.transpose(2, 0, 1), right.T[..., None])[..., 0].T
+    left = lengths @ b - (np.cumsum(lengths * b) - lengths * b / 2)  # the integral of b from t on
+    return float(lengths @ (a * np.exp(left) / np.sqrt(v))), math.exp(2 * float(lengths @ b))
+
+
+def test_rounds_of_ram_under_a_linear_reward() -> None:
+    """Advantages below -.9 are clipped, and rounds overshoot: (.479, .810), (.386, 1.064), (.512, .984), .. (.495, 1.046)."""
+    tuned, state, expected = Affine(), State(CPU), (0.0, 1.0)
+    for i in range(3):
+        fitted_round(TiltMatching(preset="ram", beta=2.0, neighbours=64), tuned, slope, state, i)
+        expected = round_of_ram(*expected, beta=2.0)
+        assert tuned.law == pytest.approx(expected, abs=0.025)
+    for _ in range(40):
+        expected = round_of_ram(*expected, beta=2.0)
+    assert expected == pytest.approx((0.495, 1.046), abs=1e-3)
 
 
 def test_a_round_of_nft_raises_the_tilt_by_what_it_is_told_in_units_of_the_reward_s_deviation() -> None:
@@ -221,7 +252,7 @@ def test_linear_advantages_settle_short_of_the_tilt(preset: Any, residual: str) 
         fitted_round(TiltMatching(preset=preset, num_inference_steps=20), tuned, bowl, state, i)
         found.append(tuned.law[1])
     # rounds overshoot by turns, less and less; then each has the noise of its own samples
-    assert np.mean(found[-12:]) == pytest.approx(expected, abs=0.015)
+    assert np.mean(found[-12:]) == pytest.approx(expected, abs=0.005)  # over seeds its deviation is .001
 
 
 def test_the_covariance_form_would_settle_at_lamberts_function() -> None:
@@ -374,6 +405,7 @@ def test_the_inverse_temperature_follows_a_beta_that_changes() -> None:
         method = TiltMatching(beta=beta, target_effective_sample_size=0.3)
         measured = fitted_round(method, tuned, bowl, state, i)
         assert state.tilt == pytest.approx(1 / beta, abs=1e-12)
+        # begun at a variance S that is off by .004, the tilt is off by .004 / S^2, S = 1 / 3 before the last round
         assert measured["tilt_step"] == pytest.approx((1.0, 1.0, -1.5)[i], abs=0.1)
         assert tuned.law[1] == pytest.approx(variance, abs=0.02)
         # KL(N(0, s) | N(0, 1))
