@@ -519,8 +519,7 @@ def test_a_class_that_is_not_known_is_refused_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its index alone: from a folder, whose weights are not read, and from the hub, of which no other file is asked for."""
-    index, asked = tmp_path / "model_index.json", []
-    index.write_text('{"_class_name": "FluxxPipeline", "_diffusers_version": "0.42.1"}')
+    index, asked = tmp_path / "model_index.json", list[Any]()
 
     def fetch(repository: str, **options: Any) -> str:
         asked.append((repository, options["filename"], options["revision"]))
@@ -528,11 +527,15 @@ def test_a_class_that_is_not_known_is_refused_before_anything_is_fetched(
 
     monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", fetch)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *rest, **options: pytest.fail("it was fetched"))
-    known = "FluxxPipeline is not known, did you mean 'FluxPipeline'.*how to add a family to .*FluxPipeline, .*StableDiffusion3"
-    for path in (tmp_path, "someone/fluxx"):
-        with pytest.raises(InputError, match=known):
-            from_diffusers(path, revision="main")
-    assert asked == [("someone/fluxx", "model_index.json", "main")]
+    for name, said in (
+        ("FluxxPipeline", "did you mean 'FluxPipeline'"),
+        ("Unheard", "known: .*FluxPipeline.*StableDiffusionXL"),
+    ):
+        index.write_text(f'{{"_class_name": "{name}", "_diffusers_version": "0.42.1"}}')
+        for path in (tmp_path, "someone/else"):
+            with pytest.raises(InputError, match=f"{name} is not known.*{said}.*how to add a family"):
+                from_diffusers(path, revision="main")
+    assert asked == 2 * [("someone/else", "model_index.json", "main")]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tiltflow.laws.lqg import Lqg, evaluate_chain
 from tiltflow.networks.image_critic import ImageCritic
 from tiltflow.networks.mlp import Mlp
 from tiltflow.networks.quadratic import Quadratic
+from tiltflow.networks.token_critic import TokenCritic
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -113,10 +114,11 @@ def test_a_broken_boundary_is_refused() -> None:
 def test_networks_by_shape() -> None:
     critic, cpu = Critic(), torch.device("cpu")
     vector, image = critic.build((3,), 0, cpu), critic.build((1, 28, 28), 0, cpu)
-    for value, shape in ((vector, (5, 3)), (image, (5, 1, 28, 28))):
+    tokens = critic.build((16, 4), 0, cpu)
+    for value, shape in ((vector, (5, 3)), (image, (5, 1, 28, 28)), (tokens, (5, 16, 4))):
         assert not value.learned(torch.randn(shape), torch.tensor(0.5)).any()  # zero at the start
-    with pytest.raises(InputError, match=r"no default for samples of shape \[4, 4\]"):
-        critic.build((4, 4), 0, cpu)
+    with pytest.raises(InputError, match=r"no default for samples of shape \[4, 2, 4, 4\]"):
+        critic.build((4, 2, 4, 4), 0, cpu)
     same, other = critic.build((3,), 0, cpu), critic.build((3,), 1, cpu)
     weight = vector.network.body[0].weight
     assert torch.equal(weight, same.network.body[0].weight)
@@ -131,6 +133,25 @@ def test_an_image_critic_sees_time_and_place() -> None:
     assert values.shape == (2, 1)
     assert (network(x, torch.tensor([0.7, 0.2])) != values).tolist() == [[True], [False]]
     assert (network(x.flip(-1), torch.tensor([0.2, 0.2])) != values).all()
+
+
+def test_a_token_critic_sees_time_and_place_and_what_tokens_are_together() -> None:
+    """The last by its second difference in two tokens, which is zero for any sum of functions of one each."""
+    network = TokenCritic(tokens=6, channels=3, hidden=16).build()
+    nn.init.normal_(network.head.weight)
+    x = torch.randn(4, 6, 3)
+
+    def at(x: Tensor, time: float = 0.2) -> Tensor:
+        values: Tensor = network(x, torch.full((len(x),), time))
+        return values
+
+    assert at(x).shape == (4, 1)
+    for other in (at(x, 0.7), at(x.flip(1))):
+        assert (other - at(x)).abs().min() > 1e-4
+    assert torch.allclose(at(x)[1:2], at(x[1:2]), atol=1e-6)
+    first, second = (torch.zeros(1, 6, 3).index_fill(1, torch.tensor(i), 1.0) for i in (0, 1))
+    together = at(x + first + second) - at(x + first) - at(x + second) + at(x)
+    assert together.abs().min() > 1e-4
 
 
 def test_a_quadratic_is_one() -> None:

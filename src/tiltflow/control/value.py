@@ -65,7 +65,8 @@ class Critic(Settings):
     """reward-free, constant-skip, cos-sin (the paper's), linear, or `package.module:function`, a function of your own from
     times to (skip, out)."""
     network: Annotated[Any, BeforeValidator(part_of("networks"))] | None = None
-    """F: (x [batch, *event], time [batch]) -> [batch, 1]. By default a perceptron for vectors, convolutions for images."""
+    """F: (x [batch, *event], time [batch]) -> [batch, 1]. By default a perceptron for vectors, convolutions for images, and for
+    sequences of tokens a perceptron of each."""
     loss: Literal["martingale", "td", "td-lambda", "orthogonality"] = "martingale"
     """The loss that makes it the value function: see the top of `tiltflow.control.value`."""
     trace: Positive = 0.2
@@ -119,6 +120,8 @@ def default_network(event_shape: tuple[int, ...]) -> Settings:
     match len(event_shape):
         case 1:
             network = find("networks", "mlp")(dimension=event_shape[0], outputs=1)
+        case 2:
+            network = find("networks", "token-critic")(tokens=event_shape[0], channels=event_shape[1])
         case 3:
             network = find("networks", "image-critic")(image_channels=event_shape[0], image_size=event_shape[1:])
         case _:

@@ -20,17 +20,22 @@ class Guided(Wrapper):
     Args:
         flow: bound to the conditions.
         negative: the same field bound to the negative ones.
+        keeps_norm: the mixture is scaled to the norm of `flow`, along the last axis of a state.
     """
 
     negative: VelocityField
     guidance_scale: float
+    keeps_norm: bool = False
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.guide(x, t, self.flow(x, t))
 
     def guide(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """The guided velocity [batch, *event] at (x, t), where that of `flow` is v."""
-        return v if self.guidance_scale == 1 else torch.lerp(self.negative(x, t), v, self.guidance_scale)
+        if self.guidance_scale == 1:
+            return v
+        mixed = torch.lerp(self.negative(x, t), v, self.guidance_scale)
+        return mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)) if self.keeps_norm else mixed
 
     def bind(self, condition: Any) -> Guided:
         """Bind both fields, each to its own part of a `condition` of a guided field."""

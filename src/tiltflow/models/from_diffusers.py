@@ -47,12 +47,13 @@ def from_diffusers(
     """
     check_device(device)
     pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
-    family, encoding = family_of(pipeline), TextOptions(negative_prompt, max_sequence_length)
+    family = family_of(pipeline)
     size = size_of(pipeline, family, height, width)
-    check_options(pipeline, family, encoding)
+    check_options(pipeline, family, TextOptions(negative_prompt, max_sequence_length))
+    encoding = TextOptions(family.negative_prompt if negative_prompt is None else negative_prompt, max_sequence_length)
     freeze(pipeline, device)
     scale = family.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
-    schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas)
+    schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas, family.shift)
     denoiser = Denoiser(getattr(pipeline, family.denoiser), family.predictor(pipeline, size))
     flow = Flow(denoiser, schedule.prediction, schedule.path)
     model = TextToImage(pipeline, family, flow, size, scale, schedule, PromptEncoder(pipeline, family, size, encoding))
@@ -91,7 +92,8 @@ def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:
             f"pipeline {name}: its {family.denoiser} was distilled to take the guidance scale as an input (time_cond_proj_dim),"
             " which is supported for FLUX alone"
         )
-    if encoding.negative_prompt is not None and family.distilled:
+    takes_one = family.negative_prompts and not family.is_distilled(pipeline)
+    if encoding.negative_prompt is not None and not takes_one:
         raise InputError(f"negative_prompt: pipeline {name} takes none; leave it out")
     if encoding.max_sequence_length is not None and family.max_sequence_length is None:
         raise InputError(f"max_sequence_length: pipeline {name} takes none; leave it out")

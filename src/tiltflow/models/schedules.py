@@ -87,6 +87,7 @@ class Schedule:
         prediction: prediction type of its network.
         image_tokens: length of a picture as a sequence of tokens, for `use_dynamic_shifting`.
         sigmas: K -> sigmas [K] that the pipeline passes to its scheduler, or None if it passes none.
+        shift: (image_tokens, K) -> mu of `use_dynamic_shifting`, or None if it is linear in the tokens.
     """
 
     own: Any
@@ -95,6 +96,7 @@ class Schedule:
     prediction: PredictionType
     image_tokens: int = 0
     sigmas: Callable[[int], Tensor | None] | None = None
+    shift: Callable[[int, int], float | None] | None = None
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
         """Set a scheduler's number of steps, as the pipeline does. Raises InputError if the scheduler refuses it."""
@@ -102,7 +104,9 @@ class Schedule:
         if config.get("use_dynamic_shifting"):
             tokens = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
             shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
-            options["mu"] = shifts[0] + (self.image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+            linear = shifts[0] + (self.image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+            own = None if self.shift is None else self.shift(self.image_tokens, num_inference_steps)
+            options["mu"] = linear if own is None else own
         sigmas = None if self.sigmas is None or config.get("use_flow_sigmas") else self.sigmas(num_inference_steps)
         if sigmas is None:
             options["num_inference_steps"] = num_inference_steps
@@ -220,10 +224,15 @@ class Schedule:
         """Return `difference` of the pipeline's own scheduler, computed once per configuration."""
         kind: Any = type(self.own)
         config = json.dumps(dict(self.own.config), sort_keys=True)
-        return _difference(kind, config, self.image_tokens, self.sigmas, num_inference_steps)
+        return _difference(kind, config, self.image_tokens, self.sigmas, self.shift, num_inference_steps)
 
 
-def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], Tensor | None] | None = None) -> Schedule:
+def schedule_of(
+    scheduler: Any,
+    image_tokens: int = 0,
+    sigmas: Callable[[int], Tensor | None] | None = None,
+    shift: Callable[[int, int], float | None] | None = None,
+) -> Schedule:
     """Read the schedule of a scheduler; see `Schedule`. Raises InputError if its path is not supported."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -234,15 +243,20 @@ def schedule_of(scheduler: Any, image_tokens: int = 0, sigmas: Callable[[int], T
         plain = scheduler
     else:
         plain = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
-    return Schedule(scheduler, plain, path, prediction, image_tokens, sigmas)
+    return Schedule(scheduler, plain, path, prediction, image_tokens, sigmas, shift)
 
 
 @cache
 def _difference(
-    kind: Any, config: str, image_tokens: int, sigmas: Callable[[int], Tensor | None] | None, num_inference_steps: int
+    kind: Any,
+    config: str,
+    image_tokens: int,
+    sigmas: Callable[[int], Tensor | None] | None,
+    shift: Callable[[int, int], float | None] | None,
+    num_inference_steps: int,
 ) -> float:
     """Return `Schedule.difference` of a scheduler of this class and configuration."""
-    schedule = schedule_of(kind.from_config(json.loads(config)), image_tokens, sigmas)
+    schedule = schedule_of(kind.from_config(json.loads(config)), image_tokens, sigmas, shift)
     return schedule.difference(num_inference_steps, schedule.own)
 
 

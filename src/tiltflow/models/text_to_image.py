@@ -139,7 +139,12 @@ class TextToImage:
     @property
     def distilled(self) -> bool:
         """True if there are no negative prompts: the guidance scale is an input of the network, or there is no guidance."""
-        return self.family.distilled
+        return self.family.is_distilled(self.pipeline)
+
+    @property
+    def guidance_keeps_norm(self) -> bool:
+        """True if a guided velocity has the norm of the unguided one, along the last axis of a state."""
+        return self.family.guidance_keeps_norm
 
     @property
     def takes_guidance(self) -> bool:
@@ -203,7 +208,8 @@ class TextToImage:
         self.schedule.plain.save_pretrained(folder / "scheduler")
         options = {**dict(zip(("height", "width"), self.size, strict=True)), **self.encoding, **self.family.call}
         if self.takes_guidance:
-            options["guidance_scale"] = self.guidance_scale
+            options |= self.family.guided_by(self.guidance_scale)
+        options["pipeline"] = type(self.pipeline).__name__  # whose arguments they are; exports leave it out
         (folder / SAMPLING).write_text(json.dumps(options) + "\n", encoding="utf-8")
 
     def load_weights(self, folder: Path) -> None:
@@ -218,8 +224,7 @@ class TextToImage:
         of each part of `batch_size` are recomputed in the backward pass, so that one part at a time is in memory."""
 
         def images(part: Tensor) -> Tensor:
-            unpacked = self.family.unpack(self.pipeline, part, self.size)
-            decoded: Tensor = self.pipeline.vae.decode(unpacked.to(self.pipeline.vae.dtype), return_dict=False)[0]
+            decoded = self.family.decode(self.pipeline, part, self.size)
             if decoded.shape[1:] != self.sample_shape:
                 got, wanted = list(decoded.shape[1:]), list(self.sample_shape)
                 raise InputError(
@@ -243,7 +248,7 @@ class TextToImage:
         condition, negative = self.encode(prompts, scale)
         if negative is None or scale <= 1:
             return lambda flow: flow.bind(condition)
-        return lambda flow: Guided(flow.bind(condition), flow.bind(negative), scale)
+        return lambda flow: Guided(flow.bind(condition), flow.bind(negative), scale, self.guidance_keeps_norm)
 
     @torch.no_grad()
     def sample(

@@ -10,6 +10,7 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.files import filling, trusted
 from tiltflow.models.pipeline_files import SAMPLING
+from tiltflow.models.pipelines import families
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.reports.plots import curves
 from tiltflow.runs.card import card, measured_at
@@ -78,8 +79,10 @@ def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, d
             tuned.pipeline.save_pretrained(folder)
             tuned.save_sampling(folder)
     point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
-    if point.guidance_scale is not None and "guidance_scale" in sampling:
-        sampling["guidance_scale"] = point.guidance_scale
+    family = families().get(sampling.pop("pipeline", "FluxPipeline"))  # runs of earlier versions do not say which
+    if family is not None and point.guidance_scale is not None:
+        guided = family.guided_by(point.guidance_scale)
+        sampling |= guided if guided.keys() <= sampling.keys() else {}
     sampling["num_inference_steps"] = point.num_inference_steps
     (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
 

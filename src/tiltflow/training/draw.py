@@ -93,7 +93,8 @@ def batches(
         x, of_items = model.noise(some, generator, first), of_states(told(reward, some))
 
         def guide(flow: VelocityField) -> Guided:
-            return Guided(flow, flow.bind(negative), max(1.0, model.guidance_scale))  # less is none, as in diffusers
+            scale = max(1.0, model.guidance_scale)  # less is none, as in diffusers
+            return Guided(flow, flow.bind(negative), scale, getattr(model, "guidance_keeps_norm", False))
 
         def bound(flow: VelocityField) -> VelocityField:
             conditional = flow.bind(condition)

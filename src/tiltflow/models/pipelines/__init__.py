@@ -55,6 +55,14 @@ class Family(ABC):
     """Default number of tokens that T5 sees; None if its number is not a setting."""
     call: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's call without which it would draw other pictures than we do; exports name them."""
+    negative_prompt: ClassVar[str | None] = None
+    """Default negative prompt, for a pipeline that is guided only if it is given one."""
+    negative_prompts: ClassVar[bool] = True
+    """False if guidance leads away from the empty prompt, and from no other."""
+    guidance_keeps_norm: ClassVar[bool] = False
+    """True if a guided prediction gets the norm of the unguided one, along the last axis of a state."""
+    returns_unpacked: ClassVar[bool] = False
+    """True if what the pipeline calls latents at its end is the input of the decoder, see `unpack`, and no state."""
 
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
@@ -82,6 +90,20 @@ class Family(ABC):
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the input of the VAE's decoder, [batch, channels, height, width], for latents [batch, *event]."""
 
+    def decode(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the pictures [batch, 3, height, width] of latents [batch, *event], about [-1, 1]."""
+        unpacked = self.unpack(pipeline, latents, size)
+        pictures: Tensor = pipeline.vae.decode(unpacked.to(pipeline.vae.dtype), return_dict=False)[0]
+        return pictures
+
+    def is_distilled(self, pipeline: Any) -> bool:
+        """Return `distilled`, where that is not the same for all pipelines of the class."""
+        return self.distilled
+
+    def guided_by(self, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments with which the pipeline is guided as we are by a scale of 1, none, or more."""
+        return {"guidance_scale": guidance_scale}
+
     def guidance_is_input(self, pipeline: Any) -> bool:
         """Return whether the network takes the guidance scale as the condition `guidance`."""
         return False
@@ -92,6 +114,10 @@ class Family(ABC):
 
     def sigmas(self, num_inference_steps: int) -> Tensor | None:
         """Return the sigmas [num_inference_steps] that the pipeline passes to its scheduler; None if it passes none."""
+        return None
+
+    def shift(self, image_tokens: int, num_inference_steps: int) -> float | None:
+        """Return mu, by which a scheduler with dynamic shifting shifts; None if it is linear in the tokens, as it says."""
         return None
 
 
@@ -107,10 +133,9 @@ def families() -> dict[str, Family]:
 
 
 def family_named(name: str, known: Mapping[str, Family]) -> Family:
-    """Return the family of a class of pipelines. Raises InputError, which names the known ones, if there is none."""
+    """Return the family of a class of pipelines. Raises InputError, which names the nearest or all, if there is none."""
     if name in known:
         return known[name]
     raise InputError(
-        f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family to"
-        f" {', '.join(sorted(known))}"
+        f"pipeline {name} is not known{did_you_mean(name, known)}; docs/text-to-image.md shows how to add a family"
     )

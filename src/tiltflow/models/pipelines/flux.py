@@ -40,7 +40,9 @@ class Flux(Family):
     def sigmas(self, num_inference_steps: int) -> Tensor:
         return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
 
-    def encode(self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions) -> tuple[Condition, None]:
+    def encode(
+        self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
+    ) -> tuple[Condition, Condition | None]:
         length = options.max_sequence_length or self.max_sequence_length
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}, None
@@ -55,10 +57,15 @@ class Flux(Family):
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         patch, config = self.patch * pipeline.vae_scale_factor, pipeline.vae.config
-        rows, columns, channels = size[0] // patch, size[1] // patch, latents.shape[-1] // 4
-        picture = latents.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        picture = picture.reshape(-1, channels, 2 * rows, 2 * columns)
+        picture = unpatched(latents, size[0] // patch, size[1] // patch)
         return picture / config.scaling_factor + config.shift_factor  # type: ignore[no-any-return]
+
+
+def unpatched(latents: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the latents [batch, channels, 2 rows, 2 columns] of patches [batch, rows x columns, 4 channels]."""
+    channels = latents.shape[-1] // 4
+    picture = latents.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return picture.reshape(-1, channels, 2 * rows, 2 * columns)
 
 
 def predict(transformer: Any, x: Tensor, time: Tensor, condition: Condition, *, img_ids: Tensor) -> Tensor:

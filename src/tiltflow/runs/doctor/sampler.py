@@ -73,11 +73,14 @@ def difference_to_pipeline(model: TextToImage) -> float:
             prompts[0],
             height=height,
             width=width,
-            guidance_scale=model.guidance_scale,
             num_inference_steps=STEPS,
             latents=latents.to(model.pipeline.dtype),
             output_type="latent",
+            **model.family.call,
+            **model.family.guided_by(model.guidance_scale),
             **model.encoding,
         ).images
-        theirs = model.decode(cast(Tensor, drawn).to(latents)).cpu()
+        drawn = cast(Tensor, drawn).to(latents)
+        unpacked = model.family.returns_unpacked
+        theirs = (model.pipeline.vae.decode(drawn, return_dict=False)[0] if unpacked else model.decode(drawn)).cpu()
     return (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()

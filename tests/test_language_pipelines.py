@@ -1,0 +1,153 @@
+"""Pipelines whose prompts a language model reads, and are as long as they are, against diffusers itself: their pictures, the
+methods, and what is exported."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+from test_run_text_to_image import recipe_for, train
+from test_text_to_image import euler, latents_of
+from tiny_language_pipelines import LANGUAGE_PIPELINES, tiny_language_pipeline
+
+import tiltflow
+from tiltflow import from_diffusers, load_text_to_image
+from tiltflow.flows.guided import Guided
+from tiltflow.models.text_to_image import TextToImage
+from tiltflow.runs.export import export_run
+
+SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
+SIZES = [(16, 16), (16, 32)]
+
+pipeline_of = cache(tiny_language_pipeline)
+
+
+def theirs(model: TextToImage, prompts: list[str], latents: Tensor, scale: float, output: str) -> Tensor:
+    """What the pipeline itself draws in four steps, asked as an export asks it."""
+    encoding = {k: [v] * len(prompts) if isinstance(v, str) else v for k, v in model.encoding.items()}
+    images: Tensor = model.pipeline(
+        prompt=list(prompts), latents=latents.clone(), num_inference_steps=4, output_type=output, height=model.size[0],
+        width=model.size[1], **model.family.guided_by(scale), **encoding,
+    ).images  # fmt: skip
+    return images
+
+
+def ours(model: TextToImage, prompts: list[str], latents: Tensor, scale: float) -> Tensor:
+    """Our latents, as the pipeline gives its own."""
+    found = model.sample_latents(prompts, sampling=euler(4), guidance_scale=scale, latents=latents)
+    return model.family.unpack(model.pipeline, found, model.size) if model.family.returns_unpacked else found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_parity_with_the_pipeline(name: str, size: tuple[int, int]) -> None:
+    """With and without guidance, of a batch of prompts of different length, and of each of them alone."""
+    model = from_diffusers(pipeline_of(name), height=size[0], width=size[1])
+    latents = latents_of(model, 2)
+    for scale in (1.0, 4.0):
+        expected = theirs(model, [SHORT, LONG], latents, scale, "latent")
+        found = ours(model, [SHORT, LONG], latents, scale)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        images = model.sample([SHORT, LONG], sampling=euler(4), guidance_scale=scale, latents=latents)
+        pictures = 2 * theirs(model, [SHORT, LONG], latents, scale, "pt") - 1
+        assert (images.clamp(-1, 1) - pictures).abs().max() < 1e-4
+        alone = torch.cat([ours(model, [p], x, scale) for p, x in zip([SHORT, LONG], latents.split(1), strict=True)])
+        assert (alone - expected).abs().max() < 1e-4 * expected.abs().max()
+        other = ours(model, [LONG, SHORT], latents, scale)
+        assert (other - expected).abs().amax(tuple(range(1, other.ndim))).min() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_a_prompt_is_kept_alone_and_padded_in_a_batch(name: str) -> None:
+    """Its velocity does not depend on the prompts beside it, and its own length is what is kept."""
+    model = from_diffusers(pipeline_of(name), height=16, width=16)
+    x, t = latents_of(model, 2), torch.tensor(0.3)
+    guided = model.guided([SHORT, LONG], 4.0)(model.flow)
+    together = guided(x, t)
+    assert isinstance(guided, Guided)
+    for i, prompt in enumerate((SHORT, LONG)):
+        alone = model.guided([prompt], 4.0)(model.flow)
+        assert (alone(x[i : i + 1], t) - together[i]).abs().max() < 1e-4 * together.abs().max()
+        assert alone.name_of(0) == guided.name_of(i)
+        assert torch.allclose(guided.select(slice(i, i + 1))(x[i : i + 1], t), together[i], rtol=1e-4, atol=1e-4)
+    kept = [model.encoder.cache[prompt][0]["encoder_hidden_states"] for prompt in (SHORT, LONG)]
+    if model.family.max_sequence_length != kept[0].shape[1]:  # one family always pads to its longest
+        assert kept[1].shape[1] - kept[0].shape[1] == len(LONG) - len(SHORT)
+
+
+METHODS: dict[str, Any] = {
+    "adjoint-matching": tiltflow.AdjointMatching(num_inference_steps=3),
+    "score-as-action": tiltflow.ScoreAsAction(num_inference_steps=3, estimator="return-minus-value"),
+    "orw-cfm-w2": tiltflow.OrwCfmW2(num_inference_steps=3, min_effective_sample_size=1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: str, tmp_path: Path) -> None:
+    """Two updates, of Score as Action with its critic; then the LoRA in the pipeline's own hands, which draws what we do."""
+    model, rows = from_diffusers(tiny_language_pipeline(name), height=16, width=16), list[Any]()
+    mode = "none" if model.distilled else "rollout"
+    training = tiltflow.Training(max_train_steps=2, prompts_per_step=2, num_generations=2, guidance_mode=mode)  # type: ignore[arg-type]
+    tuned = tiltflow.tune(
+        model, lambda images: images.mean((1, 2, 3)), METHODS[method], training,
+        optimizer=tiltflow.Optimizer(learning_rate=1e-2, lr_warmup_steps=0), conditions=[SHORT, LONG],
+        adapter=tiltflow.Adapter(rank=2), callbacks=[rows.append],
+    )  # fmt: skip
+    assert [row.step for row in rows] == [1, 2]
+    assert all(("critic_loss" in row.metrics) == (method == "score-as-action") for row in rows)
+    tuned.save(tmp_path / "lora")
+    plain, latents = from_diffusers(tiny_language_pipeline(name), height=16, width=16), latents_of(tuned, 1)
+    before = theirs(plain, [LONG], latents, 4.0, "pt")
+    plain.pipeline.load_lora_weights(tmp_path / "lora")
+    after = theirs(plain, [LONG], latents, 4.0, "pt")
+    drawn = tuned.sample([LONG], sampling=euler(4), guidance_scale=4.0 if tuned.takes_guidance else None, latents=latents)
+    assert (drawn.clamp(-1, 1) - (2 * after - 1)).abs().max() < 1e-4
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_a_run_and_its_export(name: str, tmp_path: Path) -> None:
+    """From a recipe; its export says by which arguments plain diffusers draws what the run measured."""
+    pipeline_of(name).save_pretrained(tmp_path / name)
+    tree, model = recipe_for(tmp_path, name), from_diffusers(pipeline_of(name))
+    tree["prompts"] = {"texts": [SHORT, LONG, "a green x"], "validation": 0.34}
+    tree["evaluation"] = {"num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 2, "guidance_scale": 2.5}]}
+    if model.distilled:
+        tree["training"]["guidance_mode"] = "none"
+    if not model.takes_guidance:
+        del tree["model"]["guidance_scale"], tree["evaluation"]["points"][0]["guidance_scale"]
+    summary = train(tree, tmp_path / "run")
+    assert summary["reward_tuned"] != summary["reward_base"]
+    export_run(tmp_path / "run", tmp_path / "exported")
+    sampling = json.loads((tmp_path / "exported" / "sampling.json").read_text())
+    tuned = load_text_to_image(tmp_path / "run")
+    latents = latents_of(tuned, 1)
+    plain = type(tuned.pipeline).from_pretrained(tmp_path / name)
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(tmp_path / "exported")
+    theirs = plain(prompt=LONG, latents=latents.clone(), output_type="pt", **sampling).images
+    drawn = tuned.sample([LONG], sampling=euler(2), latents=latents)
+    assert (drawn.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_decoding_has_its_gradient(name: str) -> None:
+    """In parts, whose activations are computed again, as in one."""
+    model = from_diffusers(pipeline_of(name), height=16, width=16)
+    gradients = []
+    for size in (2, 1):
+        latents = latents_of(model, 2).requires_grad_()
+        model.decode(latents, batch_size=size).square().sum().backward()
+        assert latents.grad is not None
+        gradients.append(latents.grad)
+    assert gradients[0].abs().amax(tuple(range(1, gradients[0].ndim))).min() > 0
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
