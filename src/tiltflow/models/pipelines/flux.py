@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ class Flux(Family):
 
     pipeline_class = "FluxPipeline"
     denoiser = "transformer"
-    components = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    components: ClassVar[tuple[str, ...]] = (
+        "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    )  # fmt: skip
     target_modules = StableDiffusion3.target_modules
     patch = 2
     guidance_scale = 3.5
