@@ -19,6 +19,7 @@ from test_resume import METHODS, recipe_for
 from tiltflow.runs.run import run
 from tiltflow.runs.run_files import read_records
 from tiltflow.training.determinism import WORKSPACE, deterministic
+from tiltflow.training.records import of_machine
 
 GOLDEN = Path(__file__).parent / "museum" / "golden.json"
 """Metrics of the last step by each method, as hexadecimal floats; written by `python tests/test_determinism.py`."""
@@ -28,7 +29,7 @@ SLACK = 1e-3  # processors round differently, and twelve steps of Adam make more
 def last_metrics(method: str, folder: Path, **training: Any) -> dict[str, float]:
     run(recipe_for(folder, method, **training), folder / "run")
     last = read_records(folder / "run")[-1]
-    return {key: float(value) for key, value in last.items() if key != "seconds"}
+    return {key: float(value) for key, value in last.items() if not of_machine(key)}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tiltflow import processes
 from tiltflow.errors import InputError
 from tiltflow.processes import shares
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
+from tiltflow.training.records import of_machine
 
 HERE = Path(__file__).parent
 TOGETHER = [f"replicated/{name}" for name in ("methods", "pictures", "interrupted", "not_finite")]
@@ -101,11 +103,11 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
     assert a.keys() == b.keys() != set()
     for name, tensor in a.items():
         assert (tensor - b[name]).abs().max() < TOLERANCE, name
-    unequal = {"seconds"} | (set() if evaluations else {"network_evaluations"})
+    unequal = set() if evaluations else {"network_evaluations"}
     rows = lines(one), lines(other)
     for row, same in zip(*rows, strict=True):
         assert row.keys() == same.keys()
-        for key in row.keys() - unequal:
+        for key in filterfalse(of_machine, row.keys() - unequal):
             # these relative to themselves, however small: they tell whether each sample was counted once
             slack = {"rel_tol": 2e-3} if key in ("gradient_norm", "step_kl") else {"rel_tol": 1e-4, "abs_tol": 1e-5}
             assert math.isclose(row[key], same[key], **slack), (key, row["step"])
@@ -151,7 +153,8 @@ def assert_gone_on_with(folder: Path, method: str, *, shards: int) -> None:
     whole, again = folder / method, folder / f"{method}-again"
     ours, theirs = weights(whole), weights(again)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [row | {"seconds": 0} for row in lines(whole)] == [row | {"seconds": 0} for row in lines(again)]
+    rows = [[{key: row[key] for key in filterfalse(of_machine, row)} for row in lines(each)] for each in (whole, again)]
+    assert rows[0] == rows[1]
     last = checkpoints(whole / FOLDER)[-1]
     assert len([name for name in verify_checkpoint(last)["files"] if name.startswith("shards")]) == shards
     state = load_checkpoint(last)["loop"]

@@ -36,6 +36,7 @@ from tiltflow.runs.run import run
 from tiltflow.runs.run_files import read_records
 from tiltflow.runs.run_folder import RunFolder
 from tiltflow.settings import dump_yaml, read_yaml, validate
+from tiltflow.training.records import of_machine
 from tiltflow.training.signals import noted
 
 SHORT = {"num_inference_steps": 4}
@@ -110,7 +111,7 @@ def final(folder: Path) -> dict[str, Any]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_records(folder)]
+    return [{key: value for key, value in row.items() if not of_machine(key)} for row in read_records(folder)]
 
 
 def same(one: Any, other: Any, path: str = "") -> None:
@@ -140,8 +141,8 @@ def same_runs(one: Path, other: Path) -> None:
     if not (one / "summary.json").exists():
         return
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (one, other))
-    clocks = {"seconds", "seconds_total", "name"}
-    assert {k: v for k, v in ours.items() if k not in clocks} == {k: v for k, v in theirs.items() if k not in clocks}
+    ours, theirs = ({k: v for k, v in each.items() if k != "name" and not of_machine(k)} for each in (ours, theirs))
+    assert ours == theirs
 
 
 # ---- contract 4: bitwise resume ----

@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tiltflow.errors import InputError, OutputError
+from tiltflow.formatting import size
 
 LITTER = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}")
 PROBE = 4096  # bytes
@@ -225,10 +226,10 @@ def check_room(folder: Path, total: int, largest: int) -> None:
     """Raises InputError if a disk has clearly too little room for `total` bytes, or allows no file of `largest` bytes."""
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise InputError(f"{folder}: the disk has {_size(free)} left, and the run needs at least {_size(total)}")
+        raise InputError(f"{folder}: the disk has {size(free)} left, and the run needs at least {size(total)}")
     if (limit := _largest_file()) is not None and limit < largest:
         raise InputError(
-            f"{folder}: no file may be larger than {_size(limit)} (ulimit -f), and a checkpoint will have {_size(largest)}"
+            f"{folder}: no file may be larger than {size(limit)} (ulimit -f), and a checkpoint will have {size(largest)}"
         )
 
 
@@ -240,10 +241,6 @@ def _largest_file() -> int | None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return None if limit == resource.RLIM_INFINITY else limit
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 PARTIAL = ".partial"

@@ -54,6 +54,14 @@ def percent(value: float, error: float | None = None) -> str:
     return f"{100 * value:.0f}%" if 0.01 <= value <= 0.99 or value in (0, 1) else f"{100 * value:.1f}%"
 
 
+def size(count: float) -> str:
+    """
+    >>> size(8.1e6), size(23.44e9)
+    ('8.1 MB', '23.4 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(5.31), duration(231), duration(7400)

@@ -42,6 +42,7 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.rewards import NonFiniteRewards
 from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.samplers.chain import Chain
+from tiltflow.timing import phase
 
 Pairing = Literal["after", "before", "right"]
 
@@ -60,6 +61,7 @@ class LeanAdjoint:
     rewards: Tensor
 
 
+@phase("adjoint")
 def lean_adjoint(
     chain: Chain,
     base: VelocityField,

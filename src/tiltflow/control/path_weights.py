@@ -31,6 +31,7 @@ from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.chain import Chain
 from tiltflow.streams import normal
+from tiltflow.timing import phase
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class WeightedPaths:
 
 
 @torch.no_grad()
+@phase("rollout")
 def draw_paths(
     chain: Chain,
     tuned: VelocityField | None,

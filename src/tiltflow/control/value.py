@@ -41,6 +41,7 @@ from tiltflow.rewards.functions.checked import evaluate
 from tiltflow.rewards.functions.checked import value_and_gradient as reward_and_gradient
 from tiltflow.settings import FunctionOrName, Settings
 from tiltflow.streams import Buildable, new_network, stream
+from tiltflow.timing import phase
 from tiltflow.user_code import explained
 
 Positive = Annotated[float, Field(gt=0)]
@@ -267,6 +268,7 @@ def _orthogonality(value: Value, batch: Experience) -> Tensor:
     return product.sum() / (half * value.scale)
 
 
+@phase("update")
 def improve(
     value: Value,
     optimizer: torch.optim.Optimizer,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 from tiltflow.evaluation.metrics import Metric, Unit, described
-from tiltflow.formatting import Tree, decimal, duration, get, number, percent
+from tiltflow.formatting import Tree, decimal, duration, get, number, percent, size
 
 FACTS = {
     fact.key: fact
@@ -50,6 +50,8 @@ def shown(s: Tree, key: str, unit: Unit = "") -> str:
         return percent(measured, error)
     if unit == "seconds":
         return duration(measured)
+    if unit == "bytes":
+        return size(measured)
     if isinstance(value, int):
         return str(value) if unit == "plain" or abs(value) < 10_000 else f"{value:,}".replace(",", "\u202f")
     return f"{measured:g}" if unit == "plain" else decimal(measured, error)

@@ -44,6 +44,7 @@ from tiltflow.runs.run_files import read_records
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
 from tiltflow.training.method import Method
+from tiltflow.training.records import speed
 
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
 """For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
@@ -104,6 +105,7 @@ def evaluate(
         "seconds": records[-1]["seconds"],
         "network_evaluations": records[-1]["network_evaluations"],
         "samples_drawn": records[-1].get("samples_drawn"),
+        **speed(records),
         **of_monitor(folder),
         **found.entries,
         **of_achieved_tilt(run, target, base, tuned, states, tilted),

@@ -92,6 +92,8 @@ class Recorder:
                 continue
             row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
             row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
+            row |= {f"seconds_{name}": round(taken, 6) for name, taken in record.seconds_by_phase.items()}
+            row |= {} if record.peak_memory is None else {"peak_memory_bytes": record.peak_memory}
             append_row(self.path / METRICS, row | record.metrics)
             self._unsaved = True
             self._asked = asks_to_stop(self.callbacks, record) or self._asked

@@ -19,6 +19,7 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solver import OdeFunction, OdeSolver, StochasticSolver
 from tiltflow.samplers.solvers.euler import euler
 from tiltflow.streams import normal
+from tiltflow.timing import phase
 from tiltflow.user_code import explained
 
 
@@ -59,6 +60,7 @@ def projection_of(velocity: Velocity) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
+@phase("rollout")
 def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
     solver, times = sampling.build(), sampling.times(start)
@@ -98,6 +100,7 @@ def simulate(
     return rollout(solver.chain(times), flow, x, generator, act=act, to_the_end=not solver.has_noise)
 
 
+@phase("rollout")
 def rollout(
     chain: Chain,
     flow: Velocity,
@@ -127,6 +130,7 @@ def rollout(
     return Trajectory(chain, states, velocities, None if act is None else acting)
 
 
+@phase("rollout")
 def rollout_ode(solver: OdeFunction, times: Tensor, velocity: Velocity, x: Tensor, *, act: Act | None = None) -> Trajectory:
     """Solve the ODE from x [batch, *event], keeping the state and the velocity at every time of the grid.
 

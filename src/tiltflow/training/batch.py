@@ -17,6 +17,7 @@ from tiltflow.flows.guided import Guide
 from tiltflow.optimization import StoredWeights, located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
+from tiltflow.timing import phase
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Batch:
                 parts.append(function(self.select(part), part))
         return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
 
+    @phase("update")
     def accumulate(self, terms_of: Callable[[slice], Mapping[str, Tensor]], count: int, over: int) -> dict[str, float]:
         """Add the gradient of a loss to the parameters, a micro-batch at a time and shared out among the processes.
 

@@ -1,4 +1,4 @@
-"""Peak memory of a computation, counted as it runs, on any device."""
+"""Peak memory: of a computation, counted as it runs on any device, and of this process."""
 
 from __future__ import annotations
 
@@ -57,6 +57,25 @@ def peak_of(run: Callable[[int], object], count: int) -> int:
             run(few)
         peaks.append(memory.peak)
     return peaks[0] + (count - 1) * max(peaks[-1] - peaks[0], 0)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes of this process: of tensors on a GPU, since `forget_peak`; else resident ones, since it began. None where the
+    operating system does not say."""
+    if device.type == "cuda":
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    except OSError:  # not on Linux
+        return None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak of a GPU begin at what is allocated now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tiltflow.files import read_rows
+from tiltflow.timing import PHASES
 
 METRICS = "metrics.jsonl"
+
+
+def of_machine(key: str) -> bool:
+    """True for a number of a line, or of the summary, that is another when a run is repeated: of time and memory."""
+    return key.startswith("seconds") or key.endswith("_per_second") or key == "peak_memory_bytes"
+
+
+def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the summary says of the speed and the memory of a run, from its lines: the seconds of each phase and of all else,
+    rates, and the peak.
+
+    Rates are those after the first batch, which is slower, as kernels are chosen and networks compiled, and before which a
+    calibration has evaluated networks; None if there was no second one.
+    """
+    last, total = records[-1], {name: sum(row.get(f"seconds_{name}", 0.0) for row in records) for name in PHASES}
+    first = next(row for row in reversed(records) if row.get("samples_drawn") == records[0].get("samples_drawn"))
+    seconds = last["seconds"] - first["seconds"]
+
+    def rate(key: str) -> float | None:
+        return (last[key] - first[key]) / seconds if seconds > 0 and key in last and key in first else None
+
+    return {
+        "seconds_by_phase": total | {"other": max(last["seconds"] - sum(total.values()), 0.0)} if any(total.values()) else None,
+        "samples_per_second": rate("samples_drawn"),
+        "network_evaluations_per_second": rate("network_evaluations"),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in records if "peak_memory_bytes" in row), default=None),
+    }
 
 
 def known_records(folder: Path) -> tuple[list[dict[str, Any]], int]:

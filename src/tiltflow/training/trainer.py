@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,9 @@ from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
+from tiltflow.timing import Clock, phase
 from tiltflow.training.batch import Batch, Drawn
+from tiltflow.training.memory import forget_peak, peak_memory
 from tiltflow.training.method import Method, Stateful
 from tiltflow.training.optimizer import Optimizer, fill_optimizer, learning_rate_factor
 from tiltflow.training.temperature import Temperature
@@ -45,6 +47,10 @@ class Record:
     """Samples on which the tuned and the base network were evaluated, added up."""
     samples_drawn: int = 0
     """Samples drawn from the model for training; one that several steps learn from is counted once."""
+    seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
+    """Since the record before, by `tiltflow.timing.PHASES`."""
+    peak_memory: int | None = None
+    """Peak bytes so far; see `tiltflow.training.memory.peak_memory`."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def train(
         spent=network_evaluations,
     )
     try:
-        with eval_mode(*networks_of(tuned, base), reward), loop.count:
+        with eval_mode(*networks_of(tuned, base), reward), loop.count, loop.clock:
             if resume_from is not None:
                 loop.load_state_dict(resume_from)
             while loop.step < max_train_steps:
@@ -158,8 +164,8 @@ def train(
                 except NonFiniteError:
                     if loop.skipped > max_skipped_steps:
                         raise
-                    yield loop.record({"skipped": 1.0})
-                with loop.count.paused():
+                    yield from loop.record({"skipped": 1.0})
+                with loop.count.paused(), loop.clock.paused():
                     on_batch_end(end(loop.step))
     finally:
         if ema_decay:
@@ -208,15 +214,20 @@ class _Loop:
     def __post_init__(self) -> None:
         self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
         self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
+        self.clock = Clock(self.device)
+        forget_peak(self.device)
 
     def poll(self) -> None:
         """Raises Interrupted if a signal asks to stop and the batch can be abandoned."""
         if not self.moved and (signal := processes.greatest(self.stop() or 0, self.device)):
             raise Interrupted(f"stopped by signal {signal} at step {self.step}", signal)
 
-    def record(self, metrics: dict[str, float]) -> Record:
-        """The record of an optimizer step."""
-        return Record(self.step, metrics, time.perf_counter() - self.began, self.evaluations, self.drawn)
+    def record(self, metrics: dict[str, float]) -> Iterator[Record]:
+        """Yields the record of an optimizer step. What its receiver does is not measured."""
+        cost = (time.perf_counter() - self.began, self.evaluations, self.drawn)
+        record = Record(self.step, metrics, *cost, self.clock.taken(), peak_memory(self.device))
+        with self.clock.paused():
+            yield record
 
     @property
     def evaluations(self) -> int:
@@ -304,7 +315,7 @@ class _Loop:
                 if self.temperature is not None:
                     metrics["beta"] = self.temperature.working_beta
                     metrics["beta_at_limit"] = float(self.temperature.at_limit)
-                yield self.record(metrics)
+                yield from self.record(metrics)
                 if self.step == self.max_train_steps:
                     return
             if self.temperature is not None:
@@ -356,6 +367,7 @@ class _Loop:
         )
         return method.gradients(batch, self.of_method)
 
+    @phase("update")
     def optimize(self, measured: dict[str, float]) -> dict[str, float]:
         """Take an optimizer step. Raises NonFiniteError, with the weights as before, if loss or gradient is not finite."""
         settings = self.settings

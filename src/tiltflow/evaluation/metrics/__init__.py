@@ -21,8 +21,8 @@ Source = Literal["summary", "training", "table"]
 """Place of a number: summary.json, a line of metrics.jsonl, or a row of the summary's table of sampling points."""
 Better = Literal["up", "down", "none"]
 """Direction that is better, all else being equal; `none` for a reference value."""
-Unit = Literal["", "nats", "share", "seconds", "plain"]
-"""Format of a number: `share` in percent, `seconds` as a duration, `plain` with all its digits."""
+Unit = Literal["", "nats", "share", "seconds", "bytes", "plain"]
+"""Format of a number: `share` in percent, `seconds` as a duration, `bytes` in MB or GB, `plain` with all its digits."""
 
 
 class Section(StrEnum):
@@ -32,6 +32,7 @@ class Section(StrEnum):
     SURE = "Precision and confidence"
     VARIED = "Diversity"
     COST = "Cost"
+    SPEED = "Speed and memory"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flows.interpolant import expand
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.rewards.functions.prompted import chosen, prompts_of
+from tiltflow.timing import phase
 from tiltflow.user_code import explained
 
 FEWEST = 2
@@ -67,6 +68,7 @@ def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") 
     return value
 
 
+@phase("reward")
 def values_of(reward: Reward, x: Tensor) -> Tensor:
     """`reward(x)` [batch], of a copy of x through which gradients pass. NaN and infinity are not checked for.
 
@@ -139,6 +141,7 @@ def finite_only(rewards: Tensor) -> Tensor | None:
     return kept
 
 
+@phase("reward")
 def value_and_gradient(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") -> tuple[Tensor, Tensor]:
     """(r [batch], gradient of r with respect to x [batch, *event]), both detached and in float32 or better.
 
