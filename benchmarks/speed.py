@@ -30,7 +30,9 @@ from tiltflow.control.value import Critic
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
+from tiltflow.methods.path_reweighted import PathReweighted
 from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.networks.image_critic import ImageCriticModule
 from tiltflow.networks.unet import Unet, UnetModule
 from tiltflow.streams import new_network, stream
@@ -54,6 +56,8 @@ METHODS: dict[str, Any] = {
         num_inference_steps=STEPS, train_timesteps=(Stratum(count=TRAINED),), num_passes=1, critic=Critic(train_batch_size=16)
     ),
     "orw-cfm-w2": OrwCfmW2(num_inference_steps=STEPS // 2, num_passes=1),
+    "tilt-matching": TiltMatching(num_inference_steps=STEPS // 2, num_passes=4),
+    "path-reweighted": PathReweighted(num_inference_steps=STEPS, path_steps=STEPS, num_passes=4),
 }
 
 
@@ -61,6 +65,7 @@ class Iterations:
     """A method on a network, one iteration at a call."""
 
     def __init__(self, settings: Unet, method: Any):
+        self.passes = method.needs.passes
         self.base = Flow(new_network(settings, 0).requires_grad_(False))
         self.tuned = Flow(new_network(settings, 0))
         self.records = train(
@@ -68,7 +73,8 @@ class Iterations:
         )
 
     def __call__(self) -> None:
-        next(self.records)
+        for _ in range(self.passes):
+            next(self.records)
 
     def count(self) -> Calls:
         """The network calls of one iteration."""
