@@ -246,10 +246,10 @@ def test_prompts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
 
 
-def test_the_conditions_of_the_last_prompts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_conditions_of_the_last_prompts_are_kept(tmp_path: Path) -> None:
     """Those that were used last, and the negative one, which all share, though the prompt that it came with is gone."""
-    monkeypatch.setattr("tiltflow.models.prompt_encoder.CONDITIONS_KEPT", 2)
-    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path))
+    two = 2.5 * 77 * 16 * 4  # bytes: a tiny prompt has 77 tokens of 16 numbers
+    model = from_diffusers(tiny_pipeline("stable-diffusion", tmp_path), prompt_cache_gb=two / 2**30)
     first = model.encode(["one", "two", "three"])  # more at once than are kept
     assert list(model.encoder.cache) == ["two", "three"]
     model.encode(["two"])

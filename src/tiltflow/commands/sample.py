@@ -12,6 +12,7 @@ import typer
 
 from tiltflow.commands.terminal.console import escape, make_console, print_json, spinner
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, completes, set_up_torch
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.plugins import names
 
@@ -148,6 +149,7 @@ def plan_pictures(
         raise InputError('--prompt: a pipeline needs at least one, for example --prompt "a red cat"')
     asked = {"prompts": prompts, "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale}
     several = [prompt for prompt in prompts for _ in range(each)]
+    model.encode_ahead([Item(prompt) for prompt in prompts])
     draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
     return Plan(draw, len(several), "pictures", each, asked)
 

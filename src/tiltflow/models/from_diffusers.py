@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tiltflow.flows.flow import Flow
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_files import load_pipeline
 from tiltflow.models.pipelines import Family, TextOptions, families, family_named
-from tiltflow.models.prompt_encoder import PromptEncoder
+from tiltflow.models.prompt_encoder import CACHE_GB, PromptEncoder
 from tiltflow.models.schedules import schedule_of
+from tiltflow.models.text_encoders import Load, TextEncoders, Use
 from tiltflow.models.text_to_image import TextToImage, checked_scale
 from tiltflow.user_code import check_device, refused
 
@@ -29,6 +31,8 @@ def from_diffusers(
     negative_prompt: str | None = None,
     max_sequence_length: int | None = None,
     device: torch.device | str = "cpu",
+    text_encoders: Use | None = None,
+    prompt_cache_gb: float = CACHE_GB,
     **options: Any,
 ) -> TextToImage:
     """Make a model of a text-to-image pipeline of diffusers: a pipeline, its folder, or its name, in tiltflow or on the hub.
@@ -38,6 +42,9 @@ def from_diffusers(
         guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
         negative_prompt: prompt that guidance leads away from; the empty prompt or zeros by default, as in diffusers.
         max_sequence_length: number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default.
+        text_encoders: `free` frees them once a training has encoded its prompts, and loads them again for a new one; `cpu`
+            keeps them on the CPU, and `keep` on the device. By default `free` for a path or a name, and `keep` for a pipeline.
+        prompt_cache_gb: gigabytes of conditions that are kept, on the CPU, for prompts that come again.
         options: of `DiffusionPipeline.from_pretrained`, such as `dtype` (float32 by default), `revision` and `variant`.
 
     The decoder is loaded and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
@@ -46,17 +53,49 @@ def from_diffusers(
     guidance scale or a setting of the text encoders that it does not take.
     """
     check_device(device)
-    pipeline = load_pipeline(pipeline_or_path, options) if isinstance(pipeline_or_path, (str, Path)) else pipeline_or_path
+    pipeline, load = pipeline_or_path, None
+    if isinstance(pipeline_or_path, (str, Path)):
+        pipeline, load = loaded(pipeline_or_path, options)
+    given = (height, width, guidance_scale, negative_prompt, max_sequence_length)
+    return model_of(pipeline, load, device, text_encoders, prompt_cache_gb, *given)
+
+
+def loaded(path: str | Path, options: Mapping[str, Any]) -> tuple[Any, Load]:
+    """Load a pipeline; see `load_pipeline`. Returns it, and what loads its text encoders again."""
+    return load_pipeline(path, options), lambda there: load_pipeline(path, {**options, **there})
+
+
+def model_of(
+    pipeline: Any,
+    load: Load | None,
+    device: torch.device | str,
+    text_encoders: Use | None,
+    prompt_cache_gb: float,
+    height: int | None,
+    width: int | None,
+    guidance_scale: float | None,
+    negative_prompt: str | None,
+    max_sequence_length: int | None,
+) -> TextToImage:
+    """Make a model of a pipeline; see `from_diffusers`.
+
+    Args:
+        load: loads its text encoders again; None if they cannot be.
+    """
+    if not prompt_cache_gb > 0:
+        raise InputError(f"prompt_cache_gb {prompt_cache_gb!r}: must be a number of gigabytes above 0")
+    encoders = TextEncoders(pipeline, text_encoders or ("keep" if load is None else "free"), load)
     family = family_of(pipeline)
     size = size_of(pipeline, family, height, width)
     check_options(pipeline, family, TextOptions(negative_prompt, max_sequence_length))
     encoding = TextOptions(family.negative_prompt if negative_prompt is None else negative_prompt, max_sequence_length)
-    freeze(pipeline, device)
+    freeze(pipeline, encoders, device)
     scale = family.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
     schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas, family.shift)
     denoiser = Denoiser(getattr(pipeline, family.denoiser), family.predictor(pipeline, size))
     flow = Flow(denoiser, schedule.prediction, schedule.path)
-    model = TextToImage(pipeline, family, flow, size, scale, schedule, PromptEncoder(pipeline, family, size, encoding))
+    encoder = PromptEncoder(pipeline, family, size, encoding, encoders, prompt_cache_gb * 2**30)
+    model = TextToImage(pipeline, family, flow, size, scale, schedule, encoder)
     schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
     if guidance_scale is not None and not model.takes_guidance:
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
@@ -99,9 +138,9 @@ def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:
         raise InputError(f"max_sequence_length: pipeline {name} takes none; leave it out")
 
 
-def freeze(pipeline: Any, device: torch.device | str) -> None:
+def freeze(pipeline: Any, encoders: TextEncoders, device: torch.device | str) -> None:
     """Move a pipeline to a device, in eval mode, without gradients and progress bars, its decoder in float32; in place."""
-    pipeline.to(device)
+    encoders.move(device)
     if pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     for part in pipeline.components.values():

@@ -27,7 +27,7 @@ PEFT_LORA, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 """File and prefix of `peft.PeftModel`, which reads the LoRAs of pipelines that have no `load_lora_weights`."""
 
 
-def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
+def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
     """Load a pipeline that ships with tiltflow, from a folder or from the hub.
 
     Args:
@@ -56,7 +56,7 @@ def load_pipeline(path: str | Path, options: dict[str, Any]) -> Any:
     with refused(f"model.diffusers {path}: cannot be loaded"):
         pipeline = DiffusionPipeline.from_pretrained(str(path), **options)
         if Path(path).is_dir():
-            check_weights(Path(path), pipeline.components)
+            check_weights(Path(path), {name: part for name, part in pipeline.components.items() if name not in options})
     return pipeline
 
 

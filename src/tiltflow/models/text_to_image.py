@@ -193,6 +193,10 @@ class TextToImage:
         """Encode the texts of prompts; see `encode`."""
         return self.encode([item.text for item in items])
 
+    def encode_ahead(self, items: Sequence[Item]) -> None:
+        """Encode all prompts that will come, and then free the text encoders, unless they are to stay; see `TextEncoders`."""
+        self.encoder.encode_ahead([item.text for item in items], self.device)
+
     def save(self, folder: str | Path, card: str = "") -> None:
         """Write what was tuned, as plain diffusers reads it, and `save_sampling`. The card is not written: `tiltflow export`
         writes one.

@@ -21,6 +21,8 @@ from tiltflow.training.optimizer import move_old_keys
 FREE_TO_CHANGE = (
     "description",
     "evaluation",
+    "model.prompt_cache_gb",
+    "model.text_encoders",
     "training.checkpointing_steps",
     "training.checkpoints_total_limit",
     "training.max_skipped_steps",

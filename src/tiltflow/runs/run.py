@@ -106,6 +106,8 @@ def make_ready(
     instruments = Instruments.build(reward, run.reward_name, settings, device, training.non_finite_rewards)
     asked = asked_of(items, held_out, settings)
     count = training.monitor.num_samples if training.monitor is not None else None
+    if isinstance(model, TextToImage):
+        model.encode_ahead([*items, *asked.items])
     if rehearsed:
         rehearse(model, [*items, *asked.items][0], asked, instruments, run.method, settings, run.seed)
     normalized = normalizer(training, run.method.sampling, reward, run.seed)
@@ -229,9 +231,12 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
     settings, training = recipe.evaluation, recipe.training
     instruments = Instruments.build(reward, recipe.reward_name, settings, device, training.non_finite_rewards)
     items, held_out = recipe.asked_for.items(models[0].class_names, recipe.seed)
+    asked = asked_of(items, held_out, settings, num_samples)
+    if isinstance(models[0], TextToImage):
+        models[0].encode_ahead(asked.items)
     dtype = autocast_dtype(training.mixed_precision, device)
     base, tuned = (model.in_precision(dtype) for model in models)
-    return evaluate(recipe, folder, base, tuned, asked_of(items, held_out, settings, num_samples), instruments)
+    return evaluate(recipe, folder, base, tuned, asked, instruments)
 
 
 def read_run(folder: Path) -> Recipe:

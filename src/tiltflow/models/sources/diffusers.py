@@ -11,9 +11,10 @@ import torch
 from pydantic import Field
 
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.models.from_diffusers import from_diffusers
-from tiltflow.models.pipeline_files import load_pipeline
+from tiltflow.models.from_diffusers import loaded, model_of
 from tiltflow.models.pipeline_folder import check_numbers
+from tiltflow.models.prompt_encoder import CACHE_GB
+from tiltflow.models.text_encoders import Use
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
 from tiltflow.settings import PathOrName, Settings
@@ -53,6 +54,11 @@ class Diffusers(Settings):
     """Prompt that guidance leads away from; the pipeline's own, the empty prompt or zeros, by default."""
     max_sequence_length: Count | None = None
     """Number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default."""
+    text_encoders: Use = "free"
+    """What becomes of the text encoders, with the same results: free, once all prompts are encoded; cpu, they encode there;
+    keep, they stay on the device."""
+    prompt_cache_gb: Annotated[float, Field(gt=0)] = CACHE_GB
+    """Gigabytes of memory, on the CPU, for the encoded prompts; those that were used least recently are encoded again."""
     without: tuple[str, ...] = ()
     """Components that are not loaded, such as text_encoder_3, the T5 of Stable Diffusion 3, which is optional."""
     loras: tuple[Lora, ...] = ()
@@ -96,7 +102,7 @@ class Diffusers(Settings):
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
         options |= dict.fromkeys(self.without)
-        pipeline = load_pipeline(self.diffusers, options)
+        pipeline, load = loaded(self.diffusers, options)
         for part in self.without:
             if part not in pipeline.components:
                 raise InputError(
@@ -110,8 +116,17 @@ class Diffusers(Settings):
         check_numbers(self.scheduler, "model.scheduler")
         with refused("model.scheduler: the scheduler refuses its settings"):
             pipeline.scheduler = type(pipeline.scheduler).from_config(own, **self.scheduler)
-        given = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
-        model = from_diffusers(pipeline, device=device, **{key: getattr(self, key) for key in given})
+        given = (
+            "text_encoders",
+            "prompt_cache_gb",
+            "height",
+            "width",
+            "guidance_scale",
+            "negative_prompt",
+            "max_sequence_length",
+        )
+        with refused("pipeline: cannot be tuned"):
+            model = model_of(pipeline, load, device, *(getattr(self, key) for key in given))
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
         return model

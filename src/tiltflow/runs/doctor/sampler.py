@@ -67,14 +67,14 @@ def difference_to_pipeline(model: TextToImage) -> float:
     """The mean absolute difference, in pixels in [-1, 1], of a picture by our sampler and by the pipeline."""
     prompts, (height, width) = ["a photograph"], model.size
     latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
-    ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=STEPS))
-    with torch.no_grad():
-        drawn = model.pipeline(
+    with torch.no_grad(), model.encoder.encoders.whole() as pipeline:
+        ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=STEPS))
+        drawn = pipeline(
             prompts[0],
             height=height,
             width=width,
             num_inference_steps=STEPS,
-            latents=latents.to(model.pipeline.dtype),
+            latents=latents.to(pipeline.dtype),
             output_type="latent",
             **model.family.call,
             **model.family.guided_by(model.guidance_scale),

@@ -1,0 +1,249 @@
+"""The memory of text encoders and of what they encode: freed, on the CPU, in a bounded cache, with the same bits."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+from test_run_text_to_image import recipe_for
+from tiny_pipelines import PIPELINES, tiny_pipeline
+from typer.testing import CliRunner
+
+import tiltflow
+from tiltflow import from_diffusers
+from tiltflow.commands.terminal.app import app
+from tiltflow.errors import InputError, Note
+from tiltflow.models.pipelines import Condition
+from tiltflow.rewards.named_colour import NamedColour
+from tiltflow.runs.doctor.sampler import difference_to_pipeline
+from tiltflow.runs.export import export_run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.run import evaluate_run, run
+from tiltflow.runs.run_files import read_records
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.settings import validate
+
+PROMPTS = ["a red cat", "a blue dog", "a green hat"]
+SHORT = Sampling(solver="euler", num_inference_steps=2)
+
+
+def saved(name: str, folder: Path) -> Path:
+    if not (folder / name).exists():
+        tiny_pipeline(name, folder).save_pretrained(folder / name)
+    return folder / name
+
+
+def tensors(condition: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(condition)
+
+
+def same(one: Condition | None, other: Condition | None) -> bool:
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+def weights_in(folder: Path) -> dict[str, bytes]:
+    """The weights of an adapter; the header of its file is in any order."""
+    found = load_file(folder / "pytorch_lora_weights.safetensors")
+    return {key: found[key].numpy().tobytes() for key in sorted(found)}
+
+
+def alive() -> int:
+    """Numbers in the text encoders that are anywhere in memory."""
+    gc.collect()
+    names = ("CLIPTextModelWithProjection", "T5EncoderModel")
+    encoders = [part for part in gc.get_objects() if type(part).__name__ in names]
+    return sum(parameter.numel() for part in encoders for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "stable-diffusion-3" else pytest.mark.slow) for n in PIPELINES]
+)
+def test_freed_text_encoders_are_gone_and_come_back(name: str, tmp_path: Path) -> None:
+    """Without the garbage collector's help, and with the bits of those that stayed."""
+    model, kept = (from_diffusers(saved(name, tmp_path), height=16, width=16, text_encoders=use) for use in ("free", "keep"))
+    parameters = [weakref.ref(parameter) for part in model.encoder.encoders.parts.values() for parameter in part.parameters()]
+    first, expected = (one.encode(PROMPTS) for one in (model, kept))
+    assert all(map(same, first, expected))
+    assert len(parameters) > 20
+    model.encoder.encode_ahead(PROMPTS, model.device)
+    assert not any(reference() is not None for reference in parameters)
+    assert model.pipeline.text_encoder is None
+    assert all(map(same, model.encode(PROMPTS), expected))
+    assert model.encoder.encoders.freed  # known prompts need none
+    assert all(map(same, model.encode(["new", *PROMPTS]), kept.encode(["new", *PROMPTS])))
+    again = model.encoder.encoders.parts
+    assert again.keys() == kept.encoder.encoders.parts.keys()
+    assert not any(part.training or parameter.requires_grad for part in again.values() for parameter in part.parameters())
+    model.pipeline.save_pretrained(tmp_path / "whole")  # and is in the index of the pipeline again
+    assert all(map(same, from_diffusers(tmp_path / "whole", height=16, width=16).encode(PROMPTS), expected))
+
+
+def test_a_run_is_the_same_whatever_becomes_of_its_text_encoders(tmp_path: Path) -> None:
+    """Bit for bit: metrics, weights, the report's table, what is evaluated and drawn later, resumed, and exported."""
+    results: list[Any] = []
+    for use in ("keep", "free", "cpu"):
+        tree, folder, seen = recipe_for(tmp_path, "stable-diffusion-3"), tmp_path / use, []
+        tree["model"]["text_encoders"] = use
+        tree["training"] |= {"max_train_steps": 2, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+        tree["optimizer"]["lr_scheduler"] = "constant"
+        tree["evaluation"]["points"] = [{"num_inference_steps": 2}]
+        before = alive()
+        summary = run(validate(Recipe, tree, "recipe"), folder, callbacks=[lambda _: seen.append(alive())])  # noqa: B023
+        assert alive() == before
+        assert seen == [before if use == "free" else seen[0]] * 2
+        assert use == "free" or seen[0] - before > 10_000
+        weights = weights_in(folder / "model")
+        tree["training"] |= {"max_train_steps": 3}
+        tree["model"]["text_encoders"] = {"keep": "free", "free": "keep", "cpu": "cpu"}[use]  # it may change
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
+            run(validate(Recipe, tree, "recipe"), folder)
+        rows = [row | {"seconds": 0} for row in read_records(folder)]
+        arguments = ["sample", str(folder), "--prompt", "new", "--num-samples", "1", "--output", str(folder / "new.npz")]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+        export_run(folder, tmp_path / f"{use}-exported")
+        exported = weights_in(tmp_path / f"{use}-exported")
+        table = evaluate_run(folder)["table"] if use != "cpu" else None
+        results.append((summary["table"], weights, rows, exported, (folder / "new.npz").read_bytes(), table))
+    assert results[0] == results[1]
+    assert results[0][:-1] == results[2][:-1]
+
+
+@pytest.mark.slow
+def test_a_whole_pipeline_is_exported_with_its_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["model"] |= {"adapter": None}
+    tree["evaluation"]["points"] = [{"num_inference_steps": 2}]
+    run(validate(Recipe, tree, "recipe"), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "exported")
+    before, after = (from_diffusers(path) for path in (tmp_path / "stable-diffusion", tmp_path / "exported"))
+    assert all(map(same, before.encode(PROMPTS), after.encode(PROMPTS)))
+
+
+def test_of_python_alike(tmp_path: Path) -> None:
+    """`tune` frees them; what is sampled later loads them again, or says how to have them."""
+    path, drawn = saved("stable-diffusion", tmp_path), []
+    method = tiltflow.AdjointMatching(num_inference_steps=2)
+    training = tiltflow.Training(max_train_steps=1, prompts_per_step=1, num_generations=2, guidance_mode="none")
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    for source, use in ((path, None), (path, "keep"), (path, "cpu"), (pipeline, "free")):
+        model = from_diffusers(source, text_encoders=use)
+        tuned = tiltflow.tune(model, NamedColour().build(), method, training, conditions=PROMPTS)
+        assert (tuned.pipeline.text_encoder is None) == (use in (None, "free"))
+        drawn.append(tuned.sample(PROMPTS[:1], sampling=SHORT))
+        if source is pipeline:
+            with pytest.raises(
+                InputError, match=r'this prompt is new, and the text encoders were freed .* text_encoders="cpu"'
+            ):
+                tuned.sample(["new"])
+        else:
+            drawn.append(tuned.sample(["new"], sampling=SHORT))
+    for i in (2, 4):
+        assert torch.equal(drawn[i], drawn[0])
+        assert torch.equal(drawn[i + 1], drawn[1])
+    assert (drawn[6] - drawn[0]).abs().max() < 1e-5  # weights that were never on a disk lie elsewhere in memory
+    assert from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)).encoder.encoders.use == "keep"  # it is the user's own
+
+
+def test_the_pipeline_is_whole_where_diffusers_calls_it(tmp_path: Path) -> None:
+    model = from_diffusers(saved("stable-diffusion-3", tmp_path), height=16, width=16, text_encoders="free")
+    model.encoder.encode_ahead(PROMPTS, model.device)
+    assert difference_to_pipeline(model) < 1e-5
+    assert model.encoder.encoders.freed == ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux"])
+def test_text_encoders_on_another_device(name: str, tmp_path: Path) -> None:
+    """Inputs are made where the text encoders are, not where the denoiser is: here on torch's device without numbers."""
+    model = from_diffusers(tiny_pipeline(name, tmp_path), height=16, width=16)
+    for part in model.encoder.encoders.parts.values():
+        part.to("meta")
+    view = model.encoder.encoders.ready()
+    assert view.device == view._execution_device == torch.device("meta")
+    pairs = model.family.encode(view, ["a"], model.size, model.encoder.options)
+    assert {part.device.type for part in tensors(pairs) if part is not None} == {"meta"}
+    assert view.vae is model.pipeline.vae
+
+
+def test_a_lora_of_the_text_encoders_is_not_lost(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    with pytest.warns(Note, match="a LoRA is loaded into the text encoders"):
+        model = from_diffusers(pipeline, text_encoders="free")
+    before = model.encode(PROMPTS)
+    model.encoder.encode_ahead(PROMPTS, model.device)
+    assert not model.encoder.encoders.freed
+    model.encoder.cache.clear()
+    assert all(map(same, model.encode(PROMPTS), before))
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    for key, value, message in (
+        ("text_encoders", "fre", "did you mean 'free'"),
+        ("prompt_cache_gb", 0, "prompt_cache_gb.*greater than 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            validate(Recipe, {**tree, "model": {**tree["model"], key: value}}, "recipe")
+        with pytest.raises(InputError, match=message.replace("greater than", ".*above")):
+            from_diffusers(tmp_path / "stable-diffusion", **{key: value})
+
+
+# ---- the cache ----
+
+
+def test_a_bounded_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions of 40 prompts in any order, of which three fit, and a run that holds one at a time."""
+    path = saved("stable-diffusion-3", tmp_path)
+    whole = from_diffusers(path, height=16, width=16)
+    one = sum(part.nbytes for part in tensors(whole.encode(["a"])[0]))
+    few = from_diffusers(path, height=16, width=16, prompt_cache_gb=3.5 * one / 2**30)
+    order = torch.randint(0, 10, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    for i in range(0, 40, 4):
+        prompts = [f"prompt {n}" for n in order[i : i + 4]]
+        assert all(map(same, few.encode(prompts), whole.encode(prompts)))
+        assert len(few.encoder.cache) <= 3
+        assert few.encoder.sizes.keys() == few.encoder.cache.keys()
+    assert len(whole.encoder.cache) == len({*order}) + 1
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
+    results = []
+    for folder, gigabytes in (("one", one / 2**30), ("all", 4.0)):
+        tree = recipe_for(tmp_path, "stable-diffusion-3")
+        tree["model"]["prompt_cache_gb"] = gigabytes
+        tree["evaluation"]["points"] = [{"num_inference_steps": 2}]
+        message = r"3 prompts are more than model.prompt_cache_gb, .*: the text encoders are not freed"
+        with pytest.warns(Note, match=message) if gigabytes < 1 else nullcontext():
+            run(validate(Recipe, tree, "recipe"), tmp_path / folder)
+        results.append(weights_in(tmp_path / folder / "model"))
+    assert results[0] == results[1]
+
+
+def test_the_cache_is_in_the_dtype_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what the network would make of it; and pinned for a GPU, of which there need be none."""
+    pipeline = tiny_pipeline("stable-diffusion-xl", tmp_path)
+    exact = from_diffusers(pipeline, height=16, width=16).encode(PROMPTS)
+    pipeline.unet.to(torch.bfloat16)
+    model, pinned = from_diffusers(pipeline, height=16, width=16), []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.shape) or self)
+    found = model.encode(PROMPTS)
+    for ours, theirs in zip(tensors(found), tensors(exact), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16))
+    assert {part.dtype for part in tensors(list(model.encoder.cache.values()))} == {torch.bfloat16}
+    assert not pinned
+    model.encoder.cache.clear()
+    monkeypatch.setattr("tiltflow.models.prompt_encoder.on_device", lambda conditions, device: conditions)
+    model.encoder(PROMPTS[:1], torch.device("cuda"))
+    assert len(pinned) == 6
