@@ -26,7 +26,14 @@ from tiltflow.runs.export import export_run
 SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
 SIZES = [(16, 16), (16, 32)]
 
+LENGTHS = {"flux-2": 256, "flux-2-klein": 64, "flux-2-klein, distilled": 64}
+"""Tokens of a prompt, with what the pipeline writes around it, where all prompts are made as long as the longest could be."""
+
 pipeline_of = cache(tiny_language_pipeline)
+
+
+def model_of(name: str, pipeline: Any = None, size: tuple[int, int] = (16, 16)) -> TextToImage:
+    return from_diffusers(pipeline or pipeline_of(name), height=size[0], width=size[1], max_sequence_length=LENGTHS.get(name))
 
 
 def theirs(model: TextToImage, prompts: list[str], latents: Tensor, scale: float, output: str) -> Tensor:
@@ -40,19 +47,18 @@ def theirs(model: TextToImage, prompts: list[str], latents: Tensor, scale: float
 
 
 def ours(model: TextToImage, prompts: list[str], latents: Tensor, scale: float) -> Tensor:
-    """Our latents, as the pipeline gives its own."""
-    found = model.sample_latents(prompts, sampling=euler(4), guidance_scale=scale, latents=latents)
-    return model.family.unpack(model.pipeline, found, model.size) if model.family.returns_unpacked else found
+    return model.sample_latents(prompts, sampling=euler(4), guidance_scale=scale, latents=latents)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_parity_with_the_pipeline(name: str, size: tuple[int, int]) -> None:
     """With and without guidance, of a batch of prompts of different length, and of each of them alone."""
-    model = from_diffusers(pipeline_of(name), height=size[0], width=size[1])
+    model = model_of(name, size=size)
     latents = latents_of(model, 2)
     for scale in (1.0, 4.0):
-        expected = theirs(model, [SHORT, LONG], latents, scale, "latent")
+        drawn = theirs(model, [SHORT, LONG], latents, scale, "latent")
+        expected = model.family.returned(model.pipeline, drawn, model.size)
         found = ours(model, [SHORT, LONG], latents, scale)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
         images = model.sample([SHORT, LONG], sampling=euler(4), guidance_scale=scale, latents=latents)
@@ -67,19 +73,18 @@ def test_parity_with_the_pipeline(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_a_prompt_is_kept_alone_and_padded_in_a_batch(name: str) -> None:
     """Its velocity does not depend on the prompts beside it, and its own length is what is kept."""
-    model = from_diffusers(pipeline_of(name), height=16, width=16)
+    model = model_of(name)
     x, t = latents_of(model, 2), torch.tensor(0.3)
     guided = model.guided([SHORT, LONG], 4.0)(model.flow)
     together = guided(x, t)
-    assert isinstance(guided, Guided)
+    assert isinstance(guided, Guided) != model.distilled
     for i, prompt in enumerate((SHORT, LONG)):
         alone = model.guided([prompt], 4.0)(model.flow)
         assert (alone(x[i : i + 1], t) - together[i]).abs().max() < 1e-4 * together.abs().max()
         assert alone.name_of(0) == guided.name_of(i)
         assert torch.allclose(guided.select(slice(i, i + 1))(x[i : i + 1], t), together[i], rtol=1e-4, atol=1e-4)
     kept = [model.encoder.cache[prompt][0]["encoder_hidden_states"] for prompt in (SHORT, LONG)]
-    if model.family.max_sequence_length != kept[0].shape[1]:  # one family always pads to its longest
-        assert kept[1].shape[1] - kept[0].shape[1] == len(LONG) - len(SHORT)
+    assert kept[1].shape[1] - kept[0].shape[1] == (0 if name in LENGTHS else len(LONG) - len(SHORT))
 
 
 METHODS: dict[str, Any] = {
@@ -93,7 +98,7 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: str, tmp_path: Path) -> None:
     """Two updates, of Score as Action with its critic; then the LoRA in the pipeline's own hands, which draws what we do."""
-    model, rows = from_diffusers(tiny_language_pipeline(name), height=16, width=16), list[Any]()
+    model, rows = model_of(name, tiny_language_pipeline(name)), list[Any]()
     mode = "none" if model.distilled else "rollout"
     training = tiltflow.Training(max_train_steps=2, prompts_per_step=2, num_generations=2, guidance_mode=mode)  # type: ignore[arg-type]
     tuned = tiltflow.tune(
@@ -104,7 +109,7 @@ def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: st
     assert [row.step for row in rows] == [1, 2]
     assert all(("critic_loss" in row.metrics) == (method == "score-as-action") for row in rows)
     tuned.save(tmp_path / "lora")
-    plain, latents = from_diffusers(tiny_language_pipeline(name), height=16, width=16), latents_of(tuned, 1)
+    plain, latents = model_of(name, tiny_language_pipeline(name)), latents_of(tuned, 1)
     before = theirs(plain, [LONG], latents, 4.0, "pt")
     plain.pipeline.load_lora_weights(tmp_path / "lora")
     after = theirs(plain, [LONG], latents, 4.0, "pt")
@@ -118,7 +123,8 @@ def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: st
 def test_a_run_and_its_export(name: str, tmp_path: Path) -> None:
     """From a recipe; its export says by which arguments plain diffusers draws what the run measured."""
     pipeline_of(name).save_pretrained(tmp_path / name)
-    tree, model = recipe_for(tmp_path, name), from_diffusers(pipeline_of(name))
+    tree, model = recipe_for(tmp_path, name), model_of(name)
+    tree["model"] |= {"max_sequence_length": LENGTHS.get(name)}
     tree["prompts"] = {"texts": [SHORT, LONG, "a green x"], "validation": 0.34}
     tree["evaluation"] = {"num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 2, "guidance_scale": 2.5}]}
     if model.distilled:
@@ -142,7 +148,7 @@ def test_a_run_and_its_export(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_decoding_has_its_gradient(name: str) -> None:
     """In parts, whose activations are computed again, as in one."""
-    model = from_diffusers(pipeline_of(name), height=16, width=16)
+    model = model_of(name)
     gradients = []
     for size in (2, 1):
         latents = latents_of(model, 2).requires_grad_()

@@ -114,8 +114,9 @@ def test_a_broken_boundary_is_refused() -> None:
 def test_networks_by_shape() -> None:
     critic, cpu = Critic(), torch.device("cpu")
     vector, image = critic.build((3,), 0, cpu), critic.build((1, 28, 28), 0, cpu)
-    tokens = critic.build((16, 4), 0, cpu)
-    for value, shape in ((vector, (5, 3)), (image, (5, 1, 28, 28)), (tokens, (5, 16, 4))):
+    tokens, small = critic.build((16, 4), 0, cpu), critic.build((16, 4, 6), 0, cpu)
+    assert [len(value.network.convolutions) for value in (image, small)] == [3, 2]
+    for value, shape in ((vector, (5, 3)), (image, (5, 1, 28, 28)), (tokens, (5, 16, 4)), (small, (5, 16, 4, 6))):
         assert not value.learned(torch.randn(shape), torch.tensor(0.5)).any()  # zero at the start
     with pytest.raises(InputError, match=r"no default for samples of shape \[4, 2, 4, 4\]"):
         critic.build((4, 2, 4, 4), 0, cpu)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
 
@@ -59,7 +72,60 @@ def qwen_image(**scheduler: Any) -> QwenImagePipeline:
     return pipeline
 
 
-LANGUAGE_PIPELINES: dict[str, Callable[..., Any]] = {"qwen-image": qwen_image}
+def flux_2_klein(*, is_distilled: bool = False, **scheduler: Any) -> Flux2KleinPipeline:
+    text = Qwen3Config(**SMALL, head_dim=8, num_hidden_layers=27, bos_token_id=None, eos_token_id=2)
+    pipeline = Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(**FLUX_2, guidance_embeds=False), vae=flux_2_vae(),
+        text_encoder=Qwen3ForCausalLM(text), tokenizer=tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**DYNAMIC, **scheduler}), is_distilled=is_distilled,
+    )  # fmt: skip
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+def flux_2(**scheduler: Any) -> Flux2Pipeline:
+    """With a tokenizer in place of the processor of texts and pictures, which needs torchvision and tokenizes as this does."""
+    words = tokenizer()
+    words.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
+    text = {**SMALL, "head_dim": 8, "num_hidden_layers": 30, "bos_token_id": None, "eos_token_id": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **text}, vision_config={"model_type": "pixtral", "patch_size": 8, **vision},
+        image_token_index=120,
+    )  # fmt: skip
+    pipeline = Flux2Pipeline(
+        transformer=Flux2Transformer2DModel(**FLUX_2), vae=flux_2_vae(), text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=words, scheduler=FlowMatchEulerDiscreteScheduler(**{**DYNAMIC, **scheduler}),
+    )  # fmt: skip
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+FLUX_2: dict[str, Any] = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 48, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
+}  # fmt: skip
+
+
+def flux_2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+LANGUAGE_PIPELINES: dict[str, Callable[..., Any]] = {
+    "qwen-image": qwen_image,
+    "flux-2": flux_2,
+    "flux-2-klein": flux_2_klein,
+    "flux-2-klein, distilled": partial(flux_2_klein, is_distilled=True),
+}
 
 
 def tiny_language_pipeline(name: str, **options: Any) -> Any:

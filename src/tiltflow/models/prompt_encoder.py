@@ -101,6 +101,7 @@ class PromptEncoder:
             tokenizer = getattr(self.pipeline, name, None)
             if tokenizer is None or getattr(self.pipeline, name.replace("tokenizer", "text_encoder"), None) is None:
                 continue
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # some pipelines have a processor of texts and pictures
             most = tokenizer.model_max_length
             if most > CLIP_TOKENS and self.family.max_sequence_length is not None:
                 most = self.options.max_sequence_length or self.family.max_sequence_length

@@ -61,8 +61,6 @@ class Family(ABC):
     """False if guidance leads away from the empty prompt, and from no other."""
     guidance_keeps_norm: ClassVar[bool] = False
     """True if a guided prediction gets the norm of the unguided one, along the last axis of a state."""
-    returns_unpacked: ClassVar[bool] = False
-    """True if what the pipeline calls latents at its end is the input of the decoder, see `unpack`, and no state."""
 
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
@@ -95,6 +93,10 @@ class Family(ABC):
         unpacked = self.unpack(pipeline, latents, size)
         pictures: Tensor = pipeline.vae.decode(unpacked.to(pipeline.vae.dtype), return_dict=False)[0]
         return pictures
+
+    def returned(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the latents [batch, *event] of those that the pipeline returns, which may be of another form."""
+        return latents
 
     def is_distilled(self, pipeline: Any) -> bool:
         """Return `distilled`, where that is not the same for all pipelines of the class."""

@@ -22,7 +22,7 @@ class Flux(Family):
     components: ClassVar[tuple[str, ...]] = (
         "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
     )  # fmt: skip
-    target_modules = StableDiffusion3.target_modules
+    target_modules: ClassVar[tuple[str, ...]] = StableDiffusion3.target_modules
     patch = 2
     guidance_scale = 3.5
     distilled = True

@@ -80,7 +80,5 @@ def difference_to_pipeline(model: TextToImage) -> float:
             **model.family.guided_by(model.guidance_scale),
             **model.encoding,
         ).images
-        drawn = cast(Tensor, drawn).to(latents)
-        unpacked = model.family.returns_unpacked
-        theirs = (model.pipeline.vae.decode(drawn, return_dict=False)[0] if unpacked else model.decode(drawn)).cpu()
+        theirs = model.decode(model.family.returned(model.pipeline, cast(Tensor, drawn).to(latents), model.size)).cpu()
     return (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()
