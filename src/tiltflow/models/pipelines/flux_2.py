@@ -46,10 +46,10 @@ class Flux2(Flux):
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         mean, std = moments(pipeline.vae, latents)
-        return F.pixel_shuffle(latents * std + mean, 2)  # type: ignore[no-any-return]
+        return F.pixel_shuffle(latents * std + mean, 2)
 
     def returned(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents.mT.unflatten(2, self.latent_shape(pipeline, *size)[1:])
+        return latents.mT.unflatten(2, self.latent_shape(pipeline, *size)[1:])  # type: ignore[no-any-return]
 
 
 def moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
