@@ -20,7 +20,7 @@ from tiltflow import from_diffusers
 from tiltflow.models.text_to_image import with_adapter
 from tiltflow.samplers.sampling import Sampling
 
-FAMILIES = ("pixart-sigma",)
+FAMILIES = ("pixart-sigma", "sana")
 PROMPTS = ["a red cat", "two dogs on a sofa"]
 FEW = {"num_inference_steps": 3}
 METHODS = {

@@ -69,6 +69,9 @@ SCHEDULERS: list[tuple[str, str, dict[str, Any], int, str | None]] = [
     ("stable-diffusion-3", "FlowMatchEulerDiscrete", {"shift_terminal": 0.1}, 8, None),
     ("stable-diffusion-3", "FlowMatchEulerDiscrete", {"stochastic_sampling": True}, 8, "of stochastic_sampling: true"),
     ("stable-diffusion-3", "UniPCMultistep", FLOW, 8, "UniPCMultistepScheduler: at 8 steps it draws other latents"),
+    ("stable-diffusion-3", "UniPCMultistep", {**FLOW, "solver_order": 1, "disable_corrector": list(range(8))}, 8, None),
+    ("stable-diffusion-3", "DPMSolverMultistep", FLOW, 8, "DPMSolverMultistepScheduler: at 8 steps it draws other latents"),
+    ("stable-diffusion-3", "DPMSolverMultistep", {**FLOW, "solver_order": 1}, 8, None),
 ]
 
 
@@ -118,10 +121,16 @@ def test_it_is_named_when_it_is_loaded(tmp_path: Path) -> None:
         from_diffusers(tiny_pipeline("stable-diffusion", tmp_path, thresholding=True))
 
 
-@pytest.mark.parametrize("name", ["DDIM", EULER, "PNDM", "DPMSolverMultistep", "EulerAncestralDiscrete"])
-def test_the_plain_scheduler_takes_our_steps(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in ("DDIM", EULER, "PNDM", "DPMSolverMultistep", "EulerAncestralDiscrete")),
+        *((name, FLOW) for name in ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")),
+    ],
+)
+def test_the_plain_scheduler_takes_our_steps(name: str, settings: dict[str, Any]) -> None:
     """What an export comes with, whatever the pipeline had."""
-    schedule = schedule_of(make(name))
+    schedule = schedule_of(make(name, **settings))
     assert schedule.difference(10, schedule.plain) < 1e-5
 
 

@@ -153,15 +153,16 @@ def test_the_scheduler_decides_the_path_and_the_grid(name: str, options: dict[st
         ("stable-diffusion-3", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
         ("flux", {"max_sequence_length": 8}),
         ("pixart-sigma", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
+        ("sana", {"negative_prompt": "a blue dog", "max_sequence_length": 8}),
     ],
 )
 def test_settings_of_the_text_encoders(name: str, encoding: dict[str, Any], tmp_path: Path) -> None:
     pipeline = tiny_pipeline(name, tmp_path)
     model, plain = from_diffusers(pipeline, **encoding), from_diffusers(pipeline)
     latents = latents_of(model)
-    options = {"num_inference_steps": 4, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
+    options = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0}
     lists = {key: [value] * len(PROMPTS) if isinstance(value, str) else value for key, value in encoding.items()}
-    options |= dict(model.family.call)
+    options |= dict(zip(("height", "width"), model.size, strict=True)) | dict(model.family.call)
     expected = pipeline(PROMPTS, latents=latents.clone(), **options, **lists).images
     found, other = (
         one.sample_latents(PROMPTS, sampling=euler(4), latents=latents, guidance_scale=3.0) for one in (model, plain)
@@ -211,7 +212,8 @@ def test_the_prompt_and_its_guidance_matter(tmp_path: Path) -> None:
 def test_a_pipeline_from_disk_is_the_same(name: str, tmp_path: Path) -> None:
     pipeline = tiny_pipeline(name, tmp_path)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    here, there = (from_diffusers(source, height=16, width=16) for source in (pipeline, tmp_path / "pipeline"))
+    height, width = from_diffusers(pipeline).size
+    here, there = (from_diffusers(source, height=height, width=width) for source in (pipeline, tmp_path / "pipeline"))
     for ours, theirs in zip(here.flow.network.parameters(), there.flow.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     a, b = (model.sample(PROMPTS[:1], sampling=euler(2), seed=3) for model in (here, there))

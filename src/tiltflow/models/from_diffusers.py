@@ -92,7 +92,7 @@ def model_of(
     freeze(pipeline, encoders, device)
     scale = family.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
     schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas, family.shift)
-    denoiser = Denoiser(getattr(pipeline, family.denoiser), family.predictor(pipeline, size))
+    denoiser = Denoiser(getattr(pipeline, family.denoiser), schedule.called(family.predictor(pipeline, size)))
     flow = Flow(denoiser, schedule.prediction, schedule.path)
     encoder = PromptEncoder(pipeline, family, size, encoding, encoders, prompt_cache_gb * 2**30)
     model = TextToImage(pipeline, family, flow, size, scale, schedule, encoder)

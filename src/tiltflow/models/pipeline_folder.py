@@ -23,6 +23,7 @@ MOST: dict[str, float] = {
     r"model_max_length": 200_000,
     r"sample_size|pos_embed_max_size|image_size": 4096,
     r"theta|factor|epsilon|eps": 1e300,
+    r"lambda_min_clipped": math.inf,  # minus infinity in every scheduler of DPM-Solver
 }
 """Largest allowed numbers of a config, by regular expressions on their keys: about ten times those of the largest models. A
 pipeline of 1e9 layers would be built for days before an error was found."""

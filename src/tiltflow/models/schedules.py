@@ -42,6 +42,16 @@ PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TOLERANCE = 1e-4
 """Largest difference between our sampler and the pipeline's own, relative to the largest latent, without a warning."""
+ROUNDING = 5e-4
+"""More than the rounding of timesteps in float32, less than the distance of UniPC's first one from a whole one."""
+
+
+FIRST_ORDER: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"solver_order": 1, "algorithm_type": "dpmsolver++"},
+    "DPMSolverSinglestepScheduler": {"solver_order": 1, "algorithm_type": "dpmsolver++"},
+    "UniPCMultistepScheduler": {"solver_order": 1, "disable_corrector": list(range(1000))},
+}
+"""Settings by which schedulers of flow matching take steps of the first order, which are Euler's on the linear path."""
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -81,8 +91,8 @@ class Schedule:
 
     Args:
         own: the pipeline's scheduler.
-        plain: a scheduler of diffusers that takes our steps on the same times, as far as there is one: the pipeline's own, or
-            DDIM with its settings. Exports include it.
+        plain: a scheduler of diffusers that takes our steps on the same times, as far as there is one: the pipeline's own, that
+            with steps of the first order, or DDIM with its settings. Exports include it.
         path: interpolant of the model.
         prediction: prediction type of its network.
         image_tokens: length of a picture as a sequence of tokens, for `use_dynamic_shifting`.
@@ -144,6 +154,21 @@ class Schedule:
             )
         return times
 
+    def called(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a predictor, (.., time, condition) -> prediction, as the scheduler has it called: the multistep schedulers of
+        diffusers cut the timesteps of flow matching to whole ones, though the state is that of the time between them."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if not isinstance(self.path, Linear) or isinstance(self.own, FlowMatchEulerDiscreteScheduler):
+            return predict
+        count = self.own.config.num_train_timesteps
+
+        def at_whole_timesteps(network: Any, x: Tensor, time: Tensor, condition: Any) -> Tensor:
+            whole = (count * (1 - time) + ROUNDING).floor()
+            return predict(network, x, 1 - whole / count, condition)
+
+        return at_whole_timesteps
+
     @property
     def in_sigma(self) -> bool:
         """True if the scheduler's coordinates are x_1 + sigma x_0, as those of Euler's method for diffusion are."""
@@ -173,7 +198,8 @@ class Schedule:
         """
         generator = stream(0, "schedule")
         noise, mean = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
-        predict = partial(prediction_of_normal, mean=mean.double(), path=self.path, prediction=self.prediction)
+        exact = partial(prediction_of_normal, mean=mean.double(), path=self.path, prediction=self.prediction)
+        predict = partial(self.called(lambda network, x, time, condition: exact(x, time)), None, condition=None)
         times = self.times(num_inference_steps)
         flow, x = Flow(predict, self.prediction, self.path), noise * self.start_scale(times[0])
         euler = Sampling(solver="euler", num_inference_steps=num_inference_steps)
@@ -206,7 +232,7 @@ class Schedule:
             if not isinstance(value, (bool, str)) or not isinstance(other, (bool, str)) or other == value:
                 continue
             try:
-                changed = replace(self, own=kind.from_config({**config, key: other}))
+                changed = replace(self, own=kind.from_config(config, **{key: other}))
                 there = changed.own_difference(num_inference_steps)
             except InputError:  # the scheduler does not work without this setting
                 continue
@@ -239,7 +265,9 @@ def schedule_of(
     (path, prediction), config = path_of(scheduler), scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         plain = type(scheduler).from_config(config, stochastic_sampling=False)
-    elif isinstance(scheduler, EulerDiscreteScheduler) or isinstance(path, Linear):
+    elif isinstance(path, Linear):
+        plain = type(scheduler).from_config(config, **FIRST_ORDER.get(type(scheduler).__name__, {}))
+    elif isinstance(scheduler, EulerDiscreteScheduler):
         plain = scheduler
     else:
         plain = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
