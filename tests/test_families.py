@@ -58,6 +58,7 @@ def test_what_was_tuned_plain_diffusers_draws(name: str, tmp_path: Path) -> None
     config = json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())
     pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     sampling = json.loads((tmp_path / "saved" / "sampling.json").read_text())
+    assert sampling.pop("pipeline") == type(pipeline).__name__
     theirs = pipeline(PROMPTS, latents=latents.clone(), num_inference_steps=5, output_type="pt", **sampling).images
     assert (ours.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
 
