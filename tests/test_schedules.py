@@ -121,6 +121,13 @@ def test_it_is_named_when_it_is_loaded(tmp_path: Path) -> None:
         from_diffusers(tiny_pipeline("stable-diffusion", tmp_path, thresholding=True))
 
 
+def test_a_cause_that_is_a_default_is_named(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION)
+    with pytest.warns(UserWarning, match="because of clip_sample: true"):
+        from_diffusers(pipeline)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -234,7 +234,7 @@ class Schedule:
             try:
                 changed = replace(self, own=kind.from_config(config, **{key: other}))
                 there = changed.own_difference(num_inference_steps)
-            except InputError:  # the scheduler does not work without this setting
+            except Exception:  # the scheduler does not work without this setting
                 continue
             if there <= TOLERANCE:
                 causes.append(f"{key}: {str(value).lower() if isinstance(value, bool) else value}")
