@@ -24,7 +24,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import PIPELINES, STABLE_DIFFUSION, tiny_pipeline
+from tiny_pipelines import NEWER, PIPELINES, STABLE_DIFFUSION, tiny_pipeline
 from tiny_scorers import tiny_aesthetic_head, tiny_clip, tiny_image_reward
 from typer.testing import CliRunner
 
@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-SIDES = {"sana": 32}
+SIDES = {"sana": 32, "lumina2": 64}
 """Of the smallest pictures that the tiny pipelines take, where it is not 16."""
 
 
@@ -106,8 +106,9 @@ def train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return run(validate(Recipe, tree, "recipe"), folder)
 
 
-OLDEST = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux")
-QUICK = {("stable-diffusion-3", method) for method in METHODS} | {(name, "adjoint-matching") for name in OLDEST}
+QUICK = {("stable-diffusion-3", method) for method in METHODS} | {
+    (name, "adjoint-matching") for name in PIPELINES if name not in NEWER
+}
 
 
 def slow_unless(quick: bool) -> Any:
@@ -224,6 +225,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flux": ("flux", {"scheduler": {"base_shift": 0.9}, "width": 32}, {}),
     "pixart-sigma": ("pixart-sigma", {"scheduler": {"timestep_spacing": "trailing"}}, {}),
     "sana": ("sana", {"scheduler": {"flow_shift": 2.0, "solver_order": 2}}, {}),
+    "lumina2": ("lumina2", {"scheduler": {"shift": 3.0}, "width": 128}, {}),
 }
 QUICK_EXPORTS = ("stable-diffusion",)
 

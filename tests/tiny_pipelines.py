@@ -17,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -85,10 +87,10 @@ def gemma() -> tuple[Any, Any]:
     return GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]), GemmaModel(config)
 
 
-def vae(channels: int = 4, **options: Any) -> AutoencoderKL:
+def vae(channels: int = 4, blocks: int = 2, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8,) * blocks, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **options,
     )  # fmt: skip
 
 
@@ -188,6 +190,19 @@ def sana(folder: Path, **scheduler: Any) -> SanaPipeline:
     )  # fmt: skip
 
 
+def lumina2(folder: Path, **scheduler: Any) -> Lumina2Pipeline:
+    """Its decoder enlarges by 8, which the pipeline takes for granted."""
+    tokenizer, encoder = gemma()
+    return Lumina2Pipeline(
+        Lumina2Transformer2DModel(
+            sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+            num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(300, 16, 16), cap_feat_dim=2 * WIDTH,
+        ),
+        FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **scheduler}),
+        vae(blocks=4, layers_per_block=1, shift_factor=0.06, scaling_factor=1.5), encoder, tokenizer,
+    )  # fmt: skip
+
+
 PIPELINES = {
     "stable-diffusion": stable_diffusion,
     "stable-diffusion-xl": stable_diffusion_xl,
@@ -195,7 +210,12 @@ PIPELINES = {
     "flux": flux,
     "pixart-sigma": pixart_sigma,
     "sana": sana,
+    "lumina2": lumina2,
 }
+
+
+NEWER = ("pixart-sigma", "sana", "lumina2")
+"""Those of which the fast tests ask a little less; `test_families.py` is theirs."""
 
 
 def tiny_pipeline(name: str, folder: Path, **options: Any) -> Any:
