@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import NEWER, PIPELINES, tiny_pipeline
+from tiny_pipelines import NEWER, PIPELINES, tiny_pipeline, with_safety_checker
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
@@ -112,6 +112,25 @@ def test_the_decoder_is_not_rounded(tmp_path: Path) -> None:
         assert model.pipeline.unet.dtype == model.pipeline.text_encoder.dtype == torch.bfloat16
         for ours, exact in zip(model.pipeline.vae.parameters(), pipeline.vae.parameters(), strict=True):
             assert torch.equal(ours, exact)
+
+
+def test_what_is_not_needed_is_never_loaded(tmp_path: Path) -> None:
+    """Nor could be: the weights of a safety checker and an image encoder are deleted."""
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    expected = from_diffusers(pipeline).sample(PROMPTS[:1], sampling=euler(2))
+    with_safety_checker(pipeline, tmp_path / "pipeline")
+    for name in ("safety_checker", "image_encoder"):
+        (tmp_path / "pipeline" / name / "model.safetensors").unlink()
+    model = from_diffusers(tmp_path / "pipeline")
+    assert {name for name, part in model.pipeline.components.items() if part is None} == {
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+    }
+    assert not model.pipeline.config.requires_safety_checker  # or diffusers would warn that there is none
+    assert (model.sample(PROMPTS[:1], sampling=euler(2)) - expected).abs().max() < 1e-5
+    model.pipeline.save_pretrained(tmp_path / "again")  # and loads in plain diffusers
+    assert type(pipeline).from_pretrained(tmp_path / "again").safety_checker is None
 
 
 def test_a_network_that_takes_the_scale_in_its_own_way_is_refused(tmp_path: Path) -> None:

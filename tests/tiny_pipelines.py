@@ -29,11 +29,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     GemmaConfig,
     GemmaModel,
     GemmaTokenizer,
@@ -201,6 +206,26 @@ def lumina2(folder: Path, **scheduler: Any) -> Lumina2Pipeline:
         FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **scheduler}),
         vae(blocks=4, layers_per_block=1, shift_factor=0.06, scaling_factor=1.5), encoder, tokenizer,
     )  # fmt: skip
+
+
+def with_safety_checker(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Save a Stable Diffusion pipeline with all that those on the hub have, and some of them."""
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 10}
+    pipeline.register_modules(
+        safety_checker=StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=text, projection_dim=WIDTH)),
+        feature_extractor=CLIPImageProcessor(),
+        image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=WIDTH)),
+    )
+    pipeline.register_to_config(requires_safety_checker=True)
+    pipeline.save_pretrained(folder)
 
 
 PIPELINES = {

@@ -22,13 +22,15 @@ from tiltflow.user_code import refused
 
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 """Options of `from_pretrained` that say what is fetched, and from where."""
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that look at pictures, finished or given: never loaded, nor fetched, unless a family has them."""
 LORA, SAMPLING = "pytorch_lora_weights.safetensors", "sampling.json"
 PEFT_LORA, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 """File and prefix of `peft.PeftModel`, which reads the LoRAs of pipelines that have no `load_lora_weights`."""
 
 
 def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
-    """Load a pipeline that ships with tiltflow, from a folder or from the hub.
+    """Load a pipeline that ships with tiltflow, from a folder or from the hub, without what it does not need.
 
     Args:
         options: of `DiffusionPipeline.from_pretrained`.
@@ -37,7 +39,7 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
     fetched, or if it cannot be loaded.
     """
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
     except ImportError:
         raise not_installed("diffusers", "diffusers") from None
     path = by_name(path, assets(INDEX), "pipeline") or path
@@ -46,15 +48,21 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
     if Path(path).is_dir():
         check_pipeline_folder(Path(path))
     with refused(f"model.diffusers {path}: cannot be loaded"):  # of the hub's files this one alone is fetched
-        index = DiffusionPipeline.load_config(str(path), **{key: options[key] for key in OF_THE_HUB if key in options})
-    family_named(str(index.get("_class_name")), families())
-    options = {"use_safetensors": True, **options}
+        index = diffusers.DiffusionPipeline.load_config(
+            str(path), **{key: options[key] for key in OF_THE_HUB if key in options}
+        )
+    family = family_named(str(index.get("_class_name")), families())
+    unused = dict.fromkeys(name for name in NOT_NEEDED if name in index and name not in family.components)
+    if "requires_safety_checker" in index:
+        unused["requires_safety_checker"] = False
+    options = {"use_safetensors": True, **unused, **options}
     # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
     dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))
     # a decoder that is once rounded to 16 bits stays rounded
     options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
     with refused(f"model.diffusers {path}: cannot be loaded"):
-        pipeline = DiffusionPipeline.from_pretrained(str(path), **options)
+        # the class itself: DiffusionPipeline would load optional components that are said to be None
+        pipeline = getattr(diffusers, family.pipeline_class, diffusers.DiffusionPipeline).from_pretrained(str(path), **options)
         if Path(path).is_dir():
             check_weights(Path(path), {name: part for name, part in pipeline.components.items() if name not in options})
     return pipeline
