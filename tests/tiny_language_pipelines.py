@@ -16,7 +16,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tiny_pipelines import vae
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -120,11 +123,25 @@ def flux_2_vae() -> AutoencoderKLFlux2:
     return vae
 
 
+def z_image(**scheduler: Any) -> ZImagePipeline:
+    text = Qwen3Config(**SMALL, head_dim=8, num_hidden_layers=2, bos_token_id=None, eos_token_id=2)
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+            axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+        ),
+        vae=vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3ForCausalLM(text), tokenizer=tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**DYNAMIC, **scheduler}),
+    )  # fmt: skip
+
+
 LANGUAGE_PIPELINES: dict[str, Callable[..., Any]] = {
     "qwen-image": qwen_image,
     "flux-2": flux_2,
     "flux-2-klein": flux_2_klein,
     "flux-2-klein, distilled": partial(flux_2_klein, is_distilled=True),
+    "z-image": z_image,
 }
 
 
@@ -134,6 +151,7 @@ def tiny_language_pipeline(name: str, **options: Any) -> Any:
         torch.manual_seed(0)
         pipeline = LANGUAGE_PIPELINES[name](**options)
         for parameter in pipeline.transformer.parameters():
-            torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None  # so large that prompts matter
+            if parameter.ndim > 1:  # so large that prompts matter, and not so that rounding does
+                torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,8 +15,12 @@ class StableDiffusion3(Family):
 
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser = "transformer"
-    components = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    target_modules = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+    components: ClassVar[tuple[str, ...]] = (
+        "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    )  # fmt: skip
+    target_modules: ClassVar[tuple[str, ...]] = (
+        "to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
     patch = 2
     max_sequence_length = 256
 
