@@ -791,6 +791,27 @@ def test_settings_of_the_scheduler(tmp_path: Path) -> None:
         validate(Recipe, tree, "recipe").model.load("cpu")
 
 
+def test_dtypes_of_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a recipe, trained, loaded again, and exported with what differs in words."""
+    monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["model"]["dtype"] = {"default": "bfloat16", "text_encoder": "float32", "vae": "bfloat16"}
+    train(tree, tmp_path / "run")
+    model = load_text_to_image(tmp_path / "run")
+    assert (model.pipeline.unet.conv_in.weight.dtype, model.pipeline.vae.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert model.pipeline.text_encoder.dtype == torch.float32
+    export_run(tmp_path / "run", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "dtype=torch.bfloat16)" in card
+    assert "its adapter in float32, its text_encoder in float32, its vae in bfloat16; this pipeline is all in bfloat16" in card
+    for wrong, message in (
+        ("bfloat", r"model\.dtype: 'bfloat' must be float32, float16, bfloat16, did you mean 'bfloat16'"),
+        ({"default": "float61"}, r"model\.dtype: 'float61' must be .*, did you mean 'float16'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            validate(Recipe, {**tree, "model": {**tree["model"], "dtype": wrong}}, "recipe")
+
+
 def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
     """From a recipe: its conditions are then zero, as in the pipeline itself."""
     tree = recipe_for(tmp_path, "stable-diffusion-3")

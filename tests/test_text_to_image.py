@@ -26,6 +26,7 @@ from tiltflow.models import from_diffusers as constructor
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipelines import families
 from tiltflow.models.text_to_image import TextToImage, with_adapter
+from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 
@@ -112,6 +113,42 @@ def test_the_decoder_is_not_rounded(tmp_path: Path) -> None:
         assert model.pipeline.unet.dtype == model.pipeline.text_encoder.dtype == torch.bfloat16
         for ours, exact in zip(model.pipeline.vae.parameters(), pipeline.vae.parameters(), strict=True):
             assert torch.equal(ours, exact)
+
+
+def test_each_component_in_its_dtype(tmp_path: Path) -> None:
+    """As its file has it, and not rounded to that of the others on the way; again when text encoders come back."""
+    pipeline = tiny_pipeline("stable-diffusion-3", tmp_path)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    kinds = {"default": torch.bfloat16, "text_encoder_3": torch.float32, "vae": torch.float16}
+    model = from_diffusers(tmp_path / "pipeline", dtype=kinds, height=16, width=16)
+    expected = {
+        "transformer": torch.bfloat16,
+        "text_encoder": torch.bfloat16,
+        "text_encoder_3": torch.float32,
+        "vae": torch.float16,
+    }
+    for again in range(2):
+        for name, dtype in expected.items():
+            ours, theirs = getattr(model.pipeline, name), getattr(pipeline, name)
+            for one, exact in zip(ours.parameters(), theirs.parameters(), strict=True):
+                assert torch.equal(one, exact.to(dtype)), name
+        if not again:
+            model.encoder.encode_ahead(PROMPTS, model.device)
+            model.encode(["new"])
+    adapted = with_adapter(model, rank=2)
+    assert {p.dtype for p in adapted.denoiser.parameters() if p.requires_grad} == {torch.float32}
+    latents = latents_of(model).requires_grad_()
+    pictures = adapted.decode(latents)
+    assert pictures.dtype == torch.float32
+    assert torch.autograd.grad(pictures.sum(), latents)[0].dtype == torch.float32
+    assert adapted.sample(PROMPTS[:1], sampling=euler(2)).isfinite().all()
+    assert difference_to_pipeline(model) is None
+    for wrong, message in (
+        ({"vea": torch.float16}, "model.dtype: StableDiffusion3Pipeline has no 'vea', did you mean 'vae'"),
+        ("bfloat16", "dtype of default: must be a dtype of torch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            from_diffusers(tmp_path / "pipeline", dtype=wrong)
 
 
 def test_what_is_not_needed_is_never_loaded(tmp_path: Path) -> None:

@@ -45,9 +45,11 @@ def from_diffusers(
         text_encoders: `free` frees them once a training has encoded its prompts, and loads them again for a new one; `cpu`
             keeps them on the CPU, and `keep` on the device. By default `free` for a path or a name, and `keep` for a pipeline.
         prompt_cache_gb: gigabytes of conditions that are kept, on the CPU, for prompts that come again.
-        options: of `DiffusionPipeline.from_pretrained`, such as `dtype` (float32 by default), `revision` and `variant`.
+        options: of `DiffusionPipeline.from_pretrained`, such as `revision`, `variant` and `dtype`: float32 by default, and of
+            components by their names in {"default": torch.bfloat16, "text_encoder": torch.float32}.
 
-    The decoder is loaded and kept in float32. Weights are read from safetensors only, and no code of the repository is run.
+    The decoder is in float32 unless `dtype` names it. Weights are read from safetensors only, and no code of the repository is
+    run.
 
     Raises InputError if there is no such pipeline, if its class is not supported, if a component is missing, or for a size, a
     guidance scale or a setting of the text encoders that it does not take.
@@ -139,9 +141,10 @@ def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:
 
 
 def freeze(pipeline: Any, encoders: TextEncoders, device: torch.device | str) -> None:
-    """Move a pipeline to a device, in eval mode, without gradients and progress bars, its decoder in float32; in place."""
+    """Move a pipeline to a device, in eval mode, without gradients and progress bars, in place; the decoder of one that was not
+    loaded here in float32."""
     encoders.move(device)
-    if pipeline.vae.dtype != torch.float32:
+    if encoders.load is None and pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tiltflow.errors import InputError, Note, not_installed
+from tiltflow.errors import InputError, Note, did_you_mean, not_installed
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
@@ -56,16 +56,34 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
     if "requires_safety_checker" in index:
         unused["requires_safety_checker"] = False
     options = {"use_safetensors": True, **unused, **options}
-    # float32 as in recipes: without a dtype, text encoders would come in that of their file; torch_dtype is the older name
-    dtype = options.pop("torch_dtype", options.get("dtype", torch.float32))
-    # a decoder that is once rounded to 16 bits stays rounded
-    options["dtype"] = {"vae": torch.float32, **(dtype if isinstance(dtype, Mapping) else {"default": dtype})}
+    options["dtype"] = dtypes(
+        options.pop("torch_dtype", options.get("dtype", torch.float32)), index
+    )  # the first is the older name
     with refused(f"model.diffusers {path}: cannot be loaded"):
         # the class itself: DiffusionPipeline would load optional components that are said to be None
         pipeline = getattr(diffusers, family.pipeline_class, diffusers.DiffusionPipeline).from_pretrained(str(path), **options)
         if Path(path).is_dir():
             check_weights(Path(path), {name: part for name, part in pipeline.components.items() if name not in options})
     return pipeline
+
+
+def dtypes(dtype: Any, index: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Return the dtypes of components by name, and of all others as `default`, in which they are loaded from their files: what
+    is once rounded to 16 bits stays rounded. Without a word the decoder is in float32, as are all components.
+
+    Args:
+        index: of the pipeline.
+
+    Raises InputError for what is no dtype, or no component.
+    """
+    given = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
+    known = ["default", *(name for name, value in index.items() if isinstance(value, (list, tuple)))]
+    for name, kind in given.items():
+        if name not in known:
+            raise InputError(f"model.dtype: {index.get('_class_name')} has no {name!r}{did_you_mean(name, known)}")
+        if not isinstance(kind, torch.dtype):
+            raise InputError(f"dtype of {name}: must be a dtype of torch, such as torch.bfloat16, is {kind!r}")
+    return {"default": torch.float32, "vae": torch.float32, **given}
 
 
 def save_weights(pipeline: Any, denoiser: Denoiser, component: str, folder: Path) -> None:

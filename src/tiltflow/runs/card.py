@@ -127,7 +127,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
         return "\n".join(["import tiltflow", *lines, f"model = tiltflow.load({folder})", "samples = model.sample(16)"])
     scheduler = type(scheduler_of(output)).__name__
     sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
-    lines = ["import torch"] if model.adapter is not None and model.dtype != "float32" else []
+    lines = ["import torch"] if model.adapter is not None and model.dtypes["default"] != "float32" else []
     lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}"]
     lines += ["from peft import PeftModel", ""] if (output / PEFT_LORA).exists() else [""]
     if model.adapter is None:
@@ -150,7 +150,7 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
     named = {"revision": model.revision, "variant": model.variant}
     options = [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
     options += [f"{part}=None" for part in model.without]
-    options += [f"dtype=torch.{model.dtype}"] if model.dtype != "float32" else []
+    options += [f"dtype=torch.{model.dtypes['default']}"] if model.dtypes["default"] != "float32" else []
     lines += [
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
         f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
@@ -200,8 +200,9 @@ def reservations(recipe: Recipe, output: Path) -> list[str]:
             f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
             f" {apart:.2g} of the largest on a normal law."
         )
-    if recipe.source.dtype != "float32":
-        reasons.append(
-            f"The run decoded pictures, and kept its adapter, in float32; this pipeline is all in {recipe.source.dtype}."
-        )
+    dtypes = recipe.source.dtypes
+    if {*dtypes.values()} != {"float32"}:
+        others = "".join(f", its {name} in {dtype}" for name, dtype in dtypes.items() if name != "default")
+        decoded = "kept" if "vae" in dtypes else "decoded pictures, and kept"
+        reasons.append(f"The run {decoded} its adapter in float32{others}; this pipeline is all in {dtypes['default']}.")
     return reasons

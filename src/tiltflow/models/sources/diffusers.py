@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.models.from_diffusers import loaded, model_of
@@ -21,6 +21,9 @@ from tiltflow.settings import PathOrName, Settings
 from tiltflow.user_code import refused
 
 Count = Annotated[int, Field(ge=1)]
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Lora(Settings):
@@ -42,8 +45,9 @@ class Diffusers(Settings):
     """Branch, tag or commit of a model on the hub."""
     variant: str | None = None
     """Variant of its files, such as fp16."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """dtype of the frozen weights; the adapter, the decoder and all computations outside the network are in float32."""
+    dtype: Dtype | dict[str, Dtype] = "float32"
+    """dtype of the frozen weights, or of components by their names: {default: bfloat16, vae: float32}. The adapter, all
+    computations outside the networks, and the vae unless it is named, are in float32."""
     height: Count | None = None
     """Height of the pictures in pixels; the pipeline's own by default."""
     width: Count | None = None
@@ -72,6 +76,20 @@ class Diffusers(Settings):
 
     prompted: ClassVar[bool] = True
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtypes(cls, value: Any) -> Any:
+        known = get_args(Dtype)
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if one not in known:
+                raise ValueError(f"{one!r} must be {', '.join(known)}{did_you_mean(str(one), known)}")
+        return value
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes of components by their names, and of all others as `default`."""
+        return {"default": "float32", **self.dtype} if isinstance(self.dtype, dict) else {"default": self.dtype}
+
     @property
     def title(self) -> str:
         """Name of the model in a report."""
@@ -99,7 +117,7 @@ class Diffusers(Settings):
 
     def load(self, device: str) -> TextToImage:
         """Load the untuned model. Raises InputError if it cannot be loaded."""
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        options: dict[str, Any] = {"dtype": {name: getattr(torch, dtype) for name, dtype in self.dtypes.items()}}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
         options |= dict.fromkeys(self.without)
         pipeline, load = loaded(self.diffusers, options)
