@@ -3,7 +3,6 @@ methods, and what is exported."""
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,16 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
-from test_run_text_to_image import recipe_for, train
+from test_run_text_to_image import recipe_for, slow_unless, train
 from test_text_to_image import euler, latents_of
 from tiny_language_pipelines import LANGUAGE_PIPELINES, tiny_language_pipeline
 
 import tiltflow
 from tiltflow import from_diffusers, load_text_to_image
 from tiltflow.flows.guided import Guided
+from tiltflow.models.pipelines.flux_2 import Flux2
 from tiltflow.models.text_to_image import TextToImage
+from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
 
 SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
@@ -94,8 +95,16 @@ METHODS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+ALIKE = ("flux-2", "flux-2-klein, distilled")
+"""Their states, and what they do with them, are those of flux-2-klein."""
+EVERY = [
+    pytest.param(name, method, marks=slow_unless(method == "adjoint-matching" or name not in ALIKE))
+    for name in LANGUAGE_PIPELINES
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
 def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: str, tmp_path: Path) -> None:
     """Two updates, of Score as Action with its critic; then the LoRA in the pipeline's own hands, which draws what we do."""
     model, rows = model_of(name, tiny_language_pipeline(name)), list[Any]()
@@ -120,8 +129,8 @@ def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
-def test_a_run_and_its_export(name: str, tmp_path: Path) -> None:
-    """From a recipe; its export says by which arguments plain diffusers draws what the run measured."""
+def test_a_run_and_its_export(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a recipe; the code of its card draws in plain diffusers what the run measured."""
     pipeline_of(name).save_pretrained(tmp_path / name)
     tree, model = recipe_for(tmp_path, name), model_of(name)
     tree["model"] |= {"max_sequence_length": LENGTHS.get(name)}
@@ -134,15 +143,40 @@ def test_a_run_and_its_export(name: str, tmp_path: Path) -> None:
     summary = train(tree, tmp_path / "run")
     assert summary["reward_tuned"] != summary["reward_base"]
     export_run(tmp_path / "run", tmp_path / "exported")
-    sampling = json.loads((tmp_path / "exported" / "sampling.json").read_text())
     tuned = load_text_to_image(tmp_path / "run")
-    latents = latents_of(tuned, 1)
-    plain = type(tuned.pipeline).from_pretrained(tmp_path / name)
-    plain.set_progress_bar_config(disable=True)
-    plain.load_lora_weights(tmp_path / "exported")
-    theirs = plain(prompt=LONG, latents=latents.clone(), output_type="pt", **sampling).images
+    latents, said = latents_of(tuned, 1), dict[str, Any]()
+    monkeypatch.chdir(tmp_path / "exported")
+    code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code, said)
+    assert said["image"].size == (16, 16)
+    pictures = said["pipeline"](prompt=LONG, latents=latents.clone(), output_type="pt", **said["sampling"]).images
     drawn = tuned.sample([LONG], sampling=euler(2), latents=latents)
-    assert (drawn.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4
+    assert (drawn.clamp(-1, 1) - (2 * pictures - 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_the_doctor_compares_with_the_pipeline(name: str) -> None:
+    """From its latents, whatever their form, at the guidance of the model, whatever its name."""
+    assert difference_to_pipeline(model_of(name)) < 1e-5
+
+
+def test_the_shift_of_flux_2() -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    for tokens in (16, 1024, 4096, 4300, 4301, 16384):
+        for steps in (4, 10, 28, 200):
+            assert Flux2().shift(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Masks stay what they are, and velocities are near those of float32, at a time of 16 bits: the networks round it."""
+    exact, half = model_of(name), model_of(name, tiny_language_pipeline(name).to(dtype))
+    x, t = latents_of(exact, 2), torch.tensor(0.5)
+    v, near = (model.flow.bind(model.encode([SHORT, LONG])[0])(x, t) for model in (exact, half))
+    assert near.dtype == torch.float32
+    assert (near - v).norm() < (0.1 if dtype == torch.bfloat16 else 0.02) * v.norm()
 
 
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)

@@ -39,7 +39,7 @@ def from_diffusers(
 
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
-        guidance_scale: 7.5 by default, 3.5 where it is an input of the network; 1 or less is no guidance, as in diffusers.
+        guidance_scale: that of the family by default, such as 7.5; 1 or less is no guidance, in every family.
         negative_prompt: prompt that guidance leads away from; the empty prompt or zeros by default, as in diffusers.
         max_sequence_length: number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default.
         text_encoders: `free` frees them once a training has encoded its prompts, and loads them again for a new one; `cpu`

@@ -137,7 +137,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
     arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())
-    lines += [f"sampling = {{{', '.join(arguments)}}}", f"image = pipeline({quoted(prompt)}, **sampling).images[0]"]
+    lines += [f"sampling = {{{', '.join(arguments)}}}", f"image = pipeline(prompt={quoted(prompt)}, **sampling).images[0]"]
     return "\n".join(lines)
 
 

@@ -53,7 +53,8 @@ class Diffusers(Settings):
     width: Count | None = None
     """Width of the pictures in pixels; the pipeline's own by default."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
-    """Scale of classifier-free guidance: 7.5 by default, or 3.5 where it is an input of the network."""
+    """Scale of classifier-free guidance, or the input of a network that was distilled from it; that of the family by default,
+    such as 7.5."""
     negative_prompt: str | None = None
     """Prompt that guidance leads away from; the pipeline's own, the empty prompt or zeros, by default."""
     max_sequence_length: Count | None = None

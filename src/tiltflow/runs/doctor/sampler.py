@@ -78,7 +78,7 @@ def difference_to_pipeline(model: TextToImage) -> float | None:
             return None
         ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=STEPS))
         drawn = pipeline(
-            prompts[0],
+            prompt=prompts[0],
             height=height,
             width=width,
             num_inference_steps=STEPS,
