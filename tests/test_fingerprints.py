@@ -132,7 +132,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Evaluation": {"judge", "data", "features", "reference"},
         "Network": {"path"},
         "Sampling": {"solver"},
-        "Diffusers": {"diffusers"},
+        "Diffusers": {"components", "diffusers"},
         "Lora": {"path"},
         "Prompts": {"path", "validation"},
         "Point": {"solver"},
@@ -156,7 +156,7 @@ def test_every_setting_that_names_something_says_so() -> None:
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
-        "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
+        "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments", "dtype",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
     todo: list[type[Settings]] = [Recipe]

@@ -33,6 +33,7 @@ def from_diffusers(
     device: torch.device | str = "cpu",
     text_encoders: Use | None = None,
     prompt_cache_gb: float = CACHE_GB,
+    components: Mapping[str, str | Path | None] | None = None,
     **options: Any,
 ) -> TextToImage:
     """Make a model of a text-to-image pipeline of diffusers: a pipeline, its folder, or its name, in tiltflow or on the hub.
@@ -45,6 +46,8 @@ def from_diffusers(
         text_encoders: `free` frees them once a training has encoded its prompts, and loads them again for a new one; `cpu`
             keeps them on the CPU, and `keep` on the device. By default `free` for a path or a name, and `keep` for a pipeline.
         prompt_cache_gb: gigabytes of conditions that are kept, on the CPU, for prompts that come again.
+        components: what is loaded from elsewhere, by the names of components: a folder, a name on the hub, a single file; None
+            is not loaded at all.
         options: of `DiffusionPipeline.from_pretrained`, such as `revision`, `variant` and `dtype`: float32 by default, and of
             components by their names in {"default": torch.bfloat16, "text_encoder": torch.float32}.
 
@@ -57,14 +60,19 @@ def from_diffusers(
     check_device(device)
     pipeline, load = pipeline_or_path, None
     if isinstance(pipeline_or_path, (str, Path)):
-        pipeline, load = loaded(pipeline_or_path, options)
+        pipeline, load = loaded(pipeline_or_path, options, components)
+    elif components:
+        raise InputError("components: a pipeline that is given has its own; give its path, or set them in it")
     given = (height, width, guidance_scale, negative_prompt, max_sequence_length)
     return model_of(pipeline, load, device, text_encoders, prompt_cache_gb, *given)
 
 
-def loaded(path: str | Path, options: Mapping[str, Any]) -> tuple[Any, Load]:
+def loaded(
+    path: str | Path, options: Mapping[str, Any], components: Mapping[str, str | Path | None] | None
+) -> tuple[Any, Load]:
     """Load a pipeline; see `load_pipeline`. Returns it, and what loads its text encoders again."""
-    return load_pipeline(path, options), lambda there: load_pipeline(path, {**options, **there})
+    sources = {name: None if source is None else str(source) for name, source in (components or {}).items()}
+    return load_pipeline(path, options, sources), lambda there: load_pipeline(path, {**options, **there}, sources)
 
 
 def model_of(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tiltflow.errors import InputError, Note, did_you_mean, not_installed
+from tiltflow.models.components import load_component, names_in
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
@@ -29,11 +30,13 @@ PEFT_LORA, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 """File and prefix of `peft.PeftModel`, which reads the LoRAs of pipelines that have no `load_lora_weights`."""
 
 
-def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
+def load_pipeline(path: str | Path, options: Mapping[str, Any], components: Mapping[str, str | None] | None = None) -> Any:
     """Load a pipeline that ships with tiltflow, from a folder or from the hub, without what it does not need.
 
     Args:
         options: of `DiffusionPipeline.from_pretrained`.
+        components: where components come from that are not the pipeline's own, by their names; None is not loaded. Those that
+            are among the options are taken from there.
 
     Raises InputError if diffusers is not installed, if the pipeline's class is not known, before anything but its index is
     fetched, or if it cannot be loaded.
@@ -59,6 +62,12 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any]) -> Any:
     options["dtype"] = dtypes(
         options.pop("torch_dtype", options.get("dtype", torch.float32)), index
     )  # the first is the older name
+    for name, source in (components or {}).items():
+        if name not in names_in(index):
+            raise InputError(f"model.components: {family.pipeline_class} has no {name!r}{did_you_mean(name, names_in(index))}")
+        if name not in options:
+            dtype = options["dtype"].get(name, options["dtype"]["default"])
+            options[name] = None if source is None else load_component(name, source, index, str(path), dtype)
     with refused(f"model.diffusers {path}: cannot be loaded"):
         # the class itself: DiffusionPipeline would load optional components that are said to be None
         pipeline = getattr(diffusers, family.pipeline_class, diffusers.DiffusionPipeline).from_pretrained(str(path), **options)
@@ -77,7 +86,7 @@ def dtypes(dtype: Any, index: Mapping[str, Any]) -> dict[str, torch.dtype]:
     Raises InputError for what is no dtype, or no component.
     """
     given = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
-    known = ["default", *(name for name, value in index.items() if isinstance(value, (list, tuple)))]
+    known = ["default", *names_in(index)]
     for name, kind in given.items():
         if name not in known:
             raise InputError(f"model.dtype: {index.get('_class_name')} has no {name!r}{did_you_mean(name, known)}")

@@ -39,15 +39,20 @@ def check_pipeline_folder(folder: Path) -> None:
         if not (weights.parent / CONFIGS[0]).exists():
             raise InputError(f"{weights.parent}: has weights, but no {CONFIGS[0]}")
     for path in (folder / INDEX, *sorted(path for name in CONFIGS for path in folder.glob(f"*/{name}"))):
-        try:
-            if path.stat().st_size > MOST_BYTES:
-                raise InputError(f"{path}: is larger than {MOST_BYTES} bytes")
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
-        if not isinstance(tree, dict):
-            raise InputError(f"{path}: must be a mapping, got {type(tree).__name__}")
-        check_numbers(tree, str(path))
+        check_config(path)
+
+
+def check_config(path: Path) -> None:
+    """Raise InputError if a config is not JSON, or has impossible numbers."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: is larger than {MOST_BYTES} bytes")
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: must be a mapping, got {type(tree).__name__}")
+    check_numbers(tree, str(path))
 
 
 def check_weights(folder: Path, components: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import read_json
+from tiltflow.models.components import place_of
 from tiltflow.models.pipeline_files import PEFT_LORA, SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
@@ -128,7 +129,9 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     scheduler = type(scheduler_of(output)).__name__
     sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
     lines = ["import torch"] if model.adapter is not None and model.dtypes["default"] != "float32" else []
-    lines += [f"from diffusers import {', '.join(sorted({'DiffusionPipeline', scheduler}))}"]
+    own = any(source is not None and _in_card(name, source) for name, source in model.replaced.items())
+    imported = {"DiffusionPipeline", scheduler} | ({"AutoModel"} if own and model.adapter is not None else set())
+    lines += [f"from diffusers import {', '.join(sorted(imported))}"]
     lines += ["from peft import PeftModel", ""] if (output / PEFT_LORA).exists() else [""]
     if model.adapter is None:
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
@@ -149,7 +152,7 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
         lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
     named = {"revision": model.revision, "variant": model.variant}
     options = [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
-    options += [f"{part}=None" for part in model.without]
+    options += [f"{name}={_component(name, source)}" for name, source in model.replaced.items() if _in_card(name, source)]
     options += [f"dtype=torch.{model.dtypes['default']}"] if model.dtypes["default"] != "float32" else []
     lines += [
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
@@ -163,6 +166,20 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
     for name, path in zip(names, [*(lora.path for lora in model.loras), place], strict=True):
         lines += [f"pipeline.load_lora_weights({quoted(path)}, adapter_name={quoted(name)})"]
     return [*lines, f"pipeline.set_adapters({quoted(names)}, {[*(lora.strength for lora in model.loras), 1.0]})"]
+
+
+def _in_card(name: str, source: str | None) -> bool:
+    """Whether the code loads a component from elsewhere: models of diffusers from folders; the export has the scheduler."""
+    models = name.startswith(("vae", "unet", "transformer"))
+    return source is None or (models and not source.endswith(".safetensors"))
+
+
+def _component(name: str, source: str | None) -> str:
+    if source is None:
+        return "None"
+    place = place_of(name, source)
+    subfolder = f", subfolder={quoted(place.subfolder)}" if place.subfolder else ""
+    return f"AutoModel.from_pretrained({quoted(place.path)}{subfolder})"
 
 
 # ---- what plain diffusers draws ----
@@ -200,6 +217,9 @@ def reservations(recipe: Recipe, output: Path) -> list[str]:
             f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
             f" {apart:.2g} of the largest on a normal law."
         )
+    for name, source in recipe.source.replaced.items() if recipe.source.adapter is not None else ():
+        if name != "scheduler" and not _in_card(name, source):
+            reasons.append(f"The run had {name} from {source}, which this code does not load.")
     dtypes = recipe.source.dtypes
     if {*dtypes.values()} != {"float32"}:
         others = "".join(f", its {name} in {dtype}" for name, dtype in dtypes.items() if name != "default")

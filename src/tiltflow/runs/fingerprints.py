@@ -77,14 +77,25 @@ def externals(settings: Settings, path: tuple[str | int, ...] = ()) -> Iterator[
             for i, part in enumerate(value):
                 if isinstance(part, Settings):
                     yield from externals(part, (*here, i))
-        elif isinstance(value, str) and (marker := _marker(field)) is not None and value not in marker.but:
-            yield here, value, marker
+        elif (marker := _marker(field)) is not None:
+            named = {(*here, key): part for key, part in value.items()} if isinstance(value, dict) else {here: value}
+            for place, one in named.items():
+                if isinstance(one, str) and one not in marker.but:
+                    yield place, one, marker
 
 
 def _marker(field: FieldInfo) -> External | None:
-    """The mark of a field that names something, if it has one; in `Path | None` and `float | Path` it is inside the union."""
-    inside = [metadata for part in get_args(field.annotation) for metadata in getattr(part, "__metadata__", ())]
-    return next((metadata for metadata in (*field.metadata, *inside) if isinstance(metadata, External)), None)
+    """The mark of a field that names something, if it has one; in `Path | None` and `dict[str, Path]` it is inside."""
+    return next(
+        (metadata for metadata in (*field.metadata, *_inside(field.annotation)) if isinstance(metadata, External)), None
+    )
+
+
+def _inside(annotation: Any) -> Iterator[Any]:
+    """The marks in an annotation."""
+    yield from getattr(annotation, "__metadata__", ())
+    for part in get_args(annotation):
+        yield from _inside(part)
 
 
 def absolute(recipe: S) -> S:

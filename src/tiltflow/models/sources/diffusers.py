@@ -64,8 +64,11 @@ class Diffusers(Settings):
     keep, they stay on the device."""
     prompt_cache_gb: Annotated[float, Field(gt=0)] = CACHE_GB
     """Gigabytes of memory, on the CPU, for the encoded prompts; those that were used least recently are encoded again."""
+    components: dict[str, PathOrName | None] = Field(default_factory=dict)
+    """Components from elsewhere, by their names: {vae: madebyollin/taesd}, {transformer: mine.safetensors}, a folder or that of
+    another pipeline; null is not loaded, such as text_encoder_3, the T5 of Stable Diffusion 3, which is optional."""
     without: tuple[str, ...] = ()
-    """Components that are not loaded, such as text_encoder_3, the T5 of Stable Diffusion 3, which is optional."""
+    """Components that are not loaded: the same as null in `components`."""
     loras: tuple[Lora, ...] = ()
     """LoRAs that are loaded first, and are active below the adapter in both the base and the tuned model."""
     adapter: Adapter | None = Adapter()
@@ -90,6 +93,11 @@ class Diffusers(Settings):
     def dtypes(self) -> dict[str, str]:
         """The dtypes of components by their names, and of all others as `default`."""
         return {"default": "float32", **self.dtype} if isinstance(self.dtype, dict) else {"default": self.dtype}
+
+    @property
+    def replaced(self) -> dict[str, str | None]:
+        """Where components come from that are not the pipeline's own; None if they are not loaded."""
+        return {**dict.fromkeys(self.without), **self.components}
 
     @property
     def title(self) -> str:
@@ -120,13 +128,7 @@ class Diffusers(Settings):
         """Load the untuned model. Raises InputError if it cannot be loaded."""
         options: dict[str, Any] = {"dtype": {name: getattr(torch, dtype) for name, dtype in self.dtypes.items()}}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
-        options |= dict.fromkeys(self.without)
-        pipeline, load = loaded(self.diffusers, options)
-        for part in self.without:
-            if part not in pipeline.components:
-                raise InputError(
-                    f"model.without: {type(pipeline).__name__} has no {part!r}{did_you_mean(part, pipeline.components)}"
-                )
+        pipeline, load = loaded(self.diffusers, options, self.replaced)
         load_loras(pipeline, self.loras)
         own = pipeline.scheduler.config
         for key in self.scheduler:
