@@ -65,7 +65,7 @@ SCHEDULERS: list[tuple[str, str, dict[str, Any], int, str | None]] = [
     ("stable-diffusion", "DDIM", {"thresholding": True}, 8, "because of thresholding: true"),
     ("stable-diffusion", "PNDM", {"skip_prk_steps": True}, 8, "PNDMScheduler: at 8 steps it draws other latents"),
     ("stable-diffusion", "DPMSolverMultistep", {}, 8, "DPMSolverMultistepScheduler: at 8 steps it draws other latents"),
-    ("stable-diffusion", "EulerAncestralDiscrete", {}, 8, "ours goes from each of DDIMScheduler's times to the next"),
+    ("stable-diffusion", "EulerAncestralDiscrete", {}, 8, "ours goes from each of EulerDiscreteScheduler's times to the next"),
     ("stable-diffusion-3", "FlowMatchEulerDiscrete", {"shift_terminal": 0.1}, 8, None),
     ("stable-diffusion-3", "FlowMatchEulerDiscrete", {"stochastic_sampling": True}, 8, "of stochastic_sampling: true"),
     ("stable-diffusion-3", "UniPCMultistep", FLOW, 8, "UniPCMultistepScheduler: at 8 steps it draws other latents"),

@@ -170,11 +170,21 @@ def test_what_is_not_needed_is_never_loaded(tmp_path: Path) -> None:
     assert type(pipeline).from_pretrained(tmp_path / "again").safety_checker is None
 
 
-def test_a_network_that_takes_the_scale_in_its_own_way_is_refused(tmp_path: Path) -> None:
-    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
-    pipeline.unet.register_to_config(time_cond_proj_dim=8)
-    with pytest.raises(InputError, match="distilled to take the guidance scale as an input"):
-        from_diffusers(pipeline)
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
+def test_a_unet_that_takes_the_scale_as_an_input(name: str, tmp_path: Path) -> None:
+    """As those of latent consistency models do: its embedding is that of the pipeline, and no prompt leads away."""
+    pipeline = tiny_pipeline(name, tmp_path)
+    torch.manual_seed(0)
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    model = from_diffusers(pipeline, guidance_scale=6.0)
+    latents = latents_of(model)
+    for scale in (6.0, 1.5):
+        found = model.sample_latents(PROMPTS, sampling=euler(4), guidance_scale=scale, latents=latents)
+        expected = theirs(model, latents, 4, scale)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not torch.allclose(found, model.sample_latents(PROMPTS, sampling=euler(4), latents=latents), atol=1e-3)
+    with pytest.raises(InputError, match=r"negative_prompt: .* takes none"):
+        from_diffusers(pipeline, negative_prompt="a dog")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.models.denoiser import Denoiser
+from tiltflow.models.few_steps import own_sampling
 from tiltflow.models.pipeline_files import load_pipeline
 from tiltflow.models.pipelines import Family, TextOptions, families, family_named
 from tiltflow.models.prompt_encoder import CACHE_GB, PromptEncoder
@@ -40,7 +42,8 @@ def from_diffusers(
 
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
-        guidance_scale: that of the family by default, such as 7.5; 1 or less is no guidance, in every family.
+        guidance_scale: that of the family by default, such as 7.5, and 1 where the scheduler is for few steps; 1 or less is no
+            guidance, in every family.
         negative_prompt: prompt that guidance leads away from; the empty prompt or zeros by default, as in diffusers.
         max_sequence_length: number of tokens of a prompt that T5 sees, where there is one; the pipeline's own by default.
         text_encoders: `free` frees them once a training has encoded its prompts, and loads them again for a new one; `cpu`
@@ -100,13 +103,18 @@ def model_of(
     check_options(pipeline, family, TextOptions(negative_prompt, max_sequence_length))
     encoding = TextOptions(family.negative_prompt if negative_prompt is None else negative_prompt, max_sequence_length)
     freeze(pipeline, encoders, device)
-    scale = family.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
+    few = own_sampling(pipeline, family)
+    own_scale = 1.0 if few is not None and not family.is_distilled(pipeline) else family.guidance_scale
+    scale = own_scale if guidance_scale is None else checked_scale(guidance_scale)
     schedule = schedule_of(pipeline.scheduler, family.image_tokens(pipeline, *size), family.sigmas, family.shift)
     denoiser = Denoiser(getattr(pipeline, family.denoiser), schedule.called(family.predictor(pipeline, size)))
     flow = Flow(denoiser, schedule.prediction, schedule.path)
     encoder = PromptEncoder(pipeline, family, size, encoding, encoders, prompt_cache_gb * 2**30)
     model = TextToImage(pipeline, family, flow, size, scale, schedule, encoder)
-    schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
+    if few is None:
+        schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
+    else:
+        model = replace(model, sampling=few)
     if guidance_scale is not None and not model.takes_guidance:
         raise InputError("guidance_scale: this model was distilled without guidance and takes none; leave it out")
     return model
@@ -133,14 +141,8 @@ def size_of(pipeline: Any, family: Family, height: int | None, width: int | None
 
 
 def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:
-    """Raise InputError for settings of the text encoders that a pipeline does not take, and for a denoiser that takes the
-    guidance scale in a way of its own."""
+    """Raise InputError for settings of the text encoders that a pipeline does not take."""
     name = type(pipeline).__name__
-    if getattr(pipeline, family.denoiser).config.get("time_cond_proj_dim") is not None:
-        raise InputError(
-            f"pipeline {name}: its {family.denoiser} was distilled to take the guidance scale as an input (time_cond_proj_dim),"
-            " which is supported for FLUX alone"
-        )
     takes_one = family.negative_prompts and not family.is_distilled(pipeline)
     if encoding.negative_prompt is not None and not takes_one:
         raise InputError(f"negative_prompt: pipeline {name} takes none; leave it out")

@@ -143,7 +143,8 @@ class Schedule:
         else:
             square = self.path.alphas_cumprod  # type: ignore[union-attr]
             # an offset can lead to timestep T, which does not exist: it would be read as clean data, and is refused below
-            ends = square[-1] if scheduler.config.set_alpha_to_one else square[-2]
+            to_data = scheduler.config.set_alpha_to_one or type(scheduler).__name__ == "LCMScheduler"
+            ends = square[-1] if to_data else square[-2]
             squares = torch.cat([square[len(square) - 2 - scheduler.timesteps.cpu()], ends[None]])
             times = squares.sqrt() / (squares.sqrt() + (1 - squares).sqrt())
         # the last step may have length 0: some schedulers end at the last timestep, and the grid of training continues to data
@@ -260,14 +261,22 @@ def schedule_of(
     shift: Callable[[int, int], float | None] | None = None,
 ) -> Schedule:
     """Read the schedule of a scheduler; see `Schedule`. Raises InputError if its path is not supported."""
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        DDIMScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
+    )
 
     (path, prediction), config = path_of(scheduler), scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         plain = type(scheduler).from_config(config, stochastic_sampling=False)
     elif isinstance(path, Linear):
         plain = type(scheduler).from_config(config, **FIRST_ORDER.get(type(scheduler).__name__, {}))
-    elif isinstance(scheduler, EulerDiscreteScheduler):
+    elif isinstance(scheduler, EulerAncestralDiscreteScheduler):
+        plain = EulerDiscreteScheduler.from_config(config)  # its times and coordinates, without its noise
+    elif isinstance(scheduler, (EulerDiscreteScheduler, LCMScheduler)):
         plain = scheduler
     else:
         plain = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)

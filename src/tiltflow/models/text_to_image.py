@@ -28,6 +28,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.models.denoiser import Condition, Denoiser
+from tiltflow.models.few_steps import few_steps_in_words
 from tiltflow.models.pipeline_adapter import add_adapter, loaded_adapters
 from tiltflow.models.pipeline_files import SAMPLING, load_weights, save_weights
 from tiltflow.models.pipelines import Family
@@ -53,7 +54,7 @@ class TextToImage:
             network that was distilled from it.
         schedule: path, prediction type and times, from the pipeline's scheduler.
         encoder: the text encoders.
-        sampling: default sampling: Euler's method on the scheduler's own times.
+        sampling: default sampling: Euler's method on the scheduler's own times, or what a scheduler for few steps does.
     """
 
     pipeline: Any
@@ -150,6 +151,10 @@ class TextToImage:
     def takes_guidance(self) -> bool:
         """False if there is no guidance at all."""
         return not self.distilled or self.family.guidance_is_input(self.pipeline)
+
+    def of_few_steps(self, sampling: Sampling) -> list[str]:
+        """What is known of a tilt of a model that was distilled to few steps, if this seems to be one; see `few_steps`."""
+        return few_steps_in_words(self.pipeline, self.family, self.guidance_scale, sampling)
 
     @property
     def encoding(self) -> Mapping[str, Any]:

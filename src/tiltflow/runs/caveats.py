@@ -11,8 +11,11 @@ import torch
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.evaluation.importance_weights import FEW
 from tiltflow.laws.target import Target
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.kl_budget import FREEZE, MEASURED
+from tiltflow.training.method import Method
 from tiltflow.training.settings import GuidanceMode
 
 MISSED = 0.1
@@ -156,3 +159,8 @@ def guidance_limits(mode: GuidanceMode | None) -> list[str]:
             return ["The base of the law is the guided one, whose sampler only approximates a law."]
         case _:
             return []
+
+
+def few_steps_limits(model: GenerativeModel, method: Method) -> list[str]:
+    """What is known of a tilt of a pipeline that was distilled to few steps: one sentence, if this seems to be one."""
+    return model.of_few_steps(method.sampling) if isinstance(model, TextToImage) else []

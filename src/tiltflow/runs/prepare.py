@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
@@ -10,7 +11,7 @@ import torch
 
 from tiltflow.conditions import Item
 from tiltflow.control.objective import RunningReward
-from tiltflow.errors import InputError, not_installed
+from tiltflow.errors import InputError, Note, not_installed
 from tiltflow.evaluation.samples import Asked
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.adapter import AdapterOff, base_of, has_adapter
@@ -22,6 +23,7 @@ from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.optimization import adamw
 from tiltflow.rewards import Reward, RewardSettings
+from tiltflow.runs.caveats import few_steps_limits
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
@@ -90,6 +92,8 @@ def prepare(
     """
     check_fit(model, items, method, training)
     try_network(tuned)
+    for sentence in few_steps_limits(model, method):
+        warnings.warn(sentence, Note, stacklevel=2)
     flow = cast(Flow, tuned.flow)
     adapted = has_adapter(flow.network)
     if normalized is not None:

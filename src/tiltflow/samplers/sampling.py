@@ -26,7 +26,7 @@ class Sampling(Settings):
     """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
-    """memoryless, memoryless-offset, ddpm, ddim, euler, euler-maruyama, heun, stochastic-heun, dpm-solver++, or
+    """memoryless, memoryless-offset, ddpm, ddim, consistency, euler, euler-maruyama, heun, stochastic-heun, dpm-solver++, or
     `package.module:function`, an ODE solver of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     """Steps from noise to data."""

@@ -19,7 +19,7 @@ class StableDiffusionXl(StableDiffusion):
 
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
-    ) -> tuple[Condition, Condition]:
+    ) -> tuple[Condition, Condition | None]:
         embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
             prompts, device=pipeline.device, negative_prompt=options.negative_prompt
         )
@@ -28,7 +28,7 @@ class StableDiffusionXl(StableDiffusion):
         def condition(embeds: Tensor, pooled: Tensor) -> Condition:
             return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
-        return condition(embeds, pooled), condition(negative, negative_pooled)
+        return condition(embeds, pooled), None if self.is_distilled(pipeline) else condition(negative, negative_pooled)
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         config = pipeline.vae.config

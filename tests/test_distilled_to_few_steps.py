@@ -1,0 +1,134 @@
+"""Pipelines that were distilled to few steps: what they are known by, their own steps beside ours, and what is said of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+import diffusers
+from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
+
+import tiltflow
+from tiltflow import from_diffusers
+from tiltflow.errors import Note
+from tiltflow.models.schedules import _drawn_by, schedule_of
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.samplers.solvers.consistency import consistency
+
+LCM = {**STABLE_DIFFUSION, "set_alpha_to_one": False}
+TURBO = {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("scheduler", "solver"),
+    [(diffusers.LCMScheduler(**LCM), "consistency"), (diffusers.EulerAncestralDiscreteScheduler(**TURBO), "ddpm")],
+)
+def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same noise and a network that is not linear, from the same latents to the same end."""
+    noises = torch.randn(steps + 1, 2, 3, generator=torch.Generator().manual_seed(0))
+
+    def predict(x: Tensor, time: Tensor) -> Tensor:
+        return torch.sin(3 * x) + x.flip(-1) * torch.cos(time.double().mean() / 300)
+
+    schedule = schedule_of(scheduler)
+    sampling = Sampling(solver=solver, num_inference_steps=steps)
+    chain = sampling.chain(schedule.times)
+    flow = tiltflow.Flow(predict, schedule.prediction, schedule.path)
+    x = noises[0].double() * schedule.start_scale(chain.times[0])
+    for k in range(steps):
+        v = flow(x, chain.times[k])
+        x = chain.x_scale[k] * x + chain.v_scale[k] * v + chain.std[k] * noises[k + 1]
+    ours = x * schedule.end_scale(chain.times[-1])
+
+    drawn = iter(noises[1:])
+    module = "diffusers.schedulers.scheduling_" + ("lcm" if solver == "consistency" else "euler_ancestral_discrete")
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *rest, **options: next(drawn))
+    schedule.set_timesteps(scheduler, steps)
+    theirs = _drawn_by(scheduler, predict, noises[0])
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_a_consistency_model_keeps_its_law() -> None:
+    """x1hat(x, t) = m + s (x - t m) / sqrt(t^2 s^2 + (1 - t)^2) takes N(t m, ..) at any time to N(m, s^2): so does every step,
+    and where x1hat is a mean, E[x_1 | x], the variance is too small."""
+    mean, deviation = 0.7, 0.5
+    times = torch.linspace(0, 1, 5, dtype=torch.float64)
+    chain = consistency(times)
+    for exact in (True, False):
+        m, s2 = torch.zeros(()), torch.ones(())
+        for k, t in enumerate(times[:-1]):
+            spread = (t**2 * deviation**2 + (1 - t) ** 2).sqrt()
+            slope = deviation / spread if exact else t * deviation**2 / spread**2
+            # v = (x1hat - x) / (1 - t), of which the chain's step is linear
+            factor = chain.x_scale[k] + chain.v_scale[k] * (slope - 1) / (1 - t)
+            m = factor * m + chain.v_scale[k] * (mean - slope * t * mean) / (1 - t)
+            s2 = factor**2 * s2 + chain.std[k] ** 2
+        assert (m - mean).abs() < 1e-12
+        assert abs(s2 - deviation**2) < 1e-12 if exact else s2 < 0.9 * deviation**2
+
+
+SIGNS: dict[str, tuple[str, Any, str]] = {
+    "LCM": ("stable-diffusion", diffusers.LCMScheduler(**LCM), "LCMScheduler: this model was distilled to few"),
+    "TCD": ("stable-diffusion", diffusers.TCDScheduler(**LCM), "TCDScheduler: this model was distilled to few"),
+    "Turbo": (
+        "stable-diffusion-xl",
+        diffusers.EulerAncestralDiscreteScheduler(**TURBO),
+        "EulerAncestralDiscreteScheduler with timestep_spacing: trailing: this model was",
+    ),
+    "Lightning": (
+        "stable-diffusion-xl",
+        diffusers.EulerDiscreteScheduler(**TURBO),
+        "timestep_spacing: trailing, 3 steps and no guidance: if this model was",
+    ),
+    "schnell": ("flux", None, "a FluxPipeline without guidance: this model was"),
+    "many steps": ("stable-diffusion-xl", diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION), ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:scheduler TCDScheduler")
+@pytest.mark.parametrize("name", SIGNS)
+def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) -> None:
+    family, scheduler, sign = SIGNS[name]
+    pipeline = tiny_pipeline(family, tmp_path, **({"guidance_embeds": False} if family == "flux" else {}))
+    pipeline.scheduler = scheduler or pipeline.scheduler
+    model = from_diffusers(pipeline, guidance_scale=None if family == "flux" else 1.0)
+    heard: list[str] = []
+
+    def reward(images: Tensor) -> Tensor:
+        if images.requires_grad:  # for the only update: what was said until then
+            heard[:] = [str(one.message) for one in caught]
+        return brightness(images)
+
+    training = tiltflow.Training(max_train_steps=1, prompts_per_step=1, num_generations=2, guidance_mode="none")
+    solver = {"LCM": "consistency", "Turbo": "ddpm"}.get(name, "memoryless")
+    method = tiltflow.AdjointMatching(num_inference_steps=3, solver=solver)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Note)
+        tiltflow.tune(model, reward, method, training, conditions=["a red cat"])
+    about = [text for text in heard if "no velocity field whose ODE or SDE" in text]
+    assert len(about) == bool(sign)
+    if sign:
+        assert about[0].startswith(sign)
+        assert about[0].endswith(f"the law that is tilted is the one that the solver {solver} makes in 3 steps.")
+
+
+def test_defaults_where_the_scheduler_is_for_few_steps(tmp_path: Path) -> None:
+    """Without guidance, in few steps, by the solver that does what the scheduler does; what is asked for stays."""
+    for scheduler, solver in ((SIGNS["LCM"][1], "consistency"), (SIGNS["Turbo"][1], "ddpm")):
+        pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+        pipeline.scheduler = scheduler
+        model = from_diffusers(pipeline)
+        assert (model.guidance_scale, model.sampling) == (1.0, Sampling(solver=solver, num_inference_steps=4))
+        assert from_diffusers(pipeline, guidance_scale=2.0).guidance_scale == 2.0
+    assert from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)).guidance_scale == 7.5
