@@ -12,12 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 import diffusers
+from test_run_text_to_image import recipe_for, train
 from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
 
 import tiltflow
 from tiltflow import from_diffusers
 from tiltflow.errors import Note
 from tiltflow.models.schedules import _drawn_by, schedule_of
+from tiltflow.runs.export import export_run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solvers.consistency import consistency
 
@@ -132,3 +134,46 @@ def test_defaults_where_the_scheduler_is_for_few_steps(tmp_path: Path) -> None:
         assert (model.guidance_scale, model.sampling) == (1.0, Sampling(solver=solver, num_inference_steps=4))
         assert from_diffusers(pipeline, guidance_scale=2.0).guidance_scale == 2.0
     assert from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)).guidance_scale == 7.5
+
+
+def test_a_latent_consistency_model(tmp_path: Path) -> None:
+    """In its only step without noise, that of its own pipeline, at two scales; and its files are read back."""
+    parts = tiny_pipeline("stable-diffusion", tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = type(parts.unet).from_config(parts.unet.config, time_cond_proj_dim=8)
+    pipeline = diffusers.LatentConsistencyModelPipeline(
+        parts.vae, parts.text_encoder, parts.tokenizer, unet, diffusers.LCMScheduler(**LCM), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "lcm")
+    model = from_diffusers(tmp_path / "lcm", height=16, width=16)
+    assert (model.guidance_scale, model.sampling.solver) == (8.5, "consistency")
+    latents = torch.randn(1, *model.event_shape, generator=torch.Generator().manual_seed(0))
+    one, drawn = Sampling(solver="consistency", num_inference_steps=1), []
+    for scale in (8.5, 2.0):
+        theirs = model.pipeline("a red cat", 16, 16, 1, latents=latents, guidance_scale=scale, output_type="latent").images
+        drawn.append(model.sample_latents(["a red cat"], sampling=one, latents=latents, guidance_scale=scale))
+        assert (drawn[-1] - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert not torch.allclose(*drawn, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:EulerAncestralDiscreteScheduler")
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [("ddpm", "of the same law"), pytest.param("memoryless", "which diffusers does not have", marks=pytest.mark.slow)],
+)
+def test_an_export_comes_with_the_scheduler_whose_steps_were_taken(solver: str, said: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.scheduler = SIGNS["Turbo"][1]
+    pipeline.save_pretrained(tmp_path / "stable-diffusion")
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    tree["evaluation"]["points"] = [{"num_inference_steps": 2, "solver": solver, "guidance_scale": 1}]
+    tree["training"] |= {"max_train_steps": 1, "guidance_mode": "none"}
+    tree["model"]["guidance_scale"] = 1.0
+    summary = train(tree, tmp_path / "run")
+    assert any("no velocity field whose ODE or SDE samples its law" in limit for limit in summary["limits"])
+    export_run(tmp_path / "run", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert 'EulerAncestralDiscreteScheduler.from_pretrained(".", subfolder="scheduler")' in card
+    assert said in card

@@ -28,7 +28,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.models.denoiser import Condition, Denoiser
-from tiltflow.models.few_steps import few_steps_in_words
+from tiltflow.models.few_steps import few_steps_in_words, own_sampling
 from tiltflow.models.pipeline_adapter import add_adapter, loaded_adapters
 from tiltflow.models.pipeline_files import SAMPLING, load_weights, save_weights
 from tiltflow.models.pipelines import Family
@@ -157,6 +157,11 @@ class TextToImage:
         return few_steps_in_words(self.pipeline, self.family, self.guidance_scale, sampling)
 
     @property
+    def exported_scheduler(self) -> Any:
+        """The scheduler that exports come with: one that takes our steps, or the pipeline's own if a solver takes its steps."""
+        return self.schedule.plain if own_sampling(self.pipeline, self.family) is None else self.schedule.own
+
+    @property
     def encoding(self) -> Mapping[str, Any]:
         """Settings of the text encoders that are not the pipeline's own, by name."""
         return {key: value for key, value in asdict(self.encoder.options).items() if value is not None}
@@ -214,7 +219,7 @@ class TextToImage:
     def save_sampling(self, folder: Path) -> None:
         """Write what plain diffusers needs to draw the same pictures: a scheduler, and arguments of the pipeline in
         sampling.json."""
-        self.schedule.plain.save_pretrained(folder / "scheduler")
+        self.exported_scheduler.save_pretrained(folder / "scheduler")
         options = {**dict(zip(("height", "width"), self.size, strict=True)), **self.encoding, **self.family.call}
         if self.takes_guidance:
             options |= self.family.guided_by(self.guidance_scale)

@@ -12,6 +12,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import read_json
 from tiltflow.models.components import place_of
+from tiltflow.models.few_steps import OWN_SAMPLING
 from tiltflow.models.pipeline_files import PEFT_LORA, SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
@@ -208,11 +209,18 @@ def reservations(recipe: Recipe, output: Path) -> list[str]:
     if not isinstance(recipe.source, Diffusers):
         return []
     scheduler, point, reasons = scheduler_of(output), measured_at(recipe), []
-    if point.solver != "euler":
+    own = OWN_SAMPLING.get(type(scheduler).__name__)
+    same_law = own is not None and own.solver == point.solver
+    if same_law:
+        reasons.append(
+            f"The pictures that were measured were drawn by the solver {point.solver}, which takes the steps of"
+            f" {type(scheduler).__name__} with other noise: of the same law, they are others."
+        )
+    elif point.solver != "euler":
         reasons.append(
             f"The pictures that were measured were drawn by the solver {point.solver}, which diffusers does not have."
         )
-    if (apart := schedule_of(scheduler).own_difference(point.num_inference_steps)) > TOLERANCE:
+    if not same_law and (apart := schedule_of(scheduler).own_difference(point.num_inference_steps)) > TOLERANCE:
         reasons.append(
             f"At {point.num_inference_steps} steps {type(scheduler).__name__} draws other latents than were measured, by"
             f" {apart:.2g} of the largest on a normal law."

@@ -75,7 +75,7 @@ def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, d
             tuned.save(folder)
         else:
             setattr(tuned.pipeline, tuned.family.denoiser, tuned.denoiser.network)
-            tuned.pipeline.scheduler = tuned.schedule.plain
+            tuned.pipeline.scheduler = tuned.exported_scheduler
             tuned.pipeline.save_pretrained(folder)
             tuned.save_sampling(folder)
     point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
