@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,35 @@ def check_8bit_adam(folder: Path) -> None:
     assert asked
 
 
+def check_compile(folder: Path) -> None:
+    """See test_compiled."""
+    graphs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiltflow.models.compiled.BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
+        torch.testing.assert_close(tuned(compile="whole").weights, tuned().weights)
+        assert graphs
+        with pytest.raises(InputError, match=r"training\.compile: regional is of the denoisers of pipelines"):
+            tuned(compile="regional")
+
+
+def check_tf32(folder: Path) -> None:
+    asked = []
+
+    def tf32(allowed: bool, device: torch.device) -> Any:
+        asked.append((allowed, device.type))
+        return nullcontext()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiltflow.runs.prepare.tf32", tf32)
+        tuned(allow_tf32=True)
+        assert asked == [(True, "cpu")]
+    with pytest.raises(InputError, match="deterministic multiplies float32 in float32"):
+        tuned(allow_tf32=True, deterministic=True)
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
+    "compile": check_compile,
+    "allow_tf32": check_tf32,
     "prompts_per_step": check_refused("prompts_per_step", 2),
     "num_generations": check_refused("num_generations", 2),
     "decode_batch_size": check_refused("decode_batch_size", 2),

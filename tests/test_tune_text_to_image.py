@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,34 @@ def check_classes(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
         tuned(classes=(0,))
 
 
+def check_compile(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """See test_compiled."""
+    graphs = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    patch.setattr("tiltflow.models.compiled.BACKEND", backend)
+    torch.testing.assert_close(tuned(max_train_steps=1, compile="regional").weights, tuned(max_train_steps=1).weights)
+    assert graphs
+
+
+def check_tf32(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def tf32(allowed: bool, device: torch.device) -> Any:
+        asked.append((allowed, device.type))
+        return nullcontext()
+
+    patch.setattr("tiltflow.runs.prepare.tf32", tf32)
+    tuned(max_train_steps=1, allow_tf32=True)
+    assert asked == [(True, "cpu")]
+
+
 CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
+    "compile": check_compile,
+    "allow_tf32": check_tf32,
     "train_batch_size": check_batch_size,
     "trainable": check_trainable,
     "calibration_samples": check_calibration,
@@ -338,7 +366,14 @@ def test_every_setting_that_changes_the_weights(name: str, tuned: Run, plain: Te
     assert not torch.equal(tuned(**{name: DIFFERENT[name]}).weights, plain)
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name != "checkpoints_total_limit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "compile" else ())  # see test_compiled
+        for name in CHECKS
+        if name != "checkpoints_total_limit"
+    ],
+)
 def test_every_setting_is_honoured(name: str, tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     CHECKS[name](tuned, tmp_path / "run", monkeypatch)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,20 @@ def autocast_dtype(mixed_precision: MixedPrecision, device: torch.device | str) 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
     """The context in which a network is evaluated. Weights stay in their own dtype, so no loss scale is needed."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Float32 matrices are multiplied in TF32 in this context, if that is allowed and on CUDA; afterwards as before."""
+    if not allowed or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 GRADIENT_SCALE = 1024.0

@@ -18,7 +18,8 @@ from tiltflow.flows.adapter import AdapterOff, base_of, has_adapter
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
-from tiltflow.flows.precision import autocast_dtype
+from tiltflow.flows.precision import autocast_dtype, tf32
+from tiltflow.models.compiled import compiled, try_compiled
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.optimization import adamw
@@ -132,6 +133,12 @@ def prepare(
         return calibrate(beta)
 
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
+        with tf32(training.allow_tf32, model.device), compiled(training.compile, flow.network, base.network):
+            if training.compile is not None:
+                try_compiled_pair(tuned, flow, base, items, method, training, seed)
+            yield from steps(resume_from, **options)
+
+    def steps(resume_from: Tree | None, **options: Any) -> Generator[Record, None, None]:
         temperature, spent = adapting(resume_from)
         yield from train(
             flow,
@@ -270,6 +277,28 @@ def check_running_reward(running: RunningReward | None, method: Method, training
             "training.calibration_samples: the calibration is on p_base exp(r / beta), which is not the law with a running"
             " reward; set it to 0"
         )
+
+
+def try_compiled_pair(
+    model: GenerativeModel,
+    flow: Flow,
+    base: Flow | AdapterOff,
+    items: Sequence[Item],
+    method: Method,
+    training: Training,
+    seed: int,
+) -> None:
+    """Compile the networks of the velocity fields of a tuned model and of its base, as far as calls of a micro-batch do.
+
+    Raises InputError, of one line, if they cannot be compiled here, or compute something else then.
+    """
+    count = min(training.micro_batch_size or training.samples_per_step, training.samples_per_step)
+    some = [items[0] if items else Item("")] * count
+    x = model.noise(some, stream(seed, "compile", device=model.device), method.sampling.times(model.grid)[0])
+    condition = model.conditions(some)[0] if items else flow.condition
+    with eval_mode(flow.network, base.network):
+        for field in (flow, base):
+            try_compiled(field.bind(condition), field.network, x)
 
 
 def try_network(model: GenerativeModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
@@ -62,6 +62,12 @@ class Training(Settings):
     mixed_precision: MixedPrecision = "no"
     """Precision of the network, in training and in the evaluation: "bf16", "no", or "auto", which is bf16 where the hardware
     multiplies it."""
+    compile: Literal["regional", "whole"] | None = None
+    """Compile the networks by torch.compile while they train, which needs a C++ compiler, and Triton on a GPU. regional: the
+    blocks that diffusers names as repeated in a pipeline's denoiser, once for all of them; whole: all of it, which takes
+    longer to compile. The evaluation is not compiled."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32 on CUDA while training: faster, with 10 bits of mantissa instead of 23."""
     use_8bit_adam: bool = False
     """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
 
@@ -84,6 +90,12 @@ class Training(Settings):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     """Batches in a row that may be skipped because a loss, a reward or a gradient in them is not finite; 0 stops at the
     first."""
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Training:
+        if self.allow_tf32 and self.deterministic:
+            raise ValueError("deterministic multiplies float32 in float32, and allow_tf32 in TF32; use one")
+        return self
 
     @property
     def samples_per_step(self) -> int:
