@@ -63,7 +63,7 @@ def test_components_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "text_encoder": str(tmp_path / "another"),
         "scheduler": str(tmp_path / "euler"),
     }
-    tree["model"]["scheduler"] = {"use_karras_sigmas": True}
+    tree["model"] |= {"scheduler": {"use_karras_sigmas": True}, "vae_slicing": True}
     recipe = validate(Recipe, tree, "recipe")
     model = recipe.model.load("cpu")  # type: ignore[union-attr]
     assert isinstance(model.pipeline.vae, AutoencoderTiny)
@@ -86,6 +86,7 @@ def test_components_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     card = (tmp_path / "exported" / "README.md").read_text()
     assert f'vae=AutoModel.from_pretrained("{tmp_path / "taesd"}")' in card
     assert f"The run had unet from {tmp_path / 'unet.safetensors'}, which this code does not load." in card
+    assert "\npipeline.vae.enable_slicing()\n" in card
     assert "from diffusers import AutoModel, DiffusionPipeline, EulerDiscreteScheduler" in card
     another.vae.save_pretrained(tmp_path / "taesd")
     with pytest.raises(InputError, match=r"what model\.components\.vae names has changed"):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
+from diffusers import AutoencoderKL
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import NEWER, PIPELINES, tiny_pipeline, with_safety_checker
+from tiny_pipelines import NEWER, PIPELINES, tiny_pipeline, vae, with_safety_checker
 
 from tiltflow import from_diffusers
 from tiltflow.errors import InputError
@@ -29,6 +30,7 @@ from tiltflow.models.text_to_image import TextToImage, with_adapter
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.memory import PeakMemory
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
 
@@ -359,6 +361,62 @@ def test_decoding_in_parts_changes_nothing_but_memory(tmp_path: Path) -> None:
         gradients.append(latents.grad)
     assert gradients[0].abs().min() > 0
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def larger(folder: Path, **options: Any) -> Any:
+    """Stable Diffusion with a decoder of four blocks, for pictures of 128 pixels from latents of 16."""
+    pipeline = tiny_pipeline("stable-diffusion", folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = vae(blocks=4, sample_size=64)
+    pipeline.save_pretrained(folder / "base")
+    decoder.save_pretrained(folder / "vae")
+    return from_diffusers(folder / "base", components={"vae": folder / "vae"}, height=128, width=128, **options)
+
+
+def peak_of_decoding(model: TextToImage, batch_size: int, grad: bool = True) -> tuple[int, Tensor]:
+    """Bytes at the peak, and the gradient, or the pictures."""
+    latents = latents_of(model, 2).requires_grad_(grad)
+    with PeakMemory() as memory, torch.set_grad_enabled(grad):
+        pictures = model.decode(latents, batch_size=batch_size)
+        found = torch.autograd.grad(pictures.square().sum(), latents)[0] if grad else pictures
+    return memory.peak, found
+
+
+def test_the_decoder_recomputes_its_blocks(tmp_path: Path) -> None:
+    """With the same bits, at about half the peak: the four blocks are wide alike, and the last has all pixels."""
+    model = larger(tmp_path)
+    for batch_size in (2, 1):
+        ours, gradient = peak_of_decoding(model, batch_size)
+        model.pipeline.vae.disable_gradient_checkpointing()
+        before, same = peak_of_decoding(model, batch_size)
+        model.pipeline.vae.enable_gradient_checkpointing()
+        assert ours < 0.7 * before
+        assert torch.equal(gradient, same)
+
+
+def test_tiles_and_slices_of_the_decoder(tmp_path: Path) -> None:
+    """Those of diffusers, with their gradient, in less memory."""
+    plain, tiled, sliced = larger(tmp_path), larger(tmp_path, vae_tiling=True), larger(tmp_path, vae_slicing=True)
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    theirs.enable_tiling()
+    latents = latents_of(plain, 2)
+    with torch.no_grad():
+        expected = theirs.decode(latents / theirs.config.scaling_factor).sample
+        assert torch.allclose(tiled.decode(latents), expected, atol=1e-5)
+        assert not torch.allclose(plain.decode(latents), expected, atol=1e-4)
+        assert torch.allclose(sliced.decode(latents), plain.decode(latents), atol=1e-5)
+    for grad, most in ((True, 0.7), (False, 0.5)):
+        whole, of_plain = peak_of_decoding(plain, 2, grad)
+        in_tiles, of_tiles = peak_of_decoding(tiled, 2, grad)
+        assert in_tiles < most * whole
+        assert of_plain.shape == of_tiles.shape
+        assert of_tiles.abs().min() > 0
+    assert peak_of_decoding(sliced, 2, grad=False)[0] < 0.6 * peak_of_decoding(plain, 2, grad=False)[0]
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    del pipeline.vae.use_tiling
+    with pytest.raises(InputError, match=r"model\.vae_tiling: AutoencoderKL has none"):
+        from_diffusers(pipeline, vae_tiling=True)
 
 
 # ---- adapters ----

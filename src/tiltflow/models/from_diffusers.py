@@ -36,6 +36,8 @@ def from_diffusers(
     text_encoders: Use | None = None,
     prompt_cache_gb: float = CACHE_GB,
     components: Mapping[str, str | Path | None] | None = None,
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
     **options: Any,
 ) -> TextToImage:
     """Make a model of a text-to-image pipeline of diffusers: a pipeline, its folder, or its name, in tiltflow or on the hub.
@@ -51,6 +53,7 @@ def from_diffusers(
         prompt_cache_gb: gigabytes of conditions that are kept, on the CPU, for prompts that come again.
         components: what is loaded from elsewhere, by the names of components: a folder, a name on the hub, a single file; None
             is not loaded at all.
+        vae_tiling, vae_slicing: the decoder works on overlapping tiles, or on one picture at a time; as in diffusers.
         options: of `DiffusionPipeline.from_pretrained`, such as `revision`, `variant` and `dtype`: float32 by default, and of
             components by their names in {"default": torch.bfloat16, "text_encoder": torch.float32}.
 
@@ -66,8 +69,20 @@ def from_diffusers(
         pipeline, load = loaded(pipeline_or_path, options, components)
     elif components:
         raise InputError("components: a pipeline that is given has its own; give its path, or set them in it")
-    given = (height, width, guidance_scale, negative_prompt, max_sequence_length)
-    return model_of(pipeline, load, device, text_encoders, prompt_cache_gb, *given)
+    return model_of(
+        pipeline,
+        load,
+        device,
+        text_encoders=text_encoders,
+        prompt_cache_gb=prompt_cache_gb,
+        height=height,
+        width=width,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+        vae_tiling=vae_tiling,
+        vae_slicing=vae_slicing,
+    )
 
 
 def loaded(
@@ -82,6 +97,7 @@ def model_of(
     pipeline: Any,
     load: Load | None,
     device: torch.device | str,
+    *,
     text_encoders: Use | None,
     prompt_cache_gb: float,
     height: int | None,
@@ -89,6 +105,8 @@ def model_of(
     guidance_scale: float | None,
     negative_prompt: str | None,
     max_sequence_length: int | None,
+    vae_tiling: bool,
+    vae_slicing: bool,
 ) -> TextToImage:
     """Make a model of a pipeline; see `from_diffusers`.
 
@@ -103,6 +121,7 @@ def model_of(
     check_options(pipeline, family, TextOptions(negative_prompt, max_sequence_length))
     encoding = TextOptions(family.negative_prompt if negative_prompt is None else negative_prompt, max_sequence_length)
     freeze(pipeline, encoders, device)
+    set_up_decoder(pipeline.vae, tiling=vae_tiling, slicing=vae_slicing)
     few = own_sampling(pipeline, family)
     own_scale = 1.0 if few is not None and not family.is_distilled(pipeline) else family.guidance_scale
     scale = own_scale if guidance_scale is None else checked_scale(guidance_scale)
@@ -160,3 +179,14 @@ def freeze(pipeline: Any, encoders: TextEncoders, device: torch.device | str) ->
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
+
+
+def set_up_decoder(vae: Any, *, tiling: bool, slicing: bool) -> None:
+    """Decode in tiles or slices, and recompute the activations of a decoder, block by block, where it has gradients: half the
+    memory, with the same bits. Raises InputError for an autoencoder that has no tiles or slices."""
+    for name, wanted in (("tiling", tiling), ("slicing", slicing)):
+        if wanted:
+            with refused(f"model.vae_{name}: {type(vae).__name__} has none"):
+                getattr(vae, f"enable_{name}")()
+    if getattr(vae, "_supports_gradient_checkpointing", False):
+        vae.enable_gradient_checkpointing()

@@ -248,7 +248,8 @@ class TextToImage:
 
         parts = latents.split(batch_size)
         with explained("the pipeline's decoder"):
-            if torch.is_grad_enabled() and latents.requires_grad:
+            # a decoder that recomputes its blocks needs no more than they do, if there is one part
+            if torch.is_grad_enabled() and latents.requires_grad and (len(parts) > 1 or not recomputes(self.pipeline.vae)):
                 return torch.cat([checkpoint(images, part, use_reentrant=False) for part in parts])
             return torch.cat([images(part) for part in parts])
 
@@ -340,6 +341,11 @@ class TextToImage:
             with eval_mode(self.denoiser):
                 parts.append(sample(flow, x, sampling, generator, start=self.own_grid) * self.schedule.end_scale(times[-1]))
         return torch.cat(parts)
+
+
+def recomputes(vae: Any) -> bool:
+    """Whether a decoder recomputes its own activations."""
+    return bool(getattr(vae, "is_gradient_checkpointing", False))
 
 
 def checked_scale(guidance_scale: float) -> float:

@@ -138,6 +138,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
     else:
         lines += _base_with_loras(model, scheduler, place, by_peft=(output / PEFT_LORA).exists())
+    lines += [f"pipeline.vae.enable_{part}()" for part in ("tiling", "slicing") if getattr(model, f"vae_{part}")]
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
     arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())

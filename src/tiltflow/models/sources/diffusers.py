@@ -75,6 +75,10 @@ class Diffusers(Settings):
     """LoRA that is trained in the frozen denoiser; null trains a copy of the whole denoiser."""
     scheduler: dict[str, Any] = Field(default_factory=dict)
     """Changed settings of the pipeline's scheduler, such as `timestep_spacing: trailing`."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles, as diffusers does: less memory, and slightly other pictures."""
+    vae_slicing: bool = False
+    """Decode one picture at a time, as diffusers does; `training.decode_batch_size` is the same where there are gradients."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
@@ -145,9 +149,11 @@ class Diffusers(Settings):
             "guidance_scale",
             "negative_prompt",
             "max_sequence_length",
+            "vae_tiling",
+            "vae_slicing",
         )
         with refused("pipeline: cannot be tuned"):
-            model = model_of(pipeline, load, device, *(getattr(self, key) for key in given))
+            model = model_of(pipeline, load, device, **{key: getattr(self, key) for key in given})
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
         return model
