@@ -3,6 +3,7 @@ methods, and what is exported."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from tiny_language_pipelines import LANGUAGE_PIPELINES, tiny_language_pipeline
 
 import tiltflow
 from tiltflow import from_diffusers, load_text_to_image
+from tiltflow.conditions import Item
+from tiltflow.errors import Note
 from tiltflow.flows.guided import Guided
 from tiltflow.models.pipelines.flux_2 import Flux2
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
+from tiltflow.streams import stream
+from tiltflow.training.draw import batches
 
 SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
 SIZES = [(16, 16), (16, 32)]
@@ -152,6 +157,32 @@ def test_a_run_and_its_export(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     pictures = said["pipeline"](prompt=LONG, latents=latents.clone(), output_type="pt", **said["sampling"]).images
     drawn = tuned.sample([LONG], sampling=euler(2), latents=latents)
     assert (drawn.clamp(-1, 1) - (2 * pictures - 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
+def test_a_prompt_that_is_too_long_with_what_is_written_around_it(name: str) -> None:
+    """One of as many tokens as are seen does not warn, and one of one more does; what is kept has as many."""
+    pipeline = pipeline_of(name)
+    most = len(pipeline.tokenizer(from_diffusers(pipeline, height=16, width=16).family.written(pipeline, LONG)).input_ids)
+    for length, said in ((most, nullcontext()), (most - 1, pytest.warns(Note, match=f"{most - 1} of its {most} tokens"))):
+        model = from_diffusers(pipeline, height=16, width=16, max_sequence_length=length)
+        with said:
+            model.encode([LONG])
+        assert next(iter(model.encoder.cache[LONG][0].values())).shape[1] == length
+
+
+def test_training_is_guided_as_pictures_are() -> None:
+    """With the norm kept, where the family keeps it."""
+    model = model_of("qwen-image")
+    training = tiltflow.Training(prompts_per_step=1, num_generations=2, guidance_mode="rollout")
+    draw = batches(model, [Item(LONG)], torch.mean, METHODS["adjoint-matching"], training.for_prompts())
+    batch, t = draw(stream(0, "batch")), torch.tensor(0.4)
+    assert batch.guide is not None
+    guided, expected = batch.guide(batch.bind(model.flow)), model.guided([LONG, LONG])(model.flow)
+    v = batch.bind(model.flow)(batch.x, t)
+    assert torch.allclose(guided(batch.x, t), expected(batch.x, t), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(guided(batch.x, t).norm(dim=-1), v.norm(dim=-1), rtol=1e-4)
+    assert not torch.allclose(guided(batch.x, t), v, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)

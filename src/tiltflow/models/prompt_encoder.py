@@ -105,7 +105,8 @@ class PromptEncoder:
             most = tokenizer.model_max_length
             if most > CLIP_TOKENS and self.family.max_sequence_length is not None:
                 most = self.options.max_sequence_length or self.family.max_sequence_length
-            count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            text = self.family.written(self.pipeline, prompt)
+            count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
             if count > most:
                 cut.append((name, most, count))
             else:

@@ -88,6 +88,10 @@ class Family(ABC):
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the input of the VAE's decoder, [batch, channels, height, width], for latents [batch, *event]."""
 
+    def written(self, pipeline: Any, prompt: str) -> str:
+        """Return the text of which `max_sequence_length` tokens are seen: a prompt, and what the pipeline writes around it."""
+        return prompt
+
     def decode(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the pictures [batch, 3, height, width] of latents [batch, *event], about [-1, 1]."""
         unpacked = self.unpack(pipeline, latents, size)

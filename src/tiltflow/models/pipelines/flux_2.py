@@ -39,6 +39,11 @@ class Flux2(Flux):
         embeds, _ = pipeline.encode_prompt(prompts, device=pipeline.device, max_sequence_length=length)
         return {"encoder_hidden_states": embeds}, None
 
+    def written(self, pipeline: Any, prompt: str) -> str:
+        system, user = ([{"type": "text", "text": text}] for text in (pipeline.system_message, prompt))
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return str(pipeline.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
         _, rows, columns = self.latent_shape(pipeline, *size)
         places = torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1), indexing="ij")

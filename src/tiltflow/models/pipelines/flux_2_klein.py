@@ -32,7 +32,19 @@ class Flux2Klein(Flux2):
         away = None if self.is_distilled(pipeline) else super().encode(pipeline, [""] * len(prompts), size, options)[0]
         return condition, away
 
+    def written(self, pipeline: Any, prompt: str) -> str:
+        return chat(pipeline.tokenizer, prompt, enable_thinking=False)
+
     def returned(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         patches = F.pixel_unshuffle(latents, 2)
         mean, std = moments(pipeline.vae, patches)
         return (patches - mean) / std
+
+
+def chat(tokenizer: Any, prompt: str, *, enable_thinking: bool) -> str:
+    """Return a prompt as the beginning of a chat."""
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
+    return text

@@ -35,6 +35,10 @@ class QwenImage(Flux):
 
         return condition(prompts), condition([options.negative_prompt or ""] * len(prompts))
 
+    def written(self, pipeline: Any, prompt: str) -> str:
+        after: str = pipeline.prompt_template_encode.split("{}")[1]
+        return prompt + after  # what is before the prompt is not counted
+
     def guided_by(self, guidance_scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance_scale}
 

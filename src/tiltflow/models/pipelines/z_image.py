@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tiltflow.models.pipelines import Condition, TextOptions
 from tiltflow.models.pipelines.flux import Flux
+from tiltflow.models.pipelines.flux_2_klein import chat
 from tiltflow.models.pipelines.stable_diffusion_3 import StableDiffusion3
 
 
@@ -43,6 +44,9 @@ class ZImage(StableDiffusion3):
             return {"prompts": pad_sequence(embeds, batch_first=True), "mask": pad_sequence(masks, batch_first=True)}
 
         return condition(both[0]), condition(both[1])
+
+    def written(self, pipeline: Any, prompt: str) -> str:
+        return chat(pipeline.tokenizer, prompt, enable_thinking=True)
 
     def guided_by(self, guidance_scale: float) -> dict[str, Any]:
         return {"guidance_scale": guidance_scale - 1}
