@@ -109,6 +109,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:a Flux2KleinPipeline without guidance")
 @pytest.mark.parametrize(("name", "method"), EVERY)
 def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: str, tmp_path: Path) -> None:
     """Two updates, of Score as Action with its critic; then the LoRA in the pipeline's own hands, which draws what we do."""
@@ -133,6 +134,7 @@ def test_every_method_and_what_plain_diffusers_draws_of_it(name: str, method: st
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a Flux2KleinPipeline without guidance")
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_a_run_and_its_export(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a recipe; the code of its card draws in plain diffusers what the run measured."""
