@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, field_validator
 
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.models.attention import set_attention_backend
 from tiltflow.models.from_diffusers import loaded, model_of
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.prompt_encoder import CACHE_GB
@@ -81,6 +82,9 @@ class Diffusers(Settings):
     """Decode one picture at a time, as diffusers does; `training.decode_batch_size` is the same where there are gradients."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    attention_backend: str | None = None
+    """Implementation of the denoiser's attention, by diffusers' names, such as flash, _native_cudnn or xformers; its own by
+    default. Not every denoiser has a choice."""
 
     prompted: ClassVar[bool] = True
 
@@ -156,6 +160,8 @@ class Diffusers(Settings):
             model = model_of(pipeline, load, device, **{key: getattr(self, key) for key in given})
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
+        if self.attention_backend is not None:
+            set_attention_backend(model.denoiser.network, self.attention_backend)
         return model
 
 
