@@ -1,4 +1,4 @@
-"""The implementation of attention in a denoiser, by diffusers' names: `native`, `_native_cudnn`, `flash`, `flex`, `xformers`, .."""
+"""The implementation of attention in a denoiser, by diffusers' names: `native`, `_native_cudnn`, `flash`, `xformers`, .."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def set_attention_backend(network: Any, backend: str) -> None:
     if backend not in known:
         raise InputError(f"{where}: diffusers knows none of this name{did_you_mean(backend, known)}")
     if backend.endswith("_hub"):
-        raise InputError(
-            f"{where}: diffusers would run code that it fetches from the hub; install the package, and use its name"
-        )
+        raise InputError(f"{where}: diffusers would run code that it fetches from the hub; install the package")
     if "sage" in backend:
         raise InputError(f"{where}: it has no gradient, and training needs one")
     processors = [module.processor for module in network.modules() if hasattr(module, "processor")]
@@ -31,5 +29,5 @@ def set_attention_backend(network: Any, backend: str) -> None:
     with (
         refused(f"{where}: cannot be used here"),
         attention_backend(backend),
-    ):  # which leaves the default of all networks as it is
+    ):
         network.set_attention_backend(backend)
