@@ -84,7 +84,7 @@ def resampled(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
     device = weights.device
     levels = (torch.arange(size, device=device) + torch.rand(1, generator=generator, device=device)).double() / size
     steps = weights.double().cpu().cumsum(0).to(device)  # a sum that steers decisions: in one order
-    which = torch.searchsorted(steps / steps[-1], levels, right=True).clamp(max=len(weights) - 1)
+    which = torch.searchsorted(steps[:-1] / steps[-1], levels, right=True)  # so the last sample has all that is left
     return which[torch.randperm(size, generator=generator, device=device)]
 
 
