@@ -99,7 +99,7 @@ SIGNS: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:scheduler TCDScheduler")
-@pytest.mark.parametrize("name", SIGNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "TCD")) for name in SIGNS])
 def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) -> None:
     family, scheduler, sign = SIGNS[name]
     pipeline = tiny_pipeline(family, tmp_path, **({"guidance_embeds": False} if family == "flux" else {}))

@@ -81,3 +81,12 @@ def test_a_few_updates(name: str, method: str, tmp_path: Path) -> None:
     moved = [p for name, p in tuned.denoiser.named_parameters() if p.requires_grad and "lora_B" in name]
     assert moved
     assert all(p.abs().max() > 0 for p in moved)
+
+
+def test_an_instruction_counts_among_the_tokens(tmp_path: Path) -> None:
+    """Of Lumina-Image 2.0, whose instruction is in front of every prompt: 256 tokens for both, here letters."""
+    model = from_diffusers(tiny_pipeline("lumina2", tmp_path))
+    room = 256 - len(model.pipeline.tokenizer(model.family.written(model.pipeline, "")).input_ids)
+    model.encode(["a" * room])
+    with pytest.warns(UserWarning, match="tokenizer takes 256 of its 257 tokens, the rest is not seen"):
+        model.encode(["a" * (room + 1)])

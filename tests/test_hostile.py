@@ -730,7 +730,7 @@ def test_any_pipeline_is_loaded_or_refused_fuzz(
         ("unet/config.json", None, "unet: has weights, but no config.json"),
         ("model_index.json", {"unet": ["unet", "Evil"]}, "cannot be loaded"),
         ("model_index.json", {"unet": ["os", "system"]}, "cannot be loaded"),
-        ("model_index.json", {"_class_name": "Evil"}, "cannot be loaded"),
+        ("model_index.json", {"_class_name": "Evil"}, "pipeline Evil is not known"),
     ],
 )
 def test_a_pipeline_that_is_none(

@@ -33,6 +33,7 @@ from tiltflow.streams import stream
 from tiltflow.training.memory import PeakMemory
 
 PROMPTS = ["a red cat", "two dogs on a sofa", "a red cat"]
+SLOW_OF_NEWER = [pytest.param(name, marks=[pytest.mark.slow] * (name in NEWER)) for name in PIPELINES]
 
 
 def latents_of(model: TextToImage, count: int = 3) -> Tensor:
@@ -72,7 +73,7 @@ def test_parity_with_the_pipeline(name: str, steps: int, wide: bool, scale: floa
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)  # the latents and the prompts matter
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "flux"])
+@pytest.mark.parametrize("name", [one for one in SLOW_OF_NEWER if one.values != ("flux",)])
 def test_guidance_at_and_below_1_is_none(name: str, tmp_path: Path) -> None:
     """As in diffusers: no guidance, not the negative prompt. In flux the scale is an input of the network, 0 too."""
     pipeline = tiny_pipeline(name, tmp_path)
@@ -422,7 +423,7 @@ def test_tiles_and_slices_of_the_decoder(tmp_path: Path) -> None:
 # ---- adapters ----
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", SLOW_OF_NEWER)
 def test_the_base_is_the_network_without_its_adapter(name: str, tmp_path: Path) -> None:
     """One copy in memory, and its law is that of the pipeline before."""
     model = from_diffusers(tiny_pipeline(name, tmp_path))

@@ -38,6 +38,9 @@ class Lumina2(Family):
     def sigmas(self, num_inference_steps: int) -> Tensor:
         return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
 
+    def written(self, pipeline: Any, prompt: str) -> str:
+        return f"{pipeline.system_prompt} <Prompt Start> {prompt}"
+
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
     ) -> tuple[Condition, Condition]:
