@@ -325,7 +325,9 @@ def test_the_pool_keeps_the_latest_paths_and_their_conditions() -> None:
     longer = pool_of([8], condition={"embeds": torch.zeros(1, 6), "guidance": 3.5})
     assert prompts.then(prompts, 9).condition["embeds"].shape == (4, 5)
     assert prompts.then(prompts, 9).condition["guidance"] == 3.5
-    assert prompts.then(longer, 9).rewards.tolist() == [8]
+    assert prompts.then(longer, 9).rewards.tolist() == [6, 7, 8]  # the shorter prompts with zeros after them
+    assert prompts.then(longer, 9).condition["embeds"].shape == (3, 6)
+    assert one.then(pool_of([6], condition=torch.zeros(1, 2)), 9).rewards.tolist() == [6]
 
 
 def test_systematic_resampling_has_the_right_mean_and_no_more_spread_than_rounding() -> None:
