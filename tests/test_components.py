@@ -170,3 +170,6 @@ def test_components_that_cannot_be(tmp_path: Path) -> None:
     tree["model"]["components"] = {"vae": str(tmp_path / "wide")}
     with pytest.raises(InputError, match="the pipeline's decoder raised"):
         run(validate(Recipe, tree, "recipe"), tmp_path / "run")
+    tree["model"]["components"] = {"scheduler": None}
+    with pytest.raises(InputError, match="has no scheduler"):
+        run(validate(Recipe, tree, "recipe"), tmp_path / "run")

@@ -791,6 +791,7 @@ def test_settings_of_the_scheduler(tmp_path: Path) -> None:
         validate(Recipe, tree, "recipe").model.load("cpu")
 
 
+@pytest.mark.slow
 def test_dtypes_of_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a recipe, trained, loaded again, and exported with what differs in words."""
     monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
@@ -804,6 +805,10 @@ def test_dtypes_of_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "dtype=torch.bfloat16)" in card
     assert "its adapter in float32, its text_encoder in float32, its vae in bfloat16; this pipeline is all in bfloat16" in card
+
+
+def test_dtypes_that_there_are_not(tmp_path: Path) -> None:
+    tree = recipe_for(tmp_path, "stable-diffusion")
     for wrong, message in (
         ("bfloat", r"model\.dtype: 'bfloat' must be float32, float16, bfloat16, did you mean 'bfloat16'"),
         ({"default": "float61"}, r"model\.dtype: 'float61' must be .*, did you mean 'float16'"),

@@ -365,14 +365,14 @@ def test_decoding_in_parts_changes_nothing_but_memory(tmp_path: Path) -> None:
 
 
 def larger(folder: Path, **options: Any) -> Any:
-    """Stable Diffusion with a decoder of four blocks, for pictures of 128 pixels from latents of 16."""
+    """Stable Diffusion with a decoder of four blocks, for pictures of 64 pixels from latents of 8."""
     pipeline = tiny_pipeline("stable-diffusion", folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        decoder = vae(blocks=4, sample_size=64)
+        decoder = vae(blocks=4, sample_size=32)
     pipeline.save_pretrained(folder / "base")
     decoder.save_pretrained(folder / "vae")
-    return from_diffusers(folder / "base", components={"vae": folder / "vae"}, height=128, width=128, **options)
+    return from_diffusers(folder / "base", components={"vae": folder / "vae"}, height=64, width=64, **options)
 
 
 def peak_of_decoding(model: TextToImage, batch_size: int, grad: bool = True) -> tuple[int, Tensor]:

@@ -73,11 +73,12 @@ def load_component(name: str, source: str, index: Mapping[str, Any], base: str, 
     import transformers
 
     where, (library, kind_name) = f"model.components.{name} {source}", index[name]
-    place = place_of(name, source)
+    with refused(where):
+        place = place_of(name, source)
     folder = Path(place.path, place.subfolder)
     own: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind_name), None)
     if own is None:
-        raise InputError(f"{where}: the pipeline has {name} of {library}, which is not replaced")
+        raise InputError(f"{where}: the pipeline names no class of diffusers or transformers for it")
     if folder.is_dir():
         for config in folder.glob("*config.json"):
             check_config(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,7 +64,6 @@ class TextEncoders:
             return
         self.freed = names
         self.pipeline.register_modules(**dict.fromkeys(names))
-        gc.collect()  # modules refer to themselves in circles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.models.attention import set_attention_backend
-from tiltflow.models.from_diffusers import loaded, model_of
+from tiltflow.models.from_diffusers import family_of, loaded, model_of
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.prompt_encoder import CACHE_GB
 from tiltflow.models.text_encoders import Use
@@ -137,6 +137,7 @@ class Diffusers(Settings):
         options: dict[str, Any] = {"dtype": {name: getattr(torch, dtype) for name, dtype in self.dtypes.items()}}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
         pipeline, load = loaded(self.diffusers, options, self.replaced)
+        family_of(pipeline)
         load_loras(pipeline, self.loras)
         own = pipeline.scheduler.config
         for key in self.scheduler:
