@@ -77,6 +77,12 @@ def test_names_of_conditions() -> None:
     both = of(conditions.joined([alone, longer]))
     assert (both.name_of(0), both.name_of(1)) == (of(alone).name_of(0), of(longer).name_of(0))
     assert both.name_of(0) != both.name_of(1)
+    assert both.condition["mask"].tolist() == [[1, 1, 0], [1, 1, 1]]  # type: ignore[index]
+    assert both.condition["embeds"][0].tolist() == [[1, 1], [1, 1], [0, 0]]  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"shapes \[2, 2\], \[3, 2\]"):  # no network could know zeros from the rest
+        conditions.joined([{"embeds": alone["embeds"]}, {"embeds": longer["embeds"]}])
+    pooled = [{**part, "pooled": torch.ones(1, n)} for part, n in ((alone, 2), (longer, 2))]
+    assert conditions.joined(pooled)["pooled"].tolist() == [[1, 1], [1, 1]]
     assert FREE.name_of(0) == of(None).name_of(0) == of(torch.tensor(3.0)).name_of(1) == ""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiltflow.flows.field import Which
@@ -30,12 +31,12 @@ def joined(parts: Sequence[Any]) -> Any:
     """The conditions of several batches as those of one, the samples of the first before those of the second. What is for all
     samples is that of the first.
 
-    Tensors [batch, length, ..] of a mapping may differ in length, as prompts do: the shorter ones get zeros, and so does the
-    mask among them, by which a network knows them. Raises ValueError for other tensors of different shapes.
+    Prompts may differ in length: in a mapping with a mask [batch, length], which has `mask` in its name, the shorter ones get
+    zeros, and so does the mask. Raises ValueError for other tensors of different shapes.
     """
     first = parts[0]
     if isinstance(first, Mapping):
-        return {key: joined(_of_one_length([part[key] for part in parts])) for key in first}
+        return {key: joined(values) for key, values in _of_one_length(parts).items()}
     if not isinstance(first, Tensor) or first.ndim == 0:
         return first
     if len({part.shape[1:] for part in parts}) > 1:
@@ -43,12 +44,18 @@ def joined(parts: Sequence[Any]) -> Any:
     return torch.cat(list(parts))
 
 
-def _of_one_length(parts: Sequence[Any]) -> Sequence[Any]:
-    """Tensors [batch, length, ..] with zeros after them, up to the longest; anything else as it is."""
-    if not all(isinstance(part, Tensor) and part.ndim > 1 for part in parts):
-        return parts
-    most = max(part.shape[1] for part in parts)
-    return [torch.cat([part, part.new_zeros(len(part), most - part.shape[1], *part.shape[2:])], 1) for part in parts]
+def _of_one_length(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values of mappings by name, those that are as long as a mask with zeros after them, up to the longest."""
+    values = {key: [part[key] for part in parts] for key in parts[0]}
+
+    def lengths(of: Sequence[Any]) -> list[int]:
+        return [value.shape[1] for value in of if isinstance(value, Tensor) and value.ndim > 1]
+
+    wanted = next((found for key in values if "mask" in key and (found := lengths(values[key]))), [])
+    for key, of in values.items():
+        if wanted and lengths(of) == wanted:
+            values[key] = [F.pad(v, (*[0, 0] * (v.ndim - 2), 0, max(wanted) - v.shape[1])) for v in of]
+    return values
 
 
 def groups(condition: Any, count: int, device: torch.device) -> list[Tensor]:
