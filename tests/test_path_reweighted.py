@@ -325,8 +325,11 @@ def test_the_pool_keeps_the_latest_paths_and_their_conditions() -> None:
     longer = pool_of([8], condition={"embeds": torch.zeros(1, 6), "guidance": 3.5})
     assert prompts.then(prompts, 9).condition["embeds"].shape == (4, 5)
     assert prompts.then(prompts, 9).condition["guidance"] == 3.5
-    assert prompts.then(longer, 9).rewards.tolist() == [6, 7, 8]  # the shorter prompts with zeros after them
-    assert prompts.then(longer, 9).condition["embeds"].shape == (3, 6)
+    assert prompts.then(longer, 9).rewards.tolist() == [8]  # nothing would tell a network what was added to the shorter ones
+    of_five, of_six = ({"embeds": torch.ones(n, n + 1), "mask": torch.ones(n, n + 1)} for n in (4, 5))
+    masked = pool_of([6, 7, 8, 9], condition=of_five).then(pool_of([1, 2, 3, 4, 5], condition=of_six), 9)
+    assert masked.rewards.tolist() == [6, 7, 8, 9, 1, 2, 3, 4, 5]
+    assert masked.condition["mask"].sum(1).tolist() == 4 * [5] + 5 * [6]
     assert one.then(pool_of([6], condition=torch.zeros(1, 2)), 9).rewards.tolist() == [6]
 
 
