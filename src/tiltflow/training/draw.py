@@ -13,6 +13,7 @@ from tiltflow.conditions import Item
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guided
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import values_of
 from tiltflow.rewards.functions.prompted import told
@@ -80,6 +81,7 @@ def batches(
     if training.prompts_per_step is not None and training.num_generations is not None:
         choose = Repeated(items, training.prompts_per_step, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
+    keeps_norm = isinstance(model, TextToImage) and model.guidance_keeps_norm
 
     def of_states(of_samples: Reward) -> Reward:
         return Decoded(model, of_samples, decode_batch_size) if model.has_decoder else of_samples
@@ -94,7 +96,7 @@ def batches(
 
         def guide(flow: VelocityField) -> Guided:
             scale = max(1.0, model.guidance_scale)  # less is none, as in diffusers
-            return Guided(flow, flow.bind(negative), scale, getattr(model, "guidance_keeps_norm", False))
+            return Guided(flow, flow.bind(negative), scale, keeps_norm)
 
         def bound(flow: VelocityField) -> VelocityField:
             conditional = flow.bind(condition)
