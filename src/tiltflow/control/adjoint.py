@@ -30,6 +30,7 @@ step size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,7 @@ def lean_adjoint(
     tuned_velocities: list[Tensor] | None = None,
     bootstrap: float = 0.0,
     non_finite: NonFiniteRewards = "error",
+    taken: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> LeanAdjoint:
     """Run the adjoint backwards along a batch of trajectories, down to the target of step `first`.
 
@@ -93,10 +95,18 @@ def lean_adjoint(
         tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
         bootstrap: how fast the adjoint is replaced by its estimate from the learned control, per unit of variance added.
         non_finite: `drop` gives NaN for rewards that are NaN or infinite; the adjoints of these samples mean nothing.
+        taken: gets k, its target and its base velocity as soon as nothing else needs them, or the tuned velocity of k; they
+            are then None in the result.
     """
     last = len(chain) - 1
     targets: list[Tensor | None] = [None] * len(chain)
     base_velocities: list[Tensor | None] = [None] * len(chain)
+
+    def done(k: int) -> None:
+        target, velocity = targets[k], base_velocities[k]
+        if taken is not None and target is not None and velocity is not None:
+            taken(k, target, velocity)
+            targets[k] = base_velocities[k] = None
 
     v, pullback = linearize(base, states[last], chain.times[last])
     base_velocities[last] = v
@@ -119,6 +129,7 @@ def lean_adjoint(
             targets[k] = a
             if k < last:
                 base_velocities[k + 1] = v
+                done(k + 1)
     else:
         for k in range(last, first - 1, -1):
             if pairing == "after":
@@ -138,7 +149,10 @@ def lean_adjoint(
                 a = a - objective.gradient(states[k], chain.times, k) / beta
             if pairing == "before":
                 targets[k] = a
+            if k > first:
+                done(k)
     if base_velocities[first] is None:
         with torch.no_grad():
             base_velocities[first] = base(states[first], chain.times[first])
+    done(first)
     return LeanAdjoint(targets, base_velocities, end, rewards)

@@ -24,12 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tiltflow import processes
 from tiltflow.control.adjoint import Pairing, lean_adjoint
 from tiltflow.control.control_variate import noise_to_come, predicted
 from tiltflow.control.suffix_weights import suffix_weights
@@ -210,8 +211,8 @@ class AdjointMatching(Tilting):
     @property
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
-        copies = 9 + int(self.reweight_passes) + 2 * int(self.control_variate)
         late = self.control_from > 0  # the running reward before it would be left out
+        copies = 11 if self.control_variate else 6 if self.reweight_passes else 3 + late
         return Needs(reward_gradient=True, running_reward=not late, passes=self.num_passes, trajectory_copies=copies)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
@@ -250,29 +251,34 @@ class AdjointMatching(Tilting):
         """
         x, chain = batch.x, self.chain(batch.start)
         path, chosen = self._draw(batch, chain)
+        states, velocities = path.in_one()
         first, late = int(torch.stack(chosen).min()), self._first_controlled(chain)
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
-        velocities = all_finite(torch.stack(path.velocities), "velocity", chain.times)
-        targets, base_velocities, ends, rewards = self._adjoints(batch, chain, path, first, late, right)
+        all_finite(velocities, "velocity", chain.times)
+        targets, base_velocities, ends, rewards, terms, energy = self._adjoints(
+            batch, chain, path, velocities, first, late, right
+        )
         if (kept := finite_only(rewards)) is not None:
             path, batch, rewards, ends = path.select(kept), batch.select(kept), rewards[kept], ends[kept]
-            velocities, targets, base_velocities = (each[:, kept] for each in (velocities, targets, base_velocities))
+            states, velocities, targets, base_velocities, terms, energy = (
+                each[:, kept] for each in (states, velocities, targets, base_velocities, terms, energy)
+            )
             chosen = [pairs[:, kept] for pairs in chosen]
         steps = slice(first, len(path.velocities))
         all_finite(targets, "adjoint", chain.times[steps])
-        gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
-        control = gain * (velocities[steps] - base_velocities)
         if self.control_variate:
+            gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
+            control = gain * (velocities[steps] - base_velocities)
             targets = targets - predicted(control + std * targets, noise_to_come(path)[steps]) / std
-        terms = (control + std * targets).flatten(2).square().sum(2)
-        regression = Regression(torch.stack(path.states[steps]), base_velocities, targets, first)
+            terms = (control + std * targets).flatten(2).square().sum(2)
+        regression = Regression(states[steps], base_velocities, targets, first)
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "loss": terms[max(late - first, 0) :].sum(0).mean().item(),
-            "path_kl": control.flatten(2).square().sum(2).sum(0).mean().item() / 2,
+            "path_kl": energy.sum(0).mean().item() / 2,
             **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
         }
         for number, pairs in enumerate(chosen):
@@ -329,14 +335,38 @@ class AdjointMatching(Tilting):
             raise InputError("method.train_timesteps: needs steps before control_from, and steps after it")
         return late
 
+    @property
+    def _needs_velocities(self) -> bool:
+        """True if the velocities of the paths are needed after the adjoints too."""
+        return self.control_variate or self.reweight_passes
+
     def _adjoints(
-        self, batch: Batch, chain: Chain, path: Trajectory, first: int, late: int, right: Chain | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, batch: Batch, chain: Chain, path: Trajectory, velocities: Tensor, first: int, late: int, right: Chain | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Targets and base velocities of the steps from `first` on, [steps, batch, *event], the targets of those before `late`
-        zero; ends of the paths [batch, *event], and their rewards [batch]."""
+        zero; ends of the paths [batch, *event], and their rewards [batch]; of these steps the terms of the loss and |w_k|^2,
+        [steps, batch].
+
+        Args:
+            velocities: of the path, [steps, batch, *event]. Unless they are needed again, those of the base take their place.
+        """
         controlled = slice(first, len(path.velocities))
+        targets = torch.empty_like(velocities[controlled])
+        of_base = torch.empty_like(targets) if self._needs_velocities else velocities[controlled]
 
         def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            terms, energy = (velocities.new_empty(len(targets), len(some)) for _ in range(2))
+
+            @torch.no_grad()
+            def taken(k: int, target: Tensor, v_base: Tensor) -> None:
+                if k == len(path.velocities):  # the base takes this step
+                    return
+                gain, std = (c[k].to(v_base) for c in (chain.control_scale, chain.std))
+                control = gain * (path.velocities[k][part] - v_base)
+                energy[k - first] = control.flatten(1).square().sum(1)
+                terms[k - first] = (control + std * target).flatten(1).square().sum(1)
+                targets[k - first, part], of_base[k - first, part] = target, v_base
+
             found = lean_adjoint(
                 chain,
                 some.base,
@@ -350,17 +380,19 @@ class AdjointMatching(Tilting):
                 tuned_velocities=[v[part] for v in path.velocities],
                 bootstrap=self.bootstrap,
                 non_finite=some.non_finite,
+                taken=taken,
             )
             for k in range(first, late):
                 x = path.states[k][part]
-                found.targets[k] = torch.zeros_like(x)
                 with torch.no_grad():
-                    found.base_velocities[k] = some.base(x, chain.times[k])
-            targets, velocities = (cast(list[Tensor], each[controlled]) for each in (found.targets, found.base_velocities))
-            return torch.stack(targets), torch.stack(velocities), found.end, found.rewards
+                    taken(k, torch.zeros_like(x), some.base(x, chain.times[k]))
+            return found.end, found.rewards, terms, energy
 
-        targets, velocities, ends, rewards = batch.map(adjoints, dims=(1, 1, 0, 0))
-        return targets, velocities, ends, rewards
+        ends, rewards, terms, energy = batch.map(adjoints, dims=(0, 0, 1, 1))
+        if processes.count() > 1:
+            (own,) = processes.shares(len(batch))
+            targets, of_base = (processes.gathered([each[:, own]], len(batch), dim=1) for each in (targets, of_base))
+        return targets, of_base, ends, rewards, terms, energy
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or

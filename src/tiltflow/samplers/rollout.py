@@ -42,6 +42,15 @@ class Trajectory:
         acting = None if self.acting is None else [v[which] for v in self.acting]
         return Trajectory(self.chain, states, velocities, acting)
 
+    def in_one(self) -> tuple[Tensor, Tensor]:
+        """The states [.., batch, *event] and the velocities [steps, batch, *event] in one tensor each. Those of the trajectory
+        are parts of them from then on, so that there is one copy."""
+        states = torch.stack(self.states)
+        self.states[:] = states
+        velocities = torch.stack(self.velocities)
+        self.velocities[:] = velocities
+        return states, velocities
+
     def noise(self) -> Tensor:
         """eps_k of each step, [steps, batch, *event]."""
         steps = zip(self.states, self.states[1:], self.acting or self.velocities, strict=False)
