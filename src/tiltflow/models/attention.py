@@ -26,8 +26,5 @@ def set_attention_backend(network: Any, backend: str) -> None:
     processors = [module.processor for module in network.modules() if hasattr(module, "processor")]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise InputError(f"{where}: the attention of {type(network).__name__} cannot be changed; leave it out")
-    with (
-        refused(f"{where}: cannot be used here"),
-        attention_backend(backend),
-    ):
+    with refused(f"{where}: cannot be used here"), attention_backend(backend):  # in a context: other networks keep theirs
         network.set_attention_backend(backend)
