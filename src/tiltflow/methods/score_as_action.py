@@ -245,7 +245,7 @@ class ScoreAsAction(Tilting):
             without_critic="return-minus-value, which is right with any critic, or return",
             passes=self.num_passes,
             warmup_steps=self.critic_warmup_steps,
-            trajectory_copies=9,
+            trajectory_copies=5 + (self.update == "clip"),
         )
 
     @property
@@ -392,14 +392,16 @@ class ScoreAsAction(Tilting):
         tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
         path, end = self.rollout(tuned, base, batch.x, batch.generator, batch.start, batch.guide)
         chain, count = path.chain, len(path.velocities)
+        states, velocities = path.in_one()
+        states = states[:count]
         noise = None if self._uses_value_gradient else path.noise()
-        states, velocities = torch.stack(path.states[:count]), torch.stack(path.velocities)
         all_finite(velocities, "velocity", chain.times)
         reward = shared(batch.reward)
         rewards = evaluate(reward, end, batch.non_finite).detach()
         base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
         energy = self._energy(chain)[:count, None].to(batch.x)
-        prices = self.beta / 2 * energy * (velocities - base_velocities).flatten(2).square().sum(2)
+        squares = [(v - own).flatten(1).square().sum(1) for v, own in zip(velocities, base_velocities, strict=True)]
+        prices = self.beta / 2 * energy * torch.stack(squares)  # step by step: there is no room for a copy
         costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
         if (gains := batch.objective.gains(path.states, chain.times)) is not None:
             gains = gains.to(costs)
