@@ -28,18 +28,16 @@ from tiltflow.settings import validate
 from tiltflow.streams import stream
 
 FRESH = 1024
-METHODS: dict[str, list[str]] = {
-    "score-as-action": [],
-    # standardised rewards and PPO's clip, on the same chain; the published clip of 1e-4 is on means over dimensions
-    "ddpo": [
-        "method.preset=ddpo",
-        "method.estimator=return",
-        "method.solver=memoryless",
-        "method.clip_range=0.1",
-        "optimizer.lr_scheduler=cosine",
-        "optimizer.learning_rate={rate}",
-    ],
-}
+# standardised rewards and PPO's clip, on the same chain; the published clip of 1e-4 is on means over dimensions
+DDPO = [
+    "method.preset=ddpo",
+    "method.estimator=return",
+    "method.solver=memoryless",
+    "method.clip_range=0.1",
+    "optimizer.lr_scheduler=cosine",
+    "optimizer.learning_rate={rate}",
+]
+METHODS: dict[str, list[str]] = {"score-as-action": [], "ddpo": DDPO}
 
 
 @torch.no_grad()

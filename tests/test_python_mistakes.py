@@ -243,7 +243,10 @@ def test_numbers_of_numpy_and_lists_are_taken() -> None:
 def test_pipelines() -> None:
     from_diffusers: Any = pytest.importorskip("diffusers") and tiltflow.from_diffusers
     for make, message in (
-        (lambda: from_diffusers(None), "pipeline NoneType is not known; known: Flux2KleinPipeline, Flux2Pipeline, FluxPipeline,"),
+        (
+            lambda: from_diffusers(None),
+            "pipeline NoneType is not known; known: Flux2KleinPipeline, Flux2Pipeline, FluxPipeline,",
+        ),
         (lambda: from_diffusers(Net()), "pipeline Net is not known"),
         (lambda: from_diffusers("/nowhere"), "/nowhere"),
         (lambda: from_diffusers("tiles-pipeline", device="gpu"), "device 'gpu': torch has no such device here"),

@@ -63,14 +63,6 @@ class Family(ABC):
     """True if a guided prediction gets the norm of the unguided one, along the last axis of a state."""
 
     @abstractmethod
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """Return the default height and width of the pictures in pixels."""
-
-    @abstractmethod
-    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape [*event] of the latents of one picture, as the denoiser sees them."""
-
-    @abstractmethod
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
     ) -> tuple[Condition, Condition | None]:
@@ -84,9 +76,22 @@ class Family(ABC):
         for diffusion, time is the timestep, and the prediction what the scheduler says.
         """
 
-    @abstractmethod
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """Return the default height and width of the pictures in pixels."""
+        size = getattr(pipeline, self.denoiser).config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape [*event] of the latents of one picture, as the denoiser sees them."""
+        factor = pipeline.vae_scale_factor
+        return getattr(pipeline, self.denoiser).config.in_channels, height // factor, width // factor
+
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the input of the VAE's decoder, [batch, channels, height, width], for latents [batch, *event]."""
+        config = pipeline.vae.config
+        scaled: Tensor = latents / config.scaling_factor
+        return scaled if config.get("shift_factor") is None else scaled + config.shift_factor
 
     def written(self, pipeline: Any, prompt: str) -> str:
         """Return the text of which `max_sequence_length` tokens are seen: a prompt, and what the pipeline writes around it."""

@@ -58,9 +58,8 @@ class Flux(Family):
         return partial(predict, img_ids=torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3))
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        patch, config = self.patch * pipeline.vae_scale_factor, pipeline.vae.config
-        picture = unpatched(latents, size[0] // patch, size[1] // patch)
-        return picture / config.scaling_factor + config.shift_factor  # type: ignore[no-any-return]
+        patch = self.patch * pipeline.vae_scale_factor
+        return super().unpack(pipeline, unpatched(latents, size[0] // patch, size[1] // patch), size)
 
 
 def unpatched(latents: Tensor, rows: int, columns: int) -> Tensor:

@@ -22,14 +22,6 @@ class PixartSigma(Family):
     max_sequence_length = 300
     call: ClassVar[dict[str, Any]] = {"clean_caption": False, "use_resolution_binning": False}
 
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        return side, side
-
-    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-        factor = pipeline.vae_scale_factor
-        return pipeline.transformer.config.in_channels, height // factor, width // factor
-
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
     ) -> tuple[Condition, Condition]:
@@ -38,17 +30,19 @@ class PixartSigma(Family):
             device=pipeline.device,
             negative_prompt=options.negative_prompt or "",
             max_sequence_length=options.max_sequence_length or self.max_sequence_length,
+            **self.encoding(pipeline),
         )
         return (
             {"encoder_hidden_states": embeds, "encoder_attention_mask": mask},
             {"encoder_hidden_states": negative, "encoder_attention_mask": negative_mask},
         )
 
+    def encoding(self, pipeline: Any) -> dict[str, Any]:
+        """Return what else the pipeline's call passes to its text encoder."""
+        return {}
+
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
         return predict
-
-    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents / pipeline.vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
 def predict(transformer: Any, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

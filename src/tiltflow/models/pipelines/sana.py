@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tiltflow.models.pipelines import Condition, TextOptions
+from tiltflow.models.pipelines import Condition
 from tiltflow.models.pipelines.pixart_sigma import PixartSigma
 
 
@@ -20,22 +20,10 @@ class Sana(PixartSigma):
     patch = 1
     call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
 
-    def encode(
-        self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
-    ) -> tuple[Condition, Condition]:
+    def encoding(self, pipeline: Any) -> dict[str, Any]:
         # the instruction is a default of the call, not of what encodes
-        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-        embeds, mask, negative, negative_mask = pipeline.encode_prompt(
-            prompts,
-            device=pipeline.device,
-            negative_prompt=options.negative_prompt or "",
-            max_sequence_length=options.max_sequence_length or self.max_sequence_length,
-            complex_human_instruction=instruction,
-        )
-        return (
-            {"encoder_hidden_states": embeds, "encoder_attention_mask": mask},
-            {"encoder_hidden_states": negative, "encoder_attention_mask": negative_mask},
-        )
+        instruction = "complex_human_instruction"
+        return {instruction: inspect.signature(type(pipeline).__call__).parameters[instruction].default}
 
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
         return predict

@@ -20,14 +20,6 @@ class StableDiffusion(Family):
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        size = pipeline.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
-
-    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-        return pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-
     def guidance_is_input(self, pipeline: Any) -> bool:
         return pipeline.unet.config.get("time_cond_proj_dim") is not None  # as of latent consistency models
 
@@ -44,9 +36,6 @@ class StableDiffusion(Family):
 
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
         return predict
-
-    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents / pipeline.vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
 def predict(unet: Any, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

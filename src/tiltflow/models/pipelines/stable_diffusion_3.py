@@ -24,14 +24,6 @@ class StableDiffusion3(Family):
     patch = 2
     max_sequence_length = 256
 
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        return side, side
-
-    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
-        factor = pipeline.vae_scale_factor
-        return pipeline.transformer.config.in_channels, height // factor, width // factor
-
     def image_tokens(self, pipeline: Any, height: int, width: int) -> int:
         patch = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
         return (height // patch) * (width // patch)  # type: ignore[no-any-return]
@@ -54,10 +46,6 @@ class StableDiffusion3(Family):
 
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
         return predict
-
-    def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        config = pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor  # type: ignore[no-any-return]
 
 
 def predict(transformer: Any, x: Tensor, time: Tensor, condition: Condition) -> Tensor:

@@ -31,8 +31,7 @@ class StableDiffusionXl(StableDiffusion):
         return condition(embeds, pooled), None if self.is_distilled(pipeline) else condition(negative, negative_pooled)
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        config = pipeline.vae.config
-        scaled: Tensor = latents / config.scaling_factor
+        config, scaled = pipeline.vae.config, super().unpack(pipeline, latents, size)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return scaled

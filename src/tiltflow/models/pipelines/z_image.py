@@ -25,13 +25,10 @@ class ZImage(StableDiffusion3):
     guidance_scale = 6.0
     max_sequence_length = 512
     sigmas = Flux.sigmas
+    image_tokens = Flux.image_tokens
 
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         return 1024, 1024
-
-    def image_tokens(self, pipeline: Any, height: int, width: int) -> int:
-        patch = self.patch * pipeline.vae_scale_factor
-        return (height // patch) * (width // patch)  # type: ignore[no-any-return]
 
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
