@@ -206,6 +206,34 @@ def test_pairing_right_stops_at_the_first_step_asked_for(first: int, generator: 
     assert_close(part.base_velocities[first:], whole.base_velocities[first:])
 
 
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("pairing", ["after", "before", "right"])
+def test_steps_are_handed_on_once_each_and_at_no_more_calls(pairing: str, first: int, generator: torch.Generator) -> None:
+    chain, calls = memoryless_offset(time_grid(8)), []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return MIXTURE.velocity(x, t)
+
+    states = path_on_mixture(chain, generator)
+    right = memoryless_offset(time_grid(8) + 1 / 8) if pairing == "right" else None
+    handed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def taken(k: int, target: Tensor, v_base: Tensor) -> None:
+        assert k not in handed
+        handed[k] = target, v_base
+
+    options = {"pairing": pairing, "right": right, "first": first}
+    kept = lean_adjoint(chain, FunctionField(velocity), states, Objective(bent), 1.0, **options)
+    count = len(calls)
+    result = lean_adjoint(chain, FunctionField(velocity), states, Objective(bent), 1.0, taken=taken, **options)
+    assert len(calls) == 2 * count
+    assert sorted(handed) == [*range(first, 8)]
+    for k, pair in handed.items():
+        assert_close(pair, (kept.targets[k], kept.base_velocities[k]), rtol=0, atol=0)
+    assert result.targets == result.base_velocities == [None] * 8
+
+
 # ---- a running reward ----
 
 

@@ -18,6 +18,8 @@ from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
 import tiltflow
 from tiltflow import from_diffusers
 from tiltflow.errors import Note
+from tiltflow.models.few_steps import few_steps_in_words
+from tiltflow.models.pipelines import families
 from tiltflow.models.schedules import _drawn_by, schedule_of
 from tiltflow.runs.export import export_run
 from tiltflow.samplers.sampling import Sampling
@@ -177,3 +179,13 @@ def test_an_export_comes_with_the_scheduler_whose_steps_were_taken(solver: str, 
     card = (tmp_path / "exported" / "README.md").read_text()
     assert 'EulerAncestralDiscreteScheduler.from_pretrained(".", subfolder="scheduler")' in card
     assert said in card
+
+
+@pytest.mark.parametrize(("steps", "scale", "said"), [(8, 1.0, True), (9, 1.0, False), (8, 1.5, False)])
+def test_trailing_timesteps_are_a_sign_of_few_steps_without_guidance_alone(
+    steps: int, scale: float, said: bool, tmp_path: Path
+) -> None:
+    pipeline = tiny_pipeline("stable-diffusion", tmp_path)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler(**TURBO)
+    sampling = Sampling(solver="euler", num_inference_steps=steps)
+    assert bool(few_steps_in_words(pipeline, families()["StableDiffusionPipeline"], scale, sampling)) == said
