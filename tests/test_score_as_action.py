@@ -158,7 +158,10 @@ class GroundReward(nn.Module):
         return (PROBLEM.q * own - PROBLEM.Q * own.square() / 2).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "dpm-solver++", "test_sampler:midpoint"])
+@pytest.mark.parametrize(
+    "solver",
+    ["euler", "dpm-solver++", *(pytest.param(other, marks=pytest.mark.slow) for other in ("heun", "test_sampler:midpoint"))],
+)
 def test_gradient_of_the_ode(solver: str) -> None:
     """At the base, N(0, 1) data: dX = u / 2 dtau from X_0 ~ N(0, 1), so dJ = E int (X u / 2) grad r: (-Q T / 2, q T / 2)."""
     problem, errors = Lqg(K=0, k=0), []

@@ -242,6 +242,7 @@ def test_verify_lqg_reports_what_is_known() -> None:
     assert result["control_error"] < 1
 
 
+@pytest.mark.slow
 def test_adjoint_matching_solves_lqg_too() -> None:
     settings = read_verification("lqg", "adjoint-matching", ["N=10", "iterations=300", "num_samples=2000"])
     result = verify(settings).values
