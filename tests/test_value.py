@@ -118,8 +118,8 @@ def test_networks_by_shape() -> None:
     assert [len(value.network.convolutions) for value in (image, small)] == [3, 2]
     for value, shape in ((vector, (5, 3)), (image, (5, 1, 28, 28)), (tokens, (5, 16, 4)), (small, (5, 16, 4, 6))):
         assert not value.learned(torch.randn(shape), torch.tensor(0.5)).any()  # zero at the start
-    with pytest.raises(InputError, match=r"no default for samples of shape \[4, 2, 4, 4\]"):
-        critic.build((4, 2, 4, 4), 0, cpu)
+    with pytest.raises(InputError, match=r"no default for samples of shape \[1, 4, 2, 4, 4\]"):
+        critic.build((1, 4, 2, 4, 4), 0, cpu)
     same, other = critic.build((3,), 0, cpu), critic.build((3,), 1, cpu)
     weight = vector.network.body[0].weight
     assert torch.equal(weight, same.network.body[0].weight)
@@ -134,6 +134,15 @@ def test_an_image_critic_sees_time_and_place() -> None:
     assert values.shape == (2, 1)
     assert (network(x, torch.tensor([0.7, 0.2])) != values).tolist() == [[True], [False]]
     assert (network(x.flip(-1), torch.tensor([0.2, 0.2])) != values).all()
+
+
+def test_an_image_critic_sees_the_order_of_frames() -> None:
+    """Of latents of videos, [channels, frames, height, width]."""
+    value = Critic().build((2, 3, 4, 4), 0, torch.device("cpu"))
+    nn.init.normal_(value.network.head.weight)  # type: ignore[union-attr, arg-type]
+    x, t = torch.randn(2, 2, 3, 4, 4), torch.tensor(0.5)
+    assert value.learned(x, t).shape == (2,)
+    assert (value.learned(x.flip(2), t) != value.learned(x, t)).all()
 
 
 def test_a_token_critic_sees_time_and_place_and_what_tokens_are_together() -> None:

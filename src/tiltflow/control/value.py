@@ -123,10 +123,11 @@ def default_network(event_shape: tuple[int, ...]) -> Settings:
             network = find("networks", "mlp")(dimension=event_shape[0], outputs=1)
         case 2:
             network = find("networks", "token-critic")(tokens=event_shape[0], channels=event_shape[1])
-        case 3:
-            halvings = max(1, min(3, min(event_shape[1:]).bit_length() - 1))  # no more than leave a pixel
-            channels, size = (32, 64, 64)[:halvings], event_shape[1:]
-            network = find("networks", "image-critic")(image_channels=event_shape[0], image_size=size, channels=channels)
+        case 3 | 4:
+            size = event_shape[-2:]
+            halvings = max(1, min(3, min(size).bit_length() - 1))  # no more than leave a pixel
+            channels, of_images = (32, 64, 64)[:halvings], math.prod(event_shape[:-2])
+            network = find("networks", "image-critic")(image_channels=of_images, image_size=size, channels=channels)
         case _:
             raise InputError(f"critic.network: there is no default for samples of shape {list(event_shape)}; give one")
     return network

@@ -29,6 +29,7 @@ def from_diffusers(
     *,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     max_sequence_length: int | None = None,
@@ -44,6 +45,7 @@ def from_diffusers(
 
     Args:
         height, width: of the pictures, in pixels; the pipeline's own by default.
+        num_frames: of a video, where the pipeline draws videos; the pipeline's own by default.
         guidance_scale: that of the family by default, such as 7.5, and 1 where the scheduler is for few steps; 1 or less is no
             guidance, in every family.
         negative_prompt: prompt that guidance leads away from; the empty prompt or zeros by default, as in diffusers.
@@ -77,6 +79,7 @@ def from_diffusers(
         prompt_cache_gb=prompt_cache_gb,
         height=height,
         width=width,
+        num_frames=num_frames,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         max_sequence_length=max_sequence_length,
@@ -102,6 +105,7 @@ def model_of(
     prompt_cache_gb: float,
     height: int | None,
     width: int | None,
+    num_frames: int | None,
     guidance_scale: float | None,
     negative_prompt: str | None,
     max_sequence_length: int | None,
@@ -118,6 +122,7 @@ def model_of(
     encoders = TextEncoders(pipeline, text_encoders or ("keep" if load is None else "free"), load)
     family = family_of(pipeline)
     size = size_of(pipeline, family, height, width)
+    frames = frames_of(pipeline, family, num_frames, size)
     check_options(pipeline, family, TextOptions(negative_prompt, max_sequence_length))
     encoding = TextOptions(family.negative_prompt if negative_prompt is None else negative_prompt, max_sequence_length)
     freeze(pipeline, encoders, device)
@@ -129,7 +134,7 @@ def model_of(
     denoiser = Denoiser(getattr(pipeline, family.denoiser), schedule.called(family.predictor(pipeline, size)))
     flow = Flow(denoiser, schedule.prediction, schedule.path)
     encoder = PromptEncoder(pipeline, family, size, encoding, encoders, prompt_cache_gb * 2**30)
-    model = TextToImage(pipeline, family, flow, size, scale, schedule, encoder)
+    model = TextToImage(pipeline, family, flow, size, scale, schedule, encoder, num_frames=frames)
     if few is None:
         schedule.warn_of_difference(min(model.sampling.num_inference_steps, schedule.own.config.num_train_timesteps // 2))
     else:
@@ -145,6 +150,7 @@ def family_of(pipeline: Any) -> Family:
     family = family_named(name, families())
     if missing := [part for part in family.components if getattr(pipeline, part, None) is None]:
         raise InputError(f"pipeline {name}: has no {missing[0]}")
+    family.check(pipeline.config)
     return family
 
 
@@ -153,10 +159,22 @@ def size_of(pipeline: Any, family: Family, height: int | None, width: int | None
     patch."""
     own = family.default_size(pipeline)
     size = (own[0] if height is None else height, own[1] if width is None else width)
-    factor = pipeline.vae_scale_factor * family.patch
+    factor = family.scale_factor(pipeline) * family.patch
     if any(side < 1 or side % factor for side in size):
         raise InputError(f"height and width must be multiples of {factor}, got {size[0]} and {size[1]}")
     return size
+
+
+def frames_of(pipeline: Any, family: Family, num_frames: int | None, size: tuple[int, int]) -> int | None:
+    """Return the number of frames of a video, the family's own by default; None for pictures. Raises InputError for a number
+    that the pipeline does not take."""
+    if family.num_frames is None:
+        if num_frames is not None:
+            raise InputError(f"num_frames: pipeline {type(pipeline).__name__} draws pictures; leave it out")
+        return None
+    frames = family.num_frames if num_frames is None else num_frames
+    family.video_shape(pipeline, frames, *size)
+    return frames
 
 
 def check_options(pipeline: Any, family: Family, encoding: TextOptions) -> None:

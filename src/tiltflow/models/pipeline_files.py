@@ -55,6 +55,7 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any], components: Mapp
             str(path), **{key: options[key] for key in OF_THE_HUB if key in options}
         )
     family = family_named(str(index.get("_class_name")), families())
+    family.check(index)
     unused = dict.fromkeys(name for name in NOT_NEEDED if name in index and name not in family.components)
     if "requires_safety_checker" in index:
         unused["requires_safety_checker"] = False

@@ -55,6 +55,7 @@ class TextToImage:
         schedule: path, prediction type and times, from the pipeline's scheduler.
         encoder: the text encoders.
         sampling: default sampling: Euler's method on the scheduler's own times, or what a scheduler for few steps does.
+        num_frames: number of frames of a video; None if it draws pictures.
     """
 
     pipeline: Any
@@ -65,6 +66,7 @@ class TextToImage:
     schedule: Schedule
     encoder: PromptEncoder
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
+    num_frames: int | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -120,13 +122,15 @@ class TextToImage:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of the latents of one picture, as the denoiser sees them."""
+        """Shape of the latents of one picture or video, as the denoiser sees them."""
+        if self.num_frames is not None:
+            return self.family.video_shape(self.pipeline, self.num_frames, *self.size)
         return self.family.latent_shape(self.pipeline, *self.size)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one picture: (3, height, width)."""
-        return (3, *self.size)
+        """Shape of one picture: (3, height, width); or of one video: (frames, 3, height, width)."""
+        return (3, *self.size) if self.num_frames is None else (self.num_frames, 3, *self.size)
 
     @property
     def has_decoder(self) -> bool:
@@ -165,6 +169,12 @@ class TextToImage:
     def encoding(self) -> Mapping[str, Any]:
         """Settings of the text encoders that are not the pipeline's own, by name."""
         return {key: value for key, value in asdict(self.encoder.options).items() if value is not None}
+
+    @property
+    def size_options(self) -> dict[str, int]:
+        """Arguments by which the pipeline draws samples of this size."""
+        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
+        return {"height": self.size[0], "width": self.size[1], **frames}
 
     def own_grid(self, num_inference_steps: int) -> Tensor:
         """Return the times [K + 1] of the pipeline's scheduler on the linear path, increasing from noise to data, float64."""
@@ -220,7 +230,7 @@ class TextToImage:
         """Write what plain diffusers needs to draw the same pictures: a scheduler, and arguments of the pipeline in
         sampling.json."""
         self.exported_scheduler.save_pretrained(folder / "scheduler")
-        options = {**dict(zip(("height", "width"), self.size, strict=True)), **self.encoding, **self.family.call}
+        options = {**self.size_options, **self.encoding, **self.family.call}
         if self.takes_guidance:
             options |= self.family.guided_by(self.guidance_scale)
         options["pipeline"] = type(self.pipeline).__name__  # whose arguments they are; exports leave it out
@@ -234,15 +244,16 @@ class TextToImage:
         load_weights(self.denoiser, self.family.denoiser, folder)
 
     def decode(self, latents: Tensor, *, batch_size: int = 4) -> Tensor:
-        """Decode latents [batch, *event] into images [batch, 3, height, width], about [-1, 1]. Differentiable: the activations
-        of each part of `batch_size` are recomputed in the backward pass, so that one part at a time is in memory."""
+        """Decode latents [batch, *event] into images [batch, 3, height, width], about [-1, 1], or videos [batch, frames, 3,
+        height, width]. Differentiable: the activations of each part of `batch_size` are recomputed in the backward pass, so
+        that one part at a time is in memory."""
 
         def images(part: Tensor) -> Tensor:
             decoded = self.family.decode(self.pipeline, part, self.size)
             if decoded.shape[1:] != self.sample_shape:
                 got, wanted = list(decoded.shape[1:]), list(self.sample_shape)
                 raise InputError(
-                    f"the pipeline's decoder returns pictures of shape {got}, not {wanted}; is its config.json right?"
+                    f"the pipeline's decoder returns samples of shape {got}, not {wanted}; is its config.json right?"
                 )
             return decoded.to(part.dtype)
 
@@ -276,8 +287,8 @@ class TextToImage:
         latents: Tensor | None = None,
         batch_size: int = 4,
     ) -> Tensor:
-        """Sample images [len(prompts), 3, height, width], about [-1, 1], on the CPU: what the pipeline itself would draw if its
-        scheduler were the solver of `sampling`.
+        """Sample images [len(prompts), 3, height, width], about [-1, 1], or videos [len(prompts), frames, 3, height, width], on
+        the CPU: what the pipeline itself would draw if its scheduler were the solver of `sampling`.
 
         Args:
             latents: the pipeline's starting latents [len(prompts), *event]; drawn from the seed by default.

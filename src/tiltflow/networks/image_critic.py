@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 class ImageCritic(Settings):
     name: Literal["image-critic"] = "image-critic"
     image_channels: Count = 1
-    """Channels of the images, 1 or 3."""
+    """Channels of the images; of videos, those of all their frames."""
     image_size: tuple[Count, Count] = (28, 28)
     """Height and width, in pixels."""
     channels: tuple[Count, ...] = (32, 64, 64)
@@ -35,7 +35,8 @@ class ImageCritic(Settings):
 
 
 class ImageCriticModule(nn.Module):
-    """(images [batch, image_channels, height, width], time [batch] in [0, 1]) -> [batch, 1]; 0 at the start."""
+    """(images [batch, image_channels, height, width], or videos [batch, channels, frames, height, width], time [batch] in
+    [0, 1]) -> [batch, 1]; 0 at the start."""
 
     def __init__(self, settings: ImageCritic):
         super().__init__()
@@ -53,6 +54,7 @@ class ImageCriticModule(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        x = x.flatten(1, -3)
         embedding = self.time(sinusoids(1000 * time, self.width))
         for convolution, modulation in zip(self.convolutions, self.modulations, strict=True):
             scale, shift = modulation(embedding)[:, :, None, None].chunk(2, dim=1)

@@ -142,7 +142,9 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
     arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())
-    lines += [f"sampling = {{{', '.join(arguments)}}}", f"image = pipeline(prompt={quoted(prompt)}, **sampling).images[0]"]
+    lines += [f"sampling = {{{', '.join(arguments)}}}"]
+    drawn = f"pipeline(prompt={quoted(prompt)}, **sampling)"
+    lines += [f"frames = {drawn}.frames[0]" if "num_frames" in sampling else f"image = {drawn}.images[0]"]
     return "\n".join(lines)
 
 

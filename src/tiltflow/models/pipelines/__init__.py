@@ -59,6 +59,8 @@ class Family(ABC):
     """Default negative prompt, for a pipeline that is guided only if it is given one."""
     negative_prompts: ClassVar[bool] = True
     """False if guidance leads away from the empty prompt, and from no other."""
+    num_frames: ClassVar[int | None] = None
+    """Default number of frames of a video; None for a family of pictures."""
     guidance_keeps_norm: ClassVar[bool] = False
     """True if a guided prediction gets the norm of the unguided one, along the last axis of a state."""
 
@@ -76,6 +78,14 @@ class Family(ABC):
         for diffusion, time is the timestep, and the prediction what the scheduler says.
         """
 
+    def check(self, index: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise InputError for a pipeline of the class that is not supported, by its model_index.json, before its weights are
+        loaded."""
+
+    def scale_factor(self, pipeline: Any) -> int:
+        """Return the height and width, in pixels, of one latent."""
+        return pipeline.vae_scale_factor  # type: ignore[no-any-return]
+
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Return the default height and width of the pictures in pixels."""
         size = getattr(pipeline, self.denoiser).config.sample_size
@@ -84,8 +94,13 @@ class Family(ABC):
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, ...]:
         """Return the shape [*event] of the latents of one picture, as the denoiser sees them."""
-        factor = pipeline.vae_scale_factor
+        factor = self.scale_factor(pipeline)
         return getattr(pipeline, self.denoiser).config.in_channels, height // factor, width // factor
+
+    def video_shape(self, pipeline: Any, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape [*event] of the latents of one video, where `num_frames` has a default. Raises InputError for a
+        number of frames that the pipeline does not take."""
+        raise NotImplementedError
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the input of the VAE's decoder, [batch, channels, height, width], for latents [batch, *event]."""
@@ -98,7 +113,8 @@ class Family(ABC):
         return prompt
 
     def decode(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the pictures [batch, 3, height, width] of latents [batch, *event], about [-1, 1]."""
+        """Return the pictures [batch, 3, height, width] of latents [batch, *event], about [-1, 1], or videos [batch, frames, 3,
+        height, width]."""
         unpacked = self.unpack(pipeline, latents, size)
         pictures: Tensor = pipeline.vae.decode(unpacked.to(pipeline.vae.dtype), return_dict=False)[0]
         return pictures

@@ -53,6 +53,8 @@ class Diffusers(Settings):
     """Height of the pictures in pixels; the pipeline's own by default."""
     width: Count | None = None
     """Width of the pictures in pixels; the pipeline's own by default."""
+    num_frames: Count | None = None
+    """Number of frames of a video, where the pipeline draws videos; the pipeline's own by default."""
     guidance_scale: Annotated[float, Field(ge=1)] | None = None
     """Scale of classifier-free guidance, or the input of a network that was distilled from it; that of the family by default,
     such as 7.5."""
@@ -151,6 +153,7 @@ class Diffusers(Settings):
             "prompt_cache_gb",
             "height",
             "width",
+            "num_frames",
             "guidance_scale",
             "negative_prompt",
             "max_sequence_length",

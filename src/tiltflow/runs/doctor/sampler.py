@@ -70,7 +70,7 @@ def parity(patient: Patient) -> Iterator[Finding]:
 def difference_to_pipeline(model: TextToImage) -> float | None:
     """The mean absolute difference, in pixels in [-1, 1], of a picture by our sampler and by the pipeline; None if it draws
     none, its components being in several dtypes."""
-    prompts, (height, width) = ["a photograph"], model.size
+    prompts = ["a photograph"]
     latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
     with torch.no_grad(), model.encoder.encoders.whole() as pipeline:
         dtype = floating_dtype(model.denoiser.network)
@@ -79,14 +79,14 @@ def difference_to_pipeline(model: TextToImage) -> float | None:
         ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=STEPS))
         drawn = pipeline(
             prompt=prompts[0],
-            height=height,
-            width=width,
             num_inference_steps=STEPS,
             latents=latents.to(dtype),
             output_type="latent",
+            return_dict=False,
+            **model.size_options,
             **model.family.call,
             **model.family.guided_by(model.guidance_scale),
             **model.encoding,
-        ).images
+        )[0]
         theirs = model.decode(model.family.returned(model.pipeline, cast(Tensor, drawn).to(latents), model.size)).cpu()
     return (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().mean().item()
