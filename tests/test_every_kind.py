@@ -327,7 +327,8 @@ def test_a_pipeline_has_a_judge(tmp_path: Path) -> None:
     assert sum(judge["target"]) == pytest.approx(1)
     assert "total variation of the classes" in {row["statistic"] for row in summary["tests"]}
     looks = read_looks(tmp_path / "run")
-    assert set(looks[0]["measures"]) == {"reward", "the judge's group", "the judge's confidence", "variety"}
+    of_judge = {"the judge's group", "the judge's confidence", "the entropy of the judge's classes"}
+    assert set(looks[0]["measures"]) == {"reward", "variety", "edge energy", "colour entropy", *of_judge}
     assert "classes" in (tmp_path / "run" / "report.html").read_text()
     small = judge | {"judge": str(tiny_classifier(tmp_path / "other"))}
     tree["evaluation"] = evaluation | {"judge": small["judge"]}

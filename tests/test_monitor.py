@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from tiny import tiny_recipe
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.estimates import Estimate, total_variance
+from tiltflow.evaluation.estimates import Estimate, entropy, total_variance
+from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import (
     LOOKS,
     Look,
@@ -22,9 +24,11 @@ from tiltflow.evaluation.monitor import (
     read_looks,
     spread,
     spread_of_target,
+    surprise,
     target_measures,
     to_row,
 )
+from tiltflow.evaluation.pictures import COLOURS, colour_entropy, edge_energy
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
@@ -101,6 +105,75 @@ def test_spread_is_the_variance_and_that_of_the_target_is_the_weighted_one() -> 
     assert total_variance(x) == pytest.approx(x.var(0, correction=0).sum().item())
 
 
+def test_edges_and_colours_of_pictures_whose_answer_is_known() -> None:
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    plain, board = torch.full((3, 8, 8), 0.3), (1.0 - 2 * ((rows + columns) % 2)).expand(3, 8, 8)
+    halves, ramp = torch.where(columns < 4, -1.0, 1.0).expand(3, 8, 8), (columns / 3.5 - 1).expand(3, 8, 8)
+    x = torch.stack([plain, board, halves, ramp, 5 * board])  # of what is beyond [-1, 1] nothing is seen
+    # of the 56 differences across, one column of 8 is 1 in `halves`, and all are 1 / 7 in `ramp`; those down are 0
+    assert edge_energy(x).tolist() == pytest.approx([0, 1, 1 / 14, 1 / 14, 1])
+    assert colour_entropy(x).tolist() == pytest.approx([0, math.log(2), math.log(2), math.log(4), math.log(2)])
+    levels = (torch.arange(4) + 0.5) / 2 - 1
+    every = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)
+    greys = ((torch.arange(64) + 0.5) / 32 - 1).reshape(1, 1, 8, 8)
+    for each in (every, greys):  # each colour in one pixel
+        assert colour_entropy(each).item() == pytest.approx(math.log(COLOURS))
+    assert edge_energy(torch.full((1, 1, 8, 8), math.nan)).isnan().all()
+    assert colour_entropy(torch.full((1, 1, 8, 8), math.nan)).isfinite().all()
+
+
+def test_the_mean_surprise_is_the_entropy_and_its_error_covers_it() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    labels = torch.multinomial(p, 400 * 200, replacement=True, generator=stream(0, "labels")).reshape(400, 200)
+    found = [look_at(0, {"reward": row.double(), "classes": surprise(row)}).held_out["classes"] for row in labels]
+    shares = torch.bincount(labels[0], minlength=4) / 200
+    assert found[0].value == pytest.approx(entropy(shares))
+    away = torch.tensor([(each.value - (entropy(p) - 3 / 400)) / each.standard_error for each in found])  # Miller and Madow
+    assert abs(away.mean()) < 4 / 400**0.5
+    assert abs(away.std() - 1) < 4 / 800**0.5
+    # tilted by exp(c) in the first class, the law has p_0 exp(c) / (1 + p_0 (exp(c) - 1)) of it
+    many, tilt = labels.flatten()[:20_000], torch.where(labels.flatten()[:20_000] == 0, 1.0, 0.0)
+    target = p * torch.tensor([math.e, 1, 1, 1]) / (p * torch.tensor([math.e, 1, 1, 1])).sum()
+    weights = ImportanceWeights.from_log_tilt(tilt).weights
+    under = target_measures({"classes": surprise(many, weights)}, tilt)
+    assert under is not None
+    assert abs(under["classes"].value - entropy(target)) < 4 * under["classes"].standard_error
+    assert surprise(torch.full((9,), 2)).tolist() == pytest.approx([0.0] * 9)
+
+
+def test_a_text_that_reads_better_while_the_ground_behind_it_goes_is_seen() -> None:
+    """The shape of a known hack: the score of the text rises, edges and colours fall by more than half, and pictures differ
+    from each other as before, since their grounds have colours of their own."""
+    generator = stream(0, "grounds")
+    coarse = torch.rand(48, 3, 4, 4, generator=generator) * 2 - 1
+    scene = coarse.repeat_interleave(8, 2).repeat_interleave(8, 3) + 0.2 * torch.randn(48, 3, 32, 32, generator=generator)
+    plain = (coarse[:, :, :1, :1] * 1.6).clamp(-1, 1).expand(-1, -1, 32, 32).clone()
+    letter = torch.rand(6, 16, generator=generator).round() * 2 - 1
+    pictures = {0: scene, 50: plain}
+    for x in pictures.values():
+        x[:, :, 13:19, 8:24] = letter
+    score = {0: 0.4, 50: 0.9}
+
+    def look_of(step: int, names: tuple[str, ...]) -> Look:
+        x = pictures[step]
+        rewards = score[step] + 0.1 * torch.randn(48, generator=stream(step, "score"))
+        known = {"edge energy": edge_energy(x), "colour entropy": colour_entropy(x), "variety": spread(x)}
+        return look_at(step, {"reward": rewards} | {name: known[name] for name in names})
+
+    before, after = (look_of(step, ("edge energy", "colour entropy")).held_out for step in (0, 50))
+    for name, fall in (("edge energy", 0.6), ("colour entropy", 0.54)):
+        assert after[name].value < (1 - fall) * before[name].value
+        alarm = find_alarm([look_of(0, (name,)), look_of(50, (name,))])
+        assert alarm is not None
+        assert f"{name} fell" in alarm
+    assert find_alarm([look_of(0, ("variety",)), look_of(50, ("variety",))]) is None
+
+
+def test_looks_of_a_version_that_measured_less_are_compared_in_what_both_have() -> None:
+    old, now = look(0, 0, 5), Look(1, Estimate(2, 0.1), {"edge energy": Estimate(0.1, 0.1), "quality": Estimate(5, 0.1)})
+    assert find_alarm([old, now]) is None
+
+
 def test_standard_errors_are_over_groups() -> None:
     values = torch.tensor([1.0, 1, 1, 3, 3, 3])
     assert over_groups(values, 3) == Estimate(2.0, pytest.approx(1.0))  # type: ignore[arg-type]
@@ -131,7 +204,15 @@ def test_a_run_looks_writes_and_keeps_the_best(tmp_path: Path) -> None:
     summary = run(recipe_for(tmp_path), tmp_path / "run")
     rows = read_looks(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 4, 8, 12]
-    assert set(rows[0]["measures"]) == {"reward", "the judge's group", "the judge's confidence", "variety"}
+    assert set(rows[0]["measures"]) == {
+        "reward",
+        "the judge's group",
+        "the judge's confidence",
+        "variety",
+        "the entropy of the judge's classes",
+        "edge energy",
+        "colour entropy",
+    }
     best = [row for row in rows[1:] if row["best"]][-1]
     assert best["measures"]["the judge's group"] == max(row["measures"]["the judge's group"] for row in rows[1:])
     assert summary["best_step"] == best["step"]

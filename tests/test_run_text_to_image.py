@@ -624,7 +624,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     assert rows[0] == rows[1]
     looks = read_looks(tmp_path / "parts")
     assert [row["step"] for row in looks] == [0, 2, 4, 5]
-    assert set(looks[0]["measures"]) == {"reward", "variety"}
+    assert set(looks[0]["measures"]) == {"reward", "variety", "edge energy", "colour entropy"}
 
 
 def test_a_run_is_of_its_base_and_prompts_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def check_monitor(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
     tuned(output=folder, monitor={"steps": 1}, max_train_steps=2)
     looks = read_looks(folder)
     assert [row["step"] for row in looks] == [0, 1, 2]
-    assert set(looks[0]["measures"]) == {"reward", "variety"}
+    assert set(looks[0]["measures"]) == {"reward", "variety", "edge energy", "colour entropy"}
 
 
 def check_non_finite(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The alarm for reward hacking: measurements during training ("looks") on fixed noise, and a rule that a person can check.
 
-A look measures the reward, held-out rewards, which training never uses, and the diversity of samples. The rule:
+A look measures the reward, held-out rewards, which training never uses, the diversity of samples, and of pictures how much is
+in them. The rule:
 
     since an earlier look the reward has risen, and another measure has fallen, both beyond their noise,
     and that measure is below its value under the target law.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -107,6 +109,20 @@ def spread_of_target(features: Tensor, log_tilt: Tensor, classes: int = 1) -> Te
     return (x - weights @ x).square().sum(1)
 
 
+def surprise(labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return -log p [n] of the class of each sample, p being the share of its class among them: their mean is the entropy of
+    the classes, in nats, and their spread gives its standard error (delta method).
+
+    Args:
+        labels: int64 [n].
+        weights: of the samples, which sum to one; all equal by default. The weighted mean is then the entropy.
+    """
+    if weights is None:
+        weights = torch.full(labels.shape, 1 / len(labels), dtype=torch.float64)
+    shares = torch.bincount(labels, weights)
+    return -shares[labels].log()
+
+
 def find_alarm(looks: Sequence[Look], target: Mapping[str, Estimate] | None = None) -> str | None:
     """Return a sentence on the alarm at the last look; None if the rule raises none.
 
@@ -118,6 +134,8 @@ def find_alarm(looks: Sequence[Look], target: Mapping[str, Estimate] | None = No
     for name, value in now.held_out.items():
         below_target = target is None or name not in target or _above(target[name], value)
         for look in earlier:
+            if name not in look.held_out:  # a look of an earlier version, which did not measure it
+                continue
             if below_target and _above(look.held_out[name], value) and _above(now.reward, look.reward):
                 aim = f", where the target law has {target[name]}" if target is not None and name in target else ""
                 return (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, target_measures
+from tiltflow.evaluation.importance_weights import ImportanceWeights
+from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, surprise, target_measures
+from tiltflow.evaluation.pictures import are_pictures, colour_entropy, edge_energy
 from tiltflow.evaluation.samples import Asked, Instruments, kept
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import LearnedReward
@@ -17,6 +20,7 @@ from tiltflow.runs.recipe import RunSettings
 from tiltflow.streams import stream
 
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
+CLASSES, EDGES, COLOURS = "the entropy of the judge's classes", "edge energy", "colour entropy"
 """What a monitor measures beside rewards."""
 Measures = dict[str, Tensor]
 
@@ -30,8 +34,8 @@ def make_watcher(
     asked: Asked,
     save_best: Callable[[], None],
 ) -> Watcher:
-    """Looks by the reward, by held-out rewards, by what a judge sees that was never part of the reward, and by how much samples
-    differ: of a prompt, or all.
+    """Looks by the reward, by held-out rewards, by what a judge sees that was never part of the reward, by how much samples
+    differ, of a prompt or all, and by how much is in pictures.
 
     The best look is that by the judge, or else by the first held-out reward, or else by the variety. The target law is known
     where its samples are of classes or have no condition, and the temperature is.
@@ -42,7 +46,7 @@ def make_watcher(
         raise InputError("training.monitor: the reward learns along the way, so looks at it cannot be compared; leave it out")
     settings = run.evaluation
 
-    def measure(model: GenerativeModel) -> tuple[Measures, Tensor, Asked]:
+    def measure(model: GenerativeModel) -> tuple[Measures, Content, Asked]:
         x = model.draw(
             asked.items,
             seed=stream(run.seed, "monitor").initial_seed(),  # other noise than the evaluation's
@@ -54,26 +58,58 @@ def make_watcher(
         if asked.kind != "prompt":  # of a prompt that has too few, the others are no sample
             which, _, groups = kept(asked, found, found)
             x, found = x[which], {name: values[which] for name, values in found.items()}
-        measures = {"reward": found.pop(instruments.own)}
+        measures, classes = {"reward": found.pop(instruments.own)}, None
         if instruments.judge is not None:
             p = instruments.look(instruments.judge.probabilities, x)
             if settings.group:
                 measures[IN_GROUP] = p[:, list(settings.group)].sum(1)
-            measures[CONFIDENCE] = p.amax(1)
-        return measures | found, compared(instruments, x, clamped=model.has_decoder), groups
+            measures[CONFIDENCE], classes = p.max(1)
+        pictures = {EDGES: edge_energy(x), COLOURS: colour_entropy(x)} if are_pictures(x) else {}
+        features = compared(instruments, x, clamped=model.has_decoder)
+        return measures | found, Content(features, classes, pictures), groups
 
     def look(step: int) -> Look:
-        found, features, groups = measure(tuned)
-        return look_at(step, found | {VARIETY: variety(features, groups)}, groups.together)
+        found, seen, groups = measure(tuned)
+        return look_at(step, found | seen.diversity(groups), groups.together)
 
-    of_base, features, groups = measure(base)
+    of_base, seen, groups = measure(base)
     target = None
     if groups.kind != "prompt" and run.training.target_kl is None:  # a KL budget names the target law at the end
         tilt = run.method.target(run.training.max_train_steps, base.grid).log_tilt(of_base["reward"])
-        under_target = of_base | {VARIETY: spread_of_target(features, tilt, groups.groups)}
-        target = target_measures(under_target, tilt, groups.groups)
-    first = look_at(0, of_base | {VARIETY: variety(features, groups)}, groups.together)
+        target = target_measures(of_base | seen.diversity_of_target(tilt, groups), tilt, groups.groups)
+    first = look_at(0, of_base | seen.diversity(groups), groups.together)
     return Watcher(first=first, look=look, save_best=save_best, best_by=next(iter(first.held_out)), target=target)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What says how much there is in the samples of a look.
+
+    Args:
+        features: [n, ...].
+        classes: the judge's class of each sample [n], if there is a judge.
+        pictures: what is in each, if they are pictures.
+    """
+
+    features: Tensor
+    classes: Tensor | None
+    pictures: Measures
+
+    def diversity(self, asked: Asked) -> Measures:
+        """How far each sample is from the mean, squared, that of its prompt or of all; how rare its class is; what is in it."""
+        size = asked.size if asked.kind == "prompt" else len(self.features)
+        return self._named(torch.cat([spread(part) for part in self.features.split(size)]))
+
+    def diversity_of_target(self, log_tilt: Tensor, asked: Asked) -> Measures:
+        """The same of base samples, as it is under the target law: the weighted means are those of the target law."""
+        weights = ImportanceWeights.from_log_tilt(log_tilt, asked.groups).weights
+        return self._named(spread_of_target(self.features, log_tilt, asked.groups), weights)
+
+    def _named(self, spreads: Tensor, weights: Tensor | None = None) -> Measures:
+        found = {VARIETY: spreads}
+        if self.classes is not None:
+            found[CLASSES] = surprise(self.classes, weights)
+        return found | self.pictures
 
 
 def compared(instruments: Instruments, x: Tensor, *, clamped: bool) -> Tensor:
@@ -87,9 +123,3 @@ def compared(instruments: Instruments, x: Tensor, *, clamped: bool) -> Tensor:
     if instruments.extract is not None:
         return instruments.features(x, instruments.extract)
     return x.clamp(-1, 1) if clamped else x
-
-
-def variety(features: Tensor, asked: Asked) -> Tensor:
-    """How far each sample is from the mean, squared: that of its prompt, or of all [n]."""
-    size = asked.size if asked.kind == "prompt" else len(features)
-    return torch.cat([spread(part) for part in features.split(size)])
