@@ -401,6 +401,9 @@ def adjoints(chain: Chain, pairing: str) -> Tensor:
         gain = on_gaussian(chain).gain
     shift = 1 if pairing == "after" else 0
     a = torch.stack([-affine.LINEAR * gain[k + shift :].prod() for k in range(len(chain))])
+    if pairing == "before-diffusion":
+        norm = torch.hypot(chain.times, 1 - chain.times)
+        a = a * norm[:-1] / norm[1:]
     return torch.where(chain.std > 0, a, 0.0)
 
 
@@ -535,7 +538,7 @@ def test_the_quantile_is_that_of_the_terms_in_the_loss_of_each_group(monkeypatch
     tuned = Controlled(chain)
     (measured,) = one_iteration(method, tuned, lambda x: slope * x[:, 0], batch=15, state=state)
 
-    target = -(chain.std * adjoints(chain, "before"))[pairs] * slope / affine.LINEAR
+    target = -(chain.std * adjoints(chain, "before-diffusion"))[pairs] * slope / affine.LINEAR
     thresholds, mean = [], 0.0
     for decay, group in zip((0, 0.5, 0.9), target.abs().split(5, 1), strict=True):
         ordered = group.flatten().sort().values
@@ -754,13 +757,15 @@ def test_paper_preset_has_the_published_numbers() -> None:
 def test_official_code_preset_has_the_published_numbers() -> None:
     """microsoft/soc-fine-tuning-sd."""
     method = AdjointMatching(preset="official-code")
-    assert (method.solver, method.num_inference_steps, method.pairing, method.reward_at) == ("ddpm", 50, "before", "end")
+    assert (method.solver, method.pairing, method.reward_at) == ("ddim-half-way", "before-diffusion", "end")
+    assert method.num_inference_steps == 50
     assert method.train_timesteps == (Stratum(start=0, end=0.6, count=2), Stratum(start=0.6, end=1, count=2))
     assert method.share_timesteps == 5  # the batches of 5 pictures that they accumulate 25 of
     assert (method.loss_clip, method.drop_quantile) == (None, 0.9)
     optimizer = fill_optimizer(method)
     assert (optimizer.learning_rate, optimizer.adam_beta1, optimizer.adam_beta2) == (3e-6, 0.9, 0.95)
     assert (optimizer.adam_weight_decay, optimizer.max_grad_norm, optimizer.lr_warmup_steps) == (0, None, 20)
+    assert optimizer.lr_warmup_from_zero  # their first step is at rate 0
 
 
 @pytest.mark.parametrize("preset", ["paper", "official-code"])

@@ -134,7 +134,8 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Sampling": {"solver"},
         "Diffusers": {"components", "diffusers"},
         "Lora": {"path"},
-        "Prompts": {"path", "validation"},
+        "Prompts": {"path", "dataset", "validation"},
+        "Source": {"path", "dataset"},
         "Point": {"solver"},
         "OrwCfmW2": {"weight", "data", "solver"},
         "EndpointAdjointMatching": {"solver"},
@@ -156,7 +157,7 @@ def test_every_setting_that_names_something_says_so() -> None:
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
-        "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments", "dtype",
+        "subset", "split", "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments", "dtype",
             "attention_backend",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}

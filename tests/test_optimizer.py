@@ -27,6 +27,7 @@ DEFAULTS = {
     "learning_rate": 1e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
+    "lr_warmup_from_zero": False,
     "adam_beta1": 0.9,
     "adam_beta2": 0.99,
     "adam_weight_decay": 0.0,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,95 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
         prompts, _ = read_prompts(Prompts(path=str(tmp_path / name), validation=0))
         assert [p.text for p in prompts] == ["a cat", "a dog"]  # each once
         assert prompts[0].metadata == ({} if name == "p.txt" else {"tag": 1})
+
+
+def test_tables(tmp_path: Path) -> None:
+    """Quoted fields of a .csv may hold separators, quotes and line ends; in a .tsv quotes are letters, as in PartiPrompts.tsv."""
+    (tmp_path / "p.csv").write_text('prompt,tag\r\n"a red, ""big"" cat",1\r\na dog,\r\n\r\n"two\nlines",2\r\n', newline="")
+    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"A" red, big cat\tAnimals\na dog\tAnimals\n')
+    prompts, _ = read_prompts(Prompts(path=str(tmp_path / "p.csv"), validation=0))
+    assert [p.text for p in prompts] == ['a red, "big" cat', "a dog", "two\nlines"]
+    assert [p.metadata for p in prompts] == [{"tag": "1"}, {"tag": ""}, {"tag": "2"}]
+    prompts, _ = read_prompts(Prompts(path=str(tmp_path / "p.tsv"), column="Prompt", validation=0))
+    assert [(p.text, p.metadata) for p in prompts] == [
+        ('"A" red, big cat', {"Category": "Animals"}),
+        ("a dog", {"Category": "Animals"}),
+    ]
+
+
+class Served:
+    """Stands for the package `datasets`: what `load_dataset` gives for names, by splits."""
+
+    def __init__(self, sets: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+        self.sets, self.asked = sets, list[tuple[Any, ...]]()
+
+    class Dataset:
+        def __init__(self, rows: list[dict[str, Any]]) -> None:
+            self.rows = rows
+
+    def load_dataset(self, name: str, subset: str | None) -> Any:
+        self.asked.append((name, subset))
+        if name not in self.sets:
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub\n(offline)")
+        return {split: self.Dataset(rows) for split, rows in self.sets[name].items()}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    two = {"train": [{"caption": "a cat", "n": 1}, {"caption": "a dog", "n": 2}], "test": [{"caption": "a bird", "n": 3}]}
+    found = Served({"me/two": two, "me/one": {"train": two["train"]}})
+    monkeypatch.setitem(sys.modules, "datasets", found)  # type: ignore[arg-type]
+    monkeypatch.setattr("tiltflow.conditions.prompts._rows", lambda data: data.rows)
+    return found
+
+
+def test_a_data_set_by_its_name(served: Served) -> None:
+    source = {"dataset": "me/two", "split": "train", "column": "caption"}
+    test = {"dataset": "me/two", "split": "test", "column": "caption", "subset": "small"}
+    train, held = read_prompts(Prompts.model_validate(source | {"validation": test}))
+    assert [(p.text, p.metadata) for p in train] == [("a cat", {"n": 1}), ("a dog", {"n": 2})]
+    assert [p.text for p in held] == ["a bird"]
+    assert served.asked == [("me/two", None), ("me/two", "small")]
+    assert texts(Prompts(dataset="me/one", column="caption", validation=0))[0] == ["a cat", "a dog"]  # it has one split
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"dataset": "me/two"}, "prompts.dataset me/two: has the splits train, test; set prompts.split"),
+        ({"dataset": "me/two", "split": "trian"}, "prompts.split: me/two has no 'trian', did you mean 'train'"),
+        ({"dataset": "me/one", "column": "captoin"}, "me/one, row 1: has no 'captoin', did you mean 'caption'"),
+        ({"dataset": "me/none"}, r"prompts.dataset me/none: cannot be loaded \(Couldn't reach 'me/none' on the Hub\)$"),
+        ({"dataset": "me/one", "path": "p.txt"}, "either a path or texts, or a dataset"),
+        ({"texts": ["a"], "validation": {}}, "prompts.validation: give either a path or a dataset"),
+        ({"texts": ["a"], "validation": {"dataset": "me/two"}}, "has the splits train, test; set prompts.validation.split"),
+        ({"path": "p.txt", "split": "train"}, "prompts.split 'train': is that of a dataset"),
+    ],
+)
+def test_mistakes_in_data_sets(source: dict[str, Any], message: str, served: Served) -> None:
+    with pytest.raises(InputError, match=message):
+        read_prompts(Prompts.model_validate(source))
+
+
+@pytest.mark.parametrize(("package", "source"), [("datasets", {"dataset": "me/two"}), ("pyarrow", {"path": "p.parquet"})])
+def test_a_package_that_is_not_installed(package: str, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"needs the package {package}: pip install {package}"):
+        read_prompts(Prompts.model_validate(source))
+
+
+def test_tables_without_their_pictures(tmp_path: Path) -> None:
+    """Binary columns, also inside others, are not read: data sets of prompts can come with gigabytes of pictures."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"prompt": "a cat", "tags": ["x"], "png": b"..", "image": {"bytes": b"..", "path": "1.png"}, "more": [b"."]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    prompts, _ = read_prompts(Prompts(path=str(tmp_path / "p.parquet"), validation=0))
+    assert [(p.text, p.metadata) for p in prompts] == [("a cat", {"tags": ["x"]})]
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"p.parquet: cannot be read \("):
+        read_prompts(Prompts(path=str(tmp_path / "p.parquet")))
 
 
 def test_a_line_ends_where_it_ends(tmp_path: Path) -> None:
@@ -81,7 +172,13 @@ def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("p.txt", "\n \n", "there are none in"),
-        ("p.csv", "a,b", r"must be a .txt, .jsonl or .json file"),
+        ("p.xls", "a,b", r"must be a .txt, .json, .jsonl, .csv, .tsv or .parquet file"),
+        ("p.csv", "a,b", "there are none in"),
+        ("p.csv", "prmopt,b\na cat,1", "row 1: has no 'prompt', did you mean 'prmopt'"),
+        ("p.csv", "prompt,b\na cat,1\na red, big cat,1", "row 2: has 3 fields, the first line 2"),
+        ("p.tsv", "prompt\tb\na cat", "row 1: has 1 fields, the first line 2"),
+        ("p.csv", 'prompt\n"a cat', r"is not a table of text .*unexpected end of data"),
+        ("p.csv", "prompt\n" + "a" * 200_000, "is not a table of text .*field larger"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"', "line 2: is not JSON"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompts": "b"}', "row 2: has no 'prompt', did you mean 'prompts'"),
         ("p.jsonl", '{"prompt": 3}', "must be a text"),

@@ -55,7 +55,7 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.base_statistics import BaseStatistics
-from tiltflow.training.draw import batches
+from tiltflow.training.draw import InEpochs, Repeated, batches
 from tiltflow.training.records import of_machine
 from tiltflow.training.settings import Training
 
@@ -388,6 +388,17 @@ def test_prompts_are_repeated_and_their_noise_is_not(tmp_path: Path) -> None:
     assert len({prompts[0] for prompts in seen}) > 1
 
 
+def test_epochs_have_each_prompt_once() -> None:
+    """Whatever the size of a batch; in another order each time, by the seed."""
+    items = [Item(str(i)) for i in range(7)]
+    row = [item.text for k in range(0, 42, 3) for item in Repeated(InEpochs(items, 3, 5), 2)(stream(0), 2 * k)][::2]
+    epochs = [row[k : k + 7] for k in range(0, 42, 7)]
+    assert all(sorted(epoch) == [item.text for item in items] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert [item.text for item in InEpochs(items, 9, 5)(stream(1), 4)] == row[4:13]
+    assert [item.text for item in InEpochs(items, 7, 6)(stream(0), 0)] != epochs[0]
+
+
 def test_two_runs_are_the_same_bit_for_bit(tmp_path: Path) -> None:
     tree = recipe_for(tmp_path, "stable-diffusion", evaluation={"num_prompts": 1, "num_generations": 2, "points": [SHORT]})
     first, second = (train(tree, tmp_path / name) for name in ("one", "two"))
@@ -590,6 +601,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_looked_at(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tiltflow.runs.run.evaluate", lambda *arguments, **options: {})
     training = recipe_for(tmp_path, "stable-diffusion")["training"] | {"max_train_steps": 5, "checkpointing_steps": 2}
     training |= {"ema_decay": 0.5, "monitor": {"steps": 2}, "per_prompt_normalization": 2, "non_finite_rewards": "drop"}
+    training |= {"prompt_order": "epochs"}
     tree = recipe_for(tmp_path, "stable-diffusion", training=training)
 
     class Killed(BaseException):

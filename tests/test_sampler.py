@@ -761,7 +761,7 @@ def test_a_solver_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, g
     assert Sampling(solver="forgetful").limits() == []
     with pytest.raises(SettingsError, match="solver 'forgetful' has noise"):
         OrwCfmW2(solver="forgetful")
-    with pytest.raises(SettingsError, match=r"a memoryless solver \(.*ddim, ddpm, .*forgetful, .*\), is 'mid-point'"):
+    with pytest.raises(SettingsError, match=r"a memoryless solver \(.*ddim, .*ddpm, .*forgetful, .*\), is 'mid-point'"):
         AdjointMatching(solver="mid-point")
     with pytest.raises(SettingsError, match="there is no solver 'forgetfull', did you mean 'forgetful'"):
         AdjointMatching(solver="forgetfull")

@@ -170,6 +170,9 @@ def adamw(
 
 def test_weights_follow_adamw_under_the_schedule() -> None:
     method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]])
+    _, records, _ = run_given(method, 4, optimizer=Optimizer(lr_warmup_steps=2, lr_warmup_from_zero=True))
+    assert [r.metrics["learning_rate"] for r in records] == pytest.approx([0.0, 0.05, 0.1, 0.1])
+    method = GivenGradients([[0.3], [-0.5], [2.0], [0.1]])
     _, records, path = run_given(method, 4, optimizer=Optimizer(lr_warmup_steps=2))
     assert path == pytest.approx(adamw([0.3, -0.5, 2.0, 0.1], [0.05, 0.1, 0.1, 0.1]))
     assert [r.metrics["learning_rate"] for r in records] == pytest.approx([0.05, 0.1, 0.1, 0.1])
@@ -193,6 +196,22 @@ def test_loop_stops_in_the_middle_of_a_batch() -> None:
 def test_samples_are_counted_once_however_often_they_are_learned_from() -> None:
     _, records, _ = run_given(GivenGradients([[0.3, -0.5, 0.2], [2.0, 0.1]]), 5)
     assert [r.samples_drawn for r in records] == [64, 64, 64, 128, 128]
+
+
+def test_a_batch_is_told_how_many_were_drawn_before() -> None:
+    told: list[int] = []
+
+    class Numbered:
+        def at(self, drawn: int) -> Callable[[torch.Generator], Tensor]:
+            told.append(drawn)
+            return draw
+
+        def __call__(self, generator: torch.Generator) -> Tensor:
+            raise AssertionError("not told")
+
+    method = GivenGradients([[0.3, -0.5, 0.2], [2.0], [0.1]])
+    list(train(Flow(OneWeight()), Flow(OneWeight()), method, PROBLEM.reward(), Numbered(), max_train_steps=5))
+    assert told == [0, 64, 128]
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:

@@ -84,10 +84,12 @@ class External:
     Args:
         only_functions: only functions are outside; other values are names of tiltflow's own.
         but: values that name nothing outside.
+        repo_type: what it names on the hub: model or dataset.
     """
 
     only_functions: bool = False
     but: tuple[str, ...] = ()
+    repo_type: str = "model"
 
 
 PathOrName = Annotated[str, External()]

@@ -1,7 +1,9 @@
-"""Prompts: read from a text file, a .json or .jsonl file with metadata, or a data set of `datasets`; some are held out."""
+"""Prompts: read from a file of text, tables or JSON, or from a data set of `datasets`; some are held out."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,26 +14,58 @@ from pydantic import Field
 
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.settings import PathOrName, Settings
+from tiltflow.settings import External, PathOrName, Settings
 from tiltflow.streams import stream
+from tiltflow.user_code import refused
 
 MOST_CHARACTERS = 1 << 28  # of a file
+TABLES: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a prompt may begin with a quotation, as in PartiPrompts.tsv
+}
+"""How tables of text are read, whose first line has the names of the columns."""
+SUFFIXES = (".txt", ".json", ".jsonl", *TABLES, ".parquet")
 
 
-class Prompts(Settings):
+class Source(Settings):
+    """A file or a data set of prompts."""
+
+    path: PathOrName | None = None
+    """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, a
+    .csv, .tsv (where quotes are letters) or .parquet table, or a folder of `Dataset.save_to_disk`. UTF-8; a line ends with
+    \\n or \\r\\n, and space around a prompt is removed."""
+    dataset: Annotated[str, External(repo_type="dataset")] | None = None
+    """The name of a data set on the hub, instead of a path; needs the package `datasets`."""
+    subset: str | None = None
+    """Its configuration, if it has several."""
+    split: str | None = None
+    """Its split, such as train, if it has several."""
+    column: str = "prompt"
+    """Key of the prompt, where there are others: they are metadata, but for pictures and other binary columns."""
+
+    def read(self, where: str) -> list[Item]:
+        """Read the prompts. Raises InputError if there are none, or if they cannot be read."""
+        if self.dataset is None:
+            for name in ("subset", "split"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(f"{where}.{name} {value!r}: is that of a dataset; leave it out")
+            found = read_file(Path(str(self.path)), self.column)
+        else:
+            found = from_rows(_from_hub(self.dataset, self.subset, self.split, where), self.column, self.dataset)
+        if not any(prompt.text for prompt in found):
+            raise InputError(f"{where}: there are none in {self.dataset or self.path}")
+        return found
+
+
+class Prompts(Source):
     """Source of prompts."""
 
     name: Literal["prompts"] = "prompts"
-    path: PathOrName | None = None
-    """A .txt file with a prompt on each line, a .jsonl file with an object on each, a .json file with a list of objects, or a
-    folder of `Dataset.save_to_disk`. UTF-8; a line ends with \\n or \\r\\n, and space around a prompt is removed."""
     texts: tuple[str, ...] = ()
     """The prompts themselves, instead of a path."""
-    column: str = "prompt"
-    """Key of the prompt in a .json or .jsonl file or a data set; all other keys are metadata."""
-    validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName = 0.1
-    """Share of the prompts that is held out for the evaluation, or the path of a file with others. A single prompt is
-    never held out."""
+    validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName | Source = 0.1
+    """Share of the prompts that is held out for the evaluation; or the path of a file with others, or a source with its own
+    `path` or `dataset`, and `column`. A single prompt is never held out."""
 
     def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Item], list[Item]]:
         """Read the prompts; see `read_prompts`."""
@@ -45,23 +79,25 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Item], list[Ite
 
     Raises InputError if there are no prompts, or if a line or a column cannot be read as prompts.
     """
-    if (settings.path is None) == (not settings.texts):
-        raise InputError("prompts: give either a path or texts")
-    given = [{settings.column: text} for text in settings.texts]
-    prompts = unique(
-        from_rows(given, settings.column, "texts") if settings.path is None else read_file(Path(settings.path), settings.column)
-    )
-    if not prompts:
-        raise InputError(f"prompts: there are none in {settings.path or 'texts'}")
-    if isinstance(settings.validation, str):
-        held_out = unique(read_file(Path(settings.validation), settings.column))
-        if not held_out:
-            raise InputError(f"prompts.validation: there are none in {settings.validation}")
-        return prompts, held_out
+    if sum([settings.path is not None, settings.dataset is not None, bool(settings.texts)]) != 1:
+        raise InputError("prompts: give either a path or texts, or a dataset")
+    if settings.texts:
+        given = from_rows([{settings.column: text} for text in settings.texts], settings.column, "texts")
+        if not any(prompt.text for prompt in given):
+            raise InputError("prompts: there are none in texts")
+    else:
+        given = settings.read("prompts")
+    prompts, validation = unique(given), settings.validation
+    if isinstance(validation, str):
+        validation = Source(path=validation, column=settings.column)
+    if isinstance(validation, Source):
+        if (validation.path is None) == (validation.dataset is None):
+            raise InputError("prompts.validation: give either a path or a dataset")
+        return prompts, unique(validation.read("prompts.validation"))
     different = list(dict.fromkeys(prompt.text for prompt in prompts))
-    if len(different) == 1 or settings.validation == 0:
+    if len(different) == 1 or validation == 0:
         return prompts, prompts
-    count = min(max(1, round(settings.validation * len(different))), len(different) - 1)
+    count = min(max(1, round(validation * len(different))), len(different) - 1)
     order = torch.randperm(len(different), generator=stream(seed, "held out")).tolist()
     held = {different[i] for i in order[:count]}
     return [p for p in prompts if p.text not in held], [p for p in prompts if p.text in held]
@@ -89,8 +125,12 @@ def read_file(path: Path, column: str) -> list[Item]:
     """Read the prompts of one file or folder. Raises InputError if it cannot be read."""
     if path.is_dir():
         return from_rows(_data_set(path), column, str(path))
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise InputError(f"prompts {path}: must be a .txt, .jsonl or .json file, or a folder of a data set")
+    if path.suffix not in SUFFIXES:
+        raise InputError(
+            f"prompts {path}: must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of a data set"
+        )
+    if path.suffix == ".parquet":
+        return from_rows(_parquet(path), column, str(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read(MOST_CHARACTERS + 1)
@@ -103,11 +143,25 @@ def read_file(path: Path, column: str) -> list[Item]:
         if not isinstance(rows, list):
             raise InputError(f"prompts {path}: must be a list of objects")
         return from_rows(rows, column, str(path))
+    if path.suffix in TABLES:
+        return from_rows(from_table(text, TABLES[path.suffix], str(path)), column, str(path))
     lines = text.split("\n")  # splitlines() would split at U+2028 and others too, which are part of a prompt
     if path.suffix == ".txt":
         return from_rows([{column: line} for line in lines], column, str(path))
     rows = [from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     return from_rows(rows, column, str(path))
+
+
+def from_table(text: str, form: dict[str, Any], where: str) -> list[Any]:
+    """Parse a table of text with the names of its columns in the first line. Raises InputError for a row of another length."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), **form)
+    with refused(f"prompts {where}: is not a table of text"):
+        rows: list[Any] = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            got = len(row) - 1 + len(row[None]) if None in row else sum(value is not None for value in row.values())
+            raise InputError(f"prompts {where}, row {number}: has {got} fields, the first line {len(reader.fieldnames or ())}")
+    return rows
 
 
 def from_json(text: str, where: str) -> Any:
@@ -146,5 +200,50 @@ def _data_set(folder: Path) -> list[Any]:
         raise InputError(f"prompts {folder}: is not a data set of `datasets` ({error})") from None
     if not isinstance(loaded, Dataset):
         raise InputError(f"prompts {folder}: has several splits, {', '.join(loaded)}; give the folder of one of them")
-    rows: list[Any] = loaded.to_list()
+    return _rows(loaded)
+
+
+def _from_hub(name: str, subset: str | None, split: str | None, where: str) -> list[Any]:
+    """The rows of a data set of `datasets`. Raises InputError if it cannot be loaded, or the split is not clear."""
+    try:
+        from datasets import Dataset, load_dataset
+    except ImportError:
+        raise InputError(f"{where}.dataset {name}: needs the package datasets: pip install datasets") from None
+    with refused(f"{where}.dataset {name}: cannot be loaded"):
+        loaded: Any = load_dataset(name, subset)
+    if isinstance(loaded, Dataset):
+        return _rows(loaded)
+    splits = list(loaded)
+    if split is None and len(splits) > 1:
+        raise InputError(f"{where}.dataset {name}: has the splits {', '.join(splits)}; set {where}.split")
+    if split is not None and split not in splits:
+        raise InputError(f"{where}.split: {name} has no {split!r}{did_you_mean(split, splits)}")
+    return _rows(loaded[split or splits[0]])
+
+
+def _rows(data: Any) -> list[Any]:
+    """The rows of a data set of `datasets`, without binary columns."""
+    rows: list[Any] = data.select_columns(_readable(data.features.arrow_schema)).to_list()
     return rows
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"prompts {path}: a .parquet file needs the package pyarrow: pip install pyarrow") from None
+    with refused(f"prompts {path}: cannot be read"):
+        rows: list[Any] = parquet.read_table(path, columns=_readable(parquet.read_schema(path))).to_pylist()
+    return rows
+
+
+def _readable(schema: Any) -> list[str]:
+    """The names of the columns that hold no pictures or other binary data."""
+    from pyarrow import types
+
+    def binary(kind: Any) -> bool:
+        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+            return True
+        return any(binary(kind.field(i).type) for i in range(kind.num_fields))
+
+    return [field.name for field in schema if not binary(field.type)]

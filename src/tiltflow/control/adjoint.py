@@ -45,7 +45,7 @@ from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.timing import phase
 
-Pairing = Literal["after", "before", "right"]
+Pairing = Literal["after", "before", "before-diffusion", "right"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def lean_adjoint(
         objective: the reward of the end, and the running reward, if there is one.
         beta: temperature of the tilt, in units of reward.
         pairing: which adjoint step k regresses on. "after" is a_{k+1}: the regression then has the optimal control of the
-            chain as its exact fixed point. "before" is a_k, as in the authors' code: off by O(h). "right" is a_k with the
+            chain as its exact fixed point. "before" is a_k: off by O(h), which depends on the coordinates of the states.
+            "before-diffusion" is that of variance-preserving states, as in the authors' code. "right" is a_k with the
             Jacobian, and the running reward, at the end of each step, as printed in eq. 41 of the paper: off by O(h); it
             needs `right`, the chain of the same sampler one step later in time.
         reward_at: where the gradient of the reward is taken if the last step is noisy: at x_K, or at the base's denoised
@@ -149,6 +150,9 @@ def lean_adjoint(
                 a = a - objective.gradient(states[k], chain.times, k) / beta
             if pairing == "before":
                 targets[k] = a
+            if pairing == "before-diffusion":
+                norm = torch.hypot(chain.times[k : k + 2], 1 - chain.times[k : k + 2])
+                targets[k] = (norm[0] / norm[1]).item() * a
             if k > first:
                 done(k)
     if base_velocities[first] is None:

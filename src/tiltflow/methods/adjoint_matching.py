@@ -69,9 +69,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "share_timesteps": True,
     },
     "official-code": {
-        "solver": "ddpm",
+        "solver": "ddim-half-way",
         "num_inference_steps": 50,
-        "pairing": "before",
+        "pairing": "before-diffusion",
         "reward_at": "end",
         "drop_quantile": 0.9,
         "train_timesteps": [{"start": 0, "end": 0.6, "count": 2}, {"start": 0.6, "end": 1, "count": 2}],
@@ -95,6 +95,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "adam_weight_decay": 0.0,
         "max_grad_norm": None,
         "lr_warmup_steps": 20,
+        "lr_warmup_from_zero": True,
         "lr_scheduler": "constant",
     },
 }
@@ -126,8 +127,8 @@ class AdjointMatching(Tilting):
     """Start from a published setting; keys given beside it win."""
 
     solver: MemorylessSolver = "memoryless"
-    """The chain that is tuned: memoryless (exact in the limit of small steps), memoryless-offset, ddpm or euler-maruyama; any
-    memoryless solver of `Sampling`."""
+    """The chain that is tuned: memoryless (exact in the limit of small steps), memoryless-offset, ddpm, ddim-half-way or
+    euler-maruyama; any memoryless solver of `Sampling`."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 40
     """Steps of the chain, from noise to data."""
     shift: Positive = 1.0
@@ -136,7 +137,8 @@ class AdjointMatching(Tilting):
     """middle: before that shift, smaller steps in the middle, which leave less between the optimum of the chain and the tilt.
     Sample on the same grid, or a finer one."""
     pairing: Pairing = "after"
-    """Which adjoint step k regresses on: a_{k+1} (exact), a_k of the same chain, or a_k as printed in the paper."""
+    """Which adjoint step k regresses on: after, a_{k+1} (exact); before, a_k of the same chain; before-diffusion, that of
+    variance-preserving states, as in the authors' code; right, a_k as printed in the paper."""
     reward_at: Literal["end", "denoised"] = "end"
     """Where the reward's gradient is taken if the last step is noisy: at its end, or at the base's denoised start."""
     control_from: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -166,7 +166,7 @@ def fingerprint(value: str, marker: External, revision: str | None = None) -> st
     place = _place(value, marker)
     if place is not None:
         return f"sha256:{digest(place)}"
-    return None if marker.only_functions or FUNCTION.fullmatch(value) else _commit(value, revision)
+    return None if marker.only_functions or FUNCTION.fullmatch(value) else _commit(value, revision, marker.repo_type)
 
 
 def digest(place: Path) -> str:
@@ -219,8 +219,8 @@ def _sha256(path: Path) -> str:
     return _known[key]
 
 
-def _commit(name: str, revision: str | None) -> str | None:
-    """The commit of a model on the hub that is in the cache; None if none is."""
+def _commit(name: str, revision: str | None, repo_type: str = "model") -> str | None:
+    """The commit of a model or a data set on the hub that is in the cache; None if none is."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.file_download import repo_folder_name
@@ -229,7 +229,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     if revision is not None and COMMIT.fullmatch(revision):
         return f"commit:{revision}"
     try:
-        path = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs", revision or "main")
+        path = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type), "refs", revision or "main")
         return f"commit:{path.read_text(encoding='ascii').strip()}"
     except (OSError, ValueError):
         return None

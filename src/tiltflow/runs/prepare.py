@@ -102,7 +102,7 @@ def prepare(
     dtype = autocast_dtype(training.mixed_precision, model.device)
     flow = replace(flow, autocast=dtype)
     base = base_of(flow) if adapted else replace(cast(Flow, model.flow), autocast=dtype)
-    draw = batches(tuned, items, reward, method, training)
+    draw = batches(tuned, items, reward, method, training, seed=seed)
 
     def calibrate(beta: float) -> tuple[Calibration, int]:
         networks = (flow.network, base.network)

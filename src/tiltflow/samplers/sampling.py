@@ -26,7 +26,7 @@ class Sampling(Settings):
     """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
-    """memoryless, memoryless-offset, ddpm, ddim, consistency, euler, euler-maruyama, heun, stochastic-heun, dpm-solver++, or
+    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, euler, euler-maruyama, heun, stochastic-heun, dpm-solver++, or
     `package.module:function`, an ODE solver of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     """Steps from noise to data."""
@@ -35,7 +35,7 @@ class Sampling(Settings):
     spacing: Spacing = "even"
     """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
+    """The noise of the `ddim`, `ddim-half-way` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
 
     def build(self) -> Solver:
         """The solver, as a value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ class Drawn:
     bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
     guide: Guide | None = None
     reward: Reward | None = None
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A function that draws batches, which depend on how many samples were drawn before."""
+
+    def at(self, drawn: int) -> Callable[[torch.Generator], Tensor | Drawn]:
+        """Return the function that draws the batch after so many samples."""
+        ...
 
 
 @dataclass(frozen=True)

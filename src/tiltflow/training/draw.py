@@ -17,6 +17,7 @@ from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import values_of
 from tiltflow.rewards.functions.prompted import told
+from tiltflow.streams import stream
 from tiltflow.training.batch import Drawn
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training
@@ -39,9 +40,9 @@ class Decoded:
 
 
 class Items(Protocol):
-    """Draw the items of an iteration, one for each sample, from a generator."""
+    """Draw the items of an iteration, one for each sample, from a generator, after so many that were drawn before."""
 
-    def __call__(self, generator: torch.Generator, /) -> list[Item]: ...
+    def __call__(self, generator: torch.Generator, drawn: int, /) -> list[Item]: ...
 
 
 @dataclass(frozen=True)
@@ -51,46 +52,79 @@ class InTurn:
     items: Sequence[Item]
     size: int
 
-    def __call__(self, generator: torch.Generator) -> list[Item]:
+    def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
         order = torch.randperm(len(self.items), generator=generator, device=generator.device).tolist()
         return [self.items[order[i % len(order)]] for i in range(self.size)]
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """`count` different items, each of them `each` times in a row."""
+class InEpochs:
+    """The next `size` samples of an endless row: all items once, shuffled, then all again, shuffled anew."""
 
     items: Sequence[Item]
-    count: int
+    size: int
+    seed: int
+
+    def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
+        row, (epoch, begin) = list[Item](), divmod(drawn, len(self.items))
+        while len(row) < begin + self.size:
+            order = torch.randperm(len(self.items), generator=stream(self.seed, "epoch", epoch)).tolist()
+            row += [self.items[i] for i in order]
+            epoch += 1
+        return row[begin : begin + self.size]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Each of some items `each` times in a row."""
+
+    of: Items
     each: int
 
-    def __call__(self, generator: torch.Generator) -> list[Item]:
-        return [item for item in InTurn(self.items, self.count)(generator) for _ in range(self.each)]
+    def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
+        return [item for item in self.of(generator, drawn // self.each) for _ in range(self.each)]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Draws a batch from a generator, after `drawn` samples that were drawn before; see `tiltflow.training.batch.Ordered`."""
+
+    draw: Callable[[torch.Generator, int], Drawn]
+    drawn: int = 0
+
+    def __call__(self, generator: torch.Generator) -> Drawn:
+        return self.draw(generator, self.drawn)
+
+    def at(self, drawn: int) -> Batches:
+        return replace(self, drawn=drawn)
 
 
 def batches(
-    model: GenerativeModel, items: Sequence[Item], reward: Reward, method: Method, training: Training
-) -> Callable[[torch.Generator], Drawn]:
+    model: GenerativeModel, items: Sequence[Item], reward: Reward, method: Method, training: Training, *, seed: int = 0
+) -> Batches:
     """Draw the start of an iteration: items, their conditions, and noise.
 
     Args:
         items: what samples are asked for; none for an unconditional model.
+        seed: of the order of items in epochs.
     """
     size, first = training.samples_per_step, method.sampling.times(model.grid)[0]
     choose: Items = InTurn(items, size)
     if training.prompts_per_step is not None and training.num_generations is not None:
-        choose = Repeated(items, training.prompts_per_step, training.num_generations)
+        count = training.prompts_per_step
+        some = InEpochs(items, count, seed) if training.prompt_order == "epochs" else InTurn(items, count)
+        choose = Repeated(some, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
     keeps_norm = isinstance(model, TextToImage) and model.guidance_keeps_norm
 
     def of_states(of_samples: Reward) -> Reward:
         return Decoded(model, of_samples, decode_batch_size) if model.has_decoder else of_samples
 
-    def draw(generator: torch.Generator) -> Drawn:
+    def draw(generator: torch.Generator, drawn: int) -> Drawn:
         if not items:
             x = model.noise([Item("")] * size, generator, first)
             return Drawn(x, reward=of_states(reward)) if model.has_decoder else Drawn(x)
-        some = choose(generator)
+        some = choose(generator, drawn)
         condition, negative = model.conditions(some)
         x, of_items = model.noise(some, generator, first), of_states(told(reward, some))
 
@@ -104,4 +138,4 @@ def batches(
 
         return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_items)
 
-    return draw
+    return Batches(draw)

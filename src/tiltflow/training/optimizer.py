@@ -24,6 +24,8 @@ class Optimizer(Settings):
     """After the warm-up: flat, or down to 0 along a cosine."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate grows from 0, linearly."""
+    lr_warmup_from_zero: bool = False
+    """Take the first step at rate 0, as the schedules of torch and diffusers do, instead of one step further on."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's mean of the gradients."""
     adam_beta2: Decay = 0.99
@@ -72,14 +74,21 @@ def move_old_keys(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "method": rest, "optimizer": moved}
 
 
-def learning_rate_factor(step: int, *, warmup: int, total: int, scheduler: Literal["constant", "cosine"] = "cosine") -> float:
+def learning_rate_factor(
+    step: int,
+    *,
+    warmup: int,
+    total: int,
+    scheduler: Literal["constant", "cosine"] = "cosine",
+    from_zero: bool = False,
+) -> float:
     """The factor on the learning rate at `step` in 1 .. total: linear up over `warmup` steps, then flat or a cosine to 0.
 
     >>> [learning_rate_factor(step, warmup=2, total=6) for step in (1, 2, 4, 6)]
     [0.5, 1.0, 0.5, 0.0]
     """
     if step <= warmup:
-        return step / warmup
+        return (step - from_zero) / warmup
     if scheduler == "constant":
         return 1.0
     return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2

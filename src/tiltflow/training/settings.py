@@ -19,7 +19,7 @@ TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 BATCH_SIZE, PROMPTS, GENERATIONS = 64, 4, 4
 """Default sizes of a batch."""
-OF_PROMPTS = ("prompts_per_step", "num_generations", "guidance_mode", "decode_batch_size")
+OF_PROMPTS = ("prompts_per_step", "num_generations", "prompt_order", "guidance_mode", "decode_batch_size")
 """Settings for models with prompts alone."""
 
 
@@ -34,6 +34,8 @@ class Training(Settings):
     """Number of different prompts in an iteration, 4 by default."""
     num_generations: Count | None = None
     """Pictures of each prompt, 4 by default."""
+    prompt_order: Literal["random", "epochs"] = "random"
+    """random: the prompts of each iteration are drawn anew. epochs: all come once before any comes again, shuffled each time."""
     micro_batch_size: Count | None = None
     """Samples that a network sees at once. Changes the memory needed, not the result."""
     decode_batch_size: Count | None = None
@@ -109,7 +111,7 @@ class Training(Settings):
         Raises InputError for a setting that has no meaning for such a model.
         """
         for name in OF_PROMPTS:
-            if (value := getattr(self, name)) not in (None, "none"):
+            if (value := getattr(self, name)) not in (None, "none", "random"):
                 raise InputError(f"training.{name} ({value!r}): this model has no prompts; leave it out")
         sizes = {"train_batch_size": self.train_batch_size or BATCH_SIZE, "guidance_mode": "none"}
         return self.model_copy(update=sizes)

@@ -29,7 +29,7 @@ from tiltflow.samplers.grid import Start
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.timing import Clock, phase
-from tiltflow.training.batch import Batch, Drawn
+from tiltflow.training.batch import Batch, Drawn, Ordered
 from tiltflow.training.memory import forget_peak, peak_memory
 from tiltflow.training.method import Method, Stateful
 from tiltflow.training.optimizer import Optimizer, fill_optimizer, learning_rate_factor
@@ -296,6 +296,8 @@ class _Loop:
         evaluated, self.moved, self.before = self.count.total, False, None
         reward = copy.deepcopy(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
         try:
+            if isinstance(draw, Ordered):
+                draw = draw.at(self.drawn)
             found = draw(stream(self.seed, "start", self.step, device=self.device))
             drawn = found if isinstance(found, Drawn) else Drawn(found)
             if self.of_method is None:
@@ -372,7 +374,11 @@ class _Loop:
         """Take an optimizer step. Raises NonFiniteError, with the weights as before, if loss or gradient is not finite."""
         settings = self.settings
         factor = learning_rate_factor(
-            self.step, warmup=settings.lr_warmup_steps, total=self.max_train_steps, scheduler=settings.lr_scheduler
+            self.step,
+            warmup=settings.lr_warmup_steps,
+            total=self.max_train_steps,
+            scheduler=settings.lr_scheduler,
+            from_zero=settings.lr_warmup_from_zero,
         )
         finite(measured["loss"], "the loss", self.step)
         processes.sum_gradients(self.trained.values())
