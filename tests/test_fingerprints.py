@@ -157,8 +157,8 @@ def test_every_setting_that_names_something_says_so() -> None:
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
-        "subset", "split", "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments", "dtype",
-            "attention_backend",
+        "subset", "split", "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
+        "dtype", "attention_backend",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
     todo: list[type[Settings]] = [Recipe]

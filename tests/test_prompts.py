@@ -30,7 +30,7 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    """Quoted fields of a .csv may hold separators, quotes and line ends; in a .tsv quotes are letters, as in PartiPrompts.tsv."""
+    """Quoted fields of a .csv may hold separators, quotes and line ends; in a .tsv quotes are letters (PartiPrompts.tsv)."""
     (tmp_path / "p.csv").write_text('prompt,tag\r\n"a red, ""big"" cat",1\r\na dog,\r\n\r\n"two\nlines",2\r\n', newline="")
     (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"A" red, big cat\tAnimals\na dog\tAnimals\n')
     prompts, _ = read_prompts(Prompts(path=str(tmp_path / "p.csv"), validation=0))

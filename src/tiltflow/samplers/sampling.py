@@ -26,8 +26,8 @@ class Sampling(Settings):
     """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
-    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, euler, euler-maruyama, heun, stochastic-heun, dpm-solver++, or
-    `package.module:function`, an ODE solver of your own."""
+    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, euler, euler-maruyama, heun, stochastic-heun,
+    dpm-solver++, or `package.module:function`, an ODE solver of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     """Steps from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0

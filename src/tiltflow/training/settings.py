@@ -35,7 +35,7 @@ class Training(Settings):
     num_generations: Count | None = None
     """Pictures of each prompt, 4 by default."""
     prompt_order: Literal["random", "epochs"] = "random"
-    """random: the prompts of each iteration are drawn anew. epochs: all come once before any comes again, shuffled each time."""
+    """random: the prompts of each iteration are drawn anew. epochs: all come once before any comes again, shuffled anew."""
     micro_batch_size: Count | None = None
     """Samples that a network sees at once. Changes the memory needed, not the result."""
     decode_batch_size: Count | None = None

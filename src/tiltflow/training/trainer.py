@@ -75,7 +75,7 @@ def train(
     base: Flow | AdapterOff,
     method: Method,
     reward: Reward,
-    draw: Callable[[torch.Generator], Tensor | Drawn],
+    draw: Callable[[torch.Generator], Tensor | Drawn] | Ordered,
     *,
     max_train_steps: int,
     optimizer: Optimizer | None = None,
@@ -97,7 +97,7 @@ def train(
     that is a module, are in eval mode: the policy that is trained must be the one that is sampled.
 
     Args:
-        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`.
+        draw: starting points [batch, *event] at time `start`, from a generator; or a whole `Drawn`; or `Ordered`.
         optimizer: settings of AdamW and its schedule; by default the method's own.
         ema_decay: decay of the moving average of the weights; when the iterator ends, or is closed, the parameters are
             that average. Trajectories are drawn from it too: it is the better flow, and less noisy.
@@ -290,15 +290,14 @@ class _Loop:
 
     # ---- a batch ----
 
-    def batch(self, draw: Callable[[torch.Generator], Tensor | Drawn]) -> Iterator[Record]:
+    def batch(self, draw: Callable[[torch.Generator], Tensor | Drawn] | Ordered) -> Iterator[Record]:
         """Take all optimizer steps on a batch. Raises NonFiniteError, Interrupted and UserCodeError; where the weights have not
         changed yet, all states are then as before the batch."""
         evaluated, self.moved, self.before = self.count.total, False, None
         reward = copy.deepcopy(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
         try:
-            if isinstance(draw, Ordered):
-                draw = draw.at(self.drawn)
-            found = draw(stream(self.seed, "start", self.step, device=self.device))
+            now = draw.at(self.drawn) if isinstance(draw, Ordered) else draw
+            found = now(stream(self.seed, "start", self.step, device=self.device))
             drawn = found if isinstance(found, Drawn) else Drawn(found)
             if self.of_method is None:
                 self.of_method = self.method.new_state(tuple(drawn.x.shape[1:]), self.seed, self.device)

@@ -18,8 +18,7 @@ from tiltflow.samplers.solvers.ddim import ddim
 def ddim_half_way(times: Tensor, eta: float = 0.0) -> Chain:
     """`ddim`, whose last step goes to where alpha^2 is the mean of its values at both ends of the step, so that it has noise,
     and is controlled. What it ends in, variance preserving and with that noise, stands for the sample at the last time."""
-    alpha, beta = variance_preserving(times[-2:])
-    square = alpha.square().mean()
+    square = variance_preserving(times[-2:])[0].square().mean()
     there = square.sqrt() / (square.sqrt() + (1 - square).sqrt())
     chain = ddim(torch.cat([times[:-1], there[None]]), eta)
     scale = torch.ones_like(chain.std)
