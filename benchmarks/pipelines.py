@@ -7,8 +7,11 @@ overhead  time of an iteration, without the optimizer's own step, over that of t
           hooks and timed in turn with it
 optimizer time of the optimizer's step, over that of the same network calls; nothing at the authors' setting, and not on latents
           so small that a network of this size has hardly anything to do
-speed     optimizer steps a second, over those of the first row: two networks in float32, everything else off
+speed     optimizer steps a second, over those of the first row
 memory    peak, above what the imports take, over that of the first row
+
+The first row is no code of theirs: `AuthorsLoop` is the loop that their paper and repository describe, two networks in float32
+and everything else off, in plain diffusers and torch. All rows are without guidance and without a decoder.
 
     python benchmarks/pipelines.py --network small --steps 10          # minutes on a CPU
     python benchmarks/pipelines.py                                     # a GPU
@@ -17,6 +20,7 @@ memory    peak, above what the imports take, over that of the first row
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -40,10 +44,11 @@ from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipelines.stable_diffusion import StableDiffusion, predict
 from tiltflow.models.trainable import trainable_copy
-from tiltflow.training.batch import Batch
+from tiltflow.training.batch import Drawn
 from tiltflow.training.trainer import train
 
 ROWS: dict[str, dict[str, Any]] = {
+    "the authors' loop, float32": {"loop": True},
     "full, float32": {},
     "full, bfloat16": {"autocast": True},
     "LoRA, float32": {"lora": True},
@@ -60,6 +65,97 @@ SIZES: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
 }
+
+
+class AuthorsLoop:
+    """One optimizer step at a call, as microsoft/soc-fine-tuning-sd describes it (arXiv 2409.08861, Algorithm 2): DDIM, eta 1,
+    trajectories joined state by state, a vector-Jacobian product of the base at every step, the base's predictions kept for
+    the loss, whose four steps are one batch, and AdamW."""
+
+    passes = 1
+
+    def __init__(self, options: argparse.Namespace):
+        from diffusers import DDIMScheduler, UNet2DConditionModel
+
+        torch.manual_seed(0)
+        self.device, self.count_of_steps = options.device, options.steps
+        self.tuned: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents).to(self.device)
+        self.base = copy.deepcopy(self.tuned).requires_grad_(False).eval()
+        self.shape = (options.batch, 4, options.latents, options.latents)
+        self.embeds = torch.randn(options.batch, 77, SIZES[options.network]["cross_attention_dim"], device=self.device)
+        scheduler = DDIMScheduler(beta_start=0.002, beta_end=0.009, beta_schedule="scaled_linear", timestep_spacing="trailing")
+        scheduler.set_timesteps(options.steps)
+        self.times = scheduler.timesteps.to(self.device)
+        alphas = scheduler.alphas_cumprod.to(self.device)
+        self.alphas = torch.cat([alphas[self.times], (1 + alphas[self.times[-1:]]) / 2])
+        self.optimizer = torch.optim.AdamW(self.tuned.parameters(), lr=3e-6, betas=(0.9, 0.95), weight_decay=0.0)
+        self.lengths: Counter[tuple[str, nn.Module, int]] = Counter()
+
+    def predict(self, network: Any, x: Tensor, k: int | Tensor, kind: str) -> Tensor:
+        self.lengths[kind, network, len(x)] += 1
+        embeds = self.embeds.repeat(len(x) // self.shape[0], 1, 1)
+        predicted: Tensor = network(x, self.times[k], encoder_hidden_states=embeds).sample
+        return predicted
+
+    def deviation(self, k: int | Tensor) -> Tensor:
+        now, after = self.alphas[k], self.alphas[k + 1]
+        return ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
+
+    def mean(self, x: Tensor, epsilon: Tensor, k: int) -> Tensor:
+        now, after = self.alphas[k], self.alphas[k + 1]
+        clean = (x - (1 - now).sqrt() * epsilon) / now.sqrt()
+        return after.sqrt() * clean + (1 - after - self.deviation(k) ** 2).sqrt() * epsilon
+
+    def slope(self, k: Tensor) -> Tensor:
+        """Of the mean of step k in the prediction."""
+        now, after = self.alphas[k], self.alphas[k + 1]
+        return (1 - after - self.deviation(k) ** 2).sqrt() - ((1 - now) * after / now).sqrt()
+
+    def __call__(self) -> None:
+        self.lengths.clear()
+        states = torch.randn(self.shape, device=self.device)[None]
+        with torch.no_grad():
+            for k in range(self.count_of_steps):
+                x = states[-1]
+                drift = self.mean(x, self.predict(self.tuned, x, k, "forward"), k)
+                states = torch.cat([states, (drift + self.deviation(k) * torch.randn_like(x))[None]])
+        last = states[-1].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(last.flatten(1).mean(1).sum(), last)
+        adjoints, predictions = -100 * gradient[None], states[:0]
+        for k in reversed(range(self.count_of_steps)):
+            x = states[k].clone().requires_grad_()
+            epsilon = self.predict(self.base, x, k, "vjp")
+            (gradient,) = torch.autograd.grad(((self.mean(x, epsilon, k) - x) * adjoints[0]).sum(), x)
+            adjoints = torch.cat([(adjoints[0] + gradient)[None], adjoints])
+            predictions = torch.cat([epsilon.detach()[None], predictions])
+        early = int(0.6 * self.count_of_steps)
+        chosen = torch.cat([torch.randperm(early)[:2], early + torch.randperm(self.count_of_steps - early)[:2]])
+        steps = chosen.to(self.device).repeat_interleave(self.shape[0])
+        tuned = self.predict(self.tuned, states[chosen].flatten(0, 1), steps, "trained")
+        deviation, slope = (each[:, None, None, None] for each in (self.deviation(steps), self.slope(steps)))
+        control = slope * (tuned - predictions[chosen].flatten(0, 1)) / deviation
+        (control + deviation * adjoints[chosen].flatten(0, 1)).square().flatten(1).sum(1).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def count(self) -> Counter[tuple[str, nn.Module, int]]:
+        """The network calls of a step, as `Iterations.count`."""
+        self()
+        return self.lengths.copy()
+
+    def bare(self, calls: Counter[tuple[str, nn.Module, int]]) -> None:
+        """The same network calls and nothing else."""
+        for (kind, network, size), times in calls.items():
+            x, k = torch.randn(size, *self.shape[1:], device=self.device), torch.zeros(size, dtype=torch.long)
+            for _ in range(times):
+                if kind == "forward":
+                    with torch.no_grad():
+                        self.predict(network, x, k, kind)
+                elif kind == "vjp":
+                    torch.autograd.grad(self.predict(network, x.requires_grad_(), k, kind).sum(), x)
+                else:
+                    self.predict(network, x, k, kind).sum().backward()
+        self.optimizer.zero_grad()
 
 
 class Iterations:
@@ -81,7 +177,7 @@ class Iterations:
             for parameter in unet.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-            tuned = Flow(AdaptedDenoiser(unet, predict), "epsilon", path)
+            tuned = Flow(AdaptedDenoiser(unet, predict, "default"), "epsilon", path)
             base: Flow | AdapterOff = base_of(tuned)
         else:
             base = Flow(Denoiser(unet, predict), "epsilon", path, autocast=autocast)
@@ -107,7 +203,7 @@ class Iterations:
             base,
             method,
             lambda x: x.flatten(1).mean(1),
-            lambda g: Batch(torch.randn(shape, generator=g, device=g.device), bound),
+            lambda g: Drawn(torch.randn(shape, generator=g, device=g.device), bound),
             max_train_steps=10**6,
             start=tuned.noise_time,
         )
@@ -185,7 +281,7 @@ def resident(field: str) -> float:
 
 def measure(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     before = resident("VmRSS") if options.device == "cpu" else 0.0
-    iterate = Iterations(options, row)
+    iterate = AuthorsLoop(options) if row.get("loop") else Iterations(options, row)
     iterate()
     if options.device == "cpu":
         peak = resident("VmHWM") - before
