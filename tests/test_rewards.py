@@ -122,6 +122,26 @@ def problem(name: str, **tree: Any) -> str:
 # ---- what all rewards have in common
 
 
+def test_of_a_video_a_reward_of_pictures_is_the_mean_over_its_frames(classifier: str) -> None:
+    """Each frame with the prompt of its video, and with its share of the gradient."""
+    prompts = ("a red cat", "a blue dog")
+    for name, settings in every_reward(classifier).items():
+        if name in ("energy", "function"):  # it learns, and is refused for what is decoded; it sees whole videos
+            continue
+        reward: Any = settings.build()  # type: ignore[attr-defined]
+        videos = torch.rand(2, 3, channels(settings), 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        videos[0, 0] = 0.3  # a small file
+        videos.requires_grad_(settings.differentiable)  # type: ignore[attr-defined]
+        alone = [given(reward, prompts)(videos[:, i]) for i in range(videos.shape[1])]
+        expected = torch.stack(alone).mean(0)
+        found = given(reward, prompts)(videos)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), name
+        assert not torch.allclose(found, given(reward, prompts)(videos.flip(0)))
+        if settings.differentiable:  # type: ignore[attr-defined]
+            theirs, ours = (torch.autograd.grad(value.sum(), videos)[0] for value in (expected, found))
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6), name
+
+
 @pytest.mark.parametrize("name", LOCAL)
 def test_conventions(name: str, classifier: str) -> None:
     settings: Any = every_reward(classifier)[name]

@@ -757,6 +757,8 @@ def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.Mon
         Image.new("RGB", (20, 20), (60 * i, 30, 90)).save(pictures / f"{i}.png")
     tree["evaluation"]["reference"] = str(pictures)
     assert reference_images(str(pictures), torch.zeros(1, 3, 8, 8)).shape == (4, 3, 20, 20)
+    with pytest.raises(InputError, match=r"reference: samples are videos.* set base"):
+        reference_images(str(pictures), torch.zeros(1, 5, 3, 8, 8))
     for change, message in (
         ({"features": "my_features:wrong"}, r"must return \[batch, width\]"),
         ({"features": "my_features:chanels"}, "did you mean 'channels'"),

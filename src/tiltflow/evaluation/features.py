@@ -14,6 +14,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import in_batches
 from tiltflow.plugins import import_function
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.streams import stream
 from tiltflow.user_code import explained
 
@@ -28,13 +29,14 @@ def feature_extractor(name: str, device: str = "cpu") -> Features:
     """Return the function from images [batch, 3, height, width] in [-1, 1] to features [batch, width].
 
     Args:
-        name: `package.module:function` of the user; or a CLIP model, by folder or name on the hub, with features of length 1.
+        name: `package.module:function` of the user; or a CLIP model, by folder or name on the hub, with features of length 1,
+            and of a video the mean of those of its frames.
 
     Raises InputError if it cannot be imported or loaded.
     """
     if FUNCTION.fullmatch(name):
         return import_function(name, "evaluation.features")
-    return Clip.load(name, device).image_features
+    return of_frames(Clip.load(name, device).image_features)
 
 
 def features_of(images: Tensor, extract: Features, batch_size: int, device: str) -> Tensor:

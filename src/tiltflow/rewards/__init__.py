@@ -1,9 +1,10 @@
 """Rewards, one file each: a class of settings named after the file, with `build()`. A new reward is a new file.
 
-A reward takes x [batch, *event], images [batch, channels, height, width] in [-1, 1] for most, and returns [batch]: one number
-for each sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its
-gradient get it from autograd. A reward may ask for the prompts of the samples and their metadata; and it may learn, while a
-method trains, from the samples that it is shown after each iteration.
+A reward takes x [batch, *event], images [batch, channels, height, width] in [-1, 1] for most, or videos [batch, frames,
+channels, height, width], of which a score of pictures is the mean over the frames, and returns [batch]: one number for each
+sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its gradient get
+it from autograd. A reward may ask for the prompts of the samples and their metadata; and it may learn, while a method trains,
+from the samples that it is shown after each iteration.
 
 A reward is the user's code: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """

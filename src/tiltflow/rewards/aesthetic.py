@@ -12,6 +12,7 @@ from tiltflow.errors import InputError
 from tiltflow.flows.precision import Dtype
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.tensor_file import read_tensors
 from tiltflow.user_code import refused
@@ -47,7 +48,7 @@ class Aesthetic(Settings):
             rating: Tensor = head.to(features.dtype)(features).squeeze(1)
             return rating
 
-        return aesthetic
+        return of_frames(aesthetic)
 
 
 @refused("reward.head: is not the aesthetic predictor")

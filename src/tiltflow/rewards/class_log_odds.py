@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.models.model_folder import load_classifier
 from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.settings import Labels, PathOrName, Settings
 
 
@@ -68,7 +69,7 @@ class ClassLogOdds(Settings):
         def log_odds(x: Tensor) -> Tensor:
             return bounded(class_log_odds(network(x.to(dtype)), wanted, others), self.bound)
 
-        return log_odds
+        return of_frames(log_odds)
 
 
 def class_log_odds(logits: Tensor, wanted: Tensor, others: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tiltflow.rewards import Reward
 from tiltflow.rewards.class_log_odds import Classes, ClassLogOdds, either
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.settings import PathOrName, Settings
 
 
@@ -36,4 +37,4 @@ class ClassProbability(Settings):
         def probability(x: Tensor) -> Tensor:
             return torch.sigmoid(log_odds(x))
 
-        return probability
+        return of_frames(probability)

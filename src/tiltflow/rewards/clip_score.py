@@ -9,6 +9,7 @@ import torch
 from tiltflow.flows.precision import Dtype
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 
@@ -32,4 +33,4 @@ class ClipScore(Settings):
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         clip = Clip.load(self.model, device, self.dtype)
-        return OfPrompts(lambda images, prompts: 100 * clip.similarity(images, prompts))
+        return OfPrompts(of_frames(lambda images, prompts: 100 * clip.similarity(images, prompts)))

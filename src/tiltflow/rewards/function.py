@@ -18,7 +18,8 @@ class Function(Settings):
     `prompts` or `metadata`, these are passed by name, one for each picture of a text-to-image model: a text, and a mapping of
     the other columns of its file. It may return (rewards, info), as DDPO's do; the second is ignored.
 
-    x is a copy, about [-1, 1] for pictures. A missing gradient is refused where a method needs one.
+    x is a copy, about [-1, 1] for pictures, [batch, 3, height, width], and for videos, [batch, frames, 3, height, width]. A
+    missing gradient is refused where a method needs one.
     """
 
     differentiable: ClassVar[bool] = True

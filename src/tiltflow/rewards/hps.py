@@ -10,6 +10,7 @@ import torch
 from tiltflow.flows.precision import Dtype
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 
@@ -37,4 +38,4 @@ class Hps(Settings):
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         load = Clip.load_open_clip if Path(self.model).is_file() else Clip.load
-        return OfPrompts(load(self.model, device, self.dtype, self.tokenizer).similarity)
+        return OfPrompts(of_frames(load(self.model, device, self.dtype, self.tokenizer).similarity))

@@ -34,6 +34,7 @@ from torch import Tensor
 from tiltflow.data import to_pixels
 from tiltflow.errors import SECRET, InputError, redacted, visible
 from tiltflow.rewards import Metadata, Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import Settings
 
@@ -114,7 +115,7 @@ class Http(Settings):
                 values += rewards_in(server.ask(json.dumps(body, default=str).encode()), len(part), server)
             return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-        return WithOrWithoutPrompts(score, ("prompts", "metadata"))
+        return WithOrWithoutPrompts(of_frames(score), ("prompts", "metadata"))
 
 
 class WithOrWithoutPrompts(OfPrompts):

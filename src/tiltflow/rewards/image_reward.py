@@ -17,6 +17,7 @@ from tiltflow.errors import InputError, not_installed
 from tiltflow.flows.precision import Dtype, at_least_float32
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import depth, resized
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 from tiltflow.tensor_file import read_tensors
@@ -61,7 +62,7 @@ class ImageReward(Settings):
 
     def build(self, device: torch.device | str = "cpu") -> Reward:
         scorer = Scorer.load(Path(self.model), self.tokenizer, device, getattr(torch, self.dtype))
-        return OfPrompts(scorer)
+        return OfPrompts(of_frames(scorer))
 
 
 @dataclass(frozen=True)

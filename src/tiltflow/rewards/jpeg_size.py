@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.png_size import file_sizes
 from tiltflow.settings import Settings
 
@@ -37,4 +38,4 @@ class JpegSize(Settings):
         def jpeg_size(x: Tensor) -> Tensor:
             return direction * file_sizes(x, lambda image, file: image.save(file, "JPEG", quality=self.quality))
 
-        return jpeg_size
+        return of_frames(jpeg_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import Settings
 
@@ -40,7 +41,7 @@ class NamedColour(Settings):
             distance = ((images + 1) / 2 - colours[:, :, None, None]).square().sum(1)
             return torch.exp(-distance / (2 * self.width**2)).mean((1, 2))
 
-        return OfPrompts(named_colour)
+        return OfPrompts(of_frames(named_colour))
 
 
 def colour_in(prompt: str) -> list[float]:

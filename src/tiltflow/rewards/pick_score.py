@@ -9,6 +9,7 @@ import torch
 from tiltflow.flows.precision import Dtype
 from tiltflow.rewards import Reward
 from tiltflow.rewards.backbones.clip import Clip
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.rewards.functions.prompted import OfPrompts
 from tiltflow.settings import PathOrName, Settings
 
@@ -35,4 +36,4 @@ class PickScore(Settings):
     def build(self, device: torch.device | str = "cpu") -> Reward:
         clip = Clip.load(self.model, device, self.dtype, self.tokenizer)
         scale = clip.temperature
-        return OfPrompts(lambda images, prompts: scale * clip.similarity(images, prompts))
+        return OfPrompts(of_frames(lambda images, prompts: scale * clip.similarity(images, prompts)))

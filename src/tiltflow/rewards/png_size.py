@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError
 from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.settings import Settings
 
 
@@ -38,7 +39,7 @@ class PngSize(Settings):
         def png_size(x: Tensor) -> Tensor:
             return direction * file_sizes(x, lambda image, file: image.save(file, "PNG"))
 
-        return png_size
+        return of_frames(png_size)
 
 
 def file_sizes(x: Tensor, write: Callable[[Image.Image, io.BytesIO], None]) -> Tensor:

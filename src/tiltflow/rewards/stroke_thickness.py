@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.settings import Settings
 
 # In ink, about three grey levels of 256: steps well below it count as noise rather than as an edge.
@@ -41,7 +42,7 @@ class StrokeThickness(Settings):
         def stroke_thickness(x: Tensor) -> Tensor:
             return direction * thickness(x)
 
-        return stroke_thickness
+        return of_frames(stroke_thickness)
 
 
 def thickness(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tiltflow.data import load_images
+from tiltflow.errors import InputError
 from tiltflow.evaluation.metrics import Cost, Metric, nothing
 
 METRICS = (
@@ -35,7 +36,9 @@ measure = nothing
 def reference_images(path: str, like: Tensor) -> Tensor:
     """Load up to 10,000 pictures [n, channels, height, width]; a single channel is repeated to those of `like`.
 
-    Raises InputError if they cannot be read.
+    Raises InputError if they cannot be read, and for videos, whose features are means over frames.
     """
+    if like.ndim == 5:
+        raise InputError("evaluation.reference: samples are videos, to which only those of the base compare; set base")
     images = load_images(path, "test").images[:10_000]
     return images.expand(-1, like.shape[1], -1, -1) if images.shape[1] == 1 and like.ndim == 4 else images
