@@ -13,15 +13,20 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
+from test_run_text_to_image import train
 from test_text_to_image import euler, latents_of
 from tiny_pipelines import tiny_pipeline
 from tiny_videos import FLOW, wan
+from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow import from_diffusers
+from tiltflow import from_diffusers, load_text_to_image
+from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
+from tiltflow.runs.export import export_run
 
 SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
 SIZES = [(16, 16, 5), (16, 32, 3)]
@@ -147,6 +152,59 @@ def test_every_method_and_what_plain_diffusers_draws_of_it(method: str, whole: b
     drawn = tuned.sample([LONG], sampling=euler(4), latents=latents)
     assert (drawn.clamp(-1, 1) - (2 * after - 1)).abs().max() < 1e-4
     assert (after - before).abs().max() > 1e-3
+
+
+def first_frames(videos: Tensor) -> Tensor:
+    """Features of the user, of whole videos."""
+    return videos[:, 0].flatten(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "whole"])
+def test_a_run_and_its_export(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a recipe, with a reward of pictures, features and looks; the code of its card draws in plain diffusers what the run
+    measured; and files of samples."""
+    wan().save_pretrained(tmp_path / "wan")
+    tree = {
+        "model": {
+            "diffusers": str(tmp_path / "wan"), "height": 16, "width": 16, "num_frames": 5,
+            "adapter": None if whole else {"rank": 2},
+        },
+        "prompts": {"texts": ["a red cat", "a blue dog", "a green hat"], "validation": 0.34},
+        "reward": "named-colour",
+        "method": {"name": "adjoint-matching", "num_inference_steps": 3},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"max_train_steps": 3, "prompts_per_step": 2, "num_generations": 2, "monitor": {"steps": 2}},
+        "evaluation": {
+            "num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 2}], "rewards": ["png-size"],
+            "features": "test_wan:first_frames", "reference": "base",
+        },
+    }  # fmt: skip
+    summary = train(tree, tmp_path / "run")
+    assert summary["reward_tuned"] != summary["reward_base"]
+    assert summary["pictures"] == {"rows": 1, "prompts": summary["pictures"]["prompts"], "frames": 5}
+    assert all(row["fid"] > 0 and row["png-size"] < 0 for row in summary["table"])
+    assert "data:image/gif" in (tmp_path / "run" / "report.html").read_text()
+    export_run(tmp_path / "run", tmp_path / "exported")
+    assert (tmp_path / "exported" / "before.gif").exists()
+    tuned = load_text_to_image(tmp_path / "run")
+    latents, said = latents_of(tuned, 1), dict[str, Any]()
+    monkeypatch.chdir(tmp_path / "exported")
+    card = Path("README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0], said)
+    assert said["frames"].shape == (5, 16, 16, 3)
+    assert "(before.gif)" in card
+    videos = said["pipeline"](prompt=LONG, latents=latents.clone(), output_type="pt", **said["sampling"]).frames
+    drawn = tuned.sample([LONG], sampling=euler(2), latents=latents)
+    assert (drawn.clamp(-1, 1) - (2 * videos - 1)).abs().max() < 1e-4
+    for name in ("x.gif", "x.png"):
+        arguments = ["sample", str(tmp_path / "run"), "--prompt", LONG, "-n", "2", "--num-inference-steps", "2", "-o", name]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "2 videos in" in result.output
+    with Image.open("x.gif") as gif, Image.open("x.png") as png:
+        assert gif.n_frames == 5  # type: ignore[attr-defined]
+        assert png.width / png.height > 2  # 2 rows of 5 frames
 
 
 @pytest.mark.slow

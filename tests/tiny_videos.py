@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tiny_pipelines import t5
+from transformers import UMT5Config, UMT5EncoderModel
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 """Of the scheduler of Wan; its steps are of the second order unless `FIRST` is added."""
@@ -23,12 +24,12 @@ def wan(scheduler: Any = None, *, ti2v: bool = False, **options: Any) -> WanPipe
     patches: dict[str, Any] = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer, text_encoder = t5()
+        tokenizer, config = t5()[0], UMT5Config(vocab_size=200, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)
         pipeline = WanPipeline(
-            tokenizer=tokenizer, text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer, text_encoder=UMT5EncoderModel(config).eval(),
             transformer=WanTransformer3DModel(
                 num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-                text_dim=text_encoder.config.d_model, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+                text_dim=config.d_model, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
             ),
             vae=AutoencoderKLWan(
                 base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, False, True],

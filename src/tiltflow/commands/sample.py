@@ -39,7 +39,12 @@ def sample(
         typer.Argument(metavar="RUN", help="A run, a model folder, or a shipped model.", autocompletion=completes(model_names)),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: a .png grid, or an .npz with the array `samples`.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: a .png grid, of videos rows of frames; a .gif of videos; or an .npz with the array `samples`.",
+        ),
     ] = Path("samples.png"),
     num_samples: Annotated[
         int | None,
@@ -97,9 +102,10 @@ def sample(
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.settings import validate
 
-    if output.suffix not in (".png", ".npz"):
-        raise InputError(f"--output {output}: must end in .png or .npz")
+    if output.suffix not in (".png", ".gif", ".npz"):
+        raise InputError(f"--output {output}: must end in .png, .gif or .npz")
     loaded, console = load(model, set_up_torch(device, threads)), make_console(as_json)
+    check_suffix(output, loaded.sample_shape)
     changes = {"solver": solver, "num_inference_steps": num_inference_steps}
     tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
     sampling = validate(Sampling, tree, "sample")
@@ -112,7 +118,7 @@ def sample(
         for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
             if value is not None:
                 raise InputError(f"{option}: {model} is not a text-to-image pipeline; leave it out")
-        plan = plan_samples(loaded, labels, num_samples or 64, output, options)
+        plan = plan_samples(loaded, labels, num_samples or 64, options)
     check_output(output)
     with spinner(console, quiet, f"sampling {plan.count}"):
         x = plan.draw()
@@ -144,38 +150,47 @@ class Plan:
 def plan_pictures(
     model: TextToImage, prompts: list[str] | None, each: int, guidance_scale: float | None, options: dict[str, Any]
 ) -> Plan:
-    """Plan `each` pictures of each prompt, one row of the grid per prompt. Raises InputError without a prompt."""
+    """Plan `each` pictures or videos of each prompt, one row of the grid per prompt. Raises InputError without a prompt."""
     if not prompts:
         raise InputError('--prompt: a pipeline needs at least one, for example --prompt "a red cat"')
     asked = {"prompts": prompts, "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale}
     several = [prompt for prompt in prompts for _ in range(each)]
     model.encode_ahead([Item(prompt) for prompt in prompts])
     draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
-    return Plan(draw, len(several), "pictures", each, asked)
+    return Plan(draw, len(several), "pictures" if model.num_frames is None else "videos", each, asked)
 
 
-def plan_samples(model: Model, labels: list[str] | None, count: int, output: Path, options: dict[str, Any]) -> Plan:
-    """Plan `count` samples, of the labels in turn, in a square grid. Raises InputError for a .png of samples that are not
-    pictures."""
-    shape = model.event_shape
-    if output.suffix == ".png" and not (len(shape) == 3 and shape[0] in (1, 3)):
-        raise InputError(f"--output {output}: samples of shape {list(shape)} are not pictures; use .npz")
+def plan_samples(model: Model, labels: list[str] | None, count: int, options: dict[str, Any]) -> Plan:
+    """Plan `count` samples, of the labels in turn, in a square grid."""
     in_turn = None if labels is None else [labels[i % len(labels)] for i in range(count)]
     draw = partial(model.sample, count, labels=in_turn, **options)
     return Plan(draw, count, "samples", max(1, round(count**0.5)), {} if labels is None else {"labels": labels})
 
 
+def check_suffix(output: Path, shape: tuple[int, ...]) -> None:
+    """Raise InputError for a .gif of samples that are not videos, and for a .png of samples that are no pictures either."""
+    from tiltflow.reports.videos import is_video
+
+    pictures, videos = len(shape) == 3 and shape[0] in (1, 3), is_video(shape)
+    if not {".png": pictures or videos, ".gif": videos}.get(output.suffix, True):
+        wanted, use = "pictures" if output.suffix == ".png" else "videos", ".png or .npz" if pictures else ".npz"
+        raise InputError(f"--output {output}: samples of shape {list(shape)} are not {wanted}; use {use}")
+
+
 def write_samples(output: Path, x: Tensor, columns: int) -> None:
-    """Write samples [count, *event] atomically to a .png grid or an .npz file."""
+    """Write samples [count, *event] atomically to a .png grid, of videos their frames in rows, a .gif or an .npz file."""
     import numpy as np
 
     from tiltflow.files import write_file
     from tiltflow.reports.plots import image_grid
+    from tiltflow.reports.videos import frames_in_rows, save_gif
 
     def write(draft: Path) -> None:
         with open(draft, "wb") as file:
-            if output.suffix == ".png":
-                image_grid(x, columns).save(file, "PNG")
+            if output.suffix == ".gif":
+                save_gif(x, columns, file)
+            elif output.suffix == ".png":
+                (frames_in_rows(x) if x.ndim == 5 else image_grid(x, columns)).save(file, "PNG")
             else:
                 np.savez_compressed(file, samples=x.numpy())
 

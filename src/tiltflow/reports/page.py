@@ -20,6 +20,9 @@ from tiltflow.formatting import Tree, decimal, get, number, percent
 from tiltflow.reports import plots
 from tiltflow.reports.tables import Row, Table, classes, measures, table, tests
 from tiltflow.reports.values import capital, group, measured, sentence
+from tiltflow.reports.videos import gif_rows
+
+SIDES = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,23 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of samples as a PNG in base64; `side` is "before" or "after" tuning."""
+    """A row of samples as a PNG or GIF in base64; `side` is "before" or "after" tuning."""
 
     side: str
     data: str
     width: int
     height: int
+    kind: str = "png"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same row of samples before and after tuning."""
+    """The same row of samples before and after tuning: pictures, or frames of a video, which is then in `moving` too."""
 
     prompt: str
     what: str
     strips: Sequence[Strip]
+    moving: Sequence[Strip] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,14 @@ class Page:
 
 
 def page_of(
-    s: Tree, records: Sequence[Tree], *, looks: Sequence[Tree], pictures: Sequence[bytes], recipe: str, folder: str
+    s: Tree,
+    records: Sequence[Tree],
+    *,
+    looks: Sequence[Tree],
+    pictures: Sequence[bytes],
+    videos: Sequence[bytes] = (),
+    recipe: str,
+    folder: str,
 ) -> Page:
     """Compute the values of a report.
 
@@ -127,6 +139,7 @@ def page_of(
         records: lines of metrics.jsonl.
         looks: lines of monitor.jsonl.
         pictures: PNG files before and after tuning, or none.
+        videos: GIF files of the same rows, or none.
         recipe: text of the recipe.
         folder: name of the run's folder.
     """
@@ -141,7 +154,7 @@ def page_of(
         description=sentence(s["description"]) if s.get("description") else "",
         alarm=sentence(s["alarm"]) if s.get("alarm") else "",
         tiles=tiles(s),
-        pairs=pairs(s, pictures),
+        pairs=pairs(s, pictures, videos),
         tone=tone if tone in ("good", "fair", "poor") else "fair",
         verdict=verdict if isinstance(verdict, str) else "",
         scale=scale(s),
@@ -228,21 +241,32 @@ def tile(subject: str, base: float | None, tuned: float, form: Callable[..., str
     return Tile(capital(subject), form(tuned), note, before)
 
 
-def pairs(s: Tree, pictures: Sequence[bytes]) -> list[Pair]:
+def pairs(s: Tree, pictures: Sequence[bytes], videos: Sequence[bytes] = ()) -> list[Pair]:
     """Pair each row of samples before tuning with the same row after it."""
     if len(pictures) != 2:
         return []
     opened = [Image.open(io.BytesIO(data)) for data in pictures]
     rows, prompts = get(s, "pictures.rows"), get(s, "pictures.prompts") or []
     count = rows if isinstance(rows, int) and 0 < rows <= min(picture.height for picture in opened) else 1
+    moving = [gif_rows(data, count) for data in videos] if len(videos) == 2 else [[], []]
     found = []
     for i, both in enumerate(zip(*(plots.grid_rows(picture, count) for picture in opened), strict=True)):
         prompt = str(prompts[i]) if i < len(prompts) else ""
-        strips = [
-            Strip(side, png(strip), strip.width, strip.height) for side, strip in zip(("before", "after"), both, strict=True)
-        ]
-        found.append(Pair(prompt, prompt or f"Row {i + 1} of the samples", strips))
+        found.append(
+            Pair(
+                prompt,
+                prompt or f"Row {i + 1} of the samples",
+                [Strip(side, png(strip), strip.width, strip.height) for side, strip in zip(SIDES, both, strict=True)],
+                [gif(side, rows[i]) for side, rows in zip(SIDES, moving, strict=True) if rows],
+            )
+        )
     return found
+
+
+def gif(side: str, data: bytes) -> Strip:
+    """Encode a GIF file in base64."""
+    width, height = Image.open(io.BytesIO(data)).size
+    return Strip(side, base64.b64encode(data).decode(), width, height, "gif")
 
 
 def png(picture: Image.Image) -> str:
@@ -329,10 +353,10 @@ def curves(s: Tree, records: Sequence[Tree]) -> list[Card]:
 
 def commands(s: Tree, folder: str) -> dict[str, str]:
     """Return commands for a run, by purpose, to be typed in the parent of its folder."""
-    run, prompts = f"./{folder}", get(s, "pictures.prompts")
+    run, prompts, suffix = f"./{folder}", get(s, "pictures.prompts"), "gif" if get(s, "pictures.frames") else "png"
     prompt = ["--prompt", str(prompts[0])] if prompts else []
     typed = {
-        "new samples": ["sample", run, *prompt, "--output", f"{run}-samples.png"],
+        "new samples": ["sample", run, *prompt, "--output", f"{run}-samples.{suffix}"],
         "measure it again": ["evaluate", run],
         "train it again": ["train", f"{run}/recipe.yaml", "--output", f"{run}-again"],
     }

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.files import final_name, read_json, trusted, write_text
-from tiltflow.reports.page import Page, page_of
+from tiltflow.reports.page import SIDES, Page, page_of
 from tiltflow.training.records import known_records
 
 TEMPLATES = Path(__file__).parent
@@ -24,7 +24,7 @@ def write_report(folder: Path) -> Path:
 
     Raises InputError if summary.json cannot be read; any other file may be missing.
     """
-    pictures = [folder / "before.png", folder / "after.png"]
+    pictures, videos = ([folder / f"{side}.{kind}" for side in SIDES] for kind in ("png", "gif"))
     recipe = folder / "recipe.yaml"
     source = folder / "summary.json"
     summary = read_json(source)
@@ -35,6 +35,7 @@ def write_report(folder: Path) -> Path:
                 known_records(folder)[0],
                 looks=read_looks(folder),
                 pictures=[path.read_bytes() for path in pictures if path.exists()],
+                videos=[path.read_bytes() for path in videos if path.exists()],
                 recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
                 folder=final_name(folder),
             )

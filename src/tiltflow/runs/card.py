@@ -86,11 +86,12 @@ def _results(recipe: Recipe, run: Path, summary: Mapping[str, Any]) -> list[str]
             "![Reward of the training batches](curves.svg)",
             "",
         ]
-    if (run / "before.png").exists():
+    kind = "gif" if (run / "before.gif").exists() else "png"
+    if (run / f"before.{kind}").exists():
         lines += [
             "Before and after, from the same noise:",
             "",
-            "![Pictures of the base](before.png) ![Pictures of the tuned model](after.png)",
+            f"![Pictures of the base](before.{kind}) ![Pictures of the tuned model](after.{kind})",
             "",
         ]
     return lines

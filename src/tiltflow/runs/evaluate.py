@@ -27,6 +27,7 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
+from tiltflow.reports.videos import FRAMES_OF_REPORT, PER_SECOND, frames_in_rows, is_video, save_gif, spaced
 from tiltflow.runs.caveats import (
     annealing_in_words,
     budget_in_words,
@@ -255,23 +256,41 @@ def asked_of_paths(asked: Asked) -> Asked:
 
 def written(folder: Path, summary: dict[str, Any], x_base: Tensor, x: Tensor, asked: Asked, most: int) -> dict[str, Any]:
     """Write the summary, the report, and pictures if the samples are some; by the main process. Returns the summary."""
-    columns = columns_of(asked, most)
-    pictures = x.ndim == 4 and x.shape[1] in (1, 3)
-    if pictures:
-        rows = math.ceil(min(len(asked), most) / columns)
-        summary["pictures"] = {"rows": rows, **({"prompts": list(asked.names[:rows])} if asked.kind == "prompt" else {})}
+    files, about = pictures_of(x_base, x, asked, most)
+    if about:
+        summary["pictures"] = about
     if not processes.is_main():
         return summary
-    if pictures:
-        if asked.strata and asked.groups > 1:  # a column for each class
-            x_base, x = (each.unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1) for each in (x_base, x))
-        for name, images in (("before", x_base), ("after", x)):
-            write_file(folder / f"{name}.png", partial(image_grid(images[:most], columns).save, format="png"))
+    for name, write in files.items():
+        write_file(folder / name, write)
     if asked.kind == "prompt":
         write_text(folder / "prompts.txt", "\n".join(asked.names) + "\n")
     write_json(folder / "summary.json", summary)
     write_report(folder)
     return summary
+
+
+def pictures_of(
+    x_base: Tensor, x: Tensor, asked: Asked, most: int
+) -> tuple[dict[str, Callable[[Path], object]], dict[str, Any]]:
+    """Return what writes the files of the pictures before and after tuning, by name, and what the summary says of them; nothing
+    for samples that are no pictures. Of videos the first of each group is shown, moving and as a row of frames."""
+    columns, both = columns_of(asked, most), {"before": x_base, "after": x}
+    if videos := is_video(x.shape[1:]):
+        columns, both = 1, {name: each[:: asked.size] for name, each in both.items()}
+    elif not (x.ndim == 4 and x.shape[1] in (1, 3)):
+        return {}, {}
+    elif asked.strata and asked.groups > 1:  # a column for each class
+        both = {name: each.unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1) for name, each in both.items()}
+    rows = math.ceil(min(len(both["after"]), most) / columns)
+    about: dict[str, Any] = {"rows": rows, **({"prompts": list(asked.names[:rows])} if asked.kind == "prompt" else {})}
+    files: dict[str, Callable[[Path], object]] = {}
+    for name, each in both.items():
+        if videos:
+            files[f"{name}.gif"] = partial(save_gif, spaced(each[:most], FRAMES_OF_REPORT), 1, seconds=x.shape[1] / PER_SECOND)
+        grid = frames_in_rows(each[:most]) if videos else image_grid(each[:most], columns)
+        files[f"{name}.png"] = partial(grid.save, format="png")
+    return files, about | ({"frames": x.shape[1]} if videos else {})
 
 
 def columns_of(asked: Asked, most: int) -> int:

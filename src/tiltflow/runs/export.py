@@ -20,7 +20,7 @@ from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import load_run, read_run
 from tiltflow.runs.run_files import claim, read_records
 
-KEPT = ("before.png", "after.png", "recipe.yaml", "summary.json", "report.html")
+KEPT = ("before.png", "after.png", "before.gif", "after.gif", "recipe.yaml", "summary.json", "report.html")
 """Files of a run that are copied."""
 
 

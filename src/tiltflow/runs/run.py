@@ -5,7 +5,8 @@ model/           the tuned model, as `tiltflow.load` reads it: a model folder; o
                  pytorch_lora_weights.safetensors as diffusers loads it, or the whole denoiser
 reward.safetensors      the network of a reward that learned along the way
 base/            the base model, unless it ships with tiltflow or is a pipeline
-before.png, after.png, summary.json, report.html      written by the evaluation, from the folder alone
+before.png, after.png, summary.json, report.html      written by the evaluation, from the folder alone; of videos before.gif and
+                 after.gif too
 """
 
 from __future__ import annotations
