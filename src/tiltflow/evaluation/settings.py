@@ -105,6 +105,8 @@ class Evaluation(Settings):
             points = (Point(**{name: getattr(chosen, name) for name in Sampling.model_fields}),)
         elif sampling is not None and sampling != points[0].sampling:
             raise InputError("sampling: differs from the first of evaluation.points; give only one of the two")
+        if points[0].scheduler is not None:
+            raise InputError("evaluation.points: the first one is that of a solver; give those of a scheduler after it")
         return self.model_copy(update={**sizes, "points": points})
 
     @property

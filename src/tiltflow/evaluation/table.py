@@ -16,6 +16,7 @@ from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.streams import stream
 
 
@@ -70,6 +71,8 @@ def drawn(model: GenerativeModel, asked: Asked, point: Point, seed: int, batch_s
 def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dict[str, Any]:
     """Return a sampling point as columns of the table; shift, spacing and eta only if they differ between the points."""
     values = point.model_dump(include={"solver", "num_inference_steps"})
+    if point.scheduler is not None and isinstance(model, TextToImage):
+        values["solver"] = type(model.scheduler(point.sampling)[0]).__name__
     values |= {
         name: getattr(point, name) for name in ("shift", "spacing", "eta") if len({getattr(each, name) for each in points}) > 1
     }

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.errors import InputError, Note
+from tiltflow.errors import InputError, Note, did_you_mean
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import (
     DiscreteVariancePreserving,
@@ -211,7 +211,7 @@ class Schedule:
         try:
             with torch.random.fork_rng():  # some draw noise
                 torch.manual_seed(0)
-                theirs = _drawn_by(own, predict, noise)
+                theirs = drawn_by(own, predict, noise)
         except TypeError as error:  # step() takes other arguments
             raise InputError(
                 f"scheduler {type(own).__name__}: its step() does not fit text-to-image pipelines ({error})"
@@ -242,7 +242,8 @@ class Schedule:
         why = f", because of {' or '.join(causes)}" if causes else ""
         warnings.warn(
             f"scheduler {kind.__name__}: at {num_inference_steps} steps it draws other latents than our sampler, by {apart:.2g}"
-            f" of the largest on a normal law{why}; ours goes from each of {type(self.plain).__name__}'s times to the next",
+            f" of the largest on a normal law{why}; ours goes from each of {type(self.plain).__name__}'s times to the next"
+            "; `scheduler: default` of a sampling point takes its own",
             Note,
             stacklevel=3,
         )
@@ -313,8 +314,13 @@ def prediction_of_normal(x: Tensor, time: Tensor, *, mean: Tensor, path: Interpo
     return (a * x1 + b * (x.double() - alpha * x1) / beta).to(x.dtype)
 
 
-def _drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:
-    """Draw latents from noise in a scheduler's own steps, as pipelines do; its timesteps must be set."""
+def drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, **options: Any) -> Tensor:
+    """Draw latents from noise in a scheduler's own steps, as pipelines do; its timesteps must be set.
+
+    Args:
+        predict: (latents, time in the network's unit, []) -> prediction.
+        options: further arguments of its steps.
+    """
     flow = is_flow(scheduler)
     x = noise if flow else noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -322,5 +328,32 @@ def _drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise
             predicted = -predict(x, 1 - t / scheduler.config.num_train_timesteps)
         else:
             predicted = predict(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        x = scheduler.step(predicted, t, x, return_dict=False, **options)[0]
     return x
+
+
+def scheduler_named(name: str, default: Any) -> Any:
+    """Return the scheduler `default`, or one of another class of diffusers with its settings.
+
+    Raises InputError if diffusers has no such scheduler, or it does not fit the model.
+    """
+    import diffusers
+
+    if name == "default":
+        return default
+    kind = getattr(diffusers, name, None) if name in (known := _schedulers()) else None
+    if kind is None:
+        raise InputError(f"scheduler: diffusers has no {name!r}{did_you_mean(name, known)}")
+    with refused(f"scheduler {name}: cannot be made of the settings of {type(default).__name__}"):
+        scheduler = kind.from_config(default.config)
+    if path_of(scheduler) != path_of(default):
+        raise InputError(f"scheduler {name}: is not for a model of {type(default).__name__}")
+    return scheduler
+
+
+@cache
+def _schedulers() -> tuple[str, ...]:
+    """Return the names of diffusers' schedulers."""
+    import diffusers
+
+    return tuple(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))

@@ -6,6 +6,8 @@ the pipeline's own; what is particular to a family of pipelines is one file in `
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
 import re
@@ -27,18 +29,19 @@ from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
+from tiltflow.flows.interpolant import Linear
 from tiltflow.models.denoiser import Condition, Denoiser
 from tiltflow.models.few_steps import few_steps_in_words, own_sampling
 from tiltflow.models.pipeline_adapter import add_adapter, loaded_adapters
 from tiltflow.models.pipeline_files import SAMPLING, load_weights, save_weights
 from tiltflow.models.pipelines import Family
 from tiltflow.models.prompt_encoder import PromptEncoder
-from tiltflow.models.schedules import Schedule
+from tiltflow.models.schedules import Schedule, drawn_by, scheduler_named
 from tiltflow.models.trainable import Adapter, trainable_copy
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.streams import stream
-from tiltflow.user_code import explained, whole_number
+from tiltflow.user_code import explained, refused, whole_number
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class TextToImage:
             network that was distilled from it.
         schedule: path, prediction type and times, from the pipeline's scheduler.
         encoder: the text encoders.
+        default_scheduler: the pipeline's scheduler before its settings were changed, if they were.
         sampling: default sampling: Euler's method on the scheduler's own times, or what a scheduler for few steps does.
         num_frames: number of frames of a video; None if it draws pictures.
     """
@@ -65,6 +69,7 @@ class TextToImage:
     guidance_scale: float
     schedule: Schedule
     encoder: PromptEncoder
+    default_scheduler: Any = None
     sampling: Sampling = field(default_factory=lambda: Sampling(solver="euler", num_inference_steps=50))
     num_frames: int | None = None
 
@@ -106,9 +111,9 @@ class TextToImage:
                 f"adapter null tunes the whole {self.family.denoiser}, and it has a LoRA loaded ({', '.join(loaded)}): call"
                 " pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
             )
-        copy = trainable_copy(cast(Flow, self.flow), pattern)
-        cast(Any, copy.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
-        return self, replace(self, flow=copy)
+        own = trainable_copy(cast(Flow, self.flow), pattern)
+        cast(Any, own.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits
+        return self, replace(self, flow=own)
 
     def base(self) -> TextToImage:
         """Return the frozen model: with its adapter off, or with a copy of its denoiser."""
@@ -337,6 +342,8 @@ class TextToImage:
         seed, batch_size = whole_number(seed, "seed"), whole_number(batch_size, "batch_size", 1)
         check_sampling(sampling)
         sampling = sampling or self.sampling
+        if sampling.scheduler is not None:
+            return self._drawn_by_scheduler(prompts, sampling, seed, guidance_scale, latents, batch_size)
         times = sampling.times(self.own_grid)
         if sampling.solver == "euler":
             self.schedule.warn_of_difference(sampling.num_inference_steps)
@@ -352,6 +359,54 @@ class TextToImage:
             with eval_mode(self.denoiser):
                 parts.append(sample(flow, x, sampling, generator, start=self.own_grid) * self.schedule.end_scale(times[-1]))
         return torch.cat(parts)
+
+    def scheduler(self, sampling: Sampling) -> tuple[Any, dict[str, Any]]:
+        """Return the scheduler of diffusers that `sampling` names, with its timesteps set, and arguments of its steps.
+
+        Raises InputError if there is none, or if it does not fit the model or takes no such steps.
+        """
+        default = self.schedule.own if self.default_scheduler is None else self.default_scheduler
+        found = copy.deepcopy(scheduler_named(str(sampling.scheduler), default))
+        self.schedule.set_timesteps(found, sampling.num_inference_steps)
+        if "eta" in inspect.signature(found.step).parameters:
+            return found, {"eta": sampling.eta}
+        if sampling.eta:
+            raise InputError(f"scheduler {type(found).__name__}: takes no eta ({sampling.eta:g}); leave it out")
+        return found, {}
+
+    def _drawn_by_scheduler(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        seed: int,
+        guidance_scale: float | None,
+        latents: Tensor | None,
+        batch_size: int,
+    ) -> Tensor:
+        """Sample latents in the own steps of a scheduler, as the pipeline does; see `sample_latents`."""
+        predictions, parts = self._predictions(), []
+        for i, begin in enumerate(range(0, len(prompts), batch_size)):
+            some = prompts[begin : begin + batch_size]
+            generator = stream(seed, "sample", i, device=self.device)
+            if latents is None:
+                x = torch.randn((len(some), *self.event_shape), generator=generator, device=self.device)
+            else:
+                x = latents[begin : begin + batch_size].to(self.device)
+            own, options = self.scheduler(sampling)
+            if "generator" in inspect.signature(own.step).parameters:
+                options["generator"] = generator
+            field = in_chunks(self.guided(some, guidance_scale)(predictions))
+            with eval_mode(self.denoiser), refused(f"scheduler {type(own).__name__}: cannot draw"):
+                parts.append(drawn_by(own, field, x, **options))
+        return torch.cat(parts)
+
+    def _predictions(self) -> Flow | AdapterOff:
+        """The field of the network's predictions: (latents in the network's coordinates, time in its unit) -> prediction."""
+        flow = self.flow.flow if isinstance(self.flow, AdapterOff) else self.flow
+        network = copy.copy(self.denoiser)
+        network.predict = self.family.predictor(self.pipeline, self.size)
+        flow = replace(flow, network=network, prediction="velocity", interpolant=Linear())
+        return AdapterOff(flow) if isinstance(self.flow, AdapterOff) else flow
 
 
 def recomputes(vae: Any) -> bool:

@@ -193,7 +193,7 @@ def _component(name: str, source: str | None) -> str:
 def measured_at(recipe: Recipe) -> Point:
     """The point of the evaluation that plain diffusers can repeat: the first one of the solver euler, or else the first one."""
     points = recipe.evaluation.points or ()
-    return next((point for point in points if point.solver == "euler"), recipe.evaluation.first)
+    return next((point for point in points if point.solver == "euler" and point.scheduler is None), recipe.evaluation.first)
 
 
 def scheduler_of(output: Path) -> Any:

@@ -15,6 +15,7 @@ from tiltflow.evaluation.metrics.judge import real_images
 from tiltflow.evaluation.samples import Asked, Instruments, Judge
 from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards.functions.checked import try_reward
 from tiltflow.training.method import Method
 from tiltflow.user_code import tried
@@ -52,7 +53,10 @@ def rehearse(
         method.sampling.times(model.grid)
     for i, point in reversed(list(enumerate(points))):
         with tried("" if len(points) == 1 and not model.has_decoder else f"evaluation.points[{i}]"):
-            point.sampling.times(model.own_grid)
+            if point.scheduler is not None and isinstance(model, TextToImage):
+                model.scheduler(point.sampling)
+            else:
+                point.sampling.times(model.own_grid)
             x = two_samples(model, item, point, seed).to(instruments.device)
     non_finite = "drop" if model.has_decoder else instruments.non_finite
     two = Asked((item, item), ("",), asked.kind)

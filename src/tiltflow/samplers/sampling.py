@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from tiltflow.errors import InputError
@@ -35,7 +35,21 @@ class Sampling(Settings):
     spacing: Spacing = "even"
     """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim`, `ddim-half-way` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
+    """The noise of the `ddim`, `ddim-half-way` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
+    With a scheduler it is that of its DDIM, and 0 by default."""
+    scheduler: str | None = None
+    """Instead of a solver, and of pipelines alone: draw in the own steps of a scheduler of diffusers. default: the pipeline's,
+    as its folder has it, whatever model.scheduler changes; or another class, such as DDIMScheduler, with its settings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scheduler_takes_its_own_steps(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("scheduler") is None:
+            return values
+        for name, own in (("solver", "euler"), ("shift", 1.0), ("spacing", "even")):
+            if values.get(name, own) != own:
+                raise ValueError(f"a scheduler takes its own steps; leave {name} out")
+        return {"solver": "euler", "eta": 0.0, **values}
 
     def build(self) -> Solver:
         """The solver, as a value."""
@@ -80,9 +94,11 @@ class Sampling(Settings):
     def times(self, start: Start = 0.0) -> Tensor:
         """The grid from `start` to 1: [num_inference_steps + 1], float64.
 
-        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there; and for a shift or a
-        spacing of a model that has its own grid.
+        Raises InputError for euler-maruyama at start 0: the time of that process is infinite there; for a shift or a spacing of
+        a model that has its own grid; and for a scheduler, which has times of its own.
         """
+        if self.scheduler is not None:
+            raise InputError(f"scheduler {self.scheduler}: only pipelines of diffusers have one; leave it out")
         if callable(start):
             if self.shift != 1:
                 raise InputError(f"shift {self.shift:g}: the model has its own time grid; leave shift at 1")

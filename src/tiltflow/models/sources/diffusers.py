@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
@@ -141,7 +142,7 @@ class Diffusers(Settings):
         pipeline, load = loaded(self.diffusers, options, self.replaced)
         family_of(pipeline)
         load_loras(pipeline, self.loras)
-        own = pipeline.scheduler.config
+        default, own = pipeline.scheduler, pipeline.scheduler.config
         for key in self.scheduler:
             if key not in own:
                 raise InputError(f"model.scheduler: {type(pipeline.scheduler).__name__} has no {key!r}{did_you_mean(key, own)}")
@@ -162,6 +163,7 @@ class Diffusers(Settings):
         )
         with refused("pipeline: cannot be tuned"):
             model = model_of(pipeline, load, device, **{key: getattr(self, key) for key in given})
+            model = replace(model, default_scheduler=default)
         if self.gradient_checkpointing:
             cast(Any, model.denoiser.network).enable_gradient_checkpointing()
         if self.attention_backend is not None:

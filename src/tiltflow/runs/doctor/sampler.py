@@ -55,7 +55,9 @@ def parity(patient: Patient) -> Iterator[Finding]:
         yield Finding("parity", "green", text)
         return
     samplings = [patient.method.sampling, *(point.sampling for point in patient.recipe.evaluation.points or ())]
-    asked = {sampling.num_inference_steps for sampling in samplings if sampling.solver == "euler"}
+    asked = {
+        sampling.num_inference_steps for sampling in samplings if sampling.solver == "euler" and sampling.scheduler is None
+    }
     steps = {count: apart for count in sorted(asked) if (apart := model.schedule.own_difference(count)) > TOLERANCE}
     if steps or error > (1e-3 if floating_dtype(model.denoiser.network) == torch.float32 else 0.02):
         fix = "we take our own steps at the scheduler's times; an export comes with a scheduler that takes them too"
