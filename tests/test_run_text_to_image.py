@@ -750,7 +750,7 @@ def test_distances_to_reference_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     tree = recipe_for(tmp_path, "stable-diffusion")
     tree["evaluation"] |= {"features": "my_features:channels", "reference": "base"}
     summary = train(tree, tmp_path / "run")
-    assert all(row["fid"] > 0 and "kid" in row for row in summary["table"])
+    assert all(row["fid"] > 0 and "kid" in row and row["fid_per_prompt"] > 0 for row in summary["table"])
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(4):

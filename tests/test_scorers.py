@@ -212,6 +212,23 @@ def test_hps_is_the_published_computation(tmp_path: Path) -> None:
     assert expected[0] != expected[1]
 
 
+def test_the_versions_of_hps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own published file, which is looked for where the process runs."""
+    monkeypatch.chdir(tmp_path)
+    assert [Hps(**given).model for given in ({}, {"version": "v2"}, {"model": "mine"})] == [  # type: ignore[arg-type]
+        "HPS_v2.1_compressed.pt",
+        "HPS_v2_compressed.pt",
+        "mine",
+    ]
+    with pytest.raises(InputError, match=r"there is no file HPS_v2_compressed.pt; it is one of xswu/HPSv2 on the hub"):
+        Hps(version="v2").build()
+    with pytest.raises(InputError, match=r"model a/HPS_v2_compressed.pt is HPS v2, not v2.1; set version: v2"):
+        Hps(model="a/HPS_v2_compressed.pt")
+    path, tokenizer = tiny_open_clip(tmp_path)
+    path.rename(tmp_path / "HPS_v2_compressed.pt")
+    assert given(Hps(version="v2", tokenizer=str(tokenizer)).build(), PROMPTS)(pictures()).shape == (2,)
+
+
 def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
     """In float64: the second-order error of the difference is all that is left."""
     clip, (blip, bert), (hps, words) = str(tiny_clip(tmp_path)), tiny_image_reward(tmp_path), tiny_open_clip(tmp_path)

@@ -80,6 +80,20 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float(fid.compute())
 
 
+def frechet_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return `frechet_distance` of each of some groups of features [groups, n, d] and [groups, m, d]: [groups], float64.
+
+    With A = (x - m_x) / sqrt(n - 1) the nonzero eigenvalues of C_x C_y = A'A B'B are the squared singular values of A B', of
+    which there are min(n, m) and no d x d matrix: what a prompt's few pictures need.
+    """
+    x, y = x.double(), y.double()
+    a, b = ((each - each.mean(1, keepdim=True)) / (each.shape[1] - 1) ** 0.5 for each in (x, y))
+    shared = torch.linalg.svdvals(a @ b.mT).sum(1)
+    means = (x.mean(1) - y.mean(1)).square().sum(1)
+    distances: Tensor = means + a.square().sum((1, 2)) + b.square().sum((1, 2)) - 2 * shared
+    return distances
+
+
 def distances_to_reference(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float]:
     """Return FID and KID (arXiv 1801.01401), by torchmetrics, between features [n, width] and those of a reference [m, width].
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.evaluation.features import distances_to_reference
+from tiltflow.evaluation.features import distances_to_reference, frechet_distances
 from tiltflow.evaluation.metrics.distance_to_reference import reference_images
 from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
 from tiltflow.evaluation.monitor import over_groups
@@ -55,6 +55,8 @@ def draw_all(
             row |= diversity(compared, asked, scale if extract is None else None)
             if reference is not None:
                 row |= distances_to_reference(compared, reference, seed)
+                if settings.reference == "base" and asked.kind == "prompt":
+                    row |= of_prompts(compared, reference, asked)
             table.append(row)
             if i == 0:
                 first.append(Drawn(x, rewards))
@@ -94,6 +96,13 @@ def reference_features(
         return instruments.features(drawn(base, asked, settings.first, other, settings.at_once), extract)
     shape = torch.zeros(1, *base.sample_shape)
     return instruments.features(reference_images(settings.reference, shape), extract)
+
+
+def of_prompts(features: Tensor, reference: Tensor, asked: Asked) -> dict[str, float]:
+    """Return the mean over prompts of the Fréchet distance between the features of its pictures and those of its reference
+    pictures, and its standard error over prompts."""
+    x, y = (each.reshape(asked.groups, asked.size, -1) for each in (features, reference))
+    return over_groups(frechet_distances(x, y), 1).named("fid_per_prompt")
 
 
 def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:

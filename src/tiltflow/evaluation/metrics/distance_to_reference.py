@@ -28,6 +28,16 @@ METRICS = (
         source="table",
         compared=True,
     ),
+    Metric(
+        "fid_per_prompt",
+        "FID of a prompt to the base",
+        "Mean over prompts of the Fréchet distance between the features of its pictures and of fresh ones of the base. That of"
+        " the base itself is the bias of so few pictures.",
+        better="down",
+        short="FID of a prompt",
+        source="table",
+        compared=True,
+    ),
 )
 
 measure = nothing
