@@ -94,7 +94,7 @@ def check(name: str, given: dict[str, Any]) -> None:
             read_recipe(read_recipe_tree(path, overrides), str(path))
         case "sweep":
             tree = read_recipe_tree(find_recipe(given["recipe"], "train"), overrides)
-            assert points_of(tree, parse_grid(given["over"]), "sweep")
+            assert points_of(tree, parse_grid(given["over"] or [], given["seeds"]), "sweep")
         case "verify":
             read_verification(given["problem"], given["method"], overrides)
         case "pretrain":

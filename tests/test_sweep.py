@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.reports.plots import pareto
-from tiltflow.runs.sweep import COSTS, beats, collect, parse_grid, points_of, run_point, sweep
+from tiltflow.runs.sweep import COSTS, beats, collect, continues, parse_grid, points_of, run_point, sweep
 from tiltflow.settings import read_yaml
 
 METHOD = {"name": "orw-cfm-w2", "num_inference_steps": 2, "num_passes": 2, "min_effective_sample_size": 1}
@@ -37,6 +39,36 @@ def test_a_grid_is_read_as_yaml() -> None:
     ):
         with pytest.raises(InputError, match=message):
             parse_grid(wrong)
+
+
+def test_a_sweep_may_have_more_values_than_it_had() -> None:
+    before = {"recipe": {"a": 1}, "over": {"method.beta": [1], "seed": [0, 1]}}
+    for over, more in (
+        ({"method.beta": [1], "seed": [0, 1, 2]}, True),
+        ({"method.beta": [2, 1], "seed": [0, 1]}, True),
+        ({"method.beta": [1], "seed": [1]}, False),
+        ({"method.beta": [1]}, False),
+        ({"seed": [0, 1], "method.beta": [1]}, False),  # whose folders have other names
+    ):
+        assert continues(before, {"recipe": {"a": 1}, "over": over}) == more
+    assert not continues(before, {"recipe": {"a": 2}, "over": before["over"]})
+
+
+def test_seeds_are_values_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--seeds 3` is --over seed=0,1,2, and nothing beside seeds need be given."""
+    asked: list[Any] = []
+
+    def stop(tree: Any, grid: Any, folder: Path, **options: Any) -> None:
+        asked.append(grid)
+        raise InputError("enough")
+
+    monkeypatch.setattr("tiltflow.runs.sweep.sweep", stop)
+    command = ["sweep", "sd15-image-reward", "-o", "runs/table", "--seeds", "3"]
+    for over in (["--over", "method.beta=1,0.1,0.0316,0.01"], []):
+        CliRunner().invoke(app, [*command, *over])
+    assert asked == [{"method.beta": [1, 0.1, 0.0316, 0.01], "seed": [0, 1, 2]}, {"seed": [0, 1, 2]}]
+    twice = CliRunner().invoke(app, [*command, "--over", "seed=1,2"])
+    assert "seed is given twice" in str(twice.exception)
 
 
 def test_points_are_named_by_their_values(tree: dict[str, Any]) -> None:
@@ -73,23 +105,37 @@ def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path, monkey
     assert (first["alpha"], first["runs"]) == (0, 2)
     assert first["reward_tuned"] == pytest.approx((runs[0]["reward_tuned"] + runs[1]["reward_tuned"]) / 2)
     assert first["w2_base_std"] == pytest.approx(abs(runs[0]["w2_base"] - runs[1]["w2_base"]) / 2)
+    assert first["w2_base_error"] == pytest.approx(first["w2_base_std"])  # of two values
+    table = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert [(row["alpha"], row["model"], row["runs"]) for row in table] == [
+        (alpha, model, "2") for alpha in ("0", "1") for model in ("base", "tuned")
+    ]
+    key = runs[0]["reward"]
+    both = [run["table"][1][key] for run in runs]
+    assert float(table[1][key]) == pytest.approx(sum(both) / 2)
+    assert float(table[1][f"{key}_error"]) == pytest.approx(abs(both[0] - both[1]) / 2)
     assert any(point["on_front"] for point in result["points"])
     picture = (folder / "pareto.svg").read_text()
     assert "alpha = 0" in picture
     assert "alpha = 1" in picture
 
     forked(monkeypatch)
-    # again: nothing is run twice, and a point that was cut off is made anew
+    # again: nothing is run twice, a point that was cut off is gone on with, and one without a checkpoint is made anew
     written = (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns
     (folder / "alpha=0,seed=1").rename(folder / "alpha=0,seed=1.partial")
+    (folder / "alpha=0,seed=1.partial" / "summary.json").unlink()
+    (folder / "alpha=1,seed=1").rename(folder / "alpha=1,seed=1.partial")
+    shutil.rmtree(folder / "alpha=1,seed=1.partial" / "checkpoints")
+    begun = (folder / "alpha=0,seed=1.partial" / "metrics.jsonl").read_text()
     told.clear()
     again = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
     assert dict(told) == {
         "alpha=0,seed=0": "already done",
         "alpha=0,seed=1": "done",
         "alpha=1,seed=0": "already done",
-        "alpha=1,seed=1": "already done",
+        "alpha=1,seed=1": "done",
     }
+    assert (folder / "alpha=0,seed=1" / "metrics.jsonl").read_text() == begun  # the steps were not taken again
     assert (folder / "alpha=1,seed=0" / "summary.json").stat().st_mtime_ns == written
     for row, other in zip(again["runs"], result["runs"], strict=True):
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}

@@ -19,8 +19,12 @@ def sweep(
     recipe: TrainRecipe,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or that of this sweep.")],
     over: Annotated[
-        list[str], typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; may be repeated to make a grid.")
-    ],
+        list[str] | None,
+        typer.Option("--over", metavar="KEY=A,B,..", help="Values of a setting; may be repeated to make a grid."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of seeds of each point, from 0 on: the same as --over seed=0,1,..")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time.")] = 1,
     overrides: Set = None,
     device: Device = "auto",
@@ -30,18 +34,19 @@ def sweep(
 ) -> None:
     """Train on a grid of settings, and plot the reward against the distance to the base.
 
-    Each point is a run in a folder of its own. The same command again resumes with the points that are missing. Points that
-    differ only in `seed` are shown as one, with their standard deviation. A recipe can run code: the Python functions that it
-    names.
+    Each point is a run in a folder of its own. The same command again resumes with the points that are missing and the run that
+    was cut off; it may have more values, such as seeds. Points that differ only in `seed` are shown as one, with the
+    standard error over them; table.csv has all that was measured at each sampling point. A recipe can run code: the Python
+    functions that it names.
 
     [dim]tiltflow sweep digits-even-orw --over method.alpha=0,0.3,1 --over method.tau=1,3 --output runs/sweep[/dim]
-    [dim]tiltflow sweep digits-even --over method.beta=1,2,4 --over seed=0,1,2 --processes 2 --output runs/betas[/dim]
+    [dim]tiltflow sweep digits-even --over method.beta=1,2,4 --seeds 3 --processes 2 --output runs/betas[/dim]
     """
     from tiltflow.runs.recipe import find_recipe, read_recipe_tree
     from tiltflow.runs.sweep import parse_grid
     from tiltflow.runs.sweep import sweep as run_sweep
 
-    grid, console = parse_grid(over), make_console(as_json)
+    grid, console = parse_grid(over or [], seeds), make_console(as_json)
     tree = read_recipe_tree(find_recipe(recipe, "train"), overrides or [])
     chosen, count = set_up_torch(device, None), prod(len(values) for values in grid.values())
     with sweep_progress(console, quiet, count) as watch:
@@ -71,6 +76,15 @@ def print_sweep(console: Console, result: dict[str, Any], keys: list[str]) -> No
             table.add_row(*values, f"[yellow]{escape(row['error'])}[/yellow]", "", "", str(row["runs"]), "")
             continue
         differ = f"{row[kind]:.2f}" if kind in row else ""
-        reward, distance = (f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("reward_tuned", cost))
+        reward, distance = (with_error(row[key], row[f"{key}_error"]) for key in ("reward_tuned", cost))
         table.add_row(*values, reward, distance, differ, str(row["runs"]), "front" if row["on_front"] else "")
     console.print(table)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Format a mean over seeds, with its standard error if there are several.
+
+    >>> with_error(0.25, 0.03), with_error(0.25, None)
+    ('0.250 ± 0.030', '0.250')
+    """
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -19,6 +19,9 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.streams import stream
 
+OF_POINT = ("model", "solver", "num_inference_steps", "shift", "spacing", "eta", "guidance_scale")
+"""Columns of the table that say what was sampled, and how; all others are numbers that were measured."""
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -1,14 +1,17 @@
 """A grid of training runs: a run for every combination of values of some settings, and its reward against its cost.
 
 sweep.yaml       the recipe and the grid: rerun the same command to continue a sweep
-<point>/         a finished run, as `tiltflow train` writes it; `<point>.partial` while it trains
+<point>/         a finished run, as `tiltflow train` writes it; `<point>.partial` while it trains, which is gone on with
 sweep.json       one row for each point: its values, reward and other measures; `distance` names the cost of reward
+table.csv        the tables of the runs' sampling points, means over seeds with their standard errors
 pareto.svg       reward against that cost: for image models the distance to the base in W2; for pipelines the FID to the
                  reference if there is one, else the path KL to the base
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import multiprocessing
 import os
@@ -26,9 +29,11 @@ import torch
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.metrics import every_metric
+from tiltflow.evaluation.table import OF_POINT
 from tiltflow.files import PARTIAL, read_json, trusted, write_json, write_text, writing
 from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
+from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe, read_recipe
 from tiltflow.runs.resume import flat
@@ -52,10 +57,14 @@ class Point:
     recipe: Recipe
 
 
-def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse `key=1,2,3` or `key=[1, 2, 3]` for each setting into its values. Raises InputError for anything else."""
+def parse_grid(over: Sequence[str], seeds: int | None = None) -> dict[str, list[Any]]:
+    """Parse `key=1,2,3` or `key=[1, 2, 3]` for each setting into its values. Raises InputError for anything else.
+
+    Args:
+        seeds: a number of seeds, from 0 on, as the last setting.
+    """
     grid: dict[str, list[Any]] = {}
-    for text in over:
+    for text in (*over, f"{SEED}={','.join(map(str, range(seeds)))}") if seeds else over:
         key, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not key or not values:
             raise InputError(f"--over {text}: must read key=value,value,.. for example method.alpha=0,0.3,1")
@@ -66,7 +75,7 @@ def parse_grid(over: Sequence[str]) -> dict[str, list[Any]]:
             raise InputError(f"--over {text}: {key} is given twice")
         grid[key] = listed
     if not grid:
-        raise InputError("give at least one --over key=value,value,..")
+        raise InputError("give at least one --over key=value,value,.. or --seeds")
     return grid
 
 
@@ -132,7 +141,7 @@ def _sweep(
     """`sweep` in a locked folder."""
     known = folder / "sweep.yaml"
     if known.exists():
-        if read_yaml(known) != plan:
+        if not continues(read_yaml(known), plan):
             raise InputError(f"{folder}: holds another sweep; give a new --output, or the recipe and --over of {known}")
     else:
         claim(folder)
@@ -145,10 +154,18 @@ def _sweep(
     failures = _run_all(todo, folder, processes, device, watch)
     result = collect(points, folder, failures)
     write_json(folder / "sweep.json", result)
+    write_text(folder / "table.csv", as_csv(result["table"]))
     shown = list(short_names([key for key in grid if key != SEED]).values())
     distance = result["distance"]
     write_text(folder / "pareto.svg", pareto(result["points"], shown, COSTS[distance]))
     return result
+
+
+def continues(before: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
+    """True if a plan has the recipe, the settings and all the values of an earlier one, and perhaps more, such as seeds."""
+    old, new = before.get("over", {}), plan["over"]
+    same = before.get("recipe") == plan["recipe"] and list(old) == list(new)
+    return same and all(value in new[key] for key, values in old.items() for value in values)
 
 
 def _run_all(
@@ -174,13 +191,16 @@ def _run_all(
 def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool = False) -> str | None:
     """Train and evaluate a point. Returns the error if it fails."""
     torch.set_num_threads(threads)
-    partial = folder / f"{point.name}{PARTIAL}"
+    partial, recipe = folder / f"{point.name}{PARTIAL}", point.recipe
     try:
         with writing(partial):
-            if partial.exists():
+            if checkpoints(partial / FOLDER):
+                training = recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})
+                recipe = recipe.model_copy(update={"training": training})
+            elif partial.exists():
                 shutil.rmtree(partial)
         with allow_code() if code_of_runs else nullcontext():
-            run(point.recipe, partial, device=device)
+            run(recipe, partial, device=device)
         with writing(partial):
             partial.rename(folder / point.name)
     except TiltflowError as error:
@@ -220,7 +240,8 @@ def collect(points: Sequence[Point], folder: Path, failures: Mapping[str, str]) 
     distance = next((key for key in DISTANCES if all(key in row for row in finished)), next(iter(DISTANCES)))
     for row in finished:
         row["on_front"] = not any(beats(other, row, distance) for other in finished)
-    return {"distance": distance, "runs": rows, "points": summaries}
+    tables = [of_points for members in groups.values() for of_points in _tables(members, others, folder)]
+    return {"distance": distance, "runs": rows, "points": summaries, "table": tables}
 
 
 def _row(point: Point, names: Mapping[str, str], folder: Path, failures: Mapping[str, str]) -> dict[str, Any]:
@@ -236,8 +257,49 @@ def _row(point: Point, names: Mapping[str, str], folder: Path, failures: Mapping
         return row | {"error": str(error)}
 
 
+def _tables(members: Sequence[dict[str, Any]], others: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """The rows of the tables of runs that differ in their seed alone: of each number the mean, and its standard error over
+    them; of a single run that of its samples.
+
+    Args:
+        others: the settings that these runs have in common.
+    """
+    tables = [read_json(folder / row["name"] / "summary.json").get("table", []) for row in members if "error" not in row]
+    found = []
+    for rows in zip(*tables, strict=False):
+        values = {key: members[0][key] for key in others} | {key: rows[0][key] for key in OF_POINT if key in rows[0]}
+        values["runs"] = len(rows)
+        for key in rows[0]:
+            numbers = [row.get(key) for row in rows]
+            if key in OF_POINT or key.endswith("_error") or not all(isinstance(number, int | float) for number in numbers):
+                continue
+            values[key] = statistics.mean(numbers)
+            values[f"{key}_error"] = standard_error(numbers) if len(numbers) > 1 else rows[0].get(f"{key}_error")
+        found.append(values)
+    return found
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table of text, with all the keys of any row as columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of independent values; None of a single one.
+
+    >>> standard_error([1.0, 3.0])
+    1.0
+    """
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def _over_seeds(members: Sequence[dict[str, Any]], others: Sequence[str]) -> dict[str, Any]:
-    """The mean and the standard deviation of each measure over runs that differ in their seed alone; None where one is None.
+    """The mean, the standard deviation and the standard error of each measure over runs that differ in their seed alone; None
+    where one is None, and the error where there is one run.
 
     Args:
         others: the settings that these runs have in common.
@@ -250,6 +312,7 @@ def _over_seeds(members: Sequence[dict[str, Any]], others: Sequence[str]) -> dic
             known = None not in values  # the distance to an unknown target law is None
             merged[key] = statistics.mean(values) if known else None
             merged[f"{key}_std"] = statistics.pstdev(values) if known else None
+            merged[f"{key}_error"] = standard_error(values) if known else None
     if not finished:
         merged["error"] = members[0]["error"]
     return merged
