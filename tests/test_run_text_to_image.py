@@ -498,7 +498,7 @@ FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-di
 PUBLISHED = [
     name
     for name, path in shipped_recipes("train").items()
-    if isinstance(read_yaml(path)["model"], dict) and name != "tiles-colour"
+    if isinstance(read_yaml(path)["model"], dict) and name not in ("tiles-colour", "wan-clip-score")
 ]
 
 

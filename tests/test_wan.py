@@ -17,6 +17,7 @@ from PIL import Image
 from test_run_text_to_image import train
 from test_text_to_image import euler, latents_of
 from tiny_pipelines import tiny_pipeline
+from tiny_scorers import tiny_clip
 from tiny_videos import FLOW, wan
 from typer.testing import CliRunner
 
@@ -27,6 +28,8 @@ from tiltflow.errors import InputError, Note
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
+from tiltflow.runs.recipe import shipped_recipes
+from tiltflow.settings import read_yaml
 
 SHORT, LONG = "a red cat", "two blue dogs on a sofa beside a window"
 SIZES = [(16, 16, 5), (16, 32, 3)]
@@ -205,6 +208,28 @@ def test_a_run_and_its_export(whole: bool, tmp_path: Path, monkeypatch: pytest.M
     with Image.open("x.gif") as gif, Image.open("x.png") as png:
         assert gif.n_frames == 5  # type: ignore[attr-defined]
         assert png.width / png.height > 2  # 2 rows of 5 frames
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:scheduler UniPCMultistepScheduler.*draws other latents")
+def test_the_recipe_runs_on_a_small_pipeline(tmp_path: Path) -> None:
+    """And says that its settings are guesses."""
+    path = shipped_recipes("train")["wan-clip-score"]
+    assert "# Guesses: everything else." in path.read_text()
+    tree: Any = read_yaml(path)
+    wan(UniPCMultistepScheduler(**FLOW)).save_pretrained(tmp_path / "wan")
+    clip = str(tiny_clip(tmp_path))
+    tree["model"] |= {"diffusers": str(tmp_path / "wan"), "height": 16, "width": 16, "num_frames": 5, "dtype": "float32"}
+    tree["reward"] = {"name": "clip-score", "model": clip}
+    tree["method"] |= {"num_inference_steps": 3, "num_passes": 2, "regression_batch_size": 2}
+    tree["training"] |= {"max_train_steps": 8, "monitor": {"steps": 4}}
+    tree["evaluation"] |= {"num_generations": 2, "features": clip}
+    tree["evaluation"]["rewards"] = [{"name": "pick-score", "model": clip, "tokenizer": None}]
+    tree["evaluation"]["points"] = [{**point, "num_inference_steps": 2} for point in tree["evaluation"]["points"]]
+    summary = train(tree, tmp_path / "run")
+    assert summary["iterations"] == 8
+    assert {"variance", "vendi", "clip-score", "pick-score"} <= set(summary["table"][0])
+    assert summary["pictures"]["rows"] == 2
 
 
 @pytest.mark.slow
