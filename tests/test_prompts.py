@@ -65,7 +65,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     two = {"train": [{"caption": "a cat", "n": 1}, {"caption": "a dog", "n": 2}], "test": [{"caption": "a bird", "n": 3}]}
     found = Served({"me/two": two, "me/one": {"train": two["train"]}})
     monkeypatch.setitem(sys.modules, "datasets", found)  # type: ignore[arg-type]
-    monkeypatch.setattr("tiltflow.conditions.prompts._rows", lambda data: data.rows)
+    monkeypatch.setattr("tiltflow.conditions.prompts._rows", lambda data, *more: data.rows)
     return found
 
 

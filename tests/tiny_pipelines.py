@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -159,6 +160,15 @@ def flux(folder: Path, *, guidance_embeds: bool = True, **scheduler: Any) -> Flu
     return pipeline
 
 
+def flux_kontext(folder: Path, **scheduler: Any) -> FluxKontextPipeline:
+    pipeline = FluxKontextPipeline(**flux(folder, **scheduler).components)
+    pipeline.default_sample_size = 8
+    for parameter in pipeline.transformer.parameters():
+        if parameter.ndim > 1:  # so large that the picture that is edited matters, and not so that rounding does
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    return pipeline
+
+
 def pixart_sigma(folder: Path, **scheduler: Any) -> PixArtSigmaPipeline:
     tokenizer, encoder = t5()
     return PixArtSigmaPipeline(
@@ -239,6 +249,8 @@ PIPELINES = {
 }
 
 
+EDITING = {"flux-kontext": flux_kontext}
+"""Those that edit pictures."""
 NEWER = ("pixart-sigma", "sana", "lumina2")
 """Those of which the fast tests ask a little less; `test_families.py` is theirs."""
 
@@ -247,6 +259,6 @@ def tiny_pipeline(name: str, folder: Path, **options: Any) -> Any:
     """A pipeline by the name of its family, the same for every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = PIPELINES[name](folder / "tokenizer", **options)
+        pipeline = (PIPELINES | EDITING)[name](folder / "tokenizer", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

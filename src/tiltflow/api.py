@@ -30,10 +30,11 @@ from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
+from tiltflow.pictures import IMAGE, Picture, picture_of
 from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.lifted import from_function
-from tiltflow.runs.fingerprints import of_network
+from tiltflow.runs.fingerprints import of_network, of_pictures
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
@@ -130,11 +131,13 @@ def tune(
 
     Args:
         reward: x [batch, *event] -> [batch], higher is better; for a pipeline, of images [batch, 3, height, width], about
-            [-1, 1]. It gets `prompts`, `metadata` and `labels` too, if it has arguments called so.
+            [-1, 1]. It gets `prompts`, `metadata`, `labels` and `sources`, the pictures that were edited, too, if it has
+            arguments called so.
         method: the settings of a method, such as `AdjointMatching(beta=0.5)`.
         training: the loop; settings that mean nothing for the model are refused.
         optimizer: AdamW and its schedule; what is left out is as the method has it by default.
-        conditions: for a pipeline, its prompts: texts, or mappings with the key `prompt`, whose other keys are the metadata.
+        conditions: for a pipeline, its prompts: texts, or mappings with the key `prompt`, whose other keys are the metadata;
+            `image` is the picture that a pipeline that edits edits: a path, an image of PIL or a tensor in [-1, 1].
             For a class-conditional network, the classes that are tuned, by name or number; all by default.
         adapter: the LoRA to add. By default one is added to a pipeline, unless it has one of `with_adapter`, which is then
             trained, and none to a network, of which a copy is trained. None trains the whole network beside a frozen copy.
@@ -172,6 +175,7 @@ def tune(
             )
         network = model.flow.network
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
+        also |= of_pictures(items_of(model, conditions, run.training))
         with RunFolder.begin(Path(output), run, note, also) as place:
             these = _ready(model, reward, run, conditions, adapter, None, measured=True)
             train(run, these, place, save_to=partial(_write, these.parts.tuned, run), callbacks=callbacks)
@@ -286,7 +290,7 @@ class PythonRun(Settings):
         tree = {
             "model": type(network.network if isinstance(network, Denoiser) else network).__name__,
             "reward": getattr(reward, "__qualname__", type(reward).__qualname__),
-            "conditions": tuple(conditions or ()),
+            "conditions": tuple(_with_picture(each, str) for each in conditions or ()),
             "method": method,
             "optimizer": check_optimizer(method, optimizer),
             "training": given.for_prompts() if prompted else given.for_samples(),
@@ -357,10 +361,18 @@ def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, tra
     if not conditions or isinstance(conditions, str):
         raise InputError("tune: a pipeline needs conditions=[..], prompts that it draws pictures of")
     rows = [{"prompt": each} if isinstance(each, str) else each for each in conditions]
-    texts = unique(from_rows([dict(row) if isinstance(row, Mapping) else row for row in rows], "prompt", "of tune"))
+    texts = unique(from_rows([_with_picture(row) for row in rows], "prompt", "of tune"))
     if not texts:
         raise InputError("tune: all prompts are blank")
     return texts
+
+
+def _with_picture(condition: Any, form: Callable[[Picture], Any] = lambda picture: picture) -> Any:
+    """A condition with the picture that it edits, if it has one, in this form. Raises InputError for what is no picture."""
+    if not isinstance(condition, Mapping):
+        return condition
+    given = condition.get(IMAGE)
+    return dict(condition) if given is None else {**condition, IMAGE: form(picture_of(given, "tune: conditions"))}
 
 
 def _write(tuned: GenerativeModel, run: PythonRun, folder: Path) -> None:

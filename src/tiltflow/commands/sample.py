@@ -57,6 +57,12 @@ def sample(
         ),
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt for a pipeline; may be repeated.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="Picture that a pipeline that edits edits: one for all prompts, or one for each, in their order."
+        ),
+    ] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,6 +101,7 @@ def sample(
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
     [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
     [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
+    [dim]tiltflow sample runs/edits --prompt "make it red" --image in.png --output red.png[/dim]
     """
     from tiltflow.api import load
     from tiltflow.files import check_output
@@ -113,9 +120,9 @@ def sample(
     if isinstance(loaded, TextToImage):
         if labels is not None:
             raise InputError(f"--label: {model} is a text-to-image pipeline; use --prompt")
-        plan = plan_pictures(loaded, prompts, num_samples or 4, guidance_scale, options)
+        plan = plan_pictures(loaded, prompts, images, num_samples or 4, guidance_scale, options)
     else:
-        for option, value in (("--prompt", prompts), ("--guidance-scale", guidance_scale)):
+        for option, value in (("--prompt", prompts), ("--image", images), ("--guidance-scale", guidance_scale)):
             if value is not None:
                 raise InputError(f"{option}: {model} is not a text-to-image pipeline; leave it out")
         plan = plan_samples(loaded, labels, num_samples or 64, options)
@@ -148,14 +155,28 @@ class Plan:
 
 
 def plan_pictures(
-    model: TextToImage, prompts: list[str] | None, each: int, guidance_scale: float | None, options: dict[str, Any]
+    model: TextToImage,
+    prompts: list[str] | None,
+    images: list[Path] | None,
+    each: int,
+    guidance_scale: float | None,
+    options: dict[str, Any],
 ) -> Plan:
-    """Plan `each` pictures or videos of each prompt, one row of the grid per prompt. Raises InputError without a prompt."""
+    """Plan `each` pictures or videos of each prompt, one row of the grid per prompt. Raises InputError without a prompt, and
+    for pictures to edit that are too few or too many, or that the pipeline does not take."""
+    from tiltflow.pictures import IMAGE, picture_of
+
     if not prompts:
         raise InputError('--prompt: a pipeline needs at least one, for example --prompt "a red cat"')
     asked = {"prompts": prompts, "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale}
     several = [prompt for prompt in prompts for _ in range(each)]
-    model.encode_ahead([Item(prompt) for prompt in prompts])
+    if images is not None and len(images) not in (1, len(prompts)):
+        raise InputError(f"--image: give one for all prompts, or one for each of {len(prompts)}, got {len(images)}")
+    given = [picture_of(path, "--image") for path in images or ()] * (len(prompts) // len(images) if images else 1)
+    model.encode_ahead([Item(prompt, {IMAGE: given[i]} if given else {}) for i, prompt in enumerate(prompts)])
+    if given:
+        asked["images"] = [str(picture) for picture in given]
+        options = options | {"images": [picture for picture in given for _ in range(each)]}
     draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
     return Plan(draw, len(several), "pictures" if model.num_frames is None else "videos", each, asked)
 

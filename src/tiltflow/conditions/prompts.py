@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.pictures import IMAGE, Picture, edited, picture_of, stored
 from tiltflow.settings import External, PathOrName, Settings
 from tiltflow.streams import stream
 from tiltflow.user_code import refused
@@ -42,6 +43,9 @@ class Source(Settings):
     """Its split, such as train, if it has several."""
     column: str = "prompt"
     """Key of the prompt, where there are others: they are metadata, but for pictures and other binary columns."""
+    image_column: str | None = None
+    """Key of the picture that is edited, of a pipeline that edits: a path, which begins in the folder of the file of prompts,
+    or the pictures themselves in a data set or a .parquet table."""
 
     def read(self, where: str) -> list[Item]:
         """Read the prompts. Raises InputError if there are none, or if they cannot be read."""
@@ -49,9 +53,10 @@ class Source(Settings):
             for name in ("subset", "split"):
                 if (value := getattr(self, name)) is not None:
                     raise InputError(f"{where}.{name} {value!r}: is that of a dataset; leave it out")
-            found = read_file(Path(str(self.path)), self.column)
+            found = read_file(Path(str(self.path)), self.column, self.image_column)
         else:
-            found = from_rows(_from_hub(self.dataset, self.subset, self.split, where), self.column, self.dataset)
+            rows = _from_hub(self.dataset, self.subset, self.split, where, self.image_column)
+            found = from_rows(rows, self.column, self.dataset, self.image_column)
         if not any(prompt.text for prompt in found):
             raise InputError(f"{where}: there are none in {self.dataset or self.path}")
         return found
@@ -65,7 +70,7 @@ class Prompts(Source):
     """The prompts themselves, instead of a path."""
     validation: Annotated[float, Field(ge=0, lt=1)] | PathOrName | Source = 0.1
     """Share of the prompts that is held out for the evaluation; or the path of a file with others, or a source with its own
-    `path` or `dataset`, and `column`. A single prompt is never held out."""
+    `path` or `dataset`, and columns. A single prompt is never held out."""
 
     def items(self, class_names: Sequence[str], seed: int) -> tuple[list[Item], list[Item]]:
         """Read the prompts; see `read_prompts`."""
@@ -75,7 +80,8 @@ class Prompts(Source):
 def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """Return (prompts for training, prompts held out), each once.
 
-    Held out are the texts that a seeded shuffle puts first; if nothing can be held out, both lists are all prompts.
+    Held out are the texts, each with its picture if it has one, that a seeded shuffle puts first; if nothing can be held out,
+    both lists are all prompts.
 
     Raises InputError if there are no prompts, or if a line or a column cannot be read as prompts.
     """
@@ -89,18 +95,22 @@ def read_prompts(settings: Prompts, seed: int = 0) -> tuple[list[Item], list[Ite
         given = settings.read("prompts")
     prompts, validation = unique(given), settings.validation
     if isinstance(validation, str):
-        validation = Source(path=validation, column=settings.column)
+        validation = Source(path=validation, column=settings.column, image_column=settings.image_column)
     if isinstance(validation, Source):
         if (validation.path is None) == (validation.dataset is None):
             raise InputError("prompts.validation: give either a path or a dataset")
         return prompts, unique(validation.read("prompts.validation"))
-    different = list(dict.fromkeys(prompt.text for prompt in prompts))
+    what = [(prompt.text, edited(prompt.metadata)) for prompt in prompts]
+    different = list(dict.fromkeys(what))
     if len(different) == 1 or validation == 0:
         return prompts, prompts
     count = min(max(1, round(validation * len(different))), len(different) - 1)
     order = torch.randperm(len(different), generator=stream(seed, "held out")).tolist()
     held = {different[i] for i in order[:count]}
-    return [p for p in prompts if p.text not in held], [p for p in prompts if p.text in held]
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for key, prompt in zip(what, prompts, strict=True):
+        parts[key in held].append(prompt)
+    return parts
 
 
 def unique(prompts: list[Item]) -> list[Item]:
@@ -121,16 +131,22 @@ def key_of(metadata: Mapping[str, Any]) -> str:
     return json.dumps(metadata, sort_keys=True, default=repr)
 
 
-def read_file(path: Path, column: str) -> list[Item]:
+def read_file(path: Path, column: str, image_column: str | None = None) -> list[Item]:
     """Read the prompts of one file or folder. Raises InputError if it cannot be read."""
+    return from_rows(
+        _rows_of(path, column, image_column), column, str(path), image_column, path if path.is_dir() else path.parent
+    )
+
+
+def _rows_of(path: Path, column: str, image_column: str | None) -> list[Any]:
     if path.is_dir():
-        return from_rows(_data_set(path), column, str(path))
+        return _data_set(path, image_column)
     if path.suffix not in SUFFIXES:
         raise InputError(
             f"prompts {path}: must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder of a data set"
         )
     if path.suffix == ".parquet":
-        return from_rows(_parquet(path), column, str(path))
+        return _parquet(path, image_column)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read(MOST_CHARACTERS + 1)
@@ -142,14 +158,13 @@ def read_file(path: Path, column: str) -> list[Item]:
         rows = from_json(text, str(path))
         if not isinstance(rows, list):
             raise InputError(f"prompts {path}: must be a list of objects")
-        return from_rows(rows, column, str(path))
+        return rows
     if path.suffix in TABLES:
-        return from_rows(from_table(text, TABLES[path.suffix], str(path)), column, str(path))
+        return from_table(text, TABLES[path.suffix], str(path))
     lines = text.split("\n")  # splitlines() would split at U+2028 and others too, which are part of a prompt
     if path.suffix == ".txt":
-        return from_rows([{column: line} for line in lines], column, str(path))
-    rows = [from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return from_rows(rows, column, str(path))
+        return [{column: line} for line in lines]
+    return [from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def from_table(text: str, form: dict[str, Any], where: str) -> list[Any]:
@@ -172,8 +187,13 @@ def from_json(text: str, where: str) -> Any:
         raise InputError(f"prompts {where}: is not JSON ({error})") from None
 
 
-def from_rows(rows: list[Any], column: str, where: str) -> list[Item]:
-    """Make prompts of mappings. Raises InputError, with the number of the row, for a row without a text in `column`."""
+def from_rows(rows: list[Any], column: str, where: str, image_column: str | None = None, folder: str | Path = "") -> list[Item]:
+    """Make prompts of mappings. Raises InputError, with the number of the row, for a row without a text in `column`, and for
+    what is no picture in `image_column`.
+
+    Args:
+        folder: in which the paths of pictures begin.
+    """
     prompts = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
@@ -185,11 +205,16 @@ def from_rows(rows: list[Any], column: str, where: str) -> list[Item]:
             raise InputError(
                 f"prompts {where}, row {number}: {ascii(text)[:60]} has an unpaired surrogate, which UTF-8 cannot encode"
             )
-        prompts.append(Item(text, {key: value for key, value in row.items() if key != column}))
+        metadata = {key: value for key, value in row.items() if key not in (column, image_column)}
+        if image_column is not None:
+            if row.get(image_column) is None:
+                raise InputError(f"prompts {where}, row {number}: has no picture {image_column!r}; set prompts.image_column")
+            metadata[IMAGE] = picture_of(row[image_column], f"prompts {where}, row {number}", folder)
+        prompts.append(Item(text, metadata))
     return prompts
 
 
-def _data_set(folder: Path) -> list[Any]:
+def _data_set(folder: Path, image_column: str | None) -> list[Any]:
     try:
         from datasets import Dataset, load_from_disk
     except ImportError:
@@ -200,10 +225,10 @@ def _data_set(folder: Path) -> list[Any]:
         raise InputError(f"prompts {folder}: is not a data set of `datasets` ({error})") from None
     if not isinstance(loaded, Dataset):
         raise InputError(f"prompts {folder}: has several splits, {', '.join(loaded)}; give the folder of one of them")
-    return _rows(loaded)
+    return _rows(loaded, image_column, str(folder))
 
 
-def _from_hub(name: str, subset: str | None, split: str | None, where: str) -> list[Any]:
+def _from_hub(name: str, subset: str | None, split: str | None, where: str, image_column: str | None) -> list[Any]:
     """The rows of a data set of `datasets`. Raises InputError if it cannot be loaded, or the split is not clear."""
     try:
         from datasets import Dataset, load_dataset
@@ -212,28 +237,39 @@ def _from_hub(name: str, subset: str | None, split: str | None, where: str) -> l
     with refused(f"{where}.dataset {name}: cannot be loaded"):
         loaded: Any = load_dataset(name, subset)
     if isinstance(loaded, Dataset):
-        return _rows(loaded)
+        return _rows(loaded, image_column, name)
     splits = list(loaded)
     if split is None and len(splits) > 1:
         raise InputError(f"{where}.dataset {name}: has the splits {', '.join(splits)}; set {where}.split")
     if split is not None and split not in splits:
         raise InputError(f"{where}.split: {name} has no {split!r}{did_you_mean(split, splits)}")
-    return _rows(loaded[split or splits[0]])
+    return _rows(loaded[split or splits[0]], image_column, f"{name}, {split or splits[0]}")
 
 
-def _rows(data: Any) -> list[Any]:
-    """The rows of a data set of `datasets`, without binary columns."""
-    rows: list[Any] = data.select_columns(_readable(data.features.arrow_schema)).to_list()
-    return rows
+def _rows(data: Any, image_column: str | None, name: str) -> list[Any]:
+    """The rows of a data set of `datasets`, without binary columns, but for the pictures that are asked for, each of which is
+    read when it is needed."""
+    readable = _readable(data.features.arrow_schema)
+    rows: list[Any] = data.select_columns(readable).to_list()
+    if image_column is None or image_column in readable or image_column not in data.column_names:
+        return rows
+    table = data.select_columns(image_column).with_format("arrow")
+
+    def picture(i: int) -> Picture:
+        return Picture(f"row {i + 1} of {name}", lambda: stored(table[i][image_column][0].as_py()))
+
+    return [{**row, image_column: picture(i)} for i, row in enumerate(rows)]
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(path: Path, image_column: str | None) -> list[Any]:
     try:
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"prompts {path}: a .parquet file needs the package pyarrow: pip install pyarrow") from None
     with refused(f"prompts {path}: cannot be read"):
-        rows: list[Any] = parquet.read_table(path, columns=_readable(parquet.read_schema(path))).to_pylist()
+        schema = parquet.read_schema(path)
+        columns = {*_readable(schema), *([image_column] if image_column in schema.names else [])}
+        rows: list[Any] = parquet.read_table(path, columns=sorted(columns, key=schema.names.index)).to_pylist()
     return rows
 
 

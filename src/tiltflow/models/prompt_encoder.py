@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline: prompts become conditions of its denoiser, each prompt encoded once."""
+"""The encoders of a pipeline: prompts, and pictures that are edited, become conditions of its denoiser, each encoded once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tiltflow.flows.conditions import joined
 from tiltflow.models.denoiser import Condition, floating_dtype
 from tiltflow.models.pipelines import Family, TextOptions
 from tiltflow.models.text_encoders import TextEncoders
+from tiltflow.pictures import Picture
 from tiltflow.user_code import explained
 
 CLIP_TOKENS = 77
@@ -27,14 +28,15 @@ CACHE_GB = 4.0
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """The text encoders of a pipeline, with a cache on the CPU. Each prompt is in it alone, as long as it is; in a batch the
-    shorter ones get zeros, which the mask of the family tells from the rest.
+    """The encoders of a pipeline, with a cache on the CPU. Each prompt is in it alone, as long as it is; in a batch the shorter
+    ones get zeros, which the mask of the family tells from the rest. Each picture is in it alone too, for all its prompts.
 
     Args:
         size: height and width of the pictures in pixels, which some families encode too.
         options: settings of the text encoders.
         encoders: the text encoders in memory, or not.
-        most_bytes: of the conditions in the cache; those that were used least recently go first.
+        most_bytes: of the conditions in the cache; pictures go first, as their encoder is never freed, and of them and of
+            prompts those that were used least recently.
     """
 
     pipeline: Any
@@ -43,36 +45,55 @@ class PromptEncoder:
     options: TextOptions
     encoders: TextEncoders
     most_bytes: float = CACHE_GB * 2**30
-    cache: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
-    """(condition, negative condition) of the most recent prompts, the latest last, in the dtype of the denoiser."""
-    sizes: dict[str, int] = field(default_factory=dict, repr=False)
+    cache: dict[str | Picture, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    """(condition, negative condition) of the most recent prompts and pictures, the latest last, in the dtype of the denoiser.
+    Those of a picture are what it adds to them."""
+    sizes: dict[str | Picture, int] = field(default_factory=dict, repr=False)
     """Bytes of the conditions in the cache."""
 
-    def __call__(self, prompts: Sequence[str], device: torch.device) -> tuple[Condition, Condition | None]:
+    def __call__(
+        self, prompts: Sequence[str], device: torch.device, pictures: Sequence[Picture] = ()
+    ) -> tuple[Condition, Condition | None]:
         """Encode prompts: (conditions, negative conditions or None), each tensor [batch, ..], on `device`.
 
         Each prompt is encoded by itself, so that it matters neither with which others nor whether it was in the cache. A prompt
         longer than the text encoders take is truncated as the pipeline truncates it, with a warning.
+
+        Args:
+            pictures: one for each prompt, of a family that edits; none of any other.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt in self.cache:
-                self.cache[prompt] = self.cache.pop(prompt)  # the latest is last
+        keys: list[str | Picture] = list(dict.fromkeys([*prompts, *pictures]))
+        for key in keys:
+            if key in self.cache:
+                self.cache[key] = self.cache.pop(key)  # the latest is last
                 continue
-            with torch.no_grad(), explained("the pipeline's text encoder"):
-                pipeline = self.encoders.ready()
-                self._warn_of_length(prompt)
-                encoded = self.family.encode(pipeline, [prompt], self.size, self.options)
-                pair = kept(encoded, floating_dtype(getattr(self.pipeline, self.family.denoiser)), pinned=device.type == "cuda")
-            # the negative condition does not depend on the prompt: all share the first one
-            self.cache[prompt] = pair[0], next(iter(self.cache.values()), pair)[1]
-            self.sizes[prompt] = sum(part.nbytes for part in tree_leaves(pair[0]) if isinstance(part, Tensor))
+            encoded = self._picture(key) if isinstance(key, Picture) else self._prompt(key)
+            pair = kept(encoded, floating_dtype(getattr(self.pipeline, self.family.denoiser)), pinned=device.type == "cuda")
+            if isinstance(key, str):  # the negative condition does not depend on the prompt: all share the first one
+                pair = pair[0], next((both for other, both in self.cache.items() if isinstance(other, str)), pair)[1]
+            self.cache[key] = pair
+            self.sizes[key] = sum(part.nbytes for part in tree_leaves(pair[0]) if isinstance(part, Tensor))
         # moved one by one: joined on the CPU they would not be pinned
-        there = {prompt: on_device(self.cache[prompt], device) for prompt in dict.fromkeys(prompts)}
+        there = {key: on_device(self.cache[key], device) for key in keys}
         condition, negative = (joined([there[prompt][i] for prompt in prompts]) for i in (0, 1))
+        if pictures:
+            seen = joined([there[picture][0] for picture in pictures])
+            condition, negative = {**condition, **seen}, None if negative is None else {**negative, **seen}
         while self.cache and sum(self.sizes.values()) > self.most_bytes:
-            oldest = next(iter(self.cache))
+            oldest = next((key for key in self.cache if isinstance(key, Picture)), next(iter(self.cache)))
             del self.cache[oldest], self.sizes[oldest]
         return condition, negative
+
+    def _prompt(self, prompt: str) -> tuple[Any, Any]:
+        with torch.no_grad(), explained("the pipeline's text encoder"):
+            pipeline = self.encoders.ready()
+            self._warn_of_length(prompt)
+            return self.family.encode(pipeline, [prompt], self.size, self.options)
+
+    def _picture(self, picture: Picture) -> tuple[Any, Any]:
+        pixels = picture.pixels(*self.size)[None].to(self.pipeline.vae.device)
+        with torch.no_grad(), explained("the pipeline's encoder of pictures"):
+            return self.family.encode_pictures(self.pipeline, pixels, self.size), None
 
     def encode_ahead(self, prompts: Sequence[str], device: torch.device) -> None:
         """Encode all prompts of a training, and free the text encoders if that is what becomes of them. If the cache cannot
@@ -114,7 +135,7 @@ class PromptEncoder:
         for name, most, count in cut[:1]:
             rest = f"the rest is seen by {' and '.join(whole)} alone" if whole else "the rest is not seen"
             text = f"prompt {prompt[:40]!r}: {name} takes {most} of its {count} tokens, {rest}"
-            warnings.warn(text, Note, stacklevel=5)
+            warnings.warn(text, Note, stacklevel=6)
 
 
 def kept(conditions: Any, dtype: torch.dtype, *, pinned: bool) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,10 +39,14 @@ from tiltflow.models.pipelines import Family
 from tiltflow.models.prompt_encoder import PromptEncoder
 from tiltflow.models.schedules import Schedule, drawn_by, scheduler_named
 from tiltflow.models.trainable import Adapter, trainable_copy
+from tiltflow.pictures import IMAGE, Picture, edited, picture_of
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.streams import stream
 from tiltflow.user_code import explained, refused, whole_number
+
+MOST_DISTORTION = 0.05
+"""How much the sides of a picture that is edited may be stretched, one against the other: as much as the pipelines do it."""
 
 
 @dataclass(frozen=True)
@@ -200,26 +205,64 @@ class TextToImage:
         """Draw starting points [len(items), *event]; their law is the same for every prompt."""
         return self.start(len(items), generator, t)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float | None = None) -> tuple[Condition, Condition | None]:
+    def encode(
+        self, prompts: Sequence[str], guidance_scale: float | None = None, pictures: Sequence[Picture] = ()
+    ) -> tuple[Condition, Condition | None]:
         """Encode prompts: (conditions, negative conditions or None), each tensor [batch, ..], on the model's device.
 
         A prompt that is longer than the text encoders take is truncated, with a warning.
 
         Args:
             guidance_scale: for a network that takes it as an input; the model's own by default.
+            pictures: of `pictures_of`.
         """
-        condition, negative = self.encoder(prompts, self.device)
+        condition, negative = self.encoder(prompts, self.device, pictures)
         if self.family.guidance_is_input(self.pipeline):
             scale = self.guidance_scale if guidance_scale is None else guidance_scale
             condition = {**condition, "guidance": torch.full((len(prompts),), float(scale), device=self.device)}
         return condition, negative
 
     def conditions(self, items: Sequence[Item]) -> tuple[Condition, Condition | None]:
-        """Encode the texts of prompts; see `encode`."""
-        return self.encode([item.text for item in items])
+        """Encode the texts of prompts, and the pictures that they edit; see `encode`."""
+        return self.encode([item.text for item in items], pictures=self.pictures_of(items))
+
+    def pictures_of(self, items: Sequence[Item]) -> list[Picture]:
+        """Return the pictures that these items edit; none of a pipeline that draws from prompts alone.
+
+        Raises InputError for an item that has none and needs one, or has one that the pipeline does not take, and for a picture
+        of another shape than those that are drawn.
+        """
+        found, name, (height, width) = [], type(self.pipeline).__name__, self.size
+        for item in items:
+            picture = edited(item.metadata)
+            if picture is None and not self.family.edits:
+                continue
+            which = f"prompt {item.text[:40]!r}"
+            if picture is None:
+                raise InputError(f"{which}: {name} edits pictures, and it has none: prompts.image_column says where they are")
+            if not self.family.edits:
+                raise InputError(f"{which}: {name} takes no picture, and it has {picture}; leave it out")
+            ratio = picture.size[1] / picture.size[0] * height / width
+            if max(ratio, 1 / ratio) > 1 + MOST_DISTORTION:
+                raise InputError(
+                    f"{which}: its picture {picture} is {picture.size[1]} x {picture.size[0]}, and those that are drawn are"
+                    f" {width} x {height}: crop it, or set the model's height and width"
+                )
+            found.append(picture)
+        return found
+
+    @property
+    def example(self) -> Item:
+        """An item that it can be asked for, where none is at hand."""
+        gradient = Picture("a gradient", lambda: Image.linear_gradient("L").convert("RGB").resize(self.size[::-1]))
+        return Item("a photograph", {IMAGE: gradient} if self.family.edits else {})
 
     def encode_ahead(self, items: Sequence[Item]) -> None:
-        """Encode all prompts that will come, and then free the text encoders, unless they are to stay; see `TextEncoders`."""
+        """Encode all prompts that will come, and then free the text encoders, unless they are to stay; see `TextEncoders`.
+
+        Raises what `pictures_of` raises.
+        """
+        self.pictures_of(items)
         self.encoder.encode_ahead([item.text for item in items], self.device)
 
     def save(self, folder: str | Path, card: str = "") -> None:
@@ -235,9 +278,11 @@ class TextToImage:
         """Write what plain diffusers needs to draw the same pictures: a scheduler, and arguments of the pipeline in
         sampling.json."""
         self.exported_scheduler.save_pretrained(folder / "scheduler")
-        options = {**self.size_options, **self.encoding, **self.family.call}
+        options = {**self.size_options, **self.encoding, **self.family.arguments(self.size)}
         if self.takes_guidance:
             options |= self.family.guided_by(self.guidance_scale)
+        if self.family.edits:
+            options[IMAGE] = "picture.png"  # a name for the file that the code of an export's card opens
         options["pipeline"] = type(self.pipeline).__name__  # whose arguments they are; exports leave it out
         (folder / SAMPLING).write_text(json.dumps(options) + "\n", encoding="utf-8")
 
@@ -269,14 +314,16 @@ class TextToImage:
                 return torch.cat([checkpoint(images, part, use_reentrant=False) for part in parts])
             return torch.cat([images(part) for part in parts])
 
-    def guided(self, prompts: Sequence[str], guidance_scale: float | None = None) -> Callable[[VelocityField], VelocityField]:
+    def guided(
+        self, prompts: Sequence[str], guidance_scale: float | None = None, pictures: Sequence[Picture] = ()
+    ) -> Callable[[VelocityField], VelocityField]:
         """Return a function that binds the prompts, one for each sample, to a flow and applies guidance, by default at the
         model's own scale.
 
         Raises InputError for a scale that is negative or not finite.
         """
         scale = self.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
-        condition, negative = self.encode(prompts, scale)
+        condition, negative = self.encode(prompts, scale, pictures)
         if negative is None or scale <= 1:
             return lambda flow: flow.bind(condition)
         return lambda flow: Guided(flow.bind(condition), flow.bind(negative), scale, self.guidance_keeps_norm)
@@ -291,6 +338,7 @@ class TextToImage:
         guidance_scale: float | None = None,
         latents: Tensor | None = None,
         batch_size: int = 4,
+        images: Sequence[Any] | None = None,
     ) -> Tensor:
         """Sample images [len(prompts), 3, height, width], about [-1, 1], or videos [len(prompts), frames, 3, height, width], on
         the CPU: what the pipeline itself would draw if its scheduler were the solver of `sampling`.
@@ -298,11 +346,19 @@ class TextToImage:
         Args:
             latents: the pipeline's starting latents [len(prompts), *event]; drawn from the seed by default.
             guidance_scale: 1 or less for none, as in diffusers; the model's own by default.
+            images: the pictures that the prompts edit, one for each: paths, images of PIL, or tensors [3, height, width] in
+                [-1, 1].
 
         Raises InputError for a guidance scale that is negative or not finite.
         """
         drawn = self.sample_latents(
-            prompts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, latents=latents, batch_size=batch_size
+            prompts,
+            seed=seed,
+            sampling=sampling,
+            guidance_scale=guidance_scale,
+            latents=latents,
+            batch_size=batch_size,
+            images=images,
         )
         with eval_mode(self.pipeline.vae):
             return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
@@ -317,8 +373,10 @@ class TextToImage:
         batch_size: int = 4,
     ) -> Tensor:
         """Sample one picture [3, height, width] of each prompt; see `sample`."""
-        texts = [item.text for item in items]
-        return self.sample(texts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, batch_size=batch_size)
+        texts, images = [item.text for item in items], self.pictures_of(items) or None
+        return self.sample(
+            texts, seed=seed, sampling=sampling, guidance_scale=guidance_scale, batch_size=batch_size, images=images
+        )
 
     def _decoded(self, latents: Tensor, batch_size: int) -> Tensor:
         """Decode latents, shared among all processes."""
@@ -335,27 +393,35 @@ class TextToImage:
         guidance_scale: float | None = None,
         latents: Tensor | None = None,
         batch_size: int = 4,
+        images: Sequence[Any] | None = None,
     ) -> Tensor:
         """Sample latents [len(prompts), *event] in the pipeline's own coordinates; see `sample`."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f'prompts must be a list of texts, as in ["a red cat"], is {prompts!r}')
+        if images is not None and (isinstance(images, (str, Tensor)) or len(images) != len(prompts)):
+            raise InputError(f"images must be a list of {len(prompts)} pictures, one for each prompt")
+        asked = [
+            Item(prompt, {} if images is None else {IMAGE: picture_of(images[i], "images")}) for i, prompt in enumerate(prompts)
+        ]
+        pictures = self.pictures_of(asked)
         seed, batch_size = whole_number(seed, "seed"), whole_number(batch_size, "batch_size", 1)
         check_sampling(sampling)
         sampling = sampling or self.sampling
         if sampling.scheduler is not None:
-            return self._drawn_by_scheduler(prompts, sampling, seed, guidance_scale, latents, batch_size)
+            return self._drawn_by_scheduler(prompts, pictures, sampling, seed, guidance_scale, latents, batch_size)
         times = sampling.times(self.own_grid)
         if sampling.solver == "euler":
             self.schedule.warn_of_difference(sampling.num_inference_steps)
         parts = []
         for i, begin in enumerate(range(0, len(prompts), batch_size)):
-            some = prompts[begin : begin + batch_size]
+            part = slice(begin, begin + batch_size)
+            some = prompts[part]
             generator = stream(seed, "sample", i, device=self.device)
             if latents is None:
                 x = self.start(len(some), generator, times[0])
             else:
-                x = latents[begin : begin + batch_size].to(self.device) * self.schedule.start_scale(times[0])
-            flow = in_chunks(self.guided(some, guidance_scale)(self.flow))
+                x = latents[part].to(self.device) * self.schedule.start_scale(times[0])
+            flow = in_chunks(self.guided(some, guidance_scale, pictures[part])(self.flow))
             with eval_mode(self.denoiser):
                 parts.append(sample(flow, x, sampling, generator, start=self.own_grid) * self.schedule.end_scale(times[-1]))
         return torch.cat(parts)
@@ -377,6 +443,7 @@ class TextToImage:
     def _drawn_by_scheduler(
         self,
         prompts: Sequence[str],
+        pictures: Sequence[Picture],
         sampling: Sampling,
         seed: int,
         guidance_scale: float | None,
@@ -386,16 +453,17 @@ class TextToImage:
         """Sample latents in the own steps of a scheduler, as the pipeline does; see `sample_latents`."""
         predictions, parts = self._predictions(), []
         for i, begin in enumerate(range(0, len(prompts), batch_size)):
-            some = prompts[begin : begin + batch_size]
+            part = slice(begin, begin + batch_size)
+            some = prompts[part]
             generator = stream(seed, "sample", i, device=self.device)
             if latents is None:
                 x = torch.randn((len(some), *self.event_shape), generator=generator, device=self.device)
             else:
-                x = latents[begin : begin + batch_size].to(self.device)
+                x = latents[part].to(self.device)
             own, options = self.scheduler(sampling)
             if "generator" in inspect.signature(own.step).parameters:
                 options["generator"] = generator
-            field = in_chunks(self.guided(some, guidance_scale)(predictions))
+            field = in_chunks(self.guided(some, guidance_scale, pictures[part])(predictions))
             with eval_mode(self.denoiser), refused(f"scheduler {type(own).__name__}: cannot draw"):
                 parts.append(drawn_by(own, field, x, **options))
         return torch.cat(parts)

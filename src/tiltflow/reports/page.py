@@ -98,6 +98,7 @@ class Page:
     alarm: str
     tiles: Sequence[Tile]
     pairs: Sequence[Pair]
+    edits: bool
     tone: str
     verdict: str
     scale: Sequence[Mark]
@@ -155,6 +156,7 @@ def page_of(
         alarm=sentence(s["alarm"]) if s.get("alarm") else "",
         tiles=tiles(s),
         pairs=pairs(s, pictures, videos),
+        edits=bool(get(s, "pictures.images")),
         tone=tone if tone in ("good", "fair", "poor") else "fair",
         verdict=verdict if isinstance(verdict, str) else "",
         scale=scale(s),
@@ -353,8 +355,10 @@ def curves(s: Tree, records: Sequence[Tree]) -> list[Card]:
 
 def commands(s: Tree, folder: str) -> dict[str, str]:
     """Return commands for a run, by purpose, to be typed in the parent of its folder."""
-    run, prompts, suffix = f"./{folder}", get(s, "pictures.prompts"), "gif" if get(s, "pictures.frames") else "png"
+    run, prompts, images = f"./{folder}", get(s, "pictures.prompts"), get(s, "pictures.images")
+    suffix = "gif" if get(s, "pictures.frames") else "png"
     prompt = ["--prompt", str(prompts[0])] if prompts else []
+    prompt += ["--image", str(images[0]) if str(images[0]).startswith("/") else "picture.png"] if images else []
     typed = {
         "new samples": ["sample", run, *prompt, "--output", f"{run}-samples.{suffix}"],
         "measure it again": ["evaluate", run],

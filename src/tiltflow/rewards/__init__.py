@@ -3,8 +3,8 @@
 A reward takes x [batch, *event], images [batch, channels, height, width] in [-1, 1] for most, or videos [batch, frames,
 channels, height, width], of which a score of pictures is the mean over the frames, and returns [batch]: one number for each
 sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its gradient get
-it from autograd. A reward may ask for the prompts of the samples and their metadata; and it may learn, while a method trains,
-from the samples that it is shown after each iteration.
+it from autograd. A reward may ask for the prompts of the samples, their metadata and the pictures that they are edits of; and
+it may learn, while a method trains, from the samples that it is shown after each iteration.
 
 A reward is the user's code: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """

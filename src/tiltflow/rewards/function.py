@@ -16,7 +16,8 @@ from tiltflow.settings import FunctionOrName, Settings
 class Function(Settings):
     """Your function gets x [batch, *event] and returns [batch] floats, higher is better, in any unit. If it has an argument
     `prompts` or `metadata`, these are passed by name, one for each picture of a text-to-image model: a text, and a mapping of
-    the other columns of its file. It may return (rewards, info), as DDPO's do; the second is ignored.
+    the other columns of its file; `sources` are the pictures that were edited, [batch, 3, height, width] like x. It may
+    return (rewards, info), as DDPO's do; the second is ignored.
 
     x is a copy, about [-1, 1] for pictures, [batch, 3, height, width], and for videos, [batch, frames, 3, height, width]. A
     missing gradient is refused where a method needs one.

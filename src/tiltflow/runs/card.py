@@ -16,6 +16,7 @@ from tiltflow.models.few_steps import OWN_SAMPLING
 from tiltflow.models.pipeline_files import PEFT_LORA, SAMPLING
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.pictures import IMAGE
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
@@ -142,9 +143,15 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     lines += [f"pipeline.vae.enable_{part}()" for part in ("tiling", "slicing") if getattr(model, f"vae_{part}")]
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
+    given, picture = f"prompt={quoted(prompt)}", sampling.pop(IMAGE, None)
     arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())
     lines += [f"sampling = {{{', '.join(arguments)}}}"]
-    drawn = f"pipeline(prompt={quoted(prompt)}, **sampling)"
+    if picture is not None:
+        size = f"{sampling['height']}, {sampling['width']}"
+        lines[0:0] = ["from diffusers.utils import load_image"]
+        lines += [f"picture = pipeline.image_processor.resize(load_image({quoted(picture)}), {size})"]
+        given = f"image=picture, {given}"
+    drawn = f"pipeline({given}, **sampling)"
     lines += [f"frames = {drawn}.frames[0]" if "num_frames" in sampling else f"image = {drawn}.images[0]"]
     return "\n".join(lines)
 

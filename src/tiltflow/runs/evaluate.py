@@ -25,6 +25,7 @@ from tiltflow.files import final_name, write_file, write_json, write_text
 from tiltflow.laws.target import Target
 from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.pictures import batch_of, edited
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
 from tiltflow.reports.videos import FRAMES_OF_REPORT, PER_SECOND, frames_in_rows, is_video, save_gif, spaced
@@ -284,6 +285,14 @@ def pictures_of(
         both = {name: each.unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1) for name, each in both.items()}
     rows = math.ceil(min(len(both["after"]), most) / columns)
     about: dict[str, Any] = {"rows": rows, **({"prompts": list(asked.names[:rows])} if asked.kind == "prompt" else {})}
+    sources = [picture for i in range(rows) if (picture := edited(asked.items[i * columns].metadata)) is not None]
+    if sources:  # each row begins with the picture that is edited
+        about["images"] = list(map(str, sources))
+        first = batch_of(sources, *x.shape[-2:]).to(x).split(1)
+        for name, each in both.items():
+            parts = each[:most].split(columns)
+            both[name] = torch.cat([part for row in zip(first, parts, strict=True) for part in row])
+        columns, most = columns + 1, most + rows
     files: dict[str, Callable[[Path], object]] = {}
     for name, each in both.items():
         if videos:

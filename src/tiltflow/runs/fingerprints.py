@@ -16,8 +16,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -27,11 +27,14 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import nn
 
+from tiltflow.conditions import Item
+from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.model_folder import CONFIG, WEIGHTS
 from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.pictures import edited
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import External, Settings, validate
 from tiltflow.shipped import INDEX, assets
@@ -251,7 +254,18 @@ def fingerprints(recipe: Settings, only: str = "") -> dict[str, str]:
             revision = source.revision if isinstance(source, Diffusers) and path == ("model", "diffusers") else None
             if (known := fingerprint(value, marker, revision)) is not None:
                 found[dotted(path)] = known
+    if not only and isinstance(recipe, Recipe) and isinstance(recipe.asked_for, Prompts):
+        with suppress(InputError):  # what is wrong with the prompts is said where they are needed
+            train, held_out = recipe.asked_for.items((), recipe.seed)
+            found |= of_pictures([*train, *held_out])
     return found
+
+
+def of_pictures(items: Iterable[Item]) -> dict[str, str]:
+    """The fingerprint of the files that items edit, of all of them together; nothing where there are none."""
+    names = {picture.name for item in items if (picture := edited(item.metadata)) is not None}
+    contents = sorted(_sha256(Path(name)) for name in names if os.path.isfile(name))
+    return {"prompts.images": f"sha256:{hashlib.sha256(' '.join(contents).encode()).hexdigest()}"} if contents else {}
 
 
 def read_fingerprints(folder: Path) -> dict[str, str] | None:

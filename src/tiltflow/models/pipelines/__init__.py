@@ -61,6 +61,8 @@ class Family(ABC):
     """False if guidance leads away from the empty prompt, and from no other."""
     num_frames: ClassVar[int | None] = None
     """Default number of frames of a video; None for a family of pictures."""
+    edits: ClassVar[bool] = False
+    """True if each prompt comes with a picture, of which `encode_pictures` makes a part of the condition."""
     guidance_keeps_norm: ClassVar[bool] = False
     """True if a guided prediction gets the norm of the unguided one, along the last axis of a state."""
 
@@ -69,6 +71,11 @@ class Family(ABC):
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
     ) -> tuple[Condition, Condition | None]:
         """Encode prompts: (conditions, negative conditions or None), each tensor [batch, ..]."""
+
+    def encode_pictures(self, pipeline: Any, pictures: Tensor, size: tuple[int, int]) -> Condition:
+        """Return what the denoiser sees of pictures [batch, 3, height, width], of the size of those that are drawn, in [-1, 1]:
+        tensors [batch, ..] of other names than those of `encode`."""
+        raise NotImplementedError
 
     @abstractmethod
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
@@ -122,6 +129,10 @@ class Family(ABC):
     def returned(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the latents [batch, *event] of those that the pipeline returns, which may be of another form."""
         return latents
+
+    def arguments(self, size: tuple[int, int]) -> Mapping[str, Any]:
+        """Return `call`, where that depends on the size of the pictures."""
+        return self.call
 
     def is_distilled(self, pipeline: Any) -> bool:
         """Return `distilled`, where that is not the same for all pipelines of the class."""

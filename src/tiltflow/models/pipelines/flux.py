@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiltflow.models.pipelines import Condition, Family, TextOptions
@@ -53,9 +54,13 @@ class Flux(Family):
         return bool(pipeline.transformer.config.guidance_embeds)
 
     def predictor(self, pipeline: Any, size: tuple[int, int]) -> Callable[..., Tensor]:
+        return partial(predict, img_ids=self.places(pipeline, size))
+
+    def places(self, pipeline: Any, size: tuple[int, int]) -> Tensor:
+        """Return the coordinates [tokens, 3] of patches: of the picture, the row and the column."""
         patch = self.patch * pipeline.vae_scale_factor
         rows, columns = torch.meshgrid(torch.arange(size[0] // patch), torch.arange(size[1] // patch), indexing="ij")
-        return partial(predict, img_ids=torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3))
+        return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
 
     def unpack(self, pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         patch = self.patch * pipeline.vae_scale_factor
@@ -67,6 +72,11 @@ def unpatched(latents: Tensor, rows: int, columns: int) -> Tensor:
     channels = latents.shape[-1] // 4
     picture = latents.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return picture.reshape(-1, channels, 2 * rows, 2 * columns)
+
+
+def patched(latents: Tensor) -> Tensor:
+    """Return the patches [batch, rows x columns, 4 channels] of latents [batch, channels, 2 rows, 2 columns]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
 
 
 def predict(transformer: Any, x: Tensor, time: Tensor, condition: Condition, *, img_ids: Tensor) -> Tensor:

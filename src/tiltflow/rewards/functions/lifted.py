@@ -29,8 +29,8 @@ class InEvalMode:
 
 def from_function(function: Callable[..., Any], name: str = "the reward") -> Reward:
     """A function of the user as a reward. Beside the images, its first argument, it may have arguments called `prompts`,
-    `metadata` and `labels`: they are passed by name, so their order does not matter. It returns [batch] floats, or a pair of
-    them and anything else, as DDPO's rewards do. A module is called in eval mode, and then put back into its own mode.
+    `metadata`, `labels` and `sources`: they are passed by name, so their order does not matter. It returns [batch] floats, or a
+    pair of them and anything else, as DDPO's rewards do. A module is called in eval mode, and then put back into its own mode.
 
     Raises InputError, naming it as `name`, if it needs any other argument.
     """
@@ -41,14 +41,14 @@ def from_function(function: Callable[..., Any], name: str = "the reward") -> Rew
     except (TypeError, ValueError):  # written in C: only the images are passed
         return cast(Reward, function)
     parameters = [p for p in signature.parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
-    asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata", "labels"))
+    asks = tuple(p.name for p in parameters if p.name in ("prompts", "metadata", "labels", "sources"))
     others = [p for p in parameters if p.name not in asks]
     images = next((p for p in others if p.name == "images"), others[0] if others else None)
     needed = [p.name for p in others if p is not images and p.default is Parameter.empty]
     any_number = any(p.kind is Parameter.VAR_POSITIONAL for p in signature.parameters.values())
     if needed or (images is None and not any_number):
         got = ", ".join(signature.parameters) or "none"
-        can = "the images, under any name, `prompts`, `metadata` and `labels`"
+        can = "the images, under any name, `prompts`, `metadata`, `labels` and `sources`"
         raise InputError(f"{name} has the arguments ({got}); it can have {can}")
     if isinstance(function, nn.Module) and not isinstance(function, LearnedReward):
         function = InEvalMode(function)

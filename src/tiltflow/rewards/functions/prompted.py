@@ -12,6 +12,7 @@ from torch import Tensor
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.field import Which
+from tiltflow.pictures import batch_of, edited
 from tiltflow.rewards import Metadata, PromptedReward, Reward, WithPrompts
 
 Told = TypeVar("Told")
@@ -19,12 +20,13 @@ Told = TypeVar("Told")
 
 @dataclass(frozen=True)
 class OfPrompts:
-    """A reward of pictures that depends on their prompts, metadata or labels.
+    """A reward of pictures that depends on their prompts, metadata or labels, or on the pictures that they are edits of.
 
     Args:
         score: score(images [batch, ..], **asked) -> [batch], `asked` being the arguments that it asks for.
         asks: which of these: `prompts`, a text for each picture; `metadata`, a mapping for each; `labels`, int64 [batch], the
-            classes that a class-conditional model was asked for.
+            classes that a class-conditional model was asked for; `sources` [batch, 3, height, width], the pictures that were
+            edited, in [-1, 1] and of the size of the images.
     """
 
     score: Callable[..., Tensor]
@@ -53,6 +55,11 @@ class OfPrompts:
                     "the reward asks for labels, which are those of a class-conditional model; this one has prompts"
                 )
             told["labels"] = torch.tensor([more["label"] for more in self.metadata], device=x.device)
+        if "sources" in self.asks:
+            sources = [picture for more in self.metadata if (picture := edited(more)) is not None]
+            if len(sources) < len(x):
+                raise InputError("the reward asks for sources, the pictures that were edited; this model edits none")
+            told["sources"] = batch_of(sources, *x.shape[-2:]).to(x)
         return self.score(x, **{name: told[name] for name in self.asks})
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.conditions import Item
 from tiltflow.flows.linearize import linearize
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import select
 from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
 from tiltflow.runs.doctor.patient import Finding, Patient
@@ -82,7 +83,8 @@ def permanent(patient: Patient) -> dict[str, int]:
         f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
     }
     if patient.model.has_decoder:
-        condition = patient.model.conditions([Item("a photograph")])
+        item = patient.model.example if isinstance(patient.model, TextToImage) else Item("a photograph")
+        condition = patient.model.conditions([item])
         bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
         found[f"conditions of {batch} samples"] = batch * bytes_of_one
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow.models.denoiser import floating_dtype
 from tiltflow.models.schedules import TOLERANCE
 from tiltflow.models.text_to_image import TextToImage
+from tiltflow.pictures import IMAGE
 from tiltflow.runs.doctor.patient import Finding, Patient
 from tiltflow.samplers.rollout import rollout
 from tiltflow.samplers.sampling import Sampling
@@ -72,21 +73,24 @@ def parity(patient: Patient) -> Iterator[Finding]:
 def difference_to_pipeline(model: TextToImage) -> float | None:
     """The mean absolute difference, in pixels in [-1, 1], of a picture by our sampler and by the pipeline; None if it draws
     none, its components being in several dtypes."""
-    prompts = ["a photograph"]
+    item = model.example
     latents = torch.randn((1, *model.event_shape), generator=stream(0, "parity", device=model.device), device=model.device)
     with torch.no_grad(), model.encoder.encoders.whole() as pipeline:
         dtype = floating_dtype(model.denoiser.network)
         if any(floating_dtype(part) != dtype for part in model.encoder.encoders.parts.values()):
             return None
-        ours = model.sample(prompts, latents=latents, sampling=Sampling(solver="euler", num_inference_steps=STEPS))
+        pictures = model.pictures_of([item])
+        sampling = Sampling(solver="euler", num_inference_steps=STEPS)
+        ours = model.sample([item.text], latents=latents, sampling=sampling, images=pictures or None)
         drawn = pipeline(
-            prompt=prompts[0],
+            prompt=item.text,
             num_inference_steps=STEPS,
             latents=latents.to(dtype),
             output_type="latent",
             return_dict=False,
             **model.size_options,
-            **model.family.call,
+            **model.family.arguments(model.size),
+            **({IMAGE: pictures[0].open()} if pictures else {}),
             **model.family.guided_by(model.guidance_scale),
             **model.encoding,
         )[0]
