@@ -20,7 +20,7 @@ from tiltflow import from_diffusers
 from tiltflow.errors import Note
 from tiltflow.models.few_steps import few_steps_in_words
 from tiltflow.models.pipelines import families
-from tiltflow.models.schedules import _drawn_by, schedule_of
+from tiltflow.models.schedules import drawn_by, schedule_of
 from tiltflow.runs.export import export_run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solvers.consistency import consistency
@@ -59,7 +59,7 @@ def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps
     module = "diffusers.schedulers.scheduling_" + ("lcm" if solver == "consistency" else "euler_ancestral_discrete")
     monkeypatch.setattr(f"{module}.randn_tensor", lambda *rest, **options: next(drawn))
     schedule.set_timesteps(scheduler, steps)
-    theirs = _drawn_by(scheduler, predict, noises[0])
+    theirs = drawn_by(scheduler, predict, noises[0])
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
