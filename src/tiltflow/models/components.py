@@ -59,13 +59,16 @@ def _is_pipeline(repository: str) -> bool:
     return True
 
 
-def load_component(name: str, source: str, index: Mapping[str, Any], base: str, dtype: torch.dtype) -> Any:
+def load_component(
+    name: str, source: str, index: Mapping[str, Any], base: str, dtype: torch.dtype, quantization: Any = None
+) -> Any:
     """Load a component: a model or a scheduler of diffusers of the class that its own config names, a single file as the class
     that the pipeline has, and a part of transformers as the class that the pipeline has.
 
     Args:
         index: of the pipeline.
         base: folder or name of the pipeline, whose config a single file is read with.
+        quantization: its configuration, if weights are quantized.
 
     Raises InputError if it cannot be loaded.
     """
@@ -76,6 +79,7 @@ def load_component(name: str, source: str, index: Mapping[str, Any], base: str, 
     with refused(where):
         place = place_of(name, source)
     folder = Path(place.path, place.subfolder)
+    quantized = {} if quantization is None else {"quantization_config": quantization}
     own: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind_name), None)
     if own is None:
         raise InputError(f"{where}: the pipeline names no class of diffusers or transformers for it")
@@ -86,7 +90,7 @@ def load_component(name: str, source: str, index: Mapping[str, Any], base: str, 
         if folder.is_file():
             if not hasattr(own, "from_single_file"):
                 raise InputError(f"{where}: {own.__name__} is read from a folder alone, not from a single file")
-            return own.from_single_file(str(folder), config=base, subfolder=name, torch_dtype=dtype)
+            return own.from_single_file(str(folder), config=base, subfolder=name, torch_dtype=dtype, **quantized)
         if library == "diffusers":
             scheduler = issubclass(own, diffusers.SchedulerMixin)
             config = (own if scheduler else diffusers.AutoModel).load_config(place.path, subfolder=place.subfolder)
@@ -98,7 +102,7 @@ def load_component(name: str, source: str, index: Mapping[str, Any], base: str, 
         read: Any = own.from_pretrained
         if not issubclass(own, torch.nn.Module):  # a scheduler or a tokenizer
             return read(place.path, subfolder=place.subfolder)
-        found = read(place.path, subfolder=place.subfolder, dtype=dtype, use_safetensors=True)
+        found = read(place.path, subfolder=place.subfolder, dtype=dtype, use_safetensors=True, **quantized)
         if folder.is_dir():
             check_weights(folder.parent, {folder.name: found})
     return found

@@ -43,9 +43,12 @@ class Denoiser(AnyFloats):
 
 def floating_dtype(network: nn.Module) -> torch.dtype:
     """Return the dtype in which a network computes: that of its first floating-point parameter of 16 bits or more, float32 if
-    it has none. Parameters that bitsandbytes or others packed into 8 or 4 bits are skipped."""
-    dtypes = (p.dtype for p in network.parameters() if p.is_floating_point() and p.element_size() > 1)
-    return next(dtypes, torch.float32)
+    it has none. Parameters that bitsandbytes or others packed into 8 or 4 bits are skipped, and those of a LoRA, which is in
+    float32 whatever the network is in."""
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and ".lora_" not in name:
+            return parameter.dtype
+    return torch.float32
 
 
 def in_dtype(condition: Any, dtype: torch.dtype) -> Any:

@@ -37,6 +37,7 @@ def from_diffusers(
     text_encoders: Use | None = None,
     prompt_cache_gb: float = CACHE_GB,
     components: Mapping[str, str | Path | None] | None = None,
+    quantization: Mapping[str, str] | None = None,
     vae_tiling: bool = False,
     vae_slicing: bool = False,
     **options: Any,
@@ -55,6 +56,8 @@ def from_diffusers(
         prompt_cache_gb: gigabytes of conditions that are kept, on the CPU, for prompts that come again.
         components: what is loaded from elsewhere, by the names of components: a folder, a name on the hub, a single file; None
             is not loaded at all.
+        quantization: nf4, int8 or float8, in which frozen weights are kept, of components by their names, such as
+            {"transformer": "int8"}; the denoiser is then tuned by an adapter only.
         vae_tiling, vae_slicing: the decoder works on overlapping tiles, or on one picture at a time; as in diffusers.
         options: of `DiffusionPipeline.from_pretrained`, such as `revision`, `variant` and `dtype`: float32 by default, and of
             components by their names in {"default": torch.bfloat16, "text_encoder": torch.float32}.
@@ -68,9 +71,10 @@ def from_diffusers(
     check_device(device)
     pipeline, load = pipeline_or_path, None
     if isinstance(pipeline_or_path, (str, Path)):
-        pipeline, load = loaded(pipeline_or_path, options, components)
-    elif components:
-        raise InputError("components: a pipeline that is given has its own; give its path, or set them in it")
+        pipeline, load = loaded(pipeline_or_path, options, components, quantization)
+    elif components or quantization:
+        what = "components" if components else "quantization"
+        raise InputError(f"{what}: a pipeline that is given has its own; give its path, or load it so")
     return model_of(
         pipeline,
         load,
@@ -89,11 +93,18 @@ def from_diffusers(
 
 
 def loaded(
-    path: str | Path, options: Mapping[str, Any], components: Mapping[str, str | Path | None] | None
+    path: str | Path,
+    options: Mapping[str, Any],
+    components: Mapping[str, str | Path | None] | None,
+    quantization: Mapping[str, str] | None,
 ) -> tuple[Any, Load]:
     """Load a pipeline; see `load_pipeline`. Returns it, and what loads its text encoders again."""
     sources = {name: None if source is None else str(source) for name, source in (components or {}).items()}
-    return load_pipeline(path, options, sources), lambda there: load_pipeline(path, {**options, **there}, sources)
+
+    def load(there: Mapping[str, Any]) -> Any:
+        return load_pipeline(path, {**options, **there}, sources, quantization)
+
+    return load({}), load
 
 
 def model_of(

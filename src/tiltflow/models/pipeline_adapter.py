@@ -112,6 +112,7 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
+            warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # to merge into quantized weights; nothing does
             torch.manual_seed(stream(seed, "adapter").initial_seed())
             if hasattr(network, "add_adapter"):
                 network.add_adapter(config, name)

@@ -18,6 +18,7 @@ from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.models.pipelines import families, family_named
+from tiltflow.models.quantization import TEXT_ENCODER, check_quantization, config_of
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.user_code import refused
 
@@ -30,13 +31,19 @@ PEFT_LORA, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 """File and prefix of `peft.PeftModel`, which reads the LoRAs of pipelines that have no `load_lora_weights`."""
 
 
-def load_pipeline(path: str | Path, options: Mapping[str, Any], components: Mapping[str, str | None] | None = None) -> Any:
+def load_pipeline(
+    path: str | Path,
+    options: Mapping[str, Any],
+    components: Mapping[str, str | None] | None = None,
+    quantization: Mapping[str, str] | None = None,
+) -> Any:
     """Load a pipeline that ships with tiltflow, from a folder or from the hub, without what it does not need.
 
     Args:
         options: of `DiffusionPipeline.from_pretrained`.
         components: where components come from that are not the pipeline's own, by their names; None is not loaded. Those that
             are among the options are taken from there.
+        quantization: in what the weights of networks are kept, by the names of components; see `tiltflow.models.quantization`.
 
     Raises InputError if diffusers is not installed, if the pipeline's class is not known, before anything but its index is
     fetched, or if it cannot be loaded.
@@ -63,12 +70,22 @@ def load_pipeline(path: str | Path, options: Mapping[str, Any], components: Mapp
     options["dtype"] = dtypes(
         options.pop("torch_dtype", options.get("dtype", torch.float32)), index
     )  # the first is the older name
+    kinds = dict(quantization or {})
+    texts = [name for name in names_in(index) if name.startswith(TEXT_ENCODER)]
+    check_quantization(kinds, [family.denoiser, *texts], family.pipeline_class)
+    configs = {
+        name: config_of(name, kind, options["dtype"].get(name, options["dtype"]["default"])) for name, kind in kinds.items()
+    }
     for name, source in (components or {}).items():
         if name not in names_in(index):
             raise InputError(f"model.components: {family.pipeline_class} has no {name!r}{did_you_mean(name, names_in(index))}")
         if name not in options:
             dtype = options["dtype"].get(name, options["dtype"]["default"])
-            options[name] = None if source is None else load_component(name, source, index, str(path), dtype)
+            options[name] = None if source is None else load_component(name, source, index, str(path), dtype, configs.get(name))
+    if configs:
+        from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+        options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=configs)
     with refused(f"model.diffusers {path}: cannot be loaded"):
         # the class itself: DiffusionPipeline would load optional components that are said to be None
         pipeline = getattr(diffusers, family.pipeline_class, diffusers.DiffusionPipeline).from_pretrained(str(path), **options)

@@ -37,6 +37,7 @@ from tiltflow.models.pipeline_adapter import add_adapter, loaded_adapters
 from tiltflow.models.pipeline_files import SAMPLING, load_weights, save_weights
 from tiltflow.models.pipelines import Family
 from tiltflow.models.prompt_encoder import PromptEncoder
+from tiltflow.models.quantization import is_quantized
 from tiltflow.models.schedules import Schedule, drawn_by, scheduler_named
 from tiltflow.models.trainable import Adapter, trainable_copy
 from tiltflow.pictures import IMAGE, Picture, edited, picture_of
@@ -102,8 +103,8 @@ class TextToImage:
         Args:
             pattern: regular expression; parameters of the copy whose names contain a match are trained, the others are frozen.
 
-        Raises InputError for a copy of a denoiser that has a LoRA, which plain diffusers could not load again, and for a
-        pattern together with an adapter, whose parameters are the only ones trained.
+        Raises InputError for a copy of a denoiser that has a LoRA, which plain diffusers could not load again, or quantized
+        weights, and for a pattern together with an adapter, whose parameters are the only ones trained.
         """
         if adapter is not None:
             if re.compile(pattern).pattern:
@@ -115,6 +116,10 @@ class TextToImage:
             raise InputError(
                 f"adapter null tunes the whole {self.family.denoiser}, and it has a LoRA loaded ({', '.join(loaded)}): call"
                 " pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
+            )
+        if is_quantized(self.denoiser.network):
+            raise InputError(
+                f"adapter null tunes the whole {self.family.denoiser}, whose weights are quantized: use an adapter"
             )
         own = trainable_copy(cast(Flow, self.flow), pattern)
         cast(Any, own.network).float()  # whatever the dtype of the frozen one: small updates vanish in 16 bits

@@ -14,6 +14,7 @@ from tiltflow.files import read_json
 from tiltflow.models.components import place_of
 from tiltflow.models.few_steps import OWN_SAMPLING
 from tiltflow.models.pipeline_files import PEFT_LORA, SAMPLING
+from tiltflow.models.quantization import CONFIGS, OF_TORCHAO, TEXT_ENCODER
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import IMAGE
@@ -131,11 +132,16 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
         return "\n".join(["import tiltflow", *lines, f"model = tiltflow.load({folder})", "samples = model.sample(16)"])
     scheduler = type(scheduler_of(output)).__name__
     sampling = json.loads((output / SAMPLING).read_text(encoding="utf-8"))
-    lines = ["import torch"] if model.adapter is not None and model.dtypes["default"] != "float32" else []
+    lines = ["import torch"] if model.adapter is not None and _names_dtype(model) else []
+    lines += ["import transformers"] if any(name.startswith(TEXT_ENCODER) for name in model.quantization) else []
     own = any(source is not None and _in_card(name, source) for name, source in model.replaced.items())
     imported = {"DiffusionPipeline", scheduler} | ({"AutoModel"} if own and model.adapter is not None else set())
+    imported |= {"PipelineQuantizationConfig"} if model.quantization else set()
+    imported |= {CONFIGS[kind] for name, kind in model.quantization.items() if not name.startswith(TEXT_ENCODER)}
     lines += [f"from diffusers import {', '.join(sorted(imported))}"]
-    lines += ["from peft import PeftModel", ""] if (output / PEFT_LORA).exists() else [""]
+    lines += ["from peft import PeftModel"] if (output / PEFT_LORA).exists() else []
+    lines += [f"from torchao.quantization import {', '.join(parts)}"] if (parts := of_torchao(model)) else []
+    lines += [""]
     if model.adapter is None:
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({quoted(place)})"]
     else:
@@ -164,8 +170,14 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
         lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
     named = {"revision": model.revision, "variant": model.variant}
     options = [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
-    options += [f"{name}={_component(name, source)}" for name, source in model.replaced.items() if _in_card(name, source)]
-    options += [f"dtype=torch.{model.dtypes['default']}"] if model.dtypes["default"] != "float32" else []
+    options += [
+        f"{name}={_component(model, name, source)}" for name, source in model.replaced.items() if _in_card(name, source)
+    ]
+    options += [f"dtype=torch.{model.dtypes['default']}"] if _names_dtype(model) else []
+    if model.quantization:
+        mapping = ", ".join(f"{quoted(name)}: {_quantization(model, name)}" for name in model.quantization)
+        lines += [f"quantization = PipelineQuantizationConfig(quant_mapping={{{mapping}}})"]
+        options += ["quantization_config=quantization"]
     lines += [
         f"pipeline = DiffusionPipeline.from_pretrained({', '.join([quoted(model.diffusers), *options])})",
         f'pipeline.scheduler = {scheduler}.from_pretrained({quoted(place)}, subfolder="scheduler")',
@@ -180,18 +192,39 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
     return [*lines, f"pipeline.set_adapters({quoted(names)}, {[*(lora.strength for lora in model.loras), 1.0]})"]
 
 
+def _names_dtype(model: Diffusers) -> bool:
+    """Whether the code says the dtype of the pipeline: diffusers' own is float32, and bfloat16 beside torchao."""
+    return model.dtypes["default"] != "float32" or bool(model.quantization)
+
+
 def _in_card(name: str, source: str | None) -> bool:
     """Whether the code loads a component from elsewhere: models of diffusers from folders; the export has the scheduler."""
     models = name.startswith(("vae", "unet", "transformer"))
     return source is None or (models and not source.endswith(".safetensors"))
 
 
-def _component(name: str, source: str | None) -> str:
+def _component(model: Diffusers, name: str, source: str | None) -> str:
     if source is None:
         return "None"
     place = place_of(name, source)
     subfolder = f", subfolder={quoted(place.subfolder)}" if place.subfolder else ""
-    return f"AutoModel.from_pretrained({quoted(place.path)}{subfolder})"
+    quantized = f", quantization_config={_quantization(model, name)}" if name in model.quantization else ""
+    return f"AutoModel.from_pretrained({quoted(place.path)}{subfolder}{quantized})"
+
+
+def of_torchao(model: Diffusers) -> list[str]:
+    """The configurations of torchao that the weights of a recipe's base are quantized with."""
+    return sorted({OF_TORCHAO[kind] for kind in model.quantization.values() if kind in OF_TORCHAO})
+
+
+def _quantization(model: Diffusers, name: str) -> str:
+    """Code of the configuration that a component is quantized with; see `models.quantization.config_of`."""
+    kind, library = model.quantization[name], "transformers." if name.startswith(TEXT_ENCODER) else ""
+    if kind in OF_TORCHAO:
+        return f"{library}{CONFIGS[kind]}({OF_TORCHAO[kind]}())"
+    dtype = model.dtypes.get(name, model.dtypes["default"])
+    options = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}'
+    return f"{library}{CONFIGS[kind]}({options})"
 
 
 # ---- what plain diffusers draws ----

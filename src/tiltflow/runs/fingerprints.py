@@ -33,6 +33,7 @@ from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.model_folder import CONFIG, WEIGHTS
+from tiltflow.models.quantization import stored
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import edited
 from tiltflow.runs.recipe import Recipe
@@ -204,9 +205,10 @@ def of_network(network: nn.Module) -> str:
     whole = hashlib.sha256()
     frozen = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
     for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in frozen.items()):
-        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        whole.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
-        whole.update(content)
+        for part in stored(tensor.detach()):
+            content: Any = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            whole.update(f"{name}\0{part.dtype}\0{list(part.shape)}\n".encode())
+            whole.update(content)
     return f"sha256:{whole.hexdigest()}"
 
 

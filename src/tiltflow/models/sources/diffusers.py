@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.models.attention import set_attention_backend
 from tiltflow.models.from_diffusers import family_of, loaded, model_of
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.prompt_encoder import CACHE_GB
+from tiltflow.models.quantization import PACKAGES, Quantization
 from tiltflow.models.text_encoders import Use
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
@@ -71,6 +72,9 @@ class Diffusers(Settings):
     components: dict[str, PathOrName | None] = Field(default_factory=dict)
     """Components from elsewhere, by their names: {vae: madebyollin/taesd}, {transformer: mine.safetensors}, a folder or that of
     another pipeline; null is not loaded, such as text_encoder_3, the T5 of Stable Diffusion 3, which is optional."""
+    quantization: dict[str, Quantization] = Field(default_factory=dict)
+    """Frozen weights that are kept in fewer bits, of the denoiser and the text encoders by their names: {transformer: nf4}, by
+    bitsandbytes on a GPU, or int8 or float8, by torchao. With an adapter alone, which is in float32, as is all else."""
     without: tuple[str, ...] = ()
     """Components that are not loaded: the same as null in `components`."""
     loras: tuple[Lora, ...] = ()
@@ -99,6 +103,20 @@ class Diffusers(Settings):
             if one not in known:
                 raise ValueError(f"{one!r} must be {', '.join(known)}{did_you_mean(str(one), known)}")
         return value
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _kinds(cls, value: Any) -> Any:
+        for name, kind in value.items() if isinstance(value, dict) else ():
+            if kind not in PACKAGES:
+                raise ValueError(f"{name}: {kind!r} must be {', '.join(PACKAGES)}{did_you_mean(str(kind), PACKAGES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _only_adapters(self) -> Diffusers:
+        if self.quantization and self.adapter is None:
+            raise ValueError("quantization: quantized weights are frozen; give an adapter, not null")
+        return self
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -139,7 +157,7 @@ class Diffusers(Settings):
         """Load the untuned model. Raises InputError if it cannot be loaded."""
         options: dict[str, Any] = {"dtype": {name: getattr(torch, dtype) for name, dtype in self.dtypes.items()}}
         options |= {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}
-        pipeline, load = loaded(self.diffusers, options, self.replaced)
+        pipeline, load = loaded(self.diffusers, options, self.replaced, self.quantization)
         family_of(pipeline)
         load_loras(pipeline, self.loras)
         default, own = pipeline.scheduler, pipeline.scheduler.config

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.conditions import Item
 from tiltflow.flows.linearize import linearize
+from tiltflow.models.quantization import stored
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import select
 from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
@@ -33,7 +34,8 @@ class Forecast(NamedTuple):
 def memory(patient: Patient) -> Iterator[Finding]:
     """Compare the memory that each part of training needs with that of the device."""
     networks = (patient.tuned.network, patient.base.network)
-    weights = {id(p): p.numel() * p.element_size() for network in networks for p in cast(nn.Module, network).parameters()}
+    parameters = (p for network in networks for p in cast(nn.Module, network).parameters())
+    weights = {id(p): sum(part.nbytes for part in stored(p)) for p in parameters}
     size = micro_batch(patient)
     (always, for_a_while, need), available = forecast(patient), free_memory(patient.device)
     parts = [", ".join(f"{name} {gigabytes(value)}" for name, value in part.items()) for part in (always, for_a_while)]
