@@ -16,8 +16,9 @@ from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked
 from tiltflow.reports import plots
-from tiltflow.reports.videos import FRAMES, SIDE, frames_in_rows, gif_rows, is_video, save_gif, spaced
+from tiltflow.reports.videos import FRAMES, SIDE, frames_in_rows, gif_rows, save_gif, spaced
 from tiltflow.runs.evaluate import pictures_of
+from tiltflow.runs.watch import COLOURS, EDGES, MOTION, in_pictures
 
 
 def grey_videos(count: int = 2, frames: int = 17, height: int = 96, width: int = 192) -> torch.Tensor:
@@ -63,8 +64,21 @@ def test_of_each_prompt_the_first_video_is_shown() -> None:
     assert sorted(files) == ["after.gif", "after.png", "before.gif", "before.png"]
     assert pictures_of(videos, videos, asked, 1)[1] == {"rows": 1, "prompts": ["a"], "frames": 17}
     assert pictures_of(videos[:, :, 0], videos[:, :, 0], asked, 64) == ({}, {})
-    assert is_video((5, 3, 8, 8))
-    assert not is_video((3, 8, 8))
+
+
+def test_what_the_alarm_watches_of_videos() -> None:
+    """Edges and colours as the mean over frames, and motion, whose answers are known."""
+    board = (1.0 - 2 * ((torch.arange(8)[:, None] + torch.arange(8)) % 2)).expand(1, 1, 3, 8, 8)
+    still, turning = board.expand(1, 5, 3, 8, 8), board * torch.tensor([1.0, -1, 1, 1, 1])[:, None, None, None]
+    half = torch.cat([board, 0 * board], 1)
+    for videos, moves, edges, colours in ((still, 0, 1, 2), (2 * turning, 2 / 4, 1, 2), (half, 1 / 2, 1 / 2, 2**0.5)):
+        found = in_pictures(videos)
+        assert found[MOTION].item() == pytest.approx(moves)
+        assert found[EDGES].item() == pytest.approx(edges)
+        assert found[COLOURS].exp().item() == pytest.approx(colours)
+    assert in_pictures(board)[MOTION].item() == 0
+    assert in_pictures(board[:, 0]).keys() == {EDGES, COLOURS}
+    assert in_pictures(torch.zeros(2, 3)) == {}
 
 
 def test_the_page_has_videos_that_move_beside_their_frames(tmp_path: Path) -> None:

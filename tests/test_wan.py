@@ -25,6 +25,7 @@ import tiltflow
 from tiltflow import from_diffusers, load_text_to_image
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
+from tiltflow.evaluation.monitor import read_looks
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
@@ -230,6 +231,8 @@ def test_the_recipe_runs_on_a_small_pipeline(tmp_path: Path) -> None:
     assert summary["iterations"] == 8
     assert {"variance", "vendi", "clip-score", "pick-score"} <= set(summary["table"][0])
     assert summary["pictures"]["rows"] == 2
+    looked_at = {"reward", "pick-score", "variety", "edge energy", "colour entropy", "motion"}
+    assert set(read_looks(tmp_path / "run")[-1]["measures"]) == looked_at
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def plan_samples(model: Model, labels: list[str] | None, count: int, options: di
 
 def check_suffix(output: Path, shape: tuple[int, ...]) -> None:
     """Raise InputError for a .gif of samples that are not videos, and for a .png of samples that are no pictures either."""
-    from tiltflow.reports.videos import is_video
+    from tiltflow.evaluation.pictures import is_video
 
     pictures, videos = len(shape) == 3 and shape[0] in (1, 3), is_video(shape)
     if not {".png": pictures or videos, ".gif": videos}.get(output.suffix, True):

@@ -1,8 +1,11 @@
-"""What is left of a picture when a reward is hacked: the energy of its edges, and the entropy of its colours."""
+"""What is left of a picture when a reward is hacked: the energy of its edges, the entropy of its colours, and of a video its
+motion."""
 
-# Mutation tests: test_monitor.py
+# Mutation tests: test_monitor.py test_videos.py
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +21,15 @@ def are_pictures(x: Tensor) -> bool:
     (True, False)
     """
     return x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) > 1
+
+
+def is_video(shape: Sequence[int]) -> bool:
+    """Return whether a sample of this shape is a video: [frames, 1 or 3, height, width].
+
+    >>> is_video((5, 3, 8, 8)), is_video((3, 8, 8))
+    (True, False)
+    """
+    return len(shape) == 4 and shape[1] in (1, 3)
 
 
 def edge_energy(x: Tensor) -> Tensor:
@@ -39,6 +51,12 @@ def colour_entropy(x: Tensor) -> Tensor:
     shares = p.new_zeros(len(p), COLOURS).scatter_add_(1, colours, torch.ones_like(p[:, 0]).flatten(1)) / colours.shape[1]
     entropies: Tensor = torch.special.entr(shares).sum(1)
     return entropies
+
+
+def motion(videos: Tensor) -> Tensor:
+    """Return the mean absolute difference [n] of the pixels of neighbouring frames of videos [n, frames, channels, height,
+    width] in [-1, 1], in units of the whole range: 0 for a video that stands still, or has one frame."""
+    return _shown(videos).diff(dim=1).abs().flatten(1).sum(1) / max(1, videos[0, 1:].numel())
 
 
 def _shown(x: Tensor) -> Tensor:

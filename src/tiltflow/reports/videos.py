@@ -24,11 +24,6 @@ PER_SECOND = 16
 """Frames of a video in a second, as Wan 2.1 was trained on them."""
 
 
-def is_video(shape: Sequence[int]) -> bool:
-    """Return whether a sample of this shape is a video: [frames, 1 or 3, height, width]."""
-    return len(shape) == 4 and shape[1] in (1, 3)
-
-
 def spaced(videos: Tensor, most: int) -> Tensor:
     """Return up to `most` evenly spaced frames of videos [batch, frames, channels, height, width], the first and the last among
     them, shrunk to `SIDE`."""

@@ -17,6 +17,7 @@ from tiltflow.control.path_kl import tuned_paths
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import over_groups
+from tiltflow.evaluation.pictures import is_video
 from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
 from tiltflow.evaluation.settings import Point
 from tiltflow.evaluation.table import Drawn, draw_all, in_words
@@ -28,7 +29,7 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.pictures import batch_of, edited
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.report import write_report
-from tiltflow.reports.videos import FRAMES_OF_REPORT, PER_SECOND, frames_in_rows, is_video, save_gif, spaced
+from tiltflow.reports.videos import FRAMES_OF_REPORT, PER_SECOND, frames_in_rows, save_gif, spaced
 from tiltflow.runs.caveats import (
     annealing_in_words,
     budget_in_words,

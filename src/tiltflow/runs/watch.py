@@ -11,16 +11,17 @@ from torch import Tensor
 from tiltflow.errors import InputError
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, surprise, target_measures
-from tiltflow.evaluation.pictures import are_pictures, colour_entropy, edge_energy
+from tiltflow.evaluation.pictures import are_pictures, colour_entropy, edge_energy, is_video, motion
 from tiltflow.evaluation.samples import Asked, Instruments, kept
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import LearnedReward
+from tiltflow.rewards.functions.frames import of_frames
 from tiltflow.runs.looks import Watcher
 from tiltflow.runs.recipe import RunSettings
 from tiltflow.streams import stream
 
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
-CLASSES, EDGES, COLOURS = "the entropy of the judge's classes", "edge energy", "colour entropy"
+CLASSES, EDGES, COLOURS, MOTION = "the entropy of the judge's classes", "edge energy", "colour entropy", "motion"
 """What a monitor measures beside rewards."""
 Measures = dict[str, Tensor]
 
@@ -64,9 +65,8 @@ def make_watcher(
             if settings.group:
                 measures[IN_GROUP] = p[:, list(settings.group)].sum(1)
             measures[CONFIDENCE], classes = p.max(1)
-        pictures = {EDGES: edge_energy(x), COLOURS: colour_entropy(x)} if are_pictures(x) else {}
         features = compared(instruments, x, clamped=model.has_decoder)
-        return measures | found, Content(features, classes, pictures), groups
+        return measures | found, Content(features, classes, in_pictures(x)), groups
 
     def look(step: int) -> Look:
         found, seen, groups = measure(tuned)
@@ -88,7 +88,7 @@ class Content:
     Args:
         features: [n, ...].
         classes: the judge's class of each sample [n], if there is a judge.
-        pictures: what is in each, if they are pictures.
+        pictures: what is in each, if they are pictures or videos.
     """
 
     features: Tensor
@@ -110,6 +110,16 @@ class Content:
         if self.classes is not None:
             found[CLASSES] = surprise(self.classes, weights)
         return found | self.pictures
+
+
+def in_pictures(x: Tensor) -> Measures:
+    """What is in each of the samples x [n, ...] that are pictures or videos; nothing of others."""
+    measures = {EDGES: of_frames(edge_energy), COLOURS: of_frames(colour_entropy)}
+    if is_video(x.shape[1:]):
+        measures[MOTION] = motion
+    elif not are_pictures(x):
+        return {}
+    return {name: measure(x) for name, measure in measures.items()}
 
 
 def compared(instruments: Instruments, x: Tensor, *, clamped: bool) -> Tensor:
