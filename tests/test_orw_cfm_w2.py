@@ -38,6 +38,7 @@ from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.optimizer import Optimizer
+from tiltflow.training.scoring import Scoring
 from tiltflow.training.trainer import train
 
 
@@ -415,7 +416,7 @@ def test_the_rest_of_the_samples_are_data(fraction: float) -> None:
     method, flow = OrwCfmW2(online_fraction=fraction, num_inference_steps=2), Flow(Shifted())
     data = 100 + torch.arange(5.0)[:, None]
     batch = Batch(torch.randn(64, 1, generator=stream(0, "x")), flow, flow, first, stream(0))
-    x1 = method._samples(batch, State(data=data))
+    x1 = method._samples(batch, State(data=data), Scoring(batch))
     assert len(x1) == 64
     assert (x1[:, 0] >= 100).tolist() == [i >= round(64 * fraction) for i in range(64)]
 

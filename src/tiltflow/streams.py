@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,9 +22,23 @@ def stream(seed: int, *name: str | int, device: torch.device | str = "cpu") -> t
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def normal(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """A generator of the numbers of some rows of a batch of `size`: those that they have where all rows are drawn together."""
+
+    generator: torch.Generator
+    size: int
+    rows: slice
+
+
+Noise = torch.Generator | Rows
+
+
+def normal(shape: Sequence[int], generator: Noise, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers on the device of the generator, drawn in float32 and then converted to `dtype`, so that a model
     gets the same noise in any precision."""
+    if isinstance(generator, Rows):
+        return normal((generator.size, *shape[1:]), generator.generator, dtype)[generator.rows]
     return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
 

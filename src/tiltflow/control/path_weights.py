@@ -30,7 +30,7 @@ from torch import Tensor
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.chain import Chain
-from tiltflow.streams import normal
+from tiltflow.streams import Noise, normal
 from tiltflow.timing import phase
 
 
@@ -53,6 +53,15 @@ class WeightedPaths:
         log_ratio = None if self.log_ratio is None else self.log_ratio[which]
         return WeightedPaths(self.ends[which], log_ratio, self.costs[which])
 
+    @classmethod
+    def joined(cls, parts: Sequence[WeightedPaths]) -> WeightedPaths:
+        """The paths of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        ratios = [part.log_ratio for part in parts if part.log_ratio is not None]
+        ends, costs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ends", "costs"))
+        return cls(ends, torch.cat(ratios) if ratios else None, costs)
+
 
 @torch.no_grad()
 @phase("rollout")
@@ -62,7 +71,7 @@ def draw_paths(
     base: VelocityField,
     x: Tensor,
     of_base: Tensor,
-    generator: torch.Generator,
+    generator: Noise,
 ) -> WeightedPaths:
     """Paths from x [batch, *event]. A step without noise cannot be controlled: the base takes it.
 

@@ -56,7 +56,7 @@ from tiltflow.laws.target import Balance, Reach, Target
 from tiltflow.methods import MethodSettings
 from tiltflow.optimization import Numbers
 from tiltflow.plugins import import_function
-from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
+from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.grid import Start, spread_times
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, SolverName
@@ -65,6 +65,7 @@ from tiltflow.streams import normal
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.noising import noising, shuffled
+from tiltflow.training.scoring import Scoring, joined
 from tiltflow.user_code import explained
 
 Count = Annotated[int, Field(ge=1)]
@@ -317,8 +318,10 @@ class OrwCfmW2(MethodSettings):
         Raises InputError for weights that are negative or infinite, and, in the first round, for a reward that is the same for
         all samples; CollapseError if too few samples carry the weight.
         """
-        size, x1 = len(batch), self._samples(batch, state)
-        rewards = evaluate(shared(batch.reward), x1, batch.non_finite).detach()
+        size = len(batch)
+        with Scoring(batch) as scoring:
+            x1 = self._samples(batch, state, scoring)
+            rewards = scoring.rewards()
         if (kept := finite_only(rewards)) is not None:
             x1, rewards, batch = x1[kept], rewards[kept], batch.select(kept)
         if state.rounds == 0 and len(rewards) > 1 and bool((rewards == rewards[0]).all()):
@@ -345,23 +348,30 @@ class OrwCfmW2(MethodSettings):
             yield {**measured, **self._regress(batch, x1, weights)}
 
     @torch.no_grad()
-    def _samples(self, batch: Batch, state: State) -> Tensor:
+    def _samples(self, batch: Batch, state: State, scoring: Scoring) -> Tensor:
         """The samples of a round [batch, *event]: first those of the current model, then those of the data or the base."""
-        x, generator = batch.x, batch.generator
-        flows = (batch.actor or batch.tuned, batch.base)
-        acting, base = (batch.whole(batch.guide(flow) if batch.guide else flow) for flow in flows)
-        online = round(self.online_fraction * len(x))
+        generator, online = batch.generator, round(self.online_fraction * len(batch))
+
+        def of(flow: VelocityField, which: slice) -> list[Tensor]:
+            acting = batch.whole(batch.guide(flow) if batch.guide else flow).select(which)
+            x = batch.x[which]
+            return scoring.drawn(
+                len(x),
+                generator,
+                lambda part, noise: sample(acting.select(part), x[part], self.sampling, noise, start=batch.start),
+            )
+
         parts = []
         if online:
-            parts.append(sample(acting.select(slice(online)), x[:online], self.sampling, generator, start=batch.start))
-        if online < len(x):
+            parts += of(batch.actor or batch.tuned, slice(online))
+        if online < len(batch):
             if state.data is None:
-                rest = slice(online, None)
-                parts.append(sample(base.select(rest), x[rest], self.sampling, generator, start=batch.start))
+                parts += of(batch.base, slice(online, None))
             else:
-                which = torch.randint(len(state.data), (len(x) - online,), generator=generator, device=generator.device)
-                parts.append(state.data[which].to(x))
-        return torch.cat(parts)
+                which = torch.randint(len(state.data), (len(batch) - online,), generator=generator, device=generator.device)
+                parts.append(state.data[which].to(batch.x))
+                scoring.add(parts[-1])
+        return joined(parts)
 
     def weights(self, rewards: Tensor, members: list[Tensor] | None = None) -> Tensor:
         """Weights [batch] for rewards [batch], of mean 1 unless they are raw.

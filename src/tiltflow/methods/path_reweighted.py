@@ -38,20 +38,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow.control.path_weights import draw_paths, log_proposal, relative_sizes
+from tiltflow.control.path_weights import WeightedPaths, draw_paths, log_proposal, relative_sizes
 from tiltflow.errors import CollapseError, NonFiniteError
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows import conditions
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
-from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
+from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
+from tiltflow.streams import Noise
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import NamedMethod, Needs, Stateful
 from tiltflow.training.noising import noising, resampled, smoothed
+from tiltflow.training.scoring import Scoring
 
 Count = Annotated[int, Field(ge=1)]
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
@@ -271,8 +273,15 @@ class PathReweighted(Tilting):
         share = self._share(state)
         of_base, shares = dealt(batch.tuned.groups(len(batch), batch.x.device), share, batch.generator)
         tuned = None if share == 1 else batch.whole(batch.actor or batch.tuned)
-        paths = draw_paths(self.chain(batch.start), tuned, batch.whole(batch.base), batch.x, of_base, batch.generator)
-        rewards, size = evaluate(shared(batch.reward), paths.ends, batch.non_finite).detach(), len(batch)
+        base, chain, size = batch.whole(batch.base), self.chain(batch.start), len(batch)
+
+        def draw(part: slice, noise: Noise) -> WeightedPaths:
+            some = None if tuned is None else tuned.select(part)
+            return draw_paths(chain, some, base.select(part), batch.x[part], of_base[part], noise)
+
+        with Scoring(batch) as scoring:
+            paths = WeightedPaths.joined(scoring.drawn(size, batch.generator, draw, lambda paths: paths.ends))
+            rewards = scoring.rewards()
         if (kept := finite_only(rewards)) is not None:
             batch, paths = batch.select(kept), paths.select(kept)
             rewards, of_base, shares = (part[kept] for part in (rewards, of_base, shares))

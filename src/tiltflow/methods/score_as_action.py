@@ -60,13 +60,14 @@ from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import all_finite, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
-from tiltflow.rewards.functions.checked import evaluate, finite_only, shared, value_and_gradient
+from tiltflow.rewards.functions.checked import finite_only, shared, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, simulate
 from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
+from tiltflow.training.scoring import Scoring
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -396,9 +397,10 @@ class ScoreAsAction(Tilting):
         states = states[:count]
         noise = None if self._uses_value_gradient else path.noise()
         all_finite(velocities, "velocity", chain.times)
-        reward = shared(batch.reward)
-        rewards = evaluate(reward, end, batch.non_finite).detach()
-        base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
+        with Scoring(batch) as scoring:
+            scoring.add(end)
+            base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
+            rewards = scoring.rewards()
         energy = self._energy(chain)[:count, None].to(batch.x)
         squares = [(v - own).flatten(1).square().sum(1) for v, own in zip(velocities, base_velocities, strict=True)]
         prices = self.beta / 2 * energy * torch.stack(squares)  # step by step: there is no room for a copy
@@ -408,7 +410,7 @@ class ScoreAsAction(Tilting):
             costs = costs - gains[:count]
             costs[-1] -= gains[count:].sum(0)  # a last step that the base takes belongs to the action before it
             gains = gains.sum(0)
-        experience = self._for_critic(value, states, velocities, chain, costs, rewards, reward, batch.non_finite)
+        experience = self._for_critic(value, states, velocities, chain, costs, rewards, shared(batch.reward), batch.non_finite)
         drawn = Trajectories(path, end, rewards, velocities, base_velocities, prices, noise, gains, experience)
         if (kept := finite_only(rewards + experience.known.sum(0))) is None:
             return drawn, batch

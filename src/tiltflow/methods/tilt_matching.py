@@ -56,7 +56,7 @@ from tiltflow.laws.forward_process import Residual, ram
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
 from tiltflow.methods import Positive, Tempered, from_preset
-from tiltflow.rewards.functions.checked import evaluate, finite_only, shared
+from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, SolverName
@@ -64,6 +64,7 @@ from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.noising import noising, resampled, smoothed
 from tiltflow.training.replay import Recalled, Replay
+from tiltflow.training.scoring import Scoring, joined
 
 Count = Annotated[int, Field(ge=1)]
 Which = Literal["current", "old", "base"]
@@ -249,8 +250,10 @@ class TiltMatching(Tempered):
         if begins and (self.batches_per_round > 1 or "old" in (self.anchor, self.residual)):
             with (batch.actor or batch.tuned).own_weights():
                 state.old = batch.copy_of_weights()
-        size, x1 = len(batch), self._samples(batch, state)
-        rewards = evaluate(shared(batch.reward), x1, batch.non_finite).detach()
+        size = len(batch)
+        with Scoring(batch) as scoring:
+            x1 = self._samples(batch, state, scoring)
+            rewards = scoring.rewards()
         if (kept := finite_only(rewards)) is not None:
             x1, rewards, batch = x1[kept], rewards[kept], batch.select(kept)
         constant = bool((rewards == rewards[0]).all())
@@ -279,11 +282,17 @@ class TiltMatching(Tempered):
         if state.batches % self.batches_per_round == 0:
             state.tilt, state.old = state.aim, []
 
-    def _samples(self, batch: Batch, state: State) -> Tensor:
+    def _samples(self, batch: Batch, state: State, scoring: Scoring) -> Tensor:
         """Samples of the model as it is at the start of the round [batch, *event]."""
         flow = self._old(batch, state) if self.batches_per_round > 1 else batch.actor or batch.tuned
         acting = batch.whole(batch.guide(flow) if batch.guide else flow)
-        return sample(acting, batch.x, self.sampling, batch.generator, start=batch.start)
+        return joined(
+            scoring.drawn(
+                len(batch),
+                batch.generator,
+                lambda part, noise: sample(acting.select(part), batch.x[part], self.sampling, noise, start=batch.start),
+            )
+        )
 
     @staticmethod
     def _old(batch: Batch, state: State) -> VelocityField:

@@ -106,6 +106,18 @@ class WithPrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class RemoteReward(Protocol):
+    """A reward that is computed elsewhere, so that it can be waited for in a thread."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    @property
+    def request_size(self) -> int:
+        """How many samples are sent together."""
+        ...
+
+
 def select(reward: Reward, which: Which) -> Reward:
     """The reward of these samples of the batch; a reward that is not bound is the same for all."""
     return reward.select(which) if isinstance(reward, BoundReward) else reward

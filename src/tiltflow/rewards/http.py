@@ -115,11 +115,18 @@ class Http(Settings):
                 values += rewards_in(server.ask(json.dumps(body, default=str).encode()), len(part), server)
             return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-        return WithOrWithoutPrompts(of_frames(score), ("prompts", "metadata"))
+        return OverHttp(of_frames(score), ("prompts", "metadata"), request_size=self.batch_size)
 
 
-class WithOrWithoutPrompts(OfPrompts):
-    """A reward that gets the prompts, if there are any."""
+@dataclass(frozen=True)
+class OverHttp(OfPrompts):
+    """A reward that gets the prompts, if there are any.
+
+    Args:
+        request_size: how many pictures are sent together.
+    """
+
+    request_size: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) if self.prompts else self.score(x, prompts=(), metadata=())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.streams import normal
+from tiltflow.streams import Noise, normal
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def step(
     k: int,
     x: Tensor,
     v: Tensor,
-    generator: torch.Generator,
+    generator: Noise,
     project: Callable[[Tensor], Tensor] = lambda noise: noise,
 ) -> Tensor:
     """x_{k+1} from x_k = x and its velocity.

@@ -18,7 +18,7 @@ from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solver import OdeFunction, OdeSolver, StochasticSolver
 from tiltflow.samplers.solvers.euler import euler
-from tiltflow.streams import normal
+from tiltflow.streams import Noise, normal
 from tiltflow.timing import phase
 from tiltflow.user_code import explained
 
@@ -70,7 +70,7 @@ def projection_of(velocity: Velocity) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 @phase("rollout")
-def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Generator, *, start: Start = 0.0) -> Tensor:
+def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: Noise, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
     solver, times = sampling.build(), sampling.times(start)
     if isinstance(solver, OdeSolver):
@@ -85,7 +85,7 @@ def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: torch.Gener
     return x
 
 
-def _noise_like(x: Tensor, *, generator: torch.Generator, project: Callable[[Tensor], Tensor]) -> Tensor:
+def _noise_like(x: Tensor, *, generator: Noise, project: Callable[[Tensor], Tensor]) -> Tensor:
     """Fresh noise of a field, of the shape of x."""
     return project(normal(x.shape, generator, x.dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,8 +15,9 @@ from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guided
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
-from tiltflow.rewards import Reward, select
+from tiltflow.rewards import RemoteReward, Reward, select
 from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.streams import stream
 from tiltflow.training.batch import Drawn
@@ -35,8 +37,23 @@ class Decoded:
         """The reward of these samples of the batch."""
         return replace(self, reward=select(self.reward, which))
 
+    def decoded(self, x: Tensor) -> Tensor:
+        """What the reward sees of states x."""
+        return self.model.decode(x, batch_size=self.batch_size)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return values_of(self.reward, self.model.decode(x, batch_size=self.batch_size))
+        return values_of(self.reward, self.decoded(x))
+
+
+def at_once(reward: Reward) -> int | None:
+    """How many samples decoder and server see together, if a reward is on another machine: parts of a batch that are multiples
+    of it are seen as they are in the whole batch."""
+    if isinstance(reward, Decoded):
+        size = at_once(reward.reward)
+        return None if size is None else math.lcm(size, reward.batch_size)
+    if isinstance(reward, PerPrompt):
+        return at_once(reward.reward)
+    return reward.request_size if isinstance(reward, RemoteReward) else None
 
 
 class Items(Protocol):

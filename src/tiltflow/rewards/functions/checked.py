@@ -38,6 +38,17 @@ class Shared:
         return processes.gathered([values_of(select(self.reward, part), x[part]) for part in parts], len(x))
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A reward whose values [batch] are known."""
+
+    values: Tensor
+    prompts: Sequence[str] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.values
+
+
 def shared(reward: Reward) -> Reward:
     """`reward`, evaluated by all processes together: without a gradient where there are several."""
     return reward if processes.count() == 1 else Shared(reward)
