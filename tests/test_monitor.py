@@ -138,6 +138,9 @@ def test_the_mean_surprise_is_the_entropy_and_its_error_covers_it() -> None:
     under = target_measures({"classes": surprise(many, weights)}, tilt)
     assert under is not None
     assert abs(under["classes"].value - entropy(target)) < 4 * under["classes"].standard_error
+    # what is left of the entropy once the group is known: half of the weight on 0 and 1, half on 2 and 3
+    some, group = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 1])
+    assert (surprise(some) - surprise(group)).mean().item() == pytest.approx(math.log(2) / 2)
     assert surprise(torch.full((9,), 2)).tolist() == pytest.approx([0.0] * 9)
 
 

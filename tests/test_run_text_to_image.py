@@ -559,6 +559,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "sd3-hps": OF_TABLE | {"method": {"beta": pytest.approx(1 / 3e5, rel=2e-3), **OF_TABLE["method"]}},
     "sd3-pick-score": OF_TABLE | {"method": {"beta": 1 / 1e4, **OF_TABLE["method"]}},
     "sd3-spatial": {"reward": {"name": "clip-score"}},
+    "sd35-ocr": {
+        "model": {"adapter": {"rank": 32, "lora_alpha": 64}, "guidance_scale": 4.5, "height": 512, "width": 512},
+        "method": {"num_inference_steps": 10, "standardize": True, "clip_range": 1e-4, "num_passes": 2},
+        "optimizer": {"learning_rate": 3e-4},
+        "training": {"num_generations": 24, "ema_decay": 0.9},
+        "reward": {"name": "ocr", "anywhere": True},
+    },
 }
 
 
@@ -606,7 +613,10 @@ def test_a_number_that_was_not_published_says_so_in_its_line(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=slow_unless(n in ("sd15-image-reward", "sd3-spatial"))) for n in PUBLISHED]
 )
-def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp_path: Path) -> None:
+def test_published_recipes_run_on_a_small_pipeline_of_their_class(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltflow.rewards.ocr.reader", lambda: lambda image: "red" if image.mean() > 0 else "rod")
     tree: Any = read_yaml(shipped_recipes("train")[name])
     assert validate(Recipe, tree, name).description
     source = tmp_path / "pipeline"
@@ -618,6 +628,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
         "hps": {"model": clip, "tokenizer": None},
         "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(tmp_path))},
         "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
+        "ocr": {},
     }
 
     def scorer(reward: Any) -> dict[str, Any]:
@@ -626,7 +637,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(name: str, tmp
 
     tree["model"] |= {"diffusers": str(source), "height": 16, "width": 16, "dtype": "float32", "gradient_checkpointing": False}
     one = tree["training"]["prompts_per_step"] == 1  # where the method is refused with several
-    tree["prompts"] = {"texts": ["a red cat"] if one else ["a red cat", "a dog"], "validation": 0}
+    tree["prompts"] = {"texts": ["a red cat"] if one else ['a "red" cat', 'a "dog"'], "validation": 0}
     tree["reward"] = scorer(tree["reward"])
     tree["method"]["num_inference_steps"] = 5
     if "num_passes" in tree["method"]:

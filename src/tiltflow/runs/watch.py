@@ -59,14 +59,17 @@ def make_watcher(
         if asked.kind != "prompt":  # of a prompt that has too few, the others are no sample
             which, _, groups = kept(asked, found, found)
             x, found = x[which], {name: values[which] for name, values in found.items()}
-        measures, classes = {"reward": found.pop(instruments.own)}, None
+        measures = {"reward": found.pop(instruments.own)}
+        classes = in_group = None
         if instruments.judge is not None:
             p = instruments.look(instruments.judge.probabilities, x)
             if settings.group:
                 measures[IN_GROUP] = p[:, list(settings.group)].sum(1)
             measures[CONFIDENCE], classes = p.max(1)
+            if settings.group:
+                in_group = torch.isin(classes, torch.tensor(settings.group))
         features = compared(instruments, x, clamped=model.has_decoder)
-        return measures | found, Content(features, classes, in_pictures(x)), groups
+        return measures | found, Content(features, classes, in_group, in_pictures(x)), groups
 
     def look(step: int) -> Look:
         found, seen, groups = measure(tuned)
@@ -88,11 +91,14 @@ class Content:
     Args:
         features: [n, ...].
         classes: the judge's class of each sample [n], if there is a judge.
+        group: whether it is one of the judge's group [n], if there is one: which of its classes is left is then another
+            question than how many of the samples are in it, which is what the reward may be for.
         pictures: what is in each, if they are pictures or videos.
     """
 
     features: Tensor
     classes: Tensor | None
+    group: Tensor | None
     pictures: Measures
 
     def diversity(self, asked: Asked) -> Measures:
@@ -109,6 +115,8 @@ class Content:
         found = {VARIETY: spreads}
         if self.classes is not None:
             found[CLASSES] = surprise(self.classes, weights)
+            if self.group is not None:  # H(class | in the group) = H(class) - H(in the group)
+                found[CLASSES] -= surprise(self.group.long(), weights)
         return found | self.pictures
 
 
