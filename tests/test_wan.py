@@ -188,6 +188,7 @@ def test_a_run_and_its_export(whole: bool, tmp_path: Path, monkeypatch: pytest.M
     assert summary["reward_tuned"] != summary["reward_base"]
     assert summary["pictures"] == {"rows": 1, "prompts": summary["pictures"]["prompts"], "frames": 5}
     assert all(row["fid"] > 0 and row["png-size"] < 0 for row in summary["table"])
+    assert "fid_per_prompt" not in summary["table"][0]  # there is one prompt
     assert "data:image/gif" in (tmp_path / "run" / "report.html").read_text()
     export_run(tmp_path / "run", tmp_path / "exported")
     assert (tmp_path / "exported" / "before.gif").exists()

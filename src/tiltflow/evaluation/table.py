@@ -58,7 +58,7 @@ def draw_all(
             row |= diversity(compared, asked, scale if extract is None else None)
             if reference is not None:
                 row |= distances_to_reference(compared, reference, seed)
-                if settings.reference == "base" and asked.kind == "prompt":
+                if settings.reference == "base" and asked.kind == "prompt" and asked.groups > 1:  # of one, it is the FID
                     row |= of_prompts(compared, reference, asked)
             table.append(row)
             if i == 0:
