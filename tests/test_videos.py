@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from test_report import SUMMARY, Balanced, write
+from test_report import Balanced, write
 
 from tiltflow.commands.sample import check_suffix, write_samples
 from tiltflow.conditions import Item
@@ -87,7 +87,7 @@ def test_the_page_has_videos_that_move_beside_their_frames(tmp_path: Path) -> No
     for side in ("before", "after"):
         frames_in_rows(grey_videos()).save(folder / f"{side}.png")
         save_gif(grey_videos(), 1, folder / f"{side}.gif")
-    page = write(folder, SUMMARY | {"pictures": {"rows": 2, "prompts": ["<a>", "b"], "frames": 17}}, rows=False)
+    page = write(folder, {"pictures": {"rows": 2, "prompts": ["<a>", "b"], "frames": 17}}, rows=False)
     parser = Balanced()
     parser.feed(page)
     assert parser.open == []
