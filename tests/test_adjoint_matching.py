@@ -456,7 +456,7 @@ def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, 
     """(|w_k + s_k a_{k+1}|^2 [steps, batch] with its graph, |w_k|^2, rewards), a by autograd through the chain."""
     x = torch.randn(6, 2, generator=stream(3))
     with torch.no_grad():
-        states = rollout(chain, tuned, x, stream(4)).states
+        states = list(rollout(chain, tuned, x, stream(4)).states)
     if chain.std[-1] == 0:
         states.append(chain.mean(len(chain) - 1, states[-1], MIXTURE.velocity(states[-1], chain.times[-2])))
     terms, energies = [], []

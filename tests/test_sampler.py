@@ -586,14 +586,17 @@ def test_what_acts_may_be_another_velocity(solver: Callable[..., list[Tensor]], 
         assert_close(v, gaussian_flow(path.states[k], times[k]))
     chain = memoryless(times)
     path = rollout(chain, gaussian_flow, x, stream(1), act=guided.guide)
-    drawn = path.noise()
+    drawn = [path.noise(k) for k in range(5)]
     for k, v in enumerate(path.velocities):
         assert torch.equal(v, gaussian_flow(path.states[k], times[k]))
         assert_close(path.states[k + 1], chain.mean(k, path.states[k], 2 * v) + chain.std[k] * drawn[k])
     assert torch.equal(path.states[-1], rollout(chain, guided, x, stream(1)).states[-1])
-    assert_close(drawn, rollout(chain, guided, x, stream(1)).noise())
-    some = torch.tensor([2, 0])
-    assert torch.equal(path.select(some).noise(), drawn[:, some])
+    for k, eps in enumerate(drawn):
+        assert_close(eps, rollout(chain, guided, x, stream(1)).noise(k))
+    some, pairs = torch.tensor([2, 0]), (torch.tensor([4, 0, 2]), torch.tensor([1, 2, 0]))
+    assert torch.equal(path.noise_at(*pairs), torch.stack([drawn[k][i] for k, i in zip(*pairs, strict=True)]))
+    fewer = path.keep(some)
+    assert torch.equal(torch.stack([fewer.noise(k) for k in range(5)]), torch.stack(drawn)[:, some])
 
 
 def test_velocities_that_a_solver_did_not_ask_for_are_computed() -> None:

@@ -145,18 +145,18 @@ def located(part: slice) -> Iterator[None]:
         raise NonFiniteError(found[finder]["message"], where, error.tensors) from None
 
 
-def all_finite(values: Tensor, what: str, times: Tensor) -> Tensor:
+def all_finite(values: Sequence[Tensor] | Tensor, what: str, times: Tensor) -> None:
     """`values` [steps, batch, ...]. Raises NonFiniteError, naming steps, times and samples, if one is not finite."""
     if bool(torch.stack([step.isfinite().all() for step in values]).all()):  # step by step: there is no room for a copy
-        return values
-    bad = (~values.isfinite()).flatten(2).any(2) if values.ndim > 2 else ~values.isfinite()
+        return
+    bad = torch.stack([(~step.isfinite()).reshape(len(step), -1).any(1) for step in values])
     steps, samples = bad.any(1).nonzero()[:, 0].tolist(), bad.any(0).nonzero()[:, 0].tolist()
     t = [round(times[k].item(), 6) for k in steps]
     raise NonFiniteError(
         f"{what} is not finite at {len(steps)} of {len(values)} steps (t = {t[0]:g} to {t[-1]:g}) for {len(samples)} of"
         f" {bad.shape[1]} samples",
         {"what": what, "sampler_steps": steps, "times": t, "samples": samples},
-        {what: values[:, samples[:4]]},
+        {what: torch.stack([step[samples[:4]] for step in values])},
     )
 
 

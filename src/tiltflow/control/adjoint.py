@@ -30,7 +30,7 @@ step size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +66,7 @@ class LeanAdjoint:
 def lean_adjoint(
     chain: Chain,
     base: VelocityField,
-    states: list[Tensor],
+    states: Sequence[Tensor],
     objective: Objective,
     beta: float,
     *,
@@ -74,7 +74,7 @@ def lean_adjoint(
     reward_at: Literal["end", "denoised"] = "end",
     first: int = 0,
     right: Chain | None = None,
-    tuned_velocities: list[Tensor] | None = None,
+    tuned_velocities: Sequence[Tensor] | None = None,
     bootstrap: float = 0.0,
     non_finite: NonFiniteRewards = "error",
     taken: Callable[[int, Tensor, Tensor], None] | None = None,

@@ -12,17 +12,20 @@ E[c_-i] E[z_k | x_k], is zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tiltflow.samplers.rollout import Trajectory
 
 
-def noise_to_come(path: Trajectory) -> Tensor:
-    """z_k of each step of a path, [steps, batch, *event]."""
-    noise = path.noise()
-    std = path.chain.std[: len(noise)].to(noise).reshape(-1, *(1 for _ in noise.shape[1:]))
-    return (std * noise).flip(0).cumsum(0).flip(0)
+def noise_to_come(path: Trajectory) -> Iterator[tuple[int, Tensor]]:
+    """z_k of each step of a path, (k, [batch, *event]), from the last one to the first: there is no room for all."""
+    total = torch.zeros_like(path.states[0], dtype=torch.float64)
+    for k in range(len(path.velocities) - 1, -1, -1):
+        total = total + path.chain.std[k].item() * path.noise(k)
+        yield k, total.to(path.states.like)
 
 
 def predicted(residuals: Tensor, variate: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ from tiltflow.samplers.rollout import Act, Trajectory
 def suffix_weights(path: Trajectory, velocity: Velocity, act: Act | None = None) -> Tensor:
     """W_k of each step and sample under the velocities of `velocity`, made those that act by `act` if it is given:
     [steps, batch], float64."""
-    noise, ratios = path.noise(), []
-    drawn = path.acting or path.velocities
-    for x, t, old, scale, eps in zip(path.states, path.chain.times, drawn, path.chain.control_scale, noise, strict=False):
+    ratios = []
+    for k, (old, t, scale) in enumerate(zip(path.drawn_by, path.chain.times, path.chain.control_scale, strict=False)):
+        x = path.states[k]
         new = velocity(x, t)
         new = new if act is None else act(x, t, new)
         delta = (scale.item() * (new - old)).flatten(1).double()
-        ratios.append((delta * (eps.flatten(1) - delta / 2)).sum(1))
+        ratios.append((delta * (path.noise(k).flatten(1) - delta / 2)).sum(1))
     return torch.stack(ratios).flip(0).cumsum(0).flip(0).exp()

@@ -194,7 +194,7 @@ class Experience:
     """Trajectories as the critic sees them.
 
     Args:
-        states: x_k [steps, batch, *event] at the `times` [steps + 1], the last being the end.
+        states: x_k [steps, batch, *event], as they are stored, at the `times` [steps + 1], the last being the end.
         known: skip(t_k) r(x1hat_k), [steps, batch].
         costs: running costs of the steps, [steps, batch].
         rewards: [batch].
@@ -207,13 +207,18 @@ class Experience:
     rewards: Tensor
 
     def part(self, which: Tensor) -> Experience:
-        return Experience(self.states[:, which], self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
+        states = self.states[:, which.to(self.states.device)]
+        return Experience(states, self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
 
     def values(self, value: Value) -> Tensor:
         """V at all states, and the rewards at the end: [steps + 1, batch]."""
         steps, batch = self.known.shape
-        t = self.times[:-1].to(self.states.device).repeat_interleave(batch)
-        learned = value.learned(self.states.flatten(0, 1), t).reshape(steps, batch)
+        times = self.times[:-1].to(self.known.device)
+        if torch.is_grad_enabled():
+            states = self.states.flatten(0, 1).to(self.known)
+            learned = value.learned(states, times.repeat_interleave(batch)).reshape(steps, batch)
+        else:  # step by step: activations of all steps are several copies of the states
+            learned = torch.stack([value.learned(x.to(self.known), t) for x, t in zip(self.states, times, strict=True)])
         return torch.cat([self.known + learned, self.rewards[None].to(learned)])
 
 

@@ -30,7 +30,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow import processes
 from tiltflow.control.adjoint import Pairing, lean_adjoint
 from tiltflow.control.control_variate import noise_to_come, predicted
 from tiltflow.control.suffix_weights import suffix_weights
@@ -48,6 +47,7 @@ from tiltflow.samplers.grid import Spacing, Start
 from tiltflow.samplers.rollout import Act, Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
+from tiltflow.samplers.stored import Stored
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.self_distillation import self_distillation
@@ -105,9 +105,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 class Regression(NamedTuple):
     """Inputs and targets of the regression, of the steps from `first` on: [steps, batch, *event]."""
 
-    states: Tensor
-    base_velocities: Tensor
-    targets: Tensor
+    states: Stored
+    base_velocities: Stored
+    targets: Stored
     first: int
 
 
@@ -214,7 +214,7 @@ class AdjointMatching(Tilting):
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
         late = self.control_from > 0  # the running reward before it would be left out
-        copies = 11 if self.control_variate else 6 if self.reweight_passes else 3 + late
+        copies = 3 + (late or self._needs_velocities)
         return Needs(reward_gradient=True, running_reward=not late, passes=self.num_passes, trajectory_copies=copies)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
@@ -253,29 +253,21 @@ class AdjointMatching(Tilting):
         """
         x, chain = batch.x, self.chain(batch.start)
         path, chosen = self._draw(batch, chain)
-        states, velocities = path.in_one()
         first, late = int(torch.stack(chosen).min()), self._first_controlled(chain)
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
-        all_finite(velocities, "velocity", chain.times)
-        targets, base_velocities, ends, rewards, terms, energy = self._adjoints(
-            batch, chain, path, velocities, first, late, right
-        )
+        all_finite(path.velocities, "velocity", chain.times)
+        targets, base_velocities, ends, rewards, terms, energy = self._adjoints(batch, chain, path, first, late, right)
         if (kept := finite_only(rewards)) is not None:
-            path, batch, rewards, ends = path.select(kept), batch.select(kept), rewards[kept], ends[kept]
-            states, velocities, targets, base_velocities, terms, energy = (
-                each[:, kept] for each in (states, velocities, targets, base_velocities, terms, energy)
-            )
-            chosen = [pairs[:, kept] for pairs in chosen]
+            batch, rewards, ends, terms, energy = batch.select(kept), rewards[kept], ends[kept], terms[:, kept], energy[:, kept]
+            targets, base_velocities, chosen = targets.keep(kept), base_velocities.keep(kept), [p[:, kept] for p in chosen]
+            path = path.keep(kept) if self._needs_velocities else replace(path, states=path.states.keep(kept))
         steps = slice(first, len(path.velocities))
         all_finite(targets, "adjoint", chain.times[steps])
         if self.control_variate:
-            gain, std = _columns(chain.control_scale[steps], x), _columns(chain.std[steps], x)
-            control = gain * (velocities[steps] - base_velocities)
-            targets = targets - predicted(control + std * targets, noise_to_come(path)[steps]) / std
-            terms = (control + std * targets).flatten(2).square().sum(2)
-        regression = Regression(states[steps], base_velocities, targets, first)
+            terms = self._without_noise_to_come(chain, path, targets, base_velocities, first)
+        regression = Regression(path.states[steps], base_velocities, targets, first)
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -303,7 +295,7 @@ class AdjointMatching(Tilting):
         """The trajectories of a batch, and for each of `num_passes` the steps that enter the loss, [count, batch]."""
         with torch.no_grad():
             actor, act = _actor(batch)
-            path = rollout(chain, actor, batch.x, batch.generator, act=act)
+            path = rollout(chain, actor, batch.x, batch.generator, act=act, storage=batch.storage)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,
@@ -343,58 +335,70 @@ class AdjointMatching(Tilting):
         return self.control_variate or self.reweight_passes
 
     def _adjoints(
-        self, batch: Batch, chain: Chain, path: Trajectory, velocities: Tensor, first: int, late: int, right: Chain | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, batch: Batch, chain: Chain, path: Trajectory, first: int, late: int, right: Chain | None
+    ) -> tuple[Stored, Stored, Tensor, Tensor, Tensor, Tensor]:
         """Targets and base velocities of the steps from `first` on, [steps, batch, *event], the targets of those before `late`
         zero; ends of the paths [batch, *event], and their rewards [batch]; of these steps the terms of the loss and |w_k|^2,
-        [steps, batch].
-
-        Args:
-            velocities: of the path, [steps, batch, *event]. Unless they are needed again, those of the base take their place.
+        [steps, batch]. Unless the velocities of the path are needed again, those of the base take their place.
         """
-        controlled = slice(first, len(path.velocities))
-        targets = torch.empty_like(velocities[controlled])
-        of_base = torch.empty_like(targets) if self._needs_velocities else velocities[controlled]
+        own = path.velocities[first:]
+        targets = batch.storage.new(len(own), batch.x)
+        of_base = batch.storage.new(len(own), batch.x) if self._needs_velocities else own
 
         def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            terms, energy = (velocities.new_empty(len(targets), len(some)) for _ in range(2))
+            terms, energy = (some.x.new_empty(len(targets), len(some)) for _ in range(2))
+            velocities, adjoints_of, bases = (each.of(part) for each in (own, targets, of_base))
 
             @torch.no_grad()
             def taken(k: int, target: Tensor, v_base: Tensor) -> None:
                 if k == len(path.velocities):  # the base takes this step
                     return
                 gain, std = (c[k].to(v_base) for c in (chain.control_scale, chain.std))
-                control = gain * (path.velocities[k][part] - v_base)
+                control = gain * (velocities[k - first] - v_base)
                 energy[k - first] = control.flatten(1).square().sum(1)
                 terms[k - first] = (control + std * target).flatten(1).square().sum(1)
-                targets[k - first, part], of_base[k - first, part] = target, v_base
+                adjoints_of[k - first], bases[k - first] = target, v_base
 
             found = lean_adjoint(
                 chain,
                 some.base,
-                [states[part] for states in path.states],
+                path.states.of(part),
                 some.objective,
                 self.beta,
                 pairing=self.pairing,
                 reward_at=self.reward_at,
                 first=max(first, late),
                 right=right,
-                tuned_velocities=[v[part] for v in path.velocities],
+                tuned_velocities=path.velocities.of(part),
                 bootstrap=self.bootstrap,
                 non_finite=some.non_finite,
                 taken=taken,
             )
             for k in range(first, late):
-                x = path.states[k][part]
+                x = path.states.of(part)[k]
                 with torch.no_grad():
                     taken(k, torch.zeros_like(x), some.base(x, chain.times[k]))
             return found.end, found.rewards, terms, energy
 
         ends, rewards, terms, energy = batch.map(adjoints, dims=(0, 0, 1, 1))
-        if processes.count() > 1:
-            (own,) = processes.shares(len(batch))
-            targets, of_base = (processes.gathered([each[:, own]], len(batch), dim=1) for each in (targets, of_base))
+        batch.join(targets)
+        batch.join(of_base)
         return targets, of_base, ends, rewards, terms, energy
+
+    @torch.no_grad()
+    def _without_noise_to_come(
+        self, chain: Chain, path: Trajectory, targets: Stored, base_velocities: Stored, first: int
+    ) -> Tensor:
+        """Subtract from the targets, in place, what the noise to come predicts of them. Returns the terms of the loss."""
+        terms = {}
+        for k, noise in noise_to_come(path):
+            if k < first:
+                break
+            gain, std, target = *(c[k].to(noise) for c in (chain.control_scale, chain.std)), targets[k - first]
+            control = gain * (path.velocities[k] - base_velocities[k - first])
+            target = target - predicted((control + std * target)[None], noise[None])[0] / std
+            terms[k], targets[k - first] = (control + std * target).flatten(1).square().sum(1), target
+        return torch.stack([terms[k] for k in sorted(terms)])
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or
@@ -427,16 +431,16 @@ class AdjointMatching(Tilting):
     ) -> None:
         """Accumulate the gradient of the mean over the batch of sum_k W_k |w_k + s_k a|^2 over the `used` ones of the chosen
         (step, sample) pairs whose term is not above its limit, all [count, batch]; weights W [steps, batch], or 1."""
-        size = regression.states.shape[1]
+        size = len(batch)
         k, limit = pairs[used], limits[used]
         i = torch.arange(size, device=k.device).expand_as(pairs)[used]
 
         def terms_of(part: slice) -> dict[str, Tensor]:
             kk, row, ii = k[part], k[part] - regression.first, i[part]
-            x = regression.states[row, ii]
+            x = regression.states.at(row, ii)
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
             v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
-            residual = gain * (v - regression.base_velocities[row, ii]) + std * regression.targets[row, ii]
+            residual = gain * (v - regression.base_velocities.at(row, ii)) + std * regression.targets.at(row, ii)
             terms = residual.flatten(1).square().sum(1)
             kept = terms.detach() <= limit[part]
             return {"loss": kept * terms if weights is None else kept * weights[row, ii].to(terms) * terms}
@@ -453,8 +457,3 @@ def _actor(batch: Batch) -> tuple[VelocityField, Act | None]:
 def _effective_size(weights: Tensor) -> float:
     """(sum w)^2 / sum w^2 of weights [batch]."""
     return float(weights.sum().square() / weights.square().sum())
-
-
-def _columns(values: Tensor, x: Tensor) -> Tensor:
-    """[steps] -> [steps, 1, ..] to multiply [steps, batch, *event]."""
-    return values.to(x).reshape(-1, *(1 for _ in x.shape))

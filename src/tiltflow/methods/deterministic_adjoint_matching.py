@@ -43,6 +43,7 @@ from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import rollout
 from tiltflow.samplers.sampling import Sampling
+from tiltflow.samplers.stored import Stored
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 
@@ -68,7 +69,7 @@ class DeterministicAdjointMatching(Tilting):
     @property
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
-        return Needs(reward_gradient=True, trajectory_copies=5)
+        return Needs(reward_gradient=True, trajectory_copies=2)
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """The law of the best transport. Raises InputError if no step is controlled."""
@@ -93,19 +94,23 @@ class DeterministicAdjointMatching(Tilting):
         with torch.no_grad():
             acting = batch.whole(batch.actor or batch.tuned)
             act = None if batch.guide is None else batch.guide(acting).guide
-            path = rollout(chain, acting, batch.x, batch.generator, act=act, to_the_end=True)
-        targets, rewards = batch.map(lambda some, part: self._targets(some, chain, [x[part] for x in path.states]), dims=(1, 0))
-        states = torch.stack(path.states[:-1])
+            path = rollout(chain, acting, batch.x, batch.generator, act=act, to_the_end=True, storage=batch.storage)
+        states, targets = path.states, path.velocities  # whose place they take
+        (rewards,) = batch.map(lambda some, part: (self._aim(some, chain, states.of(part), targets.of(part)),))
+        batch.join(targets)
         if (kept := finite_only(rewards)) is not None:
-            batch, rewards, targets, states = batch.select(kept), rewards[kept], targets[:, kept], states[:, kept]
+            batch, rewards, targets, states = batch.select(kept), rewards[kept], targets.keep(kept), states.keep(kept)
         all_finite(targets, "velocity that is aimed at", chain.times)
-        step, which = (each.flatten() for each in torch.meshgrid(*map(torch.arange, targets.shape[:2]), indexing="ij"))
-        step, which = step.to(states.device), which.to(states.device)
+        step, which = (
+            each.flatten() for each in torch.meshgrid(torch.arange(len(targets)), torch.arange(len(batch)), indexing="ij")
+        )
+        step, which = step.to(batch.x.device), which.to(batch.x.device)
 
         def terms_of(part: slice) -> dict[str, Tensor]:
             k, i = step[part], which[part]
-            x, t, h = states[k, i], chain.times.to(states.device)[k], chain.v_scale.to(states.device)[k]
-            misfit = batch.tuned.select(i)(x, t) - targets[k, i]
+            x = states.at(k, i)
+            t, h = (c.to(x.device)[k] for c in (chain.times, chain.v_scale))
+            misfit = batch.tuned.select(i)(x, t) - targets.at(k, i)
             return {"loss": (expand(h, x) * misfit.square()).flatten(1).sum(1)}
 
         yield {
@@ -122,15 +127,16 @@ class DeterministicAdjointMatching(Tilting):
             raise InputError(f"method.control_from {self.control_from:g}: the last step is at t = {chain.times[-2].item():.3g}")
         return late
 
-    def _targets(self, batch: Batch, chain: Chain, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the velocities at the states of paths are to be, [steps, batch, *event], and the rewards of the ends [batch]."""
+    def _aim(self, batch: Batch, chain: Chain, states: Stored, targets: Stored) -> Tensor:
+        """Write into `targets` what the velocities at the states are to be. Returns the rewards of the ends [batch]."""
         rewards, gradient = value_and_gradient(batch.reward, states[-1], batch.non_finite)
-        a, first, targets = -gradient / self.beta, self._first_controlled(chain), []
+        a, first = -gradient / self.beta, self._first_controlled(chain)
         for k in range(len(chain) - 1, first - 1, -1):
             v, pullback = linearize(batch.base, states[k], chain.times[k])
-            targets.append(v - a)
+            targets[k] = v - a
             if k > first:
                 a = a + pullback(chain.v_scale[k].item() * a)
         with torch.no_grad():
-            targets += [batch.base(states[k], chain.times[k]) for k in range(first - 1, -1, -1)]
-        return torch.stack(targets[::-1]), rewards
+            for k in range(first - 1, -1, -1):
+                targets[k] = batch.base(states[k], chain.times[k])
+        return rewards

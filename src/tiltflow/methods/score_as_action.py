@@ -65,6 +65,7 @@ from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory, simulate
 from tiltflow.samplers.sampling import Sampling, SolverName
+from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.scoring import Scoring
@@ -145,9 +146,8 @@ class Trajectories:
         path: their controlled steps.
         end: the samples that they end in, [batch, *event].
         rewards: of these samples, [batch].
-        velocities, base_velocities: of the policy and of the base at the steps, [steps, batch, *event].
+        base_velocities: of the base at the steps; None where steps have no price.
         prices: beta times the path KL of the steps, [steps, batch].
-        noise: of the steps, [steps, batch, *event]; None for estimators without it.
         gains: the running reward of the paths, [batch]; None without one.
         experience: the trajectories as the critic sees them.
     """
@@ -155,38 +155,19 @@ class Trajectories:
     path: Trajectory
     end: Tensor
     rewards: Tensor
-    velocities: Tensor
-    base_velocities: Tensor
+    base_velocities: Stored | None
     prices: Tensor
-    noise: Tensor | None
     gains: Tensor | None
     experience: Experience
 
-    def select(self, which: Tensor) -> Trajectories:
-        """The trajectories of these samples."""
-        return Trajectories(
-            self.path.select(which),
-            self.end[which],
-            self.rewards[which],
-            self.velocities[:, which],
-            self.base_velocities[:, which],
-            self.prices[:, which],
-            None if self.noise is None else self.noise[:, which],
-            None if self.gains is None else self.gains[which],
-            self.experience.part(which),
-        )
-
 
 @dataclass(frozen=True)
-class Steps:
-    """The controlled steps of a batch of trajectories: [steps, batch, *event], `advantages` [steps, batch] or None."""
+class Actions:
+    """What the policy gradient needs beside the trajectories: `advantages` [steps, batch], and the noise of the paths; or
+    `vectors`."""
 
-    states: Tensor
-    velocities: Tensor
-    base_velocities: Tensor
-    vectors: Tensor
-    noise: Tensor | None
-    advantages: Tensor | None
+    advantages: Tensor | None = None
+    vectors: Stored | None = None
 
 
 class ScoreAsAction(Tilting):
@@ -246,7 +227,7 @@ class ScoreAsAction(Tilting):
             without_critic="return-minus-value, which is right with any critic, or return",
             passes=self.num_passes,
             warmup_steps=self.critic_warmup_steps,
-            trajectory_copies=5 + (self.update == "clip"),
+            trajectory_copies=2 + (self.running_reward != "none") + self._uses_value_gradient,
         )
 
     @property
@@ -345,7 +326,7 @@ class ScoreAsAction(Tilting):
             members = batch.tuned.groups(len(batch), drawn.end.device)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, drawn.experience, members)
         warm = state.iterations >= self.critic_warmup_steps
-        steps = self._steps(batch, state.value, drawn, advantages) if warm else None
+        actions = self._actions(batch, state.value, drawn.path, advantages) if warm else None
         state.iterations += 1
         measured = self._measured(drawn, size - len(batch))
         if state.optimizer is not None:
@@ -354,14 +335,14 @@ class ScoreAsAction(Tilting):
             )
         if isinstance(batch.reward, LearnedReward):
             measured["reward_loss"] = batch.reward.learn(drawn.end, generator)
-        if steps is None:
+        if actions is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return
         for i in range(self.num_passes):
             pairs = choose_timesteps(
-                self.train_timesteps, len(steps.states), self.num_inference_steps, len(batch), generator
+                self.train_timesteps, len(drawn.path.velocities), self.num_inference_steps, len(batch), generator
             ).to(drawn.end.device)
-            loss, step_kl = self._improve_policy(batch, drawn.path.chain, steps, pairs, state, first=i == 0)
+            loss, step_kl = self._improve_policy(batch, drawn, actions, pairs, state, first=i == 0)
             if i == self.num_passes - 1 > 0:
                 self._adapt(state, step_kl)
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
@@ -374,11 +355,12 @@ class ScoreAsAction(Tilting):
         generator: torch.Generator,
         start: Start = 0.0,
         guide: Guide | None = None,
+        storage: Storage = AS_COMPUTED,
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories of the tuned flow, guided by `guide` if given, and the samples [batch, *event] at their ends. If only
         the last step of a sampler has no noise, it is not an action: the base takes it."""
         act = None if guide is None else guide(tuned).guide
-        path = simulate(tuned, x, self.sampling, generator, start=start, act=act)
+        path = simulate(tuned, x, self.sampling, generator, start=start, act=act, storage=storage)
         last, end = len(path.velocities), path.states[-1]
         if last < len(path.chain):
             own = base if guide is None else guide(base)
@@ -391,39 +373,52 @@ class ScoreAsAction(Tilting):
     def _draw(self, batch: Batch, value: Value) -> tuple[Trajectories, Batch]:
         """The trajectories of a batch, and the batch, both without the samples whose rewards are not finite."""
         tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
-        path, end = self.rollout(tuned, base, batch.x, batch.generator, batch.start, batch.guide)
+        path, end = self.rollout(tuned, base, batch.x, batch.generator, batch.start, batch.guide, batch.storage)
         chain, count = path.chain, len(path.velocities)
-        states, velocities = path.in_one()
-        states = states[:count]
-        noise = None if self._uses_value_gradient else path.noise()
-        all_finite(velocities, "velocity", chain.times)
+        all_finite(path.velocities, "velocity", chain.times)
+        base_velocities = None if self.running_reward == "none" else batch.storage.new(count, batch.x)
+        squares = []
         with Scoring(batch) as scoring:
             scoring.add(end)
-            base_velocities = torch.stack([base(y, t) for y, t in zip(states, chain.times, strict=False)])
+            for k, t in zip(range(count), chain.times, strict=False):  # step by step: there is no room for a copy
+                of_base = base(path.states[k], t)
+                squares.append((path.velocities[k] - of_base).flatten(1).square().sum(1))
+                if base_velocities is not None:
+                    base_velocities[k] = of_base
             rewards = scoring.rewards()
-        energy = self._energy(chain)[:count, None].to(batch.x)
-        squares = [(v - own).flatten(1).square().sum(1) for v, own in zip(velocities, base_velocities, strict=True)]
-        prices = self.beta / 2 * energy * torch.stack(squares)  # step by step: there is no room for a copy
+        prices = self.beta / 2 * self._energy(chain)[:count, None].to(batch.x) * torch.stack(squares)
         costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
         if (gains := batch.objective.gains(path.states, chain.times)) is not None:
             gains = gains.to(costs)
             costs = costs - gains[:count]
             costs[-1] -= gains[count:].sum(0)  # a last step that the base takes belongs to the action before it
             gains = gains.sum(0)
-        experience = self._for_critic(value, states, velocities, chain, costs, rewards, shared(batch.reward), batch.non_finite)
-        drawn = Trajectories(path, end, rewards, velocities, base_velocities, prices, noise, gains, experience)
-        if (kept := finite_only(rewards + experience.known.sum(0))) is None:
-            return drawn, batch
-        return drawn.select(kept), batch.select(kept)
+        known = self._known(value, path, shared(batch.reward), batch.non_finite).to(costs)
+        if (kept := finite_only(rewards + known.sum(0))) is not None:
+            batch, path, end, rewards = batch.select(kept), path.keep(kept), end[kept], rewards[kept]
+            base_velocities = None if base_velocities is None else base_velocities.keep(kept)
+            prices, costs, known = prices[:, kept], costs[:, kept], known[:, kept]
+            gains = None if gains is None else gains[kept]
+        times = torch.cat([chain.times[:count], chain.times[-1:]])
+        experience = Experience(path.states.data[:count], times, known, costs, rewards.to(costs))
+        return Trajectories(path, end, rewards, base_velocities, prices, gains, experience), batch
 
-    def _steps(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Steps:
-        """The steps of the trajectories, with the vectors of the policy gradient."""
-        times = drawn.path.chain.times
+    def _actions(self, batch: Batch, value: Value, path: Trajectory, advantages: Tensor | None) -> Actions:
+        """The actions of the paths: how much better than expected each was, or grad V, as the estimator has it."""
+        times = path.chain.times
         if advantages is not None:
             all_finite(advantages, "advantage", times)
-        vectors = self._vectors(batch, value, drawn.path, drawn.noise, advantages)
+            return Actions(advantages=advantages)
+        vectors, count = batch.storage.new(len(path.velocities), batch.x), len(path.velocities)
+        if self.estimator == "pathwise":  # grad V after each step, and that of the reward after the last one
+            for k in range(1, count):
+                vectors[k - 1] = self._value_gradient(batch, value, path.states[k], times[k])
+            vectors[count - 1] = self._at_the_end(batch, path)
+        else:
+            for k in range(count):
+                vectors[k] = self._value_gradient(batch, value, path.states[k], times[k])
         all_finite(vectors, "vector of the policy gradient", times)
-        return Steps(drawn.experience.states, drawn.velocities, drawn.base_velocities, vectors, drawn.noise, advantages)
+        return Actions(vectors=vectors)
 
     def _measured(self, drawn: Trajectories, dropped: int) -> dict[str, float]:
         """The metrics of the trajectories."""
@@ -436,26 +431,10 @@ class ScoreAsAction(Tilting):
             **({"dropped": float(dropped)} if dropped else {}),
         }
 
-    def _for_critic(
-        self,
-        value: Value,
-        states: Tensor,
-        velocities: Tensor,
-        chain: Chain,
-        costs: Tensor,
-        rewards: Tensor,
-        reward: Reward,
-        non_finite: NonFiniteRewards,
-    ) -> Experience:
-        count = len(states)
-        times = torch.cat([chain.times[:count], chain.times[-1:]])
-        known = torch.stack(
-            [
-                value.known(y + (1 - t.item()) * v, t, reward, non_finite)
-                for y, v, t in zip(states, velocities, times, strict=False)
-            ]
-        )
-        return Experience(states, times, known.to(costs), costs, rewards.to(costs))
+    def _known(self, value: Value, path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:
+        """The part of the values of the states that is not learned, [steps, batch]."""
+        steps = zip(path.velocities, path.states, path.chain.times, strict=False)
+        return torch.stack([value.known(x + (1 - t.item()) * v, t, reward, non_finite) for v, x, t in steps])
 
     def _advantages(self, value: Value, batch: Experience, members: list[Tensor]) -> Tensor:
         """Advantages [steps, batch], in units of reward unless standardised; of `return`, among the samples of one
@@ -476,28 +455,19 @@ class ScoreAsAction(Tilting):
             return returns(values, batch.costs, torch.ones(len(batch.costs))) - values[:-1]
         return values.diff(dim=0) - batch.costs
 
-    def _vectors(self, batch: Batch, value: Value, path: Trajectory, noise: Tensor | None, advantages: Tensor | None) -> Tensor:
-        """vec_k of the estimator, see the top of this file: [steps, batch, *event]."""
-        chain, count = path.chain, len(path.velocities)
-        if noise is not None and advantages is not None:
-            return noise * _per_sample(advantages / chain.std[:count, None].to(noise), noise)
-        if self.estimator == "pathwise":
-            return self._after_steps(batch, value, path)
-        return torch.stack([self._value_gradient(batch, value, path.states[k], chain.times[k]) for k in range(count)])
-
     def _value_gradient(self, batch: Batch, value: Value, x: Tensor, t: Tensor) -> Tensor:
         def gradient(some: Batch, part: slice) -> tuple[Tensor]:
             return (value.gradient(x[part], t, some.tuned, some.reward),)
 
         return batch.map(gradient)[0]
 
-    def _after_steps(self, batch: Batch, value: Value, path: Trajectory) -> Tensor:
-        """grad V after each step, and that of the reward after the last one: [steps, batch, *event]."""
+    def _at_the_end(self, batch: Batch, path: Trajectory) -> Tensor:
+        """The gradient of the reward after the last controlled step, [batch, *event]."""
         chain, count = path.chain, len(path.velocities)
-        before = [self._value_gradient(batch, value, path.states[k], chain.times[k]) for k in range(1, count)]
+        states = path.states[count]
 
         def last(some: Batch, part: slice) -> tuple[Tensor]:
-            x = path.states[count][part]
+            x = states[part]
             if count == len(chain):
                 return (value_and_gradient(some.reward, x)[1].to(x),)
             # the last state is one noiseless step of the base before the sample
@@ -509,44 +479,48 @@ class ScoreAsAction(Tilting):
                 gradient = gradient + some.objective.gradient(x, chain.times, count).to(x)
             return (gradient,)
 
-        return torch.stack([*before, batch.map(last)[0]])
+        return batch.map(last)[0]
 
     def _improve_policy(
-        self, batch: Batch, chain: Chain, steps: Steps, pairs: Tensor, state: State, *, first: bool
+        self, batch: Batch, drawn: Trajectories, actions: Actions, pairs: Tensor, state: State, *, first: bool
     ) -> tuple[float, float]:
         """Accumulate the gradient of -J / beta, with its trust region, over the chosen (step, sample) pairs. Returns the loss
         and the path KL from the policy that made the trajectories, scaled up to all steps."""
-        size = steps.states.shape[1]
+        size, path, chain, advantages = len(batch), drawn.path, drawn.path.chain, actions.advantages
         k = pairs.flatten()
         i = torch.arange(size, device=k.device).expand_as(pairs).flatten()
 
         def terms_of(part: slice) -> dict[str, Tensor]:
             kk, ii = k[part], i[part]
-            x = steps.states[kk, ii]
+            x, old = path.states.at(kk, ii), path.velocities.at(kk, ii)
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
             v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
-            old, origin = steps.velocities[kk, ii], steps.base_velocities[kk, ii]
             step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
-            if self.running_reward != "none":
-                terms = energy / 2 * (v - origin).flatten(1).square().sum(1)
+            if drawn.base_velocities is not None:
+                terms = energy / 2 * (v - drawn.base_velocities.at(kk, ii)).flatten(1).square().sum(1)
             if self.update == "clip":
-                assert steps.noise is not None
-                assert steps.advantages is not None
+                assert advantages is not None
                 change = expand(scale, x) * (v - old)
-                ratio = log_ratio(change, steps.noise[kk, ii])
+                ratio = log_ratio(change, path.noise_at(kk, ii))
                 if first:
                     _check_ratio(ratio.detach())
-                terms = terms - self._clipped(ratio, steps.advantages[kk, ii], chain, kk) / self.beta
+                terms = terms - self._clipped(ratio, advantages[kk, ii], chain, kk) / self.beta
             else:
                 if first:
                     _check_velocities(v.detach(), old)
-                direction = (v * steps.vectors[kk, ii]).flatten(1).sum(1)
+                if actions.vectors is not None:
+                    vectors = actions.vectors.at(kk, ii)
+                else:
+                    assert advantages is not None
+                    std = chain.std.to(x)[kk]
+                    vectors = path.noise_at(kk, ii) * expand(advantages[kk, ii] / std, x)
+                direction = (v * vectors).flatten(1).sum(1)
                 terms = terms - gain * direction / self.beta + state.penalty * step_kl
             return {"loss": terms, "step_kl": step_kl.detach()}
 
         sums = batch.accumulate(terms_of, len(k), over=size)
-        return sums["loss"], sums["step_kl"] * len(steps.states) / max(len(pairs), 1)
+        return sums["loss"], sums["step_kl"] * len(path.velocities) / max(len(pairs), 1)
 
     def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
         """PPO's objective, min(ratio A, clip(ratio) A) [pairs]."""
@@ -574,11 +548,6 @@ def log_ratio(change: Tensor, noise: Tensor) -> Tensor:
         noise: the standard normal noise of the step, [batch, *event].
     """
     return (change * noise).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
-
-
-def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """`values` [steps, batch], reshaped to multiply [steps, batch, *event]."""
-    return values.to(x).reshape(*values.shape, *(1 for _ in x.shape[2:]))
 
 
 def _check_velocities(velocities: Tensor, sampled: Tensor) -> None:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.flows.field import Velocity, VelocityField, Which
+from tiltflow.flows.field import Velocity, VelocityField
+from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.chain import Chain, step
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solver import OdeFunction, OdeSolver, StochasticSolver
 from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
 from tiltflow.streams import Noise, normal
 from tiltflow.timing import phase
 from tiltflow.user_code import explained
@@ -32,31 +34,30 @@ class Trajectory:
     """
 
     chain: Chain
-    states: list[Tensor]
-    velocities: list[Tensor]
-    acting: list[Tensor] | None = None
+    states: Stored
+    velocities: Stored
+    acting: Stored | None = None
 
-    def select(self, which: Which) -> Trajectory:
-        """The trajectories of these samples."""
-        states, velocities = ([part[which] for part in parts] for parts in (self.states, self.velocities))
-        acting = None if self.acting is None else [v[which] for v in self.acting]
-        return Trajectory(self.chain, states, velocities, acting)
+    def keep(self, kept: Tensor) -> Trajectory:
+        """The trajectories of these samples, in the memory of all; see `Stored.keep`."""
+        acting = None if self.acting is None else self.acting.keep(kept)
+        return Trajectory(self.chain, self.states.keep(kept), self.velocities.keep(kept), acting)
 
-    def in_one(self) -> tuple[Tensor, Tensor]:
-        """The states [.., batch, *event] and the velocities [steps, batch, *event] in one tensor each. Those of the trajectory
-        are parts of them from then on, so that there is one copy."""
-        states = torch.stack(self.states)
-        self.states[:] = states
-        velocities = torch.stack(self.velocities)
-        self.velocities[:] = velocities
-        return states, velocities
+    @property
+    def drawn_by(self) -> Stored:
+        """The velocities that took the steps."""
+        return self.velocities if self.acting is None else self.acting
 
-    def noise(self) -> Tensor:
-        """eps_k of each step, [steps, batch, *event]."""
-        steps = zip(self.states, self.states[1:], self.acting or self.velocities, strict=False)
-        return torch.stack(
-            [(after - self.chain.mean(k, before, v)) / self.chain.std[k].item() for k, (before, after, v) in enumerate(steps)]
-        )
+    def noise(self, k: int) -> Tensor:
+        """eps_k, the noise of step k, [batch, *event]."""
+        mean = self.chain.mean(k, self.states[k], self.drawn_by[k])
+        return (self.states[k + 1] - mean) / self.chain.std[k].item()
+
+    def noise_at(self, k: Tensor, i: Tensor) -> Tensor:
+        """The noise of the steps k [pairs] of the samples i [pairs]: [pairs, *event]."""
+        x = self.states.at(k, i)
+        x_scale, v_scale, std = (expand(c.to(x)[k], x) for c in (self.chain.x_scale, self.chain.v_scale, self.chain.std))
+        return (self.states.at(k + 1, i) - (x_scale * x + v_scale * self.drawn_by.at(k, i))) / std
 
 
 Act = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -98,15 +99,17 @@ def simulate(
     *,
     start: Start = 0.0,
     act: Act | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> Trajectory:
     """A trajectory of any solver from starting points x at time `start`; see `rollout` and `rollout_ode`. A last step without
     noise is left out where others have some."""
     solver, times = sampling.build(), sampling.times(start)
     if isinstance(solver, OdeSolver):
-        return rollout_ode(solver.states, times, flow, x, act=act)
+        return rollout_ode(solver.states, times, flow, x, act=act, storage=storage)
     if isinstance(solver, StochasticSolver):
         raise ValueError(f"{sampling.solver} is no chain of Gaussian steps")
-    return rollout(solver.chain(times), flow, x, generator, act=act, to_the_end=not solver.has_noise)
+    to_the_end = not solver.has_noise
+    return rollout(solver.chain(times), flow, x, generator, act=act, to_the_end=to_the_end, storage=storage)
 
 
 @phase("rollout")
@@ -118,6 +121,7 @@ def rollout(
     *,
     act: Act | None = None,
     to_the_end: bool = False,
+    storage: Storage = AS_COMPUTED,
 ) -> Trajectory:
     """Simulate the chain from x [batch, *event], keeping every state and velocity.
 
@@ -126,21 +130,31 @@ def rollout(
 
     Args:
         act: the steps are taken with its velocities instead of those of `flow`, which are kept all the same.
+        storage: how they are kept; the steps themselves are taken without rounding.
     """
-    states, velocities, acting = [x], [], list[Tensor]()
-    for k in range(len(chain) - int(chain.std[-1] == 0 and not to_the_end)):
-        v = flow(x, chain.times[k])
-        velocities.append(v)
-        if act is not None:
-            v = act(x, chain.times[k], v)
-            acting.append(v)
+    count = len(chain) - int(chain.std[-1] == 0 and not to_the_end)
+    states, velocities = storage.new(count + 1, x), storage.new(count, x)
+    acting = None if act is None else storage.new(count, x)
+    states[0] = x
+    for k in range(count):
+        v = velocities[k] = flow(x, chain.times[k])
+        if act is not None and acting is not None:
+            v = acting[k] = act(x, chain.times[k], v)
         x = step(chain, k, x, v, generator, projection_of(flow))
-        states.append(x)
-    return Trajectory(chain, states, velocities, None if act is None else acting)
+        states[k + 1] = x
+    return Trajectory(chain, states, velocities, acting)
 
 
 @phase("rollout")
-def rollout_ode(solver: OdeFunction, times: Tensor, velocity: Velocity, x: Tensor, *, act: Act | None = None) -> Trajectory:
+def rollout_ode(
+    solver: OdeFunction,
+    times: Tensor,
+    velocity: Velocity,
+    x: Tensor,
+    *,
+    act: Act | None = None,
+    storage: Storage = AS_COMPUTED,
+) -> Trajectory:
     """Solve the ODE from x [batch, *event], keeping the state and the velocity at every time of the grid.
 
     A velocity that the solver asked for at a state of the grid is not computed again. To a method the path is one of Euler's
@@ -151,19 +165,20 @@ def rollout_ode(solver: OdeFunction, times: Tensor, velocity: Velocity, x: Tenso
 
     Raises InputError as `solve` does.
     """
-    asked: list[tuple[Tensor, Tensor, Tensor]] = []
+    asked: dict[float, tuple[Tensor, Tensor]] = {}  # the last state of each time: all of them would be several copies
 
     def recorded(x: Tensor, t: Tensor) -> Tensor:
         v = velocity(x, t)
-        asked.append((x, t, v))
+        asked[float(t)] = x, v
         return (v if act is None else act(x, t, v)).clone()  # the solver may write into it
 
-    states = solve(solver, recorded, x, times)
-    known = {(id(x), float(t)): v for x, t, v in asked}
-    velocities = [
-        known[id(state), float(t)] if (id(state), float(t)) in known else velocity(state, t)
-        for state, t in zip(states[:-1], times, strict=False)
-    ]
+    found = solve(solver, recorded, x, times)
+    states, velocities = storage.new(len(times), x), storage.new(len(times) - 1, x)
+    for k, t in enumerate(times[:-1]):
+        state, (at, v) = found[k], asked.pop(float(t), (None, None))
+        velocities[k] = v if v is not None and at is state else velocity(state, t)
+    for k in range(len(times)):
+        states[k], found[k] = found[k], x  # which lets go of it
     return Trajectory(euler(times), states, velocities)
 
 

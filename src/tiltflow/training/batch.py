@@ -18,6 +18,7 @@ from tiltflow.flows.guided import Guide
 from tiltflow.optimization import StoredWeights, located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
+from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
 from tiltflow.timing import phase
 
 
@@ -65,6 +66,7 @@ class Batch:
         parameters: the parameters of `tuned` that are trained.
         step: optimizer steps taken before this batch.
         max_train_steps: optimizer steps of the whole run.
+        storage: how trajectories are stored.
     """
 
     x: Tensor
@@ -81,6 +83,7 @@ class Batch:
     parameters: Sequence[nn.Parameter] = ()
     step: int = 0
     max_train_steps: int = 1
+    storage: Storage = AS_COMPUTED
 
     @property
     def objective(self) -> Objective:
@@ -121,6 +124,13 @@ class Batch:
             with located(part):
                 parts.append(function(self.select(part), part))
         return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
+
+    def join(self, values: Stored) -> None:
+        """Fill in, step by step, what the other processes have stored for their shares of the samples."""
+        if processes.count() > 1:
+            (own,) = processes.shares(len(self))
+            for k in range(len(values)):
+                values[k] = processes.gathered([values.of(own)[k]], len(self))
 
     @phase("update")
     def accumulate(self, terms_of: Callable[[slice], Mapping[str, Tensor]], count: int, over: int) -> dict[str, float]:
