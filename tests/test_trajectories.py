@@ -1,4 +1,5 @@
-"""How many copies of steps x batch x latents are alive at the peak of an iteration: with a network that needs no memory."""
+"""How many copies of steps x batch x latents are alive at the peak of an iteration, with a network that needs no memory; and
+what storing them elsewhere, or in 16 bits, does."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tiltflow
+from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
@@ -16,6 +19,7 @@ from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.path_reweighted import PathReweighted
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.methods.tilt_matching import TiltMatching
+from tiltflow.samplers.stored import AS_COMPUTED, Storage
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.memory import PeakMemory
@@ -57,14 +61,15 @@ MORE = {"late", "reweight", "control-variate", "pathwise", "closed-form"}
 class Multiple(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((), -0.5))
+        self.scale = nn.Parameter(torch.full((LATENTS,), -0.5))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.scale * x
 
 
-def copies_of(method: Any, non_finite: Any = "error") -> float:
-    """Copies of the trajectories at the peak of an iteration. Score as Action's loss needs ten tensors of a micro-batch."""
+def run(method: Any, non_finite: Any = "error", storage: Storage = AS_COMPUTED) -> tuple[float, Tensor]:
+    """Copies of the trajectories at the peak of an iteration, and its gradient. Score as Action's loss needs ten tensors of a
+    micro-batch."""
     micro_batch_size = SIZE // 2 if isinstance(method, ScoreAsAction) else None
     tuned, base = Flow(Multiple()), Flow(Multiple().requires_grad_(False))
     x, parameters = torch.randn(SIZE, LATENTS, generator=stream(0)), tuple(tuned.parameters())
@@ -83,21 +88,68 @@ def copies_of(method: Any, non_finite: Any = "error") -> float:
         micro_batch_size=micro_batch_size,
         non_finite=non_finite,
         parameters=parameters,
+        storage=storage,
     )
     with PeakMemory() as memory:
         for _ in method.gradients(batch, method.new_state((LATENTS,), 0, x.device)):
             pass
-    return memory.peak / (STEPS * x.nbytes)
+    (gradient,) = (p.grad for p in parameters)
+    assert gradient is not None
+    return memory.peak / (STEPS * x.nbytes), gradient
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_copies_of_the_trajectories(name: str) -> None:
     method = METHODS[name]
-    assert copies_of(method) <= method.needs.trajectory_copies + SLACK
+    assert run(method)[0] <= method.needs.trajectory_copies + SLACK
     assert method.needs.trajectory_copies <= 3 + (name in MORE)
 
 
 @pytest.mark.parametrize("name", ["adjoint-matching", "deterministic", "score-as-action"])
 def test_samples_are_left_out_in_place(name: str) -> None:
     method = METHODS[name]
-    assert copies_of(method, "drop") <= method.needs.trajectory_copies + SLACK
+    assert run(method, "drop")[0] <= method.needs.trajectory_copies + SLACK
+
+
+@pytest.mark.parametrize("name", ["adjoint-matching", "deterministic"])
+def test_in_16_bits_they_take_half_the_memory_and_round_the_gradient(name: str) -> None:
+    """In proportion to the rounding of a number: bfloat16 has three bits less than float16."""
+    method, errors = METHODS[name].at_temperature(0.01), []
+    exact = run(method)[1]
+    for dtype in (torch.bfloat16, torch.float16):
+        copies, gradient = run(method, storage=Storage(dtype))
+        assert copies <= method.needs.trajectory_copies / 2 + SLACK
+        errors.append(float((gradient - exact).norm() / exact.norm()))
+    assert errors[0] == pytest.approx(8 * errors[1], rel=0.2)
+
+
+def test_what_is_stored_is_read_as_it_was_computed() -> None:
+    """On its own device and in its own dtype, rounded once; a device that computes elsewhere is stood in for by `meta`."""
+    written = torch.randn(3, 4, 5, generator=stream(0))
+    stored = Storage(torch.bfloat16).new(3, written[0])
+    for k, value in enumerate(written):
+        stored[k] = value
+    rounded, pairs = written.bfloat16().float(), (torch.tensor([2, 0, 2]), torch.tensor([3, 1, 0]))
+    assert stored.data.dtype == torch.bfloat16
+    assert torch.equal(torch.stack(list(stored)), rounded)
+    assert torch.equal(stored.at(*pairs), rounded[pairs])
+    stored[1:].of(slice(2, 4))[0] = torch.ones(2, 5)
+    rounded[1, 2:4] = 1
+    kept = stored.keep(torch.tensor([0, 2, 3]))
+    assert torch.equal(torch.stack(list(kept)), rounded[:, [0, 2, 3]])
+    assert kept.data.data_ptr() == stored.data.data_ptr()
+    there = Storage(device="cpu").new(3, written[0].to("meta"))
+    assert (there.data.device.type, there[0].device.type, there.at(*pairs).device.type) == ("cpu", "meta", "meta")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (ScoreAsAction(update="clip", num_inference_steps=4), "method.update 'clip'"),
+        (AdjointMatching(reweight_passes=True, num_inference_steps=4), "method.reweight_passes"),
+    ],
+)
+def test_paths_that_are_weighted_by_their_densities_are_not_rounded(method: Any, said: str) -> None:
+    training = tiltflow.Training(max_train_steps=1, train_batch_size=4, trajectory_dtype="bfloat16")
+    with pytest.raises(InputError, match=f"training.trajectory_dtype bfloat16: {said} weighs paths by their densities"):
+        tiltflow.tune(tiltflow.Model(Flow(nn.Linear(1, 1)), (1,)), lambda x: x[:, 0], method, training)

@@ -214,8 +214,13 @@ class AdjointMatching(Tilting):
     def needs(self) -> Needs:
         """The gradient of the reward, and memory for the adjoints."""
         late = self.control_from > 0  # the running reward before it would be left out
-        copies = 3 + (late or self._needs_velocities)
-        return Needs(reward_gradient=True, running_reward=not late, passes=self.num_passes, trajectory_copies=copies)
+        return Needs(
+            reward_gradient=True,
+            running_reward=not late,
+            passes=self.num_passes,
+            exact_trajectories="method.reweight_passes" if self.reweight_passes else None,
+            trajectory_copies=3 + (late or self._needs_velocities),
+        )
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base exp(r / beta), as far as the sampler reaches it; see `Sampling.limits`. Raises InputError if no step is

@@ -203,6 +203,7 @@ class PathReweighted(Tilting):
             without_critic=first.without_critic,
             passes=passes,
             warmup_steps=first.warmup_steps,
+            exact_trajectories=first.exact_trajectories,
             trajectory_copies=first.trajectory_copies,
         )
 

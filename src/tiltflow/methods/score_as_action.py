@@ -227,6 +227,7 @@ class ScoreAsAction(Tilting):
             without_critic="return-minus-value, which is right with any critic, or return",
             passes=self.num_passes,
             warmup_steps=self.critic_warmup_steps,
+            exact_trajectories="method.update 'clip'" if self.update == "clip" else None,
             trajectory_copies=2 + (self.running_reward != "none") + self._uses_value_gradient,
         )
 

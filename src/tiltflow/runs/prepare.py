@@ -158,6 +158,7 @@ def prepare(
             max_skipped_steps=training.max_skipped_steps,
             non_finite_rewards=training.non_finite_rewards,
             running=running,
+            storage=training.storage,
             resume_from=resume_from,
             **options,
         )
@@ -225,6 +226,11 @@ def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, tra
     if training.calibration_samples and method.target(training.max_train_steps, model.grid).beta is None:
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
     check_budget(model, method, training)
+    if training.trajectory_dtype is not None and (exact := method.needs.exact_trajectories):
+        raise InputError(
+            f"training.trajectory_dtype {training.trajectory_dtype}: {exact} weighs paths by their densities, which rounding"
+            " changes; leave it out, or use training.trajectory_device cpu"
+        )
     if training.calibration_samples and distinct and (prompts is False or distinct > 1):
         one = "prompt" if prompts else "class"
         raise InputError(

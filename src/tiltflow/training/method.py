@@ -43,6 +43,7 @@ class Needs:
         own_data: whether some samples come from data of the method's own, which have no conditions.
         passes: optimizer steps on each batch.
         warmup_steps: optimizer steps at the start that leave the model as it is.
+        exact_trajectories: the setting that needs trajectories without rounding, if there is one.
         trajectory_copies: tensors [steps, batch, *event] that are in memory at once, at most; one more where samples alone are
             guided.
     """
@@ -55,6 +56,7 @@ class Needs:
     own_data: bool = False
     passes: int = 1
     warmup_steps: int = 0
+    exact_trajectories: str | None = None
     trajectory_copies: int = 1
 
 

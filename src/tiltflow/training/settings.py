@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
 from tiltflow.flows.precision import MixedPrecision
 from tiltflow.rewards import NonFiniteRewards
+from tiltflow.samplers.stored import Storage
 from tiltflow.settings import Labels, Pattern, Settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,6 +43,13 @@ class Training(Settings):
     decode_batch_size: Count | None = None
     """Pictures that are decoded at once, with their gradient; by default as many as the network sees. Changes the memory
     needed, not the result: at 512 pixels and in float32 a picture of Stable Diffusion needs more than 5 GB."""
+    trajectory_dtype: Literal["bfloat16", "float16"] | None = None
+    """Store trajectories in 16 bits: half of their memory. What is rounded is an error of the
+    gradient, in proportion to the temperature (docs/text-to-image.md); float16 has eight times less than bfloat16. null stores
+    them as they are computed."""
+    trajectory_device: Literal["cpu"] | None = None
+    """Store trajectories on the CPU: no memory of a GPU but that of a step, with the same bits. Each step is then copied there
+    and back."""
     classes: Labels = ()
     """Classes to tune, of a class-conditional model, all by default: samples of each in equal number. Each class has a target
     law of its own."""
@@ -104,6 +113,12 @@ class Training(Settings):
         """Samples in an iteration, once `for_samples` or `for_prompts` has filled in the sizes."""
         assert self.train_batch_size is not None
         return self.train_batch_size
+
+    @property
+    def storage(self) -> Storage:
+        """How trajectories are stored."""
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        return Storage(None if self.trajectory_dtype is None else dtypes[self.trajectory_dtype], self.trajectory_device)
 
     def for_samples(self) -> Training:
         """The settings with the defaults of a model without prompts.

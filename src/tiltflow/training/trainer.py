@@ -26,6 +26,7 @@ from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, l
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.samplers.grid import Start
+from tiltflow.samplers.stored import AS_COMPUTED, Storage
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.timing import Clock, phase
@@ -89,6 +90,7 @@ def train(
     max_skipped_steps: int = 0,
     non_finite_rewards: NonFiniteRewards = "error",
     running: RunningReward | None = None,
+    storage: Storage = AS_COMPUTED,
     resume_from: Tree | None = None,
     on_batch_end: Callable[[BatchEnd], None] = lambda end: None,
     stop: Callable[[], int | None] = lambda: None,
@@ -108,6 +110,7 @@ def train(
         non_finite_rewards: `error` raises for samples whose reward is NaN or infinite; `drop` leaves them out, and counts them
             in the metrics (`dropped`).
         running: a running reward along the paths, for methods that can have one.
+        storage: how trajectories are stored.
         resume_from: the state of an earlier loop with the same arguments; training resumes from it bit for bit.
         on_batch_end: called after all the steps on a batch, and before Interrupted is raised. Networks that it evaluates are
             not counted.
@@ -143,6 +146,7 @@ def train(
         temperature=temperature,
         non_finite_rewards=non_finite_rewards,
         running=running,
+        storage=storage,
         stop=stop,
         spent=network_evaluations,
     )
@@ -192,6 +196,7 @@ class _Loop:
     temperature: Temperature | None
     non_finite_rewards: NonFiniteRewards
     running: RunningReward | None
+    storage: Storage
     stop: Callable[[], int | None]
     spent: int
     """Network evaluations before the loop began."""
@@ -365,6 +370,7 @@ class _Loop:
             parameters=tuple(self.trained.values()),
             step=self.step,
             max_train_steps=self.max_train_steps,
+            storage=self.storage,
         )
         return method.gradients(batch, self.of_method)
 

@@ -80,9 +80,13 @@ def permanent(patient: Patient) -> dict[str, int]:
     average = sum(p.numel() * p.element_size() for p in parameters) if training.ema_decay else 0
     moments = sum(2 * p.numel() * (1 if training.use_8bit_adam else p.element_size()) for p in parameters)
     steps, copies = method.sampling.num_inference_steps, method.needs.trajectory_copies + int(patient.batch.guide is not None)
+    of_number = event.element_size() if training.trajectory_dtype is None else 2
+    elsewhere = training.trajectory_device is not None and patient.device.type != training.trajectory_device
     found = {
         "optimizer, average": moments + average,
-        f"trajectories of {batch} samples in {steps} steps": copies * steps * batch * event.numel() * event.element_size(),
+        f"trajectories of {batch} samples in {steps} steps": 0
+        if elsewhere
+        else copies * steps * batch * event.numel() * of_number,
     }
     if patient.model.has_decoder:
         item = patient.model.example if isinstance(patient.model, TextToImage) else Item("a photograph")
