@@ -69,8 +69,8 @@ class Multiple(nn.Module):
 
 def run(method: Any, non_finite: Any = "error", storage: Storage = AS_COMPUTED) -> tuple[float, Tensor]:
     """Copies of the trajectories at the peak of an iteration, and its gradient. Score as Action's loss needs ten tensors of a
-    micro-batch."""
-    micro_batch_size = SIZE // 2 if isinstance(method, ScoreAsAction) else None
+    micro-batch, and what is stored in 16 bits is computed in 32."""
+    micro_batch_size = SIZE // 2 if isinstance(method, ScoreAsAction) or storage.dtype else None
     tuned, base = Flow(Multiple()), Flow(Multiple().requires_grad_(False))
     x, parameters = torch.randn(SIZE, LATENTS, generator=stream(0)), tuple(tuned.parameters())
 
