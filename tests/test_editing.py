@@ -16,6 +16,7 @@ from test_cli import call
 from test_run_text_to_image import recipe_for, slow_unless, train
 from test_text_to_image import euler, latents_of
 from tiny_pipelines import tiny_pipeline
+from tiny_scorers import tiny_clip
 
 import tiltflow
 from tiltflow import from_diffusers, load_text_to_image
@@ -25,10 +26,14 @@ from tiltflow.conditions.prompts import Prompts, read_prompts
 from tiltflow.errors import InputError
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.pictures import batch_of, picture_of
+from tiltflow.rewards.backbones.clip import Clip, pooled, resized
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.rewards.functions.prompted import told
+from tiltflow.rewards.image_similarity import ImageSimilarity
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
+from tiltflow.runs.recipe import shipped_recipes
+from tiltflow.settings import read_yaml
 
 SHORT, LONG = "make it red", "put two blue dogs on the sofa beside the window"
 
@@ -110,6 +115,23 @@ def test_a_reward_gets_what_was_edited() -> None:
     assert torch.equal(distance.select(torch.tensor([1, 2]))(x[1:]), expected[1:])  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="asks for sources, the pictures that were edited; this model edits none"):
         told(distance, [Item(SHORT)] * 3)(x)
+
+
+def test_likeness_by_clip(tmp_path: Path) -> None:
+    """100 cos of transformers' own features, of each edit and what it is of; 100 for no edit."""
+    path = str(tiny_clip(tmp_path))
+    one, two = (picture_of(picture((32, 32), seed), "") for seed in (1, 2))
+    x = torch.stack([two.pixels(32, 32), two.pixels(32, 32)])
+    reward = told(ImageSimilarity(model=path).build(), [Item(SHORT, {"image": each}) for each in (one, two)])
+    clip = Clip.load(path)
+    seen = [resized(each.pixels(32, 32)[None], 32) for each in (one, two)]
+    with torch.no_grad():
+        a, b = (pooled(clip.model.get_image_features(pixel_values=pixels))[0] for pixels in seen)
+    expected = 100 * (a @ b) / (a.norm() * b.norm())
+    torch.testing.assert_close(reward(x), torch.stack([expected, torch.tensor(100.0)]), rtol=1e-4, atol=1e-3)
+    assert expected < 99.9
+    gradient = torch.autograd.grad(reward(x.requires_grad_()).sum(), x)[0]
+    assert gradient[0].abs().max() > 0
 
 
 def test_one_cache_of_prompts_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,3 +348,33 @@ def test_a_run_and_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     ).images
     drawn = tuned.sample([LONG], images=[other], sampling=euler(2), latents=latents)
     assert (drawn.clamp(-1, 1) - (2 * pictures - 1)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_a_small_pipeline(tmp_path: Path) -> None:
+    """With another reward in place of a server's."""
+    tree: Any = read_yaml(shipped_recipes("train")["flux-kontext-counting"])
+    tiny_pipeline("flux-kontext", tmp_path).save_pretrained(tmp_path / "pipeline")
+    clip = str(tiny_clip(tmp_path))
+    for name, count in (("train", 3), ("test", 2)):
+        rows = [{"prompt": f"{SHORT} {name} {i}", "image": f"{i}.png", "tag": "counting"} for i in range(count)]
+        (tmp_path / f"{name}_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(3):
+        picture((64, 64), i).save(tmp_path / f"{i}.png")
+    tree["model"] |= {
+        "diffusers": str(tmp_path / "pipeline"),
+        "height": 16,
+        "width": 16,
+        "dtype": "float32",
+        "adapter": {"rank": 2},
+    }
+    tree["prompts"] |= {"path": str(tmp_path / "train_metadata.jsonl"), "validation": str(tmp_path / "test_metadata.jsonl")}
+    assert tree["reward"]["rewards"][1]["reward"]["name"] == "http"
+    similarity, score = ({"name": name, "model": clip} for name in ("image-similarity", "clip-score"))
+    tree["reward"]["rewards"] = [{"reward": similarity, "weight": 0.005}, {"reward": score, "weight": 0.005}]
+    tree["training"] |= {"max_train_steps": 4, "prompts_per_step": 3, "num_generations": 2, "micro_batch_size": 3}
+    tree["evaluation"] |= {"num_prompts": 2, "num_generations": 2, "features": clip, "rewards": [similarity, score]}
+    tree["evaluation"]["points"] = [{**point, "num_inference_steps": 2} for point in tree["evaluation"]["points"]]
+    summary = train(tree, tmp_path / "run")
+    assert summary["iterations"] == 4
+    assert {"sum", "image-similarity", "clip-score"} <= set(summary["table"][0])
