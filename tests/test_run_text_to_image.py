@@ -583,7 +583,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
             "max_grad_norm": 1,
             "lr_warmup_steps": 0,
         },
-        "training": {"prompts_per_step": 48, "num_generations": 21, "micro_batch_size": 3, "allow_tf32": True},
+        "training": {
+            "prompts_per_step": 48,
+            "num_generations": 21,
+            "micro_batch_size": 3,
+            "allow_tf32": True,
+            "ema_decay": 0.9,
+        },
     },
 }
 
