@@ -264,6 +264,22 @@ def test_the_doctor_counts_the_bytes_that_weights_are_kept_in(tmp_path: Path) ->
     assert saved_bytes == pytest.approx(3 * linear, rel=0.3)  # of four bytes each, but for the scales
 
 
+@WITH_TORCHAO
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_dora_above_quantized_weights(kind: str, tmp_path: Path) -> None:
+    """It measures them as they are quantized: new, it changes nothing."""
+    model = from_diffusers(saved("stable-diffusion-3", tmp_path), quantization={"transformer": kind})
+    x, t = latents_of(model, 2), torch.tensor(0.4)
+    condition, _ = model.encode(PROMPTS[:2])
+    with torch.no_grad():
+        before = model.flow.bind(condition)(x, t)
+        tuned = with_adapter(model, rank=2, use_dora=True)
+        after = tuned.flow.bind(condition)(x, t)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    gradients = torch.autograd.grad(tuned.flow.bind(condition)(x, t).square().sum(), list(tuned.flow.parameters()))
+    assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
 DISTANCE = {"int8": 0.003, "float8": 0.01, "nf4": 0.05}
 """Most that the velocities of `tiles-pipeline` move, as a share of their norm."""
 

@@ -36,6 +36,7 @@ from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.runs.fingerprints import of_network, of_pictures
 from tiltflow.runs.lock import working_in
+from tiltflow.runs.prepare import check_start
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
@@ -337,6 +338,7 @@ def _ready(
     def trainable() -> tuple[Any, Any]:
         if adapter is NEW_ADAPTER and isinstance(model, TextToImage) and isinstance(model.denoiser, AdaptedDenoiser):
             return model.base(), model
+        check_start(adapter, run.method)
         added = None if adapter is NEW_ADAPTER and not isinstance(model, TextToImage) else adapter
         return model.trainable(added, run.training.trainable, seed=run.seed)
 

@@ -150,7 +150,7 @@ class OrwCfmW2(MethodSettings):
     @property
     def needs(self) -> Needs:
         """Takes any reward; with data of its own, a model without conditions."""
-        return Needs(own_data=self.data is not None, passes=self.num_passes)
+        return Needs(own_data=self.data is not None, begins_as_base=True, passes=self.num_passes)
 
     @property
     def sampling(self) -> Sampling:

@@ -104,23 +104,45 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
     loaded.
     """
     config = adapter.config(targets)
-    from peft import inject_adapter_in_model  # after a missing peft has been named
 
-    network: Any = denoiser.network
-    below, taken = active_adapters(network), loaded_adapters(network)
-    name = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
-            warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # to merge into quantized weights; nothing does
+    def put(network: Any, name: str) -> None:
+        with torch.random.fork_rng():
             torch.manual_seed(stream(seed, "adapter").initial_seed())
-            if hasattr(network, "add_adapter"):
-                network.add_adapter(config, name)
-            else:  # some classes of diffusers know nothing of adapters
-                inject_adapter_in_model(config, network, name)
+            inject(network, config, name)
+
+    added = adapted_by(put, denoiser)
+    for layer in added.layers if adapter.use_dora else ():
+        measure_again(layer, added.adapter)
+    return added
+
+
+def inject(network: Any, config: Any, name: str) -> None:
+    """Put a LoRA of a configuration of peft into a network. Raises InputError if no layer has such a name."""
+    from peft import inject_adapter_in_model
+
+    try:
+        if hasattr(network, "add_adapter"):
+            network.add_adapter(config, name)
+        else:  # some classes of diffusers know nothing of adapters
+            inject_adapter_in_model(config, network, name)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
-    adapted, computed = AdaptedDenoiser(network, denoiser.predict, name, below), floating_dtype(network)
+
+
+def adapted_by(put: Callable[[Any, str], None], denoiser: Denoiser) -> AdaptedDenoiser:
+    """Let `put(network, name)` put one more LoRA into the network of a denoiser, above those that are active, and make it the
+    only one that is trained, in float32.
+
+    Raises InputError if a LoRA is fused into the weights and still loaded.
+    """
+    network: Any = denoiser.network
+    below, taken, computed = active_adapters(network), loaded_adapters(network), floating_dtype(network)
+    name = next(name for i in itertools.count() if (name := f"tiltflow_{i}" if i else "default") not in taken)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # it is wanted
+        warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # to merge into quantized weights; nothing does
+        put(network, name)
+    adapted = AdaptedDenoiser(network, denoiser.predict, name, below)
     adapted.switch_layers(on=True)
     adapted.activate((*below, name))
     for parameter in network.parameters():
@@ -129,3 +151,15 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
             if computed == torch.float16:
                 parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
     return adapted
+
+
+@torch.no_grad()
+def measure_again(layer: Any, name: str) -> None:
+    """Measure the magnitudes of a new DoRA in float32, the dtype in which they are divided by: peft rounds them to that of the
+    weights, and in 16 bits the model would not start as its base."""
+    magnitude, first, second = (part[name] for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B))
+    parameter = magnitude.weight
+    magnitude.update_layer(
+        base_layer=layer.get_base_layer(), lora_A=first.weight, lora_B=second.weight, scaling=layer.scaling[name]
+    )
+    parameter.data, magnitude.weight = magnitude.weight.data, parameter  # with its hooks

@@ -31,6 +31,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.guided import Guided
 from tiltflow.flows.interpolant import Linear
+from tiltflow.models.continued_adapter import continue_adapter
 from tiltflow.models.denoiser import Condition, Denoiser
 from tiltflow.models.few_steps import few_steps_in_words, own_sampling
 from tiltflow.models.pipeline_adapter import add_adapter, loaded_adapters
@@ -500,6 +501,9 @@ def with_adapter(
     rank: int = 16,
     lora_alpha: int | None = None,
     target_modules: Sequence[str] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    continue_from: str | None = None,
     seed: int = 0,
 ) -> TextToImage:
     """Return `model` with a new LoRA in its own denoiser, in float32: only the new one requires gradients, and without it the
@@ -508,12 +512,20 @@ def with_adapter(
     Args:
         lora_alpha: as in peft, the adapter's output is scaled by lora_alpha / rank; `rank` by default.
         target_modules: ends of the names of the layers; the attention of the family by default.
+        use_rslora, use_dora: as in peft.
+        continue_from: a LoRA in the place of a new one, with its own rank, scale and layers.
 
-    Raises InputError if peft is not installed, if no layer has such a name, or if a LoRA is fused into the weights and still
-    loaded.
+    Raises InputError if peft is not installed, if no layer has such a name, if a LoRA is fused into the weights and still
+    loaded, or if the one to continue cannot be loaded.
     """
     names = None if target_modules is None else tuple(target_modules)
-    adapter = Adapter(rank=rank, lora_alpha=lora_alpha, target_modules=names)
+    adapter = Adapter(
+        rank=rank, lora_alpha=lora_alpha, target_modules=names, use_rslora=use_rslora, use_dora=use_dora,
+        continue_from=continue_from,
+    )  # fmt: skip
     assert isinstance(model.flow, Flow)
-    network = add_adapter(model.denoiser, adapter, model.family.target_modules, seed)
+    if continue_from is not None:
+        network = continue_adapter(model.pipeline, model.denoiser, model.family.denoiser, continue_from)
+    else:
+        network = add_adapter(model.denoiser, adapter, model.family.target_modules, seed)
     return replace(model, flow=replace(model.flow, network=network))

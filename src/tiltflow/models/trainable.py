@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from tiltflow.errors import InputError, not_installed
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.flows.flow import Flow
-from tiltflow.settings import Settings
+from tiltflow.settings import PathOrName, Settings
 from tiltflow.streams import stream
 
 Count = Annotated[int, Field(ge=1)]
@@ -31,6 +31,20 @@ class Adapter(Settings):
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the adapted layers; by default the attention of a pipeline, and all linear and convolutional layers
     of another network."""
+    use_rslora: bool = False
+    """Scale its output by lora_alpha / sqrt(rank), as in peft."""
+    use_dora: bool = False
+    """DoRA, as in peft: the length of each row of a weight is trained too, and the LoRA turns it."""
+    continue_from: PathOrName | None = None
+    """LoRA that training starts from, as `pipeline.load_lora_weights` reads it, with its own rank, scale and layers. The base
+    is the pipeline without it; `model.loras` makes one a part of the base."""
+
+    @model_validator(mode="after")
+    def _the_file_says(self) -> Adapter:
+        for name, field in type(self).model_fields.items():
+            if self.continue_from is not None and name != "continue_from" and getattr(self, name) != field.default:
+                raise ValueError(f"{name}: the LoRA that adapter.continue_from names has its own; leave it out")
+        return self
 
     def config(self, targets: Sequence[str]) -> Any:
         """Return peft's configuration, for the layers `targets` if the adapter names none. Raises InputError if peft is
@@ -41,7 +55,14 @@ class Adapter(Settings):
             raise not_installed("peft", "diffusers") from None
         alpha = self.rank if self.lora_alpha is None else self.lora_alpha
         chosen = list(targets if self.target_modules is None else self.target_modules)
-        return LoraConfig(r=self.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=chosen)
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=chosen,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
 
 
 def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
@@ -79,6 +100,8 @@ def adapted(network: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     ]
     if not layers and adapter.target_modules is None:
         raise InputError("adapter: this network has no linear or convolutional layer; name others in adapter.target_modules")
+    if adapter.continue_from is not None:
+        raise InputError("adapter.continue_from: LoRAs of pipelines are continued, and this model is a network")
     config = adapter.config(layers)
     from peft import get_peft_model
 

@@ -22,6 +22,7 @@ from tiltflow.flows.precision import autocast_dtype, tf32
 from tiltflow.models.compiled import compiled, try_compiled
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.trainable import Adapter
 from tiltflow.optimization import adamw
 from tiltflow.rewards import Reward, RewardSettings
 from tiltflow.runs.caveats import few_steps_limits
@@ -209,6 +210,15 @@ def eight_bit_adam() -> Callable[..., torch.optim.Optimizer]:
 
 
 # ---- what does not fit ----
+
+
+def check_start(adapter: Adapter | None, method: Method) -> None:
+    """Raise InputError if training would start from a LoRA, and the law of the method is counted from the base."""
+    if adapter is not None and adapter.continue_from is not None and method.needs.begins_as_base:
+        raise InputError(
+            f"adapter.continue_from: {method.name} counts its law from the base, as which training must start; take another"
+            " method, or make the LoRA a part of the base by model.loras"
+        )
 
 
 def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, training: Training) -> None:

@@ -36,7 +36,7 @@ from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
 from tiltflow.runs.looks import Watcher
-from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, prepare
+from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, check_start, prepare
 from tiltflow.runs.recipe import Recipe, RunSettings, read_recipe
 from tiltflow.runs.rehearse import rehearse
 from tiltflow.runs.run_files import RECIPE, read_run_tree
@@ -129,6 +129,7 @@ def make_ready(
 def ready(recipe: Recipe, device: str) -> Ready:
     """Load what a recipe names, and try it. Raises InputError, of one line, for what cannot be had or does not work."""
     source, asked_for = recipe.source, recipe.asked_for
+    check_start(source.adapter, recipe.method)
     # what is wrong with a file of prompts is said before a large model is loaded
     known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
     model: Any = source.load(device)

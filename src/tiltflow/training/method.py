@@ -41,6 +41,7 @@ class Needs:
         without_critic: what to use in its place.
         running_reward: whether the objective may have a running reward, `Batch.objective.running`.
         own_data: whether some samples come from data of the method's own, which have no conditions.
+        begins_as_base: whether its law is counted from the base, so that the model must be the base before the first step.
         passes: optimizer steps on each batch.
         warmup_steps: optimizer steps at the start that leave the model as it is.
         exact_trajectories: the setting that needs trajectories without rounding, if there is one.
@@ -54,6 +55,7 @@ class Needs:
     without_critic: str = ""
     running_reward: bool = False
     own_data: bool = False
+    begins_as_base: bool = False
     passes: int = 1
     warmup_steps: int = 0
     exact_trajectories: str | None = None

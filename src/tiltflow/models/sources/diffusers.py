@@ -138,7 +138,10 @@ class Diffusers(Settings):
 
         Raises InputError if it cannot be loaded, or belongs to another model.
         """
-        untuned, tuned = base.trainable(self.adapter, seed=seed)
+        adapter = self.adapter
+        if adapter is not None and adapter.continue_from is not None:  # which may be gone, and is not what was tuned
+            adapter = adapter.model_copy(update={"continue_from": str(folder)})
+        untuned, tuned = base.trainable(adapter, seed=seed)
         tuned.load_weights(folder)
         return untuned, tuned
 
