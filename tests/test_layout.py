@@ -24,6 +24,7 @@ FLOORS = [
     "rewards",
     "evaluation",
     "laws",
+    "utilities",
     "control",
     "training",
     "methods",

@@ -50,7 +50,7 @@ def entries(package: str) -> Mapping[str, EntryPoint]:
 def find(package: str, name: str) -> type[Any]:
     """Return the class of a part by name. Raises InputError, with the nearest name, if there is none."""
     if name not in (known := names(package)):
-        kind = package.rpartition(".")[2].removesuffix("s")
+        kind = package.rpartition(".")[2].replace("ies", "ys").removesuffix("s")
         raise InputError(f"there is no {kind} {name!r}{did_you_mean(name, known)}")
     part: type[Any] = member(package, name, "".join(word.capitalize() for word in _file(name).split("_")))
     return part
