@@ -1,4 +1,4 @@
-"""Minus the Renyi divergence from the base, of any order: a law near the base, above all where the base has little (order > 1)."""
+"""Minus the Renyi divergence of any order from the base: a law near it, above all where the base has little (order > 1)."""
 
 # Mutation tests: test_utilities.py
 
