@@ -77,6 +77,7 @@ def test_what_the_alarm_watches_of_videos() -> None:
         assert found[EDGES].item() == pytest.approx(edges)
         assert found[COLOURS].exp().item() == pytest.approx(colours)
     assert in_pictures(board)[MOTION].item() == 0
+    assert in_pictures(torch.cat([still, turning]))[MOTION].tolist() == [0, 2 / 4]
     assert in_pictures(board[:, 0]).keys() == {EDGES, COLOURS}
     assert in_pictures(torch.zeros(2, 3)) == {}
 

@@ -123,11 +123,9 @@ class Content:
 def in_pictures(x: Tensor) -> Measures:
     """What is in each of the samples x [n, ...] that are pictures or videos; nothing of others."""
     measures = {EDGES: of_frames(edge_energy), COLOURS: of_frames(colour_entropy)}
-    if is_video(x.shape[1:]):
-        measures[MOTION] = motion
-    elif not are_pictures(x):
-        return {}
-    return {name: measure(x) for name, measure in measures.items()}
+    if is_video(x.shape[1:]):  # which are large: one at a time
+        return {name: torch.cat([measure(one) for one in x.split(1)]) for name, measure in {**measures, MOTION: motion}.items()}
+    return {name: measure(x) for name, measure in measures.items()} if are_pictures(x) else {}
 
 
 def compared(instruments: Instruments, x: Tensor, *, clamped: bool) -> Tensor:
