@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
+from diffusers import ModelMixin
 from test_run_text_to_image import recipe_for
 from tiny_pipelines import PIPELINES, tiny_pipeline
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import tiltflow
@@ -23,6 +26,7 @@ from tiltflow import from_diffusers
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.models.pipelines import Condition
+from tiltflow.models.prompt_encoder import PromptEncoder
 from tiltflow.models.text_encoders import TextEncoders
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
@@ -189,6 +193,66 @@ def test_text_encoders_on_another_device(name: str, tmp_path: Path) -> None:
     pairs = model.family.encode(view, ["a"], model.size, model.encoder.options)
     assert {part.device.type for part in tensors(pairs) if part is not None} == {"meta"}
     assert view.vae is model.pipeline.vae
+
+
+def test_the_denoiser_makes_room_for_text_encoders_that_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never both on the device. Nothing is moved here, and no prompt encoded: what would be on `meta` is written down."""
+    there: set[str] = set()
+
+    def moved(part: torch.nn.Module, device: Any = None, *_: Any, **__: Any) -> torch.nn.Module:
+        (there.add if str(device) == "meta" else there.discard)(type(part).__name__)
+        assert not {"SD3Transformer2DModel", "T5EncoderModel"} <= there
+        return part
+
+    def encoded(encoder: PromptEncoder, prompts: list[str], device: torch.device) -> None:
+        encoder.encoders.ready()
+        assert {"T5EncoderModel", "CLIPTextModelWithProjection", "AutoencoderKL"} <= there
+        encoder.cache[prompts[0]], encoder.sizes[prompts[0]] = (None, None), 1
+
+    def freed(encoders: TextEncoders) -> None:
+        there.difference_update(type(part).__name__ for part in encoders.parts.values())
+        free(encoders)
+
+    path, free = saved("stable-diffusion-3", tmp_path), TextEncoders.free
+    for kind in (torch.nn.Module, ModelMixin, PreTrainedModel):
+        monkeypatch.setattr(kind, "to", moved)
+    monkeypatch.setattr(PromptEncoder, "__call__", encoded)
+    monkeypatch.setattr(TextEncoders, "free", freed)
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("meta"), raising=False)
+    model = from_diffusers(path, height=16, width=16, device="meta")
+    assert "SD3Transformer2DModel" in there
+    model.encoder.encode_ahead(PROMPTS, torch.device("meta"))
+    assert there == {"SD3Transformer2DModel", "AutoencoderKL"}
+
+
+def test_what_is_encoded_ahead_is_told_where_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each prompt takes ten seconds."""
+    model = from_diffusers(saved("stable-diffusion", tmp_path), height=16, width=16, text_encoders="free")
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("tiltflow.models.prompt_encoder.time.perf_counter", lambda: float(next(clock)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.encoder.encode_ahead([f"cat {n}" for n in range(5)], model.device)
+    lines = [str(one.message) for one in said if one.category is Note]
+    assert lines == ["2 of 5 prompts are encoded, 30.0 s left", "4 of 5 prompts are encoded, 10.0 s left"]
+
+
+def test_ctrl_c_is_heard_while_prompts_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two prompts, each of which is a call of its own; the denoiser is then back on its device."""
+    model = from_diffusers(saved("stable-diffusion", tmp_path), height=16, width=16, text_encoders="free")
+    encode, asked = type(model.family).encode, []
+
+    def interrupted(family: Any, pipeline: Any, prompts: list[str], *options: Any) -> Any:
+        asked.append(prompts)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return encode(family, pipeline, prompts, *options)
+
+    monkeypatch.setattr(type(model.family), "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.encoder.encode_ahead(PROMPTS, model.device)
+    assert asked == [[PROMPTS[0]], [PROMPTS[1]]]
+    assert model.device == torch.device("cpu")
 
 
 def test_a_lora_of_the_text_encoders_is_not_lost(tmp_path: Path) -> None:

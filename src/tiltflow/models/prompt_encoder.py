@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tiltflow import processes
 from tiltflow.errors import Note
 from tiltflow.flows.conditions import joined
+from tiltflow.formatting import duration
 from tiltflow.models.denoiser import Condition, floating_dtype
 from tiltflow.models.pipelines import Family, TextOptions
 from tiltflow.models.text_encoders import TextEncoders
@@ -22,6 +25,8 @@ from tiltflow.user_code import explained
 
 CLIP_TOKENS = 77
 """Number of tokens that CLIP takes."""
+SECONDS_BETWEEN = 15.0
+"""Between two lines that say how many prompts are encoded."""
 CACHE_GB = 4.0
 """Gigabytes of conditions that are cached: about 36,000 prompts of Stable Diffusion 1.5 and 1,500 of 3, in 16 bits."""
 
@@ -100,14 +105,20 @@ class PromptEncoder:
         hold them all, nothing is freed, and a note says so."""
         if self.encoders.use != "free":
             return
-        several = list(dict.fromkeys(prompts))
-        for prompt in several:
-            self([prompt], device)
-            if len(several) * self.sizes.get(prompt, math.inf) > self.most_bytes:
-                break
-        if all(prompt in self.cache for prompt in several):
-            self.encoders.free()
-            return
+        several, began, told = list(dict.fromkeys(prompts)), time.perf_counter(), 0.0
+        with self.encoders.alone(getattr(self.pipeline, self.family.denoiser)):
+            for count, prompt in enumerate(several, 1):
+                self([prompt], device)
+                if len(several) * self.sizes.get(prompt, math.inf) > self.most_bytes:
+                    break
+                seconds = time.perf_counter() - began
+                if seconds >= told + SECONDS_BETWEEN and count < len(several) and processes.is_main():
+                    told = seconds
+                    left = duration(seconds / count * (len(several) - count))
+                    warnings.warn(f"{count} of {len(several)} prompts are encoded, {left} left", Note, stacklevel=3)
+            if all(prompt in self.cache for prompt in several):
+                self.encoders.free()
+                return
         text = (
             f"the conditions of {len(several)} prompts are more than model.prompt_cache_gb, {self.most_bytes / 2**30:.3g}, can"
         )

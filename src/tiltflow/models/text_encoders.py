@@ -28,12 +28,14 @@ class TextEncoders:
     Args:
         load: loads those that were freed; None if they cannot be loaded again.
         freed: names of the components that are not in memory now.
+        device: where they are used; None for where the pipeline is.
     """
 
     pipeline: Any
     use: Use = "keep"
     load: Load | None = None
     freed: tuple[str, ...] = ()
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.use not in get_args(Use):
@@ -52,11 +54,23 @@ class TextEncoders:
         return {name: part for name, part in components if name.startswith("text_encoder") and isinstance(part, nn.Module)}
 
     def move(self, device: torch.device | str) -> None:
-        """Move the pipeline to a device, but not text encoders that belong on the CPU, not even for a moment."""
-        held = self.parts if self.use == "cpu" else {}
+        """Move the pipeline to a device, but not text encoders that belong on the CPU, not even for a moment, or that are
+        freed before the denoiser is needed."""
+        self.device = torch.device("cpu" if self.use == "cpu" else device)
+        held = {} if self.use == "keep" else self.parts
         self.pipeline.register_modules(**dict.fromkeys(held))
         self.pipeline.to(device)
         self.pipeline.register_modules(**{name: part.to("cpu") for name, part in held.items()})
+
+    @contextmanager
+    def alone(self, denoiser: nn.Module) -> Iterator[None]:
+        """The denoiser makes room for text encoders that will be freed: it is on the CPU in this context."""
+        before = next(denoiser.parameters()).device
+        denoiser.to("cpu")
+        try:
+            yield
+        finally:
+            denoiser.to(before)
 
     def free(self) -> None:
         """Let go of the text encoders, if that is what becomes of them. No other reference to them is in tiltflow."""
@@ -75,6 +89,9 @@ class TextEncoders:
         """
         if self.freed:
             self._load_again()
+        elif self.use == "free":
+            for part in self.parts.values():
+                part.to(self.device or self.pipeline.device)
         first = next((parameter for part in self.parts.values() for parameter in part.parameters()), None)
         if first is None or first.device == self.pipeline.device:
             return self.pipeline
