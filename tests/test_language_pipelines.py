@@ -76,6 +76,20 @@ def test_parity_with_the_pipeline(name: str, size: tuple[int, int]) -> None:
         assert (other - expected).abs().amax(tuple(range(1, other.ndim))).min() > 1e-2 * expected.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:prompt .* of its")
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+def test_settings_of_the_text_encoders(name: str) -> None:
+    """What guidance leads away from, and how much of a prompt is seen; as in the pipeline."""
+    size, latents = {"height": 16, "width": 16}, latents_of(model_of(name), 2)
+    for encoding in ({"negative_prompt": LONG}, {"max_sequence_length": 24}):
+        model = from_diffusers(pipeline_of(name), **size, **encoding)
+        expected = model.family.returned(model.pipeline, theirs(model, [SHORT, LONG], latents, 4.0, "latent"), model.size)
+        found = ours(model, [SHORT, LONG], latents, 4.0)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (found - ours(model_of(name), [SHORT, LONG], latents, 4.0)).abs().max() > 1e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", LANGUAGE_PIPELINES)
 def test_a_prompt_is_kept_alone_and_padded_in_a_batch(name: str) -> None:
     """Its velocity does not depend on the prompts beside it, and its own length is what is kept."""

@@ -25,6 +25,7 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.models.denoiser import floating_dtype
 from tiltflow.models.quantization import is_quantized, stored
 from tiltflow.models.text_to_image import TextToImage, with_adapter
+from tiltflow.processes import distribute
 from tiltflow.runs.doctor import admit
 from tiltflow.runs.doctor.memory import memory
 from tiltflow.runs.export import export_run
@@ -94,6 +95,18 @@ def test_a_network_of_bytes_is_not_tuned_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="adapter null tunes the whole unet, whose weights are quantized: use an adapter"):
         from_diffusers(pipeline).trainable()
     assert model.base().flow.flow.network is model.flow.network
+
+
+def test_bytes_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Packed(nn.Parameter):
+        """As bitsandbytes has them."""
+
+    network = nn.Linear(2, 2)
+    network.weight = Packed(torch.zeros(2, 1, dtype=torch.uint8), requires_grad=False)
+    monkeypatch.setattr("tiltflow.processes.count", lambda: 2)
+    monkeypatch.setattr("tiltflow.processes._sharding", lambda: "fsdp")
+    with pytest.raises(InputError, match="FSDP does not shard quantized weights"):
+        distribute(network)
 
 
 # ---- torchao ----

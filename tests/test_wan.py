@@ -75,6 +75,25 @@ def test_parity_with_the_pipeline(size: tuple[int, int, int], options: dict[str,
     assert (torch.cat(alone) - videos).abs().max() < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:prompt .* of its")
+def test_settings_of_the_text_encoders() -> None:
+    """What guidance leads away from, and how much of a prompt is seen; as in the pipeline."""
+    height, width, frames = SIZES[0]
+    options: dict[str, Any] = {"negative_prompt": "blurred", "max_sequence_length": 8}
+    model = from_diffusers(pipeline_of(), height=height, width=width, num_frames=frames, **options)
+    latents = latents_of(model, 2)
+    frames_of = model.pipeline(
+        [SHORT, LONG], latents=latents.clone(), num_inference_steps=4, guidance_scale=5.0, output_type="latent",
+        **model.size_options, **options,
+    ).frames  # fmt: skip
+    found, other = (
+        one.sample_latents([SHORT, LONG], sampling=euler(4), guidance_scale=5.0, latents=latents) for one in (model, model_of())
+    )
+    assert (found - frames_of).abs().max() < 1e-4 * frames_of.abs().max()
+    assert (found - other).abs().max() > 1e-3 * frames_of.abs().max()
+
+
 def test_the_schedulers_of_wan() -> None:
     """Its own is of the second order and draws others than our steps, which is said, and which a sampling point can have; the
     one of Euler's method draws ours."""

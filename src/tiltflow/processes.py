@@ -220,9 +220,13 @@ def _joined(tensors: Sequence[Tensor], at_most: int = 2**23) -> Iterator[list[Te
 
 
 def distribute(*networks: Any) -> None:
-    """Shard the weights of these networks, in place, if accelerate is configured for FSDP2."""
+    """Shard the weights of these networks, in place, if accelerate is configured for FSDP2. Raises InputError if they are
+    quantized."""
     if count() == 1 or (plugin := _sharding()) is None:
         return
+    roots = [getattr(network, "network", network) for network in networks]
+    if any(type(parameter) is not nn.Parameter for root in roots for parameter in root.parameters()):
+        raise InputError("FSDP does not shard quantized weights: leave model.quantization out, or launch without --use_fsdp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
