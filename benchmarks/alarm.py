@@ -119,7 +119,12 @@ def text(x: Tensor) -> Tensor:
 
 KINDS: dict[str, dict[str, Any]] = {
     **{kind: {**RECIPE, "reward": {"name": "function", "path": f"alarm:{kind}"}, "beta": 0.3} for kind in LOOPHOLES},
-    "text": {**TILES, "reward": {"name": "function", "path": "alarm:text"}, "beta": 1e-5},
+    "text": {
+        **TILES,
+        "optimizer": {"learning_rate": 5e-3, "adam_beta2": 0.999},
+        "reward": {"name": "function", "path": "alarm:text"},
+        "beta": 1e-5,
+    },
     "clean": {**RECIPE, "reward": EVEN, "beta": 2.1},
     "colour": {**TILES, "beta": 0.001},
 }

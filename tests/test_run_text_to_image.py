@@ -498,7 +498,7 @@ FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-di
 PUBLISHED = [
     name
     for name, path in shipped_recipes("train").items()
-    if isinstance(read_yaml(path)["model"], dict) and name not in ("tiles-colour", "wan-clip-score")
+    if isinstance(read_yaml(path)["model"], dict) and name not in ("tiles-colour", "wan-clip-score", "sd35-vlm-judge")
 ]
 
 
@@ -517,6 +517,12 @@ RELEASED = {
     "prompts": {"validation": "benchmark_ir.json"},
 }
 """microsoft/soc-fine-tuning-sd."""
+OF_FLOW_GRPO: dict[str, Any] = {
+    "model": {"adapter": {"rank": 32, "lora_alpha": 64}, "guidance_scale": 4.5, "height": 512, "width": 512},
+    "method": {"num_inference_steps": 10, "standardize": True, "clip_range": 1e-4, "num_passes": 2},
+    "optimizer": {"learning_rate": 3e-4},
+    "training": {"num_generations": 24, "ema_decay": 0.9},
+}
 NUMBERS: dict[str, dict[str, Any]] = {
     "sd15-image-reward": RELEASED
     | {
@@ -559,13 +565,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "sd3-hps": OF_TABLE | {"method": {"beta": pytest.approx(1 / 3e5, rel=2e-3), **OF_TABLE["method"]}},
     "sd3-pick-score": OF_TABLE | {"method": {"beta": 1 / 1e4, **OF_TABLE["method"]}},
     "sd3-spatial": {"reward": {"name": "clip-score"}},
-    "sd35-ocr": {
-        "model": {"adapter": {"rank": 32, "lora_alpha": 64}, "guidance_scale": 4.5, "height": 512, "width": 512},
-        "method": {"num_inference_steps": 10, "standardize": True, "clip_range": 1e-4, "num_passes": 2},
-        "optimizer": {"learning_rate": 3e-4},
-        "training": {"num_generations": 24, "ema_decay": 0.9},
-        "reward": {"name": "ocr", "anywhere": True},
-    },
+    "sd35-ocr": OF_FLOW_GRPO | {"reward": {"name": "ocr", "anywhere": True}},
+    "sd35-geneval": OF_FLOW_GRPO | {"reward": {"name": "http"}},
     "flux-kontext-counting": {
         "model": {
             "adapter": {"rank": 64, "lora_alpha": 128},
@@ -645,6 +646,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltflow.rewards.ocr.reader", lambda: lambda image: "red" if image.mean() > 0 else "rod")
+    monkeypatch.setattr("tiltflow.rewards.http.Http.build", lambda self, device: lambda x: x.mean((1, 2, 3)))
     tree: Any = read_yaml(shipped_recipes("train")[name])
     assert validate(Recipe, tree, name).description
     source = tmp_path / "pipeline"
@@ -657,6 +659,7 @@ def test_published_recipes_run_on_a_small_pipeline_of_their_class(
         "aesthetic": {"model": clip, "head": str(tiny_aesthetic_head(tmp_path))},
         "image-reward": {"model": str(image_reward), "tokenizer": str(tokenizer)},
         "ocr": {},
+        "http": {"url": "http://127.0.0.1:8777/score"},
     }
 
     def scorer(reward: Any) -> dict[str, Any]:
