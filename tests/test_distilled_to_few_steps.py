@@ -13,11 +13,12 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 import diffusers
 from test_run_text_to_image import recipe_for, train
-from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
+from tiny_pipelines import STABLE_DIFFUSION, sana_sprint, tiny_pipeline
 
 import tiltflow
 from tiltflow import from_diffusers
 from tiltflow.errors import Note
+from tiltflow.flows.interpolant import Linear
 from tiltflow.models.few_steps import few_steps_in_words
 from tiltflow.models.pipelines import families
 from tiltflow.models.schedules import drawn_by, schedule_of
@@ -36,16 +37,21 @@ def brightness(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize(
     ("scheduler", "solver"),
-    [(diffusers.LCMScheduler(**LCM), "consistency"), (diffusers.EulerAncestralDiscreteScheduler(**TURBO), "ddpm")],
+    [
+        (diffusers.LCMScheduler(**LCM), "consistency"),
+        (diffusers.EulerAncestralDiscreteScheduler(**TURBO), "ddpm"),
+        (diffusers.SCMScheduler(), "consistency"),
+    ],
 )
 def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise and a network that is not linear, from the same latents to the same end."""
     noises = torch.randn(steps + 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    schedule = schedule_of(scheduler)
+    unit = 0.3 if isinstance(schedule.path, Linear) else 300
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
-        return torch.sin(3 * x) + x.flip(-1) * torch.cos(time.double().mean() / 300)
+        return torch.sin(3 * x) + x.flip(-1) * torch.cos(time.double().mean() / unit)
 
-    schedule = schedule_of(scheduler)
     sampling = Sampling(solver=solver, num_inference_steps=steps)
     chain = sampling.chain(schedule.times)
     flow = tiltflow.Flow(predict, schedule.prediction, schedule.path)
@@ -56,11 +62,35 @@ def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps
     ours = x * schedule.end_scale(chain.times[-1])
 
     drawn = iter(noises[1:])
-    module = "diffusers.schedulers.scheduling_" + ("lcm" if solver == "consistency" else "euler_ancestral_discrete")
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *rest, **options: next(drawn))
+    monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *rest, **options: next(drawn))
     schedule.set_timesteps(scheduler, steps)
     theirs = drawn_by(scheduler, predict, noises[0])
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_sana_sprint_draws_what_its_pipeline_draws(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same noise, at two scales of its guidance."""
+    model = from_diffusers(sana_sprint(tmp_path), height=32, width=32)
+    assert (model.guidance_scale, model.sampling) == (4.5, Sampling(solver="consistency", num_inference_steps=2))
+    noises = torch.randn(steps + 1, 1, *model.event_shape, generator=torch.Generator().manual_seed(0))
+    module, ends = type(model.pipeline.scheduler).__module__, []
+    for scale in (4.5, 1.5):
+        drawn = iter(noises[1:])
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda *rest, drawn=drawn, **options: next(drawn))
+        theirs = model.pipeline(
+            "a red cat", latents=noises[0], num_inference_steps=steps, guidance_scale=scale, output_type="latent",
+            **model.size_options, **model.family.arguments(model.size, steps),
+        ).images  # fmt: skip
+        chain = Sampling(solver="consistency", num_inference_steps=steps).chain(model.own_grid)
+        flow, x = model.guided(["a red cat"], scale)(model.flow), noises[0]
+        with torch.no_grad():
+            for k in range(steps):
+                v = flow(x, chain.times[k])
+                x = chain.mean(k, x, v) + chain.std[k].item() * noises[k + 1]
+        assert (x - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        ends.append(x)
+    assert (ends[0] - ends[1]).abs().max() > 1e-2 * ends[0].abs().max()
 
 
 def test_a_consistency_model_keeps_its_law() -> None:
@@ -95,18 +125,21 @@ SIGNS: dict[str, tuple[str, Any, str]] = {
         diffusers.EulerDiscreteScheduler(**TURBO),
         "timestep_spacing: trailing, 3 steps and no guidance: if this model was",
     ),
+    "SANA-Sprint": ("sana-sprint", None, "SCMScheduler: this model was distilled to few"),
     "schnell": ("flux", None, "a FluxPipeline without guidance: this model was"),
     "many steps": ("stable-diffusion-xl", diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION), ""),
 }
 
 
 @pytest.mark.filterwarnings("ignore:scheduler TCDScheduler")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "TCD")) for name in SIGNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("TCD", "SANA-Sprint"))) for name in SIGNS]
+)
 def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) -> None:
     family, scheduler, sign = SIGNS[name]
     pipeline = tiny_pipeline(family, tmp_path, **({"guidance_embeds": False} if family == "flux" else {}))
     pipeline.scheduler = scheduler or pipeline.scheduler
-    model = from_diffusers(pipeline, guidance_scale=None if family == "flux" else 1.0)
+    model = from_diffusers(pipeline, guidance_scale=None if family in ("flux", "sana-sprint") else 1.0)
     heard: list[str] = []
 
     def reward(images: Tensor) -> Tensor:
@@ -115,7 +148,7 @@ def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) 
         return brightness(images)
 
     training = tiltflow.Training(max_train_steps=1, prompts_per_step=1, num_generations=2, guidance_mode="none")
-    solver = {"LCM": "consistency", "Turbo": "ddpm"}.get(name, "memoryless")
+    solver = {"LCM": "consistency", "SANA-Sprint": "consistency", "Turbo": "ddpm"}.get(name, "memoryless")
     method = tiltflow.AdjointMatching(num_inference_steps=3, solver=solver)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Note)
@@ -189,3 +222,29 @@ def test_trailing_timesteps_are_a_sign_of_few_steps_without_guidance_alone(
     pipeline.scheduler = diffusers.EulerDiscreteScheduler(**TURBO)
     sampling = Sampling(solver="euler", num_inference_steps=steps)
     assert bool(few_steps_in_words(pipeline, families()["StableDiffusionPipeline"], scale, sampling)) == said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:SCMScheduler")
+@pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
+def test_sana_sprint_is_tuned_and_exported(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own solver; in its only step without noise the code of the card draws what we draw."""
+    sana_sprint(tmp_path).save_pretrained(tmp_path / "sana-sprint")
+    tree = recipe_for(tmp_path, "sana-sprint", method)
+    tree["model"] |= {"height": 32, "width": 32}
+    tree["method"] |= {"num_inference_steps": 3} | ({} if method == "orw-cfm-w2" else {"solver": "consistency"})
+    tree["training"] |= {"guidance_mode": "none"}
+    tree["evaluation"]["points"] = [{"num_inference_steps": 1, "solver": "consistency"}]
+    summary = train(tree, tmp_path / "run")
+    assert summary["iterations"] == 3
+    assert any("no velocity field whose ODE or SDE samples its law" in limit for limit in summary["limits"])
+    export_run(tmp_path / "run", tmp_path / "exported")
+    monkeypatch.chdir(tmp_path / "exported")
+    said = dict[str, Any]()
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], said)
+    assert said["sampling"]["intermediate_timesteps"] is None
+    tuned = tiltflow.load_text_to_image(tmp_path / "run")
+    latents = torch.randn(1, *tuned.event_shape, generator=torch.Generator().manual_seed(0))
+    theirs = said["pipeline"]("a red cat", latents=latents.clone(), output_type="pt", **said["sampling"]).images
+    ours = tuned.sample(["a red cat"], sampling=Sampling(solver="consistency", num_inference_steps=1), latents=latents)
+    assert (ours.clamp(-1, 1) - (2 * theirs - 1)).abs().max() < 1e-4

@@ -56,7 +56,7 @@ def theirs(model: TextToImage, prompts: list[str], images: list[Image.Image], la
     return model.pipeline(
         prompt=prompts, image=images, latents=latents.clone(), num_inference_steps=4, output_type=output,
         height=model.size[0], width=model.size[1], guidance_scale=model.guidance_scale,
-        **model.family.arguments(model.size), **model.encoding,
+        **model.family.arguments(model.size, 4), **model.encoding,
     ).images  # fmt: skip
 
 

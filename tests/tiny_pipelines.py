@@ -23,7 +23,9 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -205,6 +207,18 @@ def sana(folder: Path, **scheduler: Any) -> SanaPipeline:
     )  # fmt: skip
 
 
+def sana_sprint(folder: Path, **scheduler: Any) -> SanaSprintPipeline:
+    parts = sana(folder).components
+    config = {key: value for key, value in parts["transformer"].config.items() if not key.startswith("_")}
+    transformer = SanaTransformer2DModel(**{**config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"})
+    pipeline = SanaSprintPipeline(**{**parts, "transformer": transformer, "scheduler": SCMScheduler(**scheduler)})
+    for parameter in pipeline.transformer.parameters():
+        if parameter.ndim > 1:  # so large that the guidance matters
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def lumina2(folder: Path, **scheduler: Any) -> Lumina2Pipeline:
     """Its decoder enlarges by 8, which the pipeline takes for granted."""
     tokenizer, encoder = gemma()
@@ -249,8 +263,8 @@ PIPELINES = {
 }
 
 
-EDITING = {"flux-kontext": flux_kontext}
-"""Those that edit pictures."""
+OTHERS = {"flux-kontext": flux_kontext, "sana-sprint": sana_sprint}
+"""One that edits pictures, and one of few steps, which have tests of their own."""
 NEWER = ("pixart-sigma", "sana", "lumina2")
 """Those of which the fast tests ask a little less; `test_families.py` is theirs."""
 
@@ -259,6 +273,6 @@ def tiny_pipeline(name: str, folder: Path, **options: Any) -> Any:
     """A pipeline by the name of its family, the same for every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = (PIPELINES | EDITING)[name](folder / "tokenizer", **options)
+        pipeline = (PIPELINES | OTHERS)[name](folder / "tokenizer", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,6 +12,7 @@ FEW = 8
 OWN_SAMPLING: dict[str, Sampling] = {
     "EulerAncestralDiscreteScheduler": Sampling(solver="ddpm", num_inference_steps=4),  # the same steps, in other coordinates
     "LCMScheduler": Sampling(solver="consistency", num_inference_steps=4),
+    "SCMScheduler": Sampling(solver="consistency", num_inference_steps=2),
 }
 """The solver that draws as a scheduler for few steps does, and a usual number of steps."""
 
@@ -20,7 +21,7 @@ def sign_of_few_steps(pipeline: Any, family: Family) -> str | None:
     """What shows that a pipeline was distilled to few steps, by its scheduler and its networks; None if nothing does."""
     scheduler = pipeline.scheduler
     name, config = type(scheduler).__name__, scheduler.config
-    if name in ("LCMScheduler", "TCDScheduler"):
+    if name in ("LCMScheduler", "SCMScheduler", "TCDScheduler"):
         return name
     if name == "EulerAncestralDiscreteScheduler" and config.timestep_spacing == "trailing":
         return f"{name} with timestep_spacing: trailing"

@@ -56,9 +56,9 @@ FIRST_ORDER: dict[str, dict[str, Any]] = {
 
 def is_flow(scheduler: Any) -> bool:
     """Return whether a scheduler is for a flow-matching model."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 
-    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
+    return isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, SCMScheduler)) or (
         scheduler.config.get("prediction_type") == "flow_prediction" and bool(scheduler.config.get("use_flow_sigmas"))
     )
 
@@ -118,6 +118,8 @@ class Schedule:
             own = None if self.shift is None else self.shift(self.image_tokens, num_inference_steps)
             options["mu"] = linear if own is None else own
         sigmas = None if self.sigmas is None or config.get("use_flow_sigmas") else self.sigmas(num_inference_steps)
+        if type(scheduler).__name__ == "SCMScheduler" and num_inference_steps != 2:
+            options["intermediate_timesteps"] = None
         if sigmas is None:
             options["num_inference_steps"] = num_inference_steps
         else:
@@ -136,8 +138,10 @@ class Schedule:
         """
         scheduler = copy.deepcopy(self.plain)
         self.set_timesteps(scheduler, num_inference_steps)
-        if isinstance(self.path, Linear):
-            times: Tensor = 1 - scheduler.sigmas.double()
+        if type(scheduler).__name__ == "SCMScheduler":
+            times: Tensor = linear_time(scheduler.timesteps.double())
+        elif isinstance(self.path, Linear):
+            times = 1 - scheduler.sigmas.double()
         elif self.in_sigma:
             times = 1 / (1 + scheduler.sigmas.double())
         else:
@@ -158,9 +162,7 @@ class Schedule:
     def called(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a predictor, (.., time, condition) -> prediction, as the scheduler has it called: the multistep schedulers of
         diffusers cut the timesteps of flow matching to whole ones, though the state is that of the time between them."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        if not isinstance(self.path, Linear) or isinstance(self.own, FlowMatchEulerDiscreteScheduler):
+        if not isinstance(self.path, Linear) or self.own.config.get("prediction_type") != "flow_prediction":
             return predict
         count = self.own.config.num_train_timesteps
 
@@ -268,11 +270,14 @@ def schedule_of(
         EulerDiscreteScheduler,
         FlowMatchEulerDiscreteScheduler,
         LCMScheduler,
+        SCMScheduler,
     )
 
     (path, prediction), config = path_of(scheduler), scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         plain = type(scheduler).from_config(config, stochastic_sampling=False)
+    elif isinstance(scheduler, SCMScheduler):
+        plain = scheduler
     elif isinstance(path, Linear):
         plain = type(scheduler).from_config(config, **FIRST_ORDER.get(type(scheduler).__name__, {}))
     elif isinstance(scheduler, EulerAncestralDiscreteScheduler):
@@ -321,6 +326,8 @@ def drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise:
         predict: (latents, time in the network's unit, []) -> prediction.
         options: further arguments of its steps.
     """
+    if type(scheduler).__name__ == "SCMScheduler":
+        return _drawn_by_angles(scheduler, predict, noise, **options)
     flow = is_flow(scheduler)
     x = noise if flow else noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -330,6 +337,23 @@ def drawn_by(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise:
             predicted = predict(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(predicted, t, x, return_dict=False, **options)[0]
     return x
+
+
+def _drawn_by_angles(scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, **options: Any) -> Tensor:
+    """`drawn_by` of a scheduler whose latents are sigma_data (cos a x_1 + sin a x_0) at angles a. It takes x_1 to be cos a x -
+    sin a F of a network F, which is here that of a velocity on the linear path."""
+    deviation: float = scheduler.config.sigma_data
+    x = noise * deviation
+    for a in scheduler.timesteps[:-1]:
+        linear, t = x / (a.cos() + a.sin()), linear_time(a)
+        sample = linear + (1 - t) * deviation * predict(linear / deviation, t)
+        x = scheduler.step((a.cos() * x - sample) / a.sin(), a, x, return_dict=False, **options)[0]
+    return x / deviation
+
+
+def linear_time(angle: Tensor) -> Tensor:
+    """The time on the linear path of angles from data, 0, to noise, pi / 2, and a little beyond."""
+    return (angle.cos() / (angle.cos() + angle.sin())).clamp(min=0)
 
 
 def scheduler_named(name: str, default: Any) -> Any:

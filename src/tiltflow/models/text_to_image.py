@@ -284,7 +284,8 @@ class TextToImage:
         """Write what plain diffusers needs to draw the same pictures: a scheduler, and arguments of the pipeline in
         sampling.json."""
         self.exported_scheduler.save_pretrained(folder / "scheduler")
-        options = {**self.size_options, **self.encoding, **self.family.arguments(self.size)}
+        own = self.family.arguments(self.size, self.sampling.num_inference_steps)
+        options = {**self.size_options, **self.encoding, **own}
         if self.takes_guidance:
             options |= self.family.guided_by(self.guidance_scale)
         if self.family.edits:

@@ -150,7 +150,7 @@ def usage(recipe: Recipe, output: Path, place: str) -> str:
     texts = recipe.prompts.texts if recipe.prompts is not None else ()
     prompt = (texts or ["a photograph"])[0]
     given, picture = f"prompt={quoted(prompt)}", sampling.pop(IMAGE, None)
-    arguments = (f"{quoted(key)}: {value if isinstance(value, bool) else quoted(value)}" for key, value in sampling.items())
+    arguments = (f"{quoted(key)}: {quoted(value) if isinstance(value, str) else value}" for key, value in sampling.items())
     lines += [f"sampling = {{{', '.join(arguments)}}}"]
     if picture is not None:
         size = f"{sampling['height']}, {sampling['width']}"

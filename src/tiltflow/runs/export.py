@@ -83,6 +83,8 @@ def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, d
     if family is not None and point.guidance_scale is not None:
         guided = family.guided_by(point.guidance_scale)
         sampling |= guided if guided.keys() <= sampling.keys() else {}
+    if family is not None and {"height", "width"} <= sampling.keys():
+        sampling |= family.arguments((sampling["height"], sampling["width"]), point.num_inference_steps)
     sampling["num_inference_steps"] = point.num_inference_steps
     (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
 

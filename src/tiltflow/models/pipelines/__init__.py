@@ -130,8 +130,8 @@ class Family(ABC):
         """Return the latents [batch, *event] of those that the pipeline returns, which may be of another form."""
         return latents
 
-    def arguments(self, size: tuple[int, int]) -> Mapping[str, Any]:
-        """Return `call`, where that depends on the size of the pictures."""
+    def arguments(self, size: tuple[int, int], num_inference_steps: int) -> Mapping[str, Any]:
+        """Return `call`, where that depends on the size of the pictures or the number of steps."""
         return self.call
 
     def is_distilled(self, pipeline: Any) -> bool:

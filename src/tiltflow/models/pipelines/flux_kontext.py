@@ -21,7 +21,7 @@ class FluxKontext(Flux):
     guidance_scale = 2.5
     edits = True
 
-    def arguments(self, size: tuple[int, int]) -> Mapping[str, Any]:
+    def arguments(self, size: tuple[int, int], num_inference_steps: int) -> Mapping[str, Any]:
         return {"max_area": size[0] * size[1], "_auto_resize": False}
 
     def encode_pictures(self, pipeline: Any, pictures: Tensor, size: tuple[int, int]) -> Condition:

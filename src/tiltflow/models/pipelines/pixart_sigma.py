@@ -24,7 +24,7 @@ class PixartSigma(Family):
 
     def encode(
         self, pipeline: Any, prompts: list[str], size: tuple[int, int], options: TextOptions
-    ) -> tuple[Condition, Condition]:
+    ) -> tuple[Condition, Condition | None]:
         embeds, mask, negative, negative_mask = pipeline.encode_prompt(
             prompts,
             device=pipeline.device,

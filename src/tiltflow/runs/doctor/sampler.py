@@ -89,7 +89,7 @@ def difference_to_pipeline(model: TextToImage) -> float | None:
             output_type="latent",
             return_dict=False,
             **model.size_options,
-            **model.family.arguments(model.size),
+            **model.family.arguments(model.size, STEPS),
             **({IMAGE: pictures[0].open()} if pictures else {}),
             **model.family.guided_by(model.guidance_scale),
             **model.encoding,
