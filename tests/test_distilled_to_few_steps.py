@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 import diffusers
 from test_run_text_to_image import recipe_for, train
-from tiny_pipelines import STABLE_DIFFUSION, sana_sprint, tiny_pipeline
+from tiny_pipelines import STABLE_DIFFUSION, tiny_pipeline
 
 import tiltflow
 from tiltflow import from_diffusers
@@ -71,7 +71,7 @@ def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_sana_sprint_draws_what_its_pipeline_draws(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise, at two scales of its guidance."""
-    model = from_diffusers(sana_sprint(tmp_path), height=32, width=32)
+    model = from_diffusers(tiny_pipeline("sana-sprint", tmp_path), height=32, width=32)
     assert (model.guidance_scale, model.sampling) == (4.5, Sampling(solver="consistency", num_inference_steps=2))
     noises = torch.randn(steps + 1, 1, *model.event_shape, generator=torch.Generator().manual_seed(0))
     module, ends = type(model.pipeline.scheduler).__module__, []
@@ -229,7 +229,7 @@ def test_trailing_timesteps_are_a_sign_of_few_steps_without_guidance_alone(
 @pytest.mark.parametrize("method", ["adjoint-matching", "score-as-action", "orw-cfm-w2"])
 def test_sana_sprint_is_tuned_and_exported(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own solver; in its only step without noise the code of the card draws what we draw."""
-    sana_sprint(tmp_path).save_pretrained(tmp_path / "sana-sprint")
+    tiny_pipeline("sana-sprint", tmp_path).save_pretrained(tmp_path / "sana-sprint")
     tree = recipe_for(tmp_path, "sana-sprint", method)
     tree["model"] |= {"height": 32, "width": 32}
     tree["method"] |= {"num_inference_steps": 3} | ({} if method == "orw-cfm-w2" else {"solver": "consistency"})

@@ -215,7 +215,6 @@ def sana_sprint(folder: Path, **scheduler: Any) -> SanaSprintPipeline:
     for parameter in pipeline.transformer.parameters():
         if parameter.ndim > 1:  # so large that the guidance matters
             torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
