@@ -1,4 +1,4 @@
-"""Checks of your own parts against theory: a solver, an interpolant, a reward, a model, a method. Every built-in passes them.
+"""Checks of your own parts against theory: a solver, interpolant, reward, utility, model or method. Every built-in passes.
 
 Each is a function that raises AssertionError, with one sentence, at the first thing that is not so:
 
@@ -11,5 +11,6 @@ from tiltflow.testing.methods import check_method
 from tiltflow.testing.models import check_model
 from tiltflow.testing.rewards import check_reward
 from tiltflow.testing.solvers import check_solver
+from tiltflow.testing.utilities import check_utility
 
-__all__ = ["check_interpolant", "check_method", "check_model", "check_reward", "check_solver"]
+__all__ = ["check_interpolant", "check_method", "check_model", "check_reward", "check_solver", "check_utility"]
