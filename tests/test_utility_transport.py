@@ -119,6 +119,7 @@ def test_the_first_variation_is_the_change_of_the_distance(power: int) -> None:
     assert found == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("utility", [Wasserstein1(), Wasserstein2()], ids=["one", "two"])
 def test_the_error_is_the_spread_of_the_estimate(utility: Utility) -> None:
     values, errors = [], []

@@ -1,5 +1,7 @@
 """A utility as a function of the law: its first variation is a reward, the same twice, and the change of its value."""
 
+# Mutation tests: test_testing_utilities.py
+
 from __future__ import annotations
 
 from collections.abc import Callable
