@@ -35,7 +35,7 @@ from tiltflow.training.optimizer import Optimizer, fill_optimizer
 
 pytestmark = pytest.mark.usefixtures("double")
 
-SOLVERS = ("memoryless", "memoryless-offset", "ddpm")
+SOLVERS = ("memoryless", "memoryless-offset", "ddpm", "ddim-half-way")
 MIXTURE = Mixture(modes=3, radius=1.5, scale=0.5).base()
 FIELD = FunctionField(MIXTURE.velocity)
 

@@ -720,7 +720,7 @@ def test_any_pipeline_is_loaded_or_refused_fuzz(
         ),
         ("tokenizer/tokenizer_config.json", {"model_max_length": {}}, "the pipeline's text encoder raised TypeError"),
         ("vae/config.json", {"scaling_factor": ["x"]}, "the pipeline's decoder raised TypeError"),
-        ("vae/config.json", {"up_block_types": []}, r"decoder returns pictures of shape \[3, 8, 8\], not \["),
+        ("vae/config.json", {"up_block_types": []}, r"decoder returns samples of shape \[3, 8, 8\], not \["),
         (
             "text_encoder/config.json",
             {"num_hidden_layers": 4},
