@@ -33,6 +33,7 @@ from tiltflow.rewards.image_similarity import ImageSimilarity
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import shipped_recipes
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import read_yaml
 
 SHORT, LONG = "make it red", "put two blue dogs on the sofa beside the window"
@@ -72,6 +73,9 @@ def test_parity_with_the_pipeline(size: tuple[int, int], tmp_path: Path) -> None
 
     worst = 1e-4 * expected.abs().max()
     assert (ours([SHORT, LONG], images) - expected).abs().max() < worst
+    own = Sampling(scheduler="default", num_inference_steps=4)
+    by_its_own = model.sample_latents([SHORT, LONG], images=images, sampling=own, latents=latents)
+    assert (by_its_own - expected).abs().max() < worst
     alone = [ours([p], [i], x) for p, i, x in zip([SHORT, LONG], images, latents.split(1), strict=True)]
     assert (torch.cat(alone) - expected).abs().max() < worst
     other = [ours([LONG, SHORT], images), ours([SHORT, LONG], images[::-1])]

@@ -26,6 +26,7 @@ from tiltflow.models.pipelines.flux_2 import Flux2
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
 from tiltflow.runs.export import export_run
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.draw import batches
 
@@ -74,6 +75,9 @@ def test_parity_with_the_pipeline(name: str, size: tuple[int, int]) -> None:
         assert (alone - expected).abs().max() < 1e-4 * expected.abs().max()
         other = ours(model, [LONG, SHORT], latents, scale)
         assert (other - expected).abs().amax(tuple(range(1, other.ndim))).min() > 1e-2 * expected.abs().max()
+    own = Sampling(scheduler="default", num_inference_steps=4)
+    by_its_own = model.sample_latents([SHORT, LONG], sampling=own, guidance_scale=4.0, latents=latents)
+    assert (by_its_own - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.slow
