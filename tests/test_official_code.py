@@ -81,7 +81,7 @@ def test_samples_are_those_of_its_scheduler(eta: float) -> None:
     x = torch.randn(5, 2, generator=stream(0))
     norm = torch.hypot(chain.times, 1 - chain.times)
     path = rollout(chain, Flow(network, "epsilon", PATH), x * norm[0], stream(1), to_the_end=True)
-    noise = path.noise() if eta else torch.zeros(steps, 5, 2)
+    noise = [path.noise(k) if eta else torch.zeros(5, 2) for k in range(steps)]
     for k, t in enumerate(timesteps(steps)):
         mean, std = mean_and_std(x, network(x, torch.full((5,), float(t))), k, steps, eta)
         x = mean + std * noise[k]
@@ -99,8 +99,9 @@ def test_the_gradient_is_that_of_the_code() -> None:
     (measured,) = iterate(method, fields[0], fields[1], reward, x * norm[0], stream(1), State(), start=grid)
 
     with torch.no_grad():
-        noise = rollout(chain, fields[0], x * norm[0], stream(1)).noise()
-    assert len(noise) == steps  # the last step has noise and is controlled
+        path = rollout(chain, fields[0], x * norm[0], stream(1))
+        noise = [path.noise(k) for k in range(steps)]
+    assert len(path.velocities) == steps  # the last step has noise and is controlled
     states = [x]
     for k, t in enumerate(timesteps(steps)):
         with torch.no_grad():

@@ -363,6 +363,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "allow_tf32": check_tf32,
     "prompts_per_step": check_refused("prompts_per_step", 2),
     "num_generations": check_refused("num_generations", 2),
+    "prompt_order": check_refused("prompt_order", "epochs"),
     "decode_batch_size": check_refused("decode_batch_size", 2),
     "guidance_mode": check_refused("guidance_mode", "rollout"),
     "per_prompt_normalization": check_normalization,
