@@ -263,6 +263,7 @@ DIFFERENT: dict[str, Any] = {
     "max_train_steps": 2,
     "prompts_per_step": 3,
     "num_generations": 3,
+    "prompt_order": "epochs",
     "guidance_mode": "rollout",
     "per_prompt_normalization": 2,
     "ema_decay": 0.5,
