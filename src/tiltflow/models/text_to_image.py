@@ -41,6 +41,7 @@ from tiltflow.models.prompt_encoder import PromptEncoder
 from tiltflow.models.quantization import is_quantized
 from tiltflow.models.schedules import Schedule, drawn_by, scheduler_named
 from tiltflow.models.trainable import Adapter, trainable_copy
+from tiltflow.offload import scoring
 from tiltflow.pictures import IMAGE, Picture, edited, picture_of
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
@@ -300,6 +301,7 @@ class TextToImage:
         """
         load_weights(self.denoiser, self.family.denoiser, folder)
 
+    @scoring()
     def decode(self, latents: Tensor, *, batch_size: int = 4) -> Tensor:
         """Decode latents [batch, *event] into images [batch, 3, height, width], about [-1, 1], or videos [batch, frames, 3,
         height, width]. Differentiable: the activations of each part of `batch_size` are recomputed in the backward pass, so

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
+from torch import nn
 
+from tiltflow import processes
 from tiltflow.conditions import Item
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError, Note, not_installed
@@ -22,9 +26,11 @@ from tiltflow.flows.precision import autocast_dtype, tf32
 from tiltflow.models.compiled import compiled, try_compiled
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
+from tiltflow.offload import Offload, networks_in, offloaded
 from tiltflow.optimization import adamw
-from tiltflow.rewards import Reward, RewardSettings
+from tiltflow.rewards import LearnedReward, Reward, RewardSettings
 from tiltflow.runs.caveats import few_steps_limits
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
@@ -98,6 +104,7 @@ def prepare(
         warnings.warn(sentence, Note, stacklevel=2)
     flow = cast(Flow, tuned.flow)
     adapted = has_adapter(flow.network)
+    apart = partial(what_can_be_apart, model, reward)
     if normalized is not None:
         reward = normalized(model)
     dtype = autocast_dtype(training.mixed_precision, model.device)
@@ -134,7 +141,9 @@ def prepare(
         return calibrate(beta)
 
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
-        with tf32(training.allow_tf32, model.device), compiled(training.compile, flow.network, base.network):
+        copied = None if adapted else cast(nn.Module, base.network)
+        away = offloaded(apart(copied)) if training.offload else nullcontext()
+        with tf32(training.allow_tf32, model.device), compiled(training.compile, flow.network, base.network), away:
             if training.compile is not None:
                 try_compiled_pair(tuned, flow, base, items, method, training, seed)
             yield from steps(resume_from, **options)
@@ -165,6 +174,19 @@ def prepare(
         )
 
     return Prepared(model, tuned, flow, base, reward, draw, loop)
+
+
+def what_can_be_apart(model: GenerativeModel, reward: Reward, copied: nn.Module | None) -> Offload:
+    """What `training.offload` keeps on the CPU.
+
+    Args:
+        reward: not normalised; the network of one that learns stays where its optimizer is.
+        copied: the frozen copy of the network that is tuned, if there is one. Sharded weights stay where they are.
+    """
+    scorers = [] if isinstance(reward, LearnedReward) else networks_in(reward)
+    if isinstance(model, TextToImage):
+        scorers.append(model.pipeline.vae)
+    return Offload(tuple(scorers), copied if processes.count() == 1 else None, model.device)
 
 
 def asked_of(items: Sequence[Item], held_out: Sequence[Item], settings: Evaluation, count: int | None = None) -> Asked:

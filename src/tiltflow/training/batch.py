@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tiltflow import processes
+from tiltflow import offload, processes
 from tiltflow.control.objective import Objective, RunningReward
 from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
@@ -143,6 +143,7 @@ class Batch:
 
         Returns the sums by name, each summand counted once.
         """
+        offload.learning()
         counted = torch.arange(count, device=self.x.device) >= processes.first_counted(count)
         sums: dict[str, float] = {}
         for part in processes.shares(count, self.micro_batch_size or processes.share_of(over)):

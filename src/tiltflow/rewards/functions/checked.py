@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flows.interpolant import expand
+from tiltflow.offload import scoring
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.rewards.functions.prompted import chosen, prompts_of
 from tiltflow.timing import phase
@@ -80,6 +81,7 @@ def evaluate(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") 
 
 
 @phase("reward")
+@scoring()
 def values_of(reward: Reward, x: Tensor) -> Tensor:
     """`reward(x)` [batch], of a copy of x through which gradients pass. NaN and infinity are not checked for.
 
@@ -123,6 +125,7 @@ def try_reward(
 
 
 @torch.no_grad()
+@scoring()
 def score(
     reward: Reward, x: Tensor, batch_size: int, device: torch.device | str, non_finite: NonFiniteRewards = "error"
 ) -> Tensor:
@@ -153,6 +156,7 @@ def finite_only(rewards: Tensor) -> Tensor | None:
 
 
 @phase("reward")
+@scoring()
 def value_and_gradient(reward: Reward, x: Tensor, non_finite: NonFiniteRewards = "error") -> tuple[Tensor, Tensor]:
     """(r [batch], gradient of r with respect to x [batch, *event]), both detached and in float32 or better.
 

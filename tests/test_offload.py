@@ -1,0 +1,97 @@
+"""Networks on the CPU while nothing needs them: who is where when, and the same bits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+from tiny_pipelines import tiny_pipeline
+
+import tiltflow
+from tiltflow import offload
+from tiltflow.offload import networks_in
+from tiltflow.training.batch import Batch
+
+PROMPTS = ["a red cat", "a blue dog"]
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def score(self, images: Tensor) -> Tensor:  # not `forward`, which hooks would see
+        return images.mean((2, 3)) @ self.weight
+
+
+def tuned_weights(folder: Path, reward: Any, **training: Any) -> list[Tensor]:
+    model = tiltflow.from_diffusers(tiny_pipeline("stable-diffusion", folder), height=16, width=16)
+    settings = tiltflow.Training(
+        max_train_steps=2, prompts_per_step=2, num_generations=1, guidance_mode="none", micro_batch_size=1, **training
+    )
+    method = tiltflow.AdjointMatching(num_inference_steps=2)
+    tuned = tiltflow.tune(model, reward, method, settings, conditions=PROMPTS, adapter=None)
+    return [parameter.detach().clone() for parameter in tuned.denoiser.parameters()]
+
+
+def test_each_network_is_on_the_device_while_it_is_needed_and_the_bits_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the moves, as there is one device here."""
+    network, there, begun, scored, learned = Mean(), set[str](), list[bool](), list[set[str]](), list[set[str]]()
+
+    def reward(images: Tensor) -> Tensor:
+        scored.append(set(there))
+        return network.score(images)
+
+    def move(part: nn.Module, device: Any) -> None:
+        begun.append(True)
+        (there.discard if device == "cpu" else there.add)(type(part).__name__)
+
+    accumulate = Batch.accumulate
+
+    def accumulating(batch: Batch, terms_of: Any, *sizes: Any, **named: Any) -> Any:
+        def terms(part: slice) -> Any:
+            learned.append(set(there))
+            return terms_of(part)
+
+        return accumulate(batch, terms, *sizes, **named)
+
+    expected = tuned_weights(tmp_path, reward)
+    assert not begun  # it is off by default
+    scored.clear()
+    monkeypatch.setattr(offload, "move", move)
+    monkeypatch.setattr(Batch, "accumulate", accumulating)
+    found = tuned_weights(tmp_path, reward, offload=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    of_training = [names for names in scored if names]
+    assert len(of_training) == 4 < len(scored)  # the first is a rehearsal, before training begins
+    assert all({"Mean", "AutoencoderKL"} <= names for names in of_training)
+    assert learned == 4 * [set()]
+    assert there == {"Mean", "AutoencoderKL", "Denoiser"}  # afterwards all are back
+
+
+def test_networks_of_a_reward_are_found_where_it_holds_them() -> None:
+    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.parts = {"a": [one], "myself": self}
+
+        def score(self, x: Tensor) -> Tensor:
+            return x
+
+    def closed(x: Tensor, *, also: nn.Module = other) -> Tensor:
+        return holder.score(x)
+
+    holder = Holder()
+    for thing in (closed, partial(closed), [closed]):
+        assert {id(network) for network in networks_in(thing)} == {id(one), id(other)}
+    assert networks_in(holder.score) == [one]
+    assert networks_in(lambda x: x) == []
