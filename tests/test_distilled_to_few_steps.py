@@ -23,8 +23,11 @@ from tiltflow.models.few_steps import few_steps_in_words
 from tiltflow.models.pipelines import families
 from tiltflow.models.schedules import drawn_by, schedule_of
 from tiltflow.runs.export import export_run
+from tiltflow.samplers.grid import OwnGrid
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.solvers.consistency import consistency
+from tiltflow.samplers.solvers.euler import euler
+from tiltflow.samplers.solvers.tcd import Tcd
 
 LCM = {**STABLE_DIFFUSION, "set_alpha_to_one": False}
 TURBO = {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}
@@ -41,19 +44,20 @@ def brightness(images: Tensor) -> Tensor:
         (diffusers.LCMScheduler(**LCM), "consistency"),
         (diffusers.EulerAncestralDiscreteScheduler(**TURBO), "ddpm"),
         (diffusers.SCMScheduler(), "consistency"),
+        *[(diffusers.TCDScheduler(**LCM), f"tcd {eta}") for eta in (0.0, 0.3, 1.0)],
     ],
 )
 def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise and a network that is not linear, from the same latents to the same end."""
     noises = torch.randn(steps + 1, 2, 3, generator=torch.Generator().manual_seed(0))
-    schedule = schedule_of(scheduler)
+    schedule, (solver, _, eta) = schedule_of(scheduler), solver.partition(" ")
     unit = 0.3 if isinstance(schedule.path, Linear) else 300
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return torch.sin(3 * x) + x.flip(-1) * torch.cos(time.double().mean() / unit)
 
-    sampling = Sampling(solver=solver, num_inference_steps=steps)
-    chain = sampling.chain(schedule.times)
+    sampling = Sampling(solver=solver, num_inference_steps=steps, eta=float(eta or 1))
+    chain = sampling.chain(OwnGrid(schedule.times, schedule.clock))
     flow = tiltflow.Flow(predict, schedule.prediction, schedule.path)
     x = noises[0].double() * schedule.start_scale(chain.times[0])
     for k in range(steps):
@@ -64,7 +68,7 @@ def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps
     drawn = iter(noises[1:])
     monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *rest, **options: next(drawn))
     schedule.set_timesteps(scheduler, steps)
-    theirs = drawn_by(scheduler, predict, noises[0])
+    theirs = drawn_by(scheduler, predict, noises[0], **({"eta": float(eta)} if eta else {}))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
@@ -91,6 +95,24 @@ def test_sana_sprint_draws_what_its_pipeline_draws(steps: int, tmp_path: Path, m
         assert (x - theirs).abs().max() < 1e-4 * theirs.abs().max()
         ends.append(x)
     assert (ends[0] - ends[1]).abs().max() > 1e-2 * ends[0].abs().max()
+
+
+def test_tcd_is_between_euler_and_consistency() -> None:
+    """At both ends it is one of them; between, what is left of the noise and what is fresh are together the noise of the path."""
+    times = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    for eta, other in ((0.0, euler(times)), (1.0, consistency(times))):
+        chain = Tcd(eta).chain(times)
+        for part in ("x_scale", "v_scale", "std"):
+            torch.testing.assert_close(getattr(chain, part), getattr(other, part), rtol=0, atol=1e-15)
+    chain, (t, s) = Tcd(0.3).chain(times), (times[:-1], times[1:])
+    # x = t x_1 + (1 - t) x_0 and v = x_1 - x_0: the factors of x_1 and of x_0 after a step
+    of_data, of_noise = chain.x_scale * t + chain.v_scale, chain.x_scale * (1 - t) - chain.v_scale
+    torch.testing.assert_close(of_data, s, rtol=0, atol=1e-15)
+    torch.testing.assert_close(of_noise**2 + chain.std**2, (1 - s) ** 2, rtol=0, atol=1e-15)
+    assert (chain.std[:-1] > 0).all()
+    assert chain.std[-1] == 0
+    inner = 0.3 + 0.7 * s  # nearer to data by 0.3 of what is left: the noise there, scaled as the data is on the way back
+    torch.testing.assert_close(of_noise / of_data, (1 - inner) / inner, rtol=0, atol=1e-12)
 
 
 def test_a_consistency_model_keeps_its_law() -> None:
@@ -131,7 +153,6 @@ SIGNS: dict[str, tuple[str, Any, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:scheduler TCDScheduler")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("TCD", "SANA-Sprint"))) for name in SIGNS]
 )
@@ -148,7 +169,7 @@ def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) 
         return brightness(images)
 
     training = tiltflow.Training(max_train_steps=1, prompts_per_step=1, num_generations=2, guidance_mode="none")
-    solver = {"LCM": "consistency", "SANA-Sprint": "consistency", "Turbo": "ddpm"}.get(name, "memoryless")
+    solver = {"TCD": "tcd", "LCM": "consistency", "SANA-Sprint": "consistency", "Turbo": "ddpm"}.get(name, "memoryless")
     method = tiltflow.AdjointMatching(num_inference_steps=3, solver=solver)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Note)
@@ -162,11 +183,11 @@ def test_what_is_known_is_said_before_the_first_step(name: str, tmp_path: Path) 
 
 def test_defaults_where_the_scheduler_is_for_few_steps(tmp_path: Path) -> None:
     """Without guidance, in few steps, by the solver that does what the scheduler does; what is asked for stays."""
-    for scheduler, solver in ((SIGNS["LCM"][1], "consistency"), (SIGNS["Turbo"][1], "ddpm")):
+    for name, solver, eta in (("LCM", "consistency", 1.0), ("Turbo", "ddpm", 1.0), ("TCD", "tcd", 0.3)):
         pipeline = tiny_pipeline("stable-diffusion", tmp_path)
-        pipeline.scheduler = scheduler
+        pipeline.scheduler = SIGNS[name][1]
         model = from_diffusers(pipeline)
-        assert (model.guidance_scale, model.sampling) == (1.0, Sampling(solver=solver, num_inference_steps=4))
+        assert (model.guidance_scale, model.sampling) == (1.0, Sampling(solver=solver, eta=eta, num_inference_steps=4))
         assert from_diffusers(pipeline, guidance_scale=2.0).guidance_scale == 2.0
     assert from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)).guidance_scale == 7.5
 
@@ -193,24 +214,29 @@ def test_a_latent_consistency_model(tmp_path: Path) -> None:
     assert not torch.allclose(*drawn, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:EulerAncestralDiscreteScheduler")
+@pytest.mark.filterwarnings("ignore:EulerAncestralDiscreteScheduler", "ignore:TCDScheduler")
 @pytest.mark.parametrize(
-    ("solver", "said"),
-    [("ddpm", "of the same law"), pytest.param("memoryless", "which diffusers does not have", marks=pytest.mark.slow)],
+    ("name", "solver", "said"),
+    [
+        ("Turbo", "ddpm", "of the same law"),
+        pytest.param("Turbo", "memoryless", "which diffusers does not have", marks=pytest.mark.slow),
+        pytest.param("TCD", "tcd", "of the same law", marks=pytest.mark.slow),
+    ],
 )
-def test_an_export_comes_with_the_scheduler_whose_steps_were_taken(solver: str, said: str, tmp_path: Path) -> None:
+def test_an_export_comes_with_the_scheduler_whose_steps_were_taken(name: str, solver: str, said: str, tmp_path: Path) -> None:
     pipeline = tiny_pipeline("stable-diffusion", tmp_path)
-    pipeline.scheduler = SIGNS["Turbo"][1]
+    pipeline.scheduler = SIGNS[name][1]
     pipeline.save_pretrained(tmp_path / "stable-diffusion")
     tree = recipe_for(tmp_path, "stable-diffusion")
-    tree["evaluation"]["points"] = [{"num_inference_steps": 2, "solver": solver, "guidance_scale": 1}]
+    tree["evaluation"]["points"] = [{"num_inference_steps": 2, "solver": solver, "eta": 0.3, "guidance_scale": 1}]
     tree["training"] |= {"max_train_steps": 1, "guidance_mode": "none"}
     tree["model"]["guidance_scale"] = 1.0
     summary = train(tree, tmp_path / "run")
     assert any("no velocity field whose ODE or SDE samples its law" in limit for limit in summary["limits"])
     export_run(tmp_path / "run", tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert 'EulerAncestralDiscreteScheduler.from_pretrained(".", subfolder="scheduler")' in card
+    assert f'{type(SIGNS[name][1]).__name__}.from_pretrained(".", subfolder="scheduler")' in card
+    assert ('"eta": 0.3' in card) == (name == "TCD")
     assert said in card
 
 

@@ -12,6 +12,7 @@ FEW = 8
 OWN_SAMPLING: dict[str, Sampling] = {
     "EulerAncestralDiscreteScheduler": Sampling(solver="ddpm", num_inference_steps=4),  # the same steps, in other coordinates
     "LCMScheduler": Sampling(solver="consistency", num_inference_steps=4),
+    "TCDScheduler": Sampling(solver="tcd", eta=0.3, num_inference_steps=4),
     "SCMScheduler": Sampling(solver="consistency", num_inference_steps=2),
 }
 """The solver that draws as a scheduler for few steps does, and a usual number of steps."""

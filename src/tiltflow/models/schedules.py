@@ -33,6 +33,7 @@ from tiltflow.flows.interpolant import (
     interior,
     mixture_weights,
 )
+from tiltflow.samplers.grid import linear_clock
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
@@ -147,7 +148,8 @@ class Schedule:
         else:
             square = self.path.alphas_cumprod  # type: ignore[union-attr]
             # an offset can lead to timestep T, which does not exist: it would be read as clean data, and is refused below
-            to_data = scheduler.config.set_alpha_to_one or type(scheduler).__name__ == "LCMScheduler"
+            name = type(scheduler).__name__  # that of TCD ends at timestep 0 whatever its settings say
+            to_data = name == "LCMScheduler" or (scheduler.config.set_alpha_to_one and name != "TCDScheduler")
             ends = square[-1] if to_data else square[-2]
             squares = torch.cat([square[len(square) - 2 - scheduler.timesteps.cpu()], ends[None]])
             times = squares.sqrt() / (squares.sqrt() + (1 - squares).sqrt())
@@ -158,6 +160,16 @@ class Schedule:
                 " noise to data; take fewer steps, or timestep_spacing: trailing"
             )
         return times
+
+    def clock(self, times: Tensor, share: float) -> Tensor:
+        """See `tiltflow.samplers.grid.Clock`: of models of diffusion in whole timesteps, rounded down."""
+        if isinstance(self.path, Linear):
+            return linear_clock(times, share)
+        square = self.path.alphas_cumprod  # type: ignore[union-attr]
+        known = square.sqrt() / (square.sqrt() + (1 - square).sqrt())  # of the last timestep, .., of timestep 0, of data
+        left = len(known) - 2 - (known - times[:, None]).abs().argmin(1)
+        nearer = ((1 - share) * left).floor().long()
+        return torch.where(left < 0, times, known[len(known) - 2 - nearer])
 
     def called(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a predictor, (.., time, condition) -> prediction, as the scheduler has it called: the multistep schedulers of
@@ -271,6 +283,7 @@ def schedule_of(
         FlowMatchEulerDiscreteScheduler,
         LCMScheduler,
         SCMScheduler,
+        TCDScheduler,
     )
 
     (path, prediction), config = path_of(scheduler), scheduler.config
@@ -282,7 +295,7 @@ def schedule_of(
         plain = type(scheduler).from_config(config, **FIRST_ORDER.get(type(scheduler).__name__, {}))
     elif isinstance(scheduler, EulerAncestralDiscreteScheduler):
         plain = EulerDiscreteScheduler.from_config(config)  # its times and coordinates, without its noise
-    elif isinstance(scheduler, (EulerDiscreteScheduler, LCMScheduler)):
+    elif isinstance(scheduler, (EulerDiscreteScheduler, LCMScheduler, TCDScheduler)):
         plain = scheduler
     else:
         plain = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)

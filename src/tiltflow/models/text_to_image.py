@@ -43,6 +43,7 @@ from tiltflow.models.schedules import Schedule, drawn_by, scheduler_named
 from tiltflow.models.trainable import Adapter, trainable_copy
 from tiltflow.offload import scoring
 from tiltflow.pictures import IMAGE, Picture, edited, picture_of
+from tiltflow.samplers.grid import OwnGrid
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.streams import stream
@@ -193,14 +194,20 @@ class TextToImage:
         frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
         return {"height": self.size[0], "width": self.size[1], **frames}
 
-    def own_grid(self, num_inference_steps: int) -> Tensor:
-        """Return the times [K + 1] of the pipeline's scheduler on the linear path, increasing from noise to data, float64."""
-        return self.schedule.times(num_inference_steps)
+    @property
+    def own_grid(self) -> OwnGrid:
+        """The times [K + 1] of the pipeline's scheduler on the linear path, increasing from noise to data, float64."""
+        return OwnGrid(self.schedule.times, self.schedule.clock)
 
-    def grid(self, num_inference_steps: int) -> Tensor:
-        """Return `own_grid` with its last time moved to 1, clean data: the grid of training."""
-        times = self.own_grid(num_inference_steps)
-        return torch.cat([times[:-1], times.new_ones(1)])
+    @property
+    def grid(self) -> OwnGrid:
+        """`own_grid` with its last time moved to 1, clean data: the grid of training."""
+
+        def to_data(num_inference_steps: int) -> Tensor:
+            times = self.schedule.times(num_inference_steps)
+            return torch.cat([times[:-1], times.new_ones(1)])
+
+        return OwnGrid(to_data, self.schedule.clock)
 
     def start(self, num_samples: int, generator: torch.Generator, t: Tensor) -> Tensor:
         """Draw starting points [num_samples, *event] on the linear path at the first time t of a grid."""

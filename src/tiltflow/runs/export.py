@@ -86,6 +86,8 @@ def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, d
     if family is not None and {"height", "width"} <= sampling.keys():
         sampling |= family.arguments((sampling["height"], sampling["width"]), point.num_inference_steps)
     sampling["num_inference_steps"] = point.num_inference_steps
+    if point.solver == "tcd":
+        sampling["eta"] = point.eta
     (folder / SAMPLING).write_text(json.dumps(sampling) + "\n", encoding="utf-8")
 
 

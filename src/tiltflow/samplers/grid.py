@@ -5,10 +5,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+Clock = Callable[[Tensor, float], Tensor]
+"""(times on the linear path, share) -> times on it that are nearer to data by this share of what is left to it, in the time of
+a model, which may be another."""
+
+
+def linear_clock(times: Tensor, share: float) -> Tensor:
+    """The clock of a model whose time is that of the linear path."""
+    return 1 - (1 - share) * (1 - times)
+
+
+@dataclass(frozen=True)
+class OwnGrid:
+    """The grid of a model that has its own, from K to K + 1 times, and its clock."""
+
+    times: Callable[[int], Tensor]
+    clock: Clock
+
+    def __call__(self, num_inference_steps: int) -> Tensor:
+        return self.times(num_inference_steps)
+
 
 Start = float | Callable[[int], Tensor]
 """The start of sampling: a time, from which the grid of `Sampling` is spread; or the grid of a model that has its own, from the

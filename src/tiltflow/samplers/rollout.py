@@ -73,7 +73,7 @@ def projection_of(velocity: Velocity) -> Callable[[Tensor], Tensor]:
 @phase("rollout")
 def sample(flow: Velocity, x: Tensor, sampling: Sampling, generator: Noise, *, start: Start = 0.0) -> Tensor:
     """Samples [batch, *event] at t = 1 from starting points x at time `start`."""
-    solver, times = sampling.build(), sampling.times(start)
+    solver, times = sampling.build(start), sampling.times(start)
     if isinstance(solver, OdeSolver):
         return solve(solver.states, flow, x, times)[-1]
     project = projection_of(flow)
@@ -103,7 +103,7 @@ def simulate(
 ) -> Trajectory:
     """A trajectory of any solver from starting points x at time `start`; see `rollout` and `rollout_ode`. A last step without
     noise is left out where others have some."""
-    solver, times = sampling.build(), sampling.times(start)
+    solver, times = sampling.build(start), sampling.times(start)
     if isinstance(solver, OdeSolver):
         return rollout_ode(solver.states, times, flow, x, act=act, storage=storage)
     if isinstance(solver, StochasticSolver):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.samplers.chain import Chain
-from tiltflow.samplers.grid import Spacing, Start, split, variance_preserving
+from tiltflow.samplers.grid import OwnGrid, Spacing, Start, split, variance_preserving
 from tiltflow.samplers.solver import ChainSolver, Solver, check_memoryless, check_name, solver_named
+from tiltflow.samplers.solvers.tcd import Tcd
 from tiltflow.settings import External, Settings
 
 SolverName = Annotated[str, AfterValidator(check_name), External(only_functions=True)]
@@ -26,7 +28,7 @@ class Sampling(Settings):
     """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
-    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, euler, euler-maruyama, heun, stochastic-heun,
+    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, tcd, euler, euler-maruyama, heun, stochastic-heun,
     dpm-solver++, or `package.module:function`, an ODE solver of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     """Steps from noise to data."""
@@ -35,7 +37,7 @@ class Sampling(Settings):
     spacing: Spacing = "even"
     """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim`, `ddim-half-way` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
+    """The noise of the `ddim`, `ddim-half-way`, `tcd` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
     With a scheduler it is that of its DDIM, and 0 by default."""
     scheduler: str | None = None
     """Instead of a solver, and of pipelines alone: draw in the own steps of a scheduler of diffusers. default: the pipeline's,
@@ -51,9 +53,10 @@ class Sampling(Settings):
                 raise ValueError(f"a scheduler takes its own steps; leave {name} out")
         return {"solver": "euler", "eta": 0.0, **values}
 
-    def build(self) -> Solver:
-        """The solver, as a value."""
-        return solver_named(self.solver, self.eta)
+    def build(self, start: Start = 0.0) -> Solver:
+        """The solver, as a value; one that needs the clock of the model has it from the model's own grid."""
+        solver = solver_named(self.solver, self.eta)
+        return replace(solver, clock=start.clock) if isinstance(start, OwnGrid) and isinstance(solver, Tcd) else solver
 
     @property
     def is_chain(self) -> bool:
@@ -110,7 +113,7 @@ class Sampling(Settings):
     def chain(self, start: Start = 0.0, *, substeps: int = 1) -> Chain:
         """The chain of this solver from time `start`, each step split into so many of equal length. Raises ValueError for a
         solver that is not one."""
-        solver = self.build()
+        solver = self.build(start)
         if not isinstance(solver, ChainSolver):
             raise ValueError(f"{self.solver} is no chain of Gaussian steps")
         return solver.chain(split(self.times(start), substeps))
