@@ -98,7 +98,7 @@ def test_sana_sprint_draws_what_its_pipeline_draws(steps: int, tmp_path: Path, m
 
 
 def test_tcd_is_between_euler_and_consistency() -> None:
-    """At both ends it is one of them; between, what is left of the noise and what is fresh are together the noise of the path."""
+    """At both ends it is one of them; between, the noise that is left and the fresh one are together that of the path."""
     times = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
     for eta, other in ((0.0, euler(times)), (1.0, consistency(times))):
         chain = Tcd(eta).chain(times)
