@@ -132,6 +132,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Evaluation": {"judge", "data", "features", "reference"},
         "Network": {"path"},
         "Sampling": {"solver"},
+        "Adapter": {"continue_from"},
         "Diffusers": {"components", "diffusers"},
         "Lora": {"path"},
         "Prompts": {"path", "dataset", "validation"},
@@ -153,12 +154,13 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Function": {"path"},
         "Hps": {"model", "tokenizer"},
         "ImageReward": {"model", "tokenizer"},
+        "ImageSimilarity": {"model"},
         "PickScore": {"model", "tokenizer"},
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
         "subset", "split", "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
-        "dtype", "attention_backend",
+        "dtype", "attention_backend", "quantization", "image_column",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
     todo: list[type[Settings]] = [Recipe]
