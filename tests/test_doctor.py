@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["verdict"] in ("green", "amber")
-    assert {"check", "level", "text", "remedy"} == set(found["findings"][0])
+    assert {"check", "level", "text", "remedy", "numbers"} == set(found["findings"][0])
     wrong = CliRunner().invoke(app, ["doctor", str(tmp_path / "recipe.yaml"), "--set", "method.bta=1"])
     assert wrong.exit_code == 1
     assert "method.bta is not a setting, did you mean 'beta'?" in wrong.output
@@ -227,24 +226,6 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "training.micro_batch_size (now 8): the result is the same" in finding.remedy
 
 
-def test_the_memory_of_a_loss_is_that_by_hand(tmp_path: Path) -> None:
-    """w x, its sine and the exponential of that live at once on the way out. On the way back w x and the exponential are left,
-    then a cosine, and the gradients of the two that it is between."""
-
-    class Bent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: Tensor, time: Tensor) -> Tensor:
-            return (self.w * x).sin().exp()
-
-    patient, tuned = patient_for(tmp_path), Flow(Bent())
-    patient = replace(patient, tuned=tuned, base=tuned, batch=replace(patient.batch, x=torch.zeros(8, 1000)))
-    found = memory.peak_of(partial(needed._regress, patient), 8) / (8 * 1000 * 4)
-    assert 3 <= found < 5.1
-
-
 def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
     pytest.importorskip("diffusers")
     from test_run_text_to_image import recipe_for as pipeline_recipe
@@ -258,39 +239,14 @@ def recipe_of_pipeline(folder: Path, **training: Any) -> Any:
     return validate(Recipe, tree, "recipe")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"micro_batch_size": 4, "method": {"num_inference_steps": 6}},  # trajectories
-        {"decode_batch_size": 1, "micro_batch_size": 4},
-        {"model": {"gradient_checkpointing": True}, "micro_batch_size": 4},
-        {"model": {"adapter": None}},
-        {"name": "score-as-action"},
-        {"name": "orw-cfm-w2", "method": {"num_passes": 1}},
-    ],
-)
-def test_the_forecast_is_what_an_iteration_needs(changes: dict[str, Any], tmp_path: Path) -> None:
-    patient = admit(recipe_of_pipeline(tmp_path, **changes), "cpu")
-    said = needed.forecast(patient).most
-    loop = patient.loop()
-    with memory.PeakMemory() as measured:
-        next(loop)
-    loop.close()
-    assert said / 1.5 < measured.peak < 1.5 * said
-
-
 def test_less_is_decoded_at_once(tmp_path: Path) -> None:
-    """With the same gradient; and the forecast knows."""
-    rows = []
+    """With the same gradient."""
+    norms = []
     for size in (4, 1):
-        patient = admit(recipe_of_pipeline(tmp_path, micro_batch_size=4, decode_batch_size=size), "cpu")
-        forecast = needed.forecast(patient)
-        assert forecast.for_a_while[f"decoding {size} pictures"] > 0
-        loop = patient.loop()
-        rows.append((forecast.most, next(loop).metrics["gradient_norm"]))
+        loop = admit(recipe_of_pipeline(tmp_path, micro_batch_size=4, decode_batch_size=size), "cpu").loop()
+        norms.append(next(loop).metrics["gradient_norm"])
         loop.close()
-    assert rows[1][0] < 0.8 * rows[0][0]
-    assert rows[1][1] == pytest.approx(rows[0][1], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 REAL = """
@@ -298,7 +254,8 @@ import ctypes, gc, re, sys, torch
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_doctor import recipe_of_pipeline
-from tiltflow.runs.doctor import admit, memory
+from tiltflow.runs.doctor import admit
+from tiltflow.runs.doctor.forecast import of_patient
 torch.set_num_threads(1)
 
 def status(key):
@@ -307,7 +264,8 @@ def status(key):
 model, method = {"height": 96, "width": 96}, {"num_inference_steps": 4}
 changes = {"model": model, "micro_batch_size": 8, "num_generations": 4, "method": method}
 patient = admit(recipe_of_pipeline(Path(sys.argv[1]), **changes), "cpu")
-said, loop = memory.forecast(patient).most, patient.loop()
+found = of_patient(patient)
+said, loop = found.most - found.phases[found.worst].parts["weights"], patient.loop()
 next(loop)  # what is loaded and allocated once
 loop.close()
 loop = patient.loop()

@@ -34,7 +34,8 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._open: list[Phase] = []
+        self.open: list[Phase] = []
+        """The phases that have begun and not ended, the innermost last."""
         self._since = 0.0
 
     def __enter__(self) -> Clock:
@@ -63,21 +64,27 @@ class Clock:
     def begin(self, name: Phase) -> None:
         """A phase begins."""
         self._charge()
-        self._open.append(name)
+        self.open.append(name)
 
     def end(self) -> None:
         """The innermost phase ends."""
         self._charge()
-        self._open.pop()
+        self.open.pop()
 
     def _charge(self) -> None:
         """The time since the last border is that of the innermost phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        if self._open:
-            self._seconds[self._open[-1]] += now - self._since
+        if self.open:
+            self._seconds[self.open[-1]] += now - self._since
         self._since = now
+
+
+def current_phase() -> Phase | None:
+    """The innermost phase of what is computed now, if a clock measures."""
+    clock = _CLOCK.get()
+    return clock.open[-1] if clock is not None and clock.open else None
 
 
 @contextmanager

@@ -18,6 +18,11 @@ _OFF: WeakSet[Any] = WeakSet()
 """The networks whose adapter is switched off."""
 
 
+def is_off(network: object) -> bool:
+    """True in the context in which a network's adapter is switched off, as that of the base."""
+    return network in _OFF
+
+
 def has_adapter(network: object) -> bool:
     """True if a network, or the one it is compiled from, has an adapter that can be switched off, as those of peft have."""
     return hasattr(network, "disable_adapter")

@@ -194,6 +194,6 @@ def solve(solver: OdeFunction, velocity: Velocity, x: Tensor, times: Tensor) -> 
         if not isinstance(state, Tensor) or state.shape != x.shape:
             got = f"shape {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise InputError(f"the solver's state at t = {t:.4g} must be a tensor of shape {list(x.shape)}, got {got}")
-    if len({state.data_ptr() for state in states}) < len(states):
+    if len({(state.untyped_storage()._cdata, state.storage_offset()) for state in states}) < len(states):
         raise InputError("the solver returns one tensor for several times: x = x + h * v makes a new one, x += h * v does not")
     return states

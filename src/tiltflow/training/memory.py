@@ -11,17 +11,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tiltflow.timing import current_phase
+
 
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of live tensors that were made in its context: `with PeakMemory() as memory: ..`.
 
-    Includes what activation checkpointing recomputes in the backward pass; excludes the workspace of kernels.
+    Includes what activation checkpointing recomputes in the backward pass; excludes the workspace of kernels. `by_phase` are
+    the peaks in each phase of `tiltflow.timing`, and "" outside of all. Tensors that have shapes and no memory count as if they
+    had it.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
+        self.by_phase: dict[str, int] = {}
         self.known: set[int] = set()
+
+    def needs(self, size: int) -> None:
+        """So many bytes more are needed for a moment."""
+        name = current_phase() or ""
+        self.by_phase[name] = max(self.by_phase.get(name, 0), self.now + size)
+        self.peak = max(self.peak, self.now + size)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -41,7 +52,7 @@ class PeakMemory(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.needs(0)
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:

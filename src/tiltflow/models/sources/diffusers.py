@@ -17,7 +17,7 @@ from tiltflow.models.from_diffusers import family_of, loaded, model_of
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.prompt_encoder import CACHE_GB
 from tiltflow.models.quantization import PACKAGES, Quantization
-from tiltflow.models.text_encoders import Use
+from tiltflow.models.text_encoders import Load, Use
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
 from tiltflow.settings import PathOrName, Settings
@@ -163,6 +163,16 @@ class Diffusers(Settings):
         pipeline, load = loaded(self.diffusers, options, self.replaced, self.quantization)
         family_of(pipeline)
         load_loras(pipeline, self.loras)
+        return self.model(pipeline, load, device)
+
+    def model(self, pipeline: Any, load: Load, device: str) -> TextToImage:
+        """Make the untuned model of its pipeline.
+
+        Args:
+            load: loads its text encoders again.
+
+        Raises InputError for settings that it does not take.
+        """
         default, own = pipeline.scheduler, pipeline.scheduler.config
         for key in self.scheduler:
             if key not in own:

@@ -17,7 +17,7 @@ from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import ready
 from tiltflow.streams import stream
 
-__all__ = ["CHECKS", "Finding", "Level", "Patient", "admit", "examine", "refuse", "verdict"]
+__all__ = ["CHECKS", "Finding", "Level", "Patient", "admit", "examine", "foresee", "refuse", "verdict"]
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     network.denoising,
@@ -53,12 +53,39 @@ def examine(recipe: Recipe, device: str = "cpu") -> Iterator[Finding]:
             yield Finding(check.__name__.replace("_", " "), "red", str(error), "fix this first")
 
 
+def foresee(recipe: Recipe, device: str = "cpu", gigabytes: float | None = None) -> Iterator[Finding]:
+    """What the configs of a pipeline say of a recipe: its batch, and its memory.
+
+    Args:
+        gigabytes: of the memory of a GPU that is not here; of the device by default.
+    """
+    yield iteration.geometry(recipe)
+    here = torch.device(device)
+    available = memory.whole_memory(here) if gigabytes is None else gigabytes * 2**30
+    try:
+        yield memory.of_configs(recipe, available, on_gpu=gigabytes is not None or here.type == "cuda")
+    except TiltflowError as error:
+        yield Finding("memory", "red", str(error), FIRST)
+
+
 def admit(recipe: Recipe, device: str) -> Patient:
     """Load the parts of a recipe. Raises InputError for what cannot be loaded or does not fit."""
-    parts = ready(recipe, device).parts
-    model = parts.untuned
+    made = ready(recipe, device)
+    parts, model = made.parts, made.parts.untuned
     batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
-    return Patient(recipe, parts.flow, parts.base, parts.reward, batch, model.grid, model.device, model, parts.loop)
+    return Patient(
+        recipe,
+        parts.flow,
+        parts.base,
+        parts.reward,
+        batch,
+        model.grid,
+        model.device,
+        model,
+        recipe.asked_for.items(model.class_names, recipe.seed)[0],
+        made.instruments,
+        parts.loop,
+    )
 
 
 def refuse(error: InputError) -> Finding:

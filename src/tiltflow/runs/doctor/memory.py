@@ -1,99 +1,90 @@
-"""The memory that training needs, forecast from one and two samples, against what the device has."""
+"""The memory that training needs, phase by phase, against what the device has, and which setting needs how much less."""
 
 # Mutation tests: none: forecasts, and words for them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from tiltflow.conditions import Item
-from tiltflow.flows.linearize import linearize
-from tiltflow.models.quantization import stored
-from tiltflow.models.text_to_image import TextToImage
-from tiltflow.rewards import select
-from tiltflow.rewards.functions.checked import evaluate, value_and_gradient
-from tiltflow.runs.doctor.patient import Finding, Patient
-from tiltflow.training.draw import Decoded
-from tiltflow.training.memory import free_memory, peak_of
+from tiltflow.errors import TiltflowError
+from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.runs.doctor.architecture import architecture
+from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
+from tiltflow.runs.doctor.patient import Finding, Level, Patient
+from tiltflow.runs.recipe import Recipe
+from tiltflow.training.memory import free_memory
 
-
-class Forecast(NamedTuple):
-    """Bytes that training needs beside the weights: permanently, temporarily, and at the peak."""
-
-    always: dict[str, int]
-    for_a_while: dict[str, int]
-    most: int
+WORDS = {
+    "weights": "weights",
+    "optimizer": "moments of AdamW",
+    "gradients": "gradients",
+    "text encoders": "the text encoders at work",
+    "network": "the network at work",
+    "decoder": "the decoder and its gradient",
+    "reward": "the reward and its gradient",
+    "rest": "trajectories and the like",
+}
+"""Parts of a peak in words, as they are listed."""
+LEAST = 0.005
+"""Share of a peak from which on a part of it is named."""
+ROOM = 0.8
+"""Share of the device's memory above which a peak is tight."""
 
 
 def memory(patient: Patient) -> Iterator[Finding]:
-    """Compare the memory that each part of training needs with that of the device."""
-    networks = (patient.tuned.network, patient.base.network)
-    parameters = (p for network in networks for p in cast(nn.Module, network).parameters())
-    weights = {id(p): sum(part.nbytes for part in stored(p)) for p in parameters}
-    size = micro_batch(patient)
-    (always, for_a_while, need), available = forecast(patient), free_memory(patient.device)
-    parts = [", ".join(f"{name} {gigabytes(value)}" for name, value in part.items()) for part in (always, for_a_while)]
-    text = f"beside the weights, {gigabytes(sum(weights.values()))}: {parts[0]}, and temporarily {parts[1]};"
-    text += f" {gigabytes(need)} at the peak; the device has {gigabytes(available)} left with the weights in it"
-    if need > available:
-        fix = f"lower training.micro_batch_size (now {size}): the result is the same; gradient_checkpointing; dtype bfloat16"
-        fix += "; training.decode_batch_size" if patient.model.has_decoder else ""
-        yield Finding("memory", "red", text, fix)
-    elif need > 0.8 * available:
-        yield Finding("memory", "amber", text, f"a smaller training.micro_batch_size than {size} gives the same result in less")
-    else:
-        yield Finding("memory", "green", text)
+    """Compare the memory that each phase of training needs with that of the device."""
+    try:
+        found = of_patient(patient)
+    except Exception as error:  # whatever a network raises that cannot be called without numbers
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        text = f"not forecast: the network, or the decoder, cannot be called on tensors without numbers ({reason})"
+        yield Finding("memory", "amber", text, "peak_memory_bytes of a short run says what it needs")
+        return
+    there = sum(found.resident[found.worst].values()) if patient.device.type == "cuda" else 0
+    yield finding(patient.recipe, found, free_memory(patient.device) + there, on_gpu=patient.device.type == "cuda")
 
 
-def micro_batch(patient: Patient) -> int:
-    """The number of samples that are evaluated at once."""
-    training = patient.recipe.training
-    return min(training.micro_batch_size or training.samples_per_step, len(patient.batch.x))
+def finding(recipe: Recipe, found: Forecast, available: float, *, on_gpu: bool, known: Known | None = None) -> Finding:
+    """The finding for a forecast.
+
+    Args:
+        available: bytes for weights and all else.
+        on_gpu: whether CUDA needs some of it for itself.
+        known: of the forecast, for those of other settings.
+    """
+    need = found.on_a_gpu if on_gpu else found.most
+    reserve = f", {gigabytes(need - found.most)} of them assumed for CUDA itself and between tensors" if on_gpu else ""
+    text = f"{gigabytes(need)} at the peak{reserve}, {PHASES[found.worst]}; the device has {gigabytes(available)}"
+    lines = [f"{PHASES[name]:>24}  {gigabytes(peak.total):>8} = {summed(peak.parts)}" for name, peak in found.phases.items()]
+    numbers = as_json(found, need, available)
+    text = "\n".join([text, *lines])
+    if need <= ROOM * available:
+        return Finding("memory", "green", text, numbers=numbers)
+    level: Level = "red" if need > available else "amber"
+    return Finding("memory", level, text, "\n".join(remedies(recipe, found, known)), numbers=numbers)
 
 
-def forecast(patient: Patient) -> Forecast:
-    """Forecast the memory of an iteration: measured on one and two samples, or computed from its shapes."""
-    method, size = patient.method, micro_batch(patient)
-    always = permanent(patient)
-    temporary = {f"the reward of {size} samples": peak_of(partial(_score, patient), size)}
-    if patient.model.has_decoder:
-        several = min(patient.recipe.training.decode_batch_size or size, size)
-        temporary[f"decoding {several} pictures"] = peak_of(partial(_decode, patient), several)
-    of_reward = max(temporary.values())
-    if method.needs.reward_gradient:  # it is taken through the last step, whose graph is kept until then
-        temporary[f"adjoints of {size} samples"] = peak_of(partial(_pull_back, patient), size)
-        of_reward += temporary[f"adjoints of {size} samples"]
-    of_loss = temporary[f"loss and gradients of {size} samples"] = peak_of(partial(_regress, patient), size)
-    return Forecast(always, temporary, sum(always.values()) + max(of_reward, of_loss))
+def summed(parts: Mapping[str, float]) -> str:
+    """Parts of a peak, with what they are for."""
+    total = sum(parts.values())
+    named = [(WORDS.get(name, name), parts[name]) for name in [*WORDS, *(set(parts) - set(WORDS))] if name in parts]
+    return " + ".join(f"{what} {gigabytes(size)}" for what, size in named if size > LEAST * total) or "nothing"
 
 
-def permanent(patient: Patient) -> dict[str, int]:
-    """Bytes that are held through a whole iteration beside the weights, by what for."""
-    training, method, batch = patient.recipe.training, patient.method, len(patient.batch.x)
-    event, parameters = patient.batch.x[0], list(patient.tuned.parameters())
-    average = sum(p.numel() * p.element_size() for p in parameters) if training.ema_decay else 0
-    moments = sum(2 * p.numel() * (1 if training.use_8bit_adam else p.element_size()) for p in parameters)
-    steps, copies = method.sampling.num_inference_steps, method.needs.trajectory_copies + int(patient.batch.guide is not None)
-    of_number = event.element_size() if training.trajectory_dtype is None else 2
-    elsewhere = training.trajectory_device is not None and patient.device.type != training.trajectory_device
-    found = {
-        "optimizer, average": moments + average,
-        f"trajectories of {batch} samples in {steps} steps": 0
-        if elsewhere
-        else copies * steps * batch * event.numel() * of_number,
+def as_json(found: Forecast, need: float, available: float) -> dict[str, Any]:
+    """The numbers of a forecast, in bytes."""
+    return {
+        "peak_bytes": round(need),
+        "available_bytes": round(available),
+        "worst_phase": found.worst,
+        "phases": {name: {part: round(size) for part, size in peak.parts.items()} for name, peak in found.phases.items()},
+        "weights": {name: dict(parts) for name, parts in found.resident.items()},
+        "parameters": dict(found.parameters),
+        "prompt_cache_bytes": found.prompt_cache,
     }
-    if patient.model.has_decoder:
-        item = patient.model.example if isinstance(patient.model, TextToImage) else Item("a photograph")
-        condition = patient.model.conditions([item])
-        bytes_of_one = sum(part.numel() * part.element_size() for part in tree_leaves(condition) if isinstance(part, Tensor))
-        found[f"conditions of {batch} samples"] = batch * bytes_of_one
-    return found
 
 
 def gigabytes(count: float) -> str:
@@ -105,38 +96,82 @@ def gigabytes(count: float) -> str:
     return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.3g} MB"
 
 
-# ---- what is measured on a few samples ----
+# ---- remedies ----
 
 
-def _regress(patient: Patient, count: int) -> None:
-    """Forward and backward pass of the tuned network, for the gradient of the trained parameters."""
-    flow, x = patient.batch.bind(patient.tuned).select(slice(count)), patient.batch.x[:count]
-    torch.autograd.grad(flow(x, torch.tensor(0.5, device=x.device)).sum(), list(patient.tuned.parameters()), allow_unused=True)
+def remedies(recipe: Recipe, found: Forecast, known: Known | None = None) -> list[str]:
+    """Settings that lower the peak, each with the peak that it leads to, the lowest first."""
+    changes = _changes(recipe)
+    if isinstance(recipe.source, Diffusers) and _has_configs(recipe.source):
+        known = {} if known is None else known
+        tried = [
+            (words, forecast.most) for words, changed in changes.items() if (forecast := _tried(changed, known)) is not None
+        ]
+        helpful = sorted((most, words) for words, most in tried if most < 0.98 * found.most)
+        if helpful:
+            return [f"{words}: {gigabytes(most)} in place of {gigabytes(found.most)}" for most, words in helpful]
+    size = recipe.training.micro_batch_size or recipe.training.samples_per_step
+    return [f"lower training.micro_batch_size (now {size}): the result is the same"]
 
 
-def _pull_back(patient: Patient, count: int) -> None:
-    """Forward and backward pass of the base, for the gradient with respect to the samples."""
-    base, x = patient.batch.bind(patient.base).select(slice(count)), patient.batch.x[:count]
-    v, pullback = linearize(base, x, torch.tensor(0.5, device=x.device))
-    pullback(v)
+def _has_configs(source: Diffusers) -> bool:
+    try:
+        architecture(source.diffusers)
+    except TiltflowError:
+        return False
+    return True
 
 
-def _decode(patient: Patient, count: int) -> None:
-    """Decode latents, with their gradient if the method needs one."""
-    latents = patient.batch.x[:count].clone().requires_grad_(patient.method.needs.reward_gradient)
-    with torch.set_grad_enabled(latents.requires_grad):
-        images = patient.model.decode(latents, batch_size=count)
-        if latents.requires_grad:
-            torch.autograd.grad(images.sum(), latents)
+def _tried(recipe: Recipe, known: Known) -> Forecast | None:
+    """The forecast of a recipe; None if it cannot be made."""
+    try:
+        return of_recipe(recipe, known=known)
+    except TiltflowError:
+        return None
 
 
-def _score(patient: Patient, count: int) -> None:
-    """Evaluate the reward, on pictures if it is one of pictures, with its gradient if the method needs one."""
-    x, reward = patient.batch.x[:count], select(patient.bound_reward, slice(count))
-    if isinstance(reward, Decoded):
-        x, reward = x.new_zeros(count, *reward.model.sample_shape), reward.reward
-    if patient.method.needs.reward_gradient:
-        value_and_gradient(reward, x, "drop")
-    else:
-        with torch.no_grad():
-            evaluate(reward, x, "drop")
+def _changes(recipe: Recipe) -> dict[str, Recipe]:
+    """Recipes with a setting changed that lowers the memory, by that setting. The first ones change no result."""
+    training, source = recipe.training, recipe.source
+    size = training.micro_batch_size or training.samples_per_step
+    found: dict[str, Recipe] = {}
+
+    def add(words: str, **of_training: Any) -> None:
+        found[words] = recipe.model_copy(update={"training": training.model_copy(update=of_training)})
+
+    def add_to_model(words: str, **of_model: Any) -> None:
+        assert isinstance(source, Diffusers)
+        found[words] = recipe.model_copy(update={"model": source.model_copy(update=of_model)})
+
+    if size > 1:
+        smaller = next(part for part in range(size // 2, 0, -1) if training.samples_per_step % part == 0)
+        add(f"training.micro_batch_size={smaller}", micro_batch_size=smaller)
+    if (training.decode_batch_size or size) > 1:
+        add("training.decode_batch_size=1", decode_batch_size=1)
+    if not isinstance(source, Diffusers):
+        return found
+    if not source.gradient_checkpointing:
+        add_to_model("model.gradient_checkpointing=true", gradient_checkpointing=True)
+    if source.text_encoders != "cpu":
+        add_to_model("model.text_encoders=cpu", text_encoders="cpu")
+    if source.dtypes["default"] == "float32":
+        add_to_model("model.dtype=bfloat16", dtype={**source.dtypes, "default": "bfloat16"})
+    if source.dtypes.get("vae", "float32") == "float32":
+        add_to_model("model.dtype={vae: bfloat16, ..}", dtype={**source.dtypes, "vae": "bfloat16"})
+    if not source.vae_tiling:
+        add_to_model("model.vae_tiling=true", vae_tiling=True)
+    return found
+
+
+def of_configs(recipe: Recipe, available: float, *, on_gpu: bool) -> Finding:
+    """The finding for the memory of a recipe, from the configs of its pipeline alone."""
+    known: Known = {}
+    return finding(recipe, of_recipe(recipe, known=known), available, on_gpu=on_gpu, known=known)
+
+
+def whole_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or those that are free on the CPU."""
+    if device.type == "cuda":
+        whole: int = torch.cuda.get_device_properties(device).total_memory
+        return whole
+    return free_memory(device)

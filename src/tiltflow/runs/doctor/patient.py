@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tiltflow.conditions import Item
+from tiltflow.evaluation.samples import Instruments
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
@@ -32,12 +34,13 @@ MOST = 64
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check: its level, a sentence, and for amber and red a remedy."""
+    """The result of a check: its level, a sentence, and for amber and red a remedy; for some, the numbers behind it."""
 
     check: str
     level: Level
     text: str
     remedy: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Patient:
     Args:
         batch: the start of an iteration.
         model: the base.
+        items: what samples are asked for.
+        instruments: what samples are measured with.
         loop: the training loop; each call begins a new one.
     """
 
@@ -58,6 +63,8 @@ class Patient:
     start: Start
     device: torch.device
     model: GenerativeModel
+    items: Sequence[Item]
+    instruments: Instruments
     loop: Callable[..., Generator[Record, None, None]]
 
     @property

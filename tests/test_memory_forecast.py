@@ -1,0 +1,197 @@
+"""The forecast of memory: beside what an iteration then needs, and what is published of the models that it knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+from test_run_text_to_image import recipe_for as pipeline_recipe
+from typer.testing import CliRunner
+
+from tiltflow.commands.terminal.app import app
+from tiltflow.errors import InputError
+from tiltflow.runs.doctor import Patient, admit
+from tiltflow.runs.doctor.architecture import architecture, facts, model_from_configs
+from tiltflow.runs.doctor.forecast import PHASES, Forecast, of_patient, of_recipe
+from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
+from tiltflow.runs.doctor.shapes import Counter, Replayed, Shapes, shaped
+from tiltflow.runs.recipe import Recipe
+from tiltflow.settings import validate
+from tiltflow.training.memory import PeakMemory
+
+
+def recipe(folder: Path, family: str = "stable-diffusion", side: int = 64, **changes: Any) -> Recipe:
+    """A recipe for a small random pipeline of a family, with changed sections."""
+    method = changes.pop("method", {})
+    tree = pipeline_recipe(folder, family, method.pop("name", "adjoint-matching"))
+    tree["model"] |= {"height": side, "width": side}
+    tree["method"] |= method
+    tree["training"] |= {"max_train_steps": 8}
+    for section, values in changes.items():
+        tree[section] |= values
+    return validate(Recipe, tree, "recipe")
+
+
+def measured(patient: Patient) -> dict[str, int]:
+    """Bytes of all tensors that are made, at the peak of each phase of the second iteration: in the first one the optimizer has
+    no moments yet."""
+    loop = patient.loop()
+    with PeakMemory() as memory:
+        for _ in range(2):
+            memory.by_phase.clear()
+            for _ in range(patient.method.needs.passes):
+                next(loop)
+        loop.close()
+    return memory.by_phase
+
+
+def beside_the_weights(forecast: Forecast) -> dict[str, float]:
+    """Bytes of each phase."""
+    return {name: peak.total - peak.parts["weights"] for name, peak in forecast.phases.items()}
+
+
+def check(recipe: Recipe, tolerance: float) -> None:
+    """Compare a forecast with what an iteration needs: phase by phase, and at the peak."""
+    patient = admit(recipe, "cpu")
+    said, found = beside_the_weights(of_patient(patient)), measured(patient)
+    for name in said:
+        assert said[name] == pytest.approx(found[name], rel=tolerance), name
+    assert max(said.values()) == pytest.approx(max(found.values()), rel=tolerance)
+
+
+def test_the_forecast_is_what_an_iteration_needs(tmp_path: Path) -> None:
+    """With a LoRA, guidance, and a decoder of its own batch size."""
+    check(recipe(tmp_path, side=32, training={"decode_batch_size": 1}), 0.05)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"model": {"gradient_checkpointing": True}},
+    "full": {"model": {"adapter": None}},
+    "full, average": {"model": {"adapter": None}, "training": {"ema_decay": 0.9}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "autocast": {"training": {"mixed_precision": "bf16"}},
+    "autocast, full": {"model": {"adapter": None}, "training": {"mixed_precision": "bf16"}},
+    "guided adjoint": {"training": {"guidance_mode": "full"}},
+    "four micro-batches, of which three are run": {"training": {"num_generations": 4}, "method": {"num_inference_steps": 12}},
+    "reweighted passes": {"method": {"num_passes": 2, "reweight_passes": True}},
+    "score-as-action": {"method": {"name": "score-as-action"}},
+    "orw-cfm-w2": {"method": {"name": "orw-cfm-w2"}},
+    "sd3": {"family": "stable-diffusion-3"},
+    "sd3, full, checkpointing": {"family": "stable-diffusion-3", "model": {"adapter": None, "gradient_checkpointing": True}},
+    "sd3, score-as-action": {"family": "stable-diffusion-3", "method": {"name": "score-as-action"}},
+    "flux": {"family": "flux"},
+    "xl": {"family": "stable-diffusion-xl"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_forecast_in_many_settings(name: str, tmp_path: Path) -> None:
+    check(recipe(tmp_path, **SETTINGS[name]), 0.15)
+
+
+def test_the_memory_of_a_loss_is_that_by_hand() -> None:
+    """w x, its sine and the exponential of that live at once on the way out; w x is kept, beside the result. On the way back
+    there are a cosine, and the gradients of the two that it is between."""
+    w, n = nn.Parameter(shaped(())), 4 * 8 * 1000
+    counter = Counter()
+    call = Replayed(lambda x: (w * x).sin().exp(), counter, "network", lambda: [w])
+    with Shapes(), counter:
+        out = call(shaped((8, 1000)))
+        (cost,) = call.known.values()
+        assert (cost.forward, cost.kept, cost.backward) == pytest.approx((3 * n, n, 3 * n), abs=100)
+        assert counter.now == pytest.approx(2 * n, abs=100)  # the result, and what is kept
+        out.backward(torch.ones_like(out))
+        del out
+    assert w.grad is not None
+    assert counter.now == pytest.approx(4, abs=100)
+    assert counter.peak == pytest.approx(6 * n, abs=200)  # with the cotangent
+
+
+def test_a_reward_that_wants_to_see_numbers_is_called_with_some(tmp_path: Path) -> None:
+    counter, calls = Counter(), list[int]()
+
+    def score(x: Tensor) -> Tensor:
+        return torch.tensor([float(part.numpy().sum()) for part in x])
+
+    def otherwise(x: Tensor, gradient: bool) -> Any:
+        from tiltflow.runs.doctor.forecast import _measured_reward
+
+        calls.append(len(x))
+        return _measured_reward(score, torch.device("cpu"), x, gradient)
+
+    call = Replayed(score, counter, "reward", numbers=True, otherwise=otherwise)
+    with Shapes(), counter:
+        assert call(shaped((4, 3, 8, 8))).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert calls == [4]
+
+
+# ---- from configs alone ----
+
+
+@pytest.mark.slow
+def test_configs_of_a_folder_give_the_forecast_of_its_weights(tmp_path: Path) -> None:
+    """The same pipeline, loaded and by its configs: the same weights and the same peaks."""
+    asked = recipe(tmp_path, model={"text_encoders": "keep"})
+    loaded, configs = of_patient(admit(asked, "cpu")), of_recipe(asked)
+    assert set(configs.phases) == {"encoding", *loaded.phases}
+    assert sum(configs.resident["update"].values()) == sum(loaded.resident["update"].values())
+    for name in loaded.phases:
+        assert configs.phases[name].total == pytest.approx(loaded.phases[name].total, rel=0.02)
+
+
+def test_a_model_whose_configs_are_not_known(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nobody/nothing: --config-only reads a folder with model_index.json and the"):
+        architecture("nobody/nothing")
+    assert all(architecture(name).components["vae"] for fact in facts().values() for name in fact["names"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(facts()))
+def test_published_models_have_as_many_parameters_as_is_published(name: str, tmp_path: Path) -> None:
+    """A config with one wrong number has another count."""
+    model = model_from_configs(source_of(name))
+    for part, count in architecture(name).published.items():
+        parameters = sum(p.numel() for p in model.pipeline.components[part].parameters())
+        assert parameters == pytest.approx(count, rel=0.01), part
+
+
+def source_of(name: str) -> Any:
+    from tiltflow.models.sources.diffusers import Diffusers
+
+    return Diffusers(diffusers=name, dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_published_rewards_have_as_many_parameters_as_is_published() -> None:
+    """CLIP ViT-L/14 and H/14 as OpenAI and laion count them; ImageReward is a BLIP with 446 million."""
+    from tiltflow.rewards.clip_score import ClipScore
+    from tiltflow.rewards.image_reward import ImageReward
+    from tiltflow.rewards.pick_score import PickScore
+
+    settings = (ClipScore(), 428e6), (PickScore(), 986e6), (ImageReward(model="x"), 446e6)
+    for each, count in settings:
+        (network,) = reward_of_shapes(each)[1].values()
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(count, rel=0.01), each.name
+
+
+@pytest.mark.slow
+def test_the_command_line_says_what_fits(tmp_path: Path) -> None:
+    tree = pipeline_recipe(tmp_path, "stable-diffusion")
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(tree))
+    found = CliRunner().invoke(app, ["doctor", str(path), "--config-only", "--memory", "24", "--json"])
+    assert found.exit_code == 0, found.output
+    (_, memory) = json.loads(found.stdout.splitlines()[-1])["findings"]
+    assert memory["level"] == "green"
+    assert set(memory["numbers"]["phases"]) == set(PHASES)
+    small = CliRunner().invoke(app, ["doctor", str(path), "--config-only", "--memory", "0.7"])
+    assert small.exit_code == 1
+    assert "training.decode_batch_size=1: " in small.output
+    assert " in place of " in small.output
