@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from tiltflow.conditions import Item
@@ -26,6 +27,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Reward
 from tiltflow.runs.doctor.shapes import Cost, Counter, Peak, Replayed, Shapes, alone, shaped
+from tiltflow.samplers.stored import Storage, Stored
 from tiltflow.training.draw import batches
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training
@@ -105,6 +107,7 @@ def _run(subject: Subject, size: int) -> dict[str, Peak]:
             start=subject.model.grid,
             ema_decay=training.ema_decay,
             micro_batch_size=training.micro_batch_size,
+            storage=Elsewhere(training.storage.dtype) if training.trajectory_device else training.storage,
             adam=cast(Any, partial(Moments, memory, torch.uint8 if training.use_8bit_adam else None)),
         )
         with warnings.catch_warnings():
@@ -127,6 +130,15 @@ def _replayed(flow: Flow | AdapterOff, memory: Counter, known: dict[Any, Cost]) 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     vars(replayed)["forward"] = Replayed(network.forward, memory, "network", lambda: [] if is_off(replayed) else trained, known)
     return replace(flow, network=replayed)
+
+
+class Elsewhere(Storage):
+    """Trajectories on the CPU, which need nothing of the device."""
+
+    def new(self, count: int, like: Tensor) -> Stored:
+        """Make room for so many steps."""
+        with _disable_current_modes():
+            return super().new(count, like)
 
 
 class Moments:

@@ -11,6 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,15 +25,17 @@ from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
+from tiltflow.models.quantization import stored
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.models.text_to_image import TextToImage
+from tiltflow.offload import networks_in
 from tiltflow.rewards import Reward
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.runs.doctor.architecture import model_from_configs
 from tiltflow.runs.doctor.dry_run import Subject, peaks
 from tiltflow.runs.doctor.patient import Patient
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
-from tiltflow.runs.doctor.shapes import Cost, Peak, alone, bytes_of, copy_of_shapes
+from tiltflow.runs.doctor.shapes import Cost, Peak, alone, copy_of_shapes
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import Settings
 from tiltflow.training.memory import peak_of
@@ -94,8 +97,8 @@ def of_patient(patient: Patient) -> Forecast:
         networks["vae"] = model.pipeline.vae
         networks |= model.encoder.encoders.parts if model.encoder.encoders.use == "keep" else {}
         model = replace(model, pipeline=view)
-    scorers = {id(part): ("reward", part) for part in modules_of(patient.reward)}
-    others = {id(part): ("of the evaluation", part) for part in modules_of(patient.instruments)}
+    scorers = {id(part): ("reward", part) for part in networks_in(patient.reward)}
+    others = {id(part): ("of the evaluation", part) for part in networks_in(patient.instruments)}
     for i, (what, part) in enumerate({**others, **scorers}.values()):
         networks[f"{what} {i + 1}"] = part
     scored = partial(_scored, patient.reward, patient.items)
@@ -111,7 +114,9 @@ def of_patient(patient: Patient) -> Forecast:
     )
     weights = {name: _weights(part) for name, part in networks.items()}
     counts = {name: _parameters(part) for name, part in networks.items()}
-    return _forecast(subject, {}, weights, counts)
+    away = {name for name, part in networks.items() if name == "vae" or name.startswith("reward")}
+    copied = {"its frozen copy"} & set(networks)
+    return _forecast(subject, {}, resident(weights, away, copied, offload=patient.recipe.training.offload), counts)
 
 
 Known = dict[str, dict[Any, Cost]]
@@ -145,44 +150,75 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
     with suppress(InputError):  # the file of prompts may be elsewhere
         items = recipe.asked_for.items((), recipe.seed)[0]
         count = len(items)
-    same = "".join(part.model_dump_json() for part in (cast(Settings, source), cast(Settings, recipe.reward)))
+    elsewhere = {"quantization": {}, "text_encoders": "keep"}  # what these change is known without calls
+    same = source.model_copy(update=elsewhere).model_dump_json() + cast(Settings, recipe.reward).model_dump_json()
     calls = ({} if known is None else known).setdefault(f"{same} {dtype} {recipe.training.trainable.pattern}", {})
     subject = Subject(flow, of_base, model, reward, items[:1], recipe.method, recipe.training, known=calls)
-    family = model.family
     parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
     encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    networks: dict[str, nn.Module] = {name: part for name, part in parts.items() if name not in encoders}
-    if isinstance(base, AdapterOff):
-        networks[family.denoiser] = cast(nn.Module, flow.network)
-    else:
-        networks[f"trained {family.denoiser}"] = cast(nn.Module, flow.network)
-    networks |= scorers
-    weights = {name: _weights(part) for name, part in networks.items()}
-    texts = {name: _weights(part) for name, part in encoders.items()}
-    before: dict[str, Peak] = {}
+    denoiser, frozen = model.family.denoiser, cast(nn.Module, base.network)
+    networks = {name: part for name, part in {**parts, **scorers}.items() if name not in (denoiser, *encoders)}
+    trained = {} if isinstance(base, AdapterOff) else {f"trained {denoiser}": cast(nn.Module, flow.network)}
+    everything = {denoiser: frozen, **trained, **networks, **encoders}
+    weights = {name: _weights(part, source.quantization.get(name)) for name, part in everything.items()}
+    texts = {name: weights[name] for name in encoders}
+    training = {name: size for name, size in weights.items() if name not in texts or source.text_encoders == "keep"}
     with alone() as memory:
         condition = model.conditions(items[:1])[0]
+    before: dict[str, tuple[Peak, dict[str, int]]] = {}
     if source.text_encoders != "cpu":
-        kept = texts if source.text_encoders == "keep" else {}
-        before["encoding"] = Peak({"weights": sum(weights.values()) + sum(texts.values()), "text encoders": memory.peak})
-        weights |= kept
-    counts = {name: _parameters(part) for name, part in {**networks, **encoders}.items()}
+        there = {name: weights[name] for name in (*networks, *texts)}
+        there |= {denoiser: weights[denoiser]} if source.text_encoders == "keep" else {}
+        before["encoding"] = Peak({"weights": sum(there.values()), "text encoders": memory.peak}), there
+    away = {name for name in networks if not name.endswith("of the evaluation")}
+    counts = {name: _parameters(part) for name, part in everything.items()}
+    by_phase = resident(training, away, {denoiser} if trained else set(), offload=recipe.training.offload)
+    found = _forecast(subject, before, by_phase, counts, layer=_largest_layer(frozen) if denoiser in source.quantization else 0)
     one = sum(part.numel() for part in tree_leaves(condition) if isinstance(part, Tensor))
-    one *= next(p.element_size() for p in parts[family.denoiser].parameters())
-    cache = None if count is None else int(min(count * one, source.prompt_cache_gb * 2**30))
-    found = _forecast(subject, before, weights, counts)
-    return replace(found, prompt_cache=cache, resident={**found.resident, **({"encoding": weights | texts} if before else {})})
+    one *= next(p.element_size() for p in parts[denoiser].parameters())
+    return replace(found, prompt_cache=None if count is None else int(min(count * one, source.prompt_cache_gb * 2**30)))
 
 
-def _forecast(subject: Subject, before: Mapping[str, Peak], weights: Mapping[str, int], counts: Mapping[str, int]) -> Forecast:
-    """The forecast of a training: `before` it begins, and each phase beside its weights."""
+def resident(
+    weights: Mapping[str, int], scorers: AbstractSet[str], copied: AbstractSet[str], *, offload: bool
+) -> dict[str, dict[str, int]]:
+    """The weights that are on the device in each phase of a training.
+
+    Args:
+        scorers: names of the decoder and of the networks of the reward.
+        copied: name of the frozen copy of a network that is tuned as a whole.
+        offload: whether they are on the CPU while nothing needs them.
+    """
+    absent = {"update": {*scorers, *copied}, "rollout": scorers, "adjoint": scorers} if offload else {}
+    return {
+        phase: {name: size for name, size in weights.items() if name not in absent.get(phase, ())}
+        for phase in PHASES
+        if phase != "encoding"
+    }
+
+
+def _forecast(
+    subject: Subject,
+    before: Mapping[str, tuple[Peak, dict[str, int]]],
+    weights: Mapping[str, Mapping[str, int]],
+    counts: Mapping[str, int],
+    layer: int = 0,
+) -> Forecast:
+    """The forecast of a training: `before` it begins, and each phase beside its weights.
+
+    Args:
+        layer: bytes of the largest layer of quantized weights, in the dtype in which it computes.
+    """
     found = peaks(subject)
     between = found.pop("", None)  # such as the drawing of a batch
     if between is not None and ("update" not in found or between.total > found["update"].total):
         found["update"] = between
-    ordered = [name for name in PHASES if name in found]
-    training = {name: Peak({"weights": sum(weights.values()), **found[name].parts}) for name in ordered}
-    return Forecast({**before, **training}, dict.fromkeys(ordered, weights), counts)
+    phases = {name: peak for name, (peak, _) in before.items()}
+    for name in [name for name in PHASES if name in found]:
+        parts = {"weights": sum(weights[name].values()), **found[name].parts}
+        phases[name] = Peak({**parts, "a layer as it computes": layer} if layer else parts)
+    there = {name: weights for name, (_, weights) in before.items()}
+    return Forecast(phases, {name: there.get(name) or weights[name] for name in phases}, counts)
 
 
 def trainable_shapes(model: TextToImage, recipe: Recipe) -> tuple[Flow | AdapterOff, Flow]:
@@ -203,9 +239,31 @@ def without_weights(flow: Flow) -> Flow:
     return replace(flow, network=copy_of_shapes(cast(nn.Module, flow.network)))
 
 
-def _weights(network: Any) -> int:
-    """Bytes of the weights of a network."""
-    return bytes_of([*network.parameters(), *network.buffers()]) if isinstance(network, nn.Module) else 0
+BITS = {"nf4": 4 + 32 / 64, "int8": 8, "float8": 8}
+"""Of a weight of a layer: for nf4 with a scale of 32 bits for 64 of them; those of int8 and float8 are one for each row."""
+
+
+def _weights(network: Any, kind: str | None = None) -> int:
+    """Bytes of the weights of a network, the layers of which may be quantized; adapters never are."""
+    if not isinstance(network, nn.Module):
+        return 0
+    size = sum(part.nbytes for p in (*network.parameters(), *network.buffers()) for part in stored(p))
+    if kind is None:
+        return size
+    layers = _layers(network)
+    rows = 0 if kind == "nf4" else sum(4 * len(p) for p in layers)
+    return size + rows - sum(p.numel() * p.element_size() - int(p.numel() * BITS[kind] / 8) for p in layers)
+
+
+def _layers(network: nn.Module) -> list[Tensor]:
+    """The weights of linear layers, which are quantized: those of adapters are not."""
+    named = network.named_modules()
+    return [part.weight for name, part in named if isinstance(part, nn.Linear) and "lora_" not in name]
+
+
+def _largest_layer(network: nn.Module) -> int:
+    """Bytes of the largest of them."""
+    return max(p.numel() * p.element_size() for p in _layers(network))
 
 
 def _parameters(network: Any) -> int:
@@ -230,28 +288,3 @@ def _measured_reward(reward: Reward, device: torch.device, x: Tensor, gradient: 
 
     size = peak_of(run, len(x))
     return Cost((x.shape[:1], torch.float32), gradient, 0, size, size)
-
-
-def modules_of(thing: Any, depth: int = 6) -> list[nn.Module]:
-    """The networks that a function or an object holds."""
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if depth == 0 or isinstance(thing, (str, bytes, Tensor, type)):
-        return []
-    held: list[Any] = []
-    if isinstance(thing, Mapping):
-        held = list(thing.values())
-    elif isinstance(thing, (list, tuple)):
-        held = list(thing)
-    held += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if _is_filled(cell)]
-    held += [getattr(thing, "__self__", None), *getattr(thing, "args", ())] if callable(thing) else []
-    held += list(vars(thing).values()) if hasattr(thing, "__dict__") and type(thing).__module__.startswith("tiltflow") else []
-    return list({id(part): part for inner in held if inner is not None for part in modules_of(inner, depth - 1)}.values())
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

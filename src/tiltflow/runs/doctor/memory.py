@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tiltflow.errors import TiltflowError
+from tiltflow.models.pipelines import families, family_named
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.runs.doctor.architecture import architecture
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
@@ -36,8 +37,10 @@ ROOM = 0.8
 
 def memory(patient: Patient) -> Iterator[Finding]:
     """Compare the memory that each phase of training needs with that of the device."""
+    source = patient.recipe.source
     try:
-        found = of_patient(patient)
+        packed = isinstance(source, Diffusers) and source.quantization  # such weights cannot be copied without their numbers
+        found = of_recipe(patient.recipe) if packed else of_patient(patient)
     except Exception as error:  # whatever a network raises that cannot be called without numbers
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         text = f"not forecast: the network, or the decoder, cannot be called on tensors without numbers ({reason})"
@@ -101,8 +104,8 @@ def gigabytes(count: float) -> str:
 
 def remedies(recipe: Recipe, found: Forecast, known: Known | None = None) -> list[str]:
     """Settings that lower the peak, each with the peak that it leads to, the lowest first."""
-    changes = _changes(recipe)
     if isinstance(recipe.source, Diffusers) and _has_configs(recipe.source):
+        changes = _changes(recipe)
         known = {} if known is None else known
         tried = [
             (words, forecast.most) for words, changed in changes.items() if (forecast := _tried(changed, known)) is not None
@@ -133,6 +136,7 @@ def _tried(recipe: Recipe, known: Known) -> Forecast | None:
 def _changes(recipe: Recipe) -> dict[str, Recipe]:
     """Recipes with a setting changed that lowers the memory, by that setting. The first ones change no result."""
     training, source = recipe.training, recipe.source
+    assert isinstance(source, Diffusers)
     size = training.micro_batch_size or training.samples_per_step
     found: dict[str, Recipe] = {}
 
@@ -140,7 +144,6 @@ def _changes(recipe: Recipe) -> dict[str, Recipe]:
         found[words] = recipe.model_copy(update={"training": training.model_copy(update=of_training)})
 
     def add_to_model(words: str, **of_model: Any) -> None:
-        assert isinstance(source, Diffusers)
         found[words] = recipe.model_copy(update={"model": source.model_copy(update=of_model)})
 
     if size > 1:
@@ -148,8 +151,6 @@ def _changes(recipe: Recipe) -> dict[str, Recipe]:
         add(f"training.micro_batch_size={smaller}", micro_batch_size=smaller)
     if (training.decode_batch_size or size) > 1:
         add("training.decode_batch_size=1", decode_batch_size=1)
-    if not isinstance(source, Diffusers):
-        return found
     if not source.gradient_checkpointing:
         add_to_model("model.gradient_checkpointing=true", gradient_checkpointing=True)
     if source.text_encoders != "cpu":
@@ -160,6 +161,13 @@ def _changes(recipe: Recipe) -> dict[str, Recipe]:
         add_to_model("model.dtype={vae: bfloat16, ..}", dtype={**source.dtypes, "vae": "bfloat16"})
     if not source.vae_tiling:
         add_to_model("model.vae_tiling=true", vae_tiling=True)
+    if source.adapter is not None and not source.quantization:
+        name = family_named(str(architecture(source.diffusers).pipeline["_class_name"]), families()).denoiser
+        add_to_model(f"model.quantization={{{name}: nf4}}", quantization={name: "nf4"})
+    if not training.offload:
+        add("training.offload=true", offload=True)
+    if training.trajectory_device is None:
+        add("training.trajectory_device=cpu", trajectory_device="cpu")
     return found
 
 
