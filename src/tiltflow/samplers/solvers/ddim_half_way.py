@@ -1,6 +1,6 @@
 """DDIM whose last step goes half the way to data, as in the code that the authors of Adjoint Matching released."""
 
-# Mutation tests: test_sampler.py
+# Mutation tests: test_official_code.py test_sampler.py
 
 from __future__ import annotations
 
