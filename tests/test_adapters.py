@@ -141,6 +141,30 @@ def test_training_goes_on_from_a_lora(name: str, dtype: torch.dtype, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kohya", "older diffusers"])
+def test_loras_of_other_programs_go_on(kind: str, tmp_path: Path) -> None:
+    """With the alphas that Kohya's scripts write into the file; and what is saved goes on again."""
+    weights, others = load_file(lora(tmp_path, rank=4) / "pytorch_lora_weights.safetensors"), {}
+    for name, tensor in weights.items():
+        layer, part = name.removeprefix("unet.").rsplit(".lora_", 1)
+        side = "down" if part[0] == "A" else "up"
+        if kind == "kohya":
+            layer = "lora_unet_" + layer.replace(".", "_")
+            others |= {f"{layer}.lora_{side}.weight": tensor, f"{layer}.alpha": torch.tensor(2.0)}
+        else:
+            others[f"unet.{layer}.lora.{side}.weight"] = tensor
+    save_file(others, tmp_path / "other.safetensors")
+    alpha = 2 if kind == "kohya" else 4
+    wanted = moved(with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)), rank=4, lora_alpha=alpha), 0.1)
+    place = tmp_path / "other.safetensors"
+    for _ in range(2):
+        found = with_adapter(from_diffusers(tiny_pipeline("stable-diffusion", tmp_path)), continue_from=str(place))
+        assert distance(velocity(found), velocity(wanted)) < 1e-6
+        place = tmp_path / "again"
+        found.save(place)
+
+
+@pytest.mark.slow
 def test_a_lora_goes_on_above_another(tmp_path: Path) -> None:
     """The one below is a part of the base and is not trained."""
     place = lora(tmp_path, rank=2)
