@@ -29,6 +29,7 @@ def serve_reward(
     [dim]tiltflow serve-reward pick-score.yaml --port 8777[/dim]
     [dim]tiltflow train mine.yaml --output runs/mine --set 'reward={name: http, url: "http://127.0.0.1:8777/score"}'[/dim]
     """
+    from tiltflow.rewards.functions.latents import seen_by
     from tiltflow.rewards.serving.server import HOST, Served, make_server
     from tiltflow.settings import apply_overrides, read_yaml, validate
 
@@ -38,7 +39,12 @@ def serve_reward(
         raise InputError(f"--token-variable: environment variable {token_variable} is not set")
     chosen = set_up_torch(device, threads)
     token = os.environ[token_variable] if token_variable else None
-    server = make_server(settings.reward.build(chosen), port, token=token, device=chosen)
+    reward = settings.reward.build(chosen)
+    if "latents" in seen_by(reward):
+        raise InputError(
+            f"reward {settings.reward.name}: looks at latents, and pictures are what is sent; name it in the recipe"
+        )
+    server = make_server(reward, port, token=token, device=chosen)
     make_console(False).print(
         f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score; stop with Ctrl-C"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,10 +14,13 @@ from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation.estimates import in_batches
 from tiltflow.evaluation.features import Features, feature_extractor, features_of
 from tiltflow.evaluation.importance_weights import ImportanceWeights
-from tiltflow.evaluation.settings import Evaluation
+from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.model_folder import ClassifierConfig, load_classifier
+from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import NonFiniteRewards, Reward
 from tiltflow.rewards.functions.checked import score
+from tiltflow.rewards.functions.latents import decoded_from, seen_by
 from tiltflow.rewards.functions.prompted import told
 
 Kind = Literal["sample", "class", "prompt"]
@@ -162,10 +165,28 @@ class Instruments:
         """Name of the training's reward."""
         return next(iter(self.rewards))
 
-    def scores(self, x: Tensor, asked: Asked) -> dict[str, Tensor]:
+    def draw(
+        self, model: GenerativeModel, items: Sequence[Item], point: Point, *, seed: int, batch_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw samples of these items; see `with_latents`."""
+        return with_latents(
+            self.rewards.values(),
+            model,
+            items,
+            seed=seed,
+            sampling=point.sampling,
+            guidance_scale=point.guidance_scale,
+            batch_size=batch_size,
+        )
+
+    def scores(self, x: Tensor, asked: Asked, latents: Tensor | None) -> dict[str, Tensor]:
         """Return the values [n] of each reward for samples x [n, *event], on the CPU; non-finite ones are kept if `non_finite`
-        allows."""
-        told = {name: asked.tell(reward) for name, reward in self.rewards.items()}
+        allows.
+
+        Args:
+            latents: what the samples are decoded from; None where no reward looks at it, or nothing is decoded.
+        """
+        told = {name: decoded_from(asked.tell(reward), latents) for name, reward in self.rewards.items()}
         return {name: score(each, x, self.batch_size, self.device, self.non_finite) for name, each in told.items()}
 
     def look(self, function: Features, x: Tensor) -> Tensor:
@@ -175,6 +196,25 @@ class Instruments:
     def features(self, x: Tensor, extract: Features) -> Tensor:
         """Return the features [n, width] of samples."""
         return features_of(x, extract, self.batch_size, self.device)
+
+
+def with_latents(
+    rewards: Iterable[Reward], model: GenerativeModel, items: Sequence[Item], **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Draw samples of these items, and return what they are decoded from too, if a reward looks at it; None otherwise.
+
+    Args:
+        options: of the model's `draw`.
+
+    Raises InputError if a reward looks at latents and the model is no pipeline, whose latents are known.
+    """
+    if not model.has_decoder or not any("latents" in seen_by(reward) for reward in rewards):
+        return model.draw(items, **options), None
+    if not isinstance(model, TextToImage):
+        raise InputError(
+            f"the reward asks for latents, which {type(model).__name__}.draw does not give; it can have the samples"
+        )
+    return model.draw_both(items, **options)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def draw_all(
     for i, point in enumerate(points):
         scale = None
         for name, model in (("base", base), ("tuned", tuned)):
-            x = drawn(model, asked, point, seed, settings.at_once)
-            rewards = instruments.scores(x, asked)
+            x, latents = instruments.draw(model, asked.items, point, seed=seed, batch_size=settings.at_once)
+            rewards = instruments.scores(x, asked, latents)
             extract = instruments.extract
             compared = (x.clamp(-1, 1) if base.has_decoder else x) if extract is None else instruments.features(x, extract)
             if scale is None:  # of the base, which comes first

@@ -376,8 +376,33 @@ class TextToImage:
             batch_size=batch_size,
             images=images,
         )
+        return self._pictures(drawn, batch_size)
+
+    def _pictures(self, latents: Tensor, batch_size: int) -> Tensor:
+        """Decode latents, on the CPU."""
         with eval_mode(self.pipeline.vae):
-            return torch.cat([self._decoded(x, batch_size).cpu() for x in drawn.split(batch_size)])
+            return torch.cat([self._decoded(x, batch_size).cpu() for x in latents.split(batch_size)])
+
+    @torch.no_grad()
+    def draw_both(
+        self,
+        items: Sequence[Item],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int = 4,
+    ) -> tuple[Tensor, Tensor]:
+        """What `draw` samples, and the latents [len(items), *event] that it is decoded from, on the CPU."""
+        latents = self.sample_latents(
+            [item.text for item in items],
+            seed=seed,
+            sampling=sampling,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            images=self.pictures_of(items) or None,
+        )
+        return self._pictures(latents, batch_size), latents.cpu()
 
     def draw(
         self,

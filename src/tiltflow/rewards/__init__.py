@@ -3,8 +3,9 @@
 A reward takes x [batch, *event], images [batch, channels, height, width] in [-1, 1] for most, or videos [batch, frames,
 channels, height, width], of which a score of pictures is the mean over the frames, and returns [batch]: one number for each
 sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its gradient get
-it from autograd. A reward may ask for the prompts of the samples, their metadata and the pictures that they are edits of; and
-it may learn, while a method trains, from the samples that it is shown after each iteration.
+it from autograd. A reward may ask for the prompts of the samples, their metadata and the pictures that they are edits of, or,
+in place of the samples, for the latents that they are decoded from; and it may learn, while a method trains, from the samples
+that it is shown after each iteration.
 
 A reward is the user's code: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """
@@ -115,6 +116,26 @@ class RemoteReward(Protocol):
     @property
     def request_size(self) -> int:
         """How many samples are sent together."""
+        ...
+
+
+Seen = Literal["samples", "latents"]
+SAMPLES, LATENTS = frozenset[Seen]({"samples"}), frozenset[Seen]({"latents"})
+
+
+@runtime_checkable
+class LatentReward(Protocol):
+    """A reward that may look at the latents that samples are decoded from."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    @property
+    def sees(self) -> frozenset[Seen]:
+        """What it looks at: where that is latents alone, nothing has to be decoded."""
+        ...
+
+    def decoded_from(self, latents: Tensor, /) -> Reward:
+        """The reward of samples that are decoded from these latents [batch, *event]."""
         ...
 
 

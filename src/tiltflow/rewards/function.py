@@ -19,6 +19,9 @@ class Function(Settings):
     the other columns of its file; `sources` are the pictures that were edited, [batch, 3, height, width] like x. It may
     return (rewards, info), as DDPO's do; the second is ignored.
 
+    With an argument `latents` in place of the images it gets what they are decoded from, in training and in the evaluation
+    alike, and training decodes nothing.
+
     x is a copy, about [-1, 1] for pictures, [batch, 3, height, width], and for videos, [batch, frames, 3, height, width]. A
     missing gradient is refused where a method needs one.
     """

@@ -13,8 +13,9 @@ from pydantic import field_validator
 from torch import Tensor
 
 from tiltflow.flows.field import Which
-from tiltflow.rewards import Metadata, NamedReward, Reward, select
+from tiltflow.rewards import Metadata, NamedReward, Reward, Seen, select
 from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.latents import decoded_from, seen_by
 from tiltflow.rewards.functions.prompted import given
 from tiltflow.settings import Settings
 
@@ -77,6 +78,15 @@ class WeightedSum:
     def select(self, which: Which) -> WeightedSum:
         """The sum for these samples of the batch."""
         return WeightedSum(tuple((term, select(part, which)) for term, part in self.parts))
+
+    @property
+    def sees(self) -> frozenset[Seen]:
+        """What its terms look at."""
+        return frozenset(seen for _, part in self.parts for seen in seen_by(part))
+
+    def decoded_from(self, latents: Tensor) -> WeightedSum:
+        """The sum for samples that are decoded from these latents."""
+        return WeightedSum(tuple((term, decoded_from(part, latents)) for term, part in self.parts))
 
     def __call__(self, x: Tensor) -> Tensor:
         values = [term.of(values_of(part, x)) for term, part in self.parts]

@@ -68,7 +68,7 @@ def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instru
     start = tuned.noise(asked.items, generator, run.method.sampling.times(tuned.grid)[0])
     flow = in_chunks(tuned.flow.bind(condition), settings.at_once)
     x = sample(flow, start, run.method.sampling, generator, start=tuned.grid)
-    rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked)[instruments.own]
+    rewards = instruments.scores(tuned.decode(x, batch_size=settings.at_once), asked, x)[instruments.own]
     return States(asked, x, rewards.to(x.device), run.method.sampling)
 
 
@@ -130,7 +130,7 @@ def tilt_of_paths(
         tilted: rewards of samples -> (normalised) rewards that the target law tilts by.
     """
     x = tuned.decode(paths.ends, batch_size=run.evaluation.at_once) if tuned.has_decoder else paths.ends
-    log_tilt = target.log_tilt(tilted(instruments.scores(x, asked)[instruments.own], asked))
+    log_tilt = target.log_tilt(tilted(instruments.scores(x, asked, paths.ends)[instruments.own], asked))
     assert paths.log_ratio is not None
     found = tilts.regression(paths.log_ratio[None], log_tilt, asked.groups, strata=asked.kind != "prompt")
     if found is None:

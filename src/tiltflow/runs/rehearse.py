@@ -12,11 +12,13 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.features import distances_to_reference, features_of
 from tiltflow.evaluation.metrics.distance_to_reference import reference_images
 from tiltflow.evaluation.metrics.judge import real_images
-from tiltflow.evaluation.samples import Asked, Instruments, Judge
+from tiltflow.evaluation.samples import Asked, Instruments, Judge, with_latents
 from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards.functions.checked import try_reward
+from tiltflow.rewards.functions.latents import decoded_from, seen_by
+from tiltflow.training.draw import Decoded
 from tiltflow.training.method import Method
 from tiltflow.user_code import tried
 
@@ -24,12 +26,16 @@ ROUGH = 4
 """Steps, at most, in which pictures are drawn to try what looks at them; some schedulers take no fewer."""
 
 
-def two_samples(model: GenerativeModel, item: Item, point: Point, seed: int = 0) -> Tensor:
-    """Two samples [2, *sample_shape] of an item. Those of a model with a decoder are drawn in few steps."""
+def two_samples(
+    model: GenerativeModel, item: Item, point: Point, instruments: Instruments, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Two samples [2, *sample_shape] of an item, and their latents if a reward looks at them. Those of a model with a decoder
+    are drawn in few steps."""
     sampling = point.sampling
     if model.has_decoder:
         sampling = sampling.model_copy(update={"num_inference_steps": min(ROUGH, sampling.num_inference_steps)})
-    return model.draw([item, item], seed=seed, sampling=sampling, guidance_scale=point.guidance_scale)
+    options = {"seed": seed, "sampling": sampling, "guidance_scale": point.guidance_scale}
+    return with_latents(instruments.rewards.values(), model, [item, item], **options)
 
 
 def rehearse(
@@ -48,7 +54,7 @@ def rehearse(
     Raises InputError, of one line, for what does not work.
     """
     points: Sequence[Point] = settings.points or ()
-    x = torch.zeros(0)
+    x, latents = torch.zeros(0), None
     with tried("method"):
         method.sampling.times(model.grid)
     for i, point in reversed(list(enumerate(points))):
@@ -57,15 +63,19 @@ def rehearse(
                 model.scheduler(point.sampling)
             else:
                 point.sampling.times(model.own_grid)
-            x = two_samples(model, item, point, seed).to(instruments.device)
+            x, latents = two_samples(model, item, point, instruments, seed)
+    x = x.to(instruments.device)
     non_finite = "drop" if model.has_decoder else instruments.non_finite
     two = Asked((item, item), ("",), asked.kind)
     for name, reward in instruments.rewards.items():
         if name == instruments.own:
-            try_reward(two.tell(reward), x, gradient=method.needs.reward_gradient, non_finite=non_finite)
+            own, seen = two.tell(reward), x
+            if latents is not None and "latents" in seen_by(reward):  # as training sees it, gradient and all
+                own, seen = Decoded(model, own, 1), latents.to(instruments.device)
+            try_reward(own, seen, gradient=method.needs.reward_gradient, non_finite=non_finite)
         else:
             with tried(f"evaluation.rewards {name}"):
-                try_reward(two.tell(reward), x, non_finite=non_finite)
+                try_reward(decoded_from(two.tell(reward), latents), x, non_finite=non_finite)
     if instruments.judge is not None:
         try_judge(instruments.judge, x, settings, instruments.device)
     elif settings.data is not None:

@@ -48,14 +48,9 @@ def make_watcher(
     settings = run.evaluation
 
     def measure(model: GenerativeModel) -> tuple[Measures, Content, Asked]:
-        x = model.draw(
-            asked.items,
-            seed=stream(run.seed, "monitor").initial_seed(),  # other noise than the evaluation's
-            sampling=settings.first.sampling,
-            guidance_scale=settings.first.guidance_scale,
-            batch_size=settings.at_once,
-        )
-        found, groups = instruments.scores(x, asked), asked
+        seed = stream(run.seed, "monitor").initial_seed()  # other noise than the evaluation's
+        x, latents = instruments.draw(model, asked.items, settings.first, seed=seed, batch_size=settings.at_once)
+        found, groups = instruments.scores(x, asked, latents), asked
         if asked.kind != "prompt":  # of a prompt that has too few, the others are no sample
             which, _, groups = kept(asked, found, found)
             x, found = x[which], {name: values[which] for name, values in found.items()}

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tiltflow.conditions import Item
 from tiltflow.conditions.prompts import key_of
+from tiltflow.evaluation.samples import with_latents
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Metadata, Reward
 from tiltflow.rewards.functions.checked import score
+from tiltflow.rewards.functions.latents import decoded_from
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.samplers.sampling import Sampling
@@ -55,14 +57,16 @@ class BaseStatistics:
         training = self.training
         count, size = training.per_prompt_normalization, training.micro_batch_size or training.samples_per_step
         assert count is not None
-        x = self.base.draw(
+        x, latents = with_latents(
+            [self.reward],
+            self.base,
             [prompt] * count,
             seed=stream(self.seed, "baseline", prompt.text).initial_seed(),
             sampling=self.sampling,
             guidance_scale=1 if training.guidance_mode == "none" else None,
             batch_size=size,
         )
-        reward = told(self.reward, [prompt] * count)
+        reward = decoded_from(told(self.reward, [prompt] * count), latents)
         values = score(reward, x, size, self.base.device, training.non_finite_rewards).double()
         values = values[values.isfinite()]
         if len(values) < 2:

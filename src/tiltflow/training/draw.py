@@ -17,6 +17,7 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import RemoteReward, Reward, select
 from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.latents import decoded_from, seen_by
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.streams import stream
@@ -42,7 +43,8 @@ class Decoded:
         return self.model.decode(x, batch_size=self.batch_size)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return values_of(self.reward, self.decoded(x))
+        reward = decoded_from(self.reward, x)
+        return values_of(reward, self.decoded(x) if "samples" in seen_by(reward) else x)
 
 
 def at_once(reward: Reward) -> int | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tiltflow.flows.field import Which
-from tiltflow.rewards import Metadata, Reward, select
+from tiltflow.rewards import Metadata, Reward, Seen, select
 from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.latents import decoded_from, seen_by
 from tiltflow.rewards.functions.prompted import chosen, given
 
 
@@ -62,6 +63,15 @@ class PerPrompt:
         prompts = tuple(chosen(self.prompts, which))
         which = which.cpu() if isinstance(which, Tensor) else which
         return replace(self, reward=select(self.reward, which), prompts=prompts, mean=self.mean[which], std=self.std[which])
+
+    @property
+    def sees(self) -> frozenset[Seen]:
+        """What the reward looks at."""
+        return seen_by(self.reward)
+
+    def decoded_from(self, latents: Tensor) -> PerPrompt:
+        """The reward of samples that are decoded from these latents."""
+        return replace(self, reward=decoded_from(self.reward, latents))
 
     def __call__(self, x: Tensor) -> Tensor:
         values = values_of(self.reward, x)
