@@ -9,8 +9,8 @@ colour  the reward and the temperature of recipe tiles-colour
 
 `before` are the measures of earlier versions: without edge energy, colour entropy and the entropy of the judge's classes.
 
-    python benchmarks/alarm.py --seeds 10 --kinds ink clean     # a quarter of an hour on one core
-    python benchmarks/alarm.py --seeds 1                        # every hack once, as long
+    python benchmarks/alarm.py --seeds 10 --kinds clean    # six minutes on one core
+    python benchmarks/alarm.py --seeds 1                   # every hack once: a quarter of an hour
 """
 
 from __future__ import annotations

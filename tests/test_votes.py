@@ -20,7 +20,7 @@ from tiltflow.rewards.serving.voting import make_page
 from tiltflow.runs.ballot import before_and_after, draw_pairs
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
-from tiltflow.settings import read_yaml, validate
+from tiltflow.settings import dump_yaml, read_yaml, validate
 
 
 def some_votes(folder: Path, count: int = 8) -> Votes:
@@ -123,9 +123,14 @@ def test_a_folder_that_is_damaged_is_refused(tmp_path: Path) -> None:
         read_picture(tmp_path / "no.png")
 
 
-def test_pairs_of_a_run_before_and_after_and_of_two_samplings(tmp_path: Path) -> None:
+def test_pairs_of_a_run_before_and_after_and_of_two_samplings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"max_train_steps": 1, "train_batch_size": 4}
     run(validate(Recipe, read_yaml(tiny_recipe(tmp_path, training=training)), "recipe"), tmp_path / "run")
+    tree = read_yaml(tmp_path / "run" / "recipe.yaml")  # a reward that came with the run is not even imported
+    tree["reward"] = {"name": "function", "path": "evil:f"}
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_yaml(tree))
+    (tmp_path / "run" / "evil.py").write_text("raise SystemExit\n")
+    monkeypatch.chdir(tmp_path / "run")
     base, tuned = before_and_after(tmp_path / "run", "cpu")
     votes = draw_pairs(tmp_path / "a", tuned, base, ("after", "before"), count=3)
     files = [votes.picture(0, side).read_bytes() for side in (0, 1)]
