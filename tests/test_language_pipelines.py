@@ -3,6 +3,8 @@ methods, and what is exported."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from tiny_language_pipelines import LANGUAGE_PIPELINES, tiny_language_pipeline
 import tiltflow
 from tiltflow import from_diffusers, load_text_to_image
 from tiltflow.conditions import Item
-from tiltflow.errors import Note
+from tiltflow.errors import InputError, Note
 from tiltflow.flows.guided import Guided
 from tiltflow.models.pipelines.flux_2 import Flux2
 from tiltflow.models.text_to_image import TextToImage
@@ -189,6 +191,23 @@ def test_a_prompt_that_is_too_long_with_what_is_written_around_it(name: str) -> 
         with said:
             model.encode([LONG])
         assert next(iter(model.encoder.cache[LONG][0].values())).shape[1] == length
+
+
+def test_a_processor_of_pictures_needs_a_package(tmp_path: Path) -> None:
+    """FLUX.2-dev's own, which tokenizes too: one line, before more than the index is read."""
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    parts = {name: ["diffusers", "x"] for name in ("scheduler", "transformer", "vae")}
+    texts = {
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+        "tokenizer": ["transformers", "PixtralProcessor"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Flux2Pipeline", **parts, **texts}))
+    for name in (*parts, *texts):
+        (tmp_path / name).mkdir()
+    said = r"its tokenizer, PixtralProcessor, needs torchvision: pip install torchvision$"
+    with pytest.raises(InputError, match=said):
+        from_diffusers(tmp_path)
 
 
 def test_training_is_guided_as_pictures_are() -> None:

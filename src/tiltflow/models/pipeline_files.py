@@ -82,6 +82,7 @@ def load_pipeline(
         if name not in options:
             dtype = options["dtype"].get(name, options["dtype"]["default"])
             options[name] = None if source is None else load_component(name, source, index, str(path), dtype, configs.get(name))
+    check_packages(index, options, str(path))
     if configs:
         from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
@@ -92,6 +93,24 @@ def load_pipeline(
         if Path(path).is_dir():
             check_weights(Path(path), {name: part for name, part in pipeline.components.items() if name not in options})
     return pipeline
+
+
+def check_packages(index: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
+    """Raise InputError if a component of transformers needs a package that is not installed, such as torchvision for processors
+    of pictures, before more than the index is fetched.
+
+    Args:
+        given: components that are not loaded, by their names.
+    """
+    import transformers
+
+    for name in names_in(index):
+        library, kind = index[name]
+        if library == "transformers" and name not in given:
+            stand_in = getattr(transformers, kind, None)  # of a class that cannot be imported without them
+            if missing := getattr(stand_in, "_backends", None):
+                needed = " ".join(missing)
+                raise InputError(f"model.diffusers {path}: its {name}, {kind}, needs {needed}: pip install {needed}")
 
 
 def dtypes(dtype: Any, index: Mapping[str, Any]) -> dict[str, torch.dtype]:
