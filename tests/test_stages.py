@@ -1,4 +1,4 @@
-"""Stages, against closed forms on a Gaussian: tilts add up, and under a utility of the mean it moves by a known recursion."""
+"""Stages, against closed forms on a Gaussian: tilts add up, and under utilities of the law it moves by known recursions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,22 @@ from torch.testing import assert_close
 
 import tiltflow
 from tiltflow.errors import InputError, UserCodeError
+from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.flow import Flow
+from tiltflow.runs import stages as outer
+from tiltflow.runs.of_law import EPS
 from tiltflow.runs.stages import Utility
 from tiltflow.streams import stream
+from tiltflow.utilities.augmented_lagrangian import AugmentedLagrangian
+from tiltflow.utilities.entropy import Entropy
+from tiltflow.utilities.kl import Kl
+from tiltflow.utilities.log_barrier import LogBarrier
+from tiltflow.utilities.mean_variance import MeanVariance
+from tiltflow.utilities.mmd import Mmd
+from tiltflow.utilities.renyi import Renyi
+from tiltflow.utilities.spread_conditions import SpreadConditions
+from tiltflow.utilities.sum import Sum
+from tiltflow.utilities.superquantile import Superquantile
 
 STEPS, SLOPE, BETA, COUNT = 12, 1.2, 0.5, 3
 FAST = tiltflow.Optimizer(learning_rate=3e-2, lr_warmup_steps=0, max_grad_norm=None)
@@ -139,7 +152,7 @@ def test_what_cannot_be_a_stage_is_refused_before_the_first() -> None:
     def attempt(model: Any = None, utility: Any = None, count: Any = 1) -> None:
         tiltflow.stages(model or gaussian(), utility or MeanReward(1.0), method(1.0), SHORT, count=count)
 
-    with pytest.raises(InputError, match="base of a stage is the last model, and this one has an adapter"):
+    with pytest.raises(InputError, match="base of a stage is an earlier model, and this one has an adapter"):
         attempt(tiltflow.Model(Flow(Adapted()), (1,)))
     with pytest.raises(InputError, match="utility must have first_variation"):
         attempt(utility=lambda x: x.sum(1))
@@ -151,3 +164,284 @@ def test_what_cannot_be_a_stage_is_refused_before_the_first() -> None:
         next(tiltflow.stages(gaussian(), Broken(), method(1.0), SHORT, count=1))
     with pytest.raises(InputError, match="tune: model must be"):
         next(tiltflow.stages("digits-flow", MeanReward(1.0), method(1.0), SHORT, count=1))
+
+
+# ---- utilities of tiltflow.utilities ----
+
+
+class Normal(nn.Module):
+    """The velocity of N(mean, exp(log)): of whatever it becomes."""
+
+    def __init__(self, mean: float = MEAN, variance: float = VARIANCE):
+        super().__init__()
+        self.mean, self.log = nn.Parameter(torch.tensor([mean])), nn.Parameter(torch.tensor([variance]).log())
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return affine.velocity(x, t.reshape(-1, 1), self.mean, self.log.exp())  # type: ignore[arg-type]
+
+
+def normal(mean: float = MEAN, variance: float = VARIANCE) -> tiltflow.Model:
+    return tiltflow.Model(Flow(Normal(mean, variance)), (1,), tiltflow.Sampling(num_inference_steps=40))
+
+
+def moments(model: tiltflow.Model) -> list[float]:
+    network: Any = model.flow.network
+    return [network.mean.item(), network.log.exp().item()]
+
+
+def exactly(model: tiltflow.Model, reward: Any, method: Any, *arguments: Any, **options: Any) -> tiltflow.Model:
+    """`tune` for a reward whose gradient is affine: N(m, v) tilted by exp(r / beta) is a normal law again."""
+    mean, variance = moments(model)
+    x = torch.tensor([[mean - 0.5], [mean], [mean + 0.5]], requires_grad=True)
+    low, middle, high = (torch.autograd.grad(reward(x).sum(), x)[0][:, 0].double() / method.beta).tolist()
+    assert high - middle == pytest.approx(middle - low, abs=1e-4)
+    tilted = 1 / (1 / variance - (high - low))
+    return normal(mean + tilted * middle, tilted)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages without the errors of training."""
+    monkeypatch.setattr(outer, "tune", exactly)
+
+
+X = {"reward": lambda x: x[:, 0]}
+ALPHA, MIXING = 0.5, 0.2
+
+
+def from_base(base: str, mixing: float = MIXING, steps: int = STEPS) -> dict[str, Any]:
+    """Arguments of `stages` that make the same laws from either base."""
+    beta = ALPHA if base == "first" else ALPHA / mixing
+    own = {"mixing": mixing} if base == "first" else {"price": ALPHA}
+    return {"method": method(beta).model_copy(update={"num_inference_steps": steps}), "base": base, **own}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("base", ["last", "first"])
+def test_entropy_at_a_price_spreads_a_gaussian_by_a_known_recursion(base: str) -> None:
+    """p_{k+1} is proportional to p_k^(1 - w) p_0^w exp(-w log p_k / alpha) from either base: precisions q obey q_{k+1} =
+    (1 - w - w / alpha) q_k + w q_0, and settle at q_0 alpha / (1 + alpha)."""
+    utility, q, first = tiltflow.OfLaw(Entropy(), num_samples=1000), 1 / VARIANCE, 1 / VARIANCE
+    noise = (EPS / (1 - EPS)) ** 2  # in the variance that scores know
+    for stage in tiltflow.stages(normal(), utility, count=12, **from_base(base)):
+        q = (1 - MIXING - MIXING / ALPHA) * q + MIXING * first
+        mean, variance = moments(stage.model)
+        assert variance == pytest.approx(1 / q, rel=2 * noise / VARIANCE)
+        assert mean == pytest.approx(MEAN, abs=1e-3)
+        assert stage.after is not None
+        entropy = 0.5 * (1 + torch.tensor(2 * torch.pi / q).log().item())
+        assert abs(stage.after.value - entropy) < 4 * stage.after.standard_error
+    assert variance / VARIANCE == pytest.approx((1 + ALPHA) / ALPHA, rel=2 * noise / VARIANCE + 1e-3)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("base", ["last", "first"])
+def test_mean_variance_at_a_price_moves_by_a_known_recursion_to_its_optimum(base: str) -> None:
+    """E x - c Var x - alpha KL on N(m0, v0): what is tilted by, linear x - square x^2, is mixed of (1 + 2 c m) x - c x^2, and
+    settles where m = m0 + v0 / alpha, 1 / v = 1 / v0 + 2 c / alpha."""
+    utility, c, w = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards=X, num_samples=2000), 1.5, 0.5
+    m, v, linear, square = MEAN, VARIANCE, 0.0, 0.0
+
+    def next_law() -> None:
+        nonlocal m, v, linear, square
+        linear, square = (1 - w) * linear + w * (1 + 2 * c * m), (1 - w) * square + w * c
+        v = 1 / (1 / VARIANCE + 2 * square / ALPHA)
+        m = v * (MEAN / VARIANCE + linear / ALPHA)
+
+    for last in tiltflow.stages(normal(), utility, count=5, **from_base(base, w)):
+        next_law()
+        assert moments(last.model) == pytest.approx([m, v], abs=0.03)  # of 2000 samples in each stage
+    for _ in range(200):
+        next_law()
+    assert [m, v] == pytest.approx([MEAN + VARIANCE / ALPHA, 1 / (1 / VARIANCE + 2 * c / ALPHA)])
+    if base == "first":  # of rewards alone: the KL is in the temperature
+        assert last.reward.black_box  # type: ignore[attr-defined]
+
+
+def test_a_first_variation_of_rewards_needs_no_gradient() -> None:
+    """Score-as-action, tilt matching and ORW-CFM-W2 take a reward without one; a first variation of scores is refused."""
+    detached = {"reward": lambda x: x.detach()[:, 0]}
+    short = tiltflow.Training(max_train_steps=2, train_batch_size=16)
+    for each in (tiltflow.ScoreAsAction(num_inference_steps=4), tiltflow.TiltMatching(), tiltflow.OrwCfmW2()):
+        utility = tiltflow.OfLaw(Superquantile(share=0.25), rewards=detached, num_samples=100)
+        *_, stage = tiltflow.stages(normal(), utility, each, short, count=2, base="first", mixing=0.5)
+        assert moments(stage.model) != moments(normal())
+    for scores, price in ((tiltflow.OfLaw(Entropy(), num_samples=50), 0.0), (utility, 0.1)):
+        with pytest.raises(InputError, match="known by its gradient alone, and tilt-matching learns from values"):
+            next(tiltflow.stages(normal(), scores, tiltflow.TiltMatching(), short, count=1, price=price))
+
+
+def test_what_is_known_of_a_model() -> None:
+    """Scores and log ratios of N(1, 1) and N(0.7, 0.25), samples of both, rewards at the samples."""
+    last, first, x = normal(1.0, 1.0), normal(), torch.linspace(-1, 2, 7)[:, None]
+    utility = tiltflow.OfLaw(Sum(utilities=[{"utility": Renyi()}, {"utility": Mmd()}, {"utility": MeanVariance()}]), rewards=X)  # type: ignore[arg-type]
+    at = utility.known(last, first, (), seed=3)
+    noise = (EPS / (1 - EPS)) ** 2
+    assert at.score is not None
+    assert at.base_score is not None
+    assert at.log_ratio is not None
+    assert at.reference is not None
+    assert_close(at.score(x), (1 - x) / (1 + noise), rtol=0, atol=1e-3)
+    assert_close(at.base_score(x), (MEAN - x) / (VARIANCE + noise), rtol=0, atol=5e-3)
+    laws = [torch.distributions.Normal(1.0, 1.0), torch.distributions.Normal(MEAN, VARIANCE**0.5)]
+    ours, theirs = (each.log_prob(x[:, 0]).double() for each in laws)
+    assert_close(at.log_ratio(x), ours - theirs, rtol=0, atol=0.02)
+    assert (at.x.mean() - 1).abs() < 4 / 4000**0.5
+    assert (at.reference.mean() - MEAN).abs() < 4 * VARIANCE**0.5 / 4000**0.5
+    assert_close(at.rewards["reward"], at.x[:, 0])
+    again, other = utility.known(last, first, (), seed=3), utility.known(last, first, (), seed=4)
+    assert torch.equal(at.x, again.x)
+    assert not torch.equal(at.x, other.x)
+    assert not torch.equal(at.x, at.reference)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_log_ratio_that_only_the_value_needs_is_not_asked_for_in_training() -> None:
+    """-KL(N(1, 1) | N(0.7, 0.25)) is known, and its first variation by its gradient alone."""
+    utility = tiltflow.OfLaw(Kl(), num_samples=2000)
+    at = utility.known(normal(1.0, 1.0), normal(), (), seed=0)
+    exact = -((1 + 0.3**2) / VARIANCE - 1 + torch.tensor(VARIANCE).log().item()) / 2
+    assert abs(utility.value(at).value - exact) < 4 * utility.value(at).standard_error + 0.02
+    assert not utility.first_variation(at).valued
+
+
+class Classes(nn.Module):
+    """N(-1, 0.25) and N(2, 0.25), by class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return affine.velocity(x, t.reshape(-1, 1), self.mean(labels) + self.shift)  # type: ignore[arg-type]
+
+    @staticmethod
+    def mean(labels: Tensor) -> Tensor:
+        return torch.tensor([-1.0, 2.0])[labels][:, None]
+
+
+def test_scores_rewards_and_labels_are_those_of_the_class_of_a_sample() -> None:
+    def hit(x: Tensor, labels: Tensor) -> Tensor:
+        return (x[:, 0] - Classes.mean(labels)[:, 0]).square()
+
+    def log_odds(x: Tensor) -> Tensor:
+        return -(x - torch.tensor([-1.0, 2.0])).square() / (2 * VARIANCE)
+
+    model = tiltflow.Model(Flow(Classes()), (1,), class_names=("low", "high"))
+    parts = [{"utility": each} for each in (Entropy(), MeanVariance(), SpreadConditions())]
+    utility = tiltflow.OfLaw(Sum(utilities=parts), reward=hit, num_samples=600, log_odds=log_odds)  # type: ignore[arg-type]
+    items = outer.items_of(model, None, tiltflow.Training())
+    at = utility.known(model, model, items, seed=0)
+    assert at.rewards["reward"].mean() == pytest.approx(VARIANCE, rel=0.3)  # of its own class
+    assert at.labels is not None
+    assert at.labels.tolist() == [0, 1] * 300
+    assert at.score is not None
+    assert_close(at.score(at.x), (Classes.mean(at.labels) - at.x) / VARIANCE, rtol=0.01, atol=0.03)
+    assert SpreadConditions().value(at).value == pytest.approx(torch.tensor(2.0).log().item(), rel=0.02)
+    short = tiltflow.Training(max_train_steps=1, train_batch_size=4)
+    (stage,) = tiltflow.stages(model, utility, method(1.0), short, count=1)
+    assert stage.after is not None
+
+
+@pytest.mark.usefixtures("exact")
+def test_stages_stop_where_the_utility_no_longer_rises() -> None:
+    def last(**stop: Any) -> Any:
+        utility = tiltflow.OfLaw(Entropy(), num_samples=500)
+        return list(tiltflow.stages(normal(), utility, count=9, stop=tiltflow.Stop(**stop), **from_base("last")))[-1]
+
+    small = last(min_rise=0.2)
+    assert small.number < 9
+    assert small.rise.value < 0.2
+    assert small.stopped.startswith(f"the utility rose by {small.rise} in stage {small.number}, less than 0.2")
+    quiet = last(patience=2)
+    assert 3 < quiet.number < 9
+    assert f"did not rise significantly in the 2 stages up to stage {quiet.number}" in quiet.stopped
+    assert last().stopped is None
+
+
+@pytest.mark.parametrize(
+    ("rises", "stops"), [([(1, 0.1), (0.1, 0.1)], False), ([(0.1, 0.1), (1, 0.1)], False), ([(0.1, 0.1), (-1, 0.1)], True)]
+)
+def test_patience_counts_stages_in_a_row(rises: list[tuple[float, float]], stops: bool) -> None:
+    assert (tiltflow.Stop(patience=2).reason([Estimate(*each) for each in rises]) is not None) == stops
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_utility_adapts_to_the_law_that_a_stage_has_reached() -> None:
+    """The multiplier settles at 1.4, where the mean cost x is at its limit, 1, from N(0.7, 0.25) under the reward 2 x; with the
+    multiplier of the first stage it would settle at 1.13."""
+    rewards = {"reward": lambda x: 2 * x[:, 0], "cost": lambda x: x[:, 0]}
+    utility = tiltflow.OfLaw(AugmentedLagrangian(limit=1.0, multiplier=1.0), rewards=rewards, num_samples=2000)
+    *_, stage = tiltflow.stages(normal(), utility, method(0.5), count=10, base="first")
+    assert moments(stage.model)[0] == pytest.approx(1.0, abs=0.04)
+
+
+def test_a_law_that_has_no_value_ends_the_loop_only_after_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that goes beyond a barrier gives its model, without a value; the next one says why it cannot begin."""
+    monkeypatch.setattr(outer, "tune", lambda *arguments, **options: normal(3.0))
+    rewards = {"reward": X["reward"], "cost": X["reward"]}
+    found = tiltflow.stages(
+        normal(), tiltflow.OfLaw(LogBarrier(limit=2.0), rewards=rewards, num_samples=50), method(1.0), count=2
+    )
+    stage = next(found)
+    assert stage.before is not None
+    assert stage.after is None
+    assert stage.rise is None
+    with pytest.raises(InputError, match="log-barrier"):
+        next(found)
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    def attempt(utility: Any, **options: Any) -> None:
+        next(tiltflow.stages(normal(), utility, method(1.0), SHORT, count=1, **options))
+
+    tail = tiltflow.OfLaw(Superquantile(), rewards=X, num_samples=50)
+    with pytest.raises(InputError, match="superquantile has no reward 'rewrad', did you mean 'reward'"):
+        tiltflow.OfLaw(Superquantile(), rewards={"rewrad": X["reward"]})
+    with pytest.raises(InputError, match="log-barrier needs a reward for 'cost'"):
+        tiltflow.OfLaw(LogBarrier(limit=1.0), reward=X["reward"])
+    with pytest.raises(InputError, match="reward and rewards both give 'reward'"):
+        tiltflow.OfLaw(Superquantile(), X["reward"], X)
+    with pytest.raises(InputError, match="utility must be the settings of one"):
+        tiltflow.OfLaw(Superquantile, X["reward"])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="base must be 'last' or 'first', is 'frist', did you mean 'first'"):
+        attempt(tail, base="frist")
+    with pytest.raises(InputError, match="the temperature of the method is the price"):
+        attempt(tail, base="first", price=1.0)
+    with pytest.raises(InputError, match="mixing is of stages from the first model"):
+        attempt(tail, mixing=0.5)
+    with pytest.raises(InputError, match="mixing must be above 0"):
+        attempt(tail, base="first", mixing=0.0)
+    with pytest.raises(InputError, match="stop asks for the value of the utility"):
+        attempt(MeanReward(1.0), stop=tiltflow.Stop(patience=1))
+    with pytest.raises(InputError, match="utility spread-conditions needs the log densities"):
+        attempt(tiltflow.OfLaw(SpreadConditions(), num_samples=50))
+    scores, sampled = tiltflow.OfLaw(Entropy(), num_samples=50), tiltflow.Training(calibration_samples=50)
+    with pytest.raises(InputError, match=r"training\.calibration_samples asks for values of the reward"):
+        next(tiltflow.stages(normal(), scores, method(1.0), sampled, count=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["last", "first"])
+def test_entropy_at_a_price_by_adjoint_matching(base: str) -> None:
+    """The variance settles at (1 + alpha) / alpha times that of the base; the chain of 24 steps is off by some percent."""
+    options = from_base(base, steps=24)
+    training = tiltflow.Training(max_train_steps=60, train_batch_size=64)
+    fast = FAST.model_copy(update={"learning_rate": 5e-2})
+    utility = tiltflow.OfLaw(Entropy(), num_samples=1000)
+    *_, stage = tiltflow.stages(normal(), utility, training=training, count=8, optimizer=fast, **options)
+    mean, variance = moments(stage.model)
+    assert variance / VARIANCE == pytest.approx((1 + ALPHA) / ALPHA, rel=0.06)
+    assert mean == pytest.approx(MEAN, abs=0.05)
+
+
+@pytest.mark.slow
+def test_mean_variance_at_a_price_by_a_method_without_gradients() -> None:
+    """As above, from the first model, by score-as-action with likelihood ratios."""
+    score_as_action = tiltflow.ScoreAsAction(beta=ALPHA, num_inference_steps=STEPS)
+    utility = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards={"reward": lambda x: x.detach()[:, 0]}, num_samples=2000)
+    training = tiltflow.Training(max_train_steps=150, train_batch_size=128)
+    *_, stage = tiltflow.stages(normal(), utility, score_as_action, training, count=5, base="first", mixing=0.5, optimizer=FAST)
+    mean, variance = moments(stage.model)
+    assert variance == pytest.approx(1 / (1 / VARIANCE + 2 * 1.5 / ALPHA), rel=0.15)
+    assert mean == pytest.approx(MEAN + VARIANCE / ALPHA, abs=0.08)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from tiltflow.plugins import allow_code
     from tiltflow.runs.doctor.network import examine_model
     from tiltflow.runs.fingerprints import accept_changes
+    from tiltflow.runs.of_law import OfLaw
     from tiltflow.runs.run import load_text_to_image
-    from tiltflow.runs.stages import stages
+    from tiltflow.runs.stages import Stop, stages
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
@@ -48,11 +49,13 @@ _HOME = {
     "InputError": "errors",
     "Model": "models.model",
     "NonFiniteError": "errors",
+    "OfLaw": "runs.of_law",
     "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
     "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
+    "Stop": "runs.stages",
     "TiltMatching": "methods.tilt_matching",
     "TiltflowError": "errors",
     "Training": "training.settings",
@@ -81,11 +84,13 @@ __all__ = [
     "InputError",
     "Model",
     "NonFiniteError",
+    "OfLaw",
     "Optimizer",
     "OrwCfmW2",
     "PathReweighted",
     "Sampling",
     "ScoreAsAction",
+    "Stop",
     "TiltMatching",
     "TiltflowError",
     "Training",

@@ -1,33 +1,55 @@
-r"""Stages: an outer loop in which the base becomes the last model, for a utility of the whole law.
+r"""Stages: an outer loop of tuning, for a utility of the whole law.
 
 A reward is a number of each sample. A utility U is one of the law p: its diversity, its distance to another law, the reward of
-its worst tenth. Near p_k it is linear, with the slope r_k = dU/dp (p_k), its first variation, which is a reward; so one stage
-tunes the last model for r_k and keeps near it:
+its worst tenth. Near p_k it is linear, with the slope r_k = dU/dp (p_k), its first variation, which is a reward. One stage
+tunes the last model for r_k and keeps near it, at the temperature beta of its method:
 
     p_{k+1} = argmax_q E_q[r_k] - beta KL(q || p_k),      p_{k+1}(x) proportional to p_k(x) exp(r_k(x) / beta),
 
 which is mirror ascent on U with the step 1 / beta (arXiv 2511.22640). If U is the mean of a reward, r_k is that reward in every
 stage, and K stages at the temperature K beta are one tilt of p_0 at beta.
+
+With a price alpha of the KL from the first model, U - alpha KL(p || p_0), there are two ways to the same laws. The base is the
+last model, and r_k is dU/dp - alpha log(p_k / p_0), known by the gradient of its second term alone, of scores of both networks.
+Or the base is the first model and beta = alpha, so that the KL is exact and no score is asked for: each stage goes from p_0 to
+
+    p_{k+1}(x) proportional to p_0(x) exp(g_k(x) / alpha),    g_k = (1 - w) g_{k-1} + w r_k,    g_0 = 0,
+
+where the mixing w damps what would be a fixed-point iteration at w = 1. It is a stage from the last model at beta = alpha / w.
 """
+
+# Mutation tests: test_stages.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
-from tiltflow.api import Condition, tune
-from tiltflow.errors import InputError
+from pydantic import Field
+
+from tiltflow.api import Condition, check_arguments, items_of, tune
+from tiltflow.errors import InputError, did_you_mean
+from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.runs.of_law import EPS, OfLaw, kl_variation
+from tiltflow.settings import Settings
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
 from tiltflow.user_code import explained, whole_number
+from tiltflow.utilities.estimation.first_variation import FirstVariation, of_samples
+from tiltflow.utilities.estimation.known import Known
 
 M = TypeVar("M", bound=GenerativeModel)
 Of = TypeVar("Of", bound=GenerativeModel, contravariant=True)
+Base = Literal["last", "first"]
+SIGNIFICANT = 2.0
+"""Standard errors above 0 from which a rise of the utility is one."""
 
 
 @runtime_checkable
@@ -40,69 +62,199 @@ class Utility(Protocol[Of]):
         ...
 
 
+class Stop(Settings):
+    """When stages end before their number is reached, by the rise of the utility in each."""
+
+    min_rise: float | None = None
+    """End after a stage in which the utility rises by less than this."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """End after so many stages in a row in which it does not rise by more than two standard errors."""
+
+    def reason(self, rises: Sequence[Estimate]) -> str | None:
+        """Why to end after stages with these rises; None to go on."""
+        if self.min_rise is not None and rises[-1].value < self.min_rise:
+            return f"the utility rose by {rises[-1]} in stage {len(rises)}, less than {self.min_rise:g}"
+        last = rises[-self.patience :] if self.patience is not None else ()
+        if last and len(last) == self.patience and not any(map(significant, last)):
+            which = f"stage {len(rises)}" if len(last) == 1 else f"the {len(last)} stages up to stage {len(rises)}"
+            return f"the utility did not rise significantly in {which}: by {', '.join(map(str, last))}"
+        return None
+
+
+def significant(rise: Estimate) -> bool:
+    """Whether a rise is more than noise."""
+    return rise.value > SIGNIFICANT * rise.standard_error
+
+
 @dataclass(frozen=True)
 class Stage(Generic[M]):
     """What a stage has made.
 
     Args:
         number: from 1.
-        model: the tuned model, and the base of the next stage.
-        reward: the first variation that it was tuned for.
+        model: the tuned model, and the base of the next stage if that is the last one.
+        reward: what it was tuned for: the first variation, with the price of the KL, or mixed with earlier ones.
+        before, after: the utility at the model before and after, from other samples; None where its value is not known.
+        stopped: why this is the last stage, if the utility says so.
     """
 
     number: int
     model: M
     reward: Callable[..., Any]
+    before: Estimate | None = None
+    after: Estimate | None = None
+    stopped: str | None = None
+
+    @property
+    def rise(self) -> Estimate | None:
+        """What the stage has added to the utility."""
+        if self.before is None or self.after is None:
+            return None
+        return Estimate(self.after.value - self.before.value, math.hypot(self.before.standard_error, self.after.standard_error))
 
 
 def stages(
     model: M,
-    utility: Utility[M],
+    utility: OfLaw | Utility[M],
     method: Any,
     training: Training | None = None,
     *,
     count: int,
+    base: Base = "last",
+    price: float = 0.0,
+    mixing: float = 1.0,
+    stop: Stop | None = None,
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
 ) -> Generator[Stage[M], None, None]:
-    """Yield a `Stage` after each of `count` stages: `tune` of the last model for the first variation of `utility` there.
+    """Yield a `Stage` after each of `count` stages: `tune` of a model for the first variation of `utility` at the last one.
 
     The whole network is trained, in a copy: of a pipeline too. Nothing is written, and there are no checkpoints between stages:
     `stage.model.save(folder)` keeps a model, and `stages` can begin from it. Two calls with the same seed give the same models.
 
     Args:
+        utility: one of `tiltflow.utilities` with what it is estimated from, `OfLaw`; or one of your own, `Utility`.
         method, training, optimizer, conditions: of each stage, as in `tune`; the temperature is that of one stage.
+        base: what each stage starts from and keeps near: the last model, with 1 / temperature as the step; or the first one,
+            with the temperature as the price of the KL from it.
+        price: of the KL from the first model, in units of the utility, where the base is the last one.
+        mixing: where the base is the first model, the share of the newest first variation in what a stage is tuned for, above 0
+            and at most 1; the rest is what the last stage was tuned for.
+        stop: when to end earlier.
         callbacks: called with every record of every stage; one that returns True ends its stage.
 
-    Raises InputError for a model with an adapter, which cannot be both the base and what is trained; and what `tune` raises.
+    Raises InputError for a model with an adapter, which cannot be both the base and what is trained; for a first variation that
+    the method cannot use; and what `tune` raises.
     """
     if isinstance(model, GenerativeModel) and has_adapter(model.flow.network):
         raise InputError(
-            "stages: the base of a stage is the last model, and this one has an adapter, which would be trained in place; merge"
-            " it into the network first (merge_and_unload of peft)"
+            "stages: the base of a stage is an earlier model, and this one has an adapter, which would be trained in place;"
+            " merge it into the network first (merge_and_unload of peft)"
         )
-    if isinstance(utility, type) or not isinstance(utility, Utility):
-        raise InputError(f"stages: utility must have first_variation(model, seed) -> reward, is {utility!r}")
+    if isinstance(utility, type) or not isinstance(utility, OfLaw | Utility):
+        raise InputError(
+            "stages: utility must have first_variation(model, seed) -> reward, or be OfLaw(Superquantile(..), reward=..) or the"
+            f" like, is {utility!r}"
+        )
+    check_base(base, price, mixing)
+    check_arguments(model, lambda x: x, method, training, None)
+    items = items_of(model, conditions, training or Training())
+    if stop is not None and not isinstance(utility, OfLaw):
+        raise InputError("stages: stop asks for the value of the utility, which is known of OfLaw(..) alone")
     count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
 
-    def loop(last: M) -> Generator[Stage[M], None, None]:
+    def loop() -> Generator[Stage[M], None, None]:
+        last, own, mixed, rises = model, utility, None, list[Estimate]()
+        at = law(own, last, 1)
+        before = known_value(own, at)
         for number in range(1, count + 1):
-            own = stream(seed, "stage", number).initial_seed()
-            with explained("the utility"):
-                reward = utility.first_variation(last, stream(seed, "first variation", number).initial_seed())
+            reward = slope(own, last, at, number)
+            if mixing < 1:
+                mixed = lifted(reward) * mixing if mixed is None else lifted(reward) * mixing + mixed * (1 - mixing)
+                reward = mixed
+            check_reward(reward, method, training)
             last = tune(
-                last,
+                model if base == "first" else last,
                 reward,
                 method,
                 training,
                 optimizer=optimizer,
                 conditions=conditions,
                 adapter=None,
-                seed=own,
+                seed=stream(seed, "stage", number).initial_seed(),
                 callbacks=callbacks,
             )
-            yield Stage(number, last, reward)
+            at = law(own, last, number + 1)
+            stage = Stage(number, last, reward, before, known_value(own, at))
+            rises += [] if stage.rise is None else [stage.rise]
+            stage = replace(stage, stopped=stop.reason(rises) if stop is not None and stage.rise is not None else None)
+            yield stage
+            if stage.stopped is not None:
+                return
+            if isinstance(own, OfLaw) and at is not None:
+                adapted = replace(own, utility=own.utility.after(at))
+                before = stage.after if adapted.utility == own.utility else known_value(adapted, at)
+                own = adapted
 
-    return loop(model)
+    def law(own: Any, last: M, number: int) -> Known | None:
+        """What is known of the law of the model that stage `number` begins at."""
+        if not isinstance(own, OfLaw):
+            return None
+        return own.known(last, model, items, stream(seed, "law", number).initial_seed())
+
+    def slope(own: Any, last: M, at: Known | None, number: int) -> Callable[..., Any]:
+        """The first variation there, less the price of the KL."""
+        if isinstance(own, OfLaw):
+            assert at is not None
+            found: Callable[..., Any] = own.first_variation(at)
+        else:
+            with explained("the utility"):
+                found = own.first_variation(last, stream(seed, "first variation", number).initial_seed())
+        if price == 0:
+            return found
+        return lifted(found) + kl_variation(last, model, own.eps if isinstance(own, OfLaw) else EPS) * price
+
+    return loop()
+
+
+def check_base(base: Any, price: Any, mixing: Any) -> None:
+    """Raise InputError for a base, a price and a mixing that are none, or mean nothing together."""
+    if base not in get_args(Base):
+        raise InputError(f"stages: base must be 'last' or 'first', is {base!r}{did_you_mean(str(base), get_args(Base))}")
+    if isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < math.inf:
+        raise InputError(f"stages: price must be a number, 0 or more, is {price!r}")
+    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)) or not 0 < mixing <= 1:
+        raise InputError(f"stages: mixing must be above 0 and at most 1, is {mixing!r}")
+    if base == "first" and price:
+        raise InputError("stages: from the first model the temperature of the method is the price of the KL; leave price out")
+    if base == "last" and mixing != 1:
+        raise InputError("stages: mixing is of stages from the first model; from the last one a higher temperature damps")
+
+
+def check_reward(reward: Callable[..., Any], method: Any, training: Training | None) -> None:
+    """Raise InputError for a first variation whose gradient alone is known, where its values are asked for."""
+    if not isinstance(reward, FirstVariation) or reward.valued:
+        return
+    known = "the first variation is known by its gradient alone"
+    if not method.needs.reward_gradient:
+        raise InputError(f"stages: {known}, and {method.name} learns from values; take a method such as adjoint-matching")
+    for name in ("calibration_samples", "per_prompt_normalization"):
+        if training is not None and getattr(training, name):
+            raise InputError(f"training.{name} asks for values of the reward, and {known}; leave it out")
+
+
+def lifted(reward: Callable[..., Any]) -> FirstVariation:
+    """A first variation that can be added to others."""
+    return reward if isinstance(reward, FirstVariation) else of_samples(cast(Any, from_function(reward)))
+
+
+def known_value(own: Any, at: Known | None) -> Estimate | None:
+    """The utility there, if it has a value that is known: behind a barrier, for example, it has none."""
+    if not isinstance(own, OfLaw) or at is None:
+        return None
+    try:
+        return own.value(at)
+    except InputError:
+        return None

@@ -343,7 +343,10 @@ class _Loop:
             raise
 
     def warn_of_constant_reward(self, measured: Mapping[str, float], count: int) -> None:
-        """Warn if all samples of the first batch have the same reward; no error, as a rare reward may do that by chance."""
+        """Warn if all samples of the first batch have the same reward; no error, as a rare reward may do that by chance. A
+        first variation that is known by its gradient alone has no values."""
+        if not getattr(self.reward, "valued", True):
+            return
         if self.step == 0 and count > 1 and self.running is None and measured.get("reward_std") == 0 and processes.is_main():
             warnings.warn(
                 f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
