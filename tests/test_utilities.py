@@ -486,9 +486,9 @@ SLOW = (OptimalDesign(criterion="trace", **DESIGN), OptimalDesign(criterion="eig
 
 @pytest.mark.parametrize("utility", [*SIMULATED, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
 def test_the_error_is_the_spread_of_the_estimate(utility: Utility) -> None:
-    """Over 200 samples of 200: the standard deviation of an estimated one is known to a twentieth, and this is 4 of that."""
+    """Over 100 samples of 200: the standard deviation of 100 numbers is known to 7 %, and this is 4 of that."""
     values, errors = [], []
-    for seed in range(200):
+    for seed in range(100):
         x = normal(230, seed)
         known = Known(
             x[:200],
@@ -499,7 +499,7 @@ def test_the_error_is_the_spread_of_the_estimate(utility: Utility) -> None:
         found = utility.value(known)
         values.append(found.value)
         errors.append(found.standard_error)
-    assert np.mean(errors) / np.std(values) == pytest.approx(1, abs=0.2)
+    assert np.mean(errors) / np.std(values) == pytest.approx(1, abs=0.28)
 
 
 def test_importance_weights_make_it_the_utility_of_another_law() -> None:

@@ -57,8 +57,7 @@ def lower_log_tilt(rewards: Array, threshold: float, share: float, alpha: float)
 def _sorted(masses: Array, rewards: Array) -> tuple[Array, Array]:
     """The distinct values of the reward in ascending order, and their probabilities, of those that have one."""
     r, which = np.unique(rewards[masses > 0], return_inverse=True)
-    p = np.bincount(which, masses[masses > 0])
-    return r, p / p.sum()
+    return r, np.bincount(which, masses[masses > 0])
 
 
 def _log_sums(logs: Array) -> Array:
