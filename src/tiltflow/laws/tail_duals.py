@@ -57,7 +57,7 @@ def lower_log_tilt(rewards: Array, threshold: float, share: float, alpha: float)
 def _sorted(masses: Array, rewards: Array) -> tuple[Array, Array]:
     """The distinct values of the reward in ascending order, and their probabilities, of those that have one."""
     r, which = np.unique(rewards[masses > 0], return_inverse=True)
-    return r, np.bincount(which, masses[masses > 0])
+    return r, np.bincount(which, masses[masses > 0]).astype(np.float64)
 
 
 def _log_sums(logs: Array) -> Array:

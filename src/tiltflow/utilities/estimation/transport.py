@@ -76,21 +76,18 @@ class Potential:
         return (away**self.power - self.heights[nearest]).to(x.dtype)
 
 
-def solve(
-    x: Tensor, p: Tensor, y: Tensor, metric: Metric, power: Literal[1, 2], q: Tensor | None = None
-) -> tuple[float, Potential]:
-    """The cost of the best plan from x [n, *event] with probabilities p [n] to y [m, *event] with q [m], by default all equal,
-    and the potential of x. Raises InputError for more points than memory has room for."""
+def solve(x: Tensor, p: Tensor, y: Tensor, metric: Metric, power: Literal[1, 2]) -> tuple[float, Potential]:
+    """The cost of the best plan from x [n, *event] with probabilities p [n] to y [m, *event] with equal ones, and the potential
+    of x. Raises InputError for more points than memory has room for."""
     import ot  # slow to import
 
     if len(x) * len(y) > MOST_PAIRS:
         raise InputError(f"exact transport between {len(x)} and {len(y)} samples takes too much memory: take fewer of them")
-    q = p.new_full((len(y),), 1 / len(y)) if q is None else q
-    some, other = p > 0, q > 0
-    z, points = stretched(x[some], metric), stretched(y[other], metric)
-    costs = _costs(z, points, power).cpu().numpy()
-    sources, sinks = (each / each.sum() for each in (p[some].cpu().numpy(), q[other].cpu().numpy()))
-    plan, log = ot.emd(sources, sinks, costs, numItermax=10_000_000, log=True)
+    some = p > 0
+    points = stretched(y, metric)
+    costs = _costs(stretched(x[some], metric), points, power).cpu().numpy()
+    sources = p[some].cpu().numpy()
+    plan, log = ot.emd(sources / sources.sum(), np.full(len(y), 1 / len(y)), costs, numItermax=10_000_000, log=True)
     heights = _centred(log["v"], costs, plan)
     return float(log["cost"]), Potential(metric, points, torch.from_numpy(heights).to(points), power)
 
