@@ -86,8 +86,10 @@ def solve(x: Tensor, p: Tensor, y: Tensor, metric: Metric, power: Literal[1, 2])
     some = p > 0
     points = stretched(y, metric)
     costs = _costs(stretched(x[some], metric), points, power).cpu().numpy()
-    sources = p[some].cpu().numpy()
-    plan, log = ot.emd(sources / sources.sum(), np.full(len(y), 1 / len(y)), costs, numItermax=10_000_000, log=True)
+    sources, sinks = p[some].cpu().numpy(), np.full(len(y), 1 / len(y))
+    plan, log = ot.emd(sources / sources.sum(), sinks, costs, numItermax=10_000_000, log=True)
+    # sums that differ in their last digit leave dust in the plan
+    plan = np.where(plan > 1e-9 * np.minimum(sources[:, None], sinks), plan, 0)
     heights = _centred(log["v"], costs, plan)
     return float(log["cost"]), Potential(metric, points, torch.from_numpy(heights).to(points), power)
 
