@@ -73,7 +73,9 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=stream(seed, "images"), dtype=torch.float64) * 2 - 1
 
 
-LOCAL = [name for name in names("rewards") if name not in ("http", "image-similarity", "ocr")]  # which have their own tests
+ELSEWHERE = ("http", "image-similarity", "ocr", "preference")
+"""Rewards that have tests of their own: they need more than a picture."""
+LOCAL = [name for name in names("rewards") if name not in ELSEWHERE]
 PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]
 
 
