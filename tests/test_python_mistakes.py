@@ -112,7 +112,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "prompts that are not there": (rewarded(lambda images, prompts: images.sum(1)), "the reward asks for prompts"),
     "other arguments": (
         rewarded(lambda x, y: x.sum(1)),
-        "it can have the images, under any name, `prompts`, `metadata` and `labels`",
+        "it can have the images, under any name, `prompts`, `metadata`, `labels` and `sources`",
     ),
     # models and flows
     "shape as a text": (
@@ -245,7 +245,7 @@ def test_pipelines() -> None:
     for make, message in (
         (
             lambda: from_diffusers(None),
-            "pipeline NoneType is not known; known: Flux2KleinPipeline, Flux2Pipeline, FluxPipeline,",
+            "pipeline NoneType is not known; known: Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline, FluxPipeline,",
         ),
         (lambda: from_diffusers(Net()), "pipeline Net is not known"),
         (lambda: from_diffusers("/nowhere"), "/nowhere"),
