@@ -72,7 +72,7 @@ def test_our_steps_are_those_of_the_scheduler(scheduler: Any, solver: str, steps
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [2, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 3))])
 def test_sana_sprint_draws_what_its_pipeline_draws(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise, at two scales of its guidance."""
     model = from_diffusers(tiny_pipeline("sana-sprint", tmp_path), height=32, width=32)

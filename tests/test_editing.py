@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 from test_cli import call
-from test_run_text_to_image import recipe_for, slow_unless, train
+from test_run_text_to_image import recipe_for, train
 from test_text_to_image import euler, latents_of
 from tiny_pipelines import tiny_pipeline
 from tiny_scorers import tiny_clip
@@ -61,7 +61,7 @@ def theirs(model: TextToImage, prompts: list[str], images: list[Image.Image], la
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 32)])
+@pytest.mark.parametrize("size", [pytest.param((16, 16), marks=pytest.mark.slow), (16, 32)])
 def test_parity_with_the_pipeline(size: tuple[int, int], tmp_path: Path) -> None:
     """Of a batch of prompts of different length with a picture each, and of each of them alone."""
     model = model_of(tmp_path, size)
@@ -278,7 +278,8 @@ def near_its_source(images: Tensor, sources: Tensor) -> Tensor:
     return -(images - sources).square().mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=slow_unless(m == "tilt-matching")) for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_and_what_plain_diffusers_draws_of_it(method: str, tmp_path: Path) -> None:
     """Three updates, with a reward of what was edited; then the LoRA in the pipeline's own hands."""
     model, rows, edit = model_of(tmp_path), list[Any](), picture(seed=2)
