@@ -37,7 +37,7 @@ def doctor(
 
     [dim]tiltflow doctor digits-even[/dim]
     [dim]tiltflow doctor mine.yaml --set training.micro_batch_size=4 --device cuda[/dim]
-    [dim]tiltflow doctor sdxl-12gb --config-only --memory 12[/dim]
+    [dim]tiltflow doctor sd35-medium-24gb --config-only --memory 24[/dim]
     """
     from dataclasses import asdict
 

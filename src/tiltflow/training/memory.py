@@ -39,7 +39,10 @@ class PeakMemory(TorchDispatchMode):
     ) -> Any:
         for part in tree_leaves((args, kwargs)):
             if isinstance(part, Tensor):  # made before the context, or a view of what was
-                self.known.add(part.untyped_storage()._cdata)
+                storage = part.untyped_storage()
+                if (key := storage._cdata) not in self.known:
+                    self.known.add(key)
+                    weakref.finalize(storage, self.known.discard, key)  # another storage may be there later
         out = func(*args, **(kwargs or {}))
         for part in tree_leaves(out):
             if isinstance(part, Tensor):
