@@ -123,6 +123,7 @@ def test_a_folder_that_is_damaged_is_refused(tmp_path: Path) -> None:
         read_picture(tmp_path / "no.png")
 
 
+@pytest.mark.slow
 def test_pairs_of_a_run_before_and_after_and_of_two_samplings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"max_train_steps": 1, "train_batch_size": 4}
     run(validate(Recipe, read_yaml(tiny_recipe(tmp_path, training=training)), "recipe"), tmp_path / "run")
