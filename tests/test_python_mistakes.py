@@ -112,7 +112,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "prompts that are not there": (rewarded(lambda images, prompts: images.sum(1)), "the reward asks for prompts"),
     "other arguments": (
         rewarded(lambda x, y: x.sum(1)),
-        "it can have the images, under any name, `prompts`, `metadata`, `labels` and `sources`",
+        "it can have the images, under any name, or `latents`, and `prompts`, `metadata`, `labels` and `sources`",
     ),
     # models and flows
     "shape as a text": (
