@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import affine
@@ -18,6 +22,7 @@ import tiltflow
 from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.flow import Flow
+from tiltflow.reports.stages import write_stages_report
 from tiltflow.runs import stages as outer
 from tiltflow.runs.of_law import EPS
 from tiltflow.runs.stages import Utility
@@ -419,6 +424,109 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     scores, sampled = tiltflow.OfLaw(Entropy(), num_samples=50), tiltflow.Training(calibration_samples=50)
     with pytest.raises(InputError, match=r"training\.calibration_samples asks for values of the reward"):
         next(tiltflow.stages(normal(), scores, method(1.0), sampled, count=1))
+
+
+# ---- in a folder ----
+
+
+def in_folder(path: Path | None, base: str = "last", *, resume: bool = True, **options: Any) -> Iterator[Any]:
+    """Two light stages for a mean less a variance, at a price."""
+    again: dict[str, Any] = {"resume_from_checkpoint": "latest"} if resume and path is not None else {}
+    training = tiltflow.Training(max_train_steps=4, train_batch_size=4, checkpointing_steps=2 if path else 50, **again)
+    folder = {} if path is None else {"output": path, "evaluation": tiltflow.Evaluation(num_samples=16)}
+    given = {"count": 2, **from_base(base, 0.5, steps=3), "optimizer": FAST, **folder, **options}
+    utility = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards=X, num_samples=100)
+    return tiltflow.stages(normal(), utility, training=training, **given)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("base", ["last", "first"])
+def test_stages_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    """Killed in the first stage, between stages and in the second stage."""
+    whole = [(moments(stage.model), stage.before, stage.after) for stage in in_folder(None, base)]
+
+    def killed(kept: int, at: int) -> None:
+        steps: list[int] = []
+
+        def kill(record: Any) -> None:
+            steps.append(record.step)
+            if record.step == at:
+                raise Killed
+
+        finished: list[Any] = []
+        with pytest.raises(Killed):
+            finished.extend(in_folder(tmp_path / "out", base, callbacks=[kill]))
+        assert len(finished) == kept
+        assert steps[0] == 1 + (kept == 0 and at == 4) * 2  # from the checkpoint of step 2
+
+    killed(0, 3)
+    killed(0, 4)
+    next(iter(in_folder(tmp_path / "out", base)))
+    killed(1, 3)
+    found = list(in_folder(tmp_path / "out", base))
+    assert [(moments(stage.model), stage.before, stage.after) for stage in found] == whole
+    monkeypatch.setattr(outer, "tune", None)  # nothing is trained again
+    assert [moments(stage.model) for stage in in_folder(tmp_path / "out", base)] == [each[0] for each in whole]
+    rows = json.loads((tmp_path / "out" / "stages.json").read_text())["stages"]
+    assert [(row["stage"], row["before"], row["after_error"]) for row in rows] == [
+        (stage.number, stage.before.value, stage.after.standard_error) for stage in found
+    ]
+    assert rows[1]["path_kl"] == json.loads((tmp_path / "out" / "stage-02" / "summary.json").read_text())["path_kl"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"from {found[0].before} to {found[1].after}" in page
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    assert len(list(in_folder(tmp_path / "out", stop=tiltflow.Stop(min_rise=100.0), resume=False))) == 1
+    with pytest.raises(InputError, match="already holds stages; to go on with them"):
+        next(iter(in_folder(tmp_path / "out", resume=False)))
+    with pytest.raises(InputError, match=r"begun with other settings: price 0.5 -> 0.25"):
+        next(iter(in_folder(tmp_path / "out", price=0.25)))
+    with pytest.raises(InputError, match=r"begun with other settings: seed 0 -> 1"):
+        next(iter(in_folder(tmp_path / "out", seed=1)))
+    row = json.loads((tmp_path / "out" / "stages.json").read_text())["stages"][0]
+    assert row["stopped"].startswith("the utility rose by")
+    next(iter(in_folder(tmp_path / "out")))  # without the rule it goes on
+    assert json.loads((tmp_path / "out" / "stages.json").read_text())["stages"][0]["stopped"] is None
+    (tmp_path / "out" / "stages.json").write_text("{}")
+    with pytest.raises(InputError, match="is damaged"):
+        next(iter(in_folder(tmp_path / "out")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="already holds something"):
+        next(iter(in_folder(tmp_path / "other")))
+
+
+def test_the_report_of_a_stage_without_values_gives_no_verdict(tmp_path: Path) -> None:
+    training, evaluation = tiltflow.Training(max_train_steps=1, train_batch_size=4), tiltflow.Evaluation(num_samples=16)
+    utility = tiltflow.OfLaw(Entropy(), num_samples=50)
+    next(tiltflow.stages(normal(), utility, method(1.0), training, count=1, output=tmp_path / "out", evaluation=evaluation))
+    summary = json.loads((tmp_path / "out" / "stage-01" / "summary.json").read_text())
+    assert "known by its gradient alone" in summary["verdict"]["text"]
+    assert summary["reward_target"] is None
+
+
+def test_a_report_has_a_row_and_a_picture_for_each_stage(tmp_path: Path) -> None:
+    rows = []
+    for stage in (1, 2):
+        folder = tmp_path / f"stage-0{stage}"
+        folder.mkdir()
+        for side in ("before", "after"):
+            (folder / f"{side}.png").write_bytes(f"{side} {stage}".encode())
+        estimates = {name: value for key in ("before", "after", "rise") for name, value in ((key, 1.0), (f"{key}_error", 0.1))}
+        row = {"stage": stage, "folder": folder.name, **estimates, "path_kl": None, "seconds": 61.0, "stopped": None}
+        rows.append(row)
+    settings = {"method": {"name": "adjoint-matching"}, "base": "first", "seed": 0, "utility": {"name": "<entropy>"}}
+    (tmp_path / "stages.json").write_text(json.dumps({"settings": settings, "stages": rows}))
+    page = write_stages_report(tmp_path).read_text()
+    shown = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page)]
+    assert shown == ["before 1", "after 1", "after 2"]
+    assert page.count("stage-02/report.html") == 1
+    assert "<svg" in page
+    assert "&lt;entropy&gt;" in page
 
 
 @pytest.mark.slow

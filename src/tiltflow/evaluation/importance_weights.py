@@ -39,6 +39,7 @@ class ImportanceWeights:
     Args:
         weights: [n], summing to 1, those of each group to 1 / groups.
         groups: number of groups.
+        absent: why they say nothing, where the reward has no values.
     """
 
     weights: Tensor
@@ -46,6 +47,7 @@ class ImportanceWeights:
     strata: bool = False
     """True if the groups are all that exist, such as classes, and not a sample of more, such as prompts. Differences between
     groups then do not contribute to standard errors."""
+    absent: str | None = None
 
     @classmethod
     def from_rewards(cls, rewards: Tensor, beta: float) -> ImportanceWeights:
@@ -80,6 +82,8 @@ class ImportanceWeights:
         Args:
             group: word for a group, such as "prompt".
         """
+        if self.absent is not None:
+            return self.absent
         n, size = len(self.weights), self.effective_sample_size
         if self.groups > 1 and self.effective_group_size < FEW_IN_GROUP:
             return (

@@ -227,6 +227,7 @@ class Samples:
         log_tilt: log weights of the base samples toward the target law, up to a constant of each group [n].
         asked: the groups of the base samples.
         left_out: numbers of samples without a finite reward: of the base, of the tuned model.
+        absent: why the log weights say nothing, where the reward has no values.
     """
 
     base: Tensor
@@ -236,6 +237,7 @@ class Samples:
     log_tilt: Tensor
     asked: Asked
     left_out: tuple[int, int] = (0, 0)
+    absent: str | None = None
 
     @property
     def both(self) -> tuple[Tensor, Tensor]:
@@ -245,7 +247,8 @@ class Samples:
     @property
     def weights(self) -> ImportanceWeights:
         """Importance weights of the base samples."""
-        return ImportanceWeights.from_log_tilt(self.log_tilt, self.asked.groups, strata=self.asked.strata)
+        weights = ImportanceWeights.from_log_tilt(self.log_tilt, self.asked.groups, strata=self.asked.strata)
+        return replace(weights, absent=self.absent)
 
 
 def kept(asked: Asked, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Asked]:

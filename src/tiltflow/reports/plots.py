@@ -134,9 +134,9 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: f
     axes.margins(x=0.01)
 
 
-def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Plot a measure of the monitor over the steps, with error bars of one standard error, the target law's value as a dashed
-    line, and the first alarm as a vertical line.
+def looks(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "iteration") -> str:
+    """Plot a measure over the steps, which count what `axis` says, with error bars of one standard error, the value of the
+    target law as a dashed line, and the first alarm as a vertical line.
 
     Args:
         rows: lines of monitor.jsonl; the first one is of the base.
@@ -153,7 +153,7 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str) -> str:
             axes.axhline(target[0], color=COLOURS["target"], linewidth=1.6, linestyle=(0, (4, 3)))
         if alarm is not None:
             axes.axvline(alarm, color=COLOURS["ink"], linewidth=1.6)
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)

@@ -47,11 +47,11 @@ def write_report(folder: Path) -> Path:
 
 def render(page: Page) -> str:
     """Render the page as HTML; every value is escaped."""
-    return _environment().get_template("page.html.j2").render(page=page)
+    return environment().get_template("page.html.j2").render(page=page)
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     """The templates, compiled once."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

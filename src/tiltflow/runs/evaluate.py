@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ from tiltflow.training.records import speed
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
 """For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
 
+NO_VALUES = (
+    "The reward is the first variation of a utility that is known by its gradient alone: its values are not, and read as 0."
+)
+
 
 @torch.no_grad()
 def evaluate(
@@ -78,6 +83,8 @@ def evaluate(
     tilted = units_of_target(run, base, instruments)
     own = of_base.rewards[instruments.own]
     samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
+    if not getattr(instruments.rewards[instruments.own], "valued", True):
+        samples = replace(samples, absent=NO_VALUES)
     generator = stream(run.seed, "bootstrap")
     budget = budget_in_words(run.training.target_kl, records)
     calibrated = calibration_in_words(target.beta, records[-1].get("beta") if budget["target_kl"] is None else None)

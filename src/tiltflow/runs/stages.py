@@ -25,17 +25,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 from pydantic import Field
+from torch import nn
 
 from tiltflow.api import Condition, check_arguments, items_of, tune
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.settings import Evaluation
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.runs.fingerprints import of_network
 from tiltflow.runs.of_law import EPS, OfLaw, kl_variation
+from tiltflow.runs.stages_folder import StagesFolder
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
@@ -127,12 +132,14 @@ def stages(
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
     callbacks: Sequence[Callback] = (),
+    evaluation: Evaluation | None = None,
+    output: str | Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
     seed: int = 0,
 ) -> Generator[Stage[M], None, None]:
     """Yield a `Stage` after each of `count` stages: `tune` of a model for the first variation of `utility` at the last one.
 
-    The whole network is trained, in a copy: of a pipeline too. Nothing is written, and there are no checkpoints between stages:
-    `stage.model.save(folder)` keeps a model, and `stages` can begin from it. Two calls with the same seed give the same models.
+    The whole network is trained, in a copy: of a pipeline too. Two calls with the same seed give the same models.
 
     Args:
         utility: one of `tiltflow.utilities` with what it is estimated from, `OfLaw`; or one of your own, `Utility`.
@@ -144,6 +151,11 @@ def stages(
             and at most 1; the rest is what the last stage was tuned for.
         stop: when to end earlier.
         callbacks: called with every record of every stage; one that returns True ends its stage.
+        evaluation: what is measured after each stage, for its report in `output`.
+        output: a folder, new or empty, for a run of each stage, stages.json and a report (`tiltflow.runs.stages_folder`). With
+            Training(resume_from_checkpoint="latest") a call goes on with the stages there, bit for bit: those that are finished
+            are loaded, and the one that was being trained goes on from its last checkpoint.
+        note: is told what a person should know, as by `tune`.
 
     Raises InputError for a model with an adapter, which cannot be both the base and what is trained; for a first variation that
     the method cannot use; and what `tune` raises.
@@ -165,7 +177,9 @@ def stages(
         raise InputError("stages: stop asks for the value of the utility, which is known of OfLaw(..) alone")
     count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
 
-    def loop() -> Generator[Stage[M], None, None]:
+    given = training or Training()
+
+    def loop(place: StagesFolder | None = None) -> Generator[Stage[M], None, None]:
         last, own, mixed, rises = model, utility, None, list[Estimate]()
         at = law(own, last, 1)
         before = known_value(own, at)
@@ -175,28 +189,62 @@ def stages(
                 mixed = lifted(reward) * mixing if mixed is None else lifted(reward) * mixing + mixed * (1 - mixing)
                 reward = mixed
             check_reward(reward, method, training)
-            last = tune(
-                model if base == "first" else last,
-                reward,
-                method,
-                training,
-                optimizer=optimizer,
-                conditions=conditions,
-                adapter=None,
-                seed=stream(seed, "stage", number).initial_seed(),
-                callbacks=callbacks,
-            )
+            last = tuned(place, model if base == "first" else last, reward, number)
             at = law(own, last, number + 1)
             stage = Stage(number, last, reward, before, known_value(own, at))
             rises += [] if stage.rise is None else [stage.rise]
             stage = replace(stage, stopped=stop.reason(rises) if stop is not None and stage.rise is not None else None)
+            if place is not None:
+                place.add(number, {"before": stage.before, "after": stage.after, "rise": stage.rise}, stage.stopped)
             yield stage
             if stage.stopped is not None:
+                note(stage.stopped)
                 return
             if isinstance(own, OfLaw) and at is not None:
                 adapted = replace(own, utility=own.utility.after(at))
                 before = stage.after if adapted.utility == own.utility else known_value(adapted, at)
                 own = adapted
+
+    def tuned(place: StagesFolder | None, start: M, reward: Callable[..., Any], number: int) -> M:
+        """The model of a stage, trained, or loaded if it is there."""
+        own_seed, folder, more, loop_of = stream(seed, "stage", number).initial_seed(), None, callbacks, training
+        if place is not None:
+            if place.finished(number):
+                return place.load(number, start, given, own_seed)
+            folder, more = place.folder(number), [place.begun, *callbacks]
+            if not folder.exists():
+                loop_of = given.model_copy(update={"resume_from_checkpoint": None})
+        return tune(
+            start,
+            reward,
+            method,
+            loop_of,
+            optimizer=optimizer,
+            conditions=conditions,
+            adapter=None,
+            evaluation=evaluation,
+            output=folder,
+            seed=own_seed,
+            callbacks=more,
+            note=note,
+        )
+
+    def loop_in(path: Path) -> Generator[Stage[M], None, None]:
+        network = model.flow.network
+        settings = {
+            "utility": own_settings(utility),
+            "base": base,
+            "price": price,
+            "mixing": mixing,
+            "seed": seed,
+            "conditions": [item.text for item in items],
+            "model": of_network(network) if isinstance(network, nn.Module) else "",
+            "method": method.model_dump(mode="json"),
+            "optimizer": None if optimizer is None else optimizer.model_dump(mode="json"),
+            "training": given.model_dump(mode="json"),
+        }
+        with StagesFolder.begin(path, settings, given, note) as place:
+            yield from loop(place)
 
     def law(own: Any, last: M, number: int) -> Known | None:
         """What is known of the law of the model that stage `number` begins at."""
@@ -216,7 +264,21 @@ def stages(
             return found
         return lifted(found) + kl_variation(last, model, own.eps if isinstance(own, OfLaw) else EPS) * price
 
-    return loop()
+    return loop() if output is None else loop_in(Path(output))
+
+
+def own_settings(utility: Any) -> Any:
+    """What can be written down of a utility."""
+    if not isinstance(utility, OfLaw):
+        return type(utility).__name__
+    sampling = None if utility.sampling is None else utility.sampling.model_dump(mode="json")
+    return {
+        **utility.utility.model_dump(mode="json"),
+        "num_samples": utility.num_samples,
+        "eps": utility.eps,
+        "sampling": sampling,
+        "rewards": [getattr(each, "__qualname__", type(each).__qualname__) for each in utility.named.values()],
+    }
 
 
 def check_base(base: Any, price: Any, mixing: Any) -> None:
@@ -240,7 +302,7 @@ def check_reward(reward: Callable[..., Any], method: Any, training: Training | N
     known = "the first variation is known by its gradient alone"
     if not method.needs.reward_gradient:
         raise InputError(f"stages: {known}, and {method.name} learns from values; take a method such as adjoint-matching")
-    for name in ("calibration_samples", "per_prompt_normalization"):
+    for name in ("calibration_samples", "per_prompt_normalization", "monitor"):
         if training is not None and getattr(training, name):
             raise InputError(f"training.{name} asks for values of the reward, and {known}; leave it out")
 
