@@ -36,7 +36,14 @@ def test_every_key_of_the_shipped_recipes_is_listed() -> None:
             chosen = tree[part] if isinstance(tree[part], dict) else {"name": tree[part]}
             (_, inner), *_ = settings_of(chosen["name"]).values()
             known |= {f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
-        loose = ("model.scheduler.", "reward.rewards.reward.", "evaluation.rewards.", "reward.network.")
+        loose = (
+            "model.scheduler.",
+            "model.dtype.",
+            "model.quantization.",
+            "reward.rewards.reward.",
+            "evaluation.rewards.",
+            "reward.network.",
+        )
         for key in keys(tree):
             assert key in known or key.startswith(loose), (name, key)
 
