@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_stages_of_a_mean_reward_are_one_tilt() -> None:
     assert_close(law(base), torch.tensor([MEAN, VARIANCE]).double(), rtol=0.02, atol=0)  # the first base is as it was
 
 
+@pytest.mark.slow
 def test_the_reward_of_a_stage_is_the_slope_of_the_utility_at_the_last_model() -> None:
     """m_{k+1} = m_k + (c - m_k) s^2 / beta: half the way each time at beta = 2 s^2."""
     expected, where = MEAN, 2.0
@@ -239,26 +241,30 @@ def test_entropy_at_a_price_spreads_a_gaussian_by_a_known_recursion(base: str) -
     assert variance / VARIANCE == pytest.approx((1 + ALPHA) / ALPHA, rel=2 * noise / VARIANCE + 1e-3)
 
 
-@pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("base", ["last", "first"])
-def test_mean_variance_at_a_price_moves_by_a_known_recursion_to_its_optimum(base: str) -> None:
-    """E x - c Var x - alpha KL on N(m0, v0): what is tilted by, linear x - square x^2, is mixed of (1 + 2 c m) x - c x^2, and
-    settles where m = m0 + v0 / alpha, 1 / v = 1 / v0 + 2 c / alpha."""
-    utility, c, w = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards=X, num_samples=2000), 1.5, 0.5
-    m, v, linear, square = MEAN, VARIANCE, 0.0, 0.0
-
-    def next_law() -> None:
-        nonlocal m, v, linear, square
+def mean_variance(c: float, w: float) -> Iterator[list[float]]:
+    """Mean and variance after each stage for E x - c Var x - alpha KL on N(m0, v0), which is tilted by linear x - square x^2,
+    mixed of (1 + 2 c m) x - c x^2."""
+    m, linear, square = MEAN, 0.0, 0.0
+    while True:
         linear, square = (1 - w) * linear + w * (1 + 2 * c * m), (1 - w) * square + w * c
         v = 1 / (1 / VARIANCE + 2 * square / ALPHA)
         m = v * (MEAN / VARIANCE + linear / ALPHA)
+        yield [m, v]
 
-    for last in tiltflow.stages(normal(), utility, count=5, **from_base(base, w)):
-        next_law()
-        assert moments(last.model) == pytest.approx([m, v], abs=0.03)  # of 2000 samples in each stage
-    for _ in range(200):
-        next_law()
-    assert [m, v] == pytest.approx([MEAN + VARIANCE / ALPHA, 1 / (1 / VARIANCE + 2 * c / ALPHA)])
+
+def test_mean_variance_at_a_price_settles_at_its_optimum() -> None:
+    """m = m0 + v0 / alpha, 1 / v = 1 / v0 + 2 c / alpha."""
+    found = next(islice(mean_variance(1.5, 0.5), 200, None))
+    assert found == pytest.approx([MEAN + VARIANCE / ALPHA, 1 / (1 / VARIANCE + 2 * 1.5 / ALPHA)])
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("base", ["last", "first"])
+def test_mean_variance_at_a_price_moves_by_a_known_recursion(base: str) -> None:
+    utility = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards=X, num_samples=2000)
+    laws = mean_variance(1.5, 0.5)
+    for last in tiltflow.stages(normal(), utility, count=5, **from_base(base, 0.5)):
+        assert moments(last.model) == pytest.approx(next(laws), abs=0.03)  # of 2000 samples in each stage
     if base == "first":  # of rewards alone: the KL is in the temperature
         assert last.reward.black_box  # type: ignore[attr-defined]
 
@@ -443,7 +449,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("base", ["last", "first"])
+@pytest.mark.parametrize("base", ["last", pytest.param("first", marks=pytest.mark.slow)])
 def test_stages_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     """Killed in the first stage, between stages and in the second stage."""
     whole = [(moments(stage.model), stage.before, stage.after) for stage in in_folder(None, base)]
@@ -532,14 +538,16 @@ def test_a_report_has_a_row_and_a_picture_for_each_stage(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["last", "first"])
 def test_entropy_at_a_price_by_adjoint_matching(base: str) -> None:
-    """The variance settles at (1 + alpha) / alpha times that of the base; the chain of 24 steps is off by some percent."""
-    options = from_base(base, steps=24)
-    training = tiltflow.Training(max_train_steps=60, train_batch_size=64)
-    fast = FAST.model_copy(update={"learning_rate": 5e-2})
-    utility = tiltflow.OfLaw(Entropy(), num_samples=1000)
-    *_, stage = tiltflow.stages(normal(), utility, training=training, count=8, optimizer=fast, **options)
+    """The variance settles at (1 + alpha) / alpha = 3 times that of the base. From the last model there is nothing left to tune
+    at the end, and no error stays. From the first one that of a whole tilt does: a chain of 12 steps makes it too narrow by the
+    share d = 0.1, and v = (1 - d) / (q_0 - 1 / (alpha v)) is at 3 - d times that of the base."""
+    training = tiltflow.Training(max_train_steps=150, train_batch_size=1024)
+    utility = tiltflow.OfLaw(Entropy(), num_samples=200)
+    options = from_base(base, mixing=ALPHA / (1 + ALPHA))
+    *_, stage = tiltflow.stages(normal(), utility, training=training, count=4, optimizer=FAST, **options)
     mean, variance = moments(stage.model)
-    assert variance / VARIANCE == pytest.approx((1 + ALPHA) / ALPHA, rel=0.06)
+    expected = {"last": 3.0, "first": 3.0 - 0.1}[base]
+    assert variance / VARIANCE == pytest.approx(expected, abs=0.03)
     assert mean == pytest.approx(MEAN, abs=0.05)
 
 
@@ -550,6 +558,5 @@ def test_mean_variance_at_a_price_by_a_method_without_gradients() -> None:
     utility = tiltflow.OfLaw(MeanVariance(aversion=1.5), rewards={"reward": lambda x: x.detach()[:, 0]}, num_samples=2000)
     training = tiltflow.Training(max_train_steps=150, train_batch_size=128)
     *_, stage = tiltflow.stages(normal(), utility, score_as_action, training, count=5, base="first", mixing=0.5, optimizer=FAST)
-    mean, variance = moments(stage.model)
-    assert variance == pytest.approx(1 / (1 / VARIANCE + 2 * 1.5 / ALPHA), rel=0.15)
-    assert mean == pytest.approx(MEAN + VARIANCE / ALPHA, abs=0.08)
+    mean, variance = next(islice(mean_variance(1.5, 0.5), 4, None))
+    assert moments(stage.model) == [pytest.approx(mean, abs=0.05), pytest.approx(variance, rel=0.15)]
