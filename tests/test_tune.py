@@ -358,6 +358,11 @@ def check_tf32(folder: Path) -> None:
         tuned(allow_tf32=True, deterministic=True)
 
 
+def check_same_bits(**settings: Any) -> None:
+    """Where tensors lie changes nothing else; that they lie there: see test_offload and test_trajectories."""
+    assert torch.equal(tuned(**settings).weights, tuned().weights)
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "compile": check_compile,
     "allow_tf32": check_tf32,
@@ -366,6 +371,9 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "prompt_order": check_refused("prompt_order", "epochs"),
     "decode_batch_size": check_refused("decode_batch_size", 2),
     "guidance_mode": check_refused("guidance_mode", "rollout"),
+    "offload": lambda folder: check_same_bits(offload=True),
+    "trajectory_dtype": lambda folder: differs(trajectory_dtype="bfloat16"),
+    "trajectory_device": lambda folder: check_same_bits(trajectory_device="cpu"),
     "per_prompt_normalization": check_normalization,
     "use_8bit_adam": check_8bit_adam,
     "max_train_steps": lambda folder: differs(max_train_steps=5),

@@ -48,9 +48,8 @@ class Training(Settings):
     and the frozen copy of a denoiser that is tuned as a whole but while the method needs it. Changes the memory of the device
     and the time, not the result."""
     trajectory_dtype: Literal["bfloat16", "float16"] | None = None
-    """Store trajectories in 16 bits: half of their memory. What is rounded is an error of the
-    gradient, in proportion to the temperature (docs/text-to-image.md); float16 has eight times less than bfloat16. null stores
-    them as they are computed."""
+    """Store trajectories in 16 bits: half of their memory. What is rounded is an error of the gradient, in proportion to the
+    temperature (docs/text-to-image.md); float16 has eight times less than bfloat16. null stores them as they are computed."""
     trajectory_device: Literal["cpu"] | None = None
     """Store trajectories on the CPU: no memory of a GPU but that of a step, with the same bits. Each step is then copied there
     and back."""
