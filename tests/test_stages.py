@@ -16,6 +16,7 @@ import pytest
 import torch
 from affine import MEAN, VARIANCE, on_gaussian
 from test_objective import Controlled
+from tiny_pipelines import tiny_pipeline
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -483,6 +484,28 @@ def test_stages_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert rows[1]["path_kl"] == json.loads((tmp_path / "out" / "stage-02" / "summary.json").read_text())["path_kl"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"from {found[0].before} to {found[1].after}" in page
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline_go_on_from_the_pictures_of_the_last_one(tmp_path: Path) -> None:
+    """Its finished stages are loaded bit for bit, and the report has their pictures."""
+    tiny = tiny_pipeline("stable-diffusion", tmp_path)
+
+    def run(count: int, resume: str | None = None, **folder: Any) -> list[Any]:
+        model = tiltflow.from_diffusers(tiny, height=16, width=16)
+        training = tiltflow.Training(
+            max_train_steps=1, prompts_per_step=1, num_generations=2, guidance_mode="none", resume_from_checkpoint=resume
+        )
+        utility = tiltflow.OfLaw(MeanVariance(), reward=lambda images: images.mean((1, 2, 3)), num_samples=4)
+        prompts: list[Any] = ["a red cat", "a blue dog"]
+        found = tiltflow.stages(model, utility, method(1.0), training, count=count, conditions=prompts, **folder)
+        return [(stage.after, sum(p.double().sum().item() for p in stage.model.flow.parameters())) for stage in found]
+
+    evaluation = tiltflow.Evaluation(num_prompts=1, num_generations=2)
+    folder = {"output": tmp_path / "out", "evaluation": evaluation}
+    run(1, **folder)
+    assert run(2, "latest", **folder) == run(2) == run(2, "latest", **folder)
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 3
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
