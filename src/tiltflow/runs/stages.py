@@ -172,12 +172,11 @@ def stages(
         )
     check_base(base, price, mixing)
     check_arguments(model, lambda x: x, method, training, None)
-    items = items_of(model, conditions, training or Training())
+    given = training or Training()
+    items = items_of(model, conditions, given)
     if stop is not None and not isinstance(utility, OfLaw):
         raise InputError("stages: stop asks for the value of the utility, which is known of OfLaw(..) alone")
     count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
-
-    given = training or Training()
 
     def loop(place: StagesFolder | None = None) -> Generator[Stage[M], None, None]:
         last, own, mixed, rises = model, utility, None, list[Estimate]()
