@@ -119,8 +119,17 @@ def tuned_into(folder: Path, kind: str, method: str, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("method", SHORT)
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("ragged-adjoint-matching", "ragged-orw-cfm-w2", "video-adjoint-matching", "video-score-as-action")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, method, marks=() if f"{kind}-{method}" in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for method in SHORT
+    ],
+)
 def test_a_kind_of_ones_own_goes_through_everything(kind: str, method: str, tmp_path: Path) -> None:
     """The loop, micro-batches, the average, the monitor, checkpoints, resume bit for bit, the evaluation and its report."""
     assert isinstance(KINDS[kind][0](), GenerativeModel)

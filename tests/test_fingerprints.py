@@ -156,6 +156,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "ImageReward": {"model", "tokenizer"},
         "ImageSimilarity": {"model"},
         "PickScore": {"model", "tokenizer"},
+        "Preference": {"votes", "clip", "classifier"},
     }
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",

@@ -268,6 +268,7 @@ DIFFERENT: dict[str, Any] = {
     "per_prompt_normalization": 2,
     "ema_decay": 0.5,
     "mixed_precision": "bf16",
+    "trajectory_dtype": "bfloat16",
 }
 """Settings that change the weights."""
 
@@ -336,6 +337,12 @@ def check_tf32(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
     assert asked == [(True, "cpu")]
 
 
+def check_same_bits(tuned: Run, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Where tensors lie changes nothing else; that they lie there: see test_offload and test_trajectories."""
+    settings = {"offload": True, "trajectory_device": "cpu"}
+    assert torch.equal(tuned(max_train_steps=1, **settings).weights, tuned(max_train_steps=1).weights)
+
+
 CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
     "compile": check_compile,
     "allow_tf32": check_tf32,
@@ -355,6 +362,8 @@ CHECKS: dict[str, Callable[[Run, Path, pytest.MonkeyPatch], None]] = {
     "resume_from_checkpoint": check_resume,
     "report_to": check_report,
     "monitor": check_monitor,
+    "offload": check_same_bits,
+    "trajectory_device": check_same_bits,
 }
 
 
@@ -372,7 +381,7 @@ def test_every_setting_that_changes_the_weights(name: str, tuned: Run, plain: Te
     [
         pytest.param(name, marks=pytest.mark.slow if name == "compile" else ())  # see test_compiled
         for name in CHECKS
-        if name != "checkpoints_total_limit"
+        if name not in ("checkpoints_total_limit", "trajectory_device")
     ],
 )
 def test_every_setting_is_honoured(name: str, tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
