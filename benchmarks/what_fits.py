@@ -3,13 +3,16 @@
     python benchmarks/what_fits.py                     # the table of docs/text-to-image.md
     python benchmarks/what_fits.py --model flux.1-dev --size 512
 
-Adjoint Matching toward PickScore in bfloat16, 32 pictures a step, one at a time, 20 sampling steps of which 5 enter the loss.
+A LoRA in bfloat16 by Adjoint Matching toward PickScore with gradient checkpointing: 32 pictures a step, one at a time, 10
+sampling steps of which 3 enter the loss. Where a card has less than that needs, a setting is added that lowers the phase with
+the peak, and so on.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from tiltflow.runs.doctor.architecture import facts
@@ -18,43 +21,69 @@ from tiltflow.runs.recipe import Recipe, read_recipe
 
 CARDS = (12, 16, 24, 48, 80)
 """Gigabytes of memory."""
-LESS = {"gradient_checkpointing": True, "dtype": {"default": "bfloat16", "vae": "bfloat16"}}
-SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "LoRA": ({}, {}),
-    "LoRA, less memory": (LESS, {"offload": True}),
-    "LoRA, nf4": ({**LESS, "quantization": "nf4"}, {"offload": True}),
-    "full": ({**LESS, "adapter": None}, {"offload": True, "mixed_precision": "bf16", "use_8bit_adam": True}),
+TINY = {
+    "stable-diffusion-v1-5": "madebyollin/taesd",
+    "stable-diffusion-xl": "madebyollin/taesdxl",
+    "stable-diffusion-3.5-medium": "madebyollin/taesd3",
+    "flux.1-dev": "madebyollin/taef1",
 }
-"""Settings of the model and of the training."""
+"""Small decoders."""
+PHASES = {"offload": None, "text_encoders: cpu": "encoding", "vae_tiling": "reward", "nf4": None, "TAESD": "reward"}
+"""Settings that need less, from no change of the result to the largest, with the phase that each is for; None is several."""
 
 
-def recipe(model: str, size: int, setting: str) -> Recipe:
-    """The recipe of a row and a column."""
-    fact, (of_model, of_training) = facts()[model], SETTINGS[setting]
+def recipe(model: str, size: int, settings: tuple[str, ...]) -> Recipe:
+    """The recipe of a model with these settings."""
+    fact = facts()[model]
     denoiser = "unet" if "unet" in fact["components"] else "transformer"
-    network = {"diffusers": fact["names"][0], "dtype": "bfloat16", "height": size, "width": size, **of_model}
-    if "quantization" in network:
-        network["quantization"] = {denoiser: network["quantization"]}
+    of_model: dict[str, Any] = {
+        "diffusers": fact["names"][0],
+        "dtype": {"default": "bfloat16", "vae": "bfloat16"},
+        "height": size,
+        "width": size,
+        "gradient_checkpointing": True,
+        "text_encoders": "cpu" if "text_encoders: cpu" in settings else "free",
+        "vae_tiling": "vae_tiling" in settings and "TAESD" not in settings,
+        "quantization": {denoiser: "nf4"} if "nf4" in settings else {},
+        "components": {"vae": TINY[model]} if "TAESD" in settings else {},
+    }
     guided = "none" if "flux" in model else "rollout"
     sizes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": 1, "guidance_mode": guided}
     return read_recipe(
         {
-            "model": network,
+            "model": of_model,
             "prompts": {"texts": ["a photograph"]},
             "reward": {"name": "pick-score", "dtype": "bfloat16"},
-            "method": {"name": "adjoint-matching", "beta": 0.1, "num_inference_steps": 20, "train_timesteps": [{"count": 5}]},
-            "training": {**sizes, **of_training},
+            "method": {"name": "adjoint-matching", "beta": 0.1, "num_inference_steps": 10, "train_timesteps": [{"count": 3}]},
+            "training": {**sizes, "offload": "offload" in settings},
             "evaluation": {"num_prompts": 1, "num_generations": 2},
         },
         "what_fits",
     )
 
 
-def cell(model: str, size: int, setting: str, known: Known) -> str:
-    """The peak, and the smallest card that it fits."""
-    need = of_recipe(recipe(model, size, setting), known=known).on_a_gpu / 2**30
-    card = next((str(card) for card in CARDS if need <= card), "none")
-    return f"{need:.1f} ({card})"
+def forecasts(model: str, size: int) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Settings with the gigabytes at their peak, until the smallest card has them."""
+    known: Known = {}
+    vae = facts()[model]["components"]["vae"]
+    left = [name for name in PHASES if (name != "TAESD" or model in TINY)]
+    if size <= vae.get("sample_size", 0):  # a picture is one tile
+        left.remove("vae_tiling")
+    found = of_recipe(recipe(model, size, ()), known=known)
+    chosen: tuple[str, ...] = ()
+    yield chosen, found.on_a_gpu / 2**30
+    while found.on_a_gpu > CARDS[0] * 2**30:
+        name = next((name for name in left if PHASES[name] in (None, found.worst)), None)
+        if name is None:
+            return
+        left.remove(name)
+        less = of_recipe(recipe(model, size, (*chosen, name)), known=known)
+        if less.on_a_gpu < 0.99 * found.on_a_gpu:
+            chosen, found = (*chosen, name), less
+            yield chosen, found.on_a_gpu / 2**30
+            if name == "TAESD" and "nf4" in chosen:  # which may not be needed any more
+                without = tuple(setting for setting in chosen if setting != "nf4")
+                yield without, of_recipe(recipe(model, size, without), known=known).on_a_gpu / 2**30
 
 
 def main() -> None:
@@ -63,13 +92,23 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=(512, 1024), action="append")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| model | pixels | " + " | ".join(SETTINGS) + " |", flush=True)
-    print("|---|---" * 1 + "|---" * len(SETTINGS) + "|", flush=True)
+    print("| model | pixels | " + " | ".join(f"{card} GB" for card in CARDS) + " |", flush=True)
+    print("|---|---" + "|---" * len(CARDS) + "|", flush=True)
     for model in chosen.model or sorted(facts()):
         for size in chosen.size or (512, 1024):
-            known: Known = {}
-            row = [cell(model, size, setting, known) for setting in SETTINGS]
-            print(f"| {model} | {size} | " + " | ".join(row) + " |", flush=True)
+            found = list(forecasts(model, size))
+            found.sort(key=lambda each: len(each[0]))  # the fewest that fit
+            cells = [next((cell(*each) for each in found if each[1] <= card), "no") for card in CARDS]
+            print(f"| {model} | {size} | " + " | ".join(cells) + " |", flush=True)
+
+
+def cell(settings: tuple[str, ...], need: float) -> str:
+    """The peak, and the settings that it is of.
+
+    >>> cell(("offload", "nf4"), 11.04)
+    '11.0: offload, nf4'
+    """
+    return f"{need:.1f}: {', '.join(settings)}" if settings else f"{need:.1f}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
+from test_components import taesd
+from test_doctor import recipe_for as network_recipe
 from test_run_text_to_image import recipe_for as pipeline_recipe
 from tiny_pipelines import tiny_pipeline
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.runs.doctor import Patient, admit
-from tiltflow.runs.doctor.architecture import architecture, facts, model_from_configs
+from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, of_patient, of_recipe
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
 from tiltflow.runs.doctor.shapes import Counter, Replayed, Shapes, shaped
@@ -70,11 +72,13 @@ def check(recipe: Recipe, tolerance: float) -> None:
 
 
 def test_the_forecast_is_what_an_iteration_needs(tmp_path: Path) -> None:
-    """With a LoRA, guidance, and a decoder of its own batch size."""
-    check(recipe(tmp_path, side=32, training={"decode_batch_size": 1}), 0.05)
+    """Of a network of pixels, in two micro-batches."""
+    training = {"max_train_steps": 4, "train_batch_size": 8, "micro_batch_size": 4}
+    check(network_recipe(tmp_path, training=training), 0.05)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA, guidance, a decoder of its own batch size": {"training": {"decode_batch_size": 1}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "full": {"model": {"adapter": None}},
     "full, average": {"model": {"adapter": None}, "training": {"ema_decay": 0.9}},
@@ -173,6 +177,16 @@ def source_of(name: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_small_decoders_have_as_many_parameters_as_is_published(name: str) -> None:
+    """1,222,532 of the encoder and 1,222,531 of the decoder where latents have 4 channels; each further one takes 3 x 3 x 64 in
+    both, and one more number on the way out of the encoder."""
+    more = (TINY[name] - 4) * (2 * 9 * 64 + 1)
+    network = component(replacement(name, "vae"), torch.float32)
+    assert sum(p.numel() for p in network.parameters()) == 1_222_532 + 1_222_531 + more
+
+
+@pytest.mark.slow
 def test_published_rewards_have_as_many_parameters_as_is_published() -> None:
     """CLIP ViT-L/14 and H/14 as OpenAI and laion count them; ImageReward is a BLIP with 446 million."""
     from tiltflow.rewards.clip_score import ClipScore
@@ -203,7 +217,7 @@ def test_the_command_line_says_what_fits(tmp_path: Path) -> None:
 
 # ---- recipes for one card ----
 
-CARDS = {"sd35-medium-24gb": "stable-diffusion-3", "flux-dev-24gb": "flux"}
+CARDS = {"sdxl-12gb": "stable-diffusion-xl", "sd35-medium-24gb": "stable-diffusion-3", "flux-dev-24gb": "flux"}
 
 
 @pytest.mark.slow
@@ -213,6 +227,9 @@ def test_a_recipe_for_a_card_runs_on_a_small_pipeline_of_its_class(name: str, tm
     tree: Any = read_yaml(shipped_recipes("train")[name])
     tiny_pipeline(CARDS[name], tmp_path).save_pretrained(tmp_path / "pipeline")
     tree["model"] |= {"diffusers": str(tmp_path / "pipeline"), "height": 16, "width": 16, "quantization": {}}
+    if "components" in tree["model"]:
+        taesd().save_pretrained(tmp_path / "taesd")
+        tree["model"]["components"] = {"vae": str(tmp_path / "taesd")}
     tree["prompts"] = {"texts": ["a red cat", "a blue dog", "a green hat"], "validation": 0.34}
     tree["reward"] = "named-colour"
     tree["method"] |= {"num_inference_steps": 6}

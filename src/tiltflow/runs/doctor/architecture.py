@@ -29,6 +29,8 @@ from tiltflow.shipped import ASSETS, INDEX, assets, by_name
 from tiltflow.user_code import refused
 
 FACTS = ASSETS / "architectures"
+TINY = {"madebyollin/taesd": 4, "madebyollin/taesdxl": 4, "madebyollin/taesd3": 16, "madebyollin/taef1": 16}
+"""Published decoders of the class AutoencoderTiny, which differ in the channels of their latents."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def model_from_configs(source: Diffusers) -> TextToImage:
             parts[name] = None
             continue
         if name in source.replaced:
-            config = _replacement(str(source.replaced[name]), name)
+            config = replacement(str(source.replaced[name]), name)
         with refused(f"model.diffusers {source.diffusers}: {name} cannot be made of its config"):
             parts[name] = component(config, kinds.get(name, kinds["default"]))
     kind = getattr(diffusers, family.pipeline_class)
@@ -115,8 +117,10 @@ def model_from_configs(source: Diffusers) -> TextToImage:
         return source.model_copy(update={"text_encoders": "keep"}).model(pipeline, lambda there: pipeline, "cpu")
 
 
-def _replacement(source: str, name: str) -> Mapping[str, Any]:
-    """The config of a component from elsewhere. Raises InputError if it is not in a folder."""
+def replacement(source: str, name: str) -> Mapping[str, Any]:
+    """The config of a component from elsewhere. Raises InputError if it is not known, or in a folder."""
+    if source in TINY:
+        return {"_class_name": "AutoencoderTiny", "latent_channels": TINY[source]}
     for folder in (Path(source), Path(source) / name):
         if (folder / "config.json").is_file():
             return _json(folder / "config.json")

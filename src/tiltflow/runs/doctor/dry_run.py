@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -36,6 +36,9 @@ from tiltflow.training.trainer import train
 ENOUGH = 3
 """Micro-batches from which on more of them need more of what is kept for each, and nothing else."""
 
+FUNCTIONS = ("network", "decoder", "reward")
+"""What is called once for each kind of call."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -54,8 +57,8 @@ class Subject:
     items: Sequence[Item]
     method: Method
     training: Training
-    known: dict[Any, Cost] = field(default_factory=dict)
-    """What calls of its functions need."""
+    known: Mapping[str, dict[Any, Cost]] = field(default_factory=lambda: {name: {} for name in FUNCTIONS})
+    """What calls of its functions need, by their names."""
     measured_reward: Callable[[Tensor, bool], Cost] | None = None
     """What the reward needs, with a gradient or without, if it cannot be called on samples without numbers."""
 
@@ -86,12 +89,12 @@ def _run(subject: Subject, size: int) -> dict[str, Peak]:
     """The peaks of an iteration on so many samples."""
     training, method = subject.training, subject.method
     with Shapes(), Counter() as memory:
-        tuned, base = (_replayed(each, memory, subject.known) for each in (subject.tuned, subject.base))
+        tuned, base = (_replayed(each, memory, subject.known["network"]) for each in (subject.tuned, subject.base))
         if isinstance(base, AdapterOff):
             base = AdapterOff(cast(Flow, tuned))
-        model = without_memory(subject.model, memory, subject.known)
+        model = without_memory(subject.model, memory, subject.known["decoder"])
         reward = Replayed(
-            subject.reward, memory, "reward", known=subject.known, numbers=True, otherwise=subject.measured_reward
+            subject.reward, memory, "reward", known=subject.known["reward"], numbers=True, otherwise=subject.measured_reward
         )
         sizes = {"train_batch_size": size, "decode_batch_size": training.decode_batch_size or training.micro_batch_size}
         if training.prompts_per_step is not None:

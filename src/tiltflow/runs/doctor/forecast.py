@@ -116,11 +116,11 @@ def of_patient(patient: Patient) -> Forecast:
     counts = {name: _parameters(part) for name, part in networks.items()}
     away = {name for name, part in networks.items() if name == "vae" or name.startswith("reward")}
     copied = {"its frozen copy"} & set(networks)
-    return _forecast(subject, {}, resident(weights, away, copied, offload=patient.recipe.training.offload), counts)
+    return _forecast(peaks(subject), {}, resident(weights, away, copied, offload=patient.recipe.training.offload), counts)
 
 
-Known = dict[str, dict[Any, Cost]]
-"""What calls need, by the settings that it depends on."""
+Known = dict[str, dict[Any, Any]]
+"""What calls and iterations need, by the settings that it depends on."""
 
 
 def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
@@ -142,17 +142,17 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
     flow = replace(tuned, autocast=dtype)
     of_base: Flow | AdapterOff = AdapterOff(flow) if isinstance(base, AdapterOff) else replace(base, autocast=dtype)
     reward, scorers = reward_of_shapes(recipe.reward)
-    for settings in recipe.evaluation.rewards:
-        for name, part in reward_of_shapes(settings)[1].items():
+    for another in recipe.evaluation.rewards:
+        for name, part in reward_of_shapes(another)[1].items():
             scorers[f"{name} of the evaluation"] = part
     count = None
     items: Sequence[Item] = [Item("a photograph")]
     with suppress(InputError):  # the file of prompts may be elsewhere
         items = recipe.asked_for.items((), recipe.seed)[0]
         count = len(items)
-    elsewhere = {"quantization": {}, "text_encoders": "keep"}  # what these change is known without calls
-    same = source.model_copy(update=elsewhere).model_dump_json() + cast(Settings, recipe.reward).model_dump_json()
-    calls = ({} if known is None else known).setdefault(f"{same} {dtype} {recipe.training.trainable.pattern}", {})
+    known = {} if known is None else known
+    settings = _settings_of_calls(recipe)
+    calls = {name: known.setdefault(f"{name} {of_calls}", {}) for name, of_calls in settings.items()}
     subject = Subject(flow, of_base, model, reward, items[:1], recipe.method, recipe.training, known=calls)
     parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
     encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
@@ -173,10 +173,39 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
     away = {name for name in networks if not name.endswith("of the evaluation")}
     counts = {name: _parameters(part) for name, part in everything.items()}
     by_phase = resident(training, away, {denoiser} if trained else set(), offload=recipe.training.offload)
-    found = _forecast(subject, before, by_phase, counts, layer=_largest_layer(frozen) if denoiser in source.quantization else 0)
+    of_training = recipe.training.model_copy(update={"offload": False}).model_dump_json()  # which is of weights alone
+    iteration = known.setdefault(f"iteration {settings} {cast(Settings, recipe.method).model_dump_json()} {of_training}", {})
+    if not iteration:
+        iteration |= peaks(subject)
+    found = _forecast(
+        iteration, before, by_phase, counts, layer=_largest_layer(frozen) if denoiser in source.quantization else 0
+    )
     one = sum(part.numel() for part in tree_leaves(condition) if isinstance(part, Tensor))
     one *= next(p.element_size() for p in parts[denoiser].parameters())
     return replace(found, prompt_cache=None if count is None else int(min(count * one, source.prompt_cache_gb * 2**30)))
+
+
+def _settings_of_calls(recipe: Recipe) -> dict[str, str]:
+    """The settings that the memory of calls depends on, for each of `dry_run.FUNCTIONS`. That of quantized weights and of text
+    encoders is known without calls."""
+    source, training = cast(Diffusers, recipe.source), recipe.training
+    others = {name: part for name, part in source.replaced.items() if name != "vae"}
+    dtypes = {name: dtype for name, dtype in source.dtypes.items() if name != "vae"}
+    without: dict[str, Any] = {
+        "quantization": {},
+        "text_encoders": "keep",
+        "components": others,
+        "without": (),
+        "dtype": dtypes,
+    }
+    without |= {"vae_tiling": False, "vae_slicing": False}
+    network = source.model_copy(update=without).model_dump_json()
+    vae = source.replaced.get("vae"), source.dtypes.get("vae"), source.vae_tiling, source.vae_slicing
+    return {
+        "network": f"{network} {training.mixed_precision} {training.trainable.pattern}",
+        "decoder": str((source.diffusers, source.height, source.width, *vae)),
+        "reward": cast(Settings, recipe.reward).model_dump_json(),
+    }
 
 
 def resident(
@@ -198,18 +227,18 @@ def resident(
 
 
 def _forecast(
-    subject: Subject,
+    iteration: Mapping[str, Peak],
     before: Mapping[str, tuple[Peak, dict[str, int]]],
     weights: Mapping[str, Mapping[str, int]],
     counts: Mapping[str, int],
     layer: int = 0,
 ) -> Forecast:
-    """The forecast of a training: `before` it begins, and each phase beside its weights.
+    """The forecast of a training: `before` it begins, and each phase of an iteration, beside its weights.
 
     Args:
         layer: bytes of the largest layer of quantized weights, in the dtype in which it computes.
     """
-    found = peaks(subject)
+    found = dict(iteration)
     between = found.pop("", None)  # such as the drawing of a batch
     if between is not None and ("update" not in found or between.total > found["update"].total):
         found["update"] = between

@@ -78,10 +78,12 @@ def _clip(config: Mapping[str, Any], dtype: torch.dtype, name: str) -> tuple[Rew
 
 def _image_reward(dtype: torch.dtype) -> tuple[Reward, dict[str, nn.Module]]:
     from transformers import BlipTextConfig, BlipVisionConfig
+    from transformers.initialization import no_init_weights
     from transformers.models.blip.modeling_blip import BlipTextModel, BlipVisionModel
 
-    vision: Any = network_of_shapes(lambda: BlipVisionModel(BlipVisionConfig(**BLIP)), dtype)
-    text: Any = network_of_shapes(lambda: BlipTextModel(BlipTextConfig(**BERT), add_pooling_layer=False), dtype)
+    with no_init_weights():  # that of BLIP draws until no number is too large
+        vision: Any = network_of_shapes(lambda: BlipVisionModel(BlipVisionConfig(**BLIP)), dtype)
+        text: Any = network_of_shapes(lambda: BlipTextModel(BlipTextConfig(**BERT), add_pooling_layer=False), dtype)
 
     def reward(x: Tensor) -> Tensor:
         seen = vision(resized(x, vision.config.image_size).to(dtype)).last_hidden_state

@@ -43,7 +43,8 @@ def copy_of_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         dtype: of those that are no integers; their own by default.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    loose = [part for each in module.modules() for part in vars(each).values() if isinstance(part, Tensor)]  # not registered
+    for tensor in (*module.parameters(), *module.buffers(), *loose):
         like = shaped(tensor.shape, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             like = nn.Parameter(like, requires_grad=tensor.requires_grad)
