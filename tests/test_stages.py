@@ -84,6 +84,7 @@ class MeanNear:
         return lambda x: slope * x[:, 0]
 
 
+@pytest.mark.slow
 def test_stages_of_a_mean_reward_are_one_tilt() -> None:
     """N(m, s^2) tilted by exp(a x / beta) is N(m + s^2 a / beta, s^2), in one stage or in three at 3 beta. The chain of 12
     steps is itself off by 1 %."""
