@@ -39,6 +39,7 @@ def test_every_key_of_the_shipped_recipes_is_listed() -> None:
         loose = (
             "model.scheduler.",
             "model.dtype.",
+            "model.components.",
             "model.quantization.",
             "reward.rewards.reward.",
             "evaluation.rewards.",
