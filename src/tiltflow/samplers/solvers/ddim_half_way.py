@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import variance_preserving
-from tiltflow.samplers.solver import ChainSolver
-from tiltflow.samplers.solvers.ddim import ddim
+from tiltflow.samplers.solvers.ddim import Ddim, ddim
 
 
 def ddim_half_way(times: Tensor, eta: float = 0.0) -> Chain:
@@ -33,19 +32,10 @@ def ddim_half_way(times: Tensor, eta: float = 0.0) -> Chain:
     )
 
 
-class DdimHalfWay(ChainSolver):
+class DdimHalfWay(Ddim):
     """DDIM, DDPM at eta 1, whose last step goes half the way to data."""
 
-    uses_eta = True
     bias = "stops half of its last step before the data, so that samples keep some noise"
-
-    @property
-    def has_noise(self) -> bool:
-        return self.eta > 0
-
-    @property
-    def is_memoryless(self) -> bool:
-        return self.eta == 1
 
     def chain(self, times: Tensor) -> Chain:
         return ddim_half_way(times, self.eta)
