@@ -270,8 +270,8 @@ def load_tuned(run: str | Path, device: str = "cpu") -> Any:
     recipe = read_run(Path(run))
     _, tuned = load_run(recipe, Path(run), device)
     point = recipe.evaluation.first
-    scale = tuned.guidance_scale if point.guidance_scale is None else point.guidance_scale
-    return replace(tuned, sampling=point.sampling, guidance_scale=scale)
+    scale = {} if point.guidance_scale is None else {"guidance_scale": point.guidance_scale}
+    return replace(tuned, sampling=point.sampling, **scale)
 
 
 def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:
