@@ -36,6 +36,7 @@ class Norm(Settings):
             points = x.flatten(1)
             if isinstance(self.center, tuple) and len(self.center) != points.shape[1]:
                 raise InputError(f"reward norm: center has {len(self.center)} numbers, and a sample {points.shape[1]}")
-            return self.scale * torch.linalg.vector_norm(points - points.new_tensor(self.center), dim=1)
+            distance: Tensor = torch.linalg.vector_norm(points - points.new_tensor(self.center), dim=1)
+            return self.scale * distance
 
         return norm

@@ -76,4 +76,5 @@ class Profile(Settings):
         if len(self.direction) != points.shape[1]:
             raise InputError(f"reward profile: direction has {len(self.direction)} numbers, and a sample {points.shape[1]}")
         unit = points.new_tensor(self.direction)
-        return points @ (unit / unit.norm())
+        s: Tensor = points @ (unit / unit.norm())
+        return s
