@@ -27,15 +27,17 @@ def test_every_setting_has_a_type_and_a_sentence() -> None:
 
 def test_every_key_of_the_shipped_recipes_is_listed() -> None:
     """Nothing that a recipe can say is missing."""
-    ((_, settings),) = settings_of("recipe").values()
+    settings = [setting for _, own in settings_of("recipe").values() for setting in own]
     for name, path in shipped_recipes("train").items():
         tree = read_yaml(path)
         of_model = [setting for _, kind in settings_of("model").values() for setting in kind]
         known = {setting.name.replace("[]", "") for setting in (*settings, *of_model)}
-        for part in ("method", "reward"):
-            chosen = tree[part] if isinstance(tree[part], dict) else {"name": tree[part]}
-            (_, inner), *_ = settings_of(chosen["name"]).values()
-            known |= {f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
+        named = {part: tree[part] for part in ("method", "reward", "utility") if part in tree}
+        named |= {f"rewards.{name}": each for name, each in tree.get("rewards", {}).items()}
+        for part, chosen in named.items():
+            topics_of = settings_of(chosen if isinstance(chosen, str) else chosen["name"])
+            (inner,) = (own for title, (_, own) in topics_of.items() if title.startswith(part.split("s.")[0]))
+            known |= {part, f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
         loose = (
             "model.scheduler.",
             "model.dtype.",

@@ -27,7 +27,7 @@ from tiltflow.laws.target import exponential_tilt
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.runs.caveats import annealing_in_words, budget_in_words, calibration_in_words, modes_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_paths
-from tiltflow.runs.recipe import Recipe, shipped_recipes
+from tiltflow.runs.recipe import Recipe, read_recipe, shipped_recipes
 from tiltflow.runs.run import evaluate_run, read_run, run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, read_yaml, validate
@@ -288,8 +288,8 @@ def test_an_occupied_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_is_valid() -> None:
-    for path in shipped_recipes("train").values():
-        assert recipe_of(path).description
+    for name, path in shipped_recipes("train").items():
+        assert read_recipe(read_yaml(path), name).description
 
 
 def test_tune_in_five_lines() -> None:

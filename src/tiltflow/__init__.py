@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from tiltflow.runs.fingerprints import accept_changes
     from tiltflow.runs.of_law import OfLaw
     from tiltflow.runs.run import load_text_to_image
-    from tiltflow.runs.stages import Stop, stages
+    from tiltflow.runs.stages import stages
+    from tiltflow.runs.stages_settings import Stop
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
@@ -55,7 +56,7 @@ _HOME = {
     "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
-    "Stop": "runs.stages",
+    "Stop": "runs.stages_settings",
     "TiltMatching": "methods.tilt_matching",
     "TiltflowError": "errors",
     "Training": "training.settings",

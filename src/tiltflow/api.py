@@ -40,6 +40,7 @@ from tiltflow.runs.prepare import check_start
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
+from tiltflow.runs.staged_results import evaluate_staged, is_staged, load_last
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop
@@ -63,17 +64,20 @@ def report(folder: str | Path) -> Path:
 
 
 def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
-    """Measure a run again, from its folder alone; writes its summary, pictures and report anew.
+    """Measure a run again, from its folder alone; writes its summary, pictures and report anew. Of stages the utility is drawn
+    again, of the first model and the last one.
 
     Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
     with working_in(Path(folder)):
+        if is_staged(Path(folder)):
+            return evaluate_staged(Path(folder), device=device, num_samples=num_samples)
         return evaluate_run(Path(folder), device=device, num_samples=num_samples)
 
 
 def load(name_or_path: str | Path, device: str = "cpu") -> Any:
     """A model that can be sampled and tuned, a `Model`, a `TextToImage` or one of another kind: one that ships with tiltflow,
-    by its name, or what lies in a folder: a model, the tuned model of a run, or a pipeline of diffusers.
+    by its name, or what lies in a folder: a model, the tuned model of a run, or of its last stage, or a pipeline of diffusers.
 
     >>> load("digits-flow").event_shape
     (1, 28, 28)
@@ -91,6 +95,8 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Any:
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)
+    if is_staged(folder):
+        return load_last(folder, device)
     if is_run_of_other_kind(folder):
         return load_tuned(folder, device)
     return networks.load(shipped or name_or_path, device)
@@ -123,6 +129,7 @@ def tune(
     callbacks: Sequence[Callback] = (),
     note: Callable[[str], None] = lambda text: None,
     progress: bool | None = None,
+    handle_signals: bool = False,
 ) -> M:
     """Fine-tune `model` toward p_base(x) exp(r(x) / beta), and return what was tuned.
 
@@ -151,9 +158,11 @@ def tune(
         callbacks: functions that are called with every record, `Record`; one that returns True ends the training.
         note: is told what a person should know about where a run resumes from, and of alarms.
         progress: whether a progress bar is shown, on standard output; by default it is in a terminal and in a notebook.
+        handle_signals: whether signals (`tiltflow.training.signals`) end the training, with a checkpoint in `output`; in the
+            main thread alone.
 
-    Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError. After
-    any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
+    Raises InputError, before the first step, for what does not fit; NonFiniteError, CollapseError and CheckpointError;
+    Interrupted after such a signal. After any of them, and after KeyboardInterrupt, `output` has what was tuned until then.
     """
     seed = whole_number(seed, "tune: seed")
     run = PythonRun.of(model, reward, method, training, optimizer, conditions, evaluation, seed)
@@ -179,7 +188,8 @@ def tune(
         also |= of_pictures(items_of(model, conditions, run.training))
         with RunFolder.begin(Path(output), run, note, also) as place:
             these = _ready(model, reward, run, conditions, adapter, None, measured=True)
-            train(run, these, place, save_to=partial(_write, these.parts.tuned, run), callbacks=callbacks)
+            save_to = partial(_write, these.parts.tuned, run)
+            train(run, these, place, save_to=save_to, callbacks=callbacks, handle_signals=handle_signals)
             return cast(M, these.parts.tuned)
 
 

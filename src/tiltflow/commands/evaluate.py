@@ -9,7 +9,7 @@ import typer
 
 from tiltflow.commands.terminal.console import make_console, print_json, spinner
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, set_up_torch
-from tiltflow.commands.terminal.summary import print_summary
+from tiltflow.commands.terminal.summary import print_stages, print_summary
 
 
 def evaluate(
@@ -24,7 +24,8 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report.
+    """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report. Of stages the utility is
+    drawn again.
 
     A recipe can run code: the Python functions that it names. Code in the folder of the run needs --allow-code.
 
@@ -36,5 +37,5 @@ def evaluate(
     chosen = set_up_torch(device, threads)
     with spinner(console, quiet, "sampling the base and the tuned model"):
         summary = evaluate_it(folder, device=chosen, num_samples=num_samples)
-    print_summary(console, summary, folder)
+    (print_stages if "stages" in summary else print_summary)(console, summary, folder)
     print_json(as_json, summary)

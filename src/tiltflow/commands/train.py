@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from tiltflow.commands.terminal.console import escape, is_main_process, make_console, print_json
-from tiltflow.commands.terminal.exit_codes import exit_code
+from tiltflow.commands.terminal.exit_codes import CTRL_C, exit_code
 from tiltflow.commands.terminal.options import (
     AcceptChanges,
     AllowCode,
@@ -25,9 +26,13 @@ from tiltflow.commands.terminal.options import (
     set_up_torch,
     with_seed,
 )
-from tiltflow.commands.terminal.progress import training_progress
-from tiltflow.commands.terminal.summary import print_summary
+from tiltflow.commands.terminal.progress import stages_progress, training_progress
+from tiltflow.commands.terminal.summary import print_stage, print_stages, print_summary
 from tiltflow.errors import Interrupted
+
+if TYPE_CHECKING:
+    from tiltflow.runs.recipe import Recipe
+    from tiltflow.runs.staged_recipe import StagedRecipe
 
 
 def train(
@@ -45,7 +50,7 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tune a model toward a reward, and report how far it is from its target law.
+    """Tune a model toward a reward, and report how far it is from its target law; or, in stages, toward a utility of the law.
 
     A recipe can run code: the Python functions that it names. Use only recipes of people whom you trust. Code in the folder of
     a run needs --allow-code.
@@ -59,9 +64,9 @@ def train(
     [dim]tiltflow train digits-even --output runs/mine --set method.beta=3 --set reward.classes=1,7[/dim]
     """
     from tiltflow import processes
-    from tiltflow.runs.checkpoint import FOLDER, checkpoints
+    from tiltflow.runs.checkpoint import saved_in
     from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
-    from tiltflow.runs.run import run
+    from tiltflow.runs.staged_recipe import StagedRecipe
 
     path = find_recipe(recipe, "train")
     going_on = ["training.resume_from_checkpoint=latest"] if resume else []
@@ -74,17 +79,48 @@ def train(
 
     if training.samples_per_step % processes.count():
         note(uneven(training.samples_per_step))
+    staged = isinstance(settings, StagedRecipe)
     try:
-        with training_progress(console, quiet, training.max_train_steps) as watch:
-            summary = run(settings, output, device=chosen, callbacks=[watch], note=note, handle_signals=True)
-    except Interrupted as error:
-        does = "to continue" if checkpoints(output / FOLDER) else "to start again; nothing was saved"
-        console.print(f"{escape(str(error))}; rerun with --resume {does}")
+        if isinstance(settings, StagedRecipe):
+            summary = train_stages(settings, output, console, quiet, chosen)
+        else:
+            summary = train_once(settings, output, console, quiet, chosen)
+    except (Interrupted, KeyboardInterrupt) as error:
+        if not staged and isinstance(error, KeyboardInterrupt):
+            raise
+        does = "to continue" if saved_in(output) else "to start again; nothing was saved"
+        console.print(f"{escape(str(error) or 'interrupted between two trainings')}; rerun with --resume {does}")
         processes.end()
-        raise typer.Exit(exit_code(error)) from None
+        raise typer.Exit(CTRL_C if isinstance(error, KeyboardInterrupt) else exit_code(error)) from None
     processes.end()
-    print_summary(console, summary, output)
+    (print_stages if staged else print_summary)(console, summary, output)
     print_json(as_json, summary)
+
+
+def train_once(recipe: Recipe, output: Path, console: Console, quiet: bool, device: str) -> dict[str, Any]:
+    """Train one run, and show its steps."""
+    from tiltflow.runs.run import run
+
+    note = partial(print_note, console)
+    with training_progress(console, quiet, recipe.training.max_train_steps) as watch:
+        return run(recipe, output, device=device, callbacks=[watch], note=note, handle_signals=True)
+
+
+def train_stages(recipe: StagedRecipe, output: Path, console: Console, quiet: bool, device: str) -> dict[str, Any]:
+    """Train all stages, and show the steps of each, and a line of each that is finished."""
+    from tiltflow.runs.staged_run import run_stages
+
+    count, note = recipe.stages.count, partial(print_note, console)
+    assert count is not None
+
+    with stages_progress(console, quiet, count, recipe.training.max_train_steps) as (watch, ended):
+
+        def finished(stage: Any) -> None:
+            ended(stage.number)
+            if not quiet:
+                print_stage(console, stage, count)
+
+        return run_stages(recipe, output, device=device, callbacks=[watch], watch=finished, note=note, handle_signals=True)
 
 
 def print_note(console: Console, text: str) -> None:

@@ -153,6 +153,11 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def saved_in(run: Path) -> bool:
+    """Whether there is a checkpoint of a run, or of one of the stages in a folder."""
+    return any(checkpoints(folder / FOLDER) for folder in (run, *run.glob("stage-*")))
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The folders with names of checkpoints, the oldest first."""
     return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir()), key=step_of)

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -19,8 +19,8 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
-PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions"}
-SECTIONS = ("prompts", "optimizer", "training", "sampling", "evaluation")
+PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions", "utilities": "utility"}
+SECTIONS = ("prompts", "stages", "optimizer", "training", "sampling", "evaluation")
 """Sections of a recipe; their settings, and those of a model, have dotted names, as `--set` takes them."""
 Topic = tuple[str, Callable[[], type[Settings]]]
 """A title, and a function that imports the class of settings."""
@@ -40,10 +40,11 @@ class Setting:
 
 def topics() -> dict[str, list[Topic]]:
     """The topics of `settings_of`, by name."""
-    found: dict[str, list[Topic]] = {
-        name: [(f"{what} {name}", partial(find, package, name))] for package, what in PARTS.items() for name in names(package)
-    }
-    found["recipe"] = [("recipe of `tiltflow train`", _recipe)]
+    found: dict[str, list[Topic]] = {}
+    for package, what in PARTS.items():
+        for name in names(package):
+            found.setdefault(name, []).append((f"{what} {name}", partial(find, package, name)))
+    found["recipe"] = [("recipe of `tiltflow train`", _recipe), ("in place of `reward`, in a recipe of stages", _staged)]
     found["model"] = [(f"model in a recipe: {name}", partial(find, "models.sources", name)) for name in names("models.sources")]
     for section in SECTIONS:
         found[section] = [(f"{section} in a recipe", partial(_section, section))]
@@ -60,15 +61,23 @@ def settings_of(topic: str) -> dict[str, tuple[str, list[Setting]]]:
     if topic not in known:
         raise InputError(f"there are no settings of {topic!r}{did_you_mean(topic, known)}")
     prefix = f"{topic}." if topic in ("model", *SECTIONS) else ""
-    return {title: (_paragraph(kind := get()), list(listed(kind, prefix))) for title, get in known[topic]}
+    shared = _staged().model_fields.keys() & _recipe().model_fields.keys()
+    return {
+        title: (_paragraph(kind := get()), list(listed(kind, prefix, without=shared if kind is _staged() else ())))
+        for title, get in known[topic]
+    }
 
 
-def listed(kind: type[Settings], prefix: str = "") -> Iterator[Setting]:
-    """Yield the settings of a class; after a setting that is itself a class of settings, those of that class."""
+def listed(kind: type[Settings], prefix: str = "", *, without: Collection[str] = ()) -> Iterator[Setting]:
+    """Yield the settings of a class; after a setting that is itself a class of settings, those of that class.
+
+    Args:
+        without: fields that are left out.
+    """
     schema, said = kind.model_json_schema(), sentences(kind)
     for name, field in kind.model_fields.items():
-        if name == "name":
-            continue  # it selects this class
+        if name == "name" or name in without:
+            continue  # `name` selects this class
         yield Setting(
             prefix + name, type_in_words(schema["properties"][name], schema), _default(field), _one_line(said.get(name, ""))
         )
@@ -169,5 +178,11 @@ def _recipe() -> type[Settings]:
     return Recipe
 
 
+def _staged() -> type[Settings]:
+    from tiltflow.runs.staged_recipe import StagedRecipe
+
+    return StagedRecipe
+
+
 def _section(section: str) -> type[Settings]:
-    return _inner(_recipe().model_fields[section])[0]
+    return _inner((_recipe().model_fields | _staged().model_fields)[section])[0]

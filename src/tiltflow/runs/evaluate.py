@@ -238,10 +238,9 @@ def of_paths(
     """`path_kl` of the summary, fresh and with its standard error: of the memoryless samplers of both models, without guidance,
     on the grid that the evaluation samples on; and the achieved tilt of these paths. None, and `path_kl_absent` says why, for a
     method that tunes a solver without noise."""
-    settings, tuned_solver = run.evaluation, run.method.sampling
-    if isinstance(run.method, Tilting) and not tuned_solver.has_noise:
-        absent = dict.fromkeys(("path_kl", "path_kl_error", *TILT_OF_PATHS))
-        return absent | {"path_kl_absent": tuned_solver.limits(tuned.grid)[0]}
+    settings = run.evaluation
+    if why := no_paths(run.method, tuned):
+        return {**dict.fromkeys(("path_kl", "path_kl_error", *TILT_OF_PATHS)), "path_kl_absent": why}
     chosen = asked_of_paths(asked)
     paths = tuned_paths(tuned, base, chosen.items, settings.first, seed=run.seed, batch_size=settings.at_once)
     tilt = partial(tilt_of_paths, run, target, tuned, chosen, paths, instruments, tilted)
@@ -250,6 +249,12 @@ def of_paths(
         **(tilt() if isinstance(run.method, Tilting) else dict.fromkeys(TILT_OF_PATHS)),
         "path_kl_absent": None,
     }
+
+
+def no_paths(method: Method, tuned: GenerativeModel) -> str | None:
+    """Why a method, which tunes a solver without noise, leaves no path KL; None where there is one."""
+    solver = method.sampling
+    return solver.limits(tuned.grid)[0] if isinstance(method, Tilting) and not solver.has_noise else None
 
 
 def asked_of_paths(asked: Asked) -> Asked:

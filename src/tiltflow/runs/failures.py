@@ -14,7 +14,7 @@ from tiltflow import processes
 from tiltflow.errors import NonFiniteError, OutOfMemoryError, TiltflowError, UserCodeError
 from tiltflow.files import write_json, write_text, writing
 from tiltflow.models.sources.diffusers import Diffusers
-from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.run_files import DIAGNOSTICS, TRACEBACK
 from tiltflow.settings import Settings
 from tiltflow.tensor_file import write_tensors
@@ -79,7 +79,7 @@ def advice(error: Exception, recipe: Settings, training: Training) -> str:
     remedies = []
     if half is not None:
         remedies.append(f"training.micro_batch_size={half} (now {size}) gives the same result in less memory")
-    source = recipe.source if isinstance(recipe, Recipe) else None
+    source = recipe.source if isinstance(recipe, CommonRecipe) else None
     if isinstance(source, Diffusers) and not source.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing=true too, in a third more time")
     remedies = remedies or ["a smaller model, or a device with more memory, is needed"]

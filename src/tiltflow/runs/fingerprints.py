@@ -36,7 +36,7 @@ from tiltflow.models.model_folder import CONFIG, WEIGHTS
 from tiltflow.models.quantization import stored
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import edited
-from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.settings import External, Settings, validate
 from tiltflow.shipped import INDEX, assets
 
@@ -81,6 +81,9 @@ def externals(settings: Settings, path: tuple[str | int, ...] = ()) -> Iterator[
             for i, part in enumerate(value):
                 if isinstance(part, Settings):
                     yield from externals(part, (*here, i))
+        elif isinstance(value, dict) and any(isinstance(part, Settings) for part in value.values()):
+            for key, part in value.items():
+                yield from externals(part, (*here, key))
         elif (marker := _marker(field)) is not None:
             named = {(*here, key): part for key, part in value.items()} if isinstance(value, dict) else {here: value}
             for place, one in named.items():
@@ -249,14 +252,14 @@ def fingerprints(recipe: Settings, only: str = "") -> dict[str, str]:
     Args:
         only: restricts them to settings whose name begins with this.
     """
-    source = recipe.source if isinstance(recipe, Recipe) else None
+    source = recipe.source if isinstance(recipe, CommonRecipe) else None
     found = {}
     for path, value, marker in externals(recipe):
         if path[0] != "evaluation" and dotted(path).startswith(only):
             revision = source.revision if isinstance(source, Diffusers) and path == ("model", "diffusers") else None
             if (known := fingerprint(value, marker, revision)) is not None:
                 found[dotted(path)] = known
-    if not only and isinstance(recipe, Recipe) and isinstance(recipe.asked_for, Prompts):
+    if not only and isinstance(recipe, CommonRecipe) and isinstance(recipe.asked_for, Prompts):
         with suppress(InputError):  # what is wrong with the prompts is said where they are needed
             train, held_out = recipe.asked_for.items((), recipe.seed)
             found |= of_pictures([*train, *held_out])

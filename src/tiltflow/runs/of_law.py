@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tiltflow.evaluation.log_ratio import ODE_STEPS, log_density
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.plugins import find, names
 from tiltflow.rewards import Metadata
 from tiltflow.rewards.functions.checked import score
 from tiltflow.rewards.functions.lifted import from_function
@@ -26,6 +27,8 @@ from tiltflow.rewards.functions.prompted import told
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
+from tiltflow.training.method import Method
+from tiltflow.training.settings import Training
 from tiltflow.user_code import whole_number
 from tiltflow.utilities import Utility
 from tiltflow.utilities.estimation.first_variation import FirstVariation, Surrogate, of_samples
@@ -133,10 +136,35 @@ class OfLaw:
         """The utility of the law, with its standard error."""
         return self.utility.value(at)
 
+    def known_value(self, at: Known) -> Estimate | None:
+        """The same, or None where it has none: behind a barrier, for example."""
+        try:
+            return self.value(at)
+        except InputError:
+            return None
+
     def first_variation(self, at: Known) -> FirstVariation:
         """The reward of a stage, at a law of which `known` has told. A log ratio that only the value needs is left out: methods
         would ask for it with every batch, and it costs much."""
         return self.utility.first_variation(at if "log_ratio" in self.utility.needs else replace(at, log_ratio=None))
+
+    def one_shot(self, at: Known, alpha: float) -> FirstVariation:
+        """The reward whose tilt of the law, at the temperature alpha, has the highest utility less alpha KL."""
+        found: FirstVariation = cast(Any, self.utility).one_shot(at, alpha)
+        return found
+
+
+def no_one_shot(utility: Utility, method: Method, training: Training) -> str | None:
+    """Why no one reward of the first model is the best to tune for; None where one is."""
+    if not hasattr(utility, "one_shot"):
+        known = [name for name in names("utilities") if hasattr(find("utilities", name), "one_shot")]
+        return f"of {utility.name} no reward of one stage is known, but of {' and '.join(known)}; leave it out"
+    if method.temperature is None:
+        return f"{method.name} has no temperature, the price of the KL that the reward is computed for; take another method"
+    for name in ("calibration_samples", "target_kl"):
+        if getattr(training, name):
+            return f"the reward is computed for the temperature of the method, which training.{name} changes; leave it out"
+    return None
 
 
 def kl_variation(model: GenerativeModel, first: GenerativeModel, eps: float) -> FirstVariation:

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import Field, model_validator
-
-from tiltflow.conditions import Conditions, NamedConditions
-from tiltflow.conditions.labels import Labels
-from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.evaluation.settings import Evaluation
-from tiltflow.models.sources import ModelName, ModelSource, source_of
 from tiltflow.plugins import run_around
 from tiltflow.rewards import NamedReward
-from tiltflow.samplers.sampling import Sampling
-from tiltflow.settings import Settings, apply_overrides, read_yaml, validate
+from tiltflow.runs.common_recipe import CommonRecipe
+from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.shipped import by_name
-from tiltflow.training.method import Method, NamedMethod
-from tiltflow.training.optimizer import Optimizer, fill_optimizer, move_old_keys
+from tiltflow.training.method import Method
+from tiltflow.training.optimizer import Optimizer, move_old_keys
 from tiltflow.training.settings import Training
 
 Kind = Literal["train", "pretrain"]
@@ -58,69 +53,11 @@ def read_recipe_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return apply_overrides(move_old_keys(tree) if in_run else tree, overrides)
 
 
-class Recipe(Settings):
+class Recipe(CommonRecipe):
     """A training run, complete."""
 
-    description: str = ""
-    """A line for people: it is shown when the run begins, and in its report."""
-    model: ModelName
-    """A model that ships with tiltflow, or a model folder; `{path: .., adapter: ..}` trains a LoRA in it; `{diffusers: ..}` is
-    a pipeline of diffusers."""
-    prompts: Prompts | None = None
-    """What a pipeline is asked for: `conditions` of the kind `prompts`."""
-    conditions: NamedConditions | None = None
-    """What samples are asked for, of any kind; by default all classes of a class-conditional model."""
     reward: NamedReward
     """What is tuned toward: `tiltflow settings` lists the rewards."""
-    method: NamedMethod
-    """How it is tuned: `tiltflow settings` lists the methods."""
-    optimizer: Optimizer = Optimizer()
-    """AdamW and its schedule."""
-    training: Training = Training()
-    """The loop."""
-    sampling: Sampling | None = None
-    """How the models are sampled for the evaluation: the first of evaluation.points."""
-    evaluation: Evaluation = Evaluation()
-    """What is measured after training."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """The same seed, recipe, software and machine give the same result, bit for bit."""
-
-    @model_validator(mode="after")
-    def _fill_in(self) -> Recipe:
-        prompted = self.source.prompted
-        if self.prompts is not None and self.conditions is not None:
-            raise ValueError("prompts and conditions both say what samples are asked for; give one of the two")
-        if prompted and self.prompts is None and self.conditions is None:
-            raise ValueError("prompts is missing")
-        if not prompted and isinstance(self.asked_for, Prompts):
-            raise ValueError("prompts: are for a pipeline, `model: {diffusers: ..}`, and this model is none; leave them out")
-        if self.conditions is not None and self.training.classes:
-            raise ValueError("training.classes and conditions both say what samples are asked for; give one of the two")
-        training = self.training.for_prompts() if prompted else self.training.for_samples()
-        evaluation = self.evaluation.for_prompts(self.sampling) if prompted else self.evaluation.for_samples(self.sampling)
-        object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
-        object.__setattr__(self, "training", training)
-        object.__setattr__(self, "evaluation", evaluation)
-        object.__setattr__(self, "sampling", None)  # it is the first of evaluation.points now
-        name = "num_generations" if prompted else "train_batch_size"
-        if why := self.method.learns_nothing(size := getattr(training, name)):
-            raise ValueError(f"training.{name} {size} teaches nothing: {why}; give 2 or more")
-        return self
-
-    @property
-    def asked_for(self) -> Conditions:
-        """What samples are asked for."""
-        return self.conditions or self.prompts or Labels(classes=self.training.classes)
-
-    @property
-    def source(self) -> ModelSource[Any]:
-        """Where the model comes from."""
-        return source_of(self.model)
-
-    @property
-    def model_name(self) -> str:
-        """The model, as a report says it."""
-        return self.source.title
 
     @property
     def reward_name(self) -> str:
@@ -153,8 +90,18 @@ class RunSettings(Protocol):
     def reward_description(self) -> str: ...
 
 
-def read_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
-    """A training recipe from its settings. Raises InputError, naming `where`, for the first thing that is wrong."""
+def read_recipe(tree: Mapping[str, Any], where: str) -> Recipe | StagedRecipe:
+    """A training recipe from its settings; with a utility it is one of stages. Raises InputError, naming `where`, for the first
+    thing that is wrong."""
     if "begun_by" in tree:
         raise InputError(f"{where}: {tree['begun_by']} began this run, in a program that has its model and reward; go on there")
-    return validate(Recipe, tree, where)
+    staged = any(name in tree for name in StagedRecipe.OWN)
+    return validate(StagedRecipe, tree, where) if staged else validate(Recipe, tree, where)
+
+
+def read_one_run(tree: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe of one run. Raises InputError for what is wrong, and for a recipe of stages."""
+    recipe = read_recipe(tree, where)
+    if isinstance(recipe, StagedRecipe):
+        raise InputError(f"{where}: is a recipe of stages, which are several runs; this takes a recipe of one run")
+    return recipe

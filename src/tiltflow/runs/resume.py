@@ -23,6 +23,8 @@ FREE_TO_CHANGE = (
     "evaluation",
     "model.prompt_cache_gb",
     "model.text_encoders",
+    "stages.count",
+    "stages.stop",
     "training.checkpointing_steps",
     "training.checkpoints_total_limit",
     "training.max_skipped_steps",

@@ -37,7 +37,7 @@ from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
 from tiltflow.runs.looks import Watcher
 from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, check_start, prepare
-from tiltflow.runs.recipe import Recipe, RunSettings, read_recipe
+from tiltflow.runs.recipe import Recipe, RunSettings, read_one_run
 from tiltflow.runs.rehearse import rehearse
 from tiltflow.runs.run_files import RECIPE, read_run_tree
 from tiltflow.runs.run_folder import RunFolder
@@ -243,7 +243,7 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
 
 def read_run(folder: Path) -> Recipe:
     """The recipe of a run. Raises InputError if `folder` is not a run with a tuned model."""
-    return read_recipe(read_run_tree(folder), str(folder / RECIPE))
+    return read_one_run(read_run_tree(folder), str(folder / RECIPE))
 
 
 def load_run(recipe: Recipe, folder: Path, device: str = "cpu") -> tuple[Any, Any]:

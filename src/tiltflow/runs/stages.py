@@ -26,9 +26,8 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast, get_args, runtime_checkable
 
-from pydantic import Field
 from torch import nn
 
 from tiltflow.api import Condition, check_arguments, items_of, tune
@@ -39,9 +38,9 @@ from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.runs.fingerprints import of_network
-from tiltflow.runs.of_law import EPS, OfLaw, kl_variation
+from tiltflow.runs.of_law import EPS, OfLaw, kl_variation, no_one_shot
 from tiltflow.runs.stages_folder import StagesFolder
-from tiltflow.settings import Settings
+from tiltflow.runs.stages_settings import Base, Stop, base_of, misfit
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.optimizer import Optimizer
@@ -52,9 +51,6 @@ from tiltflow.utilities.estimation.known import Known
 
 M = TypeVar("M", bound=GenerativeModel)
 Of = TypeVar("Of", bound=GenerativeModel, contravariant=True)
-Base = Literal["last", "first"]
-SIGNIFICANT = 2.0
-"""Standard errors above 0 from which a rise of the utility is one."""
 
 
 @runtime_checkable
@@ -65,30 +61,6 @@ class Utility(Protocol[Of]):
         """dU/dp (p) at the law p of `model`, up to a constant: a reward as `tiltflow.tune` takes it. `seed` is for the samples
         that it draws."""
         ...
-
-
-class Stop(Settings):
-    """When stages end before their number is reached, by the rise of the utility in each."""
-
-    min_rise: float | None = None
-    """End after a stage in which the utility rises by less than this."""
-    patience: Annotated[int, Field(ge=1)] | None = None
-    """End after so many stages in a row in which it does not rise by more than two standard errors."""
-
-    def reason(self, rises: Sequence[Estimate]) -> str | None:
-        """Why to end after stages with these rises; None to go on."""
-        if self.min_rise is not None and rises[-1].value < self.min_rise:
-            return f"the utility rose by {rises[-1]} in stage {len(rises)}, less than {self.min_rise:g}"
-        last = rises[-self.patience :] if self.patience is not None else ()
-        if last and len(last) == self.patience and not any(map(significant, last)):
-            which = f"stage {len(rises)}" if len(last) == 1 else f"the {len(last)} stages up to stage {len(rises)}"
-            return f"the utility did not rise significantly in {which}: by {', '.join(map(str, last))}"
-        return None
-
-
-def significant(rise: Estimate) -> bool:
-    """Whether a rise is more than noise."""
-    return rise.value > SIGNIFICANT * rise.standard_error
 
 
 @dataclass(frozen=True)
@@ -125,9 +97,10 @@ def stages(
     training: Training | None = None,
     *,
     count: int,
-    base: Base = "last",
+    base: Base | None = None,
     price: float = 0.0,
     mixing: float = 1.0,
+    one_shot: bool = False,
     stop: Stop | None = None,
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
@@ -135,6 +108,8 @@ def stages(
     evaluation: Evaluation | None = None,
     output: str | Path | None = None,
     note: Callable[[str], None] = lambda text: None,
+    progress: bool | None = None,
+    handle_signals: bool = False,
     seed: int = 0,
 ) -> Generator[Stage[M], None, None]:
     """Yield a `Stage` after each of `count` stages: `tune` of a model for the first variation of `utility` at the last one.
@@ -144,18 +119,21 @@ def stages(
     Args:
         utility: one of `tiltflow.utilities` with what it is estimated from, `OfLaw`; or one of your own, `Utility`.
         method, training, optimizer, conditions: of each stage, as in `tune`; the temperature is that of one stage.
-        base: what each stage starts from and keeps near: the last model, with 1 / temperature as the step; or the first one,
-            with the temperature as the price of the KL from it.
+        base: what each stage starts from and keeps near: the last model, by default, with 1 / temperature as the step; or the
+            first one, with the temperature as the price of the KL from it.
         price: of the KL from the first model, in units of the utility, where the base is the last one.
         mixing: where the base is the first model, the share of the newest first variation in what a stage is tuned for, above 0
             and at most 1; the rest is what the last stage was tuned for.
+        one_shot: in one stage from the first model, tune for the one reward whose tilt is best at the temperature of the
+            method, `utility.one_shot`: of `Superquantile` and `Cvar`.
         stop: when to end earlier.
         callbacks: called with every record of every stage; one that returns True ends its stage.
         evaluation: what is measured after each stage, for its report in `output`.
         output: a folder, new or empty, for a run of each stage, stages.json and a report (`tiltflow.runs.stages_folder`). With
             Training(resume_from_checkpoint="latest") a call goes on with the stages there, bit for bit: those that are finished
             are loaded, and the one that was being trained goes on from its last checkpoint.
-        note: is told what a person should know, as by `tune`.
+        note: is told what a person should know, as by `tune`, and the caveats of the utility before the first step.
+        progress, handle_signals: of each stage, as in `tune`.
 
     Raises InputError for a model with an adapter, which cannot be both the base and what is trained; for a first variation that
     the method cannot use; and what `tune` raises.
@@ -170,16 +148,24 @@ def stages(
             "stages: utility must have first_variation(model, seed) -> reward, or be OfLaw(Superquantile(..), reward=..) or the"
             f" like, is {utility!r}"
         )
-    check_base(base, price, mixing)
+    count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
+    base = checked_base(count, base, price, mixing, one_shot)
     check_arguments(model, lambda x: x, method, training, None)
     given = training or Training()
+    if one_shot:
+        if not isinstance(utility, OfLaw):
+            raise InputError("stages: one_shot asks for what is known of the law, which OfLaw(..) tells alone")
+        if why := no_one_shot(utility.utility, method, given):
+            raise InputError(f"stages: one_shot: {why}")
+    alpha: float = price if base == "last" else method.temperature or 0.0
     items = items_of(model, conditions, given)
     if stop is not None and not isinstance(utility, OfLaw):
         raise InputError("stages: stop asks for the value of the utility, which is known of OfLaw(..) alone")
-    count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
 
     def loop(place: StagesFolder | None = None) -> Generator[Stage[M], None, None]:
         last, own, mixed, rises = model, utility, None, list[Estimate]()
+        for caveat in own.utility.caveats(alpha) if isinstance(own, OfLaw) else ():
+            note(caveat)
         at = law(own, last, 1)
         before = known_value(own, at)
         for number in range(1, count + 1):
@@ -226,6 +212,8 @@ def stages(
             seed=own_seed,
             callbacks=more,
             note=note,
+            progress=progress,
+            handle_signals=handle_signals,
         )
 
     def loop_in(path: Path) -> Generator[Stage[M], None, None]:
@@ -235,6 +223,7 @@ def stages(
             "base": base,
             "price": price,
             "mixing": mixing,
+            **({"one_shot": True} if one_shot else {}),
             "seed": seed,
             "conditions": [item.text for item in items],
             "model": of_network(network) if isinstance(network, nn.Module) else "",
@@ -255,7 +244,7 @@ def stages(
         """The first variation there, less the price of the KL."""
         if isinstance(own, OfLaw):
             assert at is not None
-            found: Callable[..., Any] = own.first_variation(at)
+            found: Callable[..., Any] = own.one_shot(at, alpha) if one_shot else own.first_variation(at)
         else:
             with explained("the utility"):
                 found = own.first_variation(last, stream(seed, "first variation", number).initial_seed())
@@ -280,18 +269,17 @@ def own_settings(utility: Any) -> Any:
     }
 
 
-def check_base(base: Any, price: Any, mixing: Any) -> None:
-    """Raise InputError for a base, a price and a mixing that are none, or mean nothing together."""
-    if base not in get_args(Base):
+def checked_base(count: int, base: Any, price: Any, mixing: Any, one_shot: bool) -> Base:
+    """What stages start from. Raises InputError for a base, a price and a mixing that are none, or mean nothing together."""
+    if base not in (None, *get_args(Base)):
         raise InputError(f"stages: base must be 'last' or 'first', is {base!r}{did_you_mean(str(base), get_args(Base))}")
     if isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < math.inf:
         raise InputError(f"stages: price must be a number, 0 or more, is {price!r}")
     if isinstance(mixing, bool) or not isinstance(mixing, (int, float)) or not 0 < mixing <= 1:
         raise InputError(f"stages: mixing must be above 0 and at most 1, is {mixing!r}")
-    if base == "first" and price:
-        raise InputError("stages: from the first model the temperature of the method is the price of the KL; leave price out")
-    if base == "last" and mixing != 1:
-        raise InputError("stages: mixing is of stages from the first model; from the last one a higher temperature damps")
+    if why := misfit(count, base, price, mixing, one_shot):
+        raise InputError(f"stages: {why}")
+    return base_of(base, one_shot)
 
 
 def check_reward(reward: Callable[..., Any], method: Any, training: Training | None) -> None:
@@ -315,7 +303,4 @@ def known_value(own: Any, at: Known | None) -> Estimate | None:
     """The utility there, if it has a value that is known: behind a barrier, for example, it has none."""
     if not isinstance(own, OfLaw) or at is None:
         return None
-    try:
-        return own.value(at)
-    except InputError:
-        return None
+    return own.known_value(at)

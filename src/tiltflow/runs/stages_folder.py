@@ -35,6 +35,11 @@ from tiltflow.user_code import refused
 M = TypeVar("M", bound=GenerativeModel)
 
 
+def stage_folder(path: Path, number: int) -> Path:
+    """The run of a stage in the folder of stages."""
+    return path / f"stage-{number:02d}"
+
+
 @dataclass
 class StagesFolder:
     """The folder of stages, which this process has locked.
@@ -91,7 +96,7 @@ class StagesFolder:
 
     def folder(self, number: int) -> Path:
         """The run of a stage."""
-        return self.path / f"stage-{number:02d}"
+        return stage_folder(self.path, number)
 
     def begun(self, record: Record) -> None:
         """A callback: once a step has shown that the settings work, they are written."""

@@ -35,7 +35,7 @@ from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.recipe import Recipe, read_recipe
+from tiltflow.runs.recipe import Recipe, read_one_run
 from tiltflow.runs.resume import flat
 from tiltflow.runs.run import run
 from tiltflow.runs.run_files import claim, write_yaml
@@ -87,7 +87,7 @@ def points_of(tree: Mapping[str, Any], grid: Mapping[str, list[Any]], where: str
         chosen = dict(zip(grid, values, strict=True))
         overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
         name = ",".join(f"{names[key]}={_word(value)}" for key, value in chosen.items())
-        found.append(Point(name, chosen, read_recipe(apply_overrides(dict(tree), overrides), f"{where}, {name}")))
+        found.append(Point(name, chosen, read_one_run(apply_overrides(dict(tree), overrides), f"{where}, {name}")))
     if len({point.name for point in found}) != len(found):
         raise InputError("--over: two combinations would have folders of the same name")
     return found

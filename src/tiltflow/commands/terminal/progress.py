@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -58,6 +59,27 @@ def training_progress(console: Console, quiet: bool, total: int, afterwards: str
                     console.print(f"{record.step}/{total}  {numbers(record)}  {record.seconds:.0f} s")
 
         yield write
+
+
+@contextmanager
+def stages_progress(
+    console: Console, quiet: bool, count: int, total: int
+) -> Iterator[tuple[Callable[[Record], None], Callable[[int], None]]]:
+    """Yield a callback that shows the training records of stages as those of one training, and a function that is told the
+    number of each stage that is finished.
+
+    Args:
+        count: number of stages.
+        total: number of steps of each.
+    """
+    done = 0
+
+    def ended(number: int) -> None:
+        nonlocal done
+        done = number
+
+    with training_progress(console, quiet, count * total) as watch:
+        yield lambda record: watch(replace(record, step=done * total + record.step)), ended
 
 
 def numbers(record: Record | PretrainingRecord) -> str:

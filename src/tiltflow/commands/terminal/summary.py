@@ -29,6 +29,46 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     console.print(f"report: {escape(folder / 'report.html')}")
 
 
+def print_stage(console: Console, stage: Any, count: int) -> None:
+    """Print a stage that is finished in one line."""
+    moved = "" if stage.rise is None else f": utility {stage.before} -> {stage.after}"
+    console.print(f"stage {stage.number} of {count}{moved}")
+
+
+def print_stages(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """Print the summary of stages: a row for each, and then the whole."""
+    from rich.table import Table
+
+    from tiltflow.reports.stages import HEADS, cells
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in HEADS:
+        table.add_column(head, no_wrap=head == "stage")
+    for row in summary["stages"]:
+        table.add_row(str(row["stage"]), *cells(row))
+    console.print(table)
+    whole = Table(box=None, show_header=False, pad_edge=False)
+    for key, text in of_stages(summary).items():
+        whole.add_row(f"[bold]{escape(key)}[/bold]", text)
+    console.print(whole)
+    for sentence in (*([summary["stopped"]] if summary["stopped"] else ()), *summary["caveats"]):
+        console.print(f"[yellow]{escape(sentence)}[/yellow]")
+    console.print(f"report: {escape(folder / 'report.html')}")
+
+
+def of_stages(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of the utility, the distance to the first model, and the time."""
+    sides = {"before": "first model", "after": "last model"}
+    rows = {
+        f"utility, {side}": with_error(summary, f"utility_{key}")
+        for key, side in sides.items()
+        if summary[f"utility_{key}"] is not None
+    }
+    if summary["path_kl"] is not None:
+        rows["path KL"] = f"{with_error(summary, 'path_kl')} nats from the first model"
+    return {**rows, "time": f"{summary['seconds']:.0f} s training, {summary['seconds_total']:.0f} s in all"}
+
+
 def with_error(summary: dict[str, Any], key: str) -> str:
     """Format an estimate and its standard error."""
     return f"{summary[key]:.3f} ± {summary[key + '_error']:.3f}"
