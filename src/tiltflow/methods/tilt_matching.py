@@ -208,7 +208,7 @@ class TiltMatching(Tempered):
     @property
     def needs(self) -> Needs:
         """Takes any reward."""
-        return Needs(begins_as_base=True, passes=self.num_passes)
+        return Needs(begins_as_base=True, passes=self.num_passes, batches_kept=self.replay)
 
     @property
     def sampling(self) -> Sampling:

@@ -47,6 +47,7 @@ class Needs:
         exact_trajectories: the setting that needs trajectories without rounding, if there is one.
         trajectory_copies: tensors [steps, batch, *event] that are in memory at once, at most; one more where samples alone are
             guided.
+        batches_kept: batches whose samples are in memory at once, the present one with them.
     """
 
     reward_gradient: bool = False
@@ -60,6 +61,7 @@ class Needs:
     warmup_steps: int = 0
     exact_trajectories: str | None = None
     trajectory_copies: int = 1
+    batches_kept: int = 1
 
 
 @runtime_checkable

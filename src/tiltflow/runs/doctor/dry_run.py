@@ -1,4 +1,4 @@
-"""An iteration of a training without numbers: the training loop itself, on tensors that have shapes and no memory.
+"""Iterations of a training without numbers: the training loop itself, on tensors that have shapes and no memory.
 
 Whatever the loop keeps is counted where it keeps it: trajectories, conditions, gradients, moments of the optimizer, averages of
 weights. A network, a decoder and a reward are called once for each kind of call; after that only their memory is counted.
@@ -12,6 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -28,13 +29,14 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Reward
 from tiltflow.runs.doctor.shapes import Cost, Counter, Peak, Replayed, Shapes, alone, shaped
 from tiltflow.samplers.stored import Storage, Stored
+from tiltflow.training.batch import Drawn
 from tiltflow.training.draw import batches
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training
-from tiltflow.training.trainer import train
+from tiltflow.training.trainer import BatchEnd, train
 
 ENOUGH = 3
-"""Micro-batches from which on more of them need more of what is kept for each, and nothing else."""
+"""Micro-batches, and iterations, from which on more of them need more of what is kept for each, and nothing else."""
 
 FUNCTIONS = ("network", "decoder", "reward")
 """What is called once for each kind of call."""
@@ -64,30 +66,44 @@ class Subject:
 
 
 def peaks(subject: Subject) -> dict[str, Peak]:
-    """The largest memory of each phase of an iteration beside the weights. After the first few micro-batches each one adds the
-    same, so that no more are run."""
-    training = subject.training
+    """The largest memory of each phase of an iteration beside the weights, when earlier ones have left all that they leave.
+    After the first few micro-batches each one adds the same, so that no more are run; nor are more iterations, where a method
+    keeps the samples of many."""
+    training, needs = subject.training, subject.method.needs
     size = training.samples_per_step
     part = min(training.micro_batch_size or size, size)
     count = math.ceil(size / part)
+    several = min(max(2, needs.batches_kept), math.ceil(training.max_train_steps / needs.passes))
     if count <= ENOUGH:
-        return _run(subject, size)
-    fewer, more = (_run(subject, part * several) for several in (ENOUGH - 1, ENOUGH))
-    names = {name: {*fewer[name].parts, *more[name].parts} for name in more}
-    return {
-        name: Peak({key: _extended(fewer[name].parts.get(key, 0), more[name].parts.get(key, 0), count) for key in keys})
-        for name, keys in names.items()
-    }
+        return _after(several, _run(subject, size, several))
+    fewer, more = (_after(several, _run(subject, part * some, several)) for some in (ENOUGH - 1, ENOUGH))
+    return _extended(fewer, more, count)
 
 
-def _extended(fewer: float, more: float, count: int) -> float:
-    """Bytes of `count` micro-batches, where one more adds what the last one added."""
-    return more + (count - ENOUGH) * max(more - fewer, 0)
+def _after(count: int, iterations: Sequence[dict[str, Peak]]) -> dict[str, Peak]:
+    """The peaks of iteration number `count`, of those of the first ones."""
+    return iterations[-1] if len(iterations) in (1, count) else _extended(iterations[-2], iterations[-1], count)
 
 
-def _run(subject: Subject, size: int) -> dict[str, Peak]:
-    """The peaks of an iteration on so many samples."""
+def _extended(fewer: Mapping[str, Peak], more: Mapping[str, Peak], count: int) -> dict[str, Peak]:
+    """The peaks of `count` of what `more` is `ENOUGH` of, and `fewer` one less: each adds what the last one added."""
+
+    def bytes_of(name: str, part: str) -> float:
+        before = fewer[name].parts.get(part, 0) if name in fewer else 0
+        return more[name].parts.get(part, 0) + (count - ENOUGH) * max(more[name].parts.get(part, 0) - before, 0)
+
+    parts = {name: {*more[name].parts, *(fewer[name].parts if name in fewer else ())} for name in more}
+    return {name: Peak({part: bytes_of(name, part) for part in those}) for name, those in parts.items()}
+
+
+class _Enough(Exception):
+    """No further iteration is needed."""
+
+
+def _run(subject: Subject, size: int, most: int) -> list[dict[str, Peak]]:
+    """The peaks of the first iterations on so many samples, `most` and `ENOUGH` at most: one, if it leaves nothing."""
     training, method = subject.training, subject.method
+    found = list[dict[str, Peak]]()
     with Shapes(), Counter() as memory:
         tuned, base = (_replayed(each, memory, subject.known["network"]) for each in (subject.tuned, subject.base))
         if isinstance(base, AdapterOff):
@@ -100,27 +116,39 @@ def _run(subject: Subject, size: int) -> dict[str, Peak]:
         if training.prompts_per_step is not None:
             sizes |= {"prompts_per_step": size, "num_generations": 1}
         draw = batches(model, subject.items, reward, method, training.model_copy(update=sizes))
+        alive = list[int]()
+
+        def begun(generator: torch.Generator) -> Drawn:
+            if not alive:  # the optimizer is there
+                alive.append(memory.now)
+            return draw.at(0)(generator)
+
+        def ended(end: BatchEnd) -> None:
+            found.append(memory.peaks)
+            memory.peaks = {}
+            if len(found) == min(most, ENOUGH) or memory.now <= alive[0]:
+                raise _Enough
+
         loop = train(
             cast(Flow, tuned),
             base,
             method,
             reward,
-            draw,
+            begun,
             max_train_steps=training.max_train_steps,
             start=subject.model.grid,
             ema_decay=training.ema_decay,
             micro_batch_size=training.micro_batch_size,
             storage=Elsewhere(training.storage.dtype) if training.trajectory_device else training.storage,
             adam=cast(Any, partial(Moments, memory, torch.uint8 if training.use_8bit_adam else None)),
+            on_batch_end=ended,
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), suppress(_Enough):
             warnings.simplefilter("ignore")  # such as that all rewards are the same
-            for _ in range(min(method.needs.passes, training.max_train_steps)):
-                next(loop)
-        loop.close()
+            for _ in loop:
+                pass
         for parameter in subject.tuned.parameters():
             parameter.grad = None
-    found: dict[str, Peak] = memory.peaks
     return found
 
 
