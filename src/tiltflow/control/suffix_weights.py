@@ -28,8 +28,8 @@ def suffix_weights(path: Trajectory, velocity: Velocity, act: Act | None = None)
     ratios = []
     for k, (old, t, scale) in enumerate(zip(path.drawn_by, path.chain.times, path.chain.control_scale, strict=False)):
         x = path.states[k]
-        new = velocity(x, t)
-        new = new if act is None else act(x, t, new)
-        delta = (scale.item() * (new - old)).flatten(1).double()
+        delta = velocity(x, t)
+        delta = delta if act is None else act(x, t, delta)
+        delta = (scale.item() * (delta - old)).flatten(1).double()
         ratios.append((delta * (path.noise(k).flatten(1) - delta / 2)).sum(1))
     return torch.stack(ratios).flip(0).cumsum(0).flip(0).exp()

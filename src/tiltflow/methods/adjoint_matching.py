@@ -103,12 +103,24 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 class Regression(NamedTuple):
-    """Inputs and targets of the regression, of the steps from `first` on: [steps, batch, *event]."""
+    """Inputs and targets of the regression, of the steps from `first` on: [steps, batch, *event].
+
+    Args:
+        base_velocities: None where the targets are not adjoints a_{k+1}, but v_scale_k v_base / s_k - s_k a_{k+1}: all of the
+            residual that no update changes. That is one copy of the trajectories less, at the price of another rounding.
+    """
 
     states: Stored
-    base_velocities: Stored
+    base_velocities: Stored | None
     targets: Stored
     first: int
+
+    def residual(self, v: Tensor, gain: Tensor, std: Tensor, row: Tensor, i: Tensor) -> Tensor:
+        """w_k + s_k a_{k+1} of the rows and samples [pairs] for the velocities v [pairs, *event]."""
+        target = self.targets.at(row, i)
+        if self.base_velocities is None:
+            return gain * v - target
+        return gain * (v - self.base_velocities.at(row, i)) + std * target
 
 
 @dataclass
@@ -219,7 +231,7 @@ class AdjointMatching(Tilting):
             running_reward=not late,
             passes=self.num_passes,
             exact_trajectories="method.reweight_passes" if self.reweight_passes else None,
-            trajectory_copies=3 + (late or self._needs_velocities),
+            trajectory_copies=3,
         )
 
     def target(self, steps: int, start: Start = 0.0) -> Target:
@@ -263,16 +275,18 @@ class AdjointMatching(Tilting):
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
         all_finite(path.velocities, "velocity", chain.times)
-        targets, base_velocities, ends, rewards, terms, energy = self._adjoints(batch, chain, path, first, late, right)
+        regression, ends, rewards, terms, energy = self._adjoints(batch, chain, path, first, late, right)
         if (kept := finite_only(rewards)) is not None:
             batch, rewards, ends, terms, energy = batch.select(kept), rewards[kept], ends[kept], terms[:, kept], energy[:, kept]
-            targets, base_velocities, chosen = targets.keep(kept), base_velocities.keep(kept), [p[:, kept] for p in chosen]
+            chosen = [pairs[:, kept] for pairs in chosen]
             path = path.keep(kept) if self._needs_velocities else replace(path, states=path.states.keep(kept))
-        steps = slice(first, len(path.velocities))
-        all_finite(targets, "adjoint", chain.times[steps])
+            base_velocities = None if regression.base_velocities is None else regression.base_velocities.keep(kept)
+            regression = regression._replace(targets=regression.targets.keep(kept), base_velocities=base_velocities)
+        steps = slice(regression.first, len(path.velocities))
+        regression = regression._replace(states=path.states[steps])
+        all_finite(regression.targets, "adjoint", chain.times[steps])
         if self.control_variate:
-            terms = self._without_noise_to_come(chain, path, targets, base_velocities, first)
-        regression = Regression(path.states[steps], base_velocities, targets, first)
+            terms[regression.first - first :] = self._without_noise_to_come(chain, path, regression)
         measured = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -292,7 +306,7 @@ class AdjointMatching(Tilting):
             self._regress(batch, chain, regression, pairs, limits, ~own, weights)
             yield {
                 **measured,
-                **({} if weights is None else {"effective_sample_size": _effective_size(weights[max(late - first, 0)])}),
+                **({} if weights is None else {"effective_sample_size": _effective_size(weights[max(late - steps.start, 0)])}),
                 "clipped": (in_loss > limits).double().mean().item(),
             }
 
@@ -341,28 +355,32 @@ class AdjointMatching(Tilting):
 
     def _adjoints(
         self, batch: Batch, chain: Chain, path: Trajectory, first: int, late: int, right: Chain | None
-    ) -> tuple[Stored, Stored, Tensor, Tensor, Tensor, Tensor]:
-        """Targets and base velocities of the steps from `first` on, [steps, batch, *event], the targets of those before `late`
-        zero; ends of the paths [batch, *event], and their rewards [batch]; of these steps the terms of the loss and |w_k|^2,
-        [steps, batch]. Unless the velocities of the path are needed again, those of the base take their place.
-        """
-        own = path.velocities[first:]
-        targets = batch.storage.new(len(own), batch.x)
-        of_base = batch.storage.new(len(own), batch.x) if self._needs_velocities else own
+    ) -> tuple[Regression, Tensor, Tensor, Tensor, Tensor]:
+        """The regression of the steps from `first` on, with adjoints of zero before `late`, or from `late` on if those before it
+        learn otherwise; ends of the paths [batch, *event], and their rewards [batch]; of the steps from `first` on the terms of
+        the loss and |w_k|^2, [steps, batch]. Unless the velocities of the path are needed again, those of the base take their
+        place."""
+        begin = max(first, late) if self.early == "self-distillation" else first
+        targets = batch.storage.new(len(path.velocities) - begin, batch.x)
+        of_base = None if self._needs_velocities else path.velocities[begin:]
 
         def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            terms, energy = (some.x.new_empty(len(targets), len(some)) for _ in range(2))
-            velocities, adjoints_of, bases = (each.of(part) for each in (own, targets, of_base))
+            terms, energy = (some.x.new_empty(len(path.velocities) - first, len(some)) for _ in range(2))
+            own, targets_of = path.velocities.of(part), targets.of(part)
+            bases = None if of_base is None else of_base.of(part)
 
             @torch.no_grad()
             def taken(k: int, target: Tensor, v_base: Tensor) -> None:
                 if k == len(path.velocities):  # the base takes this step
                     return
                 gain, std = (c[k].to(v_base) for c in (chain.control_scale, chain.std))
-                control = gain * (velocities[k - first] - v_base)
+                control = gain * (own[k] - v_base)
                 energy[k - first] = control.flatten(1).square().sum(1)
                 terms[k - first] = (control + std * target).flatten(1).square().sum(1)
-                adjoints_of[k - first], bases[k - first] = target, v_base
+                if k >= begin and bases is not None:
+                    targets_of[k - begin], bases[k - begin] = target, v_base
+                elif k >= begin:
+                    targets_of[k - begin] = gain * v_base - std * target
 
             found = lean_adjoint(
                 chain,
@@ -387,23 +405,27 @@ class AdjointMatching(Tilting):
 
         ends, rewards, terms, energy = batch.map(adjoints, dims=(0, 0, 1, 1))
         batch.join(targets)
-        batch.join(of_base)
-        return targets, of_base, ends, rewards, terms, energy
+        if of_base is not None:
+            batch.join(of_base)
+        return Regression(path.states[begin:], of_base, targets, begin), ends, rewards, terms, energy
 
     @torch.no_grad()
-    def _without_noise_to_come(
-        self, chain: Chain, path: Trajectory, targets: Stored, base_velocities: Stored, first: int
-    ) -> Tensor:
-        """Subtract from the targets, in place, what the noise to come predicts of them. Returns the terms of the loss."""
-        terms = {}
+    def _without_noise_to_come(self, chain: Chain, path: Trajectory, regression: Regression) -> Tensor:
+        """Subtract from the residuals, by their targets and in place, what the noise to come predicts of them. Returns the
+        terms of the loss."""
+        terms, targets = [], regression.targets
+
+        def subtract(row: int, residual: Tensor, noise: Tensor) -> Tensor:
+            of_noise = predicted(residual[None], noise[None])[0]
+            targets[row] = targets[row] + of_noise
+            return (residual - of_noise).flatten(1).square().sum(1)
+
         for k, noise in noise_to_come(path):
-            if k < first:
+            if (row := k - regression.first) < 0:
                 break
-            gain, std, target = *(c[k].to(noise) for c in (chain.control_scale, chain.std)), targets[k - first]
-            control = gain * (path.velocities[k] - base_velocities[k - first])
-            target = target - predicted((control + std * target)[None], noise[None])[0] / std
-            terms[k], targets[k - first] = (control + std * target).flatten(1).square().sum(1), target
-        return torch.stack([terms[k] for k in sorted(terms)])
+            gain = chain.control_scale[k].to(noise)
+            terms.append(subtract(row, gain * path.velocities[k] - targets[row], noise))
+        return torch.stack(terms[::-1])
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or
@@ -445,7 +467,7 @@ class AdjointMatching(Tilting):
             x = regression.states.at(row, ii)
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
             v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
-            residual = gain * (v - regression.base_velocities.at(row, ii)) + std * regression.targets.at(row, ii)
+            residual = regression.residual(v, gain, std, row, ii)
             terms = residual.flatten(1).square().sum(1)
             kept = terms.detach() <= limit[part]
             return {"loss": kept * terms if weights is None else kept * weights[row, ii].to(terms) * terms}

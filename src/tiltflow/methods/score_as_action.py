@@ -163,11 +163,21 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Actions:
-    """What the policy gradient needs beside the trajectories: `advantages` [steps, batch], and the noise of the paths; or
-    `vectors`."""
+    """What the policy gradient needs beside the trajectories: `advantages` [steps, batch], and the noise of the paths; or,
+    where the estimator gives vec_k, all of the loss that no update changes, which is one copy of the trajectories less:
+
+        e_k / 2 |v - v_base|^2 - b_k v . vec_k / beta = e_k / 2 |v - v_old|^2 + slopes_k . (v - v_old) + offsets_k,
+
+    v_old the policy that made the trajectories; without e_k where steps have no price.
+
+    Args:
+        slopes: e_k (v_old - v_base) - b_k vec_k / beta, [steps, batch, *event].
+        offsets: [steps, batch].
+    """
 
     advantages: Tensor | None = None
-    vectors: Stored | None = None
+    slopes: Stored | None = None
+    offsets: Tensor | None = None
 
 
 class ScoreAsAction(Tilting):
@@ -228,7 +238,7 @@ class ScoreAsAction(Tilting):
             passes=self.num_passes,
             warmup_steps=self.critic_warmup_steps,
             exact_trajectories="method.update 'clip'" if self.update == "clip" else None,
-            trajectory_copies=2 + (self.running_reward != "none") + self._uses_value_gradient,
+            trajectory_copies=2 + (self.running_reward != "none" or self._uses_value_gradient),
         )
 
     @property
@@ -327,7 +337,7 @@ class ScoreAsAction(Tilting):
             members = batch.tuned.groups(len(batch), drawn.end.device)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, drawn.experience, members)
         warm = state.iterations >= self.critic_warmup_steps
-        actions = self._actions(batch, state.value, drawn.path, advantages) if warm else None
+        actions = self._actions(batch, state.value, drawn, advantages) if warm else None
         state.iterations += 1
         measured = self._measured(drawn, size - len(batch))
         if state.optimizer is not None:
@@ -404,22 +414,31 @@ class ScoreAsAction(Tilting):
         experience = Experience(path.states.data[:count], times, known, costs, rewards.to(costs))
         return Trajectories(path, end, rewards, base_velocities, prices, gains, experience), batch
 
-    def _actions(self, batch: Batch, value: Value, path: Trajectory, advantages: Tensor | None) -> Actions:
-        """The actions of the paths: how much better than expected each was, or grad V, as the estimator has it."""
-        times = path.chain.times
+    def _actions(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Actions:
+        """The actions of the paths: how much better than expected each was, or what grad V makes of the loss, in the place of
+        the velocities of the base."""
+        path, chain, of_base = drawn.path, drawn.path.chain, drawn.base_velocities
         if advantages is not None:
-            all_finite(advantages, "advantage", times)
+            all_finite(advantages, "advantage", chain.times)
             return Actions(advantages=advantages)
-        vectors, count = batch.storage.new(len(path.velocities), batch.x), len(path.velocities)
-        if self.estimator == "pathwise":  # grad V after each step, and that of the reward after the last one
-            for k in range(1, count):
-                vectors[k - 1] = self._value_gradient(batch, value, path.states[k], times[k])
-            vectors[count - 1] = self._at_the_end(batch, path)
-        else:
-            for k in range(count):
-                vectors[k] = self._value_gradient(batch, value, path.states[k], times[k])
-        all_finite(vectors, "vector of the policy gradient", times)
-        return Actions(vectors=vectors)
+        slopes, offsets = of_base or batch.storage.new(len(path.velocities), batch.x), torch.zeros_like(drawn.prices)
+        for k, old in enumerate(path.velocities):
+            gain, energy = (c[k].to(old) for c in (chain.v_scale, self._energy(chain)))
+            pull = gain / self.beta * self._vector(batch, value, path, k)
+            offsets[k] = -(old * pull).flatten(1).sum(1)
+            if of_base is not None:
+                offsets[k] += drawn.prices[k] / self.beta
+                pull = pull - energy * (old - of_base[k])
+            slopes[k] = -pull
+        all_finite(slopes, "vector of the policy gradient", chain.times)
+        return Actions(slopes=slopes, offsets=offsets)
+
+    def _vector(self, batch: Batch, value: Value, path: Trajectory, k: int) -> Tensor:
+        """grad V at step k, or after it, as the estimator has it; after the last one it is that of the reward."""
+        after = int(self.estimator == "pathwise")
+        if after and k == len(path.velocities) - 1:
+            return self._at_the_end(batch, path)
+        return self._value_gradient(batch, value, path.states[k + after], path.chain.times[k + after])
 
     def _measured(self, drawn: Trajectories, dropped: int) -> dict[str, float]:
         """The metrics of the trajectories."""
@@ -498,7 +517,7 @@ class ScoreAsAction(Tilting):
             v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
             step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
-            if drawn.base_velocities is not None:
+            if actions.slopes is None and drawn.base_velocities is not None:
                 terms = energy / 2 * (v - drawn.base_velocities.at(kk, ii)).flatten(1).square().sum(1)
             if self.update == "clip":
                 assert advantages is not None
@@ -510,14 +529,15 @@ class ScoreAsAction(Tilting):
             else:
                 if first:
                     _check_velocities(v.detach(), old)
-                if actions.vectors is not None:
-                    vectors = actions.vectors.at(kk, ii)
+                if actions.slopes is not None and actions.offsets is not None:
+                    along = ((v - old) * actions.slopes.at(kk, ii)).flatten(1).sum(1) + actions.offsets[kk, ii]
+                    terms = along if drawn.base_velocities is None else along + step_kl
                 else:
                     assert advantages is not None
                     std = chain.std.to(x)[kk]
                     vectors = path.noise_at(kk, ii) * expand(advantages[kk, ii] / std, x)
-                direction = (v * vectors).flatten(1).sum(1)
-                terms = terms - gain * direction / self.beta + state.penalty * step_kl
+                    terms = terms - gain * (v * vectors).flatten(1).sum(1) / self.beta
+                terms = terms + state.penalty * step_kl
             return {"loss": terms, "step_kl": step_kl.detach()}
 
         sums = batch.accumulate(terms_of, len(k), over=size)
