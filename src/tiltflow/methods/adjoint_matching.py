@@ -356,10 +356,11 @@ class AdjointMatching(Tilting):
     def _adjoints(
         self, batch: Batch, chain: Chain, path: Trajectory, first: int, late: int, right: Chain | None
     ) -> tuple[Regression, Tensor, Tensor, Tensor, Tensor]:
-        """The regression of the steps from `first` on, with adjoints of zero before `late`, or from `late` on if those before it
-        learn otherwise; ends of the paths [batch, *event], and their rewards [batch]; of the steps from `first` on the terms of
-        the loss and |w_k|^2, [steps, batch]. Unless the velocities of the path are needed again, those of the base take their
-        place."""
+        """The regression of the steps from `first` on, with adjoints of zero before `late`; of the steps from `late` on alone
+        if the others learn otherwise. Then the ends of the paths [batch, *event] and their rewards [batch]; and of all steps
+        from `first` on the terms of the loss and |w_k|^2, [steps, batch]. Unless the velocities of the path are needed again,
+        those of the base take their place.
+        """
         begin = max(first, late) if self.early == "self-distillation" else first
         targets = batch.storage.new(len(path.velocities) - begin, batch.x)
         of_base = None if self._needs_velocities else path.velocities[begin:]
