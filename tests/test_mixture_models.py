@@ -19,7 +19,7 @@ from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import validate
-from tiltflow.streams import stream
+from tiltflow.streams import new_network, stream
 
 MEANS, WEIGHTS = ((-1.5, 0.0), (2.5, 0.5)), (9.2, 0.8)
 ELLIPSES = ((0.5, 0.9), (0.9, 0.5))
@@ -54,6 +54,16 @@ def test_the_field_of_ellipses_is_the_mean_of_where_paths_go() -> None:
         posterior = density * (-(point - t * grid).square().sum(1) / (2 * (1 - t) ** 2)).exp()
         expected = (posterior[:, None] * grid).sum(0) / posterior.sum()
         torch.testing.assert_close(found, (expected - point) / (1 - t), rtol=1e-5, atol=1e-5)
+
+
+def test_at_the_data_the_field_is_that_of_every_law() -> None:
+    """x, whatever has been learned: E[x_1 - x_0 | x_1 = x] of noise that is independent of the data."""
+    network = new_network(GaussianMixture(means=MEANS, scale=ELLIPSES, hidden=4, layers=1), 0)
+    for each in network.parameters():
+        torch.nn.init.normal_(each, generator=stream(0))
+    x = torch.randn(5, 2, generator=stream(1))
+    torch.testing.assert_close(network(x, torch.ones(5)), x)
+    assert not torch.allclose(network(x, torch.zeros(5)), field(x.double(), 0.0, scale=ELLIPSES).float(), atol=0.1)
 
 
 def test_samples_are_of_the_mixture() -> None:

@@ -74,7 +74,9 @@ class GaussianMixtureModule(nn.Module):
         self.correction = Mlp(dimension=settings.dimension, hidden=settings.hidden, layers=settings.layers).build()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.exact(x, time) + self.correction(x, time)  # type: ignore[no-any-return]
+        # at the data the field of every law is x, so nothing is to correct there; and a score that is read just before, where
+        # it is (t v - x) / (1 - t), has the error of the perceptron, not that over 1 - t
+        return self.exact(x, time) + (1 - time[:, None]) * self.correction(x, time)  # type: ignore[no-any-return]
 
     def exact(self, x: Tensor, time: Tensor) -> Tensor:
         """The field of the mixture: that of each component, by its share in the density of x at this time."""
