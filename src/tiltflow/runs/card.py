@@ -18,20 +18,23 @@ from tiltflow.models.quantization import CONFIGS, OF_TORCHAO, TEXT_ENCODER
 from tiltflow.models.schedules import TOLERANCE, schedule_of
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import IMAGE
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
 
 quoted = partial(json.dumps, ensure_ascii=False)
 
 
-def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
+def card(recipe: CommonRecipe, output: Path, place: str) -> str:
     """Write the card, with the front matter that the hub reads.
 
     Args:
+        output: the export, which has the recipe, the summary and the pictures of the run.
         place: the folder of the export, or its name on the hub, for the code.
     """
-    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    summary = read_json(output / "summary.json") if (output / "summary.json").exists() else {}
     found = licence(Path(recipe.model_name))
     lines = [
         *_front_matter(recipe, found),
@@ -39,8 +42,7 @@ def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
         "",
         recipe.description,
         "",
-        f"Reward: {recipe.reward.description}. Aims at {summary.get('target_law', 'a tilted law')}"
-        + (f" with beta = {summary['beta']:g}." if summary.get("beta") is not None else "."),
+        _aim(recipe, summary),
         *(f"{limit}" for limit in summary.get("limits", [])),
         "",
         "What the run measured, in this folder:" if place == "." else "What the run measured:",
@@ -50,20 +52,20 @@ def card(recipe: Recipe, run: Path, output: Path, place: str) -> str:
         "```",
         "",
         *(f"{reason}\n" for reason in reservations(recipe, output)),
-        *_results(recipe, run, summary),
+        *_results(recipe, output, summary),
         "The licence of the base model applies to what is derived from it" + (f": {found}." if found else "; see its card."),
         "",
         "The recipe, for `tiltflow train`:",
         "",
         "```yaml",
-        (run / "recipe.yaml").read_text(encoding="utf-8").strip(),
+        (output / "recipe.yaml").read_text(encoding="utf-8").strip(),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _front_matter(recipe: Recipe, found: str | None) -> list[str]:
+def _front_matter(recipe: CommonRecipe, found: str | None) -> list[str]:
     """The YAML at the head of a card, from the recipe and the licence of the base."""
     pipeline = isinstance(recipe.source, Diffusers)
     about = {
@@ -76,10 +78,23 @@ def _front_matter(recipe: Recipe, found: str | None) -> list[str]:
     return ["---", dump_yaml(about).strip(), "---", ""]
 
 
-def _results(recipe: Recipe, run: Path, summary: Mapping[str, Any]) -> list[str]:
-    """The mean rewards, the curve and the pictures of a run, where it has them."""
+def _aim(recipe: CommonRecipe, summary: Mapping[str, Any]) -> str:
+    """What was tuned for, in a sentence or two."""
+    if isinstance(recipe, StagedRecipe):
+        return f"Utility of the law: {recipe.utility.words}, in stages that each tune for its first variation."
+    assert isinstance(recipe, Recipe)
+    law = f"Reward: {recipe.reward.description}. Aims at {summary.get('target_law', 'a tilted law')}"
+    return law + (f" with beta = {summary['beta']:g}." if summary.get("beta") is not None else ".")
+
+
+def _results(recipe: CommonRecipe, output: Path, summary: Mapping[str, Any]) -> list[str]:
+    """The mean rewards and their curve, or the utility, and the pictures of a run, where it has them."""
     lines = []
-    if summary:
+    if isinstance(recipe, StagedRecipe):
+        if summary and summary["utility_before"] is not None and summary["utility_after"] is not None:
+            sides = " | ".join(_pm(summary, f"utility_{side}") for side in ("before", "after"))
+            lines = ["| | first model | last stage |", "|---|---|---|", f"| utility {recipe.utility.name} | {sides} |", ""]
+    elif summary:
         of_what = ", held-out prompts" if recipe.prompts is not None else ""
         lines += [
             f"| | base | tuned |\n|---|---|---|\n| mean reward{of_what} | {_pm(summary, 'reward_base')} | "
@@ -88,8 +103,8 @@ def _results(recipe: Recipe, run: Path, summary: Mapping[str, Any]) -> list[str]
             "![Reward of the training batches](curves.svg)",
             "",
         ]
-    kind = "gif" if (run / "before.gif").exists() else "png"
-    if (run / f"before.{kind}").exists():
+    kind = "gif" if (output / "before.gif").exists() else "png"
+    if (output / f"before.{kind}").exists():
         lines += [
             "Before and after, from the same noise:",
             "",
@@ -119,7 +134,7 @@ def licence(folder: Path) -> str | None:
 # ---- the code ----
 
 
-def usage(recipe: Recipe, output: Path, place: str) -> str:
+def usage(recipe: CommonRecipe, output: Path, place: str) -> str:
     """Python code that loads an export and draws what the run measured; of diffusers alone for a pipeline.
 
     Args:
@@ -230,7 +245,7 @@ def _quantization(model: Diffusers, name: str) -> str:
 # ---- what plain diffusers draws ----
 
 
-def measured_at(recipe: Recipe) -> Point:
+def measured_at(recipe: CommonRecipe) -> Point:
     """The point of the evaluation that plain diffusers can repeat: the first one of the solver euler, or else the first one."""
     points = recipe.evaluation.points or ()
     return next((point for point in points if point.solver == "euler" and point.scheduler is None), recipe.evaluation.first)
@@ -248,7 +263,7 @@ def scheduler_of(output: Path) -> Any:
     return kind.from_config(config)
 
 
-def reservations(recipe: Recipe, output: Path) -> list[str]:
+def reservations(recipe: CommonRecipe, output: Path) -> list[str]:
     """The reasons why plain diffusers may draw other pictures than were measured, one sentence each."""
     if not isinstance(recipe.source, Diffusers):
         return []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,56 @@ from tiltflow.models.pipelines import families
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.reports.plots import curves
 from tiltflow.runs.card import card, measured_at
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.fingerprints import check_unchanged
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import load_run, read_run
-from tiltflow.runs.run_files import claim, read_records
+from tiltflow.runs.run_files import MODEL, claim, read_records
+from tiltflow.runs.staged_results import is_staged, load_stage, read_staged
+from tiltflow.runs.stages_folder import stage_folder
 
-KEPT = ("before.png", "after.png", "before.gif", "after.gif", "recipe.yaml", "summary.json", "report.html")
-"""Files of a run that are copied."""
+KEPT = ("recipe.yaml", "summary.json", "report.html")
+"""Files of a run that are copied, beside its pictures."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is exported of a run, or of stages.
+
+    Args:
+        recipe: of the run, or of all stages.
+        model: the folder of the tuned model.
+        load: loads it, on a device.
+        before, after: the runs whose pictures before and after show what was tuned.
+    """
+
+    recipe: CommonRecipe
+    model: Path
+    load: Callable[[str], Any]
+    before: Path
+    after: Path
+
+    @classmethod
+    def of(cls, run: Path) -> Tuned:
+        """Of the folder of a run, or of stages. Raises InputError if there is no tuned model."""
+        if not is_staged(run):
+            recipe = read_run(run)
+            return cls(recipe, run / MODEL, lambda device: load_run(recipe, run, device)[1], run, run)
+        staged, rows = read_staged(run)
+        last, count = stage_folder(run, len(rows)), len(rows)
+        return cls(staged, last / MODEL, lambda device: load_stage(staged, run, count, device)[1], stage_folder(run, 1), last)
+
+    def pictures(self) -> list[Path]:
+        """Those that there are."""
+        given = [(self.before, "before"), (self.after, "after")]
+        return [path for run, side in given for kind in ("png", "gif") if (path := run / f"{side}.{kind}").exists()]
 
 
 def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, device: str = "cpu") -> dict[str, Any]:
-    """Write the tuned model of a run into `output`, which must be new or empty, with the pictures and the recipe of the run and
-    a model card, README.md, with the code that loads it. Returns `output`, the `kind` and, after an upload, its `url`.
+    """Write the tuned model of a run, or of its last stage, into `output`, which must be new or empty, with the pictures and
+    the recipe of the run and a model card, README.md, with the code that loads it. Returns `output`, the `kind` and, after an
+    upload, its `url`.
 
     For a pipeline that is `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output)` accepts, or where the
     pipeline has no such method, what `peft.PeftModel` reads, or the whole pipeline if all of the denoiser was tuned; scheduler/
@@ -38,39 +77,39 @@ def export_run(run: Path, output: Path, *, push_to_hub: str | None = None, devic
 
     Raises InputError, with nothing written, if `run` is not a run with a tuned model.
     """
-    recipe = read_run(run)
-    check_unchanged(run, recipe, only="model")
+    tuned = Tuned.of(run)
+    check_unchanged(run, tuned.recipe, only="model")
     with working_in(output):
         claim(output)
         with filling(output) as folder:
-            kind = _write(recipe, run, folder, device)
-            for name in KEPT:
-                if (run / name).exists():
-                    shutil.copy(run / name, folder / name)
-            (folder / "curves.svg").write_text(curves(read_records(run), ["reward"]), encoding="utf-8")
+            kind = _write(tuned, folder, device)
+            for path in (*(run / name for name in KEPT if (run / name).exists()), *tuned.pictures()):
+                shutil.copy(path, folder / path.name)
+            if isinstance(tuned.recipe, Recipe):
+                (folder / "curves.svg").write_text(curves(read_records(run), ["reward"]), encoding="utf-8")
             with trusted(run / "summary.json"):
-                about = card(recipe, run, folder, push_to_hub or ".")
+                about = card(tuned.recipe, folder, push_to_hub or ".")
             (folder / "README.md").write_text(about, encoding="utf-8")
     url = None if push_to_hub is None else upload(output, push_to_hub)
     return {"output": str(output), "kind": kind, "url": url}
 
 
-def _write(recipe: Recipe, run: Path, folder: Path, device: str) -> str:
+def _write(made: Tuned, folder: Path, device: str) -> str:
     """Write the model. Returns its kind: a network, a LoRA or a full pipeline."""
-    source = recipe.source
+    source = made.recipe.source
     if isinstance(source, Diffusers):
-        write_pipeline(recipe, source, run, folder, device)
+        write_pipeline(made, source, folder, device)
         return "full" if source.adapter is None else "lora"
-    shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+    shutil.copytree(made.model, folder, dirs_exist_ok=True)
     return "network"
 
 
-def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, device: str) -> None:
+def write_pipeline(made: Tuned, source: Diffusers, folder: Path, device: str) -> None:
     """Write what plain diffusers loads, and the scheduler and arguments with which it draws what the run measured."""
-    if source.adapter is not None and (run / "model" / SAMPLING).exists():
-        shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+    if source.adapter is not None and (made.model / SAMPLING).exists():
+        shutil.copytree(made.model, folder, dirs_exist_ok=True)
     else:
-        _, tuned = load_run(recipe, run, device)
+        tuned = made.load(device)
         if source.adapter is not None:  # a run of an earlier version
             tuned.save(folder)
         else:
@@ -78,7 +117,7 @@ def write_pipeline(recipe: Recipe, source: Diffusers, run: Path, folder: Path, d
             tuned.pipeline.scheduler = tuned.exported_scheduler
             tuned.pipeline.save_pretrained(folder)
             tuned.save_sampling(folder)
-    point, sampling = measured_at(recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
+    point, sampling = measured_at(made.recipe), json.loads((folder / SAMPLING).read_text(encoding="utf-8"))
     family = families().get(sampling.pop("pipeline", "FluxPipeline"))  # runs of earlier versions do not say which
     if family is not None and point.guidance_scale is not None:
         guided = family.guided_by(point.guidance_scale)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -75,15 +75,9 @@ class OfLaw:
             raise InputError(f"OfLaw: utility must be the settings of one, such as Superquantile(share=0.01), is {given!r}")
         if self.reward is not None and "reward" in self.rewards:
             raise InputError("OfLaw: reward and rewards both give 'reward'; give it once")
-        names, given = self.utility.reward_names, self.named
-        for name in given:
-            if name not in names:
-                has = f"its rewards are {', '.join(names)}" if names else "it is made of none"
-                raise InputError(f"OfLaw: {self.utility.name} has no reward {name!r}{did_you_mean(name, names)}; {has}")
-        for name in names:
-            if name not in given:
-                raise InputError(f"OfLaw: {self.utility.name} needs a reward for {name!r}: give rewards={{{name!r}: ..}}")
-        for name, each in given.items():
+        if why := misnamed(self.utility, self.named):
+            raise InputError(f"OfLaw: {why}")
+        for name, each in self.named.items():
             if isinstance(each, Settings):
                 raise InputError(f"OfLaw: {name}: give what the settings build: {type(each).__name__}(..).build()")
             from_function(each, f"OfLaw: the reward for {name!r}")
@@ -152,6 +146,17 @@ class OfLaw:
         """The reward whose tilt of the law, at the temperature alpha, has the highest utility less alpha KL."""
         found: FirstVariation = cast(Any, self.utility).one_shot(at, alpha)
         return found
+
+
+def misnamed(utility: Utility, given: Collection[str]) -> str | None:
+    """Why rewards of these names are not those that a utility is made of; None where they are."""
+    own = utility.reward_names
+    for name in given:
+        if name not in own:
+            has = f"its rewards are {', '.join(own)}" if own else "it is made of none"
+            return f"{utility.name} has no reward {name!r}{did_you_mean(name, own)}; {has}"
+    missing = [name for name in own if name not in given]
+    return f"{utility.name} needs a reward for {missing[0]!r}" if missing else None
 
 
 def no_one_shot(utility: Utility, method: Method, training: Training) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,8 @@ from tiltflow.training.optimizer import Optimizer, move_old_keys
 from tiltflow.training.settings import Training
 
 Kind = Literal["train", "pretrain"]
+STAGE = re.compile(r"stage-\d+")
+"""The name of the folder of a stage."""
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
 
 
@@ -94,7 +97,9 @@ def read_recipe(tree: Mapping[str, Any], where: str) -> Recipe | StagedRecipe:
     """A training recipe from its settings; with a utility it is one of stages. Raises InputError, naming `where`, for the first
     thing that is wrong."""
     if "begun_by" in tree:
-        raise InputError(f"{where}: {tree['begun_by']} began this run, in a program that has its model and reward; go on there")
+        stages = " (of stages: give the folder that holds them)" if STAGE.fullmatch(Path(where).parent.name) else ""
+        began = f"{tree['begun_by']} began this run{stages}, in a program that has its model and reward; go on there"
+        raise InputError(f"{where}: {began}")
     staged = any(name in tree for name in StagedRecipe.OWN)
     return validate(StagedRecipe, tree, where) if staged else validate(Recipe, tree, where)
 

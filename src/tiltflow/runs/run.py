@@ -26,6 +26,7 @@ from tiltflow.conditions.prompts import Prompts
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments
+from tiltflow.evaluation.settings import Point
 from tiltflow.files import write_file
 from tiltflow.flows.precision import autocast_dtype
 from tiltflow.models.model_folder import save_weights
@@ -269,9 +270,13 @@ def load_tuned(run: str | Path, device: str = "cpu") -> Any:
     """
     recipe = read_run(Path(run))
     _, tuned = load_run(recipe, Path(run), device)
-    point = recipe.evaluation.first
+    return sampled_at(recipe.evaluation.first, tuned)
+
+
+def sampled_at(point: Point, model: Any) -> Any:
+    """The model with the sampling and the guidance of a point as its own."""
     scale = {} if point.guidance_scale is None else {"guidance_scale": point.guidance_scale}
-    return replace(tuned, sampling=point.sampling, **scale)
+    return replace(model, sampling=point.sampling, **scale)
 
 
 def load_text_to_image(run: str | Path, device: str = "cpu") -> TextToImage:

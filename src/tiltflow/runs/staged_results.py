@@ -26,9 +26,10 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.stages import FILE
 from tiltflow.runs.evaluate import asked_of_paths, no_paths
 from tiltflow.runs.fingerprints import BASE, check_unchanged
-from tiltflow.runs.of_law import OfLaw
+from tiltflow.runs.of_law import OfLaw, misnamed
 from tiltflow.runs.prepare import asked_of, build_reward
 from tiltflow.runs.recipe import read_recipe
+from tiltflow.runs.run import sampled_at
 from tiltflow.runs.run_files import MODEL, RECIPE, refuse_links
 from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.runs.stages_folder import stage_folder
@@ -39,8 +40,7 @@ from tiltflow.training.optimizer import move_old_keys
 
 def is_staged(folder: Path) -> bool:
     """Whether `folder` is that of a recipe of stages."""
-    path = folder / RECIPE
-    return path.is_file() and "utility" in read_yaml(path)
+    return (folder / FILE).is_file() and (folder / RECIPE).is_file()
 
 
 def read_staged(folder: Path) -> tuple[StagedRecipe, list[dict[str, Any]]]:
@@ -58,6 +58,8 @@ def read_staged(folder: Path) -> tuple[StagedRecipe, list[dict[str, Any]]]:
 
 def law_of(recipe: StagedRecipe, device: str, *, decoded: bool = False) -> OfLaw:
     """The utility with what it is estimated from. Raises InputError for rewards that it does not have or that do not fit."""
+    if why := misnamed(recipe.utility, recipe.rewards):
+        raise InputError(f"rewards: {why}")
     stages, rewards = recipe.stages, {}
     for name, each in recipe.rewards.items():
         if each.learned:
@@ -81,9 +83,7 @@ def load_last(folder: Path, device: str = "cpu") -> Any:
     """The model of the last stage, to sample from: by default as the first point of the evaluation says."""
     recipe, rows = read_staged(folder)
     _, tuned = load_stage(recipe, folder, len(rows), device)
-    point = recipe.evaluation.first
-    scale = tuned.guidance_scale if point.guidance_scale is None else point.guidance_scale
-    return replace(tuned, sampling=point.sampling, guidance_scale=scale)
+    return sampled_at(recipe.evaluation.first, tuned)
 
 
 def evaluate_staged(folder: Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""Recipes of stages: what is refused before the first step, and that the command line trains what Python does, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import tiltflow
+import tiltflow.commands.terminal.app
+from tiltflow.errors import InputError, Interrupted
+from tiltflow.flows.flow import Flow
+from tiltflow.networks.mlp import Mlp
+from tiltflow.runs import evaluate as of_runs
+from tiltflow.runs import stages_folder
+from tiltflow.runs.recipe import read_recipe
+from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged_run import run_stages
+from tiltflow.settings import dump_yaml
+from tiltflow.streams import new_network
+from tiltflow.utilities.mean_variance import MeanVariance
+
+NETWORK = Mlp(hidden=8, layers=1)
+
+
+def height(x: Tensor) -> Tensor:
+    return x[:, 1]
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x[:, 0]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports, which test_report.py has, take most of the time of runs so short."""
+    monkeypatch.setattr(of_runs, "write_report", lambda folder: folder)
+    monkeypatch.setattr(stages_folder, "write_stages_report", lambda folder: folder)
+
+
+def tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Two light stages in the plane for a mean less a variance."""
+    if not (folder / "flow").exists():
+        sampling = tiltflow.Sampling(num_inference_steps=3)
+        tiltflow.Model(Flow(new_network(NETWORK, 0)), (2,), sampling, NETWORK).save(folder / "flow")
+    return {
+        "description": "tiny",
+        "model": str(folder / "flow"),
+        "utility": {"name": "mean-variance", "aversion": 0.5},
+        "reward": {"name": "function", "path": "test_staged_recipe:height"},
+        "stages": {"count": 2, "num_samples": 40, "price": 0.5},
+        "method": {"name": "adjoint-matching", "beta": 1.0, "num_inference_steps": 3},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 2},
+        "sampling": {"num_inference_steps": 3},
+        "evaluation": {"num_samples": 16},
+    } | changes
+
+
+def recipe(folder: Path, **changes: Any) -> StagedRecipe:
+    found = read_recipe(tree(folder, **changes), "mine")
+    assert isinstance(found, StagedRecipe)
+    return found
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.flow.network.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def last(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "stage-02" / "model" / "model.safetensors")
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rewards": {"reward": "ink"}}, "mine: reward and rewards.reward both give the reward; give it once"),
+        ({"utility": "superquantle"}, "utility: there is no utility 'superquantle', did you mean 'superquantile'"),
+        ({"utility": {"name": "cvar", "share": 1.5}}, "utility.share must be less than 1 (got 1.5)"),
+        ({"utility": {"name": "cvar", "share": 0.0}}, "utility.share must be greater than 0 (got 0.0)"),
+        ({"utility": {"name": "cvar", "level": 0.9}}, "utility.level is not a setting"),
+        ({"stages": {"cuont": 2}}, "stages.cuont is not a setting, did you mean 'count'"),
+        (
+            {"stages": {"base": "first", "price": 1.0}},
+            "stages: from the first model the temperature of the method is the price",
+        ),
+        ({"stages": {"mixing": 0.5}}, "stages: mixing is of stages from the first model"),
+        ({"stages": {"one_shot": True}}, "stages.one_shot: of mean-variance no reward of one stage is known, but of cvar and"),
+        (
+            {"stages": {"one_shot": True, "count": 2}, "utility": "cvar"},
+            "stages: one_shot is one stage from the first model; leave count out",
+        ),
+        (
+            {"stages": {"one_shot": True}, "utility": "cvar", "training": {"target_kl": 1.0}},
+            "stages.one_shot: the reward is computed for the temperature of the method, which training.target_kl changes",
+        ),
+        ({"model": {"path": "digits-flow", "adapter": {}}}, "model.adapter: stages tune the whole network"),
+        ({"training": {"resume_from_checkpoint": "step-00000002"}}, "stages go on from the latest checkpoint"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as error:
+        recipe(tmp_path, **changes)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_utility_is_what_makes_a_recipe_one_of_stages(tmp_path: Path) -> None:
+    for name in ("rewards", "stages"):
+        rest = {key: each for key, each in tree(tmp_path).items() if key in (name, "model", "method")}
+        with pytest.raises(InputError, match="mine: utility is missing"):
+            read_recipe({**rest, name: {}}, "mine")
+    found = recipe(tmp_path)
+    assert read_recipe(found.model_dump(mode="json"), "again") == found
+    one = recipe(tmp_path, utility="cvar", stages={"one_shot": True})
+    assert (one.stages.count, one.stages.base, one.alpha) == (1, "first", 1.0)
+    assert read_recipe(one.model_dump(mode="json"), "again") == one
+
+
+COST = {"name": "function", "path": "test_staged_recipe:twice"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"utility": {"name": "log-barrier", "limit": 9.0}}, "log-barrier needs a reward for 'cost'"),
+        (
+            {"utility": {"name": "log-barrier", "limit": -9.0}, "rewards": {"cost": COST}},
+            r"the mean cost, -?[\d.]+ ± [\d.]+, is not below the limit -9",
+        ),
+        ({"utility": "entropy"}, "entropy has no reward 'reward'; it is made of none"),
+        ({"utility": {"name": "superquantile", "share": 0.001}}, "the tail with share 0.001 of 40 samples has less than one"),
+        (
+            {"utility": "entropy", "reward": None, "method": {"name": "tilt-matching"}},
+            "known by its gradient alone, and tilt-matching learns from values",
+        ),
+        ({"reward": {"name": "jpeg-size"}}, "reward 'jpeg-size' has no gradient, and method 'adjoint-matching' needs one"),
+        ({"reward": {"name": "function", "path": "test_staged_recipe:heigth"}}, "has no 'heigth', did you mean 'height'"),
+        ({"utility": {"name": "function", "path": "test_staged_recipe:height"}, "reward": None}, "must return one number"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    given = tree(tmp_path, **changes)
+    found = read_recipe({key: each for key, each in given.items() if each is not None}, "mine")
+    assert isinstance(found, StagedRecipe)
+    with pytest.raises(InputError, match=says) as error:
+        run_stages(found, tmp_path / "out", callbacks=[lambda record: pytest.fail("a step was taken")])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_no_pages")
+def test_what_has_no_optimum_says_so_before_the_first_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    given = {**tree(tmp_path, utility="entropy", stages={"count": 1, "num_samples": 40}), "reward": None}
+    found: Any = read_recipe({key: each for key, each in given.items() if each is not None}, "mine")
+    seen: list[int] = []
+    summary = run_stages(found, tmp_path / "out", note=said.append, callbacks=[lambda record: seen.append(len(said))])
+    assert seen[0] == 1
+    assert "has no optimum" in said[0]
+    assert summary["caveats"] == said
+    assert not recipe(tmp_path, utility={"name": "sum", "utilities": [{"utility": "entropy"}]}).utility.caveats(0.5)
+
+
+# ---- training ----
+
+
+@pytest.mark.usefixtures("_no_pages")
+def test_a_recipe_and_python_give_the_same_models_bit_for_bit(tmp_path: Path) -> None:
+    summary = run_stages(recipe(tmp_path), tmp_path / "out")
+    model = tiltflow.load(tmp_path / "flow")
+    training = tiltflow.Training(max_train_steps=4, train_batch_size=4)
+    utility = tiltflow.OfLaw(
+        MeanVariance(aversion=0.5), reward=height, num_samples=40, sampling=tiltflow.Sampling(num_inference_steps=3)
+    )
+    method = tiltflow.AdjointMatching(beta=1.0, num_inference_steps=3)
+    optimizer = tiltflow.Optimizer(learning_rate=1e-2)
+    found = list(tiltflow.stages(model, utility, method, training, count=2, price=0.5, optimizer=optimizer))
+    assert same(weights(found[1].model), last(tmp_path / "out"))
+    assert not same(weights(found[0].model), last(tmp_path / "out"))
+    assert [(row["before"], row["after"]) for row in summary["stages"]] == [
+        (each.before.value, each.after.value) for each in found if each.before and each.after
+    ]
+
+
+def stopped_by(stop: Callable[[], object], at: int) -> Callable[[Any], None]:
+    return lambda record: stop() if record.step == at else None  # type: ignore[func-returns-value, return-value]
+
+
+@pytest.mark.usefixtures("_no_pages")
+def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(tmp_path: Path) -> None:
+    run_stages(recipe(tmp_path), tmp_path / "whole")
+
+    def interrupt(stage: Any) -> None:
+        raise KeyboardInterrupt
+
+    again = recipe(tmp_path, training={**tree(tmp_path)["training"], "resume_from_checkpoint": "latest"})
+    raised = stopped_by(lambda: signal.raise_signal(signal.SIGTERM), 3)
+    with pytest.raises(Interrupted):
+        run_stages(again, tmp_path / "out", callbacks=[raised], handle_signals=True)
+    assert (tmp_path / "out" / "recipe.yaml").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(again, tmp_path / "out", watch=interrupt)
+    with pytest.raises(Interrupted):
+        run_stages(again, tmp_path / "out", callbacks=[raised], handle_signals=True)
+    run_stages(again, tmp_path / "out")
+    assert same(last(tmp_path / "out"), last(tmp_path / "whole"))
+    with pytest.raises(InputError, match=r"started with another recipe: .*utility\.aversion 0\.5 -> 0\.25"):
+        run_stages(again.model_copy(update={"utility": MeanVariance(aversion=0.25)}), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("_no_pages")
+def test_one_shot_is_one_stage_for_the_best_tail(tmp_path: Path) -> None:
+    """The threshold of the tail is that of the best law at the temperature, and not that of the base."""
+    tail = {"name": "superquantile", "share": 0.25}
+    training = {"max_train_steps": 2, "train_batch_size": 16}
+    shot = recipe(tmp_path, utility=tail, stages={"one_shot": True, "num_samples": 40}, training=training)
+    run_stages(shot, tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out" / "stages.json").read_text())["stages"]
+    model = tiltflow.load(tmp_path / "flow")
+    utility = tiltflow.OfLaw(shot.utility, reward=height, num_samples=40, sampling=shot.evaluation.first.sampling)
+    options: dict[str, Any] = {"method": shot.method, "training": tiltflow.Training(**training)}
+    (stage,) = tiltflow.stages(model, utility, **options, count=1, one_shot=True, optimizer=shot.optimizer)
+    assert same(weights(stage.model), load_file(tmp_path / "out" / row["folder"] / "model" / "model.safetensors"))
+    at = utility.known(model, model, (), tiltflow.runs.stages.stream(0, "law", 1).initial_seed())
+    x = torch.linspace(-3, 3, 13)[:, None].expand(-1, 2)
+    assert torch.equal(stage.reward(x), utility.one_shot(at, 1.0)(x))
+    assert not torch.equal(stage.reward(x), utility.first_variation(at)(x))
+    for count, other, says in ((1, MeanVariance(), "no reward of one stage is known"), (2, shot.utility, "leave count out")):
+        with pytest.raises(InputError, match=says):
+            list(tiltflow.stages(model, tiltflow.OfLaw(other, reward=height), **options, count=count, one_shot=True))
+
+
+# ---- the command line ----
+
+
+def command(*arguments: str) -> str:
+    done = CliRunner().invoke(tiltflow.commands.terminal.app.app, list(arguments), env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output or done.exception
+    return done.output
+
+
+def test_stages_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_runs, "write_report", lambda folder: folder)
+    (tmp_path / "mine.yaml").write_text(dump_yaml(tree(tmp_path)))
+    out = str(tmp_path / "out")
+    trained = command(
+        "train", str(tmp_path / "mine.yaml"), "--output", out, "--set", "stages.num_samples=30", "--device", "cpu"
+    )
+    assert re.search(r"^stage 2 of 2: utility \S+ ± \S+ -> ", trained, re.MULTILINE)
+    assert re.search(r"^2 +\S+ ± \S+ +\S+ ± ", trained, re.MULTILINE)
+    assert "nats from the first model" in trained
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["num_samples"] == 30
+    assert summary["iterations"] == 8
+    assert summary["path_kl"] > 0
+    assert len(summary["stages"]) == 2
+    assert "The utility from stage to stage" in (tmp_path / "out" / "report.html").read_text()
+    measured = json.loads(command("evaluate", out, "--num-samples", "50", "--device", "cpu", "--json").splitlines()[-1])
+    assert measured["num_samples"] == 50
+    assert measured["utility_before"] != summary["utility_before"]
+    command("sample", out, "--num-samples", "5", "--output", str(tmp_path / "x.npz"), "--device", "cpu")
+    model = tiltflow.load(tmp_path / "out")
+    assert same(weights(model), last(tmp_path / "out"))
+    with np.load(tmp_path / "x.npz") as archive:
+        np.testing.assert_array_equal(archive["samples"], model.sample(5).numpy())
+    assert model.sampling.num_inference_steps == 3
+    command("export", out, "--output", str(tmp_path / "exported"))
+    assert same(weights(tiltflow.load(tmp_path / "exported")), weights(model))
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| utility mean-variance |" in card
+    assert "in stages" in card
+    for folder, says in (("out/stage-02", "of stages: give the folder that holds them"), ("mine.yaml", "recipe of stages")):
+        verb = ["evaluate"] if "stage" in folder else ["sweep", "--seeds", "2", "--output", str(tmp_path / "sweep")]
+        done = CliRunner().invoke(tiltflow.commands.terminal.app.app, [*verb, str(tmp_path / folder)])
+        assert isinstance(done.exception, InputError)
+        assert says in str(done.exception)
