@@ -56,7 +56,7 @@ def recipe(model: str, size: int, settings: tuple[str, ...]) -> Recipe:
             "reward": {"name": "pick-score", "dtype": "bfloat16"},
             "method": {"name": "adjoint-matching", "beta": 0.1, "num_inference_steps": 10, "train_timesteps": [{"count": 3}]},
             "training": {**sizes, "offload": "offload" in settings},
-            "evaluation": {"num_prompts": 1, "num_generations": 2},
+            "evaluation": {"num_prompts": 1, "num_generations": 2, "batch_size": 1},
         },
         "what_fits",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from test_run_text_to_image import recipe_for as pipeline_recipe
 from tiny_pipelines import tiny_pipeline
 from typer.testing import CliRunner
 
+import tiltflow.runs.run as module
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
+from tiltflow.evaluation.monitor import Monitor
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, of_patient, of_recipe
@@ -57,6 +60,21 @@ def measured(patient: Patient) -> dict[str, int]:
     return memory.by_phase
 
 
+def measured_evaluation(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of all tensors that the evaluation of a run makes, at the peak."""
+    evaluate, found = module.evaluate, list[int]()
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        with PeakMemory() as memory:
+            summary = evaluate(*arguments, **options)
+        found.append(memory.peak)
+        return summary
+
+    monkeypatch.setattr(module, "evaluate", counted)
+    run(recipe, folder)
+    return found[0]
+
+
 def beside_the_weights(forecast: Forecast) -> dict[str, float]:
     """Bytes of each phase."""
     return {name: peak.total - peak.parts["weights"] for name, peak in forecast.phases.items()}
@@ -66,6 +84,7 @@ def check(recipe: Recipe, tolerance: float) -> None:
     """Compare a forecast with what an iteration needs: phase by phase, and at the peak."""
     patient = admit(recipe, "cpu")
     said, found = beside_the_weights(of_patient(patient)), measured(patient)
+    del said["evaluation"]
     for name in said:
         assert said[name] == pytest.approx(found[name], rel=tolerance), name
     assert max(said.values()) == pytest.approx(max(found.values()), rel=tolerance)
@@ -115,6 +134,35 @@ def test_the_forecast_in_many_settings(name: str, tmp_path: Path) -> None:
     check(recipe(tmp_path, **SETTINGS[name]), 0.15)
 
 
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "one at a time": {"evaluation": {"batch_size": 1}},
+    "a network as a whole": {"model": {"adapter": None}},
+    "many samples": {"evaluation": {"num_prompts": 2, "num_generations": 24}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["of pixels", *EVALUATIONS])
+def test_the_forecast_is_what_an_evaluation_needs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "of pixels":
+        asked = network_recipe(tmp_path, training={"max_train_steps": 1, "train_batch_size": 8, "micro_batch_size": 4})
+    else:
+        asked = recipe(tmp_path, **{**EVALUATIONS[name], "training": {"max_train_steps": 1}})
+    said = beside_the_weights(of_patient(admit(asked, "cpu")))["evaluation"]
+    assert said == pytest.approx(measured_evaluation(asked, tmp_path / "run", monkeypatch), rel=0.15)
+
+
+@pytest.mark.slow
+def test_looks_of_a_monitor_come_beside_what_an_iteration_leaves(tmp_path: Path) -> None:
+    """The moments of AdamW: two numbers for each that is trained."""
+    asked = network_recipe(tmp_path)
+    monitored = asked.model_copy(update={"training": asked.training.model_copy(update={"monitor": Monitor()})})
+    patient = admit(asked, "cpu")
+    plain, looked = (of_patient(replace(patient, recipe=each)).phases["evaluation"] for each in (asked, monitored))
+    moments = 2 * sum(p.nbytes for p in patient.tuned.parameters())
+    assert looked.total - plain.total == pytest.approx(moments, rel=0.01)
+
+
 def test_the_memory_of_a_loss_is_that_by_hand() -> None:
     """w x, its sine and the exponential of that live at once on the way out; w x is kept, beside the result. On the way back
     there are a cosine, and the gradients of the two that it is between."""
@@ -158,7 +206,7 @@ def test_a_reward_that_wants_to_see_numbers_is_called_with_some(tmp_path: Path) 
 def test_configs_of_a_folder_give_the_forecast_of_its_weights(tmp_path: Path) -> None:
     """The same pipeline, loaded and by its configs: the same weights and the same peaks."""
     asked = recipe(tmp_path, model={"text_encoders": "keep"})
-    loaded, configs = of_patient(admit(asked, "cpu")), of_recipe(asked)
+    loaded, configs = of_patient(admit(asked, "cpu")), of_recipe(asked, apart=False)
     assert set(configs.phases) == {"encoding", *loaded.phases}
     assert sum(configs.resident["update"].values()) == sum(loaded.resident["update"].values())
     for name in loaded.phases:

@@ -52,6 +52,10 @@ class States:
         which = (first + torch.arange(each, device=self.x.device)).flatten()
         return replace(self, asked=self.asked.some(each), x=self.x[which], rewards=self.rewards[which])
 
+    def affordable(self, steps: int) -> States:
+        """As many that the achieved tilt costs no more network evaluations than drawing samples in so many steps did."""
+        return self.some(min(MOST, max(FEWEST, len(self.x) * steps // EVALUATIONS)))
+
 
 def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instruments: Instruments) -> States:
     """The samples of the tuned model, or, where these are decoded, fresh states of the training's own sampler."""
@@ -88,9 +92,7 @@ def of_achieved_tilt(
     """
     if run.training.guidance_mode == "full":
         return absent("The guided velocity is the field of no law, so that the tilt of its samples is not known.")
-    times, steps = states.sampling.times(tuned.grid), run.evaluation.first.num_inference_steps
-    # this is not to cost more network evaluations than drawing the samples did
-    states = states.some(min(MOST, max(FEWEST, len(states.x) * steps // EVALUATIONS)))
+    times, states = states.sampling.times(tuned.grid), states.affordable(run.evaluation.first.num_inference_steps)
     asked = states.asked
     condition, _ = tuned.conditions(asked.items)
     found = tilts.measure(

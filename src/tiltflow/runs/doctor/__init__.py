@@ -84,6 +84,7 @@ def admit(recipe: Recipe, device: str) -> Patient:
         model,
         recipe.asked_for.items(model.class_names, recipe.seed)[0],
         made.instruments,
+        made.asked,
         parts.loop,
     )
 

@@ -38,6 +38,9 @@ from tiltflow.training.trainer import BatchEnd, train
 ENOUGH = 3
 """Micro-batches, and iterations, from which on more of them need more of what is kept for each, and nothing else."""
 
+BETWEEN = "between"
+"""Beside the phases of an iteration: what it leaves to the next."""
+
 FUNCTIONS = ("network", "decoder", "reward")
 """What is called once for each kind of call."""
 
@@ -105,17 +108,14 @@ def _run(subject: Subject, size: int, most: int) -> list[dict[str, Peak]]:
     training, method = subject.training, subject.method
     found = list[dict[str, Peak]]()
     with Shapes(), Counter() as memory:
-        tuned, base = (_replayed(each, memory, subject.known["network"]) for each in (subject.tuned, subject.base))
-        if isinstance(base, AdapterOff):
-            base = AdapterOff(cast(Flow, tuned))
-        model = without_memory(subject.model, memory, subject.known["decoder"])
+        parts = parts_without_memory(subject, memory)
         reward = Replayed(
             subject.reward, memory, "reward", known=subject.known["reward"], numbers=True, otherwise=subject.measured_reward
         )
         sizes = {"train_batch_size": size, "decode_batch_size": training.decode_batch_size or training.micro_batch_size}
         if training.prompts_per_step is not None:
             sizes |= {"prompts_per_step": size, "num_generations": 1}
-        draw = batches(model, subject.items, reward, method, training.model_copy(update=sizes))
+        draw = batches(parts.of_flow(parts.base), subject.items, reward, method, training.model_copy(update=sizes))
         alive = list[int]()
 
         def begun(generator: torch.Generator) -> Drawn:
@@ -124,14 +124,14 @@ def _run(subject: Subject, size: int, most: int) -> list[dict[str, Peak]]:
             return draw.at(0)(generator)
 
         def ended(end: BatchEnd) -> None:
-            found.append(memory.peaks)
+            found.append({**memory.peaks, BETWEEN: Peak({"rest": memory.now - sum(memory.kept.values()), **memory.kept})})
             memory.peaks = {}
             if len(found) == min(most, ENOUGH) or memory.now <= alive[0]:
                 raise _Enough
 
         loop = train(
-            cast(Flow, tuned),
-            base,
+            parts.tuned,
+            parts.base,
             method,
             reward,
             begun,
@@ -190,25 +190,52 @@ class Moments:
             parameter.grad = None
 
 
-def without_memory(model: GenerativeModel, memory: Counter, known: dict[Any, Cost]) -> GenerativeModel:
-    """The model with noise and conditions that have no memory, and a decoder that is called once for each kind of call."""
-    kind, view = type(model), copy.copy(model)
-    decoder = Replayed(model.decode, memory, "decoder", known=known)
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a subject whose calls are counted: the velocity fields and the decoder are called once for each kind of call."""
 
-    def noise(self: Any, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
-        return shaped((len(items), *model.event_shape))
+    model: GenerativeModel
+    tuned: Flow
+    base: Flow | AdapterOff
+    decoder: Replayed
 
-    def conditions(self: Any, items: Sequence[Item]) -> Any:
-        with alone():
-            found = model.conditions(items[:1])
-        return _repeated(found, len(items))
+    def of_flow(self, flow: Flow | AdapterOff, more: Mapping[str, Callable[..., Any]] = {}) -> Any:
+        """The model of a velocity field, with noise and conditions that have no memory.
 
-    def decode(self: Any, x: Tensor, *, batch_size: int = 4) -> Tensor:
-        return decoder(x, batch_size=batch_size)
+        Args:
+            more: further methods of it that are changed.
+        """
+        model, decoder, view = self.model, self.decoder, copy.copy(self.model)
 
-    changed = type(kind.__name__, (kind,), {"noise": noise, "conditions": conditions, "decode": decode})
-    object.__setattr__(view, "__class__", changed)
-    return view
+        def noise(self: Any, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
+            return shaped((len(items), *model.event_shape))
+
+        def conditions(self: Any, items: Sequence[Item]) -> Any:
+            with alone():
+                found = model.conditions(items[:1])
+            return _repeated(found, len(items))
+
+        def encode(self: Any, prompts: Sequence[str], guidance_scale: float | None = None, pictures: Sequence[Any] = ()) -> Any:
+            with alone():
+                found = cast(Any, model).encode(prompts[:1], guidance_scale, pictures[:1])
+            return _repeated(found, len(prompts))
+
+        def decode(self: Any, x: Tensor, *, batch_size: int = 4) -> Tensor:
+            return decoder(x, batch_size=batch_size)
+
+        changed = {"noise": noise, "conditions": conditions, "encode": encode, "decode": decode, **more}
+        object.__setattr__(view, "__class__", type(type(model).__name__, (type(model),), changed))
+        object.__setattr__(view, "flow", flow)
+        return view
+
+
+def parts_without_memory(subject: Subject, memory: Counter) -> Parts:
+    """The parts of a subject, counted by `memory`."""
+    tuned, base = (_replayed(each, memory, subject.known["network"]) for each in (subject.tuned, subject.base))
+    if isinstance(base, AdapterOff):
+        base = AdapterOff(cast(Flow, tuned))
+    decoder = Replayed(subject.model.decode, memory, "decoder", known=subject.known["decoder"])
+    return Parts(subject.model, cast(Flow, tuned), base, decoder)
 
 
 def _repeated(tree: Any, count: int) -> Any:

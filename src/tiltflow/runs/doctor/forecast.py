@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
+from tiltflow.evaluation.samples import Instruments
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.flow import Flow
 from tiltflow.models.quantization import stored
@@ -32,10 +33,12 @@ from tiltflow.offload import networks_in
 from tiltflow.rewards import Reward
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.runs.doctor.architecture import model_from_configs
-from tiltflow.runs.doctor.dry_run import Subject, peaks
+from tiltflow.runs.doctor.dry_evaluation import Measured, peak_of_evaluation
+from tiltflow.runs.doctor.dry_run import BETWEEN, Subject, peaks
 from tiltflow.runs.doctor.patient import Patient
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
 from tiltflow.runs.doctor.shapes import Cost, Peak, alone, copy_of_shapes
+from tiltflow.runs.prepare import asked_of
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import Settings
 from tiltflow.training.memory import peak_of
@@ -46,8 +49,9 @@ PHASES = {
     "adjoint": "the adjoint of the base",
     "reward": "decoding and scoring",
     "update": "learning",
+    "evaluation": "evaluating",
 }
-"""The phases of a training, in words: those of `tiltflow.timing`, and what comes before."""
+"""The phases of a run, in words: those of `tiltflow.timing`, and what comes before and after."""
 CONTEXT, FRAGMENTED = 0.75 * 2**30, 0.05
 """Bytes that CUDA and its libraries take for themselves, and the share of memory that is lost between tensors: assumptions."""
 
@@ -102,6 +106,9 @@ def of_patient(patient: Patient) -> Forecast:
     for i, (what, part) in enumerate({**others, **scorers}.values()):
         networks[f"{what} {i + 1}"] = part
     scored = partial(_scored, patient.reward, patient.items)
+    of_evaluation: dict[str, Reward] = {
+        name: partial(_scored, each, patient.items) for name, each in patient.instruments.rewards.items()
+    }
     subject = Subject(
         tuned,
         AdapterOff(tuned) if isinstance(base, AdapterOff) else without_weights(base),
@@ -112,21 +119,26 @@ def of_patient(patient: Patient) -> Forecast:
         patient.recipe.training,
         measured_reward=partial(_measured_reward, scored, patient.device),
     )
+    instruments = replace(patient.instruments, rewards=of_evaluation)
+    measured = Measured(patient.recipe, patient.asked, instruments, patient.device.type != "cpu")
     weights = {name: _weights(part) for name, part in networks.items()}
     counts = {name: _parameters(part) for name, part in networks.items()}
     away = {name for name, part in networks.items() if name == "vae" or name.startswith("reward")}
     copied = {"its frozen copy"} & set(networks)
-    return _forecast(peaks(subject), {}, resident(weights, away, copied, offload=patient.recipe.training.offload), counts)
+    iteration = peaks(subject) | {"evaluation": peak_of_evaluation(subject, measured)}
+    by_phase = resident(weights, away, copied, offload=patient.recipe.training.offload)
+    return _forecast(iteration, {}, by_phase, counts, looks=patient.recipe.training.monitor is not None)
 
 
 Known = dict[str, dict[Any, Any]]
 """What calls and iterations need, by the settings that it depends on."""
 
 
-def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
+def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True) -> Forecast:
     """Forecast the memory of a recipe for a pipeline from the configs of its components: no weights are read.
 
     Args:
+        apart: whether the device has a memory of its own, apart from the CPU's.
         known: what calls were found to need; recipes with the same model share it.
 
     Raises InputError if its configs are not known, or its model is no pipeline.
@@ -142,13 +154,15 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
     flow = replace(tuned, autocast=dtype)
     of_base: Flow | AdapterOff = AdapterOff(flow) if isinstance(base, AdapterOff) else replace(base, autocast=dtype)
     reward, scorers = reward_of_shapes(recipe.reward)
-    for another in recipe.evaluation.rewards:
-        for name, part in reward_of_shapes(another)[1].items():
-            scorers[f"{name} of the evaluation"] = part
+    rewards = {recipe.reward_name: reward}
+    for i, another in enumerate(recipe.evaluation.rewards):
+        rewards[f"{another.name} {i + 2}"], networks = reward_of_shapes(another)
+        scorers |= {f"{name} of the evaluation": part for name, part in networks.items()}
     count = None
     items: Sequence[Item] = [Item("a photograph")]
+    held_out = [*items] * (recipe.evaluation.num_prompts or 1)
     with suppress(InputError):  # the file of prompts may be elsewhere
-        items = recipe.asked_for.items((), recipe.seed)[0]
+        items, held_out = recipe.asked_for.items((), recipe.seed)
         count = len(items)
     known = {} if known is None else known
     settings = _settings_of_calls(recipe)
@@ -174,12 +188,15 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None) -> Forecast:
     counts = {name: _parameters(part) for name, part in everything.items()}
     by_phase = resident(training, away, {denoiser} if trained else set(), offload=recipe.training.offload)
     of_training = recipe.training.model_copy(update={"offload": False}).model_dump_json()  # which is of weights alone
-    iteration = known.setdefault(f"iteration {settings} {cast(Settings, recipe.method).model_dump_json()} {of_training}", {})
+    of_method = cast(Settings, recipe.method).model_dump_json()
+    of_evaluation = f"{recipe.evaluation.model_dump_json()} {apart}"
+    iteration = known.setdefault(f"iteration {settings} {of_method} {of_training} {of_evaluation}", {})
     if not iteration:
-        iteration |= peaks(subject)
-    found = _forecast(
-        iteration, before, by_phase, counts, layer=_largest_layer(frozen) if denoiser in source.quantization else 0
-    )
+        instruments = Instruments(rewards, None, None, recipe.evaluation.at_once, "cpu")
+        measured = Measured(recipe, asked_of(items, held_out, recipe.evaluation), instruments, apart)
+        iteration |= peaks(subject) | {"evaluation": peak_of_evaluation(subject, measured)}
+    layer = _largest_layer(frozen) if denoiser in source.quantization else 0
+    found = _forecast(iteration, before, by_phase, counts, layer, looks=recipe.training.monitor is not None)
     one = sum(part.numel() for part in tree_leaves(condition) if isinstance(part, Tensor))
     one *= next(p.element_size() for p in parts[denoiser].parameters())
     return replace(found, prompt_cache=None if count is None else int(min(count * one, source.prompt_cache_gb * 2**30)))
@@ -232,13 +249,22 @@ def _forecast(
     weights: Mapping[str, Mapping[str, int]],
     counts: Mapping[str, int],
     layer: int = 0,
+    *,
+    looks: bool,
 ) -> Forecast:
-    """The forecast of a training: `before` it begins, and each phase of an iteration, beside its weights.
+    """The forecast of a run: `before` the training, each phase of an iteration, and the evaluation, beside the weights.
 
     Args:
         layer: bytes of the largest layer of quantized weights, in the dtype in which it computes.
+        looks: whether samples are evaluated while it trains, beside what an iteration leaves to the next.
     """
     found = dict(iteration)
+    left = found.pop(BETWEEN)
+    if looks:
+        evaluation = found["evaluation"].parts
+        found["evaluation"] = Peak(
+            {part: evaluation.get(part, 0) + left.parts.get(part, 0) for part in {*evaluation, *left.parts}}
+        )
     between = found.pop("", None)  # such as the drawing of a batch
     if between is not None and ("update" not in found or between.total > found["update"].total):
         found["update"] = between

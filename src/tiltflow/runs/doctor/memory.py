@@ -24,8 +24,9 @@ WORDS = {
     "gradients": "gradients",
     "text encoders": "the text encoders at work",
     "network": "the network at work",
-    "decoder": "the decoder and its gradient",
-    "reward": "the reward and its gradient",
+    "decoder": "the decoder at work",
+    "reward": "the reward at work",
+    "features": "the features at work",
     "rest": "trajectories and the like",
 }
 """Parts of a peak in words, as they are listed."""
@@ -40,7 +41,8 @@ def memory(patient: Patient) -> Iterator[Finding]:
     source = patient.recipe.source
     try:
         packed = isinstance(source, Diffusers) and source.quantization  # such weights cannot be copied without their numbers
-        found = of_recipe(patient.recipe) if packed else of_patient(patient)
+        apart = patient.device.type != "cpu"
+        found = of_recipe(patient.recipe, apart=apart) if packed else of_patient(patient)
     except Exception as error:  # whatever a network raises that cannot be called without numbers
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         text = f"not forecast: the network, or the decoder, cannot be called on tensors without numbers ({reason})"
@@ -67,7 +69,7 @@ def finding(recipe: Recipe, found: Forecast, available: float, *, on_gpu: bool, 
     if need <= ROOM * available:
         return Finding("memory", "green", text, numbers=numbers)
     level: Level = "red" if need > available else "amber"
-    return Finding("memory", level, text, "\n".join(remedies(recipe, found, known)), numbers=numbers)
+    return Finding("memory", level, text, "\n".join(remedies(recipe, found, known, apart=on_gpu)), numbers=numbers)
 
 
 def summed(parts: Mapping[str, float]) -> str:
@@ -102,14 +104,12 @@ def gigabytes(count: float) -> str:
 # ---- remedies ----
 
 
-def remedies(recipe: Recipe, found: Forecast, known: Known | None = None) -> list[str]:
-    """Settings that lower the peak, each with the peak that it leads to, the lowest first."""
+def remedies(recipe: Recipe, found: Forecast, known: Known | None = None, *, apart: bool = True) -> list[str]:
+    """Settings that lower the peak, each with the peak that it leads to, the lowest first; `apart` as of `of_recipe`."""
     if isinstance(recipe.source, Diffusers) and _has_configs(recipe.source):
         changes = _changes(recipe)
         known = {} if known is None else known
-        tried = [
-            (words, forecast.most) for words, changed in changes.items() if (forecast := _tried(changed, known)) is not None
-        ]
+        tried = [(words, most) for words, changed in changes.items() if (most := _tried(changed, known, apart)) is not None]
         helpful = sorted((most, words) for words, most in tried if most < 0.98 * found.most)
         if helpful:
             return [f"{words}: {gigabytes(most)} in place of {gigabytes(found.most)}" for most, words in helpful]
@@ -125,10 +125,10 @@ def _has_configs(source: Diffusers) -> bool:
     return True
 
 
-def _tried(recipe: Recipe, known: Known) -> Forecast | None:
-    """The forecast of a recipe; None if it cannot be made."""
+def _tried(recipe: Recipe, known: Known, apart: bool) -> float | None:
+    """The peak that is forecast for a recipe; None if it cannot be."""
     try:
-        return of_recipe(recipe, known=known)
+        return of_recipe(recipe, known=known, apart=apart).most
     except TiltflowError:
         return None
 
@@ -151,6 +151,9 @@ def _changes(recipe: Recipe) -> dict[str, Recipe]:
         add(f"training.micro_batch_size={smaller}", micro_batch_size=smaller)
     if (training.decode_batch_size or size) > 1:
         add("training.decode_batch_size=1", decode_batch_size=1)
+    if recipe.evaluation.at_once > 1:
+        fewer = recipe.evaluation.model_copy(update={"batch_size": 1})
+        found["evaluation.batch_size=1"] = recipe.model_copy(update={"evaluation": fewer})
     if not source.gradient_checkpointing:
         add_to_model("model.gradient_checkpointing=true", gradient_checkpointing=True)
     if source.text_encoders != "cpu":
@@ -174,7 +177,7 @@ def _changes(recipe: Recipe) -> dict[str, Recipe]:
 def of_configs(recipe: Recipe, available: float, *, on_gpu: bool) -> Finding:
     """The finding for the memory of a recipe, from the configs of its pipeline alone."""
     known: Known = {}
-    return finding(recipe, of_recipe(recipe, known=known), available, on_gpu=on_gpu, known=known)
+    return finding(recipe, of_recipe(recipe, known=known, apart=on_gpu), available, on_gpu=on_gpu, known=known)
 
 
 def whole_memory(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.conditions import Item
-from tiltflow.evaluation.samples import Instruments
+from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.flows.adapter import AdapterOff
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField
@@ -52,6 +52,7 @@ class Patient:
         model: the base.
         items: what samples are asked for.
         instruments: what samples are measured with.
+        asked: the samples of the evaluation.
         loop: the training loop; each call begins a new one.
     """
 
@@ -65,6 +66,7 @@ class Patient:
     model: GenerativeModel
     items: Sequence[Item]
     instruments: Instruments
+    asked: Asked
     loop: Callable[..., Generator[Record, None, None]]
 
     @property
