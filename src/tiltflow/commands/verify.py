@@ -13,6 +13,7 @@ from tiltflow.commands.terminal.progress import training_progress
 
 METHODS = plugins.names("methods")
 PROBLEMS = plugins.names("problems")
+UTILITIES = plugins.names("utilities")
 
 
 def verify(
@@ -30,9 +31,18 @@ def verify(
             autocompletion=completes(lambda: METHODS),
         ),
     ] = None,
+    utility: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the problem `utility`: short for --set utility.name=NAME.",
+            show_default="superquantile",
+            autocompletion=completes(lambda: UTILITIES),
+        ),
+    ] = None,
     overrides: Set = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Number of optimizer steps.", show_default="the problem's")
+        int | None,
+        typer.Option(min=1, help="Number of optimizer steps, of each stage if there are some.", show_default="the problem's"),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     threads: Threads = None,
@@ -49,11 +59,13 @@ def verify(
     [dim]tiltflow verify mixture --set problem.scale=0.3 --set method.num_inference_steps=80 --iterations 1000[/dim]
     [dim]tiltflow verify mixture --method score-as-action --set sampling.solver=heun[/dim]
     [dim]tiltflow verify two-modes --method orw-cfm-w2 --set alpha=0.3[/dim]
+    [dim]tiltflow verify utility --utility superquantile --set utility.share=0.1 --set alpha=5[/dim]
     [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
     from tiltflow.commands.terminal.verification import print_findings
     from tiltflow.problems.verification.verify import read_verification
-    from tiltflow.problems.verification.verify import verify as run_verification
+    from tiltflow.runs.staged_verification import steps
+    from tiltflow.runs.staged_verification import verify as run_verification
 
     console = make_console(as_json)
     if problem is None:
@@ -61,10 +73,11 @@ def verify(
         print_table(console, descriptions, "problem")
         print_json(as_json, {"problems": descriptions})
         return
-    extra = [f"{key}={value}" for key, value in (("iterations", iterations), ("seed", seed)) if value is not None]
-    settings = read_verification(problem, method, [*(overrides or []), *extra])
+    given = {"iterations": iterations, "seed": seed, "utility.name": utility}
+    extra = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = read_verification(problem, method, [*extra, *(overrides or [])])
     set_up_torch("cpu", threads)
-    with training_progress(console, quiet, settings.iterations) as watch:
+    with training_progress(console, quiet, steps(settings)) as watch:
         found = run_verification(settings, watch)
     print_findings(console, found)
     print_json(as_json, found.values)

@@ -42,7 +42,9 @@ class OptimalDesign(Utility):
     def words(self) -> str:
         return f"samples that are informative of linear models: a high {self.criterion}"
 
-    def _features(self) -> Callable[[Tensor], Tensor]:
+    @property
+    def features_of(self) -> Callable[[Tensor], Tensor]:
+        """x [batch, *event] -> [batch, features]."""
         if self.features == "samples":
             return lambda x: x.flatten(1)
         function = import_function(self.features, "features")
@@ -59,7 +61,7 @@ class OptimalDesign(Utility):
     def _information(self, at: Known) -> tuple[Tensor, Tensor]:
         """The features [n, k] of the samples, and M [k, k]."""
         with torch.no_grad():
-            f = self._features()(at.x).double()
+            f = self.features_of(at.x).double()
         m = f.T @ (at.p[:, None] * f)
         m.diagonal().add_(self.ridge)
         if not torch.linalg.eigvalsh(m)[0] > 1e-12 * m.diagonal().max():
@@ -83,7 +85,7 @@ class OptimalDesign(Utility):
         return at.estimate(value, torch.einsum("ni,ij,nj->n", f, self._form(m), f))
 
     def _first_variation(self, at: Known) -> FirstVariation:
-        return of_samples(QuadraticForm(self._features(), self._form(self._information(at)[1])))
+        return of_samples(QuadraticForm(self.features_of, self._form(self._information(at)[1])))
 
 
 @dataclass(frozen=True)

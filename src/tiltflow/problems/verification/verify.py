@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from tiltflow.errors import InputError, did_you_mean
+from tiltflow.flows.flow import Flow
 from tiltflow.plugins import find, part_of
 from tiltflow.problems import Findings, Problem, Trained, Tree
 from tiltflow.settings import Settings, apply_overrides, validate
@@ -78,19 +80,28 @@ def places(override: str, parts: dict[str, type[Settings]], letters: dict[str, S
     raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
 
 
-def verify(settings: Verification, watch: Callable[[Record], None] = lambda record: None) -> Findings:
-    """Train the method on the problem, then check what it reached. `watch` sees every training record.
+@dataclass(frozen=True)
+class Fitted:
+    """What training has made: the flow before and after, the last record, and the number of optimizer steps."""
 
-    Raises InputError, before it trains, if the method's law is not known.
-    """
-    problem, method = settings.problem, settings.method
-    law = problem.exact_law(method, settings.iterations)
+    base: Flow
+    tuned: Flow
+    record: Record
+    iterations: int
+
+
+Watch = Callable[[Record], None]
+
+
+def once(settings: Verification, watch: Watch) -> Fitted:
+    """Train the method for the reward of the problem."""
+    problem = settings.problem
     base, tuned = problem.base_flow(), problem.tuned_flow(settings.seed)
     record = None
     for record in train(
         tuned,
         base,
-        method,
+        settings.method,
         problem.reward(),
         lambda generator: problem.draw(settings.train_batch_size, generator),
         max_train_steps=settings.iterations,
@@ -101,8 +112,24 @@ def verify(settings: Verification, watch: Callable[[Record], None] = lambda reco
     ):
         watch(record)
     assert record is not None
-    run = settings.model_dump(include={"iterations", "train_batch_size", "num_samples", "draws", "seed"})
-    trained = Trained(method, tuned, base, law, record, **run)
+    return Fitted(base, tuned, record, settings.iterations)
+
+
+def verify(
+    settings: Verification,
+    watch: Watch = lambda record: None,
+    fit: Callable[[Verification, Watch], Fitted] = once,
+) -> Findings:
+    """Train the method on the problem, then check what it reached. `watch` sees every training record.
+
+    Raises InputError, before it trains, if the method's law is not known.
+    """
+    problem, method = settings.problem, settings.method
+    law = problem.exact_law(method, settings.iterations)
+    fitted = fit(settings, watch)
+    record = fitted.record
+    run = settings.model_dump(include={"train_batch_size", "num_samples", "draws", "seed"})
+    trained = Trained(method, fitted.tuned, fitted.base, law, record, iterations=fitted.iterations, **run)
     found = problem.check(trained)
     values = {
         "problem": problem.name,
