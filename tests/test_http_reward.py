@@ -10,7 +10,6 @@ import pickle
 import socketserver
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from servers import replying, served_by_command, serving
 from tiny import tiny_recipe
 from torch import Tensor
 
@@ -43,35 +43,15 @@ PROMPTS = ["red", "a green cat", "blue", "teal", "black"]
 
 
 @contextmanager
-def serving(server: socketserver.TCPServer) -> Iterator[str]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/score"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@contextmanager
 def answering(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[bytes]]]:
     """A server that gives these answers, the last one for ever, and what it was asked."""
     asked: list[bytes] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
-            code, body = answers[min(len(asked), len(answers)) - 1]
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def reply(path: str, body: bytes) -> tuple[int, bytes]:
+        asked.append(body)
+        return answers[min(len(asked), len(answers)) - 1]
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+    with replying(reply) as url:
         yield url, asked
 
 
@@ -465,25 +445,28 @@ def test_it_listens_on_this_machine_alone() -> None:
     server.server_close()
 
 
+def test_the_command_serves_a_reward_until_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "reward.yaml").write_text("reward: named-colour\n")
+    found = list[Tensor]()
+    result = served_by_command(
+        ["serve-reward", str(tmp_path / "reward.yaml"), "--device", "cpu"],
+        lambda root: found.append(ask(f"{root}/score", format="npy")),
+    )
+    assert result.exit_code == 0, result.output
+    assert "named-colour at http://127.0.0.1:" in result.output
+    assert torch.allclose(found[0], given(NamedColour().build(), PROMPTS)(pictures()), atol=1e-6)
+
+
 def test_a_run_keeps_the_name_of_a_secret_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image model, without prompts, and a reward whose URL has a key: trained, gone on with, measured; no file has it."""
     monkeypatch.setenv("REWARD_KEY", "s3cret&key")
     seen = set()
 
-    class Bright(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            seen.add(self.path)
-            images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["images"]
-            body = json.dumps({"rewards": [sum(image.encode()) for image in images]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def bright(path: str, body: bytes) -> tuple[int, bytes]:
+        seen.add(path)
+        return 200, json.dumps({"rewards": [sum(image.encode()) for image in json.loads(body)["images"]]}).encode()
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Bright)) as url:
+    with replying(bright) as url:
         reward = {"name": "http", "url": url + "?key=${REWARD_KEY}", "batch_size": 8}
         method = {"name": "orw-cfm-w2", "num_inference_steps": 3, "min_effective_sample_size": 1}
         training = {"max_train_steps": 1, "train_batch_size": 8}

@@ -151,7 +151,7 @@ def reward_of(file: str) -> Any:
 
 def test_as_a_run_sees_them(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes of the servers, behind the server of tiltflow, asked by the reward `http`."""
-    from test_http_reward import serving
+    from servers import serving
 
     geneval, vlm_judge = servers
 

@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
+from servers import replying
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, NonFiniteError, UserCodeError
@@ -144,30 +144,12 @@ def test_what_is_sent_together() -> None:
 # ---- time ----
 
 
-@contextmanager
-def slow_server(seconds: float) -> Iterator[str]:
-    class Slow(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["images"]
-            time.sleep(seconds)
-            body = json.dumps({"rewards": [float(len(image)) for image in images]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+def slow_server(seconds: float) -> AbstractContextManager[str]:
+    def reply(path: str, body: bytes) -> tuple[int, bytes]:
+        time.sleep(seconds)
+        return 200, json.dumps({"rewards": [float(len(image)) for image in json.loads(body)["images"]]}).encode()
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/score"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return replying(reply)
 
 
 def pictures(reward: Reward, seconds: float = 0.0) -> Batch:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_http_reward import serving
+from servers import served_by_command, serving
 from tiny import tiny_flow, tiny_recipe
 
 from tiltflow.errors import InputError
@@ -121,6 +121,31 @@ def test_a_folder_that_is_damaged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="cannot be read"):
         read_picture(tmp_path / "no.png")
+
+
+def test_the_command_asks_for_votes_and_keeps_them(tmp_path: Path) -> None:
+    """From the model to the page, two votes, Ctrl-C; the same command goes on at the third pair, of the same pictures."""
+    command = ["vote", str(tiny_flow(tmp_path / "flow")), "itself", "-o", str(tmp_path / "votes"), "-n", "3", "--device", "cpu"]
+    seen: list[Any] = []
+
+    def visit(root: str) -> None:
+        seen.append(json.loads(ask(f"{root}/state")[1])["pair"])
+        seen.append(ask(f"{root}/picture/2/left"))
+        for pair, side in ((0, "left"), (1, "tie")):
+            ask(f"{root}/vote", {"pair": pair, "side": side})
+
+    first, second = served_by_command(command, visit), served_by_command(command, visit)
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    assert "0 of 3 done" in first.output
+    assert "2 of 3 done" in second.output
+    assert seen[0] == 0
+    assert seen[2] == 2  # the votes of the second visit are of pairs that are voted on
+    assert seen[1] == seen[3]
+    assert seen[1][0] == 200
+    votes = Votes.open(tmp_path / "votes")
+    assert votes.choices == ["first" if votes.first_is_left(0) else "second", "tie"]
+    assert "2 votes in" in second.output
+    assert "equal 1" in second.output
 
 
 @pytest.mark.slow

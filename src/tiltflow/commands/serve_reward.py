@@ -30,7 +30,7 @@ def serve_reward(
     [dim]tiltflow train mine.yaml --output runs/mine --set 'reward={name: http, url: "http://127.0.0.1:8777/score"}'[/dim]
     """
     from tiltflow.rewards.functions.latents import seen_by
-    from tiltflow.rewards.serving.server import HOST, Served, make_server
+    from tiltflow.rewards.serving.server import HOST, Served, make_server, serve
     from tiltflow.settings import apply_overrides, read_yaml, validate
 
     tree = apply_overrides(read_yaml(recipe), overrides or [])
@@ -48,9 +48,4 @@ def serve_reward(
     make_console(False).print(
         f"{escape(settings.reward.name)} at http://{HOST}:{server.server_address[1]}/score; stop with Ctrl-C"
     )
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
+    serve(server)

@@ -44,7 +44,7 @@ def vote(
     """
     from tiltflow.api import load
     from tiltflow.files import check_output
-    from tiltflow.rewards.serving.server import HOST
+    from tiltflow.rewards.serving.server import HOST, serve
     from tiltflow.rewards.serving.votes import PAIRS, Votes
     from tiltflow.rewards.serving.voting import make_page
     from tiltflow.runs.ballot import BEFORE, ITSELF, before_and_after, draw_pairs, prompts_of_run
@@ -73,12 +73,7 @@ def vote(
     console.print(
         f"vote at http://{HOST}:{server.server_address[1]}/; {len(votes.choices)} of {len(votes)} done; stop with Ctrl-C"
     )
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
+    serve(server)
     console.print(f"{len(votes.choices)} votes in {escape(output)}: {escape(standing(votes))}")
 
 

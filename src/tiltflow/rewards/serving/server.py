@@ -51,10 +51,25 @@ def make_server(reward: Reward, port: int, *, token: str | None = None, device: 
                 raise BadRequestError(str(error)) from None
         return [value if math.isfinite(value) else None for value in values.tolist()]
 
+    return listening(handler(score, token), port)
+
+
+def listening(handler: type[BaseHTTPRequestHandler], port: int) -> ThreadingHTTPServer:
+    """A server on 127.0.0.1. Port 0 takes any that is free. Raises InputError if the port is taken."""
     try:
-        return ThreadingHTTPServer((HOST, port), handler(score, token))
+        return ThreadingHTTPServer((HOST, port), handler)
     except OSError as error:
         raise InputError(f"--port {port}: {error.strerror}") from None
+
+
+def serve(server: ThreadingHTTPServer) -> None:
+    """Answer until Ctrl-C."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
 
 
 def handler(score: Callable[[bytes], list[float | None]], token: str | None) -> type[BaseHTTPRequestHandler]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from tiltflow.errors import InputError
-from tiltflow.rewards.serving.server import HOST
+from tiltflow.rewards.serving.server import HOST, listening
 from tiltflow.rewards.serving.votes import Choice, Votes
 
 PAGE = Path(__file__).parent / "vote.html"
@@ -20,10 +19,7 @@ POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; script-
 def make_page(votes: Votes, port: int) -> ThreadingHTTPServer:
     """A server of the page on 127.0.0.1; `serve_forever` runs it. Port 0 takes any that is free. Raises InputError if the port
     is taken."""
-    try:
-        return ThreadingHTTPServer((HOST, port), handler(votes))
-    except OSError as error:
-        raise InputError(f"--port {port}: {error.strerror}") from None
+    return listening(handler(votes), port)
 
 
 def state(votes: Votes) -> dict[str, Any]:
