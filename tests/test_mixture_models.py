@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import tiltflow
@@ -15,8 +16,9 @@ from tiltflow.errors import InputError
 from tiltflow.laws.gaussian_mixture import mixture
 from tiltflow.models.sources.mixture import Mixture
 from tiltflow.networks.gaussian_mixture import GaussianMixture, GaussianMixtureModule
+from tiltflow.reports.points import draw, frame
 from tiltflow.runs.recipe import Recipe
-from tiltflow.runs.run import evaluate_run, run
+from tiltflow.runs.run import run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import validate
 from tiltflow.streams import new_network, stream
@@ -91,10 +93,13 @@ def recipe(**more: Any) -> Recipe:
 
 
 def test_a_recipe_trains_a_mixture(tmp_path: Path) -> None:
-    """Measured again from its folder, and loaded: the same model, whose mixture has not moved."""
+    """Its report shows the points; loaded from the folder, its mixture has not moved."""
     summary = run(recipe(), tmp_path / "run")
     assert summary["model"] == "2 Gaussians in 2-d"
-    assert evaluate_run(tmp_path / "run")["reward_tuned"] == summary["reward_tuned"]
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for side in ("before", "after"):
+        assert f"Row 1 of the samples, {side} tuning" in text
+        assert (tmp_path / "run" / f"{side}.png").exists()
     tuned, base = tiltflow.load(tmp_path / "run"), recipe().source.load("cpu")
     for (name, ours), (_, theirs) in zip(
         tuned.flow.network.state_dict().items(), base.flow.network.state_dict().items(), strict=True
@@ -116,3 +121,22 @@ def test_a_recipe_trains_a_mixture(tmp_path: Path) -> None:
 def test_what_is_no_mixture_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe(model={"name": "mixture", **settings})
+
+
+def test_a_picture_of_points_has_them_all_in_one_frame() -> None:
+    """As long on both sides, and the same before and after tuning; but for a few that are far out."""
+    clouds = [torch.randn(2000, 2, generator=stream(i)) * torch.tensor([3.0, 1.0]) + 5 * i for i in range(2)]
+    limits = frame(clouds)
+    assert limits[0][1] - limits[0][0] == pytest.approx(limits[1][1] - limits[1][0])
+    for x in clouds:
+        inside = torch.stack([(low < each) & (each < high) for each, (low, high) in zip(x.T, limits, strict=True)]).all(0)
+        assert inside.double().mean() > 0.99
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_a_reward_that_fails_elsewhere_leaves_a_picture_without_lines(dimension: int, tmp_path: Path) -> None:
+    x = torch.randn(50, dimension, generator=stream(0))
+    draw(x, frame([x]), "tuned", lambda points: points[:, 0] * torch.nan)(tmp_path / "nothing.png")
+    draw(x, frame([x]), "tuned", lambda points: points[:, 0])(tmp_path / "lines.png")
+    sizes = [len(Image.open(tmp_path / f"{name}.png").convert("RGB").getcolors(1 << 20) or []) for name in ("nothing", "lines")]
+    assert 1 < sizes[0] < sizes[1]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltflow import __version__, processes
 from tiltflow.control.path_kl import tuned_paths
+from tiltflow.errors import UserCodeError
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.monitor import over_groups
@@ -29,8 +30,12 @@ from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.pictures import batch_of, edited
 from tiltflow.reports.plots import image_grid
+from tiltflow.reports.points import are_points, draw, frame
 from tiltflow.reports.report import write_report
 from tiltflow.reports.videos import FRAMES_OF_REPORT, PER_SECOND, frames_in_rows, save_gif, spaced
+from tiltflow.rewards import Reward
+from tiltflow.rewards.functions.checked import values_of
+from tiltflow.rewards.functions.prompted import given
 from tiltflow.runs.caveats import (
     annealing_in_words,
     budget_in_words,
@@ -129,7 +134,8 @@ def evaluate(
     summary["limits"] += modes_in_words(summary)
     summary |= conclude([*tests, *found.tests], summary)
     summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
-    return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid)
+    drawn = landscape(instruments.rewards[instruments.own], asked, base.device)
+    return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid, drawn)
 
 
 def method_at(run: RunSettings, record: Mapping[str, Any]) -> Method:
@@ -268,9 +274,33 @@ def asked_of_paths(asked: Asked) -> Asked:
 # ---- files ----
 
 
-def written(folder: Path, summary: dict[str, Any], x_base: Tensor, x: Tensor, asked: Asked, most: int) -> dict[str, Any]:
-    """Write the summary, the report, and pictures if the samples are some; by the main process. Returns the summary."""
-    files, about = pictures_of(x_base, x, asked, most)
+def landscape(reward: Reward, asked: Asked, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """A reward as a picture of points shows it; None for one that is known by its gradient alone, or differs between groups."""
+    if asked.groups > 1 or not getattr(reward, "valued", True):
+        return None
+    item = asked.items[0]
+
+    def heights(points: Tensor) -> Tensor:
+        bound = given(reward, len(points) * [item.text], len(points) * [item.metadata])
+        try:
+            return values_of(bound, points.to(device)).detach().cpu()
+        except UserCodeError:  # there are no samples at most of these points
+            return torch.full((len(points),), math.nan)
+
+    return heights
+
+
+def written(
+    folder: Path,
+    summary: dict[str, Any],
+    x_base: Tensor,
+    x: Tensor,
+    asked: Asked,
+    most: int,
+    reward: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Any]:
+    """Write the summary, the report, and pictures if the samples can be drawn; by the main process. Returns the summary."""
+    files, about = pictures_of(x_base, x, asked, most, reward)
     if about:
         summary["pictures"] = about
     if not processes.is_main():
@@ -285,10 +315,15 @@ def written(folder: Path, summary: dict[str, Any], x_base: Tensor, x: Tensor, as
 
 
 def pictures_of(
-    x_base: Tensor, x: Tensor, asked: Asked, most: int
+    x_base: Tensor, x: Tensor, asked: Asked, most: int, reward: Callable[[Tensor], Tensor] | None
 ) -> tuple[dict[str, Callable[[Path], object]], dict[str, Any]]:
     """Return what writes the files of the pictures before and after tuning, by name, and what the summary says of them; nothing
-    for samples that are no pictures. Of videos the first of each group is shown, moving and as a row of frames."""
+    for samples that are no pictures. Of videos the first of each group is shown, moving and as a row of frames. Of points
+    all are, with the reward around them."""
+    if are_points(x):
+        limits = frame([x_base, x])
+        clouds = ((name, each, colour) for name, each, colour in (("before", x_base, "base"), ("after", x, "tuned")))
+        return {f"{name}.png": draw(each, limits, colour, reward) for name, each, colour in clouds}, {"rows": 1}
     columns, both = columns_of(asked, most), {"before": x_base, "after": x}
     if videos := is_video(x.shape[1:]):
         columns, both = 1, {name: each[:: asked.size] for name, each in both.items()}
