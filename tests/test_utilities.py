@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError, SettingsError
 from tiltflow.laws.law import Array, log_normal
+from tiltflow.models.model_folder import load_classifier
 from tiltflow.plugins import names
 from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.utilities import Utility
@@ -270,6 +271,39 @@ def test_one_stage_at_the_best_threshold_does_better_than_one_at_the_base() -> N
         assert best > objective(utility.first_variation(known)) + 0.01
         # the pseudo-reward is of rewards alone, and so black-box methods can use it
         assert utility.one_shot(known, alpha).black_box
+
+
+@pytest.mark.parametrize(
+    ("criterion", "variance"),
+    [("log-determinant", 1.69 * (1 + 2 / 4)), ("trace", 1.69 / 2 * (1 + math.sqrt(1 + 8 / (4 * 1.69))))],
+)
+def test_one_stage_of_optimal_design_is_the_best_gaussian(criterion: Any, variance: float) -> None:
+    """On N(0, 1.69) with the feature x and alpha = 4 the best law is Gaussian, as its tilt is x^2 / (m alpha) or x^2 / (m^2
+    alpha): its variance m solves 1 / m = 1 / 1.69 - 2 / (m alpha), or - 2 / (m^2 alpha)."""
+    base = Known(POINTS, weights=torch.from_numpy(BASE))
+    found = OptimalDesign(criterion=criterion, ridge=0).one_shot(base, 4.0)
+    expected = POINTS[:, 0] ** 2 / (variance if criterion == "log-determinant" else variance**2)
+    torch.testing.assert_close(found(POINTS), expected, rtol=2e-4, atol=0)  # the grid ends at 4.4 standard deviations
+
+
+def test_what_has_no_one_stage_of_optimal_design_says_so() -> None:
+    known = Known(normal(50, 0))
+    with pytest.raises(InputError, match="smallest eigenvalue has no one reward"):
+        OptimalDesign(criterion="eigenvalue").one_shot(known, 1.0)
+    with pytest.raises(InputError, match=r"rests on 2 of 50 samples, and there are 2 features: raise the temperature"):
+        OptimalDesign(**DESIGN).one_shot(known, 0.01)
+
+
+def test_the_features_of_a_classifier() -> None:
+    """log det M of the features below its last layer, by name; and a classifier that does not exist is refused."""
+    x = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        f = load_classifier("digits-classifier")[0].features(x).double()  # type: ignore[operator]
+    m = f.T @ f / 40 + 0.1 * torch.eye(f.shape[1])
+    found = OptimalDesign(features="digits-classifier", ridge=0.1).value(Known(x))
+    assert found.value == pytest.approx(float(torch.logdet(m)), rel=1e-6)  # of features in float32
+    with pytest.raises(InputError, match="no-such-classifier"):
+        OptimalDesign(features="no-such-classifier").value(Known(x))
 
 
 # ---- scores, divergences ----

@@ -54,8 +54,8 @@ class Stages(Settings):
     """Where the base is the first model, the share of the newest first variation in what a stage is tuned for; the rest is what
     the last stage was tuned for."""
     one_shot: bool = False
-    """One stage from the first model, for the one reward whose tilt is best at the temperature of the method: of superquantile
-    and cvar alone."""
+    """One stage from the first model, for the one reward whose tilt is best at the temperature of the method: of superquantile,
+    cvar and optimal-design alone."""
     num_samples: Annotated[int, Field(ge=2)] = 4000
     """Number of samples of each model that the utility is estimated from, all conditions in turn."""
     eps: Annotated[float, Field(gt=0, lt=1)] = EPS
