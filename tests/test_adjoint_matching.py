@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from tiltflow.control.timesteps import Stratum
 from tiltflow.errors import InputError, NonFiniteError, SettingsError
 from tiltflow.flows.field import FunctionField
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
-from tiltflow.methods.adjoint_matching import AdjointMatching, State
+from tiltflow.methods.adjoint_matching import AdjointMatching, State, TailPool
 from tiltflow.problems.mixture import Mixture
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.samplers.chain import Chain, sde
@@ -32,6 +33,7 @@ from tiltflow.samplers.solvers.memoryless import memoryless
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.streams import stream
 from tiltflow.training.optimizer import Optimizer, fill_optimizer
+from tiltflow.utilities.estimation.tail_pool import Pool
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -449,7 +451,8 @@ class Corrected(nn.Module):
 def bent_iteration(method: AdjointMatching, tuned: Corrected, batch: int = 6, **options: Any) -> list[dict[str, float]]:
     x = torch.randn(batch, 2, generator=stream(3))
     state = options.pop("state", State())
-    return list(iterate(method, FunctionField(tuned), FIELD, bent, x, stream(4), state, **options))
+    reward = options.pop("reward", bent)
+    return list(iterate(method, FunctionField(tuned), FIELD, reward, x, stream(4), state, **options))
 
 
 def terms_by_hand(chain: Chain, tuned: Corrected, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -602,6 +605,68 @@ def test_every_pass_has_its_gradient() -> None:
         tuned.zero_grad()
         passes += 1
     assert passes == 3
+
+
+def tail(x: Tensor) -> Tensor:
+    """Not 0 for three of the six samples of `bent_iteration`."""
+    return torch.relu(bent(x) - 0.1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_pool_of_all_samples_changes_nothing(solver: str) -> None:
+    settings: dict[str, Any] = {"solver": solver, "num_inference_steps": 5, "beta": 0.7, "loss_clip": 3.0}
+    whole, parts = Corrected(), Corrected()
+    (theirs,) = bent_iteration(AdjointMatching(**settings), whole, reward=tail)
+    (ours,) = bent_iteration(AdjointMatching(**settings, pool={}), parts, reward=tail, micro_batch_size=4)
+    assert ours == pytest.approx(theirs)
+    assert_close((parts.weight.grad, parts.bias.grad), (whole.weight.grad, whole.bias.grad), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_a_pool_has_that_of_the_whole_batch_as_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all choices of two of the three samples in the tail and one of the other three, which are equally likely
+    (`test_utility_estimation.py::test_every_sample_of_a_stratum_is_as_likely_to_be_kept`). Fewer adjoints are run."""
+    method, whole, part = AdjointMatching(num_inference_steps=5, num_passes=2), Corrected(), Corrected()
+    expected = bent_iteration(method, whole, reward=tail)[0]
+    found, tails = [], set()
+    for pair, one in itertools.product(itertools.combinations(range(3), 2), range(3)):
+
+        def chosen(inside: Tensor, *, pair: tuple[int, int] = pair, one: int = one, **counts: Any) -> Pool:
+            tails.add(int(inside.sum()))
+            which = torch.cat([inside.nonzero()[list(pair), 0], (~inside).nonzero()[[one], 0]])
+            return Pool(which, torch.tensor([0.25, 0.25, 0.5]))
+
+        monkeypatch.setattr("tiltflow.methods.adjoint_matching.strata", chosen)
+        pooled = method.model_copy(update={"pool": TailPool(tail=2, body=1)})
+        found.append(bent_iteration(pooled, part, reward=tail)[0])  # its gradients add up
+    assert tails == {3}
+    assert_close((part.weight.grad / 9, part.bias.grad / 9), (whole.weight.grad, whole.bias.grad), rtol=1e-10, atol=1e-12)
+    for key in ("reward", "loss", "path_kl"):
+        assert sum(each[key] for each in found) / 9 == pytest.approx(expected[key])
+    assert found[0]["reward"] != pytest.approx(expected["reward"])
+
+
+def test_a_pool_without_a_tail_is_all_body() -> None:
+    """Without a gradient of the reward the control goes back to the base's."""
+    tuned, again = Corrected(), Corrected()
+    (measured,) = bent_iteration(AdjointMatching(num_inference_steps=5, pool={"body": 6}), tuned, reward=lambda x: 0 * bent(x))
+    (expected,) = bent_iteration(AdjointMatching(num_inference_steps=5), again, reward=lambda x: 0 * bent(x))
+    assert measured == pytest.approx(expected)
+    assert_close((tuned.weight.grad, tuned.bias.grad), (again.weight.grad, again.bias.grad), rtol=1e-12, atol=1e-12)
+
+
+def test_samples_that_are_left_out_leave_the_weights_of_a_pool_a_mean() -> None:
+    """One reward of the tail is NaN: the mean is over the other five samples, of which all are kept."""
+
+    def broken(x: Tensor) -> Tensor:
+        value = tail(x)
+        return torch.where(value == value.max(), torch.nan, value)
+
+    ours, theirs = Corrected(), Corrected()
+    (measured,) = bent_iteration(AdjointMatching(num_inference_steps=5, pool={}), ours, reward=broken, non_finite="drop")
+    (expected,) = bent_iteration(AdjointMatching(num_inference_steps=5), theirs, reward=broken, non_finite="drop")
+    assert measured == pytest.approx(expected)
+    assert measured["dropped"] == 1
+    assert_close((ours.weight.grad, ours.bias.grad), (theirs.weight.grad, theirs.bias.grad), rtol=1e-12, atol=1e-12)
 
 
 def test_reward_may_be_taken_at_the_denoised_state() -> None:
@@ -796,6 +861,8 @@ def test_keys_beside_a_preset_win() -> None:
         ({"solver": "euler"}, "a memoryless solver .*ddpm, euler-maruyama, memoryless, memoryless-offset.*, is 'euler'"),
         ({"beta": 0.0}, "greater than 0"),
         ({"num_inference_steps": 1}, "greater than or equal to 2"),
+        ({"pool": {}, "drop_quantile": 0.9}, "drop_quantile counts all samples alike"),
+        ({"pool": {}, "control_from": 0.5}, "control_from with self-distillation counts all samples alike"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], problem: str) -> None:

@@ -44,7 +44,7 @@ RATE = {"learning_rate": 1e-3}
 CRITIC = {"num_steps": 2, "train_batch_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint-matching": {"beta": 0.1, "num_passes": 2, "drop_quantile": 0.8, "train_timesteps": [{"count": 2}]},
-    "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5},
+    "adjoint-matching-bootstrap": {"name": "adjoint-matching", "beta": 0.1, "bootstrap": 0.5, "pool": {"tail": 3}},
     "adjoint-matching-late": {
         "name": "adjoint-matching",
         "beta": 0.1,

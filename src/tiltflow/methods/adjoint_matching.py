@@ -14,6 +14,9 @@ iteration is
     2.  run the lean adjoint back along it: vector-Jacobian products of the base
     3.  regress the control of some of the steps on it.
 
+With a `pool` step 1 is of many samples, and steps 2 and 3 are of a few of them, which stand for all by their weights: most in
+the tail that a utility such as the CVaR prices, as only they have a gradient (arXiv 2511.22640).
+
 With `control_from` above 0 steps 2 and 3 are for the times from there on, and the steps before learn from the ends of the paths
 (`tiltflow.training.self_distillation`): on the tilt both agree.
 """
@@ -22,6 +25,7 @@ With `control_from` above 0 steps 2 and 3 are for the times from there on, and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -41,16 +45,18 @@ from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import Numbers, all_finite
-from tiltflow.rewards.functions.checked import finite_only
+from tiltflow.rewards.functions.checked import evaluate, finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Spacing, Start
 from tiltflow.samplers.rollout import Act, Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.samplers.stored import Stored
+from tiltflow.settings import Settings
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.self_distillation import self_distillation
+from tiltflow.utilities.estimation.tail_pool import Pool, strata
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -100,6 +106,15 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     },
 }
 """The optimizer of each preset."""
+
+
+class TailPool(Settings):
+    """Which samples of a batch are learned from. Each has the weight N_h / (N n_h), with n_h kept of the N_h of its kind."""
+
+    tail: Count = 128
+    """Samples whose reward is not 0, at most: the tail of a superquantile or a CVaR."""
+    body: Count = 64
+    """Samples whose reward is 0, at most: they keep the rest of the law where it is."""
 
 
 class Regression(NamedTuple):
@@ -178,6 +193,9 @@ class AdjointMatching(Tilting):
     reweight_passes: bool = False
     """Weight the terms of all passes but the first by how much likelier the model as it is by then goes on as the path did:
     without it they are those of the model as it was. Costs another rollout's network evaluations a pass."""
+    pool: TailPool | None = None
+    """Roll out a whole batch, `train_batch_size` samples without gradients, and learn from a part of it alone: for the rewards
+    of stages, which are 0 outside the tail that a utility prices. The mean gradient is that of the whole batch."""
     control_variate: bool = False
     """Subtract from each term what the noise to come predicts of it: the same mean, with much less noise near the data where
     the reward's curvature is the same in all directions. Costs no network evaluation."""
@@ -199,6 +217,15 @@ class AdjointMatching(Tilting):
             raise ValueError(
                 "drop_quantile is over all the steps that are drawn, and control_from leaves some of them out; use one"
             )
+        if self.pool is not None:
+            of_alike = {
+                "drop_quantile": self.drop_quantile is not None,
+                "control_variate": self.control_variate,
+                "reweight_passes": self.reweight_passes,
+                "control_from with self-distillation": self.control_from > 0 and self.early == "self-distillation",
+            }
+            for name in (name for name, used in of_alike.items() if used):
+                raise ValueError(f"{name} counts all samples alike, and those of a pool have weights; use one")
         return self
 
     @property
@@ -268,13 +295,18 @@ class AdjointMatching(Tilting):
         Args:
             state: kept between iterations; changed in place.
         """
-        x, chain = batch.x, self.chain(batch.start)
+        chain = self.chain(batch.start)
         path, chosen = self._draw(batch, chain)
         first, late = int(torch.stack(chosen).min()), self._first_controlled(chain)
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
         all_finite(path.velocities, "velocity", chain.times)
+        shares, pool = None, self._pool(batch, chain, path)
+        if pool is not None:
+            shares, some = pool.weights, pool.which
+            batch, path, chosen = batch.select(some), path.keep(some), [pairs[:, some] for pairs in chosen]
+        size = len(batch)
         regression, ends, rewards, terms, energy = self._adjoints(batch, chain, path, first, late, right)
         if (kept := finite_only(rewards)) is not None:
             batch, rewards, ends, terms, energy = batch.select(kept), rewards[kept], ends[kept], terms[:, kept], energy[:, kept]
@@ -282,17 +314,18 @@ class AdjointMatching(Tilting):
             path = path.keep(kept) if self._needs_velocities else replace(path, states=path.states.keep(kept))
             base_velocities = None if regression.base_velocities is None else regression.base_velocities.keep(kept)
             regression = regression._replace(targets=regression.targets.keep(kept), base_velocities=base_velocities)
+            shares = None if shares is None else shares[kept] / shares[kept].sum()
         steps = slice(regression.first, len(path.velocities))
         regression = regression._replace(states=path.states[steps])
         all_finite(regression.targets, "adjoint", chain.times[steps])
         if self.control_variate:
             terms[regression.first - first :] = self._without_noise_to_come(chain, path, regression)
         measured = {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
-            "loss": terms[max(late - first, 0) :].sum(0).mean().item(),
-            "path_kl": energy.sum(0).mean().item() / 2,
-            **({} if kept is None else {"dropped": float(len(x) - len(kept))}),
+            "reward": _mean(rewards, shares),
+            "reward_std": _std(rewards, shares),
+            "loss": _mean(terms[max(late - first, 0) :].sum(0), shares),
+            "path_kl": _mean(energy.sum(0), shares) / 2,
+            **({} if kept is None else {"dropped": float(size - len(kept))}),
         }
         for number, pairs in enumerate(chosen):
             in_loss = terms.gather(0, pairs - first)
@@ -303,7 +336,7 @@ class AdjointMatching(Tilting):
                 begin, end = (chain.times[k].item() for k in (0, late))
                 which, scale = own.nonzero()[:, 1], (end - begin) / late
                 self_distillation(batch, ends, which, self.sampling, end=end, scale=scale)
-            self._regress(batch, chain, regression, pairs, limits, ~own, weights)
+            self._regress(batch, chain, regression, pairs, limits, ~own, weights, shares)
             yield {
                 **measured,
                 **({} if weights is None else {"effective_sample_size": _effective_size(weights[max(late - steps.start, 0)])}),
@@ -327,6 +360,22 @@ class AdjointMatching(Tilting):
             for _ in range(self.num_passes)
         ]
         return path, chosen
+
+    def _pool(self, batch: Batch, chain: Chain, path: Trajectory) -> Pool | None:
+        """Which samples of a batch are learned from, if not all."""
+        if self.pool is None:
+            return None
+
+        @torch.no_grad()
+        def values(some: Batch, part: slice) -> tuple[Tensor]:
+            last = len(path.velocities)
+            end = path.states.of(part)[last]
+            if last < len(chain):  # the base takes this step
+                end = chain.mean(last, end, some.base(end, chain.times[last]))
+            return (evaluate(some.reward, end, some.non_finite),)
+
+        (rewards,) = batch.map(values)
+        return strata(rewards != 0, tail=self.pool.tail, body=self.pool.body, generator=batch.generator)
 
     def _group_size(self, batch: int, *, alone: int) -> int:
         """The number of samples in a row that share their steps; `alone` where none do."""
@@ -456,9 +505,11 @@ class AdjointMatching(Tilting):
         limits: Tensor,
         used: Tensor,
         weights: Tensor | None,
+        shares: Tensor | None,
     ) -> None:
         """Accumulate the gradient of the mean over the batch of sum_k W_k |w_k + s_k a|^2 over the `used` ones of the chosen
-        (step, sample) pairs whose term is not above its limit, all [count, batch]; weights W [steps, batch], or 1."""
+        (step, sample) pairs whose term is not above its limit, all [count, batch]; weights W [steps, batch], or 1. The mean is
+        that by the `shares` [batch], if samples have some."""
         size = len(batch)
         k, limit = pairs[used], limits[used]
         i = torch.arange(size, device=k.device).expand_as(pairs)[used]
@@ -471,7 +522,11 @@ class AdjointMatching(Tilting):
             residual = regression.residual(v, gain, std, row, ii)
             terms = residual.flatten(1).square().sum(1)
             kept = terms.detach() <= limit[part]
-            return {"loss": kept * terms if weights is None else kept * weights[row, ii].to(terms) * terms}
+            if weights is not None:
+                terms = weights[row, ii].to(terms) * terms
+            if shares is not None:
+                terms = size * shares[ii].to(terms) * terms
+            return {"loss": kept * terms}
 
         batch.accumulate(terms_of, len(k), over=size)
 
@@ -480,6 +535,18 @@ def _actor(batch: Batch) -> tuple[VelocityField, Act | None]:
     """The field that the paths of a batch are drawn from, and what guides it."""
     actor = batch.whole(batch.actor or batch.tuned)
     return actor, None if batch.guide is None else batch.guide(actor).guide
+
+
+def _mean(values: Tensor, shares: Tensor | None) -> float:
+    """The mean of values [batch], of samples that have these shares in it."""
+    return float(values.mean() if shares is None else shares.to(values) @ values)
+
+
+def _std(values: Tensor, shares: Tensor | None) -> float:
+    """Their standard deviation."""
+    if shares is None:
+        return values.std(correction=0).item()
+    return math.sqrt(_mean((values - _mean(values, shares)).square(), shares))
 
 
 def _effective_size(weights: Tensor) -> float:

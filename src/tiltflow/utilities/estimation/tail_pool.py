@@ -30,10 +30,23 @@ class Pool:
     weights: Tensor
 
 
+def strata(inside: Tensor, *, tail: int, body: int, generator: torch.Generator) -> Pool:
+    """Keep up to so many of the samples that are `inside` the tail, [n] of booleans, and of the others, drawn without
+    replacement."""
+    which, weights = [], []
+    for stratum, most in ((inside, tail), (~inside, body)):
+        members = stratum.nonzero()[:, 0].cpu()
+        order = torch.randperm(len(members), generator=generator, device=generator.device).cpu()
+        kept = members[order[:most]]
+        which.append(kept)
+        weights.append(torch.full((len(kept),), len(members) / (len(inside) * max(len(kept), 1)), dtype=torch.float64))
+    return Pool(torch.cat(which).to(inside.device), torch.cat(weights).to(inside.device))
+
+
 def tail_pool(
     rewards: Tensor, threshold: float, *, tail: int, body: int, generator: torch.Generator, best: bool = True
 ) -> Pool:
-    """Keep up to so many of the samples in the tail, and of those in the body, drawn without replacement.
+    """Keep up to so many of the samples in the tail, and of those in the body.
 
     Args:
         rewards: of all samples [n].
@@ -47,10 +60,4 @@ def tail_pool(
         where = f"above {threshold:g}; the highest is {rewards.max():g}"
         where = where if best else f"below {threshold:g}; the lowest is {rewards.min():g}"
         raise InputError(f"the tail has no sample: none of {len(rewards)} rewards is {where}")
-    which, weights = [], []
-    for stratum, most in ((inside, tail), (~inside, body)):
-        members = stratum.nonzero()[:, 0].cpu()
-        kept = members[torch.randperm(len(members), generator=generator)[:most]]
-        which.append(kept)
-        weights.append(torch.full((len(kept),), len(members) / (len(rewards) * max(len(kept), 1)), dtype=torch.float64))
-    return Pool(torch.cat(which).to(rewards.device), torch.cat(weights).to(rewards.device))
+    return strata(inside, tail=tail, body=body, generator=generator)
