@@ -463,7 +463,7 @@ def test_guidance_of_a_distilled_model_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
     for name in ("model", "metrics.jsonl"):
         (tmp_path / name).touch()
-    (tmp_path / "recipe.yaml").write_text("model: digits-flow\n")
+    (tmp_path / "recipe.yaml").write_text("model: digits-flow\nmethod: tilt-matching\n")
     with pytest.raises(InputError, match="reward is missing"):
         export_run(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,8 @@ from tiltflow.flows.flow import Flow
 from tiltflow.networks.mlp import Mlp
 from tiltflow.runs import evaluate as of_runs
 from tiltflow.runs import stages_folder
+from tiltflow.runs.doctor import Finding, examine
+from tiltflow.runs.doctor.utility import first_stage, first_variation
 from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.runs.staged_run import run_stages
@@ -39,6 +41,17 @@ def height(x: Tensor) -> Tensor:
 
 def twice(x: Tensor) -> Tensor:
     return 2 * x[:, 0]
+
+
+def near(x: Tensor, weights: Tensor) -> Tensor:
+    """Minus the squared distance of the mean from (1, 0); it writes into what it is given."""
+    x -= torch.tensor([1.0, 0.0])
+    return -(weights.to(x) @ x).square().sum()
+
+
+def half(x: Tensor, weights: Tensor) -> Tensor:
+    """E |x|^2 with half of its gradient."""
+    return (weights.to(x) @ (x.detach() * x)).sum()
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +264,40 @@ def test_one_shot_is_one_stage_for_the_best_tail(tmp_path: Path) -> None:
     for count, other, says in ((1, MeanVariance(), "no reward of one stage is known"), (2, shot.utility, "leave count out")):
         with pytest.raises(InputError, match=says):
             list(tiltflow.stages(model, tiltflow.OfLaw(other, reward=height), **options, count=count, one_shot=True))
+
+
+# ---- the doctor ----
+
+
+def test_the_doctor_looks_at_the_utility(tmp_path: Path) -> None:
+    found = {each.check: each for each in examine(recipe(tmp_path, stages={"count": 3, "num_samples": 300}))}
+    assert [*found][:2] == ["batch", "parts"]
+    assert found.keys() >= {"reward", "gradient", "utility", "first variation", "memory"}
+    assert {found[name].level for name in ("reward", "gradient", "utility", "first variation")} == {"green"}
+    said = re.fullmatch(r"mean-variance (\S+) ± (\S+) at the first model, by 300 samples", found["utility"].text)
+    assert said is not None
+    assert abs(float(said[1]) + 0.5) < 4 * float(said[2])  # of N(0, 1) and the aversion 0.5
+    assert found["first variation"].text.endswith("has a gradient at 100.0% of samples: 4.0 of a batch of 4")
+    assert "not concave" in found["optimum"].text
+    assert "of a stage" in found["iteration"].text
+    assert "for all 3 stages" in found["iteration"].text
+    assert {each.check: each.level for each in examine(recipe(tmp_path, utility="entropy"))}["parts"] == "red"
+
+
+def test_the_doctor_holds_a_first_variation_against_the_value(tmp_path: Path) -> None:
+    def finding(utility: dict[str, Any], reward: Any = None) -> Finding:
+        given = tree(tmp_path, utility=utility, stages={"num_samples": 2000}, reward=reward)
+        found: Any = read_recipe({key: each for key, each in given.items() if each is not None}, "mine")
+        (only,) = first_variation(first_stage(found, "cpu"))
+        return only
+
+    tail = finding({"name": "superquantile", "share": 0.1}, tree(tmp_path)["reward"])
+    assert tail.level == "amber"
+    assert re.search(r"at (9|10)\.\d% of samples: 0\.4 of a batch of 4", tail.text)
+    assert finding({"name": "function", "path": "test_staged_recipe:near"}).level == "green"
+    wrong = finding({"name": "function", "path": "test_staged_recipe:half"})
+    assert wrong.level == "red"
+    assert "gradient" in wrong.text
 
 
 # ---- the command line ----

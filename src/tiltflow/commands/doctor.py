@@ -43,7 +43,6 @@ def doctor(
 
     from tiltflow.runs.doctor import Finding, examine, foresee, refuse, verdict
     from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
-    from tiltflow.runs.staged_recipe import StagedRecipe
 
     console, found = make_console(as_json), list[Finding]()
     colours = {"green": "green", "amber": "yellow", "red": "red bold"}
@@ -65,8 +64,6 @@ def doctor(
     except InputError as error:
         show(refuse(error))
     else:
-        if isinstance(settings, StagedRecipe):
-            raise InputError(f"{recipe}: is a recipe of stages")
         found_device = set_up_torch(device, threads)
         findings = foresee(settings, found_device, memory) if config_only else examine(settings, found_device)
         for finding in findings:

@@ -79,3 +79,8 @@ class CommonRecipe(Settings):
     def model_name(self) -> str:
         """The model, as a report says it."""
         return self.source.title
+
+    @property
+    def runs(self) -> int:
+        """How many trainings it is."""
+        return 1

@@ -103,7 +103,7 @@ class OfLaw:
         scores = needs & {"score", "base_score", "log_ratio"}
         if scores:
             refuse_decoded(model, f"utility {self.utility.name}")
-        asked = [(items or [Item("")])[i % max(1, len(items))] for i in range(self.num_samples)]
+        asked = self.asked(items)
         draw = partial(_draw, items=asked, sampling=self.sampling)
         x = draw(model, stream(seed, "samples").initial_seed())
         ours = OfModel.of(model, 1 - self.eps, asked if items else ())
@@ -125,6 +125,10 @@ class OfLaw:
             reference=None if reference is None else reference.to(x),
             seed=stream(seed, "utility").initial_seed(),
         )
+
+    def asked(self, items: Sequence[Item]) -> list[Item]:
+        """What each sample is asked for."""
+        return [(items or [Item("")])[i % max(1, len(items))] for i in range(self.num_samples)]
 
     def value(self, at: Known) -> Estimate:
         """The utility of the law, with its standard error."""

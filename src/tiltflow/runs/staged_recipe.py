@@ -55,6 +55,21 @@ class StagedRecipe(CommonRecipe):
         return self
 
     @property
+    def runs(self) -> int:
+        assert self.stages.count is not None
+        return self.stages.count
+
+    @property
+    def reward_name(self) -> str:
+        """The reward of a stage, as a report says it."""
+        return f"first variation of {self.utility.name}"
+
+    @property
+    def reward_description(self) -> str:
+        """The same in a sentence."""
+        return f"first variation of a utility that prefers {self.utility.words}"
+
+    @property
     def alpha(self) -> float:
         """The price of the KL from the first model, as caveats of the utility are told it."""
         return self.stages.price if self.stages.base == "last" else self.method.temperature or 0.0

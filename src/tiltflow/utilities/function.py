@@ -93,7 +93,7 @@ class OfLaw:
 
     def __call__(self, x: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         with explained(self.name):
-            value: Any = self.function(x, **{name: told[name] for name in self.asks})
+            value: Any = self.function(x.clone(), **{name: told[name].clone() for name in self.asks})  # it may write into them
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{self.name} must return one number, a float tensor [], got {got}")

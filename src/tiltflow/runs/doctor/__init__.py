@@ -10,16 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, TiltflowError
-from tiltflow.runs.doctor import iteration, memory, network, reward, sampler, target
+from tiltflow.runs.common_recipe import CommonRecipe
+from tiltflow.runs.doctor import iteration, memory, network, reward, sampler, target, utility
 from tiltflow.runs.doctor.patient import Finding, Level, Patient
 from tiltflow.runs.recipe import Recipe
-from tiltflow.runs.run import ready
+from tiltflow.runs.run import Ready, ready
+from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.streams import stream
 
 __all__ = ["CHECKS", "Finding", "Level", "Patient", "admit", "examine", "foresee", "refuse", "verdict"]
 
-CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+Check = Callable[[Patient], Iterator[Finding]]
+CHECKS: tuple[Check, ...] = (
     network.denoising,
     target.temperature,
     reward.reward_itself,
@@ -31,19 +35,27 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     iteration.iteration,
 )
 """The checks, in the order in which they are run."""
+OF_REWARDS: tuple[Check, ...] = (target.temperature, reward.reward_itself, reward.reward_gradient)
+"""Those in whose place recipes of stages have checks of the utility."""
 FIRST = "fix this first; the other checks were not run"
 
 
-def examine(recipe: Recipe, device: str = "cpu") -> Iterator[Finding]:
+def examine(recipe: Recipe | StagedRecipe, device: str = "cpu") -> Iterator[Finding]:
     """Run the checks and yield their findings one by one; a recipe whose parts cannot be loaded ends it."""
     yield iteration.geometry(recipe)
+    checks: Sequence[Check] = CHECKS
     try:
-        patient = admit(recipe, device)
+        if isinstance(recipe, StagedRecipe):
+            stage = utility.first_stage(recipe, device)
+            patient, checks = patient_of(recipe, stage.made, stage.items, ""), of_stage(stage)
+        else:
+            patient = admit(recipe, device)
     except TiltflowError as error:
         yield Finding("parts", "red", str(error), FIRST)
         return
-    yield Finding("parts", "green", f"model, reward and method load and fit each other ({patient.device.type})")
-    for check in CHECKS:
+    of_what = "utility" if isinstance(recipe, StagedRecipe) else "reward"
+    yield Finding("parts", "green", f"model, {of_what} and method load and fit each other ({patient.device.type})")
+    for check in checks:
         try:
             yield from check(patient)
         except torch.OutOfMemoryError as error:
@@ -53,13 +65,37 @@ def examine(recipe: Recipe, device: str = "cpu") -> Iterator[Finding]:
             yield Finding(check.__name__.replace("_", " "), "red", str(error), "fix this first")
 
 
-def foresee(recipe: Recipe, device: str = "cpu", gigabytes: float | None = None) -> Iterator[Finding]:
+def of_stage(stage: utility.Stage) -> list[Check]:
+    """The checks of a stage: those of the utility in place of those of a reward."""
+
+    def rewards(patient: Patient) -> Iterator[Finding]:
+        return utility.rewards(stage, patient)
+
+    def value(patient: Patient) -> Iterator[Finding]:
+        return utility.value(stage)
+
+    def first_variation(patient: Patient) -> Iterator[Finding]:
+        return utility.first_variation(stage)
+
+    found: list[Check] = []
+    for check in CHECKS:
+        if check not in OF_REWARDS:
+            found.append(check)
+        elif check == OF_REWARDS[0]:
+            found += [rewards, value, first_variation]
+    return found
+
+
+def foresee(recipe: Recipe | StagedRecipe, device: str = "cpu", gigabytes: float | None = None) -> Iterator[Finding]:
     """What the configs of a pipeline say of a recipe: its batch, and its memory.
 
     Args:
         gigabytes: of the memory of a GPU that is not here; of the device by default.
     """
     yield iteration.geometry(recipe)
+    if isinstance(recipe, StagedRecipe):
+        yield Finding("memory", "red", "--config-only is for recipes of one run, and this is one of stages", "leave it out")
+        return
     here = torch.device(device)
     available = memory.whole_memory(here) if gigabytes is None else gigabytes * 2**30
     try:
@@ -71,6 +107,17 @@ def foresee(recipe: Recipe, device: str = "cpu", gigabytes: float | None = None)
 def admit(recipe: Recipe, device: str) -> Patient:
     """Load the parts of a recipe. Raises InputError for what cannot be loaded or does not fit."""
     made = ready(recipe, device)
+    items = recipe.asked_for.items(made.parts.untuned.class_names, recipe.seed)[0]
+    return patient_of(recipe, made, items, recipe.reward.unit)
+
+
+def patient_of(recipe: CommonRecipe, made: Ready, items: Sequence[Item], unit: str) -> Patient:
+    """A recipe with its parts.
+
+    Args:
+        items: what samples are asked for.
+        unit: of the reward.
+    """
     parts, model = made.parts, made.parts.untuned
     batch = parts.draw(stream(recipe.seed, "start", 0, device=model.device))
     return Patient(
@@ -82,10 +129,11 @@ def admit(recipe: Recipe, device: str) -> Patient:
         model.grid,
         model.device,
         model,
-        recipe.asked_for.items(model.class_names, recipe.seed)[0],
+        items,
         made.instruments,
         made.asked,
         parts.loop,
+        unit,
     )
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tiltflow.formatting import duration
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.doctor.patient import Finding, Patient
-from tiltflow.runs.recipe import Recipe
 
 SLOW = 20.0
 """Seconds of an iteration above which it is not repeated to be timed warm."""
 
 
-def geometry(recipe: Recipe) -> Finding:
+def geometry(recipe: CommonRecipe) -> Finding:
     """Describe the batch of an iteration. It was checked when the recipe was read, so this is green."""
     training = recipe.training
     size, part = training.samples_per_step, training.micro_batch_size or training.samples_per_step
@@ -30,8 +30,9 @@ def iteration(patient: Patient) -> Iterator[Finding]:
     training, needs = patient.recipe.training, patient.method.needs
     count = min(needs.passes, training.max_train_steps)
     seconds, first = timed(patient, count)
-    total = duration(seconds / count * training.max_train_steps)
-    text = f"{duration(seconds)} for {count} step{'s' if count > 1 else ''}, {total} for all {training.max_train_steps},"
+    whole, runs = seconds / count * training.max_train_steps, patient.recipe.runs
+    text = f"{duration(seconds)} for {count} step{'s' if count > 1 else ''}, {duration(whole)} for all"
+    text += f" {training.max_train_steps}," if runs == 1 else f" of a stage, {duration(runs * whole)} for all {runs} stages,"
     text += " evaluation not counted; " + ", ".join(
         f"{key.replace('_', ' ')} {first[key]:.4g}" for key in ("reward", "loss", "gradient_norm") if key in first
     )

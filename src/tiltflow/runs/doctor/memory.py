@@ -12,6 +12,7 @@ import torch
 from tiltflow.errors import TiltflowError
 from tiltflow.models.pipelines import families, family_named
 from tiltflow.models.sources.diffusers import Diffusers
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.doctor.architecture import architecture
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
 from tiltflow.runs.doctor.patient import Finding, Level, Patient
@@ -38,21 +39,21 @@ ROOM = 0.8
 
 def memory(patient: Patient) -> Iterator[Finding]:
     """Compare the memory that each phase of training needs with that of the device."""
-    source = patient.recipe.source
+    recipe, source = patient.recipe, patient.recipe.source
     try:
         packed = isinstance(source, Diffusers) and source.quantization  # such weights cannot be copied without their numbers
         apart = patient.device.type != "cpu"
-        found = of_recipe(patient.recipe, apart=apart) if packed else of_patient(patient)
+        found = of_recipe(recipe, apart=apart) if packed and isinstance(recipe, Recipe) else of_patient(patient)
     except Exception as error:  # whatever a network raises that cannot be called without numbers
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         text = f"not forecast: the network, or the decoder, cannot be called on tensors without numbers ({reason})"
         yield Finding("memory", "amber", text, "peak_memory_bytes of a short run says what it needs")
         return
     there = sum(found.resident[found.worst].values()) if patient.device.type == "cuda" else 0
-    yield finding(patient.recipe, found, free_memory(patient.device) + there, on_gpu=patient.device.type == "cuda")
+    yield finding(recipe, found, free_memory(patient.device) + there, on_gpu=patient.device.type == "cuda")
 
 
-def finding(recipe: Recipe, found: Forecast, available: float, *, on_gpu: bool, known: Known | None = None) -> Finding:
+def finding(recipe: CommonRecipe, found: Forecast, available: float, *, on_gpu: bool, known: Known | None = None) -> Finding:
     """The finding for a forecast.
 
     Args:
@@ -104,9 +105,9 @@ def gigabytes(count: float) -> str:
 # ---- remedies ----
 
 
-def remedies(recipe: Recipe, found: Forecast, known: Known | None = None, *, apart: bool = True) -> list[str]:
+def remedies(recipe: CommonRecipe, found: Forecast, known: Known | None = None, *, apart: bool = True) -> list[str]:
     """Settings that lower the peak, each with the peak that it leads to, the lowest first; `apart` as of `of_recipe`."""
-    if isinstance(recipe.source, Diffusers) and _has_configs(recipe.source):
+    if isinstance(recipe, Recipe) and isinstance(recipe.source, Diffusers) and _has_configs(recipe.source):
         changes = _changes(recipe)
         known = {} if known is None else known
         tried = [(words, most) for words, changed in changes.items() if (most := _tried(changed, known, apart)) is not None]

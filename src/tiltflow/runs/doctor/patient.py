@@ -19,7 +19,7 @@ from tiltflow.laws.target import Target
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import evaluate
-from tiltflow.runs.recipe import Recipe
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
@@ -54,9 +54,10 @@ class Patient:
         instruments: what samples are measured with.
         asked: the samples of the evaluation.
         loop: the training loop; each call begins a new one.
+        unit: of the reward.
     """
 
-    recipe: Recipe
+    recipe: CommonRecipe
     tuned: Flow
     base: Flow | AdapterOff
     reward: Reward
@@ -68,6 +69,7 @@ class Patient:
     instruments: Instruments
     asked: Asked
     loop: Callable[..., Generator[Record, None, None]]
+    unit: str
 
     @property
     def method(self) -> Method:

@@ -28,7 +28,7 @@ def reward_itself(patient: Patient) -> Iterator[Finding]:
         return  # the check of the temperature says so
     spread = float(finite.std(correction=0)) or 1.0
     low, high = finite.min().item(), finite.max().item()
-    unit = patient.recipe.reward.unit
+    unit = patient.unit
     price = f"{seconds / len(x):.2g} s a sample"
     text = f"{finite.mean().item():.4g} ± {spread:.2g} {unit} at the base, {low:.4g} to {high:.4g}; {price}"
     if not torch.allclose(first, again, rtol=0, atol=0, equal_nan=True):
