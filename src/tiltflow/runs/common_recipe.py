@@ -84,3 +84,13 @@ class CommonRecipe(Settings):
     def runs(self) -> int:
         """How many trainings it is."""
         return 1
+
+    @property
+    def reward_name(self) -> str:
+        """The reward of a training, as a report says it."""
+        raise NotImplementedError
+
+    @property
+    def reward_description(self) -> str:
+        """The same in a sentence."""
+        raise NotImplementedError

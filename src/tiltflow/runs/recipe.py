@@ -64,12 +64,10 @@ class Recipe(CommonRecipe):
 
     @property
     def reward_name(self) -> str:
-        """The reward, as a report says it."""
         return self.reward.name
 
     @property
     def reward_description(self) -> str:
-        """The reward in a sentence."""
         return self.reward.description
 
 

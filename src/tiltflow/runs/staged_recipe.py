@@ -61,12 +61,10 @@ class StagedRecipe(CommonRecipe):
 
     @property
     def reward_name(self) -> str:
-        """The reward of a stage, as a report says it."""
         return f"first variation of {self.utility.name}"
 
     @property
     def reward_description(self) -> str:
-        """The same in a sentence."""
         return f"first variation of a utility that prefers {self.utility.words}"
 
     @property

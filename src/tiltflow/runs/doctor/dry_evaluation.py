@@ -19,11 +19,11 @@ from tiltflow.control.path_kl import tuned_paths
 from tiltflow.evaluation.log_ratio import by_flow_matching
 from tiltflow.evaluation.samples import Asked, Instruments, Samples
 from tiltflow.rewards import Reward
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.doctor.dry_run import Subject, parts_without_memory
 from tiltflow.runs.doctor.shapes import Counter, Peak, Replayed, Shapes, shaped
 from tiltflow.runs.evaluate import asked_of_paths
 from tiltflow.runs.reached import states_of
-from tiltflow.runs.recipe import Recipe
 
 FEW = 3
 """Steps of a sampler, of which an evaluation keeps the last state alone."""
@@ -39,7 +39,7 @@ class Measured:
         apart: whether pictures that are moved to the CPU leave the memory that is asked about.
     """
 
-    run: Recipe
+    run: CommonRecipe
     asked: Asked
     instruments: Instruments
     apart: bool
