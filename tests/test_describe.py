@@ -37,13 +37,14 @@ def test_every_key_of_the_shipped_recipes_is_listed() -> None:
         for part, chosen in named.items():
             topics_of = settings_of(chosen if isinstance(chosen, str) else chosen["name"])
             (inner,) = (own for title, (_, own) in topics_of.items() if title.startswith(part.split("s.")[0]))
-            known |= {part, f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
+            known |= {part, "model.name", f"{part}.name", *(f"{part}.{setting.name.replace('[]', '')}" for setting in inner)}
         loose = (
             "model.scheduler.",
             "model.dtype.",
             "model.components.",
             "model.quantization.",
             "reward.rewards.reward.",
+            "utility.utilities.utility.",
             "evaluation.rewards.",
             "reward.network.",
         )

@@ -40,7 +40,7 @@ class StagedRecipe(CommonRecipe):
             if not isinstance(rewards, dict) or "reward" in rewards:
                 raise ValueError("reward and rewards.reward both give the reward; give it once")
             tree["rewards"] = {"reward": tree.pop("reward"), **rewards}
-        if isinstance(tree.get("model"), dict):
+        if isinstance(tree.get("model"), dict) and "diffusers" in tree["model"]:
             tree["model"] = {"adapter": None, **tree["model"]}
         return tree
 
