@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.problems.verification.verify import read_verification
+from tiltflow.runs.staged_verification import verify
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -96,7 +96,8 @@ def check(name: str, given: dict[str, Any]) -> None:
             tree = read_recipe_tree(find_recipe(given["recipe"], "train"), overrides)
             assert points_of(tree, parse_grid(given["over"] or [], given["seeds"]), "sweep")
         case "verify":
-            read_verification(given["problem"], given["method"], overrides)
+            named = [] if given["utility"] is None else [f"utility.name={given['utility']}"]
+            read_verification(given["problem"], given["method"], [*named, *overrides])
         case "pretrain":
             assert read_pretraining(given["recipe"], overrides)
         case "sample":

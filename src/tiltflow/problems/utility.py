@@ -135,7 +135,7 @@ class Utility(ExactBase):
     """q of the cost."""
     law_samples: Annotated[int, Field(ge=2)] = 4000
     """Samples of each model that the utility is estimated from."""
-    eps: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    eps: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Scores are those at the time 1 - eps: of samples with noise of the standard deviation eps / (1 - eps). Errors of the
     field count 1 / eps times in them."""
     hidden: Count = 64
@@ -233,7 +233,10 @@ class Utility(ExactBase):
     def tuned_flow(self, seed: int) -> Flow:
         """The same, each plus a perceptron, zero at the start."""
         settings = Mlp(dimension=self.dimension, hidden=self.hidden, layers=self.layers)
-        parts = [CorrectedVelocity(ExactVelocity(law), new_network(settings, seed + z)) for z, law in enumerate(self.bases())]
+        parts = [
+            CorrectedVelocity(ExactVelocity(law), NoneAtData(new_network(settings, seed + z)))
+            for z, law in enumerate(self.bases())
+        ]
         return Flow(self._networks(parts))
 
     def _networks(self, parts: list[Any]) -> nn.Module:
@@ -409,6 +412,18 @@ def of_classes(x: Tensor, y: Tensor, *, classes: int, generator: torch.Generator
     """Sliced W2 of samples whose classes come in turn: the root mean square over the classes."""
     directions = random_directions(x.shape[1], generator)
     return math.sqrt(sum(sliced_w2(x[z::classes], y[z::classes], directions) ** 2 for z in range(classes)) / classes)
+
+
+class NoneAtData(nn.Module):
+    """A correction that vanishes at the data, where the field of every law is x: a score that is read just before, (t v - x) /
+    (1 - t), then has the error of the perceptron and not that over 1 - t."""
+
+    def __init__(self, correction: nn.Module):
+        super().__init__()
+        self.correction = correction
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return (1 - time[:, None]) * self.correction(x, time)  # type: ignore[no-any-return]
 
 
 class OfClasses(nn.Module):
