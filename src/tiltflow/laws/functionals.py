@@ -31,6 +31,8 @@ CLOSE = 1e-9
 """Standard deviation of what the slope leaves, in nats, at which an optimum is one."""
 ROUNDING = 1e-9
 MOST_MULTIPLIER = 1e4
+DIGITS = 10
+"""To which rewards are the same: of a grid in the plane many are."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ def penalised(rewards: Array, penalty: Callable[[Array], Array], costs: Array, *
 def best_share(rewards: Array, share: float) -> Functional:
     """The mean of the best share s: that of the quantile function, linear between points, each of which stands for what is
     around it. A threshold that is one of the points would move with the law in jumps."""
-    order = np.argsort(-rewards)
-    r = rewards[order]
+    r, which = np.unique(-rewards.round(DIGITS), return_inverse=True)
+    r = -r
 
     def levels(p: Array) -> Array:
-        return np.asarray(np.cumsum(p[order]) - p[order] / 2)
+        masses = np.bincount(which, p)
+        return np.asarray(np.cumsum(masses) - masses / 2)
 
     def value(p: Array) -> float:
         at = levels(p)

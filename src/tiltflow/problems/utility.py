@@ -82,9 +82,9 @@ REWARDED = {"kl", "renyi", "wasserstein-1", "wasserstein-2", "mmd"}
 SUITED: dict[str, Suited] = {
     "expected-reward": Suited({}, staged(1, 1.0)),
     "cvar": Suited({"share": 0.3}, staged(6, 1.0, alpha=3.0)),
-    "superquantile": Suited({"share": 0.2}, staged(4, 0.7, alpha=4.0)),
-    "mean-variance": Suited({"aversion": 0.5}, staged(6, 0.8, alpha=2.0)),
-    "entropic-risk": Suited({"risk": -1.0}, staged(6, 0.9, alpha=2.0)),
+    "superquantile": Suited({"share": 0.2}, staged(5, 0.6, alpha=4.0)),
+    "mean-variance": Suited({"aversion": 0.5}, staged(6, 1.0, alpha=2.0)),
+    "entropic-risk": Suited({"risk": -1.0}, staged(6, 1.0, alpha=2.0)),
     "log-barrier": Suited({"limit": 0.8, "strength": 0.2}, staged(4, 0.4)),
     "augmented-lagrangian": Suited({"limit": 0.5, "price": 1.0}, staged(8, 0.5)),
     "entropy": Suited({}, staged(3, 0.65, alpha=2.0)),
@@ -92,11 +92,11 @@ SUITED: dict[str, Suited] = {
     "renyi": Suited({"order": 0.5}, staged(4, 0.6)),
     "wasserstein-1": Suited({}, staged(3, 1.0, reward_weight=2.0, law_samples=1000)),
     "wasserstein-2": Suited({}, staged(5, 0.4, reward_weight=2.0, alpha=2.0, law_samples=1000)),
-    "mmd": Suited({"bandwidth": 1.0}, staged(4, 0.6, law_samples=2000)),
+    "mmd": Suited({"bandwidth": 1.0}, staged(4, 0.7, law_samples=2000)),
     "optimal-design": Suited({}, staged(3, 0.7, alpha=4.0)),
     "spread-conditions": Suited({}, staged(1, 1.0, means=((-0.5,), (0.5,)))),
     "sum": Suited({"utilities": ({"utility": "expected-reward"}, {"utility": "entropy", "weight": 0.5})}, staged(3, 2 / 3)),
-    "function": Suited({"path": OWN}, staged(6, 0.8, alpha=2.0)),
+    "function": Suited({"path": OWN}, staged(6, 1.0, alpha=2.0)),
 }
 
 
