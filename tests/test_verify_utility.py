@@ -225,6 +225,7 @@ SMALL = ["iterations=2", "train_batch_size=8", "num_samples=200", "law_samples=1
 def test_an_entropy_without_a_price_stops_after_its_stages_and_says_so() -> None:
     found = verify(posed("entropy", "alpha=0", "stages=1", *SMALL))
     assert found.values["distance"] is None
+    assert found.values["stage_base"] == "last"
     assert "has no optimum" in found.values["caveats"][0]
     assert "has no optimum" in str(found.tables[0].rows["caveat"])
 

@@ -90,8 +90,8 @@ SUITED: dict[str, Suited] = {
     "entropy": Suited({}, staged(3, 0.65, alpha=2.0)),
     "kl": Suited({}, staged(3, 0.5)),
     "renyi": Suited({"order": 0.5}, staged(4, 0.6)),
-    "wasserstein-1": Suited({}, staged(3, 1.0, reward_weight=2.0, law_samples=1000)),
-    "wasserstein-2": Suited({}, staged(5, 0.4, reward_weight=2.0, alpha=2.0, law_samples=1000)),
+    "wasserstein-1": Suited({}, staged(3, 1.0, linear=2.0, law_samples=1000)),
+    "wasserstein-2": Suited({}, staged(5, 0.4, linear=2.0, alpha=2.0, law_samples=1000)),
     "mmd": Suited({"bandwidth": 1.0}, staged(4, 0.7, law_samples=2000)),
     "optimal-design": Suited({}, staged(3, 0.7, alpha=4.0)),
     "spread-conditions": Suited({}, staged(1, 1.0, means=((-0.5,), (0.5,)))),
@@ -200,6 +200,11 @@ class Utility(ExactBase):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes of the model, if it has some."""
         return tuple(f"mode {k + 1}" for k in range(len(self.means))) if self.labelled else ()
+
+    @property
+    def from_first(self) -> bool:
+        """Whether each stage starts from the first model: not without a price, which is the temperature there."""
+        return self.stage_base == "first" and self.alpha > 0
 
     @property
     def posed(self) -> OfLaw:
@@ -340,31 +345,36 @@ class Utility(ExactBase):
             reference=sample(base, self.draw(trained.num_samples, generator), self.sampling, generator)[:some],
             seed=trained.seed,
         )
-        found, divergence = utility.value(at), mean_estimate(logs)
+        try:
+            found = utility.value(at)
+            value, error, beyond = found.value, found.standard_error, None
+        except InputError as problem:  # a barrier that the last stage has crossed
+            value, error, beyond = None, None, str(problem)
+        divergence = mean_estimate(logs)
         values: dict[str, Any] = {
             "utility": utility.model_dump(mode="json"),
             "alpha": self.alpha,
             "stages": self.stages,
-            "stage_base": self.stage_base,
-            "utility_value": found.value,
-            "utility_error": found.standard_error,
+            "stage_base": "first" if self.from_first else "last",
+            "utility_value": value,
+            "utility_error": error,
             "utility_exact": None if best is None else best.value,
             "kl": divergence.value,
             "kl_error": divergence.standard_error,
             "kl_exact": None if best is None else best.kl,
-            "caveats": list(utility.caveats(self.alpha)),
+            "caveats": [*utility.caveats(self.alpha), *([] if beyond is None else [beyond])],
         }
         if best is None:
             values |= dict.fromkeys(("distance", "floor", "floor_std", "distance_base", "ratio"))
         else:
-            distance = partial(of_classes, classes=classes, generator=stream(trained.seed, "slices"))
+            of_each = partial(of_classes, classes=classes, generator=stream(trained.seed, "slices"))
             to_best, of_base = (
                 distance_to_law(
                     each,
                     best.sample,
                     stream(trained.seed, "exact"),
                     directions=stream(trained.seed, "directions"),
-                    distance=distance,
+                    distance=of_each if self.labelled else None,
                     draws=trained.draws,
                 )
                 for each in (x, x_base)
@@ -388,17 +398,15 @@ class Utility(ExactBase):
                 "floor": Check(values["floor"], values["floor_std"]),
                 "untuned base": Check(values["distance_base"]),
             }
+        if values["utility_value"] is not None:
+            rows["utility"] = Check(values["utility_value"], values["utility_error"], values["utility_exact"])
         rows |= {
-            "utility": Check(values["utility_value"], values["utility_error"], values["utility_exact"]),
             "KL from the base": Check(values["kl"], values["kl_error"], values["kl_exact"]),
             "maximised": f"{utility.words}, less {self.alpha:g} × KL",
-            "stages": f"{self.stages}, each from the {self.stage_base} model",
+            "stages": f"{self.stages}, each from the {values['stage_base']} model",
         }
-        if utility is not self.utility and isinstance(utility, Sum):
-            rows["a reward is added"] = (
-                f"the best law of {self.utility.name} alone is the base" * (self.utility.name in REWARDED)
-                or "as reward_weight asks"
-            )
+        if self.reward_weight is None and self.utility.name in REWARDED:
+            rows["a reward is added"] = f"the best law of {self.utility.name} alone is the base"
         rows |= {f"caveat {i}" if i > 1 else "caveat": text for i, text in enumerate(values["caveats"], 1)}
         return Table(f"{trained.method.name} on {self.name} {self.utility.name}", {**rows, "cost": trained.cost})
 

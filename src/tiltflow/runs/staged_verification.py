@@ -59,16 +59,11 @@ def in_stages(settings: Verification, watch: Watch) -> Fitted:
         callbacks=[watcher],
         progress=False,
         seed=settings.seed,
-        **({"base": "first", "mixing": problem.mixing} if from_first(problem) else {"base": "last", "price": problem.alpha}),
+        **({"base": "first", "mixing": problem.mixing} if problem.from_first else {"base": "last", "price": problem.alpha}),
     )
     *_, stage = found
     assert watcher.last is not None
     return Fitted(base, stage.model.flow, watcher.last, steps(settings))
-
-
-def from_first(problem: Utility) -> bool:
-    """Whether each stage starts from the first model: not without a price, which is the temperature there."""
-    return problem.stage_base == "first" and problem.alpha > 0
 
 
 def priced(method: Any, problem: Utility) -> Any:
@@ -78,7 +73,7 @@ def priced(method: Any, problem: Utility) -> Any:
         raise InputError(f"verify utility: {method.name} has no temperature, and that of a stage is the price of the KL")
     if method.beta not in (settings.default, problem.alpha):
         raise InputError("verify utility: the temperature of a stage is alpha, the price of the KL: leave beta out")
-    beta = problem.alpha if from_first(problem) else (problem.alpha or 1.0) / problem.mixing
+    beta = problem.alpha if problem.from_first else (problem.alpha or 1.0) / problem.mixing
     return method.model_copy(update={"beta": beta})
 
 
