@@ -25,10 +25,12 @@ from servers import replying, served_by_command, serving
 from tiny import tiny_recipe
 from torch import Tensor
 
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.pictures import IMAGE, picture_of
 from tiltflow.rewards import Reward
 from tiltflow.rewards.functions.checked import evaluate
-from tiltflow.rewards.functions.prompted import given
+from tiltflow.rewards.functions.prompted import OfPrompts, given, told
 from tiltflow.rewards.http import Http
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.rewards.serving.request import BadRequestError, read_request
@@ -78,6 +80,24 @@ def test_the_reward_is_the_same_over_the_wire(format: Any, off: float) -> None:
     with serving(make_server(reward, 0)) as url:
         found = ask(url, format=format, batch_size=2)
     assert (found - expected).abs().max() < off
+
+
+@pytest.mark.parametrize("format", ["npy", "png"])
+def test_pictures_that_were_edited_go_over_the_wire(format: Any) -> None:
+    """To a reward that asks for them, in three requests: each edit is compared with its own source."""
+    reward = OfPrompts(lambda images, sources: -(images - sources).square().mean((1, 2, 3)), ("sources",))
+    whole = (pictures() * 127.5 - 0.5).round() / 127.5 + 0.5 / 127.5  # what 8 bits hold
+    sources = [picture_of(part, "x") for part in -whole.flip(0)]
+    items = [Item(text, {IMAGE: source}) for text, source in zip(PROMPTS, sources, strict=True)]
+    with serving(make_server(reward, 0)) as url:
+        over = Http(url=url, format=format, sources=True, batch_size=2).build()
+        assert torch.allclose(told(over, items)(whole), told(reward, items)(whole), atol=1e-5)
+        with pytest.raises(InputError, match="asks for sources"):
+            told(Http(url=url).build(), items)(whole)
+        with pytest.raises(InputError, match=r"asks for sources, the pictures that were edited; this model edits none"):
+            given(over, PROMPTS)(whole)
+        with pytest.raises(InputError, match=r"asks for prompts and metadata and sources, and there are 0"):
+            over(whole)
 
 
 def test_a_token_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,11 +356,11 @@ def test_what_a_server_says_is_shown_and_not_obeyed() -> None:
 # ---- the server, asked badly ----
 
 
-def png() -> str:
+def png(mode: str = "RGB") -> str:
     file = io.BytesIO()
     from PIL import Image
 
-    Image.new("RGB", (4, 4)).save(file, "PNG")
+    Image.new(mode, (4, 4)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -382,6 +402,10 @@ def npy(array: Any, allow_pickle: bool = False) -> str:
         ({"images": [npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 100000, 100000)}")]}, "pixels at most"),
         ({"images": [base64.b64encode(b"\x93NUMPY\x09\x09\xff\xff").decode()]}, "cannot be read"),
         ({"images": [png(), npy(np.zeros((3, 5, 5), np.float32))], "prompts": ["a", "b"]}, "of one size"),
+        ({"images": [png()], "prompts": ["a"], "sources": [npy(np.zeros((3, 5, 5), np.float32))]}, "of one size"),
+        ({"images": [png()], "prompts": ["a"], "sources": [png(), png()]}, "as many as prompts"),
+        ({"images": [png()], "sources": [png()]}, "as many as prompts"),
+        ({"images": [png("L")], "prompts": ["a"], "sources": [png("L")]}, "in colour"),
     ],
 )
 def test_requests_that_are_refused(body: Any, message: str) -> None:

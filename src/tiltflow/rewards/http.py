@@ -1,7 +1,8 @@
 """A reward on another machine, or in another environment, over HTTP.
 
 POST JSON {"images": [base64 of .png or .npy files], "prompts": [texts]}, and "metadata": [mappings] where the prompts have any,
-answered with JSON {"rewards": [numbers]}, or {"error": text}. A picture that cannot be scored has null in place of a number.
+and "sources": [files like the images], the pictures that were edited, where the setting asks for them. The answer is JSON
+{"rewards": [numbers]}, or {"error": text}. A picture that cannot be scored has null in place of a number.
 Models without prompts send none. Nothing is unpickled. `tiltflow serve-reward` is such a server.
 """
 
@@ -18,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
@@ -63,6 +64,8 @@ class Http(Settings):
     or a broken one, or if the server is busy (429, 5xx). Together they take (retries + 1) * timeout seconds at most."""
     format: Literal["png", "npy"] = "png"
     """png: rounded to 8 bits; npy: float32 [channels, height, width] in [-1, 1]."""
+    sources: bool = False
+    """Send the pictures that were edited too, of the size of the edits: for a server whose reward asks for `sources`."""
     token_variable: str | None = None
     """Environment variable with the token that is sent as `Authorization: Bearer ..`. The token is never written down."""
 
@@ -102,20 +105,27 @@ class Http(Settings):
         secrets = [os.environ[name] for name in names] + headers.get("Authorization", "").split()[1:]
         server = Server(f"reward server {self.url}", url, headers, self.timeout, self.retries, tuple(secrets))
 
-        def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        def score(
+            images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], sources: Sequence[Tensor] = ()
+        ) -> Tensor:
             values: list[float] = []
             for i in range(0, len(images), self.batch_size):
-                part = images[i : i + self.batch_size]
-                body: dict[str, Any] = {
-                    "images": [base64.b64encode(file).decode() for file in files_of(part, self.format)],
-                    "prompts": list(prompts[i : i + self.batch_size]),
-                }
+                these = slice(i, i + self.batch_size)
+                part = images[these]
+                body: dict[str, Any] = {"images": self._in_text(part), "prompts": list(prompts[these])}
                 if any(metadata):
-                    body["metadata"] = list(metadata[i : i + self.batch_size])
+                    body["metadata"] = list(metadata[these])
+                if len(sources):
+                    body["sources"] = self._in_text(sources[these])
                 values += rewards_in(server.ask(json.dumps(body, default=str).encode()), len(part), server)
             return torch.tensor(values, dtype=torch.float32, device=images.device)
 
-        return OverHttp(of_frames(score), ("prompts", "metadata"), request_size=self.batch_size)
+        asks = ("prompts", "metadata", *(("sources",) if self.sources else ()))
+        return OverHttp(of_frames(score), asks, request_size=self.batch_size)
+
+    def _in_text(self, images: Iterable[Tensor]) -> list[str]:
+        """Images as they are sent: files in base64."""
+        return [base64.b64encode(file).decode() for file in files_of(images, self.format)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class OverHttp(OfPrompts):
     request_size: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self.prompts else self.score(x, prompts=(), metadata=())
+        return super().__call__(x) if self.prompts or "sources" in self.asks else self.score(x, prompts=(), metadata=())
 
 
 class NoAnswerError(Exception):
@@ -252,10 +262,10 @@ def seconds_in(text: str) -> float:
         return 0.0
 
 
-def files_of(images: Tensor, format: str) -> list[bytes]:
-    """Images [batch, 3, height, width] in [-1, 1] as files."""
+def files_of(images: Iterable[Tensor], format: str) -> list[bytes]:
+    """Images [3, height, width] in [-1, 1] as files."""
     files = []
-    for image in images.detach().float().cpu():
+    for image in (each.detach().float().cpu() for each in images):
         file = io.BytesIO()
         if format == "npy":
             np.save(file, image.numpy(), allow_pickle=False)

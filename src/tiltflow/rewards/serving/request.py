@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-MOST_PIXELS = 1 << 24  # of all pictures of a request together
+from tiltflow.pictures import IMAGE, picture_of
+
+MOST_PIXELS = 1 << 24  # of all images of a request together; their sources may be as many again
 NPY = b"\x93NUMPY"  # first bytes of a .npy file
 
 
@@ -22,8 +24,9 @@ class BadRequestError(Exception):
 
 
 def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Images [batch, channels, height, width] in [-1, 1], their prompts, which may be none, and the metadata of these. Raises
-    BadRequestError if they are anything else; nothing is unpacked before all pictures together are known to be small enough."""
+    """Images [batch, channels, height, width] in [-1, 1], their prompts, which may be none, and the metadata of these, with the
+    pictures that they are edits of, if there are any. Raises BadRequestError if they are anything else; nothing is unpacked
+    before all pictures together are known to be small enough."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -36,14 +39,26 @@ def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
     metadata = tree.get("metadata", [{} for _ in prompts])
     if not isinstance(metadata, list) or len(metadata) != len(prompts) or not all(isinstance(part, dict) for part in metadata):
         raise BadRequestError("metadata must be mappings, as many as prompts")
-    files = [read_base64(text, i) for i, text in enumerate(images)]
+    sources = tree.get("sources", [])
+    if (
+        not isinstance(sources, list)
+        or len(sources) not in (0, len(prompts))
+        or not all(isinstance(part, str) for part in sources)
+    ):
+        raise BadRequestError("sources must be texts, as many as prompts or none")
+    files = [read_base64(text, i) for i, text in enumerate([*images, *sources])]
     sizes = [size_of(file, i) for i, file in enumerate(files)]
     if len(set(sizes)) > 1:
-        raise BadRequestError("the images of a request must be of one size")
+        raise BadRequestError("the images of a request, and their sources, must be of one size")
     channels, height, width = sizes[0]
-    if len(files) * height * width > MOST_PIXELS:
-        raise BadRequestError(f"{len(files)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
-    return torch.stack([read_image(file, channels, i) for i, file in enumerate(files)]), prompts, metadata
+    if len(images) * height * width > MOST_PIXELS:
+        raise BadRequestError(f"{len(images)} images of {height} x {width}: a request has {MOST_PIXELS} pixels at most")
+    read = [read_image(file, channels, i) for i, file in enumerate(files)]
+    if sources and channels != 3:
+        raise BadRequestError("sources must be in colour")
+    edited = [{IMAGE: picture_of(picture, "sources")} for picture in read[len(images) :]] or [{}] * len(metadata)
+    told = [{**more, **picture} for more, picture in zip(metadata, edited, strict=True)]
+    return torch.stack(read[: len(images)]), prompts, told
 
 
 def read_base64(text: str, number: int) -> bytes:

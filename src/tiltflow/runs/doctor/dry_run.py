@@ -80,15 +80,15 @@ def peaks(subject: Subject) -> dict[str, Peak]:
     if count <= ENOUGH:
         return _after(several, _run(subject, size, several))
     fewer, more = (_after(several, _run(subject, part * some, several)) for some in (ENOUGH - 1, ENOUGH))
-    return _extended(fewer, more, count)
+    return extended(fewer, more, count)
 
 
 def _after(count: int, iterations: Sequence[dict[str, Peak]]) -> dict[str, Peak]:
     """The peaks of iteration number `count`, of those of the first ones."""
-    return iterations[-1] if len(iterations) in (1, count) else _extended(iterations[-2], iterations[-1], count)
+    return iterations[-1] if len(iterations) in (1, count) else extended(iterations[-2], iterations[-1], count)
 
 
-def _extended(fewer: Mapping[str, Peak], more: Mapping[str, Peak], count: int) -> dict[str, Peak]:
+def extended(fewer: Mapping[str, Peak], more: Mapping[str, Peak], count: int) -> dict[str, Peak]:
     """The peaks of `count` of what `more` is `ENOUGH` of, and `fewer` one less: each adds what the last one added."""
 
     def bytes_of(name: str, part: str) -> float:
