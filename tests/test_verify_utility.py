@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation.distances import sliced_w2
+from tiltflow.flows.flow import Flow
 from tiltflow.laws import functionals
+from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.laws.utility_optimum import kl, tilted
 from tiltflow.plugins import names
+from tiltflow.problems import Trained
 from tiltflow.problems.utility import SUITED
 from tiltflow.problems.verification.best_law import Best, functional
 from tiltflow.problems.verification.verify import Verification, read_verification
@@ -241,6 +244,33 @@ def test_records_go_on_from_stage_to_stage() -> None:
     assert seen[-1].network_evaluations == 60
     assert steps(posed("cvar", "stages=3", "iterations=7")) == 21
     assert steps(read_verification("mixture", None, ["iterations=7"])) == 7
+
+
+def checked(name: str, mean: float, variance: float) -> dict[str, Any]:
+    """What is found of a model that is N(mean, variance)."""
+    settings = posed(name, "law_samples=1000")
+    problem, method = settings.problem, settings.method
+    law = GaussianMixture(torch.zeros(1).double(), torch.tensor([[mean]]).double(), torch.tensor([variance]).double())
+    record = Record(1, {}, seconds=1.0, network_evaluations=1)
+    best = problem.exact_law(method, 1)
+    flow = Flow(ExactVelocity(law))
+    return problem.check(Trained(method, flow, problem.base_flow(), best, record, 1, 1, 1000, 5, seed=0)).values
+
+
+@pytest.mark.parametrize(("name", "mean", "variance"), [("kl", 0.5, 1.0), ("sum", 1.0, 1.5)])
+def test_a_model_that_has_the_best_law_is_at_the_floor(name: str, mean: float, variance: float) -> None:
+    values = checked(name, mean, variance)
+    assert values["distance"] < 1.7 * values["floor"] < 0.5 * values["distance_base"]
+    for key in ("utility", "kl"):
+        found = values["utility_value" if key == "utility" else "kl"]
+        assert abs(found - values[f"{key}_exact"]) < 4 * values[f"{key}_error"] + 0.005  # of the ODE
+
+
+def test_a_barrier_that_is_crossed_has_no_value_and_says_so() -> None:
+    values = checked("log-barrier", 2.0, 1.0)
+    assert values["utility_value"] is None
+    assert "log-barrier" in values["caveats"][-1]
+    assert values["distance"] > 1
 
 
 def test_the_command_prints_what_is_exact() -> None:
