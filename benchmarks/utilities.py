@@ -1,0 +1,371 @@
+"""Published experiments on utilities of the whole law (arXiv 2511.22640), over seeds, beside the laws that are known exactly.
+
+    python benchmarks/utilities.py transport entropy --seeds 5 --processes 2 --output runs/utilities
+
+Trains the shipped recipes and variants of them, each seed in a folder of --output; started again, it goes on with the seeds
+that are missing. Prints a table for each experiment, mean ± standard deviation over the seeds, in Markdown, and writes
+utilities.json. A row without a deviation is exact, by quadrature, or says of how many samples it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+import tiltflow
+from tiltflow.evaluation.distances import distance_to_law
+from tiltflow.files import read_json, write_json
+from tiltflow.laws import utility_optimum
+from tiltflow.laws.law import Array
+from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+from tiltflow.runs.run import run
+from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged_run import run_stages
+from tiltflow.streams import stream
+from tiltflow.utilities.estimation import transport as plans
+from tiltflow.utilities.kl import Kl
+
+Numbers = dict[str, float]
+Measure = Callable[[Tensor, Any, Any, int], Numbers]
+"""(samples of a trained model, the model, its base, seed) -> what is measured of them."""
+MEASURES, EVALUATION = "measures.json", 1000
+"""What was measured of a seed; the first seed of the samples for it."""
+ROUNDS = 4
+"""Sets of samples that what is random in an exact law is averaged over."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where runs lie, and for how many seeds they are made."""
+
+    folder: Path
+    seeds: int
+    processes: int
+
+    def measured(self, name: str, tree: Mapping[str, Any], measure: Measure, num_samples: int) -> list[Numbers]:
+        """Of each seed of a recipe: what `measure` finds in samples of the trained model, drawn as its evaluation draws them,
+        and what training took. Seeds that have been measured are not again."""
+        known = self.folder / name / "recipe.json"
+        if known.exists() and read_json(known) != tree:
+            raise SystemExit(f"{known}: was of another recipe; remove {known.parent}, or give another --output")
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, tree)
+        folders = [known.parent / f"seed-{seed}" for seed in range(self.seeds)]
+        todo = [folder for folder in folders if not (folder / "summary.json").exists()]
+        with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(partial(train, tree), todo))
+        found: list[Numbers] = []
+        for seed, folder in enumerate(folders):
+            if not (folder / MEASURES).exists():
+                model, base = tiltflow.load(folder), read_recipe(tree, name).source.load("cpu")
+                x = model.sample(num_samples, seed=EVALUATION + seed, batch_size=num_samples)
+                write_json(folder / MEASURES, measure(x, model, base, seed) | cost(folder))
+            found.append(read_json(folder / MEASURES))
+            print(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in found[-1].items()), flush=True)
+        return found
+
+
+def train(tree: Mapping[str, Any], folder: Path) -> None:
+    """Run a recipe, with the seed of a folder; what an earlier attempt has left there is removed."""
+    torch.set_num_threads(1)
+    if folder.exists():
+        shutil.rmtree(folder)
+    own = read_recipe({**tree, "seed": int(folder.name.removeprefix("seed-"))}, folder.parent.name)
+    if isinstance(own, StagedRecipe):
+        run_stages(own, folder)
+    else:
+        run(own, folder)
+
+
+def cost(folder: Path) -> Numbers:
+    """What a run took, or all of its stages."""
+    stages = sorted(folder.glob("stage-*/summary.json")) or [folder / "summary.json"]
+    summaries = [read_json(path) for path in stages]
+    return {name: sum(each[name] for each in summaries) for name in ("network_evaluations", "samples_drawn", "seconds")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers: of seeds, or of a law that is known."""
+
+    title: str
+    columns: Mapping[str, str]
+    """Title of each column by the name of its number."""
+    rows: Mapping[str, Sequence[Numbers] | Numbers]
+
+    def lines(self) -> list[str]:
+        """In Markdown."""
+        heads = f"| | {' | '.join(self.columns.values())} |"
+        body = [
+            f"| {label} | {' | '.join(cell(numbers, column) for column in self.columns)} |"
+            for label, numbers in self.rows.items()
+        ]
+        return [f"### {self.title}", "", heads, "|" + "---|" * (len(self.columns) + 1), *body, ""]
+
+
+def cell(numbers: Sequence[Numbers] | Numbers, column: str) -> str:
+    """A number, or the mean and standard deviation of those of the seeds."""
+    each = [numbers] if isinstance(numbers, dict) else list(numbers)
+    values = [row[column] for row in each if column in row]
+    if not values:
+        return ""
+    mean, digits = statistics.mean(values), 3 if abs(statistics.mean(values)) < 1 else 2
+    if abs(mean) >= 1000:
+        return f"{mean:.2e}"
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def recipe(name: str, *changes: str) -> dict[str, Any]:
+    """A shipped recipe with settings changed."""
+    return read_recipe_tree(find_recipe(name, "train"), changes)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A law on the middles of the cells of a square."""
+
+    points: Array
+    """[n, 2]."""
+    masses: Array
+    """Their probabilities [n]."""
+    side: float
+    """Of a cell."""
+
+    @classmethod
+    def of(cls, log_density: Callable[[Array], Array], low: float, high: float, cells: int) -> Plane:
+        edges = np.linspace(low, high, cells + 1)
+        middles = (edges[1:] + edges[:-1]) / 2
+        points = np.stack(np.meshgrid(middles, middles, indexing="ij"), -1).reshape(-1, 2)
+        return cls(points, np.ones(len(points)) / len(points), edges[1] - edges[0]).tilted(log_density(points))
+
+    def tilted(self, log_tilt: Array) -> Plane:
+        """The law proportional to this one times exp(log_tilt)."""
+        return Plane(self.points, utility_optimum.tilted(self.masses, log_tilt), self.side)
+
+    def mean(self, values: Array) -> Any:
+        """E of values at the points [n, ..]."""
+        return self.masses @ values
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count, 2], uniform in the cells."""
+        which = torch.multinomial(torch.from_numpy(self.masses), count, replacement=True, generator=generator)
+        within = torch.rand(count, 2, generator=generator, dtype=torch.float64) - 0.5
+        return torch.from_numpy(self.points)[which] + self.side * within
+
+
+# ---- a reward and a distance of transport ----
+
+CENTRE, SCALE, TILT = 20.75, 2.94, 1.538
+"""Of the base N((20.75, 20.75), 2.94^2 I) in two dimensions, and the temperature of its plain tilt; all else is in units of y =
+(x - 20.75) / 2.94."""
+METRICS = {"A": (1.0, 7.0), "B": (7.0, 1.0)}
+
+
+def transport(runs: Runs) -> Table:
+    """E |x| - 0.1 W1 to the base, by the same stages with exact potentials between samples, and with none of it."""
+    tree = recipe("transport-w1")
+    count, beta, samples = tree["stages"]["count"], tree["method"]["beta"], tree["stages"]["num_samples"]
+    plain = {key: value for key, value in tree.items() if key not in ("utility", "stages")}
+    plain["method"] = {**tree["method"], "beta": TILT}
+    plain["training"] = {**tree["training"], "max_train_steps": 400}
+    base = Plane.of(lambda y: -np.square(y).sum(1) / 2, -6, 9, 240)
+    length = np.linalg.norm(SCALE * base.points + CENTRE, axis=1)
+    rows: dict[str, Sequence[Numbers] | Numbers] = {
+        "base, exact": of_transport(base),
+        f"tilt at {TILT}, exact": of_transport(base.tilted(length / TILT)),
+        f"tilt at {TILT}, trained": runs.measured("transport-tilt", plain, measure_transport, 4000),
+    }
+    for name, metric in METRICS.items():
+        own = tree | {"utility": regularised(metric)}
+        exact = [of_transport(exact_stages(base, length, metric, count, beta, samples, seed)) for seed in range(ROUNDS)]
+        rows[f"{count} stages, metric {name}, exact"] = exact
+        rows[f"{count} stages, metric {name}, trained"] = runs.measured(
+            f"transport-{name.lower()}", own, measure_transport, 4000
+        )
+    columns = {
+        "reward": "E r", "w1_a": "W1 of A", "w1_b": "W1 of B", "w1_a_floor": "floor of A", "w1_b_floor": "floor of B",
+        "across": "mean shift, horizontal", "up": "vertical", "ratio": "their ratio",
+        "network_evaluations": "network evaluations",
+    }  # fmt: skip
+    return Table(f"E r - 0.1 W1, r = |x|; W1 exact between {PAIRS} samples", columns, rows)
+
+
+PAIRS = 1000
+
+
+def regularised(metric: tuple[float, ...]) -> dict[str, Any]:
+    """E r - 0.1 W1, for a metric of x, in units of y."""
+    distance = {"name": "wasserstein-1", "metric": [SCALE * each for each in metric]}
+    terms = [{"utility": "expected-reward", "weight": 1.0}, {"utility": distance, "weight": 0.1}]
+    return {"name": "sum", "utilities": terms}
+
+
+def exact_stages(
+    base: Plane, length: Array, metric: tuple[float, ...], count: int, beta: float, samples: int, seed: int
+) -> Plane:
+    """p_k proportional to p_{k-1} exp((r - 0.1 f_k) / beta) on the plane, f_k the potential between samples of p_{k-1} and the
+    base: what stages without an error of training come to."""
+    law, scaled, generator = base, tuple(SCALE * each for each in metric), stream(seed, "exact stages")
+    points, even = torch.from_numpy(base.points), torch.full((samples,), 1 / samples, dtype=torch.float64)
+    for _ in range(count):
+        _, potential = plans.solve(law.sample(samples, generator), even, base.sample(samples, generator), scaled, 1)
+        f = np.concatenate([potential(some).numpy() for some in points.split(4000)])
+        law = law.tilted((length - 0.1 * f) / beta)
+    return law
+
+
+def of_transport(law: Plane) -> Numbers:
+    """What `measure_transport` measures, of a law that is known."""
+    x = SCALE * law.points + CENTRE
+    across, up = law.mean(x) - CENTRE
+    exact = {"reward": float(law.mean(np.linalg.norm(x, axis=1))), "across": float(across), "up": float(up)}
+    moved = math.hypot(across, up) > 0.01
+    some = (SCALE * law.sample(PAIRS, stream(0, "pairs"))).numpy()
+    return exact | ({"ratio": float(across / up), **distances(some, 0)} if moved else {})
+
+
+def measure_transport(y: Tensor, model: Any, base: Any, seed: int) -> Numbers:
+    """Of samples [n, 2] in units of y."""
+    x = SCALE * y.double().numpy()
+    across, up = x.mean(0)
+    reward = float(np.linalg.norm(x + CENTRE, axis=1).mean())
+    return {"reward": reward, "across": across, "up": up, "ratio": across / up, **distances(x[:PAIRS], seed)}
+
+
+def distances(x: Array, seed: int) -> Numbers:
+    """W1 between x [n, 2], moved to the base's mean 0, and as many samples of the base, in both metrics; and the floor, that of
+    two samples of the base."""
+    first, second = SCALE * torch.randn(2, len(x), 2, generator=stream(seed, "base"), dtype=torch.float64).numpy()
+    found: Numbers = {}
+    for name, metric in METRICS.items():
+        found |= {f"w1_{name.lower()}": w1(x, first, metric), f"w1_{name.lower()}_floor": w1(second, first, metric)}
+    return found
+
+
+def w1(x: Array, y: Array, metric: tuple[float, ...]) -> float:
+    """The mean of |A (x_i - y_j)| over the best assignment."""
+    costs = np.linalg.norm((x[:, None] - y) * np.asarray(metric), axis=2)
+    return float(costs[linear_sum_assignment(costs)].mean())
+
+
+# ---- spread at a price ----
+
+ALPHAS = (1.0, 0.5, 0.2)
+HALF, CELLS, DRAWN = 6.0, 200, 3000
+"""Histograms of 3000 samples, in 200 x 200 cells on [-6, 6]^2; their entropy depends on how many there are."""
+
+
+def entropy(runs: Runs) -> Table:
+    """H - alpha KL: of a Gaussian at several alpha, whose variance becomes (1 + alpha) / alpha of what it was, of two ellipses,
+    and without a price, where there is no optimum."""
+    tree = recipe("explore-entropy")
+    gaussian = {"name": "mixture", "means": [[0.0, 0.0]], "hidden": 64, "layers": 2}
+    cases = [(f"N(0, I), alpha {alpha:g}", gaussian, alpha) for alpha in ALPHAS]
+    cases += [(f"ellipses, alpha {alpha:g}", tree["model"], alpha) for alpha in (0.5, 0.0)]
+    rows: dict[str, Sequence[Numbers] | Numbers] = {}
+    for label, model, alpha in cases:
+        base = Plane.of(log_mixture(model), -16, 16, 640)
+        cells = base.side**2
+        best = None
+        if alpha > 0:
+            best = Plane(base.points, utility_optimum.of_entropy(base.masses, cells, alpha).masses, base.side)
+        own = tree | {"model": model, "stages": {**tree["stages"], "price": alpha}}
+        own["method"] = {**tree["method"], "beta": 1.5 * (1 + alpha)}
+        rows |= {f"{label}: base": of_spread(base, base)}
+        rows |= {f"{label}: optimum": of_spread(best, base)} if best is not None else {}
+        name = "entropy-" + label.replace("N(0, I)", "gaussian").replace(", alpha ", "-")
+        rows[f"{label}: trained"] = runs.measured(name, own, measure_spread(best), 20_000)
+    columns = {
+        "entropy": f"entropy of {DRAWN} samples", "across": "variance, x1", "up": "variance, x2", "kl": "KL to the base",
+        "distance": "W2 to the optimum", "floor": "floor", "network_evaluations": "network evaluations",
+    }  # fmt: skip
+    return Table("entropy - alpha KL", columns, rows)
+
+
+def log_mixture(model: Mapping[str, Any]) -> Callable[[Array], Array]:
+    """The log density of a mixture, up to a constant."""
+    means = np.asarray(model["means"], float)
+    scales = np.broadcast_to(np.asarray(model.get("scale", 1.0), float), means.shape)
+    weights = np.asarray(model.get("weights", np.ones(len(means))), float)
+
+    def log_density(points: Array) -> Array:
+        z = (points[:, None] - means) / scales
+        return np.asarray(np.logaddexp.reduce(np.log(weights / scales.prod(1)) - np.square(z).sum(2) / 2, axis=1))
+
+    return log_density
+
+
+def of_spread(law: Plane, base: Plane) -> Numbers:
+    """What `measure_spread` measures, of a law that is known."""
+    variance = law.mean(np.square(law.points)) - law.mean(law.points) ** 2
+    histograms = [histogram_entropy(law.sample(DRAWN, stream(i, "histogram")).numpy()) for i in range(ROUNDS)]
+    kl = utility_optimum.kl(law.masses, base.masses)
+    return {"entropy": statistics.mean(histograms), "across": variance[0], "up": variance[1], "kl": kl}
+
+
+def measure_spread(best: Plane | None) -> Measure:
+    """Of samples [n, 2], beside the optimum if there is one."""
+
+    def measure(x: Tensor, model: Any, first: Any, seed: int) -> Numbers:
+        variance = x.double().var(0).tolist()
+        found = {"entropy": histogram_entropy(x[:DRAWN].numpy()), "across": variance[0], "up": variance[1]}
+        if best is not None:
+            generator = stream(seed, "optimum")
+            own = distance_to_law(x[:DRAWN], best.sample, generator, directions=stream(seed, "directions"))
+            found |= {"distance": own.distance, "floor": own.floor}
+        return found | {"kl": kl_to_base(model, first, seed)}
+
+    return measure
+
+
+def kl_to_base(model: Any, base: Any, seed: int) -> float:
+    """KL of a model from the base, both densities by the ODE."""
+    law = tiltflow.OfLaw(Kl(), num_samples=1000, sampling=model.sampling)
+    value = law.known_value(law.known(model, base, (), seed))
+    assert value is not None
+    return -value.value
+
+
+def histogram_entropy(x: Array) -> float:
+    """In nats."""
+    edges = np.linspace(-HALF, HALF, CELLS + 1)
+    counts = np.histogram2d(x[:, 0], x[:, 1], bins=[edges, edges])[0].ravel()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-shares @ np.log(shares))
+
+
+EXPERIMENTS: dict[str, Callable[[Runs], Table]] = {"transport": transport, "entropy": entropy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help="by default all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--output", type=Path, default=Path("runs/utilities"))
+    options = parser.parse_args()
+    runs = Runs(options.output, options.seeds, options.processes)
+    tables = [EXPERIMENTS[name](runs) for name in options.experiments or EXPERIMENTS]
+    print()
+    for table in tables:
+        print("\n".join(table.lines()))
+    content = {table.title: {"columns": table.columns, "rows": table.rows} for table in tables}
+    write_json(options.output / "utilities.json", content)
+
+
+if __name__ == "__main__":
+    main()
