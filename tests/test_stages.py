@@ -369,6 +369,10 @@ def test_stages_stop_where_the_utility_no_longer_rises() -> None:
     quiet = last(patience=2)
     assert 3 < quiet.number < 9
     assert f"did not rise significantly in the 2 stages up to stage {quiet.number}" in quiet.stopped
+    high = last(value=small.before.value)
+    assert high.number < small.number
+    assert high.before.value < small.before.value <= high.after.value
+    assert high.stopped == f"the utility is {high.after} after stage {high.number}, at least {small.before.value:g}"
     assert last().stopped is None
 
 
@@ -376,7 +380,7 @@ def test_stages_stop_where_the_utility_no_longer_rises() -> None:
     ("rises", "stops"), [([(1, 0.1), (0.1, 0.1)], False), ([(0.1, 0.1), (1, 0.1)], False), ([(0.1, 0.1), (-1, 0.1)], True)]
 )
 def test_patience_counts_stages_in_a_row(rises: list[tuple[float, float]], stops: bool) -> None:
-    assert (tiltflow.Stop(patience=2).reason([Estimate(*each) for each in rises]) is not None) == stops
+    assert (tiltflow.Stop(patience=2).reason([Estimate(*each) for each in rises], Estimate(9.0, 0.1)) is not None) == stops
 
 
 @pytest.mark.usefixtures("exact")

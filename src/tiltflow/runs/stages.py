@@ -178,7 +178,8 @@ def stages(
             at = law(own, last, number + 1)
             stage = Stage(number, last, reward, before, known_value(own, at))
             rises += [] if stage.rise is None else [stage.rise]
-            stage = replace(stage, stopped=stop.reason(rises) if stop is not None and stage.rise is not None else None)
+            if stop is not None and stage.after is not None and stage.rise is not None:
+                stage = replace(stage, stopped=stop.reason(rises, stage.after))
             if place is not None:
                 place.add(number, {"before": stage.before, "after": stage.after, "rise": stage.rise}, stage.stopped)
             yield stage

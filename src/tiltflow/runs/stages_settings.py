@@ -17,15 +17,20 @@ COUNT, SIGNIFICANT = 5, 2.0
 
 
 class Stop(Settings):
-    """When stages end before their number is reached, by the rise of the utility in each."""
+    """When stages end before their number is reached, by the utility and its rise in each."""
 
     min_rise: float | None = None
     """End after a stage in which the utility rises by less than this."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """End after so many stages in a row in which it does not rise by more than two standard errors."""
 
-    def reason(self, rises: Sequence[Estimate]) -> str | None:
-        """Why to end after stages with these rises; None to go on."""
+    value: float | None = None
+    """End after a stage that brings the utility to this, or above."""
+
+    def reason(self, rises: Sequence[Estimate], reached: Estimate) -> str | None:
+        """Why to end after stages with these rises, at a utility that is `reached`; None to go on."""
+        if self.value is not None and reached.value >= self.value:
+            return f"the utility is {reached} after stage {len(rises)}, at least {self.value:g}"
         if self.min_rise is not None and rises[-1].value < self.min_rise:
             return f"the utility rose by {rises[-1]} in stage {len(rises)}, less than {self.min_rise:g}"
         last = rises[-self.patience :] if self.patience is not None else ()
