@@ -23,6 +23,7 @@ from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.lock import LOCK
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
+from tiltflow.samplers.stored import Storage, Stored
 from tiltflow.settings import read_yaml, validate
 
 WEIGHTS: dict[str, dict[str, str]] = {
@@ -33,14 +34,36 @@ WEIGHTS: dict[str, dict[str, str]] = {
 """How accelerate would be configured, by where the weights are; read again for each network."""
 
 INTERRUPTED = ("adjoint-matching", "score-as-action")
-OTHERS = tuple(method for method in METHODS if method not in INTERRUPTED)
+STATELESS = {
+    "deterministic-adjoint-matching": {"name": "deterministic-adjoint-matching", "beta": 0.1, "num_inference_steps": 4}
+}
+"""Methods without a state, which `test_resume.py` leaves out."""
+OTHERS = (*(method for method in METHODS if method not in INTERRUPTED), *STATELESS)
 
 
 def methods(folder: Path) -> None:
     """A short run of several batches by each method that is not `INTERRUPTED`, evaluation and all."""
     for method in OTHERS:
-        run(shared_recipe(folder, method, max_train_steps=6), folder / method)
+        with counted(folder / f"{method}-stored-by-{processes.index()}"):
+            run(shared_recipe(folder, method, max_train_steps=6), folder / method)
     taken(folder, shared_recipe(folder, method))
+
+
+@contextmanager
+def counted(path: Path) -> Iterator[None]:
+    """Writes down of how many samples trajectories are stored here."""
+    new, sizes = Storage.new, set[int]()
+
+    def watched(self: Storage, steps: int, like: Tensor) -> Stored:
+        sizes.add(len(like))
+        return new(self, steps, like)
+
+    Storage.new = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Storage.new = new  # type: ignore[method-assign]
+    path.write_text(" ".join(str(size) for size in sorted(sizes)))
 
 
 def taken(folder: Path, recipe: Recipe) -> None:
@@ -165,8 +188,9 @@ def dies(folder: Path) -> None:
 def shared_recipe(folder: Path, method: str, **training: Any) -> Recipe:
     """The recipe of a method, with what it names in a folder that all processes read."""
     place = folder / "parts" / method
-    processes.by_main(lambda: recipe_for(place, method) and None)
-    tree = read_yaml(place / "recipe.yaml")
+    processes.by_main(lambda: recipe_for(place, INTERRUPTED[0] if method in STATELESS else method) and None)
+    tree: Any = read_yaml(place / "recipe.yaml")
+    tree["method"] = STATELESS.get(method, tree["method"])
     tree["training"] |= {"monitor": None, "non_finite_rewards": "error"} | training
     return validate(Recipe, tree, "recipe")
 

@@ -54,7 +54,7 @@ def test_each_network_is_on_the_device_while_it_is_needed_and_the_bits_are_the_s
         begun.append(True)
         (there.discard if device == "cpu" else there.add)(type(part).__name__)
 
-    accumulate = Batch.accumulate
+    accumulate = Batch._accumulate
 
     def accumulating(batch: Batch, terms_of: Any, *sizes: Any, **named: Any) -> Any:
         def terms(part: slice) -> Any:
@@ -67,7 +67,7 @@ def test_each_network_is_on_the_device_while_it_is_needed_and_the_bits_are_the_s
     assert not begun  # it is off by default
     scored.clear()
     monkeypatch.setattr(offload, "move", move)
-    monkeypatch.setattr(Batch, "accumulate", accumulating)
+    monkeypatch.setattr(Batch, "_accumulate", accumulating)
     found = tuned_weights(tmp_path, reward, offload=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     of_training = [names for names in scored if names]

@@ -1,5 +1,5 @@
-"""Several processes are one: the same weights, metrics and reports, by data parallelism and with sharded weights; and what
-becomes of them when one fails or is asked to stop."""
+"""Several processes are one: the same weights, metrics and reports, by data parallelism and with sharded weights, each with the
+trajectories of its own samples; and what becomes of them when one fails or is asked to stop."""
 
 from __future__ import annotations
 
@@ -141,6 +141,9 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
     if scenario == "methods":  # and all processes say the same of a folder that is not free
         said = [(both / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
+        for method in ("adjoint-matching-late", "deterministic-adjoint-matching"):
+            whole = int((alone / scenario / f"{method}-stored-by-0").read_text())
+            assert {(both / f"{method}-stored-by-{process}").read_text() for process in range(2)} == {str(whole // 2)}
         for words, line in zip(("already holds something", "in use by", "cannot be made"), said[0], strict=True):
             assert words in line
     if scenario == "interrupted":

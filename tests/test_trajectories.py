@@ -105,9 +105,7 @@ def test_copies_of_the_trajectories(name: str) -> None:
     assert method.needs.trajectory_copies <= 3
 
 
-@pytest.mark.parametrize(
-    "name", ["adjoint-matching", "late", "control-variate", "deterministic", "score-as-action", "closed-form"]
-)
+@pytest.mark.parametrize("name", ["adjoint-matching", "late", "deterministic", "score-as-action", "closed-form"])
 def test_samples_are_left_out_in_place(name: str) -> None:
     method = METHODS[name]
     assert run(method, "drop")[0] <= method.needs.trajectory_copies + SLACK

@@ -146,9 +146,13 @@ def located(part: slice) -> Iterator[None]:
 
 
 def all_finite(values: Sequence[Tensor] | Tensor, what: str, times: Tensor) -> None:
-    """`values` [steps, batch, ...]. Raises NonFiniteError, naming steps, times and samples, if one is not finite."""
-    if bool(torch.stack([step.isfinite().all() for step in values]).all()):  # step by step: there is no room for a copy
+    """`values` [steps, batch, ...]. Raises NonFiniteError, in all processes, naming steps, times and samples, if one is not
+    finite."""
+    finite = torch.stack([step.isfinite().all() for step in values]).all()  # step by step: there is no room for a copy
+    if not processes.greatest(int(not finite), finite.device):
         return
+    if bool(finite):
+        raise NonFiniteError(f"{what} is not finite in another process", {"what": what})
     bad = torch.stack([(~step.isfinite()).reshape(len(step), -1).any(1) for step in values])
     steps, samples = bad.any(1).nonzero()[:, 0].tolist(), bad.any(0).nonzero()[:, 0].tolist()
     t = [round(times[k].item(), 6) for k in steps]

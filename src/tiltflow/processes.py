@@ -3,7 +3,8 @@
 Every process runs the same algorithm on the same batch with the same random numbers. The expensive part, evaluating networks
 and rewards, is split: each process evaluates its `shares` of the batch, and the results are `gathered`. So a method computes
 a mean, a weight or an advantage among the samples of a prompt from the samples of all processes, and its result is that of one
-process up to rounding. Gradients are all-reduced once for each optimizer step.
+process up to rounding. What is large and of a sample alone, such as its trajectory, only the process has whose share it is in.
+Gradients are all-reduced once for each optimizer step.
 
 Weights are replicated (data parallelism), or sharded (FSDP2) where accelerate is configured so. The main process (rank 0)
 alone writes files, except for the shards of a checkpoint.
@@ -107,8 +108,14 @@ def shares(size: int, at_most: int | None = None) -> list[slice]:
     >>> shares(5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    begin, rows = _first(index(), size), share_of(size)
-    return [slice(i, min(i + (at_most or rows), begin + rows)) for i in range(begin, begin + rows, at_most or max(rows, 1))]
+    begin = _first(index(), size)
+    return cut(slice(begin, begin + share_of(size)), at_most)
+
+
+def cut(rows: slice, at_most: int | None) -> list[slice]:
+    """These rows, at most `at_most` at a time."""
+    most = at_most or max(rows.stop - rows.start, 1)
+    return [slice(i, min(i + most, rows.stop)) for i in range(rows.start, rows.stop, most)]
 
 
 def first_counted(size: int) -> int:

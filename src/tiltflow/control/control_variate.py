@@ -12,7 +12,7 @@ E[c_-i] E[z_k | x_k], is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ def noise_to_come(path: Trajectory) -> Iterator[tuple[int, Tensor]]:
         yield k, total.to(path.states.like)
 
 
-def predicted(residuals: Tensor, variate: Tensor) -> Tensor:
+def predicted(residuals: Tensor, variate: Tensor, together: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
     """What `variate` predicts of the residuals of each step, by a least-squares multiple of all other samples: both
-    [steps, batch, *event]. Zero where there is no other sample."""
+    [steps, batch, *event]. Zero where there is no other sample.
+
+    Args:
+        together: numbers [steps, batch] of these samples -> those of all samples whose regression it is; the same by default.
+    """
     flat = variate.flatten(2).double()
     products, squares = (flat * residuals.flatten(2)).sum(2), flat.square().sum(2)
-    total = squares.sum(1, keepdim=True)
+    total = together(squares).sum(1, keepdim=True)
     others = torch.maximum(total - squares, 1e-12 * total + 1e-300)  # not less than rounding leaves
-    multiples = (products.sum(1, keepdim=True) - products) / others
+    multiples = (together(products).sum(1, keepdim=True) - products) / others
     return (multiples.to(variate).reshape(*multiples.shape, *(1 for _ in variate.shape[2:]))) * variate

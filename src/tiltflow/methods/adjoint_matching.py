@@ -39,16 +39,15 @@ from tiltflow.control.control_variate import noise_to_come, predicted
 from tiltflow.control.suffix_weights import suffix_weights
 from tiltflow.control.timesteps import Stratum, choose_timesteps
 from tiltflow.errors import InputError
-from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
-from tiltflow.optimization import Numbers, all_finite
+from tiltflow.optimization import Numbers
 from tiltflow.rewards.functions.checked import evaluate, finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Spacing, Start
-from tiltflow.samplers.rollout import Act, Trajectory, rollout
+from tiltflow.samplers.rollout import Trajectory, rollout
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.samplers.stored import Stored
@@ -301,53 +300,56 @@ class AdjointMatching(Tilting):
         right = memoryless_offset(chain.times + chain.times.diff()[0]) if self.pairing == "right" else None
 
         # residuals of the steps from `first` on, [steps, batch, *event]; both passes have already computed their parts
-        all_finite(path.velocities, "velocity", chain.times)
+        batch.own_finite(path.velocities, "velocity", chain.times)
         shares, pool = None, self._pool(batch, chain, path)
         if pool is not None:
             shares, some = pool.weights, pool.which
-            batch, path, chosen = batch.select(some), path.keep(some), [pairs[:, some] for pairs in chosen]
-        size = len(batch)
+            path = path.moved(lambda values: batch.own_of(values, some))
+            batch, chosen = batch.select(some), [pairs[:, some] for pairs in chosen]
         regression, ends, rewards, terms, energy = self._adjoints(batch, chain, path, first, late, right)
+        used = batch
         if (kept := finite_only(rewards)) is not None:
-            batch, rewards, ends, terms, energy = batch.select(kept), rewards[kept], ends[kept], terms[:, kept], energy[:, kept]
+            used, rewards, ends, terms, energy = batch.select(kept), rewards[kept], ends[kept], terms[:, kept], energy[:, kept]
             chosen = [pairs[:, kept] for pairs in chosen]
-            path = path.keep(kept) if self._needs_velocities else replace(path, states=path.states.keep(kept))
-            base_velocities = None if regression.base_velocities is None else regression.base_velocities.keep(kept)
-            regression = regression._replace(targets=regression.targets.keep(kept), base_velocities=base_velocities)
             shares = None if shares is None else shares[kept] / shares[kept].sum()
         steps = slice(regression.first, len(path.velocities))
-        regression = regression._replace(states=path.states[steps])
-        all_finite(regression.targets, "adjoint", chain.times[steps])
+        batch.own_finite(regression.targets, "adjoint", chain.times[steps])
         if self.control_variate:
-            terms[regression.first - first :] = self._without_noise_to_come(chain, path, regression)
+            terms[regression.first - first :] = self._without_noise_to_come(batch, chain, path, regression, kept)
         measured = {
             "reward": _mean(rewards, shares),
             "reward_std": _std(rewards, shares),
             "loss": _mean(terms[max(late - first, 0) :].sum(0), shares),
             "path_kl": _mean(energy.sum(0), shares) / 2,
-            **({} if kept is None else {"dropped": float(size - len(kept))}),
+            **({} if kept is None else {"dropped": float(len(batch) - len(kept))}),
         }
+
+        def size_of(weights: Tensor) -> float:
+            k = max(late - steps.start, 0)
+            return _effective_size(batch.together(weights[k : k + 1], kept))
+
         for number, pairs in enumerate(chosen):
             in_loss = terms.gather(0, pairs - first)
             limits = self._limits(chain, pairs, in_loss, state)
-            weights = suffix_weights(path, *_actor(batch))[steps] if self.reweight_passes and number else None
+            weights = suffix_weights(path, *batch.own_actor())[steps] if self.reweight_passes and number else None
             own = (pairs < late) & (self.early == "self-distillation")
             if own.any():
                 begin, end = (chain.times[k].item() for k in (0, late))
                 which, scale = own.nonzero()[:, 1], (end - begin) / late
-                self_distillation(batch, ends, which, self.sampling, end=end, scale=scale)
-            self._regress(batch, chain, regression, pairs, limits, ~own, weights, shares)
+                self_distillation(used, ends, which, self.sampling, end=end, scale=scale)
+            self._regress(batch, chain, regression, pairs, limits, ~own, weights, shares, kept)
             yield {
                 **measured,
-                **({} if weights is None else {"effective_sample_size": _effective_size(weights[max(late - steps.start, 0)])}),
+                **({} if weights is None else {"effective_sample_size": size_of(weights)}),
                 "clipped": (in_loss > limits).double().mean().item(),
             }
 
     def _draw(self, batch: Batch, chain: Chain) -> tuple[Trajectory, list[Tensor]]:
-        """The trajectories of a batch, and for each of `num_passes` the steps that enter the loss, [count, batch]."""
+        """The trajectories of the samples of this process, and for each of `num_passes` the steps that enter the loss, of all
+        samples, [count, batch]."""
         with torch.no_grad():
-            actor, act = _actor(batch)
-            path = rollout(chain, actor, batch.x, batch.generator, act=act, storage=batch.storage)
+            actor, act = batch.own_actor()
+            path = rollout(chain, actor, batch.x[batch.own], batch.own_noise, act=act, storage=batch.storage)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,
@@ -369,7 +371,7 @@ class AdjointMatching(Tilting):
         @torch.no_grad()
         def values(some: Batch, part: slice) -> tuple[Tensor]:
             last = len(path.velocities)
-            end = path.states.of(part)[last]
+            end = path.states.of(batch.own_part(part))[last]
             if last < len(chain):  # the base takes this step
                 end = chain.mean(last, end, some.base(end, chain.times[last]))
             return (evaluate(some.reward, end, some.non_finite),)
@@ -411,12 +413,13 @@ class AdjointMatching(Tilting):
         those of the base take their place.
         """
         begin = max(first, late) if self.early == "self-distillation" else first
-        targets = batch.storage.new(len(path.velocities) - begin, batch.x)
+        targets = batch.storage.new(len(path.velocities) - begin, batch.x[batch.own])
         of_base = None if self._needs_velocities else path.velocities[begin:]
 
         def adjoints(some: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             terms, energy = (some.x.new_empty(len(path.velocities) - first, len(some)) for _ in range(2))
-            own, targets_of = path.velocities.of(part), targets.of(part)
+            part = batch.own_part(part)
+            states, own, targets_of = (each.of(part) for each in (path.states, path.velocities, targets))
             bases = None if of_base is None else of_base.of(part)
 
             @torch.no_grad()
@@ -435,38 +438,36 @@ class AdjointMatching(Tilting):
             found = lean_adjoint(
                 chain,
                 some.base,
-                path.states.of(part),
+                states,
                 some.objective,
                 self.beta,
                 pairing=self.pairing,
                 reward_at=self.reward_at,
                 first=max(first, late),
                 right=right,
-                tuned_velocities=path.velocities.of(part),
+                tuned_velocities=own,
                 bootstrap=self.bootstrap,
                 non_finite=some.non_finite,
                 taken=taken,
             )
             for k in range(first, late):
-                x = path.states.of(part)[k]
                 with torch.no_grad():
-                    taken(k, torch.zeros_like(x), some.base(x, chain.times[k]))
+                    taken(k, torch.zeros_like(states[k]), some.base(states[k], chain.times[k]))
             return found.end, found.rewards, terms, energy
 
         ends, rewards, terms, energy = batch.map(adjoints, dims=(0, 0, 1, 1))
-        batch.join(targets)
-        if of_base is not None:
-            batch.join(of_base)
         return Regression(path.states[begin:], of_base, targets, begin), ends, rewards, terms, energy
 
     @torch.no_grad()
-    def _without_noise_to_come(self, chain: Chain, path: Trajectory, regression: Regression) -> Tensor:
+    def _without_noise_to_come(
+        self, batch: Batch, chain: Chain, path: Trajectory, regression: Regression, kept: Tensor | None
+    ) -> Tensor:
         """Subtract from the residuals, by their targets and in place, what the noise to come predicts of them. Returns the
-        terms of the loss."""
+        terms of the loss of all samples that are kept."""
         terms, targets = [], regression.targets
 
         def subtract(row: int, residual: Tensor, noise: Tensor) -> Tensor:
-            of_noise = predicted(residual[None], noise[None])[0]
+            of_noise = predicted(residual[None], noise[None], lambda own: batch.together(own, kept))[0]
             targets[row] = targets[row] + of_noise
             return (residual - of_noise).flatten(1).square().sum(1)
 
@@ -475,7 +476,7 @@ class AdjointMatching(Tilting):
                 break
             gain = chain.control_scale[k].to(noise)
             terms.append(subtract(row, gain * path.velocities[k] - targets[row], noise))
-        return torch.stack(terms[::-1])
+        return batch.together(torch.stack(terms[::-1]), kept)
 
     def _limits(self, chain: Chain, pairs: Tensor, terms: Tensor, state: State) -> Tensor:
         """[count, batch]: the size above which each of the `terms` of the (step, sample) `pairs` [count, batch] is clipped or
@@ -506,35 +507,33 @@ class AdjointMatching(Tilting):
         used: Tensor,
         weights: Tensor | None,
         shares: Tensor | None,
+        kept: Tensor | None,
     ) -> None:
-        """Accumulate the gradient of the mean over the batch of sum_k W_k |w_k + s_k a|^2 over the `used` ones of the chosen
-        (step, sample) pairs whose term is not above its limit, all [count, batch]; weights W [steps, batch], or 1. The mean is
-        that by the `shares` [batch], if samples have some."""
-        size = len(batch)
-        k, limit = pairs[used], limits[used]
-        i = torch.arange(size, device=k.device).expand_as(pairs)[used]
+        """Accumulate the gradient of the mean over the samples that are kept of sum_k W_k |w_k + s_k a|^2 over the `used` ones
+        of the chosen (step, sample) pairs whose term is not above its limit, all [count, kept]; weights W of the samples of
+        this process, [steps, own], or 1. The mean is that by the `shares` [kept], if samples have some."""
+        size = len(batch) if kept is None else len(kept)
+        k, limit, used = (batch.apart(each, kept) for each in (pairs, limits, used))
+        used = (used & batch.counted(kept)).flatten()
+        i = torch.arange(k.shape[1], device=k.device).expand_as(k).flatten()
+        k, limit, tuned = k.flatten(), limit.flatten(), batch.tuned.select(batch.own)
+        own_shares = None if shares is None else batch.apart(shares[None], kept)[0]
 
-        def terms_of(part: slice) -> dict[str, Tensor]:
+        def terms_of(part: Tensor) -> dict[str, Tensor]:
             kk, row, ii = k[part], k[part] - regression.first, i[part]
             x = regression.states.at(row, ii)
             gain, std = (expand(c.to(x.device)[kk], x) for c in (chain.control_scale, chain.std))
-            v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
+            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
             residual = regression.residual(v, gain, std, row, ii)
             terms = residual.flatten(1).square().sum(1)
-            kept = terms.detach() <= limit[part]
+            within = terms.detach() <= limit[part]
             if weights is not None:
                 terms = weights[row, ii].to(terms) * terms
-            if shares is not None:
-                terms = size * shares[ii].to(terms) * terms
-            return {"loss": kept * terms}
+            if own_shares is not None:
+                terms = size * own_shares[ii].to(terms) * terms
+            return {"loss": within * terms}
 
-        batch.accumulate(terms_of, len(k), over=size)
-
-
-def _actor(batch: Batch) -> tuple[VelocityField, Act | None]:
-    """The field that the paths of a batch are drawn from, and what guides it."""
-    actor = batch.whole(batch.actor or batch.tuned)
-    return actor, None if batch.guide is None else batch.guide(actor).guide
+        batch.accumulate_own(terms_of, used, over=size)
 
 
 def _mean(values: Tensor, shares: Tensor | None) -> float:

@@ -37,7 +37,6 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.laws.adjoint_laws import deterministic_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting
-from tiltflow.optimization import all_finite
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
@@ -92,32 +91,35 @@ class DeterministicAdjointMatching(Tilting):
         """One iteration of the algorithm: one optimizer step, its gradient accumulated."""
         chain, count = self.sampling.chain(batch.start), len(batch)
         with torch.no_grad():
-            acting = batch.whole(batch.actor or batch.tuned)
-            act = None if batch.guide is None else batch.guide(acting).guide
-            path = rollout(chain, acting, batch.x, batch.generator, act=act, to_the_end=True, storage=batch.storage)
+            acting, act = batch.own_actor()
+            x, noise = batch.x[batch.own], batch.own_noise
+            path = rollout(chain, acting, x, noise, act=act, to_the_end=True, storage=batch.storage)
         states, targets = path.states, path.velocities  # whose place they take
-        (rewards,) = batch.map(lambda some, part: (self._aim(some, chain, states.of(part), targets.of(part)),))
-        batch.join(targets)
-        if (kept := finite_only(rewards)) is not None:
-            batch, rewards, targets, states = batch.select(kept), rewards[kept], targets.keep(kept), states.keep(kept)
-        all_finite(targets, "velocity that is aimed at", chain.times)
-        step, which = (
-            each.flatten() for each in torch.meshgrid(torch.arange(len(targets)), torch.arange(len(batch)), indexing="ij")
-        )
-        step, which = step.to(batch.x.device), which.to(batch.x.device)
 
-        def terms_of(part: slice) -> dict[str, Tensor]:
+        def aim(some: Batch, part: slice) -> tuple[Tensor]:
+            part = batch.own_part(part)
+            return (self._aim(some, chain, states.of(part), targets.of(part)),)
+
+        (rewards,) = batch.map(aim)
+        if (kept := finite_only(rewards)) is not None:
+            rewards = rewards[kept]
+        batch.own_finite(targets, "velocity that is aimed at", chain.times)
+        tuned, counted = batch.tuned.select(batch.own), batch.counted(kept)
+        step, which = torch.meshgrid(torch.arange(len(targets)), torch.arange(len(counted)), indexing="ij")
+        step, which = (each.flatten().to(batch.x.device) for each in (step, which))
+
+        def terms_of(part: Tensor) -> dict[str, Tensor]:
             k, i = step[part], which[part]
             x = states.at(k, i)
             t, h = (c.to(x.device)[k] for c in (chain.times, chain.v_scale))
-            misfit = batch.tuned.select(i)(x, t) - targets.at(k, i)
+            misfit = tuned.select(i)(x, t) - targets.at(k, i)
             return {"loss": (expand(h, x) * misfit.square()).flatten(1).sum(1)}
 
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             **({} if kept is None else {"dropped": float(count - len(kept))}),
-            **batch.accumulate(terms_of, len(step), over=len(batch)),
+            **batch.accumulate_own(terms_of, counted[which], over=len(rewards)),
         }
 
     def _first_controlled(self, chain: Chain) -> int:

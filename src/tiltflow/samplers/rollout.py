@@ -38,10 +38,14 @@ class Trajectory:
     velocities: Stored
     acting: Stored | None = None
 
+    def moved(self, move: Callable[[Stored], Stored]) -> Trajectory:
+        """These trajectories, each part of them moved."""
+        acting = None if self.acting is None else move(self.acting)
+        return Trajectory(self.chain, move(self.states), move(self.velocities), acting)
+
     def keep(self, kept: Tensor) -> Trajectory:
         """The trajectories of these samples, in the memory of all; see `Stored.keep`."""
-        acting = None if self.acting is None else self.acting.keep(kept)
-        return Trajectory(self.chain, self.states.keep(kept), self.velocities.keep(kept), acting)
+        return self.moved(lambda values: values.keep(kept))
 
     @property
     def drawn_by(self) -> Stored:
@@ -117,7 +121,7 @@ def rollout(
     chain: Chain,
     flow: Velocity,
     x: Tensor,
-    generator: torch.Generator,
+    generator: Noise,
     *,
     act: Act | None = None,
     to_the_end: bool = False,

@@ -15,10 +15,12 @@ from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide
-from tiltflow.optimization import StoredWeights, located
+from tiltflow.optimization import StoredWeights, all_finite, located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
+from tiltflow.samplers.rollout import Act
 from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
+from tiltflow.streams import Noise, Rows
 from tiltflow.timing import phase
 
 
@@ -112,7 +114,7 @@ class Batch:
         return replace(self, x=self.x[which], tuned=tuned, base=base, reward=select(self.reward, which), actor=actor)
 
     def map(self, function: Callable[[Batch, slice], tuple[Tensor, ...]], dims: Sequence[int] = (0,)) -> tuple[Tensor, ...]:
-        """Call `function` with each micro-batch and its place in the batch, shared out among the processes.
+        """Call `function` with each micro-batch and its place in the batch, shared out among the processes; see `own_part`.
 
         Args:
             dims: for each result of `function`, the dimension that runs over samples.
@@ -125,14 +127,65 @@ class Batch:
                 parts.append(function(self.select(part), part))
         return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
 
-    def join(self, values: Stored) -> None:
-        """Fill in, step by step, what the other processes have stored for their shares of the samples."""
-        if processes.count() > 1:
-            (own,) = processes.shares(len(self))
-            for k in range(len(values)):
-                values[k] = processes.gathered([values.of(own)[k]], len(self))
+    # ---- the samples of this process, whose trajectories it alone has ----
 
-    @phase("update")
+    @property
+    def own(self) -> slice:
+        """The samples of this process, as many as every other one has; some of them another one may have too."""
+        return processes.shares(len(self))[0]
+
+    @property
+    def own_noise(self) -> Noise:
+        """Draws the noise of these samples: that which they have where the noise of all is drawn."""
+        return self.generator if processes.count() == 1 else Rows(self.generator, len(self), self.own)
+
+    def own_part(self, part: slice) -> slice:
+        """The place of a part of the batch, from `map`, among these samples."""
+        return slice(part.start - self.own.start, part.stop - self.own.start)
+
+    def own_actor(self) -> tuple[VelocityField, Act | None]:
+        """The field that these samples are drawn from, a micro-batch at a time, and what guides it."""
+        actor = in_chunks(self.actor or self.tuned, self.micro_batch_size, own=True)
+        return actor.select(self.own), None if self.guide is None else self.guide(actor).select(self.own).guide
+
+    def own_finite(self, values: Stored, what: str, times: Tensor) -> None:
+        """Raises NonFiniteError, in all processes, if one of these values of its own samples is not finite."""
+        with located(self.own):
+            all_finite(values, what, times)
+
+    def own_of(self, values: Stored, which: Tensor) -> Stored:
+        """What this process has of these samples of the batch, once they are all of it: from what each process had of its own,
+        step by step; in one process in place."""
+        if processes.count() == 1:
+            return values.keep(which)
+        own = which[processes.shares(len(which))[0]]
+        found = self.storage.new(len(values), self.x[own])
+        for k in range(len(values)):
+            found[k] = processes.gathered([values[k]], len(self))[own]
+        return found
+
+    def together(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The numbers [steps, batch] of all samples, or of those that are kept, of which this process has its own."""
+        whole = processes.gathered([values], len(self), dim=1)
+        return whole if kept is None else whole[:, kept]
+
+    def apart(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """From the numbers [count, batch] of all samples, or of those that are kept, those of its own ones; numbers of another
+        sample where one is left out: see `counted`."""
+        if kept is None:
+            return values[:, self.own]
+        places = torch.zeros(len(self), dtype=torch.long, device=values.device)
+        places[kept] = torch.arange(len(kept), device=values.device)
+        return values[:, places[self.own]]
+
+    def counted(self, kept: Tensor | None = None) -> Tensor:
+        """Which of its own samples this process counts [own]: not those that are left out, nor those of an earlier process."""
+        rows = torch.arange(len(self), device=self.x.device)
+        counts = rows >= processes.first_counted(len(self))
+        return (counts if kept is None else counts & torch.isin(rows, kept))[self.own]
+
+    # ---- gradients ----
+
     def accumulate(self, terms_of: Callable[[slice], Mapping[str, Tensor]], count: int, over: int) -> dict[str, float]:
         """Add the gradient of a loss to the parameters, a micro-batch at a time and shared out among the processes.
 
@@ -143,10 +196,28 @@ class Batch:
 
         Returns the sums by name, each summand counted once.
         """
-        offload.learning()
         counted = torch.arange(count, device=self.x.device) >= processes.first_counted(count)
+        return self._accumulate(terms_of, processes.shares(count)[0], counted, over)
+
+    def accumulate_own(self, terms_of: Callable[[Tensor], Mapping[str, Tensor]], used: Tensor, over: int) -> dict[str, float]:
+        """As `accumulate`, for summands of the samples of this process: the `used` ones [count] of them, at least one.
+
+        Args:
+            terms_of: gets the indices of some of the summands.
+        """
+        which = used.nonzero()[:, 0]
+        most = processes.greatest(len(which), used.device)  # all processes must call their networks equally often
+        padded = torch.cat([which, which.new_zeros(most - len(which))])
+        counted = torch.arange(most, device=used.device) < len(which)
+        return self._accumulate(lambda part: terms_of(padded[part]), slice(0, most), counted, over)
+
+    @phase("update")
+    def _accumulate(
+        self, terms_of: Callable[[slice], Mapping[str, Tensor]], own: slice, counted: Tensor, over: int
+    ) -> dict[str, float]:
+        offload.learning()
         sums: dict[str, float] = {}
-        for part in processes.shares(count, self.micro_batch_size or processes.share_of(over)):
+        for part in processes.cut(own, self.micro_batch_size or processes.share_of(over)):
             terms = {name: (counted[part] * each).sum() for name, each in terms_of(part).items()}
             loss = terms.pop("loss") / over
             loss.backward()
