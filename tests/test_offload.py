@@ -15,6 +15,7 @@ from tiny_pipelines import tiny_pipeline
 
 import tiltflow
 from tiltflow import offload
+from tiltflow.models.text_to_image import TextToImage
 from tiltflow.offload import networks_in
 from tiltflow.training.batch import Batch
 
@@ -30,13 +31,13 @@ class Mean(nn.Module):
         return images.mean((2, 3)) @ self.weight
 
 
-def tuned_weights(folder: Path, reward: Any, **training: Any) -> list[Tensor]:
+def tuned_weights(folder: Path, reward: Any, adapter: Any = None, **training: Any) -> list[Tensor]:
     model = tiltflow.from_diffusers(tiny_pipeline("stable-diffusion", folder), height=16, width=16)
     settings = tiltflow.Training(
         max_train_steps=2, prompts_per_step=2, num_generations=1, guidance_mode="none", micro_batch_size=1, **training
     )
     method = tiltflow.AdjointMatching(num_inference_steps=2)
-    tuned = tiltflow.tune(model, reward, method, settings, conditions=PROMPTS, adapter=None)
+    tuned = tiltflow.tune(model, reward, method, settings, conditions=PROMPTS, adapter=adapter)
     return [parameter.detach().clone() for parameter in tuned.denoiser.parameters()]
 
 
@@ -75,6 +76,40 @@ def test_each_network_is_on_the_device_while_it_is_needed_and_the_bits_are_the_s
     assert all({"Mean", "AutoencoderKL"} <= names for names in of_training)
     assert learned == 4 * [set()]
     assert there == {"Mean", "AutoencoderKL", "Denoiser"}  # afterwards all are back
+
+
+def test_the_frozen_weights_of_an_adapter_make_room_for_the_scorers_and_the_bits_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are moved, for one device stands in for two: what is read of a weight that is away is not a number."""
+    scored, away, kept = list[bool](), list[bool](), dict[int, Tensor]()
+
+    def reward(images: Tensor) -> Tensor:
+        scored.append(bool(kept))
+        return images.mean((1, 2, 3))
+
+    def move_frozen(network: nn.Module, device: Any) -> None:
+        frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+        if device == "cpu":
+            assert not kept
+            kept.update({id(parameter): parameter.data for parameter in frozen})
+            away.append(len(frozen) < len(list(network.parameters())))
+        for parameter in frozen:
+            whole = kept[id(parameter)]
+            parameter.data = torch.full_like(whole, torch.nan) if device == "cpu" else whole
+        if device != "cpu":
+            kept.clear()
+
+    expected = tuned_weights(tmp_path, reward, tiltflow.Adapter(rank=2))
+    scored.clear()
+    monkeypatch.setattr(offload, "move_frozen", move_frozen)
+    model_device = torch.device("cpu", 0)  # another name than that of where they make room
+    monkeypatch.setattr(TextToImage, "device", property(lambda self: model_device))
+    found = tuned_weights(tmp_path, reward, tiltflow.Adapter(rank=2), offload=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert away == 4 * [True]
+    assert scored == [False, *4 * [True]]  # the first is a rehearsal
+    assert not kept
 
 
 def test_networks_of_a_reward_are_found_where_it_holds_them() -> None:

@@ -1,4 +1,4 @@
-"""Networks on the CPU while nothing needs them: the decoder, those of rewards, and the frozen copy of a denoiser.
+"""Networks on the CPU while nothing needs them: the decoder, those of rewards, and the frozen weights of a denoiser.
 
 Not by the hooks of accelerate: these see calls of `forward` alone, and a reward may call other methods of its networks. So the
 doors through which all calls go, of rewards and of the decoder, bring them to the device.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ class Offload:
         scorers: the decoder and the networks of rewards.
         base: the frozen copy of the denoiser, if there is one.
         device: where they are needed.
+        adapted: the denoiser with an adapter, whose frozen weights make room for the scorers.
     """
 
     scorers: tuple[nn.Module, ...]
     base: nn.Module | None
     device: torch.device
+    adapted: nn.Module | None = None
+    thread: int = field(default_factory=get_ident)
+    """That of the loop: what another one asks for is computed beside it, and the denoiser may be at work."""
     inside: int = 0
     """How many calls need the scorers now."""
     lock: Any = field(default_factory=RLock)
@@ -59,6 +63,12 @@ def offloaded(offload: Offload) -> Iterator[None]:
             move(network, offload.device)
 
 
+def makes_room() -> bool:
+    """True if the frozen weights of the denoiser are elsewhere while samples are scored: then nothing that its gradient needs
+    should wait for the reward."""
+    return bool(_NOW) and _NOW[-1].adapted is not None
+
+
 @contextmanager
 def scoring() -> Iterator[None]:
     """In this context, or in a function that it decorates, the decoder and the networks of rewards are on the device."""
@@ -66,8 +76,11 @@ def scoring() -> Iterator[None]:
         yield
         return
     offload = _NOW[-1]
+    adapted = offload.adapted if offload.thread == get_ident() and not offload.inside else None
     with offload.lock:
         offload.inside += 1
+        if adapted is not None:
+            move_frozen(adapted, "cpu")
         for network in offload.scorers:
             move(network, offload.device)
     try:
@@ -78,6 +91,8 @@ def scoring() -> Iterator[None]:
             if not offload.inside:
                 for network in offload.scorers:
                     move(network, "cpu")
+            if adapted is not None:
+                move_frozen(adapted, offload.device)
 
 
 def learning() -> None:
@@ -89,6 +104,13 @@ def learning() -> None:
 def move(network: nn.Module, device: torch.device | str) -> None:
     """Move a network; nothing is done where it is there already."""
     network.to(device)
+
+
+def move_frozen(network: nn.Module, device: torch.device | str) -> None:
+    """Move the weights of a network that are not trained."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
 
 
 def networks_in(thing: object) -> list[nn.Module]:

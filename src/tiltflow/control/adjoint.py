@@ -37,6 +37,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tiltflow import offload
 from tiltflow.control.objective import Objective
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.linearize import linearize
@@ -109,7 +110,12 @@ def lean_adjoint(
             taken(k, target, velocity)
             targets[k] = base_velocities[k] = None
 
-    v, pullback = linearize(base, states[last], chain.times[last])
+    again = offload.makes_room()  # by another evaluation: its graph would stay, and the weights with it
+    if again:
+        with torch.no_grad():
+            v = base(states[last], chain.times[last])
+    else:
+        v, pullback = linearize(base, states[last], chain.times[last])
     base_velocities[last] = v
     if chain.std[last] == 0:
         end = chain.mean(last, states[last], v)
@@ -137,7 +143,7 @@ def lean_adjoint(
                 targets[k] = a
                 if k == first:
                     break
-            if k < last:
+            if k < last or again:
                 v, pullback = linearize(base, states[k], chain.times[k])
                 base_velocities[k] = v
             if bootstrap > 0 and chain.std[k] > 0:

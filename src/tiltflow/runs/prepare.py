@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -104,7 +103,7 @@ def prepare(
         warnings.warn(sentence, Note, stacklevel=2)
     flow = cast(Flow, tuned.flow)
     adapted = has_adapter(flow.network)
-    apart = partial(what_can_be_apart, model, reward)
+    scored = reward
     if normalized is not None:
         reward = normalized(model)
     dtype = autocast_dtype(training.mixed_precision, model.device)
@@ -141,8 +140,7 @@ def prepare(
         return calibrate(beta)
 
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
-        copied = None if adapted else cast(nn.Module, base.network)
-        away = offloaded(apart(copied)) if training.offload else nullcontext()
+        away = offloaded(what_can_be_apart(model, scored, base, training)) if training.offload else nullcontext()
         with tf32(training.allow_tf32, model.device), compiled(training.compile, flow.network, base.network), away:
             if training.compile is not None:
                 try_compiled_pair(tuned, flow, base, items, method, training, seed)
@@ -176,17 +174,28 @@ def prepare(
     return Prepared(model, tuned, flow, base, reward, draw, loop)
 
 
-def what_can_be_apart(model: GenerativeModel, reward: Reward, copied: nn.Module | None) -> Offload:
+def what_can_be_apart(model: GenerativeModel, reward: Reward, base: Flow | AdapterOff, training: Training) -> Offload:
     """What `training.offload` keeps on the CPU.
 
     Args:
         reward: not normalised; the network of one that learns stays where its optimizer is.
-        copied: the frozen copy of the network that is tuned, if there is one. Sharded weights stay where they are.
+        base: with its frozen copy of the network that is tuned, or the adapter of that. Sharded weights stay where they are.
     """
     scorers = [] if isinstance(reward, LearnedReward) else networks_in(reward)
     if isinstance(model, TextToImage):
         scorers.append(model.pipeline.vae)
-    return Offload(tuple(scorers), copied if processes.count() == 1 else None, model.device)
+    network = cast(nn.Module, base.network)
+    if processes.count() > 1:
+        return Offload(tuple(scorers), None, model.device)
+    if not isinstance(base, AdapterOff):
+        return Offload(tuple(scorers), network, model.device)
+    return Offload(tuple(scorers), None, model.device, network if can_make_room(network, training) else None)
+
+
+def can_make_room(network: nn.Module, training: Training) -> bool:
+    """True if the frozen weights of a network with an adapter can move: not those that are packed, or in compiled code."""
+    plain = all(type(parameter) is nn.Parameter for parameter in network.parameters())
+    return training.offload and training.compile is None and plain
 
 
 def asked_of(items: Sequence[Item], held_out: Sequence[Item], settings: Evaluation, count: int | None = None) -> Asked:

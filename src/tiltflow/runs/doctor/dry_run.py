@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -26,6 +26,7 @@ from tiltflow.conditions import Item
 from tiltflow.flows.adapter import AdapterOff, is_off
 from tiltflow.flows.flow import Flow
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.offload import Offload, offloaded
 from tiltflow.rewards import Reward
 from tiltflow.runs.doctor.shapes import Cost, Counter, Peak, Replayed, Shapes, alone, shaped
 from tiltflow.samplers.stored import Storage, Stored
@@ -64,6 +65,8 @@ class Subject:
     training: Training
     known: Mapping[str, dict[Any, Cost]] = field(default_factory=lambda: {name: {} for name in FUNCTIONS})
     """What calls of its functions need, by their names."""
+    makes_room: bool = False
+    """Whether the frozen weights of the network are elsewhere while samples are scored."""
     measured_reward: Callable[[Tensor, bool], Cost] | None = None
     """What the reward needs, with a gradient or without, if it cannot be called on samples without numbers."""
 
@@ -143,7 +146,8 @@ def _run(subject: Subject, size: int, most: int) -> list[dict[str, Peak]]:
             adam=cast(Any, partial(Moments, memory, torch.uint8 if training.use_8bit_adam else None)),
             on_batch_end=ended,
         )
-        with warnings.catch_warnings(), suppress(_Enough):
+        away = Offload((), None, torch.device("cpu"), nn.Module()) if subject.makes_room else None
+        with warnings.catch_warnings(), suppress(_Enough), nullcontext() if away is None else offloaded(away):
             warnings.simplefilter("ignore")  # such as that all rewards are the same
             for _ in loop:
                 pass

@@ -38,7 +38,7 @@ from tiltflow.runs.doctor.dry_run import BETWEEN, Subject, peaks
 from tiltflow.runs.doctor.patient import Patient
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
 from tiltflow.runs.doctor.shapes import Cost, Peak, alone, copy_of_shapes
-from tiltflow.runs.prepare import asked_of
+from tiltflow.runs.prepare import asked_of, can_make_room
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import Settings
 from tiltflow.training.memory import peak_of
@@ -105,6 +105,7 @@ def of_patient(patient: Patient) -> Forecast:
     others = {id(part): ("of the evaluation", part) for part in networks_in(patient.instruments)}
     for i, (what, part) in enumerate({**others, **scorers}.values()):
         networks[f"{what} {i + 1}"] = part
+    adapted = isinstance(base, AdapterOff) and can_make_room(cast(nn.Module, patient.tuned.network), patient.recipe.training)
     scored = partial(_scored, patient.reward, patient.items)
     of_evaluation: dict[str, Reward] = {
         name: partial(_scored, each, patient.items) for name, each in patient.instruments.rewards.items()
@@ -117,6 +118,7 @@ def of_patient(patient: Patient) -> Forecast:
         patient.items,
         patient.method,
         patient.recipe.training,
+        makes_room=adapted,
         measured_reward=partial(_measured_reward, scored, patient.device),
     )
     instruments = replace(patient.instruments, rewards=of_evaluation)
@@ -125,8 +127,9 @@ def of_patient(patient: Patient) -> Forecast:
     counts = {name: _parameters(part) for name, part in networks.items()}
     away = {name for name, part in networks.items() if name == "vae" or name.startswith("reward")}
     copied = {"its frozen copy"} & set(networks)
+    frozen = {"the network": _frozen(cast(nn.Module, patient.tuned.network))} if adapted else {}
     iteration = peaks(subject) | {"evaluation": peak_of_evaluation(subject, measured)}
-    by_phase = resident(weights, away, copied, offload=patient.recipe.training.offload)
+    by_phase = resident(weights, away, copied, frozen, offload=patient.recipe.training.offload)
     return _forecast(iteration, {}, by_phase, counts, looks=patient.recipe.training.monitor is not None)
 
 
@@ -167,10 +170,12 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
     known = {} if known is None else known
     settings = _settings_of_calls(recipe)
     calls = {name: known.setdefault(f"{name} {of_calls}", {}) for name, of_calls in settings.items()}
-    subject = Subject(flow, of_base, model, reward, items[:1], recipe.method, recipe.training, known=calls)
+    denoiser, frozen = model.family.denoiser, cast(nn.Module, base.network)
+    asked = recipe.training.offload and recipe.training.compile is None
+    room = asked and isinstance(base, AdapterOff) and denoiser not in source.quantization
+    subject = Subject(flow, of_base, model, reward, items[:1], recipe.method, recipe.training, calls, room)
     parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
     encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    denoiser, frozen = model.family.denoiser, cast(nn.Module, base.network)
     networks = {name: part for name, part in {**parts, **scorers}.items() if name not in (denoiser, *encoders)}
     trained = {} if isinstance(base, AdapterOff) else {f"trained {denoiser}": cast(nn.Module, flow.network)}
     everything = {denoiser: frozen, **trained, **networks, **encoders}
@@ -186,8 +191,9 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
         before["encoding"] = Peak({"weights": sum(there.values()), "text encoders": memory.peak}), there
     away = {name for name in networks if not name.endswith("of the evaluation")}
     counts = {name: _parameters(part) for name, part in everything.items()}
-    by_phase = resident(training, away, {denoiser} if trained else set(), offload=recipe.training.offload)
-    of_training = recipe.training.model_copy(update={"offload": False}).model_dump_json()  # which is of weights alone
+    moved = {denoiser: _frozen(frozen)} if room else {}
+    by_phase = resident(training, away, {denoiser} if trained else set(), moved, offload=recipe.training.offload)
+    of_training = recipe.training.model_copy(update={"offload": room}).model_dump_json()  # else it is of weights alone
     of_method = cast(Settings, recipe.method).model_dump_json()
     of_evaluation = f"{recipe.evaluation.model_dump_json()} {apart}"
     iteration = known.setdefault(f"iteration {settings} {of_method} {of_training} {of_evaluation}", {})
@@ -226,21 +232,25 @@ def _settings_of_calls(recipe: Recipe) -> dict[str, str]:
 
 
 def resident(
-    weights: Mapping[str, int], scorers: AbstractSet[str], copied: AbstractSet[str], *, offload: bool
+    weights: Mapping[str, int], scorers: AbstractSet[str], copied: AbstractSet[str], frozen: Mapping[str, int], *, offload: bool
 ) -> dict[str, dict[str, int]]:
     """The weights that are on the device in each phase of a training.
 
     Args:
         scorers: names of the decoder and of the networks of the reward.
         copied: name of the frozen copy of a network that is tuned as a whole.
+        frozen: bytes of a network with an adapter that make room for the scorers.
         offload: whether they are on the CPU while nothing needs them.
     """
     absent = {"update": {*scorers, *copied}, "rollout": scorers, "adjoint": scorers} if offload else {}
-    return {
+    found = {
         phase: {name: size for name, size in weights.items() if name not in absent.get(phase, ())}
         for phase in PHASES
         if phase != "encoding"
     }
+    for name, size in frozen.items():
+        found["reward"][name] -= size
+    return found
 
 
 def _forecast(
@@ -308,6 +318,11 @@ def _weights(network: Any, kind: str | None = None) -> int:
     layers = _layers(network)
     rows = 0 if kind == "nf4" else sum(4 * len(p) for p in layers)
     return size + rows - sum(p.numel() * p.element_size() - int(p.numel() * BITS[kind] / 8) for p in layers)
+
+
+def _frozen(network: nn.Module) -> int:
+    """Bytes of the weights of a network that are not trained."""
+    return sum(parameter.nbytes for parameter in network.parameters() if not parameter.requires_grad)
 
 
 def _layers(network: nn.Module) -> list[Tensor]:
