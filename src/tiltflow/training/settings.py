@@ -45,8 +45,8 @@ class Training(Settings):
     needed, not the result: at 512 pixels and in float32 a picture of Stable Diffusion needs more than 5 GB."""
     offload: bool = False
     """Keep on the CPU what nothing needs at the moment: the decoder and the networks of rewards but while samples are scored,
-    and the frozen copy of a denoiser that is tuned as a whole but while the method needs it. Changes the memory of the device
-    and the time, not the result."""
+    the frozen copy of a denoiser that is tuned as a whole but while the method needs it, and the frozen weights below an
+    adapter while samples are scored. Changes the memory of the device and the time, not the result."""
     trajectory_dtype: Literal["bfloat16", "float16"] | None = None
     """Store trajectories in 16 bits: half of their memory. What is rounded is an error of the gradient, in proportion to the
     temperature (docs/text-to-image.md); float16 has eight times less than bfloat16. null stores them as they are computed."""
