@@ -137,7 +137,8 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
     runs = [path.parent.name for path in (alone / scenario).glob("*/summary.json")]
     assert len(runs) == {"methods": len(OTHERS), "pictures": 3, "interrupted": 4}[scenario]
     for each in runs:
-        assert_same_runs(alone / scenario / each, both / each, evaluations=scenario != "pictures")
+        uneven = scenario == "pictures" or each == "adjoint-matching-bootstrap"  # whose pool has 3 samples
+        assert_same_runs(alone / scenario / each, both / each, evaluations=not uneven)
     if scenario == "methods":  # and all processes say the same of a folder that is not free
         said = [(both / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
