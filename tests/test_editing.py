@@ -121,8 +121,9 @@ def test_a_reward_gets_what_was_edited() -> None:
         told(distance, [Item(SHORT)] * 3)(x)
 
 
-def test_likeness_by_clip(tmp_path: Path) -> None:
-    """100 cos of transformers' own features, of each edit and what it is of; 100 for no edit."""
+def test_likeness_by_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 cos of transformers' own features, of each edit and what it is of; 100 for no edit. Features of what is edited are
+    computed once for each size."""
     path = str(tiny_clip(tmp_path))
     one, two = (picture_of(picture((32, 32), seed), "") for seed in (1, 2))
     x = torch.stack([two.pixels(32, 32), two.pixels(32, 32)])
@@ -136,6 +137,15 @@ def test_likeness_by_clip(tmp_path: Path) -> None:
     assert expected < 99.9
     gradient = torch.autograd.grad(reward(x.requires_grad_()).sum(), x)[0]
     assert gradient[0].abs().max() > 0
+    counts, features = list[int](), Clip.image_features
+    monkeypatch.setattr(Clip, "image_features", lambda clip, images: counts.append(len(images)) or features(clip, images))
+    turned = told(reward, [Item(SHORT, {"image": each}) for each in (two, one)])
+    assert torch.equal(turned(x.flip(0)), reward(x).flip(0))
+    assert counts == [2, 2]
+    reward(torch.rand(2, 3, 16, 16))
+    assert counts == [2, 2, 2, 2]
+    with pytest.raises(InputError, match="the reward asks for sources, the pictures that were edited; this model edits none"):
+        told(reward, [Item(SHORT)] * 2)(x)
 
 
 def test_one_cache_of_prompts_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
 from tiltflow.flows.precision import Dtype
-from tiltflow.rewards import Reward
+from tiltflow.pictures import Picture, batch_of
+from tiltflow.rewards import Metadata, Reward
 from tiltflow.rewards.backbones.clip import Clip
-from tiltflow.rewards.functions.prompted import OfPrompts
+from tiltflow.rewards.functions.prompted import OfPrompts, sources_of
 from tiltflow.settings import PathOrName, Settings
 
 
@@ -33,9 +35,14 @@ class ImageSimilarity(Settings):
     def build(self, device: torch.device | str = "cpu") -> Reward:
         clip = Clip.load(self.model, device, self.dtype)
 
-        def similarity(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                expected = clip.image_features(sources)
-            return 100 * (clip.image_features(images) * expected).sum(1)
+        known: dict[tuple[Picture, torch.Size], torch.Tensor] = {}  # features of the pictures that were edited
 
-        return OfPrompts(similarity, ("sources",))
+        def similarity(images: torch.Tensor, metadata: Sequence[Metadata]) -> torch.Tensor:
+            keys = [(source, images.shape[-2:]) for source in sources_of(metadata)]
+            if new := [key for key in dict.fromkeys(keys) if key not in known]:
+                sources = batch_of([source for source, _ in new], *images.shape[-2:])
+                with torch.no_grad():
+                    known.update(zip(new, clip.image_features(sources.to(images)), strict=True))
+            return 100 * (clip.image_features(images) * torch.stack([known[key] for key in keys])).sum(1)
+
+        return OfPrompts(similarity, ("metadata",))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.flows.field import Which
-from tiltflow.pictures import batch_of, edited
+from tiltflow.pictures import Picture, batch_of, edited
 from tiltflow.rewards import Metadata, PromptedReward, Reward, WithPrompts
 
 Told = TypeVar("Told")
@@ -56,11 +56,16 @@ class OfPrompts:
                 )
             told["labels"] = torch.tensor([more["label"] for more in self.metadata], device=x.device)
         if "sources" in self.asks:
-            sources = [picture for more in self.metadata if (picture := edited(more)) is not None]
-            if len(sources) < len(x):
-                raise InputError("the reward asks for sources, the pictures that were edited; this model edits none")
-            told["sources"] = batch_of(sources, *x.shape[-2:]).to(x)
+            told["sources"] = batch_of(sources_of(self.metadata), *x.shape[-2:]).to(x)
         return self.score(x, **{name: told[name] for name in self.asks})
+
+
+def sources_of(metadata: Sequence[Metadata]) -> list[Picture]:
+    """The pictures that samples with this metadata are edits of. Raises InputError if they are no edits."""
+    sources = [picture for more in metadata if (picture := edited(more)) is not None]
+    if len(sources) < len(metadata):
+        raise InputError("the reward asks for sources, the pictures that were edited; this model edits none")
+    return sources
 
 
 def chosen(told: Sequence[Told], which: Which) -> Sequence[Told]:
