@@ -158,7 +158,7 @@ def test_one_cache_of_prompts_and_pictures(tmp_path: Path, monkeypatch: pytest.M
     expected = whole.conditions(items)[0]
     assert encoded == [1, 1, 1]
     assert len(whole.encoder.cache) == 5
-    sizes = [whole.encoder.sizes[key] for key in (SHORT, items[0].metadata["image"])]
+    sizes = [whole.encoder.cache[key].size for key in (SHORT, items[0].metadata["image"])]
     assert sizes[1] == expected["image_latents"][0].nbytes
     few = model_of(tmp_path, prompt_cache_gb=(2 * sizes[0] + sizes[1]) / 2**30)
     for each in (items, items[::-1]):

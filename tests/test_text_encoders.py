@@ -26,7 +26,7 @@ from tiltflow import from_diffusers
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Note
 from tiltflow.models.pipelines import Condition
-from tiltflow.models.prompt_encoder import PromptEncoder
+from tiltflow.models.prompt_encoder import Encoded, PromptEncoder
 from tiltflow.models.text_encoders import TextEncoders
 from tiltflow.rewards.named_colour import NamedColour
 from tiltflow.runs.doctor.sampler import difference_to_pipeline
@@ -207,7 +207,7 @@ def test_the_denoiser_makes_room_for_text_encoders_that_are_freed(tmp_path: Path
     def encoded(encoder: PromptEncoder, prompts: list[str], device: torch.device) -> None:
         encoder.encoders.ready()
         assert {"T5EncoderModel", "CLIPTextModelWithProjection", "AutoencoderKL"} <= there
-        encoder.cache[prompts[0]], encoder.sizes[prompts[0]] = (None, None), 1
+        encoder.cache[prompts[0]] = Encoded(None, None, 1)
 
     def freed(encoders: TextEncoders) -> None:
         there.difference_update(type(part).__name__ for part in encoders.parts.values())
@@ -295,7 +295,6 @@ def test_a_bounded_cache_changes_nothing(tmp_path: Path) -> None:
         prompts = [f"prompt {n}" for n in order[i : i + 4]]
         assert all(map(same, few.encode(prompts), whole.encode(prompts)))
         assert len(few.encoder.cache) <= 3
-        assert few.encoder.sizes.keys() == few.encoder.cache.keys()
     assert len(whole.encoder.cache) == len({*order}) + 1
     with pytest.warns(Note, match=r"10 prompts are more than model.prompt_cache_gb, .*: the text encoders are not freed"):
         few.encoder.encode_ahead([f"prompt {n}" for n in range(10)], few.device)
@@ -330,7 +329,7 @@ def test_the_cache_is_in_the_dtype_of_the_network(tmp_path: Path, monkeypatch: p
     found = model.encode(PROMPTS)
     for ours, theirs in zip(tensors(found), tensors(exact), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16))
-    assert {part.dtype for part in tensors(list(model.encoder.cache.values()))} == {torch.bfloat16}
+    assert {part.dtype for part in tensors([one[:2] for one in model.encoder.cache.values()])} == {torch.bfloat16}
     assert not pinned
     model.encoder.cache.clear()
     monkeypatch.setattr("tiltflow.models.prompt_encoder.on_device", lambda conditions, device: conditions)

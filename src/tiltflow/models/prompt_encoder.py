@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +30,14 @@ CACHE_GB = 4.0
 """Gigabytes of conditions that are cached: about 36,000 prompts of Stable Diffusion 1.5 and 1,500 of 3, in 16 bits."""
 
 
+class Encoded(NamedTuple):
+    """Conditions in the dtype of the denoiser, and the bytes of the first: all prompts share the negative one."""
+
+    condition: Any
+    negative: Any
+    size: int
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """The encoders of a pipeline, with a cache on the CPU. Each prompt is in it alone, as long as it is; in a batch the shorter
@@ -50,11 +57,8 @@ class PromptEncoder:
     options: TextOptions
     encoders: TextEncoders
     most_bytes: float = CACHE_GB * 2**30
-    cache: dict[str | Picture, tuple[Any, Any]] = field(default_factory=dict, repr=False)
-    """(condition, negative condition) of the most recent prompts and pictures, the latest last, in the dtype of the denoiser.
-    Those of a picture are what it adds to them."""
-    sizes: dict[str | Picture, int] = field(default_factory=dict, repr=False)
-    """Bytes of the conditions in the cache."""
+    cache: dict[str | Picture, Encoded] = field(default_factory=dict, repr=False)
+    """Of the most recent prompts and pictures, the latest last. The conditions of a picture are what it adds to the others."""
 
     def __call__(
         self, prompts: Sequence[str], device: torch.device, pictures: Sequence[Picture] = ()
@@ -73,20 +77,22 @@ class PromptEncoder:
                 self.cache[key] = self.cache.pop(key)  # the latest is last
                 continue
             encoded = self._picture(key) if isinstance(key, Picture) else self._prompt(key)
-            pair = kept(encoded, floating_dtype(getattr(self.pipeline, self.family.denoiser)), pinned=device.type == "cuda")
+            condition, negative = kept(
+                encoded, floating_dtype(getattr(self.pipeline, self.family.denoiser)), pinned=device.type == "cuda"
+            )
             if isinstance(key, str):  # the negative condition does not depend on the prompt: all share the first one
-                pair = pair[0], next((both for other, both in self.cache.items() if isinstance(other, str)), pair)[1]
-            self.cache[key] = pair
-            self.sizes[key] = sum(part.nbytes for part in tree_leaves(pair[0]) if isinstance(part, Tensor))
+                negative = next((one.negative for other, one in self.cache.items() if isinstance(other, str)), negative)
+            size = sum(part.nbytes for part in tree_leaves(condition) if isinstance(part, Tensor))
+            self.cache[key] = Encoded(condition, negative, size)
         # moved one by one: joined on the CPU they would not be pinned
         there = {key: on_device(self.cache[key], device) for key in keys}
         condition, negative = (joined([there[prompt][i] for prompt in prompts]) for i in (0, 1))
         if pictures:
             seen = joined([there[picture][0] for picture in pictures])
             condition, negative = {**condition, **seen}, None if negative is None else {**negative, **seen}
-        while self.cache and sum(self.sizes.values()) > self.most_bytes:
+        while self.cache and sum(one.size for one in self.cache.values()) > self.most_bytes:
             oldest = next((key for key in self.cache if isinstance(key, Picture)), next(iter(self.cache)))
-            del self.cache[oldest], self.sizes[oldest]
+            del self.cache[oldest]
         return condition, negative
 
     def _prompt(self, prompt: str) -> tuple[Any, Any]:
@@ -109,7 +115,7 @@ class PromptEncoder:
         with self.encoders.alone(getattr(self.pipeline, self.family.denoiser)):
             for count, prompt in enumerate(several, 1):
                 self([prompt], device)
-                if len(several) * self.sizes.get(prompt, math.inf) > self.most_bytes:
+                if prompt not in self.cache or len(several) * self.cache[prompt].size > self.most_bytes:
                     break
                 seconds = time.perf_counter() - began
                 if seconds >= told + SECONDS_BETWEEN and count < len(several) and processes.is_main():
