@@ -23,6 +23,7 @@ from tiltflow.laws.gaussian_mixture import QuadraticReward, mixture
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.path_reweighted import LOOK_AGAIN, SHARES, PathReweighted, Pool, State, dealt
 from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.problems.verification.quadratic_tilt import best_of_chain
 from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.runs.caveats import weights_in_words
@@ -433,9 +434,14 @@ def test_training_reaches_the_tilt(first: Any) -> None:
     assert records[-1].metrics["base_share"] == 0
 
 
-@pytest.mark.parametrize("at", [2, 4, 7])
-def test_training_resumes_bit_for_bit_in_the_first_method_between_and_in_the_rounds(at: int) -> None:
-    first: dict[str, Any] = {"name": "score-as-action", "estimator": "return", "num_passes": 2}
+@pytest.mark.parametrize(
+    ("first", "at"),
+    [
+        *(({"name": "score-as-action", "estimator": "return", "num_passes": 2}, at) for at in (2, 4, 7)),
+        *(({"name": "tilt-matching", "num_inference_steps": 2, "num_passes": 2}, at) for at in (2, 4)),
+    ],
+)
+def test_training_resumes_bit_for_bit_in_the_first_method_between_and_in_the_rounds(first: dict[str, Any], at: int) -> None:
     method = PathReweighted(**SHORT, first=first, first_steps=4, pool_size=40)
     states: dict[int, Any] = {}
 
@@ -534,7 +540,10 @@ def test_paths_without_a_finite_reward_are_left_out_and_a_round_without_any_stop
     ("settings", "said"),
     [
         ({"num_inference_steps": 1}, "greater than or equal to 2"),
-        ({"first": "orw-cfm-w2"}, "first must be a method that controls a chain, adjoint-matching or score-as-action"),
+        (
+            {"first": "orw-cfm-w2"},
+            "first must control a chain, as adjoint-matching and score-as-action do, or be tilt-matching",
+        ),
         ({"first": {"name": "adjoint-matching", "beta": 2}}, "first.beta is 2 and beta 1: leave the first one out"),
         ({"first_steps": 0}, "greater than 0"),
         ({"solver": "heun"}, "must be a memoryless solver"),
@@ -551,6 +560,8 @@ def test_the_first_method_has_our_temperature_and_steps_unless_it_is_given_its_o
     other = PathReweighted(beta=0.2, num_inference_steps=15, first=AdjointMatching(num_inference_steps=20))
     assert (other.opening.beta, other.opening.num_inference_steps) == (0.2, 20)
     assert one.model_copy(update={"beta": 0.1}).opening.beta == 0.1
+    third = PathReweighted(beta=0.2, num_inference_steps=15, first=TiltMatching(num_passes=3))
+    assert (third.opening.beta, third.opening.num_inference_steps, third.opening.num_passes) == (0.2, 15, 3)
     assert PathReweighted.model_validate(one.model_dump()) == one
     assert PathReweighted().opening is None
 
@@ -559,6 +570,9 @@ def test_what_is_needed_is_what_the_first_method_needs() -> None:
     assert not PathReweighted().needs.reward_gradient
     assert PathReweighted().needs.passes == 16
     assert PathReweighted(first="adjoint-matching").needs.reward_gradient
+    assert not PathReweighted(first="tilt-matching").needs.reward_gradient
+    assert PathReweighted(first="tilt-matching").needs.begins_as_base
+    assert not PathReweighted(first=ScoreAsAction()).needs.begins_as_base
     black_box = PathReweighted(first=ScoreAsAction())
     own = ScoreAsAction().needs
     assert black_box.needs.critic_of_condition == own.critic_of_condition

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 from torch.testing import assert_close
 
 from tiltflow.errors import SettingsError
@@ -18,12 +19,14 @@ from tiltflow.laws.gaussian_mixture import (
     GaussianMixture,
     QuadraticReward,
     lean_propagator,
+    mixture,
     optimal_control,
     span_of_tilt,
 )
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.problems.mixture import Mixture
 from tiltflow.problems.verification.quadratic_tilt import QuadraticTilt
+from tiltflow.problems.verification.tuned_mixture import TunedMixture
 from tiltflow.streams import stream
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -289,6 +292,30 @@ def test_networks_are_the_exact_velocity_and_the_sum() -> None:
             return 3 * x + time[:, None]
 
     assert_close(CorrectedVelocity(exact, Shift())(x, t), base.velocity(x, t) + 3 * x + t[:, None])
+
+
+def test_a_tuned_mixture_is_the_base_and_then_sees_modes_norm_and_velocity() -> None:
+    """Zero at the start; its last layer answers with a vector, a multiple of x and one of the base's velocity; its inputs are
+    x, the responsibilities and the norm, those few scaled up to the weight of all inputs."""
+    base = mixture(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]), (0.3, 0.7), (0.4, 0.9))
+    tuned = TunedMixture(base, hidden=4, layers=1, seed=3)
+    x, t = torch.tensor([[0.5, -0.5, 1.0], [1.0, 2.0, 0.0]]), torch.tensor([0.2, 0.6])
+    velocity = base.velocity(x, t)
+    assert torch.equal(tuned(x, t), velocity)
+    tuned.correction.head.bias.data.copy_(torch.tensor([1.0, 2.0, 3.0, 10.0, 100.0]))
+    assert_close(tuned(x, t), velocity * 101 + x * 10 + torch.tensor([1.0, 2.0, 3.0]))
+    seen = []
+    tuned.correction.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tuned(x, t)
+    marginal = [base.log_weights[i] + Normal(t[:, None] * base.means[i], total(base, i, t)).log_prob(x).sum(1) for i in (0, 1)]
+    responsibilities = torch.stack(marginal, 1).softmax(1)
+    norm = 3**0.5 * ((1 + torch.tensor([1.5, 5.0]) / 3) / 2).log()
+    assert_close(seen[0], torch.cat([x, 2**0.5 * responsibilities, 2**0.5 * norm[:, None]], 1))
+
+
+def total(law: GaussianMixture, component: int, t: Tensor) -> Tensor:
+    """The standard deviation of x_t in one component [batch, 1]."""
+    return (t**2 * law.variances[component] + (1 - t) ** 2).sqrt()[:, None]
 
 
 # ---- problems by number ----

@@ -468,6 +468,45 @@ def test_what_a_round_measures() -> None:
     assert "kl" not in measured  # of the law at 1 / beta, once that is what a round aims at
 
 
+@pytest.mark.parametrize("beta", [2.0, 0.5])
+def test_samples_of_the_base_are_drawn_while_they_carry_the_weights(beta: float) -> None:
+    """exp(h x) of N(0, 1): the share exp(-h^2) is .78 at 1 / 2, more than .7, and .02 at 2. The tilted law is N(h, 1)."""
+    x = torch.special.ndtri((torch.arange(COUNT) + 0.5).double() / COUNT).float()[:, None]
+    for proposal in ("auto", "tuned"):
+        method = TiltMatching(beta=beta, num_passes=1, proposal=proposal)
+        tuned, state = Affine(), State(CPU)
+        batch = Batch(x, Flow(tuned), Flow(BASE), slope, stream(0), parameters=tuple(tuned.parameters()))
+        list(method.gradients(batch, state))
+        tuned.offset.data += 1.0
+        again = State(CPU)
+        again.load_state_dict(state.state_dict())
+        (measured,) = method.gradients(batch, again)
+        drawn, base = again.replay.batches[-1], proposal == "auto" and beta == 2
+        assert state.from_base is again.from_base is base
+        assert (drawn.tilt == 0) is base
+        assert torch.allclose(drawn.x, x, atol=0.02) is base
+        if base:  # what is reported is the law that is learned
+            assert (measured["reward"], measured["reward_std"]) == (pytest.approx(0.5, abs=0.01), pytest.approx(1, abs=0.01))
+            assert measured["inverse_temperature"] == 0.5
+            assert measured["tilt_step"] == 0
+
+
+def test_samples_of_the_base_forget_what_earlier_rounds_got_wrong() -> None:
+    """N(0, 1) exp(x / 2) is N(1/2, 1), after a round that begins at N(1, 1) and takes itself to be there."""
+    tuned, state = Affine(), State(CPU, tilt=0.5, aim=0.5, from_base=True, batches=1)
+    tuned.offset.data += 1.0
+    fitted_round(TiltMatching(beta=2.0, proposal="auto", neighbours=64), tuned, slope, state)
+    assert tuned.law == (pytest.approx(0.5, abs=0.015), pytest.approx(1, abs=0.03))
+
+
+def test_a_state_of_an_earlier_version_is_read() -> None:
+    old = State(CPU, from_base=True).state_dict()
+    del old["from_base"]
+    again = State(CPU)
+    again.load_state_dict(old)
+    assert not again.from_base
+
+
 def test_the_largest_weight_of_linear_advantages() -> None:
     """1 + (mean r - r(0)) / beta, at the middle of the bowl; E x^2 / 2 = 1/2."""
     levels = (torch.arange(401) + 0.5).double() / 401
@@ -583,6 +622,7 @@ def test_the_law_at_which_rounds_around_the_base_settle(preset: Any, reward: flo
         ({"solver": "memoryless"}, "solver 'memoryless' has noise"),
         ({"coefficient": "linear"}, "use replay 1"),
         ({"coefficient": "linear", "replay": 1, "anchor": "none"}, "needs an anchor"),
+        ({"coefficient": "linear", "replay": 1, "proposal": "auto"}, "use proposal 'tuned'"),
         ({"standardize": True}, "belong to coefficient 'linear'"),
         ({"fixed_rise": 0.1}, "belong to coefficient 'linear'"),
     ],

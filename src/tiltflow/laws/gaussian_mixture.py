@@ -97,9 +97,14 @@ class GaussianMixture:
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_1 - x_0 | x_t = x] at t [] or [batch]: [batch, dimension], finite on all of [0, 1]."""
+        return self.velocity_and_responsibilities(x, t)[0]
+
+    def velocity_and_responsibilities(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`velocity`, and the probability of each component given x_t = x [batch, n]."""
         log_responsibility, time, total, away = self._components_at(x, t)
         slope = (time * self.variances.to(x) - (1 - time)) / total
-        return (log_responsibility.exp()[..., None] * (self.means.to(x) + slope[..., None] * away)).sum(1)
+        responsibility = log_responsibility.exp()
+        return (responsibility[..., None] * (self.means.to(x) + slope[..., None] * away)).sum(1), responsibility
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x) of the linear path: [batch, dimension], finite on all of [0, 1]."""

@@ -19,7 +19,7 @@ number of steps of a path changes nothing else, paths have `path_steps`, be the 
 
 Any proposal gives that law; they differ in the number of samples that the weights leave. The better the tuned chain, the more
 even are its weights, up to what its Gaussian steps cannot do; those of the base do not depend on it. So a run begins with
-another method that controls a chain (`first`), or with the base's paths, and takes the shares of both that leave the most.
+another method (`first`), or with the base's paths, and takes the shares of both that leave the most.
 
 Plain regression on x_1 - x_0, and not a residual of the present model's velocity: that is anchored where the model's own law is
 that of the samples, and neither the base's field nor a control that was learned on a chain is the field of the chain's ends.
@@ -44,7 +44,8 @@ from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.flows import conditions
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.laws.target import Target, exponential_tilt
-from tiltflow.methods import Tilting
+from tiltflow.methods import Tempered, Tilting
+from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
@@ -132,8 +133,8 @@ class PathReweighted(Tilting):
 
     name: Literal["path-reweighted"] = "path-reweighted"
     first: NamedMethod | None = None
-    """Another method that controls a chain, such as {name: adjoint-matching}, with which the run begins. Its temperature is
-    this one's; it has this number of steps too, unless it is given one."""
+    """Another method with which the run begins: one that controls a chain, such as {name: adjoint-matching}, or tilt-matching,
+    which needs no gradient. Its temperature is this one's; it has this number of steps too, unless it is given one."""
     first_steps: Annotated[float, Field(gt=0)] = 0.5
     """How long `first` lasts: below 1 a share of the run, from 1 on a number of optimizer steps."""
 
@@ -172,7 +173,7 @@ class PathReweighted(Tilting):
             first = {"name": first}
         if isinstance(first, dict):
             return {**values, "first": {**shared_keys, **first}}
-        if isinstance(first, Tilting):
+        if isinstance(first, Tempered):
             own = {key: value for key, value in shared_keys.items() if key not in first.model_fields_set}
             return {**values, "first": first.model_copy(update=own)}
         return values
@@ -181,10 +182,11 @@ class PathReweighted(Tilting):
     def _check(self) -> PathReweighted:
         if self.first is None:
             return self
-        if not isinstance(self.first, Tilting) or self.first.priced_chain() is None:
-            raise ValueError("first must be a method that controls a chain, adjoint-matching or score-as-action")
-        if self.first.beta != self.beta:
-            raise ValueError(f"first.beta is {self.first.beta:g} and beta {self.beta:g}: leave the first one out")
+        chain = isinstance(self.first, Tilting) and self.first.priced_chain() is not None
+        if not (chain or isinstance(self.first, TiltMatching)):
+            raise ValueError("first must control a chain, as adjoint-matching and score-as-action do, or be tilt-matching")
+        if self.first.temperature != self.beta:
+            raise ValueError(f"first.beta is {self.first.temperature:g} and beta {self.beta:g}: leave the first one out")
         return self
 
     @property
@@ -200,6 +202,7 @@ class PathReweighted(Tilting):
         return Needs(
             reward_gradient=first.reward_gradient,
             critic_of_condition=first.critic_of_condition,
+            begins_as_base=first.begins_as_base,
             without_critic=first.without_critic,
             passes=passes,
             warmup_steps=first.warmup_steps,

@@ -112,24 +112,26 @@ class Aims(NamedTuple):
 
 @dataclass
 class State:
-    """The inverse temperature that the model is at, and the one that this round aims at; the samples that are kept; the weights
-    at the start of the round, where they are needed."""
+    """The inverse temperature that the model is at, and the one that this round aims at; whether the next round draws from the
+    base; the samples that are kept; the weights at the start of the round, where they are needed."""
 
     device: torch.device
     tilt: float = 0.0
     aim: float = 0.0
+    from_base: bool = False
     batches: int = 0
     old: list[Tensor] = field(default_factory=list)
     replay: Replay = field(default_factory=Replay)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` takes."""
-        numbers = {"tilt": self.tilt, "aim": self.aim, "batches": self.batches}
+        numbers = {"tilt": self.tilt, "aim": self.aim, "from_base": self.from_base, "batches": self.batches}
         return {**numbers, "old": self.old, "replay": self.replay.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
         self.tilt, self.aim, self.batches = state["tilt"], state["aim"], state["batches"]
+        self.from_base = state.get("from_base", False)  # which earlier versions did not have
         self.old = [values.to(self.device) for values in state["old"]]
         self.replay.load_state_dict(state["replay"], self.device)
 
@@ -152,6 +154,9 @@ class TiltMatching(Tempered):
     target_effective_sample_size: Annotated[float, Field(ge=0, lt=1)] = 0.7
     """Share of the samples of a round that their weights toward the next inverse temperature must be worth: it sets how fast
     that rises. With 0 it is 1 / beta at once."""
+    proposal: Literal["tuned", "auto"] = "tuned"
+    """Whose samples a round draws: the tuned model's; with auto the base's, as long as these, weighted toward 1 / beta, are worth
+    `target_effective_sample_size` of their number. They have no errors of earlier rounds."""
     fixed_rise: Positive | None = None
     """Instead, raise the inverse temperature by this in each round, without end."""
     batches_per_round: Count = 1
@@ -197,6 +202,8 @@ class TiltMatching(Tempered):
                 raise ValueError("coefficient 'linear' needs an anchor: advantages of both signs have no mean velocity")
         elif self.standardize or self.advantage_clip is not None or self.fixed_rise is not None:
             raise ValueError("standardize, advantage_clip and fixed_rise belong to coefficient 'linear'")
+        if self.proposal == "auto" and self.coefficient == "linear":
+            raise ValueError("coefficient 'linear' learns from the samples of the model; use proposal 'tuned'")
         return self
 
     def learns_nothing(self, group: int) -> str | None:
@@ -261,15 +268,20 @@ class TiltMatching(Tempered):
             raise InputError(
                 f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
             )
-        if begins and self.replay > 1 and state.tilt and not constant:
+        of_base = state.from_base
+        if begins and self.replay > 1 and state.tilt and not of_base and not constant:
             state.tilt = self._measured(rewards, batch, state)
-        recalled = state.replay.add(x1, rewards, state.tilt, batch.tuned, self.replay)
+        tilt = 0.0 if of_base else state.tilt
+        recalled = state.replay.add(x1, rewards, tilt, batch.tuned, self.replay)
         if begins:
-            state.aim = state.tilt if constant else self._next(rewards, batch, state)
+            reached = tilt if constant else self._next(rewards, batch, state, tilt)
+            state.from_base = self.proposal == "auto" and tilt == 0 and reached == 1 / self.beta
+            state.aim = 1 / self.beta if of_base else reached
         aims, measured = self._aims(recalled, state)
+        mean, std = moments(rewards, (aims.pull + aims.gain)[-len(rewards) :] if of_base else None)
         measured = {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
+            "reward": mean,
+            "reward_std": std,
             "inverse_temperature": state.aim,
             "tilt_step": state.aim - state.tilt,
             **measured,
@@ -283,8 +295,9 @@ class TiltMatching(Tempered):
             state.tilt, state.old = state.aim, []
 
     def _samples(self, batch: Batch, state: State, scoring: Scoring) -> Tensor:
-        """Samples of the model as it is at the start of the round [batch, *event]."""
-        flow = self._old(batch, state) if self.batches_per_round > 1 else batch.actor or batch.tuned
+        """Samples of the model as it is at the start of the round, or of the base [batch, *event]."""
+        tuned = self._old(batch, state) if self.batches_per_round > 1 else batch.actor or batch.tuned
+        flow = batch.base if state.from_base else tuned
         acting = batch.whole(batch.guide(flow) if batch.guide else flow)
         return joined(
             scoring.drawn(
@@ -315,13 +328,13 @@ class TiltMatching(Tempered):
                 known.append((family, family.within(rewards[own]).mean().item()))
         return tilt_of(known, state.tilt) if known else state.tilt
 
-    def _next(self, rewards: Tensor, batch: Batch, state: State) -> float:
-        """The inverse temperature that the round aims at."""
+    def _next(self, rewards: Tensor, batch: Batch, state: State, tilt: float) -> float:
+        """The inverse temperature that the round aims at, whose samples are of the law at `tilt`."""
         if self.fixed_rise is not None:
-            return state.tilt + self.fixed_rise
+            return tilt + self.fixed_rise
         of_groups = [rewards[members].double().cpu() for members in batch.tuned.groups(len(rewards), rewards.device)]
         try:
-            return next_tilt(of_groups, state.tilt, 1 / self.beta, self.target_effective_sample_size)
+            return next_tilt(of_groups, tilt, 1 / self.beta, self.target_effective_sample_size)
         except ValueError as error:
             raise CollapseError(
                 f"batch {state.batches + 1}: {error} of {len(rewards)} samples (rewards {rewards.min().item():.3g} to"
@@ -402,3 +415,12 @@ class TiltMatching(Tempered):
             return {"loss": scale * (v - (now + step)).flatten(1).square().sum(1)}
 
         return batch.accumulate(terms_of, size, over=size)
+
+
+def moments(rewards: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """The mean and the standard deviation of rewards [n], weighted [n] or not."""
+    if weights is None:
+        return rewards.mean().item(), rewards.std(correction=0).item()
+    shares, values = weights / weights.sum(), rewards.double().cpu()
+    mean = float(shares @ values)
+    return mean, float(shares @ (values - mean).square()) ** 0.5

@@ -1,4 +1,4 @@
-"""Settings that problems with a Gaussian mixture as base share: its exact velocity field, and a perceptron to correct it."""
+"""Settings that problems with a Gaussian mixture as base share: its exact velocity field, and a network that corrects it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tiltflow.evaluation import achieved_tilt
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.log_ratio import END
 from tiltflow.flows.flow import Flow
-from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
-from tiltflow.networks.mlp import Mlp
+from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
 from tiltflow.problems import Check, Defaults, Trained, Tree
+from tiltflow.problems.verification.tuned_mixture import TunedMixture
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
-from tiltflow.streams import new_network, stream
+from tiltflow.streams import stream
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -28,7 +28,8 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
     "orw-cfm-w2": {"regression_batch_size": 1024},
     "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
-    "tilt-matching": {"target_effective_sample_size": 0.5},  # of very many samples: fewer rounds, so that fewer errors add up
+    # of very many samples: fewer rounds, so that fewer errors add up; none at all where the base's samples suffice
+    "tilt-matching": {"target_effective_sample_size": 0.5, "proposal": "auto"},
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
@@ -55,7 +56,7 @@ class ExactBase(Settings):
 
     name: str
     hidden: Count = 128
-    """Width of the learned correction to the exact velocity, a perceptron."""
+    """Width of the learned correction to the exact velocity, a perceptron that sees what the base computes on its way."""
     layers: Count = 3
     """Its number of layers."""
     sampling: Sampling = Sampling()
@@ -82,10 +83,8 @@ class ExactBase(Settings):
         return Flow(ExactVelocity(self.base()))
 
     def tuned_flow(self, seed: int) -> Flow:
-        """The base's field plus a perceptron, zero at the start."""
-        law = self.base()
-        correction = new_network(Mlp(dimension=law.means.shape[1], hidden=self.hidden, layers=self.layers), seed)
-        return Flow(CorrectedVelocity(ExactVelocity(law), correction))
+        """The base's field with a learned correction, zero at the start."""
+        return Flow(TunedMixture(self.base(), self.hidden, self.layers, seed))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise: [count, dimension]."""
