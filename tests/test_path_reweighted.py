@@ -540,10 +540,8 @@ def test_paths_without_a_finite_reward_are_left_out_and_a_round_without_any_stop
     ("settings", "said"),
     [
         ({"num_inference_steps": 1}, "greater than or equal to 2"),
-        (
-            {"first": "orw-cfm-w2"},
-            "first must control a chain, as adjoint-matching and score-as-action do, or be tilt-matching",
-        ),
+        ({"first": "orw-cfm-w2"}, "first must be another method with a beta, such as adjoint-matching"),
+        ({"first": "path-reweighted"}, "first must be another method with a beta"),
         ({"first": {"name": "adjoint-matching", "beta": 2}}, "first.beta is 2 and beta 1: leave the first one out"),
         ({"first_steps": 0}, "greater than 0"),
         ({"solver": "heun"}, "must be a memoryless solver"),

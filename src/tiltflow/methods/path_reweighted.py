@@ -45,7 +45,6 @@ from tiltflow.flows import conditions
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tempered, Tilting
-from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.rewards.functions.checked import finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
@@ -128,13 +127,13 @@ class State:
 
 
 class PathReweighted(Tilting):
-    """Path-reweighted flow matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta), exactly. Alone, or after a
-    method that controls a chain."""
+    """Path-reweighted flow matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta), exactly. Alone, or after
+    another method."""
 
     name: Literal["path-reweighted"] = "path-reweighted"
     first: NamedMethod | None = None
-    """Another method with which the run begins: one that controls a chain, such as {name: adjoint-matching}, or tilt-matching,
-    which needs no gradient. Its temperature is this one's; it has this number of steps too, unless it is given one."""
+    """Another method with a beta with which the run begins, such as {name: adjoint-matching}, or tilt-matching, which needs no
+    gradient. Its temperature is this one's; it has this number of steps too, unless it is given one."""
     first_steps: Annotated[float, Field(gt=0)] = 0.5
     """How long `first` lasts: below 1 a share of the run, from 1 on a number of optimizer steps."""
 
@@ -182,11 +181,10 @@ class PathReweighted(Tilting):
     def _check(self) -> PathReweighted:
         if self.first is None:
             return self
-        chain = isinstance(self.first, Tilting) and self.first.priced_chain() is not None
-        if not (chain or isinstance(self.first, TiltMatching)):
-            raise ValueError("first must control a chain, as adjoint-matching and score-as-action do, or be tilt-matching")
-        if self.first.temperature != self.beta:
-            raise ValueError(f"first.beta is {self.first.temperature:g} and beta {self.beta:g}: leave the first one out")
+        if not isinstance(self.first, Tempered) or isinstance(self.first, PathReweighted):
+            raise ValueError("first must be another method with a beta, such as adjoint-matching or tilt-matching")
+        if self.first.beta != self.beta:
+            raise ValueError(f"first.beta is {self.first.beta:g} and beta {self.beta:g}: leave the first one out")
         return self
 
     @property

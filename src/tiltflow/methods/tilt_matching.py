@@ -155,8 +155,8 @@ class TiltMatching(Tempered):
     """Share of the samples of a round that their weights toward the next inverse temperature must be worth: it sets how fast
     that rises. With 0 it is 1 / beta at once."""
     proposal: Literal["tuned", "auto"] = "tuned"
-    """Whose samples a round draws: the tuned model's; with auto the base's, as long as these, weighted toward 1 / beta, are worth
-    `target_effective_sample_size` of their number. They have no errors of earlier rounds."""
+    """Whose samples a round draws: the tuned model's; with auto the base's, as long as these, weighted toward 1 / beta, are
+    worth `target_effective_sample_size` of their number. They have no errors of earlier rounds."""
     fixed_rise: Positive | None = None
     """Instead, raise the inverse temperature by this in each round, without end."""
     batches_per_round: Count = 1
