@@ -181,7 +181,7 @@ class PathReweighted(Tilting):
     def _check(self) -> PathReweighted:
         if self.first is None:
             return self
-        if not isinstance(self.first, Tempered) or isinstance(self.first, PathReweighted):
+        if not isinstance(self.first, Tempered) or self.first.name == self.name:
             raise ValueError("first must be another method with a beta, such as adjoint-matching or tilt-matching")
         if self.first.beta != self.beta:
             raise ValueError(f"first.beta is {self.first.beta:g} and beta {self.beta:g}: leave the first one out")
