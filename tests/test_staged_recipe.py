@@ -119,8 +119,13 @@ def last(folder: Path) -> dict[str, Tensor]:
             {"stages": {"base": "first", "price": 1.0}},
             "stages: from the first model the temperature of the method is the price",
         ),
+        ({"stages": {"warm": True}}, "stages: warm is of stages from the first model"),
+        (
+            {"stages": {"warm": True, "base": "first"}, "method": "tilt-matching"},
+            "stages.warm: tilt-matching counts its law from where it begins",
+        ),
         ({"stages": {"mixing": 0.5}}, "stages: mixing is of stages from the first model"),
-        ({"stages": {"one_shot": True}}, "stages.one_shot: of mean-variance no reward of one stage is known, but of cvar and"),
+        ({"stages": {"one_shot": True}}, "stages.one_shot: of mean-variance no reward of one stage is known, but of cvar, "),
         (
             {"stages": {"one_shot": True, "count": 2}, "utility": "cvar"},
             "stages: one_shot is one stage from the first model; leave count out",
@@ -200,17 +205,20 @@ def test_what_has_no_optimum_says_so_before_the_first_step(tmp_path: Path) -> No
 # ---- training ----
 
 
+def in_python(folder: Path, **options: Any) -> list[Any]:
+    """The stages of `tree`."""
+    method = tiltflow.AdjointMatching(beta=1.0, num_inference_steps=3)
+    training = tiltflow.Training(max_train_steps=4, train_batch_size=4)
+    sampling = tiltflow.Sampling(num_inference_steps=3)
+    utility = tiltflow.OfLaw(MeanVariance(aversion=0.5), reward=height, num_samples=40, sampling=sampling)
+    options |= {"optimizer": tiltflow.Optimizer(learning_rate=1e-2)}
+    return list(tiltflow.stages(tiltflow.load(folder / "flow"), utility, method, training, count=2, **options))
+
+
 @pytest.mark.usefixtures("_no_pages")
 def test_a_recipe_and_python_give_the_same_models_bit_for_bit(tmp_path: Path) -> None:
     summary = run_stages(recipe(tmp_path), tmp_path / "out")
-    model = tiltflow.load(tmp_path / "flow")
-    training = tiltflow.Training(max_train_steps=4, train_batch_size=4)
-    utility = tiltflow.OfLaw(
-        MeanVariance(aversion=0.5), reward=height, num_samples=40, sampling=tiltflow.Sampling(num_inference_steps=3)
-    )
-    method = tiltflow.AdjointMatching(beta=1.0, num_inference_steps=3)
-    optimizer = tiltflow.Optimizer(learning_rate=1e-2)
-    found = list(tiltflow.stages(model, utility, method, training, count=2, price=0.5, optimizer=optimizer))
+    found = in_python(tmp_path, price=0.5)
     assert same(weights(found[1].model), last(tmp_path / "out"))
     assert not same(weights(found[0].model), last(tmp_path / "out"))
     assert [(row["before"], row["after"]) for row in summary["stages"]] == [
@@ -224,12 +232,14 @@ def stopped_by(stop: Callable[[], object], at: int) -> Callable[[Any], None]:
 
 @pytest.mark.usefixtures("_no_pages")
 def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(tmp_path: Path) -> None:
-    run_stages(recipe(tmp_path), tmp_path / "whole")
+    """With a start in the weights of the last stage, which is loaded when the second one goes on."""
+    warm = {"count": 2, "num_samples": 40, "base": "first", "mixing": 0.5, "warm": True}
+    run_stages(recipe(tmp_path, stages=warm), tmp_path / "whole")
 
     def interrupt(stage: Any) -> None:
         raise KeyboardInterrupt
 
-    again = recipe(tmp_path, training={**tree(tmp_path)["training"], "resume_from_checkpoint": "latest"})
+    again = recipe(tmp_path, stages=warm, training={**tree(tmp_path)["training"], "resume_from_checkpoint": "latest"})
     raised = stopped_by(lambda: signal.raise_signal(signal.SIGTERM), 3)
     with pytest.raises(Interrupted):
         run_stages(again, tmp_path / "out", callbacks=[raised], handle_signals=True)
@@ -240,6 +250,7 @@ def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(
         run_stages(again, tmp_path / "out", callbacks=[raised], handle_signals=True)
     run_stages(again, tmp_path / "out")
     assert same(last(tmp_path / "out"), last(tmp_path / "whole"))
+    assert not same(weights(in_python(tmp_path, base="first", mixing=0.5)[1].model), last(tmp_path / "whole"))
     with pytest.raises(InputError, match=r"started with another recipe: .*utility\.aversion 0\.5 -> 0\.25"):
         run_stages(again.model_copy(update={"utility": MeanVariance(aversion=0.25)}), tmp_path / "out")
 

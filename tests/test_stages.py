@@ -175,6 +175,38 @@ def test_what_cannot_be_a_stage_is_refused_before_the_first() -> None:
         next(tiltflow.stages("digits-flow", MeanReward(1.0), method(1.0), SHORT, count=1))
 
 
+# ---- where a stage begins ----
+
+
+def test_a_warm_start_is_in_the_weights_and_not_in_the_base() -> None:
+    still, short = tiltflow.Optimizer(learning_rate=1e-9), tiltflow.Training(max_train_steps=1, train_batch_size=4)
+    base, reward = normal(), lambda x: x[:, 0]
+    tuned = tiltflow.tune(base, reward, method(1.0), short, optimizer=still, adapter=None, start=normal(1.0, 1.0))
+    assert moments(tuned) == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert moments(base) == pytest.approx([MEAN, VARIANCE])
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"start": base}, "start gives the weights of the whole network"),
+        ({"start": gaussian(), "adapter": None}, "start has another network than the model"),
+        ({"start": "digits-flow", "adapter": None}, "start must be a model"),
+    ]
+    for options, says in refused:
+        with pytest.raises(InputError, match=says):
+            tiltflow.tune(base, reward, method(1.0), short, **options)
+    with pytest.raises(InputError, match="tilt-matching counts its law from the base"):
+        tiltflow.tune(base, reward, tiltflow.TiltMatching(), short, adapter=None, start=base)
+
+
+@pytest.mark.slow
+def test_a_warm_start_leaves_the_law_as_it_is() -> None:
+    """From N(-1, 1), far away, the tilt of N(0.7, 0.25) by exp(1.2 x / beta) is found as from that law itself."""
+    far = tiltflow.Training(max_train_steps=250, train_batch_size=64)
+    options: dict[str, Any] = {"method": method(1.0), "training": far, "optimizer": FAST, "adapter": None}
+    cold = tiltflow.tune(normal(), lambda x: SLOPE * x[:, 0], **options)
+    warm = tiltflow.tune(normal(), lambda x: SLOPE * x[:, 0], start=normal(-1.0, 1.0), **options)
+    assert moments(warm) == pytest.approx(moments(cold), abs=0.02)
+    assert moments(warm)[0] == pytest.approx(MEAN + VARIANCE * SLOPE, abs=0.05)
+
+
 # ---- utilities of tiltflow.utilities ----
 
 

@@ -36,7 +36,7 @@ from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.runs.fingerprints import of_network, of_pictures
 from tiltflow.runs.lock import working_in
-from tiltflow.runs.prepare import check_start
+from tiltflow.runs.prepare import check_start, check_warm_start
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
@@ -49,7 +49,7 @@ from tiltflow.training.method import Method, NamedMethod
 from tiltflow.training.optimizer import Optimizer, check_optimizer
 from tiltflow.training.settings import Training, refuse_what_needs_a_folder
 from tiltflow.training.trainer import Record
-from tiltflow.user_code import check_device, whole_number
+from tiltflow.user_code import check_device, refused, whole_number
 
 Condition = str | int | Mapping[str, Any]
 """What a sample is asked for: a prompt, or a mapping with the key `prompt`; a class, by name or number."""
@@ -122,6 +122,7 @@ def tune(
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
+    start: M | None = None,
     evaluation: Evaluation | None = None,
     running_reward: RunningReward | None = None,
     output: str | Path | None = None,
@@ -149,6 +150,8 @@ def tune(
             For a class-conditional network, the classes that are tuned, by name or number; all by default.
         adapter: the LoRA to add. By default one is added to a pipeline, unless it has one of `with_adapter`, which is then
             trained, and none to a network, of which a copy is trained. None trains the whole network beside a frozen copy.
+        start: a model of the same network whose weights the training begins with, with adapter=None; the base, and so the law
+            that is aimed at, stay those of `model`. Not for methods that count their law from where they begin.
         evaluation: what is measured after training, for the report in `output`.
         running_reward: f(x [batch, *event], t []) -> [batch], a reward per unit of time for the states on the way to a sample:
             what is maximised is E[sum_k h_k f(x_k, t_k) + r] - beta (path KL), and the law of samples is then not
@@ -172,7 +175,7 @@ def tune(
         callbacks = [watch, *callbacks]
         if output is None:
             refuse_what_needs_a_folder(run.training, evaluation)
-            these = _ready(model, reward, run, conditions, adapter, running_reward, measured=False)
+            these = _ready(model, reward, run, conditions, adapter, running_reward, measured=False, start=start)
             with closing(these.parts.loop()) as records:
                 for record in records:
                     if asks_to_stop(callbacks, record):
@@ -187,7 +190,7 @@ def tune(
         also = {"model": of_network(network)} if isinstance(network, nn.Module) else {}
         also |= of_pictures(items_of(model, conditions, run.training))
         with RunFolder.begin(Path(output), run, note, also) as place:
-            these = _ready(model, reward, run, conditions, adapter, None, measured=True)
+            these = _ready(model, reward, run, conditions, adapter, None, measured=True, start=start)
             save_to = partial(_write, these.parts.tuned, run)
             train(run, these, place, save_to=save_to, callbacks=callbacks, handle_signals=handle_signals)
             return cast(M, these.parts.tuned)
@@ -335,12 +338,16 @@ def _ready(
     running: RunningReward | None,
     *,
     measured: bool,
+    start: GenerativeModel | None = None,
 ) -> Ready:
     """The run that `tune` was asked for, put together and tried.
 
     Args:
         measured: whether there will be an evaluation.
+        start: what the training begins with.
     """
+    if start is not None:
+        check_warm_start(start, adapter, run.method)
     lifted, items = from_function(reward), items_of(model, conditions, run.training)
     if model.has_decoder and isinstance(lifted, LearnedReward):
         raise InputError("the reward learns from samples, which it cannot from those of a pipeline")
@@ -350,7 +357,11 @@ def _ready(
             return model.base(), model
         check_start(adapter, run.method)
         added = None if adapter is NEW_ADAPTER and not isinstance(model, TextToImage) else adapter
-        return model.trainable(added, run.training.trainable, seed=run.seed)
+        base, tuned = model.trainable(added, run.training.trainable, seed=run.seed)
+        if start is not None:
+            with refused("tune: start has another network than the model"):
+                cast(nn.Module, tuned.flow.network).load_state_dict(cast(nn.Module, start.flow.network).state_dict())
+        return base, tuned
 
     held_out, rehearsed = items if model.prompted else (), measured or model.has_decoder
     these = make_ready(run, model, trainable, lifted, items, held_out, rehearsed=rehearsed, running=running)

@@ -167,7 +167,7 @@ def no_one_shot(utility: Utility, method: Method, training: Training) -> str | N
     """Why no one reward of the first model is the best to tune for; None where one is."""
     if not hasattr(utility, "one_shot"):
         known = [name for name in names("utilities") if hasattr(find("utilities", name), "one_shot")]
-        return f"of {utility.name} no reward of one stage is known, but of {' and '.join(known)}; leave it out"
+        return f"of {utility.name} no reward of one stage is known, but of {', '.join(known)}; leave it out"
     if method.temperature is None:
         return f"{method.name} has no temperature, the price of the KL that the reward is computed for; take another method"
     for name in ("calibration_samples", "target_kl"):

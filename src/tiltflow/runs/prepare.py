@@ -252,6 +252,16 @@ def check_start(adapter: Adapter | None, method: Method) -> None:
         )
 
 
+def check_warm_start(start: GenerativeModel, adapter: Adapter | None, method: Method) -> None:
+    """Raise InputError if training cannot begin with the weights of another model."""
+    if not isinstance(start, GenerativeModel):
+        raise InputError(f"tune: start must be a model, is {start!r}")
+    if adapter is not None:
+        raise InputError("tune: start gives the weights of the whole network, which adapter=None trains; give that")
+    if method.needs.begins_as_base:
+        raise InputError(f"tune: start: {method.name} counts its law from the base, as which training must begin; leave it out")
+
+
 def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, training: Training) -> None:
     """Raise InputError, of one line, if the method cannot work with this model and these settings."""
     distinct, size = len(items), training.samples_per_step

@@ -50,6 +50,8 @@ class StagedRecipe(CommonRecipe):
             raise ValueError("model.adapter: stages tune the whole network, beside that of an earlier stage; leave it out")
         if self.training.resume_from_checkpoint not in (None, "latest"):
             raise ValueError("training.resume_from_checkpoint: stages go on from the latest checkpoint; give latest")
+        if self.stages.warm and self.method.needs.begins_as_base:
+            raise ValueError(f"stages.warm: {self.method.name} counts its law from where it begins; leave it out")
         if self.stages.one_shot and (why := no_one_shot(self.utility, self.method, self.training)):
             raise ValueError(f"stages.one_shot: {why}")
         return self

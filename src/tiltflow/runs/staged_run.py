@@ -77,6 +77,7 @@ def run_stages(
             price=plan.price,
             mixing=plan.mixing,
             one_shot=plan.one_shot,
+            warm=plan.warm,
             stop=plan.stop,
             optimizer=recipe.optimizer,
             conditions=conditions_of(model, items, recipe),

@@ -101,6 +101,7 @@ def stages(
     price: float = 0.0,
     mixing: float = 1.0,
     one_shot: bool = False,
+    warm: bool = False,
     stop: Stop | None = None,
     optimizer: Optimizer | None = None,
     conditions: Sequence[Condition] | None = None,
@@ -126,6 +127,8 @@ def stages(
             and at most 1; the rest is what the last stage was tuned for.
         one_shot: in one stage from the first model, tune for the one reward whose tilt is best at the temperature of the
             method, `utility.one_shot`: of `Superquantile` and `Cvar`.
+        warm: where the base is the first model, begin the training of each stage with the weights of the last one, which leaves
+            less to learn; the law that is aimed at is the same.
         stop: when to end earlier.
         callbacks: called with every record of every stage; one that returns True ends its stage.
         evaluation: what is measured after each stage, for its report in `output`.
@@ -149,7 +152,7 @@ def stages(
             f" like, is {utility!r}"
         )
     count, seed = whole_number(count, "stages: count", 1), whole_number(seed, "stages: seed")
-    base = checked_base(count, base, price, mixing, one_shot)
+    base = checked_base(count, base, price, mixing, one_shot, warm)
     check_arguments(model, lambda x: x, method, training, None)
     given = training or Training()
     if one_shot:
@@ -174,7 +177,7 @@ def stages(
                 mixed = lifted(reward) * mixing if mixed is None else lifted(reward) * mixing + mixed * (1 - mixing)
                 reward = mixed
             check_reward(reward, method, training)
-            last = tuned(place, model if base == "first" else last, reward, number)
+            last = tuned(place, model if base == "first" else last, last if warm else None, reward, number)
             at = law(own, last, number + 1)
             stage = Stage(number, last, reward, before, known_value(own, at))
             rises += [] if stage.rise is None else [stage.rise]
@@ -191,23 +194,24 @@ def stages(
                 before = stage.after if adapted.utility == own.utility else known_value(adapted, at)
                 own = adapted
 
-    def tuned(place: StagesFolder | None, start: M, reward: Callable[..., Any], number: int) -> M:
-        """The model of a stage, trained, or loaded if it is there."""
+    def tuned(place: StagesFolder | None, from_: M, start: M | None, reward: Callable[..., Any], number: int) -> M:
+        """The model of a stage, trained from a base and, if it is another, a start, or loaded if it is there."""
         own_seed, folder, more, loop_of = stream(seed, "stage", number).initial_seed(), None, callbacks, training
         if place is not None:
             if place.finished(number):
-                return place.load(number, start, given, own_seed)
+                return place.load(number, from_, given, own_seed)
             folder, more = place.folder(number), [place.begun, *callbacks]
             if not folder.exists():
                 loop_of = given.model_copy(update={"resume_from_checkpoint": None})
         return tune(
-            start,
+            from_,
             reward,
             method,
             loop_of,
             optimizer=optimizer,
             conditions=conditions,
             adapter=None,
+            start=start,
             evaluation=evaluation,
             output=folder,
             seed=own_seed,
@@ -224,7 +228,7 @@ def stages(
             "base": base,
             "price": price,
             "mixing": mixing,
-            **({"one_shot": True} if one_shot else {}),
+            **{name: True for name, asked in (("one_shot", one_shot), ("warm", warm)) if asked},
             "seed": seed,
             "conditions": [item.text for item in items],
             "model": of_network(network) if isinstance(network, nn.Module) else "",
@@ -270,7 +274,7 @@ def own_settings(utility: Any) -> Any:
     }
 
 
-def checked_base(count: int, base: Any, price: Any, mixing: Any, one_shot: bool) -> Base:
+def checked_base(count: int, base: Any, price: Any, mixing: Any, one_shot: bool, warm: bool) -> Base:
     """What stages start from. Raises InputError for a base, a price and a mixing that are none, or mean nothing together."""
     if base not in (None, *get_args(Base)):
         raise InputError(f"stages: base must be 'last' or 'first', is {base!r}{did_you_mean(str(base), get_args(Base))}")
@@ -278,7 +282,7 @@ def checked_base(count: int, base: Any, price: Any, mixing: Any, one_shot: bool)
         raise InputError(f"stages: price must be a number, 0 or more, is {price!r}")
     if isinstance(mixing, bool) or not isinstance(mixing, (int, float)) or not 0 < mixing <= 1:
         raise InputError(f"stages: mixing must be above 0 and at most 1, is {mixing!r}")
-    if why := misfit(count, base, price, mixing, one_shot):
+    if why := misfit(count, base, price, mixing, one_shot, warm):
         raise InputError(f"stages: {why}")
     return base_of(base, one_shot)
 

@@ -61,6 +61,9 @@ class Stages(Settings):
     one_shot: bool = False
     """One stage from the first model, for the one reward whose tilt is best at the temperature of the method: of superquantile,
     cvar and optimal-design alone."""
+    warm: bool = False
+    """Where the base is the first model, begin the training of each stage with the weights of the last one, which leaves less
+    to learn; the law that is aimed at is the same. Not for methods that count their law from where they begin."""
     num_samples: Annotated[int, Field(ge=2)] = 4000
     """Number of samples of each model that the utility is estimated from, all conditions in turn."""
     eps: Annotated[float, Field(gt=0, lt=1)] = EPS
@@ -70,7 +73,7 @@ class Stages(Settings):
 
     @model_validator(mode="after")
     def _fill_in(self) -> Stages:
-        if why := misfit(self.count, self.base, self.price, self.mixing, self.one_shot):
+        if why := misfit(self.count, self.base, self.price, self.mixing, self.one_shot, self.warm):
             raise ValueError(why)
         object.__setattr__(self, "count", self.count or (1 if self.one_shot else COUNT))
         object.__setattr__(self, "base", base_of(self.base, self.one_shot))
@@ -82,7 +85,7 @@ def base_of(base: Base | None, one_shot: bool) -> Base:
     return base or ("first" if one_shot else "last")
 
 
-def misfit(count: int | None, base: Base | None, price: float, mixing: float, one_shot: bool) -> str | None:
+def misfit(count: int | None, base: Base | None, price: float, mixing: float, one_shot: bool, warm: bool = False) -> str | None:
     """Why settings of stages mean nothing together; None where they do."""
     base_, several = base_of(base, one_shot), count not in (None, 1)
     if one_shot and (base_ == "last" or several or mixing != 1):
@@ -90,6 +93,8 @@ def misfit(count: int | None, base: Base | None, price: float, mixing: float, on
         return f"one_shot is one stage from the first model; leave {out} out"
     if base_ == "first" and price:
         return "from the first model the temperature of the method is the price of the KL; leave price out"
+    if base_ == "last" and warm:
+        return "warm is of stages from the first model; from the last one each begins with its weights; leave it out"
     if base_ == "last" and mixing != 1:
         return "mixing is of stages from the first model; from the last one a higher temperature damps"
     return None
