@@ -28,7 +28,7 @@ from tiltflow.runs.doctor.utility import first_stage, first_variation
 from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.runs.staged_run import run_stages
-from tiltflow.settings import dump_yaml
+from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.streams import new_network
 from tiltflow.utilities.mean_variance import MeanVariance
 
@@ -155,6 +155,14 @@ def test_a_utility_is_what_makes_a_recipe_one_of_stages(tmp_path: Path) -> None:
     one = recipe(tmp_path, utility="cvar", stages={"one_shot": True})
     assert (one.stages.count, one.stages.base, one.alpha) == (1, "first", 1.0)
     assert read_recipe(one.model_dump(mode="json"), "again") == one
+
+
+def test_the_recipe_of_the_documentation_is_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "utilities.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = read_recipe(parse_yaml(text, "utilities.md"), "utilities.md")
+    assert isinstance(found, StagedRecipe)
+    assert found.stages.stop == tiltflow.Stop(patience=2)
 
 
 COST = {"name": "function", "path": "test_staged_recipe:twice"}
