@@ -216,6 +216,12 @@ def test_what_is_wrong_is_one_line_before_training(name: str, overrides: list[st
     assert "\n" not in str(error.value)
 
 
+def test_a_utility_of_another_problem_is_refused() -> None:
+    done = CliRunner().invoke(app, ["verify", "mixture", "--utility", "kl"])
+    assert isinstance(done.exception, InputError) or done.exit_code == 2
+    assert "--utility belongs to the problem utility" in " ".join(f"{done.output} {done.exception}".split())
+
+
 def never(record: Record) -> None:
     raise AssertionError("it trains")
 

@@ -63,6 +63,7 @@ def verify(
     [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
     from tiltflow.commands.terminal.verification import print_findings
+    from tiltflow.errors import InputError
     from tiltflow.problems.verification.verify import read_verification
     from tiltflow.runs.staged_verification import steps
     from tiltflow.runs.staged_verification import verify as run_verification
@@ -73,6 +74,10 @@ def verify(
         print_table(console, descriptions, "problem")
         print_json(as_json, {"problems": descriptions})
         return
+    if utility is not None and problem != "utility":
+        raise InputError(
+            f"verify {problem}: --utility belongs to the problem utility: tiltflow verify utility --utility {utility}"
+        )
     given = {"iterations": iterations, "seed": seed, "utility.name": utility}
     extra = [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = read_verification(problem, method, [*extra, *(overrides or [])])

@@ -99,6 +99,13 @@ SUITED: dict[str, Suited] = {
     "function": Suited({"path": OWN}, staged(6, 1.0, alpha=2.0)),
 }
 
+RUN: Tree = {"iterations": 200, "train_batch_size": 512, "num_samples": 4000, "ema_decay": 0.95}
+RUNS: dict[str, Tree] = {"tilt-matching": {"iterations": 400, "train_batch_size": 4096}}
+ROUNDS: dict[str, Tree] = {
+    "endpoint-adjoint-matching": {"num_passes": 10},
+    "tilt-matching": {"num_passes": 50, "regression_batch_size": 512, "num_inference_steps": 15},
+}
+
 
 class Utility(ExactBase):
     """Stages for a utility of the whole law, whose best law at a price of the KL is known by quadrature."""
@@ -176,17 +183,7 @@ class Utility(ExactBase):
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`: a stage is small."""
         suited = super().defaults(method)
-        run: Tree = {"iterations": 200, "train_batch_size": 512, "num_samples": 4000, "ema_decay": 0.95}
-        rounds: Tree = {"num_passes": 10} if method == "endpoint-adjoint-matching" else suited.method
-        if method == "tilt-matching":
-            rounds, run = (
-                {"num_passes": 50, "regression_batch_size": 512, "num_inference_steps": 15},
-                {
-                    **run,
-                    "iterations": 400,
-                    "train_batch_size": 4096,
-                },
-            )
+        rounds, run = ROUNDS.get(method, suited.method), {**RUN, **RUNS.get(method, {})}
         return replace(suited, method=rounds, run=run, optimizer={**suited.optimizer, "learning_rate": 1e-2})
 
     # ---- what is asked for ----
