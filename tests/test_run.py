@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,34 @@ from tiltflow.training.trainer import Record
 
 def recipe_of(path: Path, *overrides: str) -> Recipe:
     return validate(Recipe, apply_overrides(read_yaml(path), overrides), "recipe")
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from tiltflow.runs import run
+from tiltflow.runs.recipe import Recipe
+from tiltflow.settings import read_yaml, validate
+evaluate = run.evaluate
+
+def counted(*arguments, **options):
+    before = set(sys.modules)
+    summary = evaluate(*arguments, **options)
+    print("later:", *sorted(name for name in set(sys.modules) - before if name.startswith("tiltflow")))
+    return summary
+
+run.evaluate = counted
+run.run(validate(Recipe, read_yaml(Path(sys.argv[1])), "recipe"), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_imports_nothing_of_ours(tmp_path: Path) -> None:
+    """All is there before the first step: source files may change while a run trains."""
+    path = tiny_recipe(tmp_path, training={"max_train_steps": 1, "train_batch_size": 4})
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTS, str(path), str(tmp_path / "run")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "later:" in found.stdout.splitlines()
 
 
 @pytest.fixture

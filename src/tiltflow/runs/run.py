@@ -25,6 +25,7 @@ from tiltflow.conditions import Item
 from tiltflow.conditions.prompts import Prompts
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
+from tiltflow.evaluation.metrics import every_metric
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import write_file
@@ -106,6 +107,7 @@ def make_ready(
     check_fit(model, items, run.method, training)
     check_running_reward(running, run.method, training)
     instruments = Instruments.build(reward, run.reward_name, settings, device, training.non_finite_rewards)
+    every_metric()  # imported now: an evaluation must not meet source files that change while it trains
     asked = asked_of(items, held_out, settings)
     count = training.monitor.num_samples if training.monitor is not None else None
     if isinstance(model, TextToImage):
