@@ -61,9 +61,20 @@ METHODS: dict[str, list[str]] = {
     "path-reweighted": ["sampling.solver=stochastic-heun"],  # no chain of theirs is to be sampled, but a velocity field
     "tilt-matching": ["sampling.solver=stochastic-heun"],
 }
-STRONG = ['method.first={"name":"adjoint-matching","bootstrap":1.0}', "method.first_steps=200"]
+FIRST = {"name": "tilt-matching", "num_passes": 250, "regression_batch_size": 2048, "target_effective_sample_size": 0.4}
+STRONG = [
+    "method.first=" + json.dumps(FIRST | {"num_inference_steps": 15}),
+    "method.first_steps=1250",
+    "iterations=2150",
+    "train_batch_size=16384",
+    "method.num_passes=300",
+    "method.regression_batch_size=2048",
+    "method.path_steps=60",
+    "learning_rate=5e-3",
+]
 BOTH = {("ring, strong", "path-reweighted"): STRONG}
-"""Overrides of a method on one problem: alone it stops there, for want of base samples that count, and says so."""
+"""Overrides of a method on one problem: alone it stops there, for want of base samples that count, and says so. No gradient of
+the reward enters."""
 KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_ode_span", "floor_span", "span")
 KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
 KEYS += ("achieved_tilt_r2", "effective_sample_size", "path_kl", "path_kl_exact", "chain_optimum")
