@@ -570,6 +570,7 @@ def test_what_is_needed_is_what_the_first_method_needs() -> None:
     assert PathReweighted(first="adjoint-matching").needs.reward_gradient
     assert not PathReweighted(first="tilt-matching").needs.reward_gradient
     assert PathReweighted(first="tilt-matching").needs.begins_as_base
+    assert PathReweighted(first="tilt-matching").needs.batches_kept == TiltMatching().replay
     assert not PathReweighted(first=ScoreAsAction()).needs.begins_as_base
     black_box = PathReweighted(first=ScoreAsAction())
     own = ScoreAsAction().needs

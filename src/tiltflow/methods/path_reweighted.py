@@ -206,6 +206,7 @@ class PathReweighted(Tilting):
             warmup_steps=first.warmup_steps,
             exact_trajectories=first.exact_trajectories,
             trajectory_copies=first.trajectory_copies,
+            batches_kept=first.batches_kept,
         )
 
     @property
