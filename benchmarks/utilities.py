@@ -45,7 +45,7 @@ Measure = Callable[[Tensor, Any, Any, int], Numbers]
 """(samples of a trained model, the model, its base, seed) -> what is measured of them."""
 MEASURES, EVALUATION = "measures.json", 1000
 """What was measured of a seed; the first seed of the samples for it."""
-ROUNDS = 4
+ROUNDS = 2
 """Sets of samples that what is random in an exact law is averaged over."""
 
 
@@ -183,7 +183,7 @@ def transport(runs: Runs) -> Table:
     plain = {key: value for key, value in tree.items() if key not in ("utility", "stages")}
     plain["method"] = {**tree["method"], "beta": TILT}
     plain["training"] = {**tree["training"], "max_train_steps": 400}
-    base = Plane.of(lambda y: -np.square(y).sum(1) / 2, -6, 9, 240)
+    base = Plane.of(lambda y: -np.square(y).sum(1) / 2, -6, 9, 160)
     length = np.linalg.norm(SCALE * base.points + CENTRE, axis=1)
     rows: dict[str, Sequence[Numbers] | Numbers] = {
         "base, exact": of_transport(base),
@@ -275,24 +275,24 @@ def entropy(runs: Runs) -> Table:
     and without a price, where there is no optimum."""
     tree = recipe("explore-entropy")
     gaussian = {"name": "mixture", "means": [[0.0, 0.0]], "hidden": 64, "layers": 2}
-    cases = [(f"N(0, I), alpha {alpha:g}", gaussian, alpha) for alpha in ALPHAS]
-    cases += [(f"ellipses, alpha {alpha:g}", tree["model"], alpha) for alpha in (0.5, 0.0)]
+    cases = [(f"N(0, I), alpha {alpha:g}", gaussian, alpha, 6, 1.5 * (1 + alpha)) for alpha in ALPHAS]
+    cases += [("ellipses, alpha 0.5", tree["model"], 0.5, 1, 1.5), ("ellipses, alpha 0", tree["model"], 0.0, 4, 4.0)]
     rows: dict[str, Sequence[Numbers] | Numbers] = {}
-    for label, model, alpha in cases:
+    for label, model, alpha, count, beta in cases:
         base = Plane.of(log_mixture(model), -16, 16, 640)
         cells = base.side**2
         best = None
         if alpha > 0:
             best = Plane(base.points, utility_optimum.of_entropy(base.masses, cells, alpha).masses, base.side)
-        own = tree | {"model": model, "stages": {**tree["stages"], "price": alpha}}
-        own["method"] = {**tree["method"], "beta": 1.5 * (1 + alpha)}
+        own = tree | {"model": model, "stages": {**tree["stages"], "price": alpha, "count": count}}
+        own["method"] = {**tree["method"], "beta": beta}
         rows |= {f"{label}: base": of_spread(base, base)}
         rows |= {f"{label}: optimum": of_spread(best, base)} if best is not None else {}
         name = "entropy-" + label.replace("N(0, I)", "gaussian").replace(", alpha ", "-")
         rows[f"{label}: trained"] = runs.measured(name, own, measure_spread(best), 20_000)
     columns = {
         "entropy": f"entropy of {DRAWN} samples", "across": "variance, x1", "up": "variance, x2", "kl": "KL to the base",
-        "distance": "W2 to the optimum", "floor": "floor", "network_evaluations": "network evaluations",
+        "distance": "sliced W2 to the optimum", "floor": "floor", "network_evaluations": "network evaluations",
     }  # fmt: skip
     return Table("entropy - alpha KL", columns, rows)
 
@@ -461,11 +461,14 @@ EXPERIMENTS: dict[str, Callable[[Runs], Table]] = {"transport": transport, "entr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help="by default all")
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; by default all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("runs/utilities"))
     options = parser.parse_args()
+    for name in options.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"there is no experiment {name!r}; known: {', '.join(EXPERIMENTS)}")
     runs = Runs(options.output, options.seeds, options.processes)
     tables = [EXPERIMENTS[name](runs) for name in options.experiments or EXPERIMENTS]
     print()
