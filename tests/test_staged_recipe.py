@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ from tiltflow.runs import evaluate as of_runs
 from tiltflow.runs import stages_folder
 from tiltflow.runs.doctor import Finding, examine
 from tiltflow.runs.doctor.utility import first_stage, first_variation
+from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.staged_recipe import StagedRecipe
 from tiltflow.runs.staged_run import run_stages
@@ -41,6 +43,10 @@ def height(x: Tensor) -> Tensor:
 
 def twice(x: Tensor) -> Tensor:
     return 2 * x[:, 0]
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 def near(x: Tensor, weights: Tensor) -> Tensor:
@@ -283,6 +289,37 @@ def test_one_shot_is_one_stage_for_the_best_tail(tmp_path: Path) -> None:
     for count, other, says in ((1, MeanVariance(), "no reward of one stage is known"), (2, shot.utility, "leave count out")):
         with pytest.raises(InputError, match=says):
             list(tiltflow.stages(model, tiltflow.OfLaw(other, reward=height), **options, count=count, one_shot=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_pages")
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    """A reward of its pictures, and the model of the last stage with its prompts."""
+    tiny_pipeline("stable-diffusion", tmp_path).save_pretrained(tmp_path / "pipeline")
+    given = {
+        "model": {"diffusers": str(tmp_path / "pipeline"), "height": 16, "width": 16},
+        "prompts": {"texts": ["a red cat", "a blue dog"], "validation": 0},
+        "utility": {"name": "mean-variance"},
+        "reward": {"name": "function", "path": "test_staged_recipe:brightness"},
+        "stages": {"count": 2, "num_samples": 4},
+        "method": {"name": "adjoint-matching", "num_inference_steps": 3},
+        "training": {"max_train_steps": 1, "prompts_per_step": 1, "num_generations": 2, "guidance_mode": "none"},
+        "sampling": {"num_inference_steps": 3},
+        "evaluation": {"num_prompts": 1, "num_generations": 2},
+    }
+    found: Any = read_recipe(given, "mine")
+    assert {each.check: each.level for each in examine(found)}["parts"] == "green"
+    models: list[Any] = []
+    summary = run_stages(found, tmp_path / "out", watch=lambda stage: models.append(stage.model))
+    assert summary["path_kl"] is not None
+    again = tiltflow.load(tmp_path / "out")
+    assert same(weights(again), weights(models[1]))
+    assert again.sample(["a red cat"]).shape == (1, 3, 16, 16)
+    assert tiltflow.evaluate(tmp_path / "out")["utility_after"] == summary["utility_after"]
+    export_run(tmp_path / "out", tmp_path / "exported")
+    assert (tmp_path / "exported" / "model_index.json").exists()
+    with pytest.raises(InputError, match=r"model\.adapter: stages tune the whole network"):
+        read_recipe(given | {"model": {**given["model"], "adapter": {"rank": 2}}}, "mine")
 
 
 # ---- the doctor ----
