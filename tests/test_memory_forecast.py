@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
-from tiltflow.runs.doctor.forecast import PHASES, Forecast, of_patient, of_recipe
+from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
 from tiltflow.runs.doctor.shapes import Counter, Replayed, Shapes, shaped
 from tiltflow.runs.recipe import Recipe, read_recipe, read_recipe_tree, shipped_recipes
@@ -109,6 +110,7 @@ def test_the_forecast_is_what_an_iteration_needs(name: str, tmp_path: Path) -> N
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, guidance, a decoder of its own batch size": {"training": {"decode_batch_size": 1}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
+    "room is made": {"training": {"offload": True}},
     "full": {"model": {"adapter": None}},
     "full, average": {"model": {"adapter": None}, "training": {"ema_decay": 0.9}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -307,3 +309,45 @@ def test_a_recipe_for_a_card_fits_it(name: str) -> None:
     lines = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"| `{name}` |"))
     assert float(line.split("|")[3]) == pytest.approx(found, abs=0.06)
+
+
+# ---- the table of what fits a card ----
+
+
+def cells() -> dict[tuple[str, int], dict[int, tuple[tuple[str, ...], float] | None]]:
+    """The settings and the gigabytes of each model and size by card, as the docs have them; None where it does not fit."""
+    lines = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| model | pixels |"))
+    cards = [int(each.removesuffix(" GB")) for each in lines[start].strip("| ").split(" | ")[2:]]
+    found: dict[tuple[str, int], dict[int, tuple[tuple[str, ...], float] | None]] = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("| "):
+            return found
+        model, size, *row = line.strip("| ").split(" | ")
+        parts = [None if each == "no" else each.partition(": ") for each in row]
+        fits = [part and (tuple(part[2].split(", ")) if part[2] else (), float(part[0])) for part in parts]
+        found[model, int(size)] = dict(zip(cards, fits, strict=True))
+    raise AssertionError("the table has no end")
+
+
+WHAT_FITS = runpy.run_path(str(ROOT / "benchmarks/what_fits.py"))
+
+
+def test_the_table_of_what_fits_has_cells_that_the_command_could_print() -> None:
+    for (model, _), row in cells().items():
+        assert model in facts()
+        assert tuple(row) == WHAT_FITS["CARDS"]
+        needs = [float("inf") if cell is None else len(cell[0]) for cell in row.values()]
+        assert needs == sorted(needs, reverse=True)  # more memory needs no more settings
+        for card, cell in row.items():
+            assert cell is None or (cell[1] <= card and set(cell[0]) <= set(WHAT_FITS["PHASES"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size"), cells())
+def test_the_table_of_what_fits_is_what_the_doctor_says(model: str, size: int) -> None:
+    """Of each cell, with its settings."""
+    known: Known = {}
+    for settings, gigabytes in {cell for cell in cells()[model, size].values() if cell is not None}:
+        found = of_recipe(WHAT_FITS["recipe"](model, size, settings), known=known).on_a_gpu / 2**30
+        assert gigabytes == pytest.approx(found, abs=0.06), settings
