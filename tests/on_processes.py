@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ from torch import Tensor
 
 from tiltflow import processes
 from tiltflow.errors import InputError, NonFiniteError
+from tiltflow.flows.field import FunctionField, Which
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.guided import Guided
+from tiltflow.methods.score_as_action import ScoreAsAction
+from tiltflow.networks.mlp import Mlp
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.lock import LOCK
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
 from tiltflow.samplers.stored import Storage, Stored
 from tiltflow.settings import read_yaml, validate
+from tiltflow.streams import new_network, normal, stream
+from tiltflow.training.batch import Batch
 
 WEIGHTS: dict[str, dict[str, str]] = {
     "replicated": {},
@@ -155,6 +163,71 @@ def not_finite(folder: Path) -> None:
         except NonFiniteError as error:
             (folder / f"said-by-{processes.index()}").write_text(f"{error} {error.where}")
         tiltflow.runs.run.build_reward, tiltflow.runs.run.rehearse = before, check
+
+
+CRITICS: dict[str, dict[str, Any]] = {
+    "minibatches": {"critic": {"form": "cos-sin", "loss": "td-lambda", "train_batch_size": 2, "num_steps": 2}},
+    "orthogonality": {"estimator": "temporal-difference", "critic": {"loss": "orthogonality", "train_batch_size": 2}},
+    "closed-form": {"solver": "heun", "critic": {"form": "linear", "loss": "td", "num_steps": 2}},
+    "pathwise": {"estimator": "pathwise", "solver": "ddpm", "num_passes": 1},
+    "clip": {"update": "clip", "train_timesteps": [{"count": 1}], "critic": {"form": "constant-skip", "num_steps": 2}},
+}
+"""Settings of Score as Action."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A reward that is bound to samples, and of some of them NaN."""
+
+    bad: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(self.bad, math.nan, x.sum(1) - x.square().sum(1))
+
+    def select(self, which: Which) -> Partial:
+        return Partial(self.bad[which])
+
+
+def critics(folder: Path) -> None:
+    """What Score as Action learns by its settings from 5 samples, which two processes cannot share evenly; in its second
+    iteration one is left out. In double precision, with guidance in sampling alone and a running reward."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    for name, settings in CRITICS.items():
+        with counted(folder / f"{name}-stored-by-{processes.index()}"):
+            torch.save(learned(settings), folder / f"{name}-by-{processes.index()}.pt")
+    torch.set_default_dtype(before)
+
+
+def learned(settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the policy and of the critic, and the metrics of each step."""
+    method = ScoreAsAction.model_validate({"num_inference_steps": 4, "beta": 0.5} | settings)
+    network, fixed = (new_network(Mlp(hidden=8, layers=1), seed) for seed in range(2))
+    state, generator = method.new_state((2,), 0, torch.device("cpu")), stream(0, "noise")
+    negative, optimizer = FunctionField(lambda x, t: -x), torch.optim.SGD(network.parameters(), 0.02)
+    found: dict[str, Tensor] = {}
+    for left_out in (5, 3):
+        batch = Batch(
+            normal((5, 2), generator, torch.float64),
+            Flow(network),
+            Flow(fixed),
+            Partial(torch.arange(5) == left_out),
+            generator,
+            guide=lambda flow: Guided(flow, negative, 1.5),
+            micro_batch_size=2,
+            non_finite="drop",
+            running=lambda x, t: t * x.sin().sum(1),
+        )
+        for metrics in method.gradients(batch, state):
+            processes.sum_gradients(network.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            found |= {f"{key} {len(found)}": torch.tensor(value) for key, value in metrics.items()}
+    return found | {
+        f"{of} {key}": value.detach().clone()
+        for of, part in (("policy", network), ("critic", state.value.network))
+        for key, value in part.state_dict().items()
+    }
 
 
 def dies(folder: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 from filelock import FileLock
-from on_processes import INTERRUPTED, OTHERS, WEIGHTS, make
+from on_processes import CRITICS, INTERRUPTED, OTHERS, WEIGHTS, make
 
 from tiltflow import processes
 from tiltflow.errors import InputError
@@ -31,7 +31,7 @@ from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verif
 from tiltflow.training.records import of_machine
 
 HERE = Path(__file__).parent
-TOGETHER = [f"replicated/{name}" for name in ("methods", "pictures", "interrupted", "not_finite")]
+TOGETHER = [f"replicated/{name}" for name in ("methods", "pictures", "interrupted", "not_finite", "critics")]
 TOGETHER += ["zero-2/interrupted", "fsdp2/methods", "fsdp2/interrupted"]  # of one launch: two processes start for seconds
 TOLERANCE = 1e-6
 
@@ -84,7 +84,7 @@ def together(shared: Path) -> Path:
 @pytest.fixture
 def alone(shared: Path) -> Path:
     """What one process, this one, makes of the scenarios."""
-    names = [f"replicated/{scenario}" for scenario in ("methods", "pictures", "interrupted")]
+    names = [f"replicated/{scenario}" for scenario in ("methods", "pictures", "interrupted", "critics")]
     return made_once(shared / "alone", lambda folder: make(folder, *names)) / "replicated"
 
 
@@ -121,7 +121,10 @@ def assert_same_runs(one: Path, other: Path, *, evaluations: bool = True) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    [*(name for name in TOGETHER if "not_finite" not in name), pytest.param("fsdp2/pictures", marks=pytest.mark.slow)],
+    [
+        *(name for name in TOGETHER if name.split("/")[1] not in ("not_finite", "critics")),
+        pytest.param("fsdp2/pictures", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_give_the_weights_and_metrics_of_one(
     name: str, alone: Path, request: pytest.FixtureRequest, tmp_path: Path
@@ -142,7 +145,8 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
     if scenario == "methods":  # and all processes say the same of a folder that is not free
         said = [(both / f"said-by-{process}").read_text().splitlines() for process in range(2)]
         assert said[0] == said[1]
-        for method in ("adjoint-matching-late", "deterministic-adjoint-matching"):
+        of_own = ("adjoint-matching-late", "deterministic-adjoint-matching", "score-as-action-ddpo", "score-as-action-ode")
+        for method in of_own:
             whole = int((alone / scenario / f"{method}-stored-by-0").read_text())
             assert {(both / f"{method}-stored-by-{process}").read_text() for process in range(2)} == {str(whole // 2)}
         for words, line in zip(("already holds something", "in use by", "cannot be made"), said[0], strict=True):
@@ -150,6 +154,22 @@ def test_two_processes_give_the_weights_and_metrics_of_one(
     if scenario == "interrupted":
         for method in INTERRUPTED:
             assert_gone_on_with(both, method, shards=2 if WEIGHTS[kept] else 0)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_two_processes_learn_of_score_as_action_what_one_does(name: str, alone: Path, together: Path) -> None:
+    """Each from the trajectories of its own samples: the policy, whatever its gradient is of, and the critic, whatever its loss
+    is. In double precision, so that a sample that is counted twice, or a critic of its own, shows."""
+    expected = torch.load(alone / "critics" / f"{name}-by-0.pt")
+    assert (alone / "critics" / f"{name}-stored-by-0").read_text() == "5"
+    for process in range(2):
+        found = torch.load(together / "replicated" / "critics" / f"{name}-by-{process}.pt")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert value.isfinite().all()
+            torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, msg=lambda said, key=key: f"{key}: {said}")
+        stored = (together / "replicated" / "critics" / f"{name}-stored-by-{process}").read_text()
+        assert stored == "3"  # of five, one of them in both; two of the four that are left have room in it
 
 
 def assert_gone_on_with(folder: Path, method: str, *, shards: int) -> None:

@@ -201,15 +201,19 @@ def from_main(work: Callable[[], object]) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """All-reduce the gradients, many in one message; FSDP has already reduced sharded ones."""
+    """All-reduce the gradients; FSDP has already reduced sharded ones."""
+    sum_up([p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)])
+
+
+def sum_up(tensors: Sequence[Tensor]) -> None:
+    """All-reduce tensors by their sum over processes, in place, many in one message."""
     if count() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
-    for run in _joined(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in run])
+    for run in _joined(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in run])
         dist.all_reduce(flat)
-        for gradient, summed in zip(run, flat.split([gradient.numel() for gradient in run]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        for tensor, summed in zip(run, flat.split([tensor.numel() for tensor in run]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
 
 
 def _joined(tensors: Sequence[Tensor], at_most: int = 2**23) -> Iterator[list[Tensor]]:

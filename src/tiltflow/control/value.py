@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.errors import InputError, did_you_mean
-from tiltflow.flows.field import VelocityField
+from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.optimization import finite
@@ -191,13 +192,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Experience:
-    """Trajectories as the critic sees them.
+    """Trajectories as the critic sees them: the numbers of all, and the states of those that this process has.
 
     Args:
-        states: x_k [steps, batch, *event], as they are stored, at the `times` [steps + 1], the last being the end.
+        states: x_k [steps, own, *event], as they are stored, at the `times` [steps + 1], the last being the end.
         known: skip(t_k) r(x1hat_k), [steps, batch].
         costs: running costs of the steps, [steps, batch].
         rewards: [batch].
+        own: which of the trajectories the states are of; all by default.
+        counted: which of these this process counts in a sum over all, [own]; all by default.
     """
 
     states: Tensor
@@ -205,21 +208,31 @@ class Experience:
     known: Tensor
     costs: Tensor
     rewards: Tensor
+    own: Which = field(default_factory=lambda: slice(None))
+    counted: Tensor | Literal[True] = True
 
     def part(self, which: Tensor) -> Experience:
-        states = self.states[:, which.to(self.states.device)]
-        return Experience(states, self.times, self.known[:, which], self.costs[:, which], self.rewards[which])
+        """These of the trajectories; in a process that counts none of them with another one, not counted, for the network."""
+        places = torch.full((len(self.rewards),), -1, device=which.device)
+        rows = torch.arange(self.states.shape[1], device=which.device)
+        places[self.own] = torch.where(torch.as_tensor(self.counted, device=which.device), rows, -1)
+        rows, counted = places[which], places[which] >= 0
+        own = counted.nonzero()[:, 0] if counted.any() else counted.new_zeros(1, dtype=torch.long)
+        states = self.states[:, rows[own].clamp(min=0).to(self.states.device)]
+        known, costs, rewards = self.known[:, which], self.costs[:, which], self.rewards[which]
+        return Experience(states, self.times, known, costs, rewards, own, counted[own])
 
     def values(self, value: Value) -> Tensor:
-        """V at all states, and the rewards at the end: [steps + 1, batch]."""
-        steps, batch = self.known.shape
-        times = self.times[:-1].to(self.known.device)
+        """V at the states, and the rewards at the end: [steps + 1, own]."""
+        known, rewards = self.known[:, self.own], self.rewards[self.own]
+        steps, batch = known.shape
+        times = self.times[:-1].to(known.device)
         if torch.is_grad_enabled():
-            states = self.states.flatten(0, 1).to(self.known)
+            states = self.states.flatten(0, 1).to(known)
             learned = value.learned(states, times.repeat_interleave(batch)).reshape(steps, batch)
         else:  # step by step: activations of all steps are several copies of the states
-            learned = torch.stack([value.learned(x.to(self.known), t) for x, t in zip(self.states, times, strict=True)])
-        return torch.cat([self.known + learned, self.rewards[None].to(learned)])
+            learned = torch.stack([value.learned(x.to(known), t) for x, t in zip(self.states, times, strict=True)])
+        return torch.cat([known + learned, rewards[None].to(learned)])
 
 
 def returns(values: Tensor, costs: Tensor, keep: Tensor) -> Tensor:
@@ -237,7 +250,7 @@ def returns(values: Tensor, costs: Tensor, keep: Tensor) -> Tensor:
 
 
 def critic_loss(value: Value, batch: Experience, critic: Critic) -> Tensor:
-    """The loss of `critic` on a batch of trajectories, a scalar; see the top of this file."""
+    """The share of this process in the loss of `critic` on a batch of trajectories, a scalar; see the top of this file."""
     lengths = batch.times.diff()
     if critic.loss == "orthogonality":
         return _orthogonality(value, batch)
@@ -247,9 +260,10 @@ def critic_loss(value: Value, batch: Experience, critic: Critic) -> Tensor:
         "td": torch.zeros_like(lengths),
         "td-lambda": torch.exp(-lengths / critic.trace),
     }[critic.loss]
-    targets = returns(values.detach(), batch.costs, keep)
+    targets = returns(values.detach(), batch.costs[:, batch.own], keep)
     weights = (lengths / lengths.sum()).to(values)
-    return (weights[:, None] * ((targets - values[:-1]) / value.scale).square()).sum(0).mean() / 2
+    losses = (weights[:, None] * ((targets - values[:-1]) / value.scale).square()).sum(0)
+    return (batch.counted * losses).sum() / len(batch.rewards) / 2
 
 
 def _orthogonality(value: Value, batch: Experience) -> Tensor:
@@ -263,8 +277,9 @@ def _orthogonality(value: Value, batch: Experience) -> Tensor:
     weights = [p for p in value.network.parameters() if p.requires_grad]
 
     values = one.values(value)
-    increments = (values.diff(dim=0) - one.costs).detach() / value.scale
+    increments = one.counted * (values.diff(dim=0) - one.costs[:, one.own]).detach() / value.scale
     moment = torch.autograd.grad((values[:-1] * increments).sum() / (half * value.scale), weights)
+    processes.sum_up(moment)
 
     values = other.values(value)
     # dV/dtheta . m, forward, as the derivative in u of the backward product u . dV/dtheta . m
@@ -272,7 +287,7 @@ def _orthogonality(value: Value, batch: Experience) -> Tensor:
     backward = torch.autograd.grad(values / value.scale, weights, u, create_graph=True)
     products = torch.stack([(g * m).sum() for g, m in zip(backward, moment, strict=True)])
     (along,) = torch.autograd.grad(products.sum(), u, retain_graph=True)
-    product: Tensor = along[:-1].detach() * (values.diff(dim=0) - other.costs)
+    product: Tensor = other.counted * along[:-1].detach() * (values.diff(dim=0) - other.costs[:, other.own])
     return product.sum() / (half * value.scale)
 
 
@@ -285,9 +300,9 @@ def improve(
     generator: torch.Generator,
     step: int,
 ) -> float:
-    """`critic.num_steps` optimizer steps on a batch; returns the loss before them, 0 without steps.
+    """`critic.num_steps` optimizer steps on a batch, the same in all processes; returns the loss before them, 0 without steps.
 
-    Raises NonFiniteError if the loss is not finite; the tuned weights are then as before.
+    Raises NonFiniteError, in all processes, if the loss is not finite; the tuned weights are then as before.
     """
     size, losses = len(batch.rewards), []
     for _ in range(critic.num_steps):
@@ -296,8 +311,9 @@ def improve(
             which = torch.randperm(size, generator=generator, device=generator.device)[: critic.train_batch_size]
             part = batch.part(which.to(batch.rewards.device))
         loss = critic_loss(value, part, critic)
-        losses.append(finite(loss, "the critic's loss", step))
+        losses.append(finite(processes.total(loss.item(), loss.device), "the critic's loss", step))
         optimizer.zero_grad()
         loss.backward()
+        processes.sum_gradients(value.network.parameters())
         optimizer.step()
     return losses[0] if losses else 0.0

@@ -49,23 +49,24 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.control.timesteps import Stratum, choose_timesteps
 from tiltflow.control.value import FORMS, Critic, Experience, Value, improve, returns
 from tiltflow.errors import InputError
 from tiltflow.flows.field import VelocityField
-from tiltflow.flows.guided import Guide
 from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
-from tiltflow.optimization import all_finite, load_optimizer
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
-from tiltflow.rewards.functions.checked import finite_only, shared, value_and_gradient
+from tiltflow.optimization import load_optimizer, located
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, select
+from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Trajectory, simulate
+from tiltflow.samplers.rollout import Act, Trajectory, simulate
 from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
+from tiltflow.streams import Noise
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.scoring import Scoring
@@ -140,13 +141,13 @@ class State:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Trajectories of a batch.
+    """Trajectories of a batch; what is large, of the samples of this process.
 
     Args:
-        path: their controlled steps.
+        path: the controlled steps, of its own samples.
         end: the samples that they end in, [batch, *event].
         rewards: of these samples, [batch].
-        base_velocities: of the base at the steps; None where steps have no price.
+        base_velocities: of the base at the steps, of its own samples; None where steps have no price.
         prices: beta times the path KL of the steps, [steps, batch].
         gains: the running reward of the paths, [batch]; None without one.
         experience: the trajectories as the critic sees them.
@@ -163,7 +164,7 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Actions:
-    """What the policy gradient needs beside the trajectories: `advantages` [steps, batch], and the noise of the paths; or,
+    """What the policy gradient needs beside the trajectories: `advantages` [steps, own], and the noise of the paths; or,
     where the estimator gives vec_k, all of the loss that no update changes, which is one copy of the trajectories less:
 
         e_k / 2 |v - v_base|^2 - b_k v . vec_k / beta = e_k / 2 |v - v_old|^2 + slopes_k . (v - v_old) + offsets_k,
@@ -171,8 +172,8 @@ class Actions:
     v_old the policy that made the trajectories; without e_k where steps have no price.
 
     Args:
-        slopes: e_k (v_old - v_base) - b_k vec_k / beta, [steps, batch, *event].
-        offsets: [steps, batch].
+        slopes: e_k (v_old - v_base) - b_k vec_k / beta, [steps, own, *event].
+        offsets: [steps, own].
     """
 
     advantages: Tensor | None = None
@@ -363,19 +364,17 @@ class ScoreAsAction(Tilting):
         tuned: VelocityField,
         base: VelocityField,
         x: Tensor,
-        generator: torch.Generator,
+        generator: Noise,
         start: Start = 0.0,
-        guide: Guide | None = None,
+        act: Act | None = None,
         storage: Storage = AS_COMPUTED,
     ) -> tuple[Trajectory, Tensor]:
-        """Trajectories of the tuned flow, guided by `guide` if given, and the samples [batch, *event] at their ends. If only
+        """Trajectories of the tuned flow, guided by `act` if given, and the samples [batch, *event] at their ends. If only
         the last step of a sampler has no noise, it is not an action: the base takes it."""
-        act = None if guide is None else guide(tuned).guide
         path = simulate(tuned, x, self.sampling, generator, start=start, act=act, storage=storage)
         last, end = len(path.velocities), path.states[-1]
         if last < len(path.chain):
-            own = base if guide is None else guide(base)
-            end = path.chain.mean(last, end, own(end, path.chain.times[last]))
+            end = path.chain.mean(last, end, base(end, path.chain.times[last]))
         return path, end
 
     def _energy(self, chain: Chain) -> Tensor:
@@ -383,11 +382,13 @@ class ScoreAsAction(Tilting):
 
     def _draw(self, batch: Batch, value: Value) -> tuple[Trajectories, Batch]:
         """The trajectories of a batch, and the batch, both without the samples whose rewards are not finite."""
-        tuned, base = batch.whole(batch.tuned), batch.whole(batch.base)
-        path, end = self.rollout(tuned, base, batch.x, batch.generator, batch.start, batch.guide, batch.storage)
+        (tuned, guided), (base, guided_base) = batch.own_field(batch.tuned), batch.own_field(batch.base)
+        act, x = None if guided is None else guided.guide, batch.x[batch.own]
+        path, end = self.rollout(tuned, guided_base or base, x, batch.own_noise, batch.start, act, batch.storage)
+        end = processes.gathered([end], len(batch))
         chain, count = path.chain, len(path.velocities)
-        all_finite(path.velocities, "velocity", chain.times)
-        base_velocities = None if self.running_reward == "none" else batch.storage.new(count, batch.x)
+        batch.own_finite(path.velocities, "velocity", chain.times)
+        base_velocities = None if self.running_reward == "none" else batch.storage.new(count, x)
         squares = []
         with Scoring(batch) as scoring:
             scoring.add(end)
@@ -397,21 +398,26 @@ class ScoreAsAction(Tilting):
                 if base_velocities is not None:
                     base_velocities[k] = of_base
             rewards = scoring.rewards()
-        prices = self.beta / 2 * self._energy(chain)[:count, None].to(batch.x) * torch.stack(squares)
+        prices = self.beta / 2 * self._energy(chain)[:count, None].to(x) * batch.together(torch.stack(squares))
         costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
-        if (gains := batch.objective.gains(path.states, chain.times)) is not None:
-            gains = gains.to(costs)
+        with located(batch.own):
+            gains = batch.objective.gains(path.states, chain.times)
+            known = self._known(value, path, select(batch.reward, batch.own), batch.non_finite)
+        known = batch.together(known).to(costs)
+        if gains is not None:
+            gains = batch.together(gains).to(costs)
             costs = costs - gains[:count]
             costs[-1] -= gains[count:].sum(0)  # a last step that the base takes belongs to the action before it
             gains = gains.sum(0)
-        known = self._known(value, path, shared(batch.reward), batch.non_finite).to(costs)
         if (kept := finite_only(rewards + known.sum(0))) is not None:
-            batch, path, end, rewards = batch.select(kept), path.keep(kept), end[kept], rewards[kept]
-            base_velocities = None if base_velocities is None else base_velocities.keep(kept)
+            path = path.moved(lambda values: batch.own_of(values, kept))
+            base_velocities = None if base_velocities is None else batch.own_of(base_velocities, kept)
+            batch, end, rewards = batch.select(kept), end[kept], rewards[kept]
             prices, costs, known = prices[:, kept], costs[:, kept], known[:, kept]
             gains = None if gains is None else gains[kept]
         times = torch.cat([chain.times[:count], chain.times[-1:]])
-        experience = Experience(path.states.data[:count], times, known, costs, rewards.to(costs))
+        states, rewards_of = path.states.data[:count], rewards.to(costs)
+        experience = Experience(states, times, known, costs, rewards_of, batch.own, batch.counted())
         return Trajectories(path, end, rewards, base_velocities, prices, gains, experience), batch
 
     def _actions(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Actions:
@@ -419,18 +425,19 @@ class ScoreAsAction(Tilting):
         the velocities of the base."""
         path, chain, of_base = drawn.path, drawn.path.chain, drawn.base_velocities
         if advantages is not None:
-            all_finite(advantages, "advantage", chain.times)
+            batch.own_finite(advantages, "advantage", chain.times)
             return Actions(advantages=advantages)
-        slopes, offsets = of_base or batch.storage.new(len(path.velocities), batch.x), torch.zeros_like(drawn.prices)
+        prices = batch.apart(drawn.prices)
+        slopes, offsets = of_base or batch.storage.new(len(prices), batch.x[batch.own]), torch.zeros_like(prices)
         for k, old in enumerate(path.velocities):
             gain, energy = (c[k].to(old) for c in (chain.v_scale, self._energy(chain)))
             pull = gain / self.beta * self._vector(batch, value, path, k)
             offsets[k] = -(old * pull).flatten(1).sum(1)
             if of_base is not None:
-                offsets[k] += drawn.prices[k] / self.beta
+                offsets[k] += prices[k] / self.beta
                 pull = pull - energy * (old - of_base[k])
             slopes[k] = -pull
-        all_finite(slopes, "vector of the policy gradient", chain.times)
+        batch.own_finite(slopes, "vector of the policy gradient", chain.times)
         return Actions(slopes=slopes, offsets=offsets)
 
     def _vector(self, batch: Batch, value: Value, path: Trajectory, k: int) -> Tensor:
@@ -452,13 +459,13 @@ class ScoreAsAction(Tilting):
         }
 
     def _known(self, value: Value, path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:
-        """The part of the values of the states that is not learned, [steps, batch]."""
+        """The part of the values of the states that is not learned, [steps, own]."""
         steps = zip(path.velocities, path.states, path.chain.times, strict=False)
         return torch.stack([value.known(x + (1 - t.item()) * v, t, reward, non_finite) for v, x, t in steps])
 
     def _advantages(self, value: Value, batch: Experience, members: list[Tensor]) -> Tensor:
-        """Advantages [steps, batch], in units of reward unless standardised; of `return`, among the samples of one
-        condition."""
+        """Advantages [steps, own], in units of reward unless standardised; of `return`, among the samples of one condition,
+        whichever process has them."""
         if self.estimator == "return":
             total = batch.rewards - batch.costs.sum(0)
             centred = torch.zeros_like(total)
@@ -469,27 +476,24 @@ class ScoreAsAction(Tilting):
                 if self.standardize:
                     standard = centred[group] / (own.std(correction=0) + 1e-8)
                     centred[group] = standard.clamp(-MOST_STANDARDIZED, MOST_STANDARDIZED)
-            return centred.expand(len(batch.costs), -1)
-        values = batch.values(value)
+            return centred[batch.own].expand(len(batch.costs), -1)
+        values, costs = batch.values(value), batch.costs[:, batch.own]
         if self.estimator == "return-minus-value":
-            return returns(values, batch.costs, torch.ones(len(batch.costs))) - values[:-1]
-        return values.diff(dim=0) - batch.costs
+            return returns(values, costs, torch.ones(len(costs))) - values[:-1]
+        return values.diff(dim=0) - costs
 
     def _value_gradient(self, batch: Batch, value: Value, x: Tensor, t: Tensor) -> Tensor:
-        def gradient(some: Batch, part: slice) -> tuple[Tensor]:
-            return (value.gradient(x[part], t, some.tuned, some.reward),)
-
-        return batch.map(gradient)[0]
+        return batch.map_own(lambda some, part: value.gradient(x[part], t, some.tuned, some.reward))
 
     def _at_the_end(self, batch: Batch, path: Trajectory) -> Tensor:
-        """The gradient of the reward after the last controlled step, [batch, *event]."""
+        """The gradient of the reward after the last controlled step, [own, *event]."""
         chain, count = path.chain, len(path.velocities)
         states = path.states[count]
 
-        def last(some: Batch, part: slice) -> tuple[Tensor]:
+        def last(some: Batch, part: slice) -> Tensor:
             x = states[part]
             if count == len(chain):
-                return (value_and_gradient(some.reward, x)[1].to(x),)
+                return value_and_gradient(some.reward, x)[1].to(x)
             # the last state is one noiseless step of the base before the sample
             v, pullback = linearize(some.base, x, chain.times[count])
             gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
@@ -497,24 +501,25 @@ class ScoreAsAction(Tilting):
             gradient = x_scale * gradient + pullback(v_scale * gradient)
             if some.objective.running is not None:
                 gradient = gradient + some.objective.gradient(x, chain.times, count).to(x)
-            return (gradient,)
+            return gradient
 
-        return batch.map(last)[0]
+        return batch.map_own(last)
 
     def _improve_policy(
         self, batch: Batch, drawn: Trajectories, actions: Actions, pairs: Tensor, state: State, *, first: bool
     ) -> tuple[float, float]:
         """Accumulate the gradient of -J / beta, with its trust region, over the chosen (step, sample) pairs. Returns the loss
         and the path KL from the policy that made the trajectories, scaled up to all steps."""
-        size, path, chain, advantages = len(batch), drawn.path, drawn.path.chain, actions.advantages
-        k = pairs.flatten()
-        i = torch.arange(size, device=k.device).expand_as(pairs).flatten()
+        path, chain, advantages, tuned = drawn.path, drawn.path.chain, actions.advantages, batch.tuned.select(batch.own)
+        k = batch.apart(pairs)
+        i = torch.arange(k.shape[1], device=k.device).expand_as(k).flatten()
+        k = k.flatten()
 
-        def terms_of(part: slice) -> dict[str, Tensor]:
+        def terms_of(part: Tensor) -> dict[str, Tensor]:
             kk, ii = k[part], i[part]
             x, old = path.states.at(kk, ii), path.velocities.at(kk, ii)
             gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
-            v = batch.tuned.select(ii)(x, chain.times.to(x.device)[kk])
+            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
             step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
             terms = torch.zeros_like(step_kl)
             if actions.slopes is None and drawn.base_velocities is not None:
@@ -540,7 +545,7 @@ class ScoreAsAction(Tilting):
                 terms = terms + state.penalty * step_kl
             return {"loss": terms, "step_kl": step_kl.detach()}
 
-        sums = batch.accumulate(terms_of, len(k), over=size)
+        sums = batch.accumulate_own(terms_of, batch.counted()[i], over=len(batch))
         return sums["loss"], sums["step_kl"] * len(path.velocities) / max(len(pairs), 1)
 
     def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def simulate(
     flow: Velocity,
     x: Tensor,
     sampling: Sampling,
-    generator: torch.Generator,
+    generator: Noise,
     *,
     start: Start = 0.0,
     act: Act | None = None,

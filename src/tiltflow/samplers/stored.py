@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -44,13 +44,22 @@ class Stored(Sequence[Tensor]):
         return self.data[k.to(self.data.device), i.to(self.data.device)].to(self.like)
 
     def keep(self, kept: Tensor) -> Stored:
-        """Leave out all other samples, in place: there is no room for a copy. What else is in this memory is lost."""
-        data, kept = self.data, kept.to(self.data.device)
-        size = data[0, :1].numel() * len(kept)
-        flat = data.view(-1)
-        for k in range(len(data)):  # a step moves to where only itself and steps before it were
-            flat[k * size : (k + 1) * size] = data[k, kept].view(-1)
-        return Stored(flat[: len(data) * size].view(len(data), len(kept), *data.shape[2:]), self.like)
+        """Leave out all other samples, in place; see `exchange`."""
+        kept = kept.to(self.data.device)
+        return self.exchange(len(kept), lambda k: self.data[k, kept])
+
+    def exchange(self, count: int, steps: Callable[[int], Tensor]) -> Stored:
+        """Put so many samples, no more than there are, in the place of these: there is no room for a copy. What else is in this
+        memory is lost.
+
+        Args:
+            steps: k -> their step k [count, *event], which may depend on this one's and on later ones.
+        """
+        data, flat = self.data, self.data.view(-1)
+        size = data[0, :1].numel() * count
+        for k in range(len(data)):  # a step is written to where only itself and steps before it were
+            flat[k * size : (k + 1) * size] = steps(k).view(-1)
+        return Stored(flat[: len(data) * size].view(len(data), count, *data.shape[2:]), self.like)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from tiltflow.control.objective import Objective, RunningReward
 from tiltflow.flows.at_weights import AtWeights
 from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField, Which
-from tiltflow.flows.guided import Guide
+from tiltflow.flows.guided import Guide, Guided
 from tiltflow.optimization import StoredWeights, all_finite, located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
@@ -22,6 +22,8 @@ from tiltflow.samplers.rollout import Act
 from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
 from tiltflow.streams import Noise, Rows
 from tiltflow.timing import phase
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,15 @@ class Batch:
 
         Returns the results, joined. Raises NonFiniteError, with samples counted from the first of the batch.
         """
-        parts = []
+        parts = self._each(function)
+        return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
+
+    def _each(self, function: Callable[[Batch, slice], Result]) -> list[Result]:
+        results = []
         for part in processes.shares(len(self), self.micro_batch_size):
             with located(part):
-                parts.append(function(self.select(part), part))
-        return tuple(processes.gathered([results[i] for results in parts], len(self), dim=dim) for i, dim in enumerate(dims))
+                results.append(function(self.select(part), part))
+        return results
 
     # ---- the samples of this process, whose trajectories it alone has ----
 
@@ -143,26 +149,32 @@ class Batch:
         """The place of a part of the batch, from `map`, among these samples."""
         return slice(part.start - self.own.start, part.stop - self.own.start)
 
-    def own_actor(self) -> tuple[VelocityField, Act | None]:
-        """The field that these samples are drawn from, a micro-batch at a time, and what guides it."""
-        actor = in_chunks(self.actor or self.tuned, self.micro_batch_size, own=True)
-        return actor.select(self.own), None if self.guide is None else self.guide(actor).select(self.own).guide
+    def map_own(self, function: Callable[[Batch, slice], Tensor]) -> Tensor:
+        """Call `function` with each micro-batch of these samples and its place among them. Returns the results, joined."""
+        return torch.cat(self._each(lambda some, part: function(some, self.own_part(part))))
 
-    def own_finite(self, values: Stored, what: str, times: Tensor) -> None:
+    def own_field(self, flow: VelocityField) -> tuple[VelocityField, Guided | None]:
+        """A field at these samples, a micro-batch at a time; and the guided one, where samples are drawn with guidance."""
+        field = in_chunks(flow, self.micro_batch_size, own=True)
+        return field.select(self.own), None if self.guide is None else self.guide(field).select(self.own)
+
+    def own_actor(self) -> tuple[VelocityField, Act | None]:
+        """The field that these samples are drawn from, and what guides it."""
+        actor, guided = self.own_field(self.actor or self.tuned)
+        return actor, None if guided is None else guided.guide
+
+    def own_finite(self, values: Sequence[Tensor] | Tensor, what: str, times: Tensor) -> None:
         """Raises NonFiniteError, in all processes, if one of these values of its own samples is not finite."""
         with located(self.own):
             all_finite(values, what, times)
 
     def own_of(self, values: Stored, which: Tensor) -> Stored:
         """What this process has of these samples of the batch, once they are all of it: from what each process had of its own,
-        step by step; in one process in place."""
+        step by step and in place."""
         if processes.count() == 1:
             return values.keep(which)
         own = which[processes.shares(len(which))[0]]
-        found = self.storage.new(len(values), self.x[own])
-        for k in range(len(values)):
-            found[k] = processes.gathered([values[k]], len(self))[own]
-        return found
+        return values.exchange(len(own), lambda k: processes.gathered([values[k]], len(self))[own])
 
     def together(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
         """The numbers [steps, batch] of all samples, or of those that are kept, of which this process has its own."""
