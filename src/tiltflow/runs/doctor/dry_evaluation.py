@@ -74,7 +74,7 @@ def _parts_of_evaluation(subject: Subject, measured: Measured) -> dict[str, Peak
     with Shapes(), Counter() as memory, torch.no_grad():
 
         def ended(part: str) -> None:
-            found[part] = memory.peaks.pop("")
+            found[part] = memory.peaks.pop("", Peak({}))  # not there if the part made nothing
 
         parts = parts_without_memory(subject, memory)
         changed = {"_pictures": _elsewhere(parts.decoder)} if measured.apart else {}
