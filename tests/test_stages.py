@@ -27,6 +27,9 @@ from tiltflow.flows.flow import Flow
 from tiltflow.reports.stages import write_stages_report
 from tiltflow.runs import stages as outer
 from tiltflow.runs.of_law import EPS
+from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged_run import run_stages
 from tiltflow.runs.stages import Utility
 from tiltflow.streams import stream
 from tiltflow.utilities.augmented_lagrangian import AugmentedLagrangian
@@ -273,6 +276,17 @@ def test_entropy_at_a_price_spreads_a_gaussian_by_a_known_recursion(base: str) -
         entropy = 0.5 * (1 + torch.tensor(2 * torch.pi / q).log().item())
         assert abs(stage.after.value - entropy) < 4 * stage.after.standard_error
     assert variance / VARIANCE == pytest.approx((1 + ALPHA) / ALPHA, rel=2 * noise / VARIANCE + 1e-3)
+
+
+@pytest.mark.usefixtures("exact")
+def test_one_stage_at_one_plus_the_price_is_the_best_entropy() -> None:
+    """p exp((-(1 + alpha) log p + alpha log p_0) / beta) at beta = 1 + alpha has no p left: from p_0, and from any law."""
+    utility, noise = tiltflow.OfLaw(Entropy(), num_samples=200), (EPS / (1 - EPS)) ** 2
+    options = {"method": method(1 + ALPHA), "price": ALPHA, "base": "last"}
+    for stage in tiltflow.stages(normal(), utility, count=2, **options):
+        # of scores with noise: (1 + alpha) / (v + noise) = alpha / (v_0 + noise)
+        expected = (1 + ALPHA) / ALPHA * (VARIANCE + noise) - noise
+        assert moments(stage.model) == pytest.approx([MEAN, expected], rel=5e-3)
 
 
 def mean_variance(c: float, w: float) -> Iterator[list[float]]:
@@ -609,6 +623,20 @@ def test_entropy_at_a_price_by_adjoint_matching(base: str) -> None:
     expected = {"last": 3.0, "first": 3.0 - 0.1}[base]
     assert variance / VARIANCE == pytest.approx(expected, abs=0.03)
     assert mean == pytest.approx(MEAN, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_entropy_at_a_price_of_a_perceptron_in_the_plane(alpha: float, tmp_path: Path) -> None:
+    """Each coordinate within 3 %, of which the noise of the scores is 0.3 and two errors of 100,000 samples are 0.9. The
+    adjoints of explore-entropy are in closed form: a chain of steps would leave the law too narrow."""
+    changes = ["stages.count=2", f"stages.price={alpha}", f"method.beta={1 + alpha}", "training.max_train_steps=300"]
+    changes += ["model.means=[[0, 0]]", "model.weights=[1]", "model.scale=1"]
+    own = read_recipe(read_recipe_tree(find_recipe("explore-entropy", "train"), changes), "plane")
+    assert isinstance(own, StagedRecipe)
+    run_stages(own, tmp_path / "run")
+    x = tiltflow.load(tmp_path / "run").sample(100_000, batch_size=20_000)
+    assert x.var(0).tolist() == pytest.approx(2 * [(1 + alpha) / alpha], rel=0.03)
 
 
 @pytest.mark.slow
