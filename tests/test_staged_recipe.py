@@ -35,6 +35,8 @@ from tiltflow.streams import new_network
 from tiltflow.utilities.mean_variance import MeanVariance
 
 NETWORK = Mlp(hidden=8, layers=1)
+TRAINING = {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 2}
+RESUMING = TRAINING | {"resume_from_checkpoint": "latest"}
 
 
 def height(x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def tree(folder: Path, **changes: Any) -> dict[str, Any]:
         "stages": {"count": 2, "num_samples": 40, "price": 0.5},
         "method": {"name": "adjoint-matching", "beta": 1.0, "num_inference_steps": 3},
         "optimizer": {"learning_rate": 1e-2},
-        "training": {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 2},
+        "training": TRAINING,
         "sampling": {"num_inference_steps": 3},
         "evaluation": {"num_samples": 16},
     } | changes
@@ -238,12 +240,16 @@ def test_a_recipe_and_python_give_the_same_models_bit_for_bit(tmp_path: Path) ->
     assert [(row["before"], row["after"]) for row in summary["stages"]] == [
         (each.before.value, each.after.value) for each in found if each.before and each.after
     ]
+    other = recipe(tmp_path, utility={"name": "mean-variance", "aversion": 0.25}, training=RESUMING)
+    with pytest.raises(InputError, match=r"started with another recipe: .*utility\.aversion 0\.5 -> 0\.25"):
+        run_stages(other, tmp_path / "out")
 
 
 def stopped_by(stop: Callable[[], object], at: int) -> Callable[[Any], None]:
     return lambda record: stop() if record.step == at else None  # type: ignore[func-returns-value, return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_pages")
 def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(tmp_path: Path) -> None:
     """With a start in the weights of the last stage, which is loaded when the second one goes on."""
@@ -253,7 +259,7 @@ def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(
     def interrupt(stage: Any) -> None:
         raise KeyboardInterrupt
 
-    again = recipe(tmp_path, stages=warm, training={**tree(tmp_path)["training"], "resume_from_checkpoint": "latest"})
+    again = recipe(tmp_path, stages=warm, training=RESUMING)
     raised = stopped_by(lambda: signal.raise_signal(signal.SIGTERM), 3)
     with pytest.raises(Interrupted):
         run_stages(again, tmp_path / "out", callbacks=[raised], handle_signals=True)
@@ -265,8 +271,6 @@ def test_stages_resume_bit_for_bit_after_a_signal_in_a_stage_and_between_stages(
     run_stages(again, tmp_path / "out")
     assert same(last(tmp_path / "out"), last(tmp_path / "whole"))
     assert not same(weights(in_python(tmp_path, base="first", mixing=0.5)[1].model), last(tmp_path / "whole"))
-    with pytest.raises(InputError, match=r"started with another recipe: .*utility\.aversion 0\.5 -> 0\.25"):
-        run_stages(again.model_copy(update={"utility": MeanVariance(aversion=0.25)}), tmp_path / "out")
 
 
 @pytest.mark.usefixtures("_no_pages")
