@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from tiltflow.streams import stream
 from tiltflow.training.method import Method
 from tiltflow.training.settings import Training
 from tiltflow.user_code import whole_number
-from tiltflow.utilities import Utility
+from tiltflow.utilities import OneShot, Utility
 from tiltflow.utilities.estimation.first_variation import FirstVariation, Surrogate, of_samples
 from tiltflow.utilities.estimation.known import Known
 from tiltflow.utilities.estimation.scores import Score
@@ -148,8 +148,8 @@ class OfLaw:
 
     def one_shot(self, at: Known, alpha: float) -> FirstVariation:
         """The reward whose tilt of the law, at the temperature alpha, has the highest utility less alpha KL."""
-        found: FirstVariation = cast(Any, self.utility).one_shot(at, alpha)
-        return found
+        assert isinstance(self.utility, OneShot)  # `no_one_shot` has said so
+        return self.utility.one_shot(at, alpha)
 
 
 def misnamed(utility: Utility, given: Collection[str]) -> str | None:
@@ -165,8 +165,8 @@ def misnamed(utility: Utility, given: Collection[str]) -> str | None:
 
 def no_one_shot(utility: Utility, method: Method, training: Training) -> str | None:
     """Why no one reward of the first model is the best to tune for; None where one is."""
-    if not hasattr(utility, "one_shot"):
-        known = [name for name in names("utilities") if hasattr(find("utilities", name), "one_shot")]
+    if not isinstance(utility, OneShot):
+        known = [name for name in names("utilities") if issubclass(find("utilities", name), OneShot)]
         return f"of {utility.name} no reward of one stage is known, but of {', '.join(known)}; leave it out"
     if method.temperature is None:
         return f"{method.name} has no temperature, the price of the KL that the reward is computed for; take another method"

@@ -126,7 +126,7 @@ def stages(
         mixing: where the base is the first model, the share of the newest first variation in what a stage is tuned for, above 0
             and at most 1; the rest is what the last stage was tuned for.
         one_shot: in one stage from the first model, tune for the one reward whose tilt is best at the temperature of the
-            method, `utility.one_shot`: of `Superquantile` and `Cvar`.
+            method, `utility.one_shot`, of utilities that are `OneShot`.
         warm: where the base is the first model, begin the training of each stage with the weights of the last one, which leaves
             less to learn; the law that is aimed at is the same.
         stop: when to end earlier.

@@ -11,7 +11,7 @@ constant, which no method sees. It is the influence function of F too, so the er
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, runtime_checkable
 
 from pydantic import BeforeValidator
 
@@ -77,6 +77,15 @@ class Utility(Settings):
 
     def _first_variation(self, at: Known) -> FirstVariation:
         raise NotImplementedError
+
+
+@runtime_checkable
+class OneShot(Protocol):
+    """A utility whose optimum at a price of the KL is one tilt of the base."""
+
+    def one_shot(self, base: Known, alpha: float) -> FirstVariation:
+        """The reward whose tilt of the base at the temperature alpha has the highest F - alpha KL."""
+        ...
 
 
 if TYPE_CHECKING:

@@ -28,10 +28,12 @@ from tiltflow.streams import stream
 from tiltflow.testing import check_utility
 from tiltflow.training.draw import batches
 from tiltflow.utilities import Utility
+from tiltflow.utilities.cvar import Cvar
 from tiltflow.utilities.estimation.first_variation import FirstVariation
 from tiltflow.utilities.estimation.known import Known
 from tiltflow.utilities.function import Function
 from tiltflow.utilities.sum import Sum
+from tiltflow.utilities.superquantile import Superquantile
 
 MOST, MOST_DECODED, AT_ONCE = 2000, 16, 64
 """Samples of the law that are drawn, those that are decoded, and those that a gradient is computed of at once."""
@@ -80,8 +82,9 @@ def first_stage(recipe: StagedRecipe, device: str) -> Stage:
 
 def share_of(utility: Utility) -> float:
     """The share of the samples in the tail that a utility looks at; 1 if it looks at none."""
-    parts = [term.utility for term in utility.utilities] if isinstance(utility, Sum) else []
-    return min([float(getattr(utility, "share", 1.0)), *map(share_of, parts)])
+    if isinstance(utility, Cvar | Superquantile):
+        return utility.share
+    return min((share_of(term.utility) for term in utility.utilities), default=1.0) if isinstance(utility, Sum) else 1.0
 
 
 def own_code(utility: Utility) -> bool:
