@@ -498,7 +498,7 @@ FAMILY = {"stable-diffusion-v1-5": "stable-diffusion", "stabilityai": "stable-di
 PUBLISHED = [
     name
     for name, path in shipped_recipes("train").items()
-    if isinstance(read_yaml(path)["model"], dict)
+    if "diffusers" in read_yaml(path)["model"]
     and name not in ("tiles-colour", "wan-clip-score", "sd35-vlm-judge")
     and not name.endswith("gb")  # test_memory_forecast.py has those for one card
 ]
