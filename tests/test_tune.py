@@ -429,7 +429,8 @@ def test_the_folder_of_tune(tmp_path: Path) -> None:
     run = tuned(output=tmp_path / "mine")
     assert torch.equal(run.weights, tuned().weights)
     names = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert names == {"recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model", "summary.json", "report.html"}
+    written = {"recipe.yaml", "fingerprints.json", "metrics.jsonl", "checkpoints", "model", "summary.json", "report.html"}
+    assert names == written | {"before.png", "after.png"}
     saved = load_file(tmp_path / "mine" / "model" / "model.safetensors")
     assert torch.equal(saved["enter.weight"], run.model.flow.network.enter.weight)
     with pytest.raises(InputError, match="already holds something"):

@@ -59,11 +59,11 @@ def test_a_gif_moves_as_the_videos_do_and_is_cut_into_their_rows(tmp_path: Path)
 
 def test_of_each_prompt_the_first_video_is_shown() -> None:
     videos, asked = grey_videos(4), Asked.of_prompts([Item("a"), Item("b")], 2)
-    files, about = pictures_of(videos, videos.flip(1), asked, 64)
+    files, about = pictures_of(videos, videos.flip(1), asked, 64, None)
     assert about == {"rows": 2, "prompts": ["a", "b"], "frames": 17}
     assert sorted(files) == ["after.gif", "after.png", "before.gif", "before.png"]
-    assert pictures_of(videos, videos, asked, 1)[1] == {"rows": 1, "prompts": ["a"], "frames": 17}
-    assert pictures_of(videos[:, :, 0], videos[:, :, 0], asked, 64) == ({}, {})
+    assert pictures_of(videos, videos, asked, 1, None)[1] == {"rows": 1, "prompts": ["a"], "frames": 17}
+    assert pictures_of(videos[:, :, 0], videos[:, :, 0], asked, 64, None) == ({}, {})
 
 
 def test_what_the_alarm_watches_of_videos() -> None:
