@@ -415,10 +415,11 @@ def test_stages_stop_where_the_utility_no_longer_rises() -> None:
     quiet = last(patience=2)
     assert 3 < quiet.number < 9
     assert f"did not rise significantly in the 2 stages up to stage {quiet.number}" in quiet.stopped
-    high = last(value=small.before.value)
-    assert high.number < small.number
-    assert high.before.value < small.before.value <= high.after.value
-    assert high.stopped == f"the utility is {high.after} after stage {high.number}, at least {small.before.value:g}"
+    enough = small.before.value + small.rise.value / 2  # between those of two stages
+    high = last(value=enough)
+    assert high.number == small.number > 1
+    assert high.before.value < enough <= high.after.value
+    assert high.stopped == f"the utility is {high.after} after stage {high.number}, at least {enough:g}"
     assert last().stopped is None
 
 
