@@ -16,6 +16,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 FLOORS = [
+    "chemistry",
     "flows",
     "samplers",
     "networks",

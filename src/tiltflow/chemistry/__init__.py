@@ -1,0 +1,1 @@
+"""Molecules: their atoms as tensors, geometries from SMILES, bonds from geometries. It knows nothing of models and rewards."""
