@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tiltflow import processes
 from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
+from tiltflow.training.memory import PeakMemory
 from tiltflow.training.self_distillation import self_distillation
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -71,3 +73,36 @@ def test_samples_teach_their_own_condition_alone() -> None:
     network.c.data.fill_(0.5)
     self_distillation(batch, x1, which, Sampling(num_inference_steps=5), end=0.4, scale=2.0)
     assert network.c.grad.item() == pytest.approx(2 * 2.0 * 0.5 * 3 * 7 / 5)
+
+
+def test_each_process_keeps_the_noise_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same state, the gradients of any number of processes sum to that of one, and what each of them has while its
+    network is called shrinks with its share: of 10 points 10, 5 and 3, of which four processes have some twice."""
+    size, dimensions = 10, 500
+    which = torch.arange(4).repeat(3)[:size]
+    x1 = torch.randn(4, dimensions, generator=stream(1))
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope, self.kept = nn.Parameter(torch.tensor(0.3)), list[int]()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.kept.append(memory.now)
+            return self.slope * x * t.reshape(-1, 1)
+
+    found, kept = [], []
+    for count in (1, 2, 4):
+        monkeypatch.setattr(processes, "count", lambda count=count: count)
+        monkeypatch.setattr(processes, "total", lambda value, device: value)
+        network = Watched()
+        for index in range(count):
+            monkeypatch.setattr(processes, "index", lambda index=index: index)
+            batch = Batch(x1, FunctionField(network), FunctionField(network), lambda x: x[:, 0], stream(0), micro_batch_size=1)
+            with PeakMemory() as memory:
+                self_distillation(batch, x1, which, Sampling(), end=0.5, scale=1.0)
+        found.append(network.slope.grad)
+        kept.append(network.kept[0] / (8 * dimensions))  # in points, those of the one that is there included
+    torch.testing.assert_close(torch.stack(found), found[0].expand(3), rtol=1e-12, atol=0)
+    assert kept[0] - kept[1] == pytest.approx(5, abs=0.1)
+    assert kept[0] - kept[2] == pytest.approx(7, abs=0.1)

@@ -16,7 +16,7 @@ of it; near the data p is 1 for the path's own sample, and nothing changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,11 @@ class Noising:
         which, x0, t = self.which[part], self.noise[part], self.times[part]
         x1 = self.samples[which]
         return Points(which, expand(1 - t, x0) * x0 + expand(t, x0) * x1, t, x1 - x0)
+
+    def of(self, rows: slice) -> Noising:
+        """These pairs alone, from number 0 on: copies, so that nothing is kept of the others."""
+        which, noise, times, weights = (part[rows].clone() for part in (self.which, self.noise, self.times, self.kl_weights))
+        return replace(self, which=which, noise=noise, times=times, kl_weights=weights)
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> Tensor:
