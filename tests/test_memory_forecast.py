@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ import tiltflow.runs.run as module
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
+from tiltflow.rewards.energy import EnergyReward
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
@@ -105,6 +107,30 @@ def test_the_forecast_is_what_an_iteration_needs(name: str, tmp_path: Path) -> N
     method = {"num_inference_steps": 4, **OF_PIXELS[name]}
     training = {"max_train_steps": 8, "train_batch_size": 32, "micro_batch_size": 16}
     check(network_recipe(tmp_path, method=method, training=training), 0.15)
+
+
+def test_the_forecast_of_a_reward_that_learns(tmp_path: Path) -> None:
+    """Its activations, moments and gradients, and the copies of its state that the loop has, are most of what is needed; its
+    weights, and the data that it has, stay on the device."""
+    data = {"x_train": np.zeros((40, 8, 8), np.uint8), "y_train": np.arange(40) % 2}
+    np.savez(tmp_path / "data.npz", **data, x_test=data["x_train"], y_test=data["y_train"])
+    network = {"name": "residual-classifier", "channels": [96], "classes": 1}
+    asked = network_recipe(
+        tmp_path,
+        reward={"name": "energy", "data": str(tmp_path / "data.npz"), "network": network},
+        method={"name": "score-as-action", "solver": "euler", "num_inference_steps": 3, "preset": "dxmi"},
+        training={"max_train_steps": 8, "train_batch_size": 32, "micro_batch_size": 16, "offload": True},
+    )
+    patient = admit(asked, "cpu")
+    found, reward = of_patient(patient), patient.reward
+    assert isinstance(reward, EnergyReward)
+    said, needed = beside_the_weights(found), measured(patient)
+    assert needed[""] > needed["update"]  # it learns before the model does
+    for name, phase in (("rollout", "rollout"), ("reward", "reward"), ("", "update")):
+        assert said[phase] == pytest.approx(needed[name], rel=0.01), phase
+    for there in found.resident.values():
+        assert there["data of the reward"] == reward.images.nbytes
+        assert there["reward 2"] == sum(p.nbytes for p in reward.network.parameters())
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from tiltflow.flows.adapter import AdapterOff, is_off
 from tiltflow.flows.flow import Flow
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.offload import Offload, offloaded
-from tiltflow.rewards import Reward
+from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.doctor.shapes import Cost, Counter, Peak, Replayed, Shapes, alone, shaped
 from tiltflow.samplers.stored import Storage, Stored
 from tiltflow.training.batch import Drawn
@@ -67,6 +67,8 @@ class Subject:
     """What calls of its functions need, by their names."""
     makes_room: bool = False
     """Whether the frozen weights of the network are elsewhere while samples are scored."""
+    learner: Callable[[], LearnedReward] | None = None
+    """Makes a copy of the reward that has learned nothing, its tensors without memory, if it is one that learns."""
     measured_reward: Callable[[Tensor, bool], Cost] | None = None
     """What the reward needs, with a gradient or without, if it cannot be called on samples without numbers."""
 
@@ -110,11 +112,10 @@ def _run(subject: Subject, size: int, most: int) -> list[dict[str, Peak]]:
     """The peaks of the first iterations on so many samples, `most` and `ENOUGH` at most: one, if it leaves nothing."""
     training, method = subject.training, subject.method
     found = list[dict[str, Peak]]()
+    learner = None if subject.learner is None else subject.learner()  # its tensors are there: counted with the weights
     with Shapes(), Counter() as memory:
         parts = parts_without_memory(subject, memory)
-        reward = Replayed(
-            subject.reward, memory, "reward", known=subject.known["reward"], numbers=True, otherwise=subject.measured_reward
-        )
+        reward = _reward(subject, memory, learner)
         sizes = {"train_batch_size": size, "decode_batch_size": training.decode_batch_size or training.micro_batch_size}
         if training.prompts_per_step is not None:
             sizes |= {"prompts_per_step": size, "num_generations": 1}
@@ -165,6 +166,37 @@ def _replayed(flow: Flow | AdapterOff, memory: Counter, known: dict[Any, Cost]) 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     vars(replayed)["forward"] = Replayed(network.forward, memory, "network", lambda: [] if is_off(replayed) else trained, known)
     return replace(flow, network=replayed)
+
+
+def _reward(subject: Subject, memory: Counter, learner: LearnedReward | None) -> Replayed:
+    """The reward, called once for each kind of call; one that learns does so at every iteration."""
+    known, otherwise = subject.known["reward"], subject.measured_reward
+    if learner is None:
+        return Replayed(subject.reward, memory, "reward", known=known, numbers=True, otherwise=otherwise)
+    return Learning(learner, memory, "reward", known=known, numbers=True, otherwise=otherwise, learner=learner)
+
+
+@dataclass
+class Learning(Replayed):
+    """A reward that learns, of which all that its network, its optimizer and the data need is counted."""
+
+    learner: LearnedReward = field(kw_only=True)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that learns."""
+        return self.learner.network
+
+    def learn(self, x: Tensor, generator: torch.Generator) -> float:
+        """Learn from samples without numbers."""
+        return self.learner.learn(x, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, of which the loop keeps copies."""
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Change nothing."""
 
 
 class Elsewhere(Storage):

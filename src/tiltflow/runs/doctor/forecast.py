@@ -30,14 +30,14 @@ from tiltflow.models.quantization import stored
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.offload import networks_in
-from tiltflow.rewards import Reward
+from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.runs.doctor.architecture import model_from_configs
 from tiltflow.runs.doctor.dry_evaluation import Measured, peak_of_evaluation
 from tiltflow.runs.doctor.dry_run import BETWEEN, Subject, peaks
 from tiltflow.runs.doctor.patient import Patient
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
-from tiltflow.runs.doctor.shapes import Cost, Peak, alone, copy_of_shapes
+from tiltflow.runs.doctor.shapes import Cost, Peak, alone, copy_of_shapes, deep_copy_of_shapes
 from tiltflow.runs.prepare import asked_of, can_make_room
 from tiltflow.runs.recipe import Recipe
 from tiltflow.settings import Settings
@@ -105,6 +105,7 @@ def of_patient(patient: Patient) -> Forecast:
     others = {id(part): ("of the evaluation", part) for part in networks_in(patient.instruments)}
     for i, (what, part) in enumerate({**others, **scorers}.values()):
         networks[f"{what} {i + 1}"] = part
+    learned = patient.reward if isinstance(patient.reward, LearnedReward) else None
     adapted = isinstance(base, AdapterOff) and can_make_room(cast(nn.Module, patient.tuned.network), patient.recipe.training)
     scored = partial(_scored, patient.reward, patient.items)
     of_evaluation: dict[str, Reward] = {
@@ -119,13 +120,16 @@ def of_patient(patient: Patient) -> Forecast:
         patient.method,
         patient.recipe.training,
         makes_room=adapted,
+        learner=(lambda: deep_copy_of_shapes(learned)[0]) if learned else None,
         measured_reward=partial(_measured_reward, scored, patient.device),
     )
     instruments = replace(patient.instruments, rewards=of_evaluation)
     measured = Measured(patient.recipe, patient.asked, instruments, patient.device.type != "cpu")
     weights = {name: _weights(part) for name, part in networks.items()}
     counts = {name: _parameters(part) for name, part in networks.items()}
-    away = {name for name, part in networks.items() if name == "vae" or name.startswith("reward")}
+    if learned is not None:
+        weights["data of the reward"] = deep_copy_of_shapes(learned)[1] - _weights(learned.network)
+    away = {name for name, part in networks.items() if name == "vae" or (name.startswith("reward") and learned is None)}
     copied = {"its frozen copy"} & set(networks)
     frozen = {"the network": _frozen(cast(nn.Module, patient.tuned.network))} if adapted else {}
     iteration = peaks(subject) | {"evaluation": peak_of_evaluation(subject, measured)}

@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -23,6 +24,7 @@ from tiltflow.training.memory import PeakMemory
 SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
 """Makes tensors without memory, and computes the shapes of what becomes of them."""
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 def shaped(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,6 +52,26 @@ def copy_of_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
             like = nn.Parameter(like, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = like
     return copy.deepcopy(module, memo)
+
+
+class _OfShapes(TorchFunctionMode):
+    """Tensors that are copied in this context are tensors without memory; `size` is what they would need."""
+
+    size = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func not in (Tensor.__deepcopy__, Tensor.clone):  # the latter is of parameters
+            return func(*args, **(kwargs or {}))
+        self.size += bytes_of(args[0])
+        return shaped_like(args[0])
+
+
+def deep_copy_of_shapes(thing: T) -> tuple[T, int]:
+    """A copy of an object, such as a reward with its network and data, whose tensors have no memory; and the bytes of those."""
+    with _OfShapes() as tensors:
+        return copy.deepcopy(thing), tensors.size
 
 
 def network_of_shapes(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
