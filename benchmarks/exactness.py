@@ -3,27 +3,31 @@ figures of docs/exactness.md.
 
     python benchmarks/exactness.py run --output runs/exactness                 # some hours on two cores; a row a run
     python benchmarks/exactness.py run --cases fixture --methods tilt-matching --steps 15 --seeds 1
+    python benchmarks/exactness.py run --processes 12 --time-limit 240        # what is done by then is kept
     python benchmarks/exactness.py table --output runs/exactness
     python benchmarks/exactness.py figures --output runs/exactness --docs docs
 
-Each row is a run of `tiltflow verify`, written to OUTPUT/rows.jsonl; rows that are there already are not run again.
+Each row is a run of `tiltflow verify`, written to OUTPUT/rows.jsonl as soon as it is done; rows that are there already are not
+run again. Jobs run one thread each, those of the first number of steps first, and of these the longest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tiltflow.errors import TiltflowError
-from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.problems.verification.verify import Fitted, Verification, Watch, once, read_verification, verify
 
 
 def spread(dimension: int) -> list[str]:
@@ -75,14 +79,55 @@ STRONG = [
 BOTH = {("ring, strong", "path-reweighted"): STRONG}
 """Overrides of a method on one problem: alone it stops there, for want of base samples that count, and says so. No gradient of
 the reward enters."""
+ANY_STEPS = ("tilt-matching",)
+"""Methods that learn from samples of an ODE, whose steps are their own: one training serves every number of steps."""
+CHAINS = ("adjoint-matching", "score-as-action")
+"""Methods whose trainings cost as much as the steps of their chain."""
+SECONDS = {"adjoint-matching": 55.0, "score-as-action": 70.0, "path-reweighted": 45.0, "tilt-matching": 65.0, "both": 90.0}
+"""About how long one training takes on one core at 15 steps."""
 KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_ode_span", "floor_span", "span")
 KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
 KEYS += ("achieved_tilt_r2", "effective_sample_size", "path_kl", "path_kl_exact", "chain_optimum")
 
 
-def one(case: str, method: str, steps: int, seed: int, extra: Sequence[str]) -> dict[str, Any]:
-    """A row: the run, and what it found, or the line with which it stopped."""
+class Job(NamedTuple):
+    """One training, and the numbers of steps that it is measured at."""
+
+    case: str
+    method: str
+    steps: tuple[int, ...]
+    seed: int
+    extra: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes on one core."""
+        both = (self.case, self.method) in BOTH
+        return SECONDS["both" if both else self.method] * (self.steps[0] / 15 if self.method in CHAINS else 1)
+
+
+def rows_by(job: Job) -> list[dict[str, Any]]:
+    """A row for each number of steps: the run, and what it found, or the line with which it stopped."""
     torch.set_num_threads(1)
+    fit = remembered()
+    return [one(job, steps, fit) for steps in job.steps]
+
+
+def remembered() -> Callable[[Verification, Watch], Fitted]:
+    """A training that is not repeated, for settings that differ in how samples are drawn from what it made."""
+    found: list[Fitted] = []
+
+    def fit(settings: Verification, watch: Watch) -> Fitted:
+        if not found:
+            found.append(once(settings, watch))
+        return found[0]
+
+    return fit
+
+
+def one(job: Job, steps: int, fit: Callable[[Verification, Watch], Fitted]) -> dict[str, Any]:
+    """The row for one number of steps."""
+    case, method, _, seed, extra = job
     row: dict[str, Any] = {"case": case, "method": method, "steps": steps, "seed": seed, "extra": list(extra)}
     sets = [
         *METHODS[method],
@@ -92,10 +137,10 @@ def one(case: str, method: str, steps: int, seed: int, extra: Sequence[str]) -> 
         f"seed={seed}",
         *extra,
     ]
-    if method != "tilt-matching":  # its samples come from an ODE, whose steps are its own
+    if method not in ANY_STEPS:
         sets.append(f"method.num_inference_steps={steps}")
     try:
-        found = verify(read_verification("mixture", method, sets)).values
+        found = verify(read_verification("mixture", method, sets), fit=fit).values
     except TiltflowError as error:
         return row | {"stopped": str(error)}
     return row | {key: found.get(key) for key in KEYS}
@@ -107,17 +152,33 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run what is missing."""
-    options.output.mkdir(parents=True, exist_ok=True)
+def missing(options: argparse.Namespace) -> list[Job]:
+    """The jobs that have no row yet, in the order in which they run."""
     known = {(row["case"], row["method"], row["steps"], row["seed"]) for row in rows_of(options.output)}
-    jobs = [job for job in product(options.cases, options.methods, options.steps, range(options.seeds)) if job not in known]
-    with ProcessPoolExecutor(options.processes) as pool, open(options.output / "rows.jsonl", "a") as file:
-        for done in as_completed([pool.submit(one, *job, options.set) for job in jobs]):
-            row = done.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(line(row), flush=True)
+    jobs = []
+    for case, method, seed in product(options.cases, options.methods, range(options.seeds)):
+        steps = [k for k in options.steps if (case, method, k, seed) not in known]
+        some = [tuple(steps)] if method in ANY_STEPS else [(k,) for k in steps]
+        jobs += [Job(case, method, each, seed, tuple(options.set)) for each in some if each]
+    return sorted(jobs, key=lambda job: (options.steps.index(job.steps[0]), -job.seconds))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing, until the time is over."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    jobs, end = missing(options), time.monotonic() + options.time_limit
+    with multiprocessing.Pool(options.processes) as pool, open(options.output / "rows.jsonl", "a") as file:
+        results = pool.imap_unordered(rows_by, jobs)
+        for number in range(len(jobs)):
+            try:
+                rows = results.next(None if math.isinf(end) else max(end - time.monotonic(), 0.01))
+            except multiprocessing.TimeoutError:
+                print(f"the time is over: {number} of {len(jobs)} jobs are done")
+                return
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                print(line(row), flush=True)
+                file.flush()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -155,14 +216,22 @@ def key_of(row: dict[str, Any], kind: str) -> str:
 
 def table(options: argparse.Namespace) -> None:
     """Print the rows as a table of Markdown."""
-    print("| problem | method | K | with noise | ODE | floor | reward − exact | achieved tilt | evaluations |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (case, method, steps), some in grouped(rows_of(options.output)):
-        if "stopped" in some[0]:
-            print(f"| {case} | {method} | {steps} | {some[0]['stopped']} | | | | | |")
+    print("| problem | method | K | seeds | with noise | ODE | floor | reward − exact | achieved tilt | evaluations |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for (case, method, steps), rows in grouped(rows_of(options.output)):
+        stopped, some = ([row for row in rows if ("stopped" in row) is has] for has in (True, False))
+        if stopped:
+            print(f"| {case} | {method} | {steps} | {len(stopped)} | {stopped[0]['stopped']} | | | | | |")
+        if not some:
             continue
         kinds = ("distance", "distance_ode", "floor")
-        cells = [case, method, str(steps), *(pm([row[key_of(row, kind)] for row in some], ".3f") for kind in kinds)]
+        cells = [
+            case,
+            method,
+            str(steps),
+            str(len(some)),
+            *(pm([row[key_of(row, kind)] for row in some], ".3f") for kind in kinds),
+        ]
         cells += [pm([row["reward"] - row["reward_exact"] for row in some], ".3f"), pm([row["achieved_tilt"] for row in some])]
         cells += [f"{statistics.mean(row['network_evaluations'] for row in some) / 1e6:.0f}M"]
         print(f"| {' | '.join(cells)} |")
@@ -221,7 +290,10 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[15, 40])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `tiltflow verify`")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="one thread each")
+    parser.add_argument(
+        "--time-limit", type=float, default=math.inf, metavar="SECONDS", help="end by then; jobs that are not done are lost"
+    )
     options = parser.parse_args()
     {"run": run, "table": table, "figures": figures}[options.verb](options)
 
