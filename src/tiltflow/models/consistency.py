@@ -81,12 +81,13 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
         x1 = data[:count]
     x1 = x1.to(model.device)
     generator = stream(seed, "consistency", "noise", device=model.device)
-    flow = in_chunks(model.bound(model.labels(len(x1))), 64)
+    bound = model.bound(model.labels(len(x1)))
+    flow = in_chunks(bound, 64)
     errors, ratios, apart, ours, theirs = [], [], 0.0, 0.0, 0.0
     with eval_mode(model.flow.network):
         for number in TIMES:
             t = torch.tensor(number, dtype=torch.float64)
-            x0 = normal(x1.shape, generator, x1.dtype)
+            x0 = bound.project(normal(x1.shape, generator, x1.dtype))
             x = expand(t, x1) * x1 + expand(1 - t, x0) * x0
             u, v = (each.flatten(1).double() for each in (x1 - x0, flow(x, t)))
             x, left = x.flatten(1).double(), u - v

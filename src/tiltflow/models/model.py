@@ -21,6 +21,7 @@ from tiltflow.flows.flow import Flow, in_float32
 from tiltflow.flows.noise import noise
 from tiltflow.models.model_folder import FlowConfig, load_network, model_folder, read_config, save_model
 from tiltflow.models.trainable import Adapter, adapted, merged, trainable_copy
+from tiltflow.networks import Projected
 from tiltflow.networks.factory import Factory
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
@@ -113,8 +114,8 @@ class Model:
         return x.double() if self.flow.dtype == torch.float64 else x
 
     def noise(self, items: Sequence[Item], generator: torch.Generator, t: Tensor) -> Tensor:
-        """Draw starting points [len(items), *event]; their law is the same for every item."""
-        return self.start(len(items), generator, t)
+        """Draw starting points [len(items), *event]: noise, in the part of the space in which that of the item lies."""
+        return self.bound(self.conditions(items)[0]).project(self.start(len(items), generator, t))
 
     def bound(self, labels: Tensor | None) -> Flow:
         """Return the flow bound to labels [batch]; the flow itself for None."""
@@ -213,9 +214,9 @@ class Model:
         with tried(), eval_mode(self.flow.network):
             for i, begin in enumerate(range(0, num_samples, batch_size)):
                 generator = stream(seed, "sample", i, device=self.device)
-                x = self.start(min(batch_size, num_samples - begin), generator)
-                flow = in_chunks(self.bound(None if known is None else known[begin : begin + batch_size]))
-                parts.append(sample(flow, x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
+                flow = self.bound(None if known is None else known[begin : begin + batch_size])
+                x = flow.project(self.start(min(batch_size, num_samples - begin), generator))
+                parts.append(sample(in_chunks(flow), x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
         return torch.cat(parts)
 
     def save(
@@ -280,11 +281,13 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
     config = read_config(folder)
     if not isinstance(config, FlowConfig):
         raise InputError(f"{name_or_path}: is a classifier; must be a flow")
+    network = load_network(folder, config, device)
     flow = Flow(
-        load_network(folder, config, device),
+        network,
         config.prediction,
         config.interpolant,
         time_scale=config.time_scale,
         time_direction=config.time_direction,
+        projection=network.project if isinstance(network, Projected) else None,
     )
     return Model(flow, config.event_shape, config.sampling, config.network, config.class_names)

@@ -21,3 +21,12 @@ class WithFeatures(Protocol):
     """Classifier whose features [batch, width] can be compared by the Fréchet distance."""
 
     def features(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Projected(Protocol):
+    """Network whose noise is N(0, P), P an orthogonal projection for each sample, such as on the atoms that it has."""
+
+    def project(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """The part P of standard normal noise [batch, *event], of samples with these labels [batch]."""
+        ...

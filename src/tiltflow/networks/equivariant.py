@@ -1,0 +1,212 @@
+"""A network on molecules, equivariant under rotations, reflections, translations and permutations of atoms.
+
+Each atom has features that do not turn with the molecule and some vectors that do; each pair of atoms has features of its own,
+which the distances of these vectors feed. Positions move along differences of positions alone, as in EGNN (2102.09844).
+All pairs are dense tensors: molecules of some tens of atoms.
+"""
+
+# Mutation tests: test_equivariant.py
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from tiltflow.chemistry.atoms import DIM, ELEMENTS
+from tiltflow.chemistry.composition import asked_of
+from tiltflow.settings import Settings
+
+Count = Annotated[int, Field(ge=1)]
+RADIAL = 24
+"""Functions of a distance that the first features of a pair are made of."""
+CLOSEST = 0.05
+"""Where types are nearly free of noise, 1 - t is taken to be this at least."""
+
+
+class Equivariant(Settings):
+    name: Literal["equivariant"] = "equivariant"
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What each class of the model asks for: a number of atoms, as in "19 atoms", or a composition, as in "C7H10O2", of which
+    the types of atoms are given and positions alone are drawn. One that stands there twice is drawn twice as often."""
+    features: Count = 96
+    """Features of an atom."""
+    pair_features: Count = 48
+    """Features of a pair of atoms."""
+    vectors: Count = 8
+    """Vectors of an atom."""
+    heads: Count = 8
+    """Weighted sums over the other atoms in a layer."""
+    layers: Count = 5
+    """Layers of messages between atoms."""
+    scale: Annotated[float, Field(gt=0)] = 1.4
+    """Standard deviation of a coordinate of the data, in Å."""
+
+    @field_validator("classes")
+    @classmethod
+    def _known(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        for text in classes:
+            asked_of(text)
+        return classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def atoms(self) -> int:
+        """Rows of a state: the atoms of the largest class."""
+        return max(asked_of(text).atoms for text in self.classes)
+
+    def build(self) -> nn.Module:
+        return EquivariantModule(self)
+
+
+class EquivariantModule(nn.Module):
+    """(states [batch, atoms, 3 + types], time [batch], labels [batch]) -> the data that are expected, of the same shape.
+
+    A state has the positions of the atoms in Å, with their mean at zero, and their types. Rows without an atom are zero.
+    """
+
+    present: Tensor
+    known: Tensor
+    given: Tensor
+
+    def __init__(self, settings: Equivariant):
+        super().__init__()
+        width, pairs, vectors = settings.features, settings.pair_features, settings.vectors
+        self.scale = settings.scale
+        asked = [asked_of(text) for text in settings.classes]
+        present = torch.stack([torch.arange(settings.atoms) < one.atoms for one in asked])
+        given = torch.zeros(len(asked), settings.atoms, len(ELEMENTS))
+        for label, one in enumerate(asked):
+            for row, element in enumerate(one.elements or ()):
+                given[label, row, element] = 1
+        self.register_buffer("present", present[..., None].float(), persistent=False)
+        self.register_buffer("known", torch.tensor([float(one.elements is not None) for one in asked]), persistent=False)
+        self.register_buffer("given", given, persistent=False)
+        self.atom = nn.Linear(2 * len(ELEMENTS), width)
+        self.time = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width + pairs))
+        self.near = nn.Linear(RADIAL, pairs)
+        self.spread = nn.Parameter(torch.ones(vectors))
+        self.layers = nn.ModuleList(Layer(width, pairs, vectors, settings.heads) for _ in range(settings.layers))
+        self.norm = nn.LayerNorm(width)
+        self.types = nn.Linear(width, len(ELEMENTS))
+        self.join = nn.Parameter(torch.zeros(vectors))
+        nn.init.zeros_(self.types.weight)
+        nn.init.zeros_(self.types.bias)
+
+    def project(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """The part of states [batch, atoms, 3 + types] in which noise lies: atoms that are there, around their mean; without
+        their types where these are given."""
+        labels = labels.to(self.present.device)
+        mask = self.present[labels].to(noise)
+        free = 1 - self.known[labels].to(noise)[:, None, None]
+        return torch.cat([centred(noise[..., :DIM], mask), noise[..., DIM:] * mask * free], -1)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        positions, logits = self.predict(x, time, labels)
+        known, given = self.known[labels].to(x)[:, None, None], self.given[labels].to(x)
+        types = torch.where(known > 0, given, logits.softmax(-1) * self.present[labels].to(x))
+        return torch.cat([positions, types.to(positions.dtype)], -1)
+
+    def predict(self, x: Tensor, time: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The expected positions [batch, atoms, 3], and logits of the types [batch, atoms, types]."""
+        known, given = self.known[labels].to(x)[:, None, None], self.given[labels].to(x)
+        return self.of_atoms(x, time, self.present[labels].to(x), torch.where(known > 0, given, 0.0), known)
+
+    def of_atoms(self, x: Tensor, time: Tensor, mask: Tensor, given: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """`predict` of atoms that are there where the mask [batch, atoms, 1] is 1, with given types [batch, atoms, types] where
+        `known` [batch, 1, 1] is 1."""
+        t = time.to(x)[:, None, None]
+        skip, into, out = coefficients(t, self.scale)
+        positions, noisy = centred(x[..., :DIM], mask), x[..., DIM:] * mask
+        # what its own noisy type says of an atom: log N(x; t e, (1 - t)^2), up to a constant
+        evidence = noisy * (t / (1 - t).clamp(min=CLOSEST) ** 2)
+        own = torch.where(known > 0, given, evidence.softmax(-1) * mask)
+        bias = self.time(moments(t, mask))
+        width = self.norm.normalized_shape[0]
+        h = self.atom(torch.cat([own, torch.where(known > 0, given, noisy)], -1)) + bias[..., :width]
+        pairs = (mask * mask.transpose(1, 2) * (1 - torch.eye(x.shape[1], dtype=x.dtype, device=x.device)))[..., None]
+        start = positions * into
+        e = self.near(radial(distances(start[:, None] * self.scale)[:, 0])) + bias[..., None, width:]
+        v = start[:, None] * self.spread.to(x)[:, None, None]
+        for layer in self.layers:
+            h, e, v = layer(h, e, v, pairs)
+        moved = centred((v * self.join.to(x)[:, None, None]).sum(1), mask)
+        logits = self.types(self.norm(h)).to(x.dtype) + evidence
+        return skip * positions + out * moved, logits
+
+
+class Layer(nn.Module):
+    """Messages between all pairs of atoms.
+
+    h [batch, atoms, features], e [batch, atoms, atoms, pair features], v [batch, vectors, atoms, 3]; pairs
+    [batch, atoms, atoms, 1] is 1 where two atoms that are there are not the same.
+    """
+
+    def __init__(self, width: int, pairs: int, vectors: int, heads: int):
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.left, self.right = nn.Linear(width, pairs), nn.Linear(width, pairs, bias=False)
+        self.apart = nn.Linear(2 * vectors, pairs, bias=False)
+        self.pair = nn.Sequential(nn.SiLU(), nn.Linear(pairs, pairs), nn.SiLU(), nn.Linear(pairs, pairs))
+        self.weights = nn.Linear(pairs, heads + vectors)
+        self.heads = heads
+        self.message = nn.Linear(heads * pairs, width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def forward(self, h: Tensor, e: Tensor, v: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = distances(v)
+        apart = torch.cat([d / (1 + d), torch.exp(-d)], 1).permute(0, 2, 3, 1)
+        n = self.before(h)
+        e = e + self.pair(e + self.left(n)[:, :, None] + self.right(n)[:, None] + self.apart(apart))
+        gates, pull = self.weights(F.silu(e)).split([self.heads, len(v[0])], -1)
+        gates = torch.sigmoid(gates) * pairs
+        h = h + self.message((gates.transpose(2, 3).to(e.dtype) @ e).flatten(2)) / 4
+        h = h + self.inner(self.after(h))
+        return h, e, moved(v, (pull * pairs).permute(0, 3, 1, 2).to(v.dtype) / (1 + d))
+
+
+def moved(v: Tensor, pull: Tensor) -> Tensor:
+    """v_i + sum_j pull_ij (v_i - v_j), of v [batch, vectors, atoms, 3] and pull [batch, vectors, atoms, atoms]."""
+    with torch.autocast(v.device.type, enabled=False):
+        return v + v * pull.sum(-1, keepdim=True) - pull @ v
+
+
+def centred(positions: Tensor, mask: Tensor) -> Tensor:
+    """Positions [batch, atoms, 3] of the atoms that are there, mask [batch, atoms, 1], with their mean at zero; 0 elsewhere."""
+    kept = positions * mask
+    return (kept - kept.sum(1, keepdim=True) / mask.sum(1, keepdim=True)) * mask
+
+
+def distances(v: Tensor) -> Tensor:
+    """Distances [batch, vectors, atoms, atoms] of points v [batch, vectors, atoms, 3], with a slope of 0 where they are 0."""
+    with torch.autocast(v.device.type, enabled=False):
+        squares = v.square().sum(-1)
+        apart = squares[..., :, None] + squares[..., None, :] - 2 * v @ v.transpose(-1, -2)
+        return (apart.clamp(min=0) + 1e-6).sqrt()
+
+
+def radial(d: Tensor) -> Tensor:
+    """Bumps in exp(-d / 2) [.., RADIAL] of distances d in Å: narrow where bonds are, wide further away."""
+    centres = torch.linspace(0, 1, RADIAL, dtype=d.dtype, device=d.device)
+    return torch.exp(-((torch.exp(-d / 2)[..., None] - centres) ** 2) * (RADIAL**2 / 2))
+
+
+def coefficients(t: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of x_t in the expected data, of x_t at the input of the network, and of its output: with data of standard
+    deviation `scale`, both its input and what it has to predict are of size 1 at every time (2206.00364, table 1)."""
+    variance = (t * scale) ** 2 + (1 - t) ** 2
+    return t * scale**2 / variance, variance.rsqrt(), (1 - t) * scale * variance.rsqrt()
+
+
+def moments(t: Tensor, mask: Tensor) -> Tensor:
+    """What the network is told of the time t [batch, 1, 1] and of the number of atoms: [batch, 1, 9]."""
+    angle = torch.pi * t * torch.tensor([1.0, 2.0, 4.0], dtype=t.dtype, device=t.device)
+    ratio = torch.log((t + 1e-3) / (1 - t + 1e-3)) / 4
+    return torch.cat([t, ratio, angle.cos(), angle.sin(), mask.sum(1, keepdim=True) / 20], -1)
