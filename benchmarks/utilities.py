@@ -2,9 +2,10 @@
 
     python benchmarks/utilities.py transport entropy --seeds 5 --processes 2 --output runs/utilities
 
-Trains the shipped recipes and variants of them, each seed in a folder of --output; started again, it goes on with the seeds
-that are missing. Prints a table for each experiment, mean ± standard deviation over the seeds, in Markdown, and writes
-utilities.json. A row without a deviation is exact, by quadrature, or says of how many samples it is.
+Trains the shipped recipes and variants of them, each seed of each recipe in a folder of --output and a process of its own, by
+one thread; started again, it goes on with the seeds that are missing, and those whose measures.json is there need nothing else.
+Prints a table for each experiment, mean ± standard deviation over the seeds, in Markdown, and writes utilities.json. A row
+without a deviation is exact, by quadrature, or says of how many samples it is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import multiprocessing
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from tiltflow.utilities.estimation.weighted import best_share, worst_share
 from tiltflow.utilities.kl import Kl
 
 Numbers = dict[str, float]
+Found = Numbers | Sequence[Numbers] | Sequence[Future[Numbers]]
+"""Of a law that is known, or of seeds that are measured or will be."""
 Measure = Callable[[Tensor, Any, Any, int], Numbers]
 """(samples of a trained model, the model, its base, seed) -> what is measured of them."""
 MEASURES, EVALUATION = "measures.json", 1000
@@ -51,45 +54,47 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Runs:
-    """Where runs lie, and for how many seeds they are made."""
+    """Where runs lie, for how many seeds they are made, and by which processes."""
 
     folder: Path
     seeds: int
-    processes: int
+    processes: Executor
 
-    def measured(self, name: str, tree: Mapping[str, Any], measure: Measure, num_samples: int) -> list[Numbers]:
-        """Of each seed of a recipe: what `measure` finds in samples of the trained model, drawn as its evaluation draws them,
-        and what training took. Seeds that have been measured are not again."""
+    def measured(self, name: str, tree: Mapping[str, Any], measure: Measure, num_samples: int) -> list[Future[Numbers]]:
+        """Of each seed of a recipe, once it is there: what `measure`, of a module, finds in samples of the trained model, drawn
+        as its evaluation draws them, and what training took."""
         known = self.folder / name / "recipe.json"
         if known.exists() and read_json(known) != tree:
             raise SystemExit(f"{known}: was of another recipe; remove {known.parent}, or give another --output")
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, tree)
-        folders = [known.parent / f"seed-{seed}" for seed in range(self.seeds)]
-        todo = [folder for folder in folders if not (folder / "summary.json").exists()]
-        with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(partial(train, tree), todo))
-        found: list[Numbers] = []
-        for seed, folder in enumerate(folders):
-            if not (folder / MEASURES).exists():
-                model, base = tiltflow.load(folder), read_recipe(tree, name).source.load("cpu")
-                x = model.sample(num_samples, seed=EVALUATION + seed, batch_size=num_samples)
-                write_json(folder / MEASURES, measure(x, model, base, seed) | cost(folder))
-            found.append(read_json(folder / MEASURES))
-            print(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in found[-1].items()), flush=True)
-        return found
+        return [self.processes.submit(of_seed, known.parent, seed, tree, measure, num_samples) for seed in range(self.seeds)]
 
 
-def train(tree: Mapping[str, Any], folder: Path) -> None:
-    """Run a recipe, with the seed of a folder; what an earlier attempt has left there is removed."""
+def of_seed(parent: Path, seed: int, tree: Mapping[str, Any], measure: Measure, num_samples: int) -> Numbers:
+    """What is measured of a seed of a recipe; of what is there nothing is made again."""
     torch.set_num_threads(1)
+    folder = parent / f"seed-{seed}"
+    if not (folder / MEASURES).exists():
+        own = read_recipe({**tree, "seed": seed}, parent.name)
+        if not (folder / "summary.json").exists():
+            train(own, folder)
+        model = tiltflow.load(folder)
+        x = model.sample(num_samples, seed=EVALUATION + seed, batch_size=num_samples)
+        write_json(folder / MEASURES, measure(x, model, own.source.load("cpu"), seed) | cost(folder))
+    found: Numbers = read_json(folder / MEASURES)
+    print(f"{parent.name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
+    return found
+
+
+def train(recipe: Any, folder: Path) -> None:
+    """Run a recipe; what an earlier attempt has left in its folder is removed."""
     if folder.exists():
         shutil.rmtree(folder)
-    own = read_recipe({**tree, "seed": int(folder.name.removeprefix("seed-"))}, folder.parent.name)
-    if isinstance(own, StagedRecipe):
-        run_stages(own, folder)
+    if isinstance(recipe, StagedRecipe):
+        run_stages(recipe, folder)
     else:
-        run(own, folder)
+        run(recipe, folder)
 
 
 def cost(folder: Path) -> Numbers:
@@ -106,7 +111,12 @@ class Table:
     title: str
     columns: Mapping[str, str]
     """Title of each column by the name of its number."""
-    rows: Mapping[str, Sequence[Numbers] | Numbers]
+    rows: Mapping[str, Found]
+
+    def settled(self) -> Table:
+        """With what is measured, once all of it is there."""
+        rows = {label: each if isinstance(each, dict) else list(map(settled, each)) for label, each in self.rows.items()}
+        return replace(self, rows=rows)
 
     def lines(self) -> list[str]:
         """In Markdown."""
@@ -118,9 +128,13 @@ class Table:
         return [f"### {self.title}", "", heads, "|" + "---|" * (len(self.columns) + 1), *body, ""]
 
 
-def cell(numbers: Sequence[Numbers] | Numbers, column: str) -> str:
+def settled(found: Numbers | Future[Numbers]) -> Numbers:
+    return found.result() if isinstance(found, Future) else found
+
+
+def cell(numbers: Found, column: str) -> str:
     """A number, or the mean and standard deviation of those of the seeds."""
-    each = [numbers] if isinstance(numbers, dict) else list(numbers)
+    each = [numbers] if isinstance(numbers, dict) else map(settled, numbers)
     values = [row[column] for row in each if column in row]
     if not values:
         return ""
@@ -187,7 +201,7 @@ def transport(runs: Runs) -> Table:
     plain["training"] = {**tree["training"], "max_train_steps": 400}
     base = Plane.of(lambda y: -np.square(y).sum(1) / 2, -6, 9, 160)
     length = np.linalg.norm(SCALE * base.points + CENTRE, axis=1)
-    rows: dict[str, Sequence[Numbers] | Numbers] = {
+    rows: dict[str, Found] = {
         "base, exact": of_transport(base),
         f"tilt at {TILT}, exact": of_transport(base.tilted(length / TILT)),
         f"tilt at {TILT}, trained": runs.measured("transport-tilt", plain, measure_transport, 4000),
@@ -280,7 +294,7 @@ def entropy(runs: Runs) -> Table:
     gaussian = {"name": "mixture", "means": [[0.0, 0.0]], "hidden": 64, "layers": 2}
     cases = [(f"N(0, I), alpha {alpha:g}", gaussian, alpha, 2, 1 + alpha, 300) for alpha in ALPHAS]
     cases += [("ellipses, alpha 0.5", tree["model"], 0.5, 1, 1.5, 1000), ("ellipses, alpha 0", tree["model"], 0.0, 4, 4.0, 150)]
-    rows: dict[str, Sequence[Numbers] | Numbers] = {}
+    rows: dict[str, Found] = {}
     for label, model, alpha, count, beta, steps in cases:
         base = Plane.of(log_mixture(model), -16, 16, 640)
         cells = base.side**2
@@ -293,7 +307,7 @@ def entropy(runs: Runs) -> Table:
         rows |= {f"{label}: base": of_spread(base, base)}
         rows |= {f"{label}: optimum": of_spread(best, base)} if best is not None else {}
         name = "entropy-" + label.replace("N(0, I)", "gaussian").replace(", alpha ", "-")
-        rows[f"{label}: trained"] = runs.measured(name, own, measure_spread(best), 50_000)
+        rows[f"{label}: trained"] = runs.measured(name, own, partial(measure_spread, best), 50_000)
     columns = {
         "entropy": f"entropy of {DRAWN} samples", "across": "variance, x1", "up": "variance, x2", "kl": "KL to the base",
         "distance": "sliced W2 to the optimum", "floor": "floor", "network_evaluations": "network evaluations",
@@ -322,19 +336,15 @@ def of_spread(law: Plane, base: Plane) -> Numbers:
     return {"entropy": statistics.mean(histograms), "across": variance[0], "up": variance[1], "kl": kl}
 
 
-def measure_spread(best: Plane | None) -> Measure:
+def measure_spread(best: Plane | None, x: Tensor, model: Any, first: Any, seed: int) -> Numbers:
     """Of samples [n, 2], beside the optimum if there is one."""
-
-    def measure(x: Tensor, model: Any, first: Any, seed: int) -> Numbers:
-        variance = x.double().var(0).tolist()
-        found = {"entropy": histogram_entropy(x[:DRAWN].numpy()), "across": variance[0], "up": variance[1]}
-        if best is not None:
-            generator = stream(seed, "optimum")
-            own = distance_to_law(x[:DRAWN], best.sample, generator, directions=stream(seed, "directions"))
-            found |= {"distance": own.distance, "floor": own.floor}
-        return found | {"kl": kl_to_base(model, first, seed)}
-
-    return measure
+    variance = x.double().var(0).tolist()
+    found = {"entropy": histogram_entropy(x[:DRAWN].numpy()), "across": variance[0], "up": variance[1]}
+    if best is not None:
+        generator = stream(seed, "optimum")
+        own = distance_to_law(x[:DRAWN], best.sample, generator, directions=stream(seed, "directions"))
+        found |= {"distance": own.distance, "floor": own.floor}
+    return found | {"kl": kl_to_base(model, first, seed)}
 
 
 def kl_to_base(model: Any, base: Any, seed: int) -> float:
@@ -402,16 +412,12 @@ class Landscape:
         shares = {"below": float(masses[s < below].sum()), "above": float(masses[s > above].sum())}
         return {"reward": float(p @ r), "tail": tail, **shares}
 
-    def measure(self, best: Array) -> Measure:
+    def measure(self, best: Array, x: Tensor, model: Any, base: Any, seed: int) -> Numbers:
         """Of samples [n, 2], beside a law on the line."""
-
-        def measure(x: Tensor, model: Any, base: Any, seed: int) -> Numbers:
-            s = x[:, 0].double().numpy()
-            drawn = np.random.default_rng(seed).choice(LINE, len(s), p=best)
-            found = {"distance": w1_to_line(s, best), "floor": w1_to_line(drawn, best)}
-            return self.numbers(s, np.full(len(s), 1 / len(s))) | found
-
-        return measure
+        s = x[:, 0].double().numpy()
+        drawn = np.random.default_rng(seed).choice(LINE, len(s), p=best)
+        found = {"distance": w1_to_line(s, best), "floor": w1_to_line(drawn, best)}
+        return self.numbers(s, np.full(len(s), 1 / len(s))) | found
 
 
 def w1_to_line(s: Array, masses: Array) -> float:
@@ -422,13 +428,13 @@ def w1_to_line(s: Array, masses: Array) -> float:
 
 def of_tail(runs: Runs, landscape: Landscape, title: str, cases: Mapping[str, tuple[float, dict[str, Any]]]) -> Table:
     """The optimum, the plain tilt, and what recipes come to, at the price alpha of each case."""
-    rows: dict[str, Sequence[Numbers] | Numbers] = {"base, exact": landscape.numbers(LINE, NORMAL)}
+    rows: dict[str, Found] = {"base, exact": landscape.numbers(LINE, NORMAL)}
     for label, (alpha, tree) in cases.items():
         best = landscape.optimum(alpha)
         rows[f"best at alpha {alpha:g}, exact"] = landscape.numbers(LINE, best)
         rows[f"plain tilt at {alpha:g}, exact"] = landscape.numbers(LINE, landscape.tilt(alpha))
         name = f"{landscape.recipe}-{label.replace(' ', '-').replace(',', '')}"
-        rows[f"{label}, trained"] = runs.measured(name, tree, landscape.measure(best), 20_000)
+        rows[f"{label}, trained"] = runs.measured(name, tree, partial(landscape.measure, best), 20_000)
     low, high = landscape.edges
     columns = {
         "reward": "E r", "tail": f"mean of the {'best' if landscape.best else 'worst'} 1 %", "below": f"P(x1 < {low:g})",
@@ -473,8 +479,10 @@ def main() -> None:
     for name in options.experiments:
         if name not in EXPERIMENTS:
             parser.error(f"there is no experiment {name!r}; known: {', '.join(EXPERIMENTS)}")
-    runs = Runs(options.output, options.seeds, options.processes)
-    tables = [EXPERIMENTS[name](runs) for name in options.experiments or EXPERIMENTS]
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as processes:
+        runs = Runs(options.output, options.seeds, processes)
+        tables = [EXPERIMENTS[name](runs) for name in options.experiments or EXPERIMENTS]
+        tables = [table.settled() for table in tables]
     print()
     for table in tables:
         print("\n".join(table.lines()))

@@ -1,7 +1,7 @@
 """Utilities on pictures: the recipes digits-novelty and digits-explore, beside the laws that are best, from weights.
 
-    python benchmarks/utilities_digits.py --folder runs/utilities --seeds 5
-    python benchmarks/utilities_digits.py --folder runs/utilities --seeds 5 --output docs/utilities-digits.png
+    python benchmarks/utilities_digits.py --folder runs/utilities --seeds 5 --processes 2
+    python benchmarks/utilities_digits.py --folder runs/utilities --seeds 5 --device cuda --output docs/utilities-digits.png
 
 Samples of the base, with weights, are the best law itself, of which an effective number is left: of the superquantile with the
 threshold of `laws.tail_duals`, of the optimal design with M of its `one_shot`. So is the plain tilt by the reward that has the
@@ -9,15 +9,18 @@ same superquantile. Beside them stand the models that the recipes train, one a s
 The judge, which no recipe trains with, says how sure it is, of which digits, and how they differ.
 
 What the folder has is not made again: a run that was cut off goes on. Some four minutes a run on two cores,
-and two for the base.
+and two for the base. Each run is a process, of which --processes go at a time. The rows are written to digits.json as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from tiltflow.evaluation.estimates import Estimate, entropy, one_hot
-from tiltflow.files import read_json
+from tiltflow.files import read_json, write_json
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.laws.law import Array
 from tiltflow.laws.utility_optimum import kl, of_superquantile, tilted
@@ -45,6 +48,8 @@ from tiltflow.utilities.estimation.weighted import best_share
 from tiltflow.utilities.optimal_design import OptimalDesign
 from tiltflow.utilities.superquantile import Superquantile
 
+Run = tuple[str, str, int, list[str]]
+"""Title, recipe, seed and settings."""
 BASE, SAMPLES, PART = 8192, 2048, 512
 """Samples of the base, of each model, and of a file of them."""
 DIRECTIONS = 50
@@ -76,17 +81,24 @@ def drawn(model: Any, count: int, folder: Path, seed: int) -> Tensor:
         path = folder / f"samples-{i:02d}.npy"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, model.sample(PART, seed=stream(seed, "benchmark", i).initial_seed()).numpy())
+            np.save(path, model.sample(PART, seed=stream(seed, "benchmark", i).initial_seed()).cpu().numpy())
         parts.append(torch.from_numpy(np.load(path)))
     return torch.cat(parts)
 
 
-def trained(recipe: StagedRecipe, run: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Samples of the model of a recipe, and the summary of its run."""
-    if not (run / "summary.json").exists():
-        print(f"{run.name} ..", flush=True)
-        run_stages(recipe, run)
-    return drawn(load_last(run), SAMPLES, run.with_name(f"{run.name}-samples"), recipe.seed), read_json(run / "summary.json")
+def train(folder: Path, device: str, run: Run) -> Path:
+    """Train a recipe, and draw from its model, what of it is missing. Returns its folder."""
+    title, name, seed, settings = run
+    recipe, own = recipe_of(name, seed, settings), folder / f"{title}-{seed}"
+    if not (own / "summary.json").exists():
+        print(f"{own.name} ..", flush=True)
+        run_stages(recipe, own, device=device)
+    drawn(load_last(own, device), SAMPLES, samples_of(own), seed)
+    return own
+
+
+def samples_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}-samples")
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,12 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as numbers: estimates as value and standard error."""
+    numbers = {key: [each.value, each.standard_error] if isinstance(each, Estimate) else each for key, each in row.items()}
+    return {key: each.tolist() if isinstance(each, Tensor) else each for key, each in numbers.items()}
+
+
 def drawn_by(weights: Array, x: Tensor, seed: int = 0) -> Tensor:
     """Different samples of a weighted law, as far as there are some."""
     return x[torch.multinomial(torch.from_numpy(weights), 400, generator=stream(seed, "pictures"))]
@@ -230,11 +248,17 @@ def draw(path: str, laws: Mapping[str, Tensor]) -> None:
     picture.quantize(16).save(path, optimize=True)  # 16 greys: a quarter of the file
 
 
-def digits(folder: Path, seeds: int, overrides: Sequence[str] = (), output: str | None = None) -> None:
+def digits(
+    folder: Path, seeds: int, overrides: Sequence[str] = (), output: str | None = None, processes: int = 1, device: str = "cpu"
+) -> None:
     """Train what is missing, print the tables, and draw the picture where it is asked for."""
+    runs: list[Run] = [(name, name, seed, list(overrides)) for seed in range(seeds) for name in (NOVELTY, EXPLORE)]
+    runs += [("entropy", EXPLORE, 0, [*overrides, *ENTROPY])]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        trained = list(pool.map(partial(train, folder, device), runs))
     novelty, explore = (recipe_of(name, 0, overrides) for name in (NOVELTY, EXPLORE))
     assert isinstance(explore.utility, OptimalDesign)
-    base_model = replace(load("digits-flow"), sampling=novelty.evaluation.first.sampling)
+    base_model = replace(load("digits-flow", device=device), sampling=novelty.evaluation.first.sampling)
     x = drawn(base_model, BASE, folder / "base", 0)
     directions(x)
     judged, laws = Judged.of(x), best_laws(x, novelty, explore)
@@ -244,13 +268,13 @@ def digits(folder: Path, seeds: int, overrides: Sequence[str] = (), output: str 
         rows[name] = [measured(x, judged, p, of_base, explore.utility) | {"kl": kl(p, beside / beside.sum())}]
         of_base = rows["base"][0]["classes"]
     pictures = {name: x if name == "base" else drawn_by(p, x) for name, p in laws.items()}
-    runs = [(name, name, seed, list(overrides)) for name in (NOVELTY, EXPLORE) for seed in range(seeds)]
-    for title, name, seed, settings in [*runs, ("entropy", EXPLORE, 0, [*overrides, *ENTROPY])]:
-        y, summary = trained(recipe_of(name, seed, settings), folder / f"{title}-{seed}")
-        row = measured(y, Judged.of(y), None, of_base, explore.utility) | {"kl": summary["path_kl"]}
+    for (title, _, seed, _), own in zip(runs, trained, strict=True):
+        y = drawn(load_last(own, device), SAMPLES, samples_of(own), seed)
+        row = measured(y, Judged.of(y), None, of_base, explore.utility) | {"kl": read_json(own / "summary.json")["path_kl"]}
         rows.setdefault(f"{title}, trained", []).append(row)
         pictures.setdefault(f"{title}, trained", y)
     table(rows)
+    write_json(folder / "digits.json", {name: [plain(each) for each in found] for name, found in rows.items()})
     if output is not None:
         best = (f"{name}, best law" for name in (NOVELTY, EXPLORE))
         order = ("base", f"{NOVELTY}, trained", f"{EXPLORE}, trained", "plain tilt", *best)
@@ -261,10 +285,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs and samples are kept")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cpu", help="where they train")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override both recipes")
     parser.add_argument("--output", help="PNG file of the picture")
     options = parser.parse_args()
-    digits(options.folder, options.seeds, options.set, options.output)
+    digits(options.folder, options.seeds, options.set, options.output, options.processes, options.device)
 
 
 if __name__ == "__main__":
