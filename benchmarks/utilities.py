@@ -34,8 +34,8 @@ from tiltflow.laws import utility_optimum
 from tiltflow.laws.law import Array
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
 from tiltflow.runs.run import run
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_run import run_stages
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.run import run_stages
 from tiltflow.streams import stream
 from tiltflow.utilities.estimation import transport as plans
 from tiltflow.utilities.estimation.weighted import best_share, worst_share

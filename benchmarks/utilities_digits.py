@@ -38,9 +38,9 @@ from tiltflow.models.model import load
 from tiltflow.models.model_folder import load_classifier
 from tiltflow.rewards.stroke_thickness import thickness
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_results import load_last
-from tiltflow.runs.staged_run import run_stages
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.results import load_last
+from tiltflow.runs.staged.run import run_stages
 from tiltflow.streams import stream
 from tiltflow.utilities.estimation.known import Known
 from tiltflow.utilities.estimation.scores import Score

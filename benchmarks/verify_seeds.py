@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tiltflow.problems.verification.verify import read_verification
-from tiltflow.runs.staged_verification import verify
+from tiltflow.runs.staged.verification import verify
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -15,7 +15,7 @@ import torch
 
 from tiltflow.problems.utility import SUITED
 from tiltflow.problems.verification.verify import read_verification
-from tiltflow.runs.staged_verification import verify
+from tiltflow.runs.staged.verification import verify
 
 BEST = {
     "expected-reward": "N(1, 1)",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +25,13 @@ from tiltflow.errors import InputError, Interrupted
 from tiltflow.flows.flow import Flow
 from tiltflow.networks.mlp import Mlp
 from tiltflow.runs import evaluate as of_runs
-from tiltflow.runs import stages_folder
 from tiltflow.runs.doctor import Finding, examine
 from tiltflow.runs.doctor.utility import first_stage, first_variation
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import read_recipe
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_run import run_stages
+from tiltflow.runs.staged import folder as stages_folder
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.run import run_stages
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.streams import new_network
 from tiltflow.utilities.mean_variance import MeanVariance
@@ -286,7 +288,7 @@ def test_one_shot_is_one_stage_for_the_best_tail(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": shot.method, "training": tiltflow.Training(**training)}
     (stage,) = tiltflow.stages(model, utility, **options, count=1, one_shot=True, optimizer=shot.optimizer)
     assert same(weights(stage.model), load_file(tmp_path / "out" / row["folder"] / "model" / "model.safetensors"))
-    at = utility.known(model, model, (), tiltflow.runs.stages.stream(0, "law", 1).initial_seed())
+    at = utility.known(model, model, (), tiltflow.runs.staged.outer_loop.stream(0, "law", 1).initial_seed())
     x = torch.linspace(-3, 3, 13)[:, None].expand(-1, 2)
     assert torch.equal(stage.reward(x), utility.one_shot(at, 1.0)(x))
     assert not torch.equal(stage.reward(x), utility.first_variation(at)(x))
@@ -384,7 +386,11 @@ def test_stages_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert summary["iterations"] == 8
     assert summary["path_kl"] > 0
     assert len(summary["stages"]) == 2
-    assert "The utility from stage to stage" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The utility from stage to stage" in page
+    assert '<p class="lede">tiny</p>' in page
+    assert all(html.escape(caveat) in page for caveat in summary["caveats"])
+    assert summary["caveats"]
     measured = json.loads(command("evaluate", out, "--num-samples", "50", "--device", "cpu", "--json").splitlines()[-1])
     assert measured["num_samples"] == 50
     assert measured["utility_before"] != summary["utility_before"]
@@ -399,8 +405,23 @@ def test_stages_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "| utility mean-variance |" in card
     assert "in stages" in card
-    for folder, says in (("out/stage-02", "of stages: give the folder that holds them"), ("mine.yaml", "recipe of stages")):
-        verb = ["evaluate"] if "stage" in folder else ["sweep", "--seeds", "2", "--output", str(tmp_path / "sweep")]
-        done = CliRunner().invoke(tiltflow.commands.terminal.app.app, [*verb, str(tmp_path / folder)])
+    of_stage = json.loads(command("evaluate", f"{out}/stage-01", "--device", "cpu", "--json").splitlines()[-1])
+    again = json.loads(command("evaluate", f"{out}/stage-02", "--device", "cpu", "--json").splitlines()[-1])
+    assert again["utility_after"] == summary["utility_after"]
+    assert of_stage["utility_before"] == summary["utility_before"]
+    assert of_stage["utility_after"] not in (summary["utility_before"], summary["utility_after"])
+    assert of_stage["stages"] == summary["stages"][:1]
+    assert json.loads((tmp_path / "out" / "stage-01" / "utility.json").read_text()) == of_stage
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == measured
+    shutil.copytree(tmp_path / "out" / "stage-01", tmp_path / "out" / "stage-03")
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(tmp_path / "out" / "stage-01", tmp_path / "alone" / "stage-01")
+    sweep = ["sweep", "--seeds", "2", "--output", str(tmp_path / "sweep")]
+    for verb, of, says in (
+        (["evaluate"], "out/stage-03", "this stage is not finished; rerun `tiltflow train` with --resume"),
+        (["evaluate"], "alone/stage-01", "of stages: give the folder that holds them"),
+        (sweep, "mine.yaml", "recipe of stages"),
+    ):
+        done = CliRunner().invoke(tiltflow.commands.terminal.app.app, [*verb, str(tmp_path / of)])
         assert isinstance(done.exception, InputError)
         assert says in str(done.exception)

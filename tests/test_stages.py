@@ -26,11 +26,11 @@ from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.reports.stages import write_stages_report
 from tiltflow.runs import stages as outer
-from tiltflow.runs.of_law import EPS
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_run import run_stages
-from tiltflow.runs.stages import Utility
+from tiltflow.runs.staged.of_law import EPS
+from tiltflow.runs.staged.outer_loop import Utility
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.run import run_stages
 from tiltflow.streams import stream
 from tiltflow.utilities.augmented_lagrangian import AugmentedLagrangian
 from tiltflow.utilities.entropy import Entropy

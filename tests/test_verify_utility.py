@@ -24,7 +24,7 @@ from tiltflow.problems import Trained
 from tiltflow.problems.utility import SUITED
 from tiltflow.problems.verification.best_law import Best, functional
 from tiltflow.problems.verification.verify import Verification, read_verification
-from tiltflow.runs.staged_verification import Onward, steps, verify
+from tiltflow.runs.staged.verification import Onward, steps, verify
 from tiltflow.streams import stream
 from tiltflow.training.trainer import Record
 from tiltflow.utilities.estimation.known import Known

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from tiltflow.plugins import allow_code
     from tiltflow.runs.doctor.network import examine_model
     from tiltflow.runs.fingerprints import accept_changes
-    from tiltflow.runs.of_law import OfLaw
     from tiltflow.runs.run import load_text_to_image
-    from tiltflow.runs.stages import stages
-    from tiltflow.runs.stages_settings import Stop
+    from tiltflow.runs.staged.of_law import OfLaw
+    from tiltflow.runs.staged.outer_loop import stages
+    from tiltflow.runs.staged.settings import Stop
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
@@ -50,13 +50,13 @@ _HOME = {
     "InputError": "errors",
     "Model": "models.model",
     "NonFiniteError": "errors",
-    "OfLaw": "runs.of_law",
+    "OfLaw": "runs.staged.of_law",
     "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
     "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
-    "Stop": "runs.stages_settings",
+    "Stop": "runs.staged.settings",
     "TiltMatching": "methods.tilt_matching",
     "TiltflowError": "errors",
     "Training": "training.settings",
@@ -69,7 +69,7 @@ _HOME = {
     "load": "api",
     "load_text_to_image": "runs.run",
     "report": "api",
-    "stages": "runs.stages",
+    "stages": "runs.staged.outer_loop",
     "steps": "api",
     "tune": "api",
 }

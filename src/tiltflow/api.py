@@ -40,7 +40,7 @@ from tiltflow.runs.prepare import check_start, check_warm_start
 from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
-from tiltflow.runs.staged_results import evaluate_staged, is_staged, load_last
+from tiltflow.runs.staged.results import evaluate_staged, is_staged, load_last, stage_of
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.training.callbacks import Callback, asks_to_stop
@@ -65,11 +65,13 @@ def report(folder: str | Path) -> Path:
 
 def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
     """Measure a run again, from its folder alone; writes its summary, pictures and report anew. Of stages the utility is drawn
-    again, of the first model and the last one.
+    again, of the first model and the last one, or that of the stage in whose folder its recipe put it.
 
     Raises InputError if `folder` is no run, cannot be written to or is being trained, and for `num_samples` of a pipeline.
     """
     with working_in(Path(folder)):
+        if (stage := stage_of(Path(folder))) is not None:
+            return evaluate_staged(*stage, device=device, num_samples=num_samples)
         if is_staged(Path(folder)):
             return evaluate_staged(Path(folder), device=device, num_samples=num_samples)
         return evaluate_run(Path(folder), device=device, num_samples=num_samples)

@@ -25,7 +25,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report. Of stages the utility is
-    drawn again.
+    drawn again, of the last model, or of that of one stage: RUN/stage-02.
 
     A recipe can run code: the Python functions that it names. Code in the folder of the run needs --allow-code.
 

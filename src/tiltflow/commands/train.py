@@ -32,7 +32,7 @@ from tiltflow.errors import Interrupted
 
 if TYPE_CHECKING:
     from tiltflow.runs.recipe import Recipe
-    from tiltflow.runs.staged_recipe import StagedRecipe
+    from tiltflow.runs.staged.recipe import StagedRecipe
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
     from tiltflow import processes
     from tiltflow.runs.checkpoint import saved_in
     from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
-    from tiltflow.runs.staged_recipe import StagedRecipe
+    from tiltflow.runs.staged.recipe import StagedRecipe
 
     path = find_recipe(recipe, "train")
     going_on = ["training.resume_from_checkpoint=latest"] if resume else []
@@ -108,7 +108,7 @@ def train_once(recipe: Recipe, output: Path, console: Console, quiet: bool, devi
 
 def train_stages(recipe: StagedRecipe, output: Path, console: Console, quiet: bool, device: str) -> dict[str, Any]:
     """Train all stages, and show the steps of each, and a line of each that is finished."""
-    from tiltflow.runs.staged_run import run_stages
+    from tiltflow.runs.staged.run import run_stages
 
     count, note = recipe.stages.count, partial(print_note, console)
     assert count is not None

@@ -65,8 +65,8 @@ def verify(
     from tiltflow.commands.terminal.verification import print_findings
     from tiltflow.errors import InputError
     from tiltflow.problems.verification.verify import read_verification
-    from tiltflow.runs.staged_verification import steps
-    from tiltflow.runs.staged_verification import verify as run_verification
+    from tiltflow.runs.staged.verification import steps
+    from tiltflow.runs.staged.verification import verify as run_verification
 
     console = make_console(as_json)
     if problem is None:

@@ -1,7 +1,7 @@
 r"""A utility of the whole law, at a price of the KL from a Gaussian or a mixture, on the line or in the plane.
 
 The law that is best, argmax_p F(p) - alpha KL(p | p_base), is computed by quadrature from other code than the utilities
-(`laws/functionals.py`, `laws/utility_optimum.py`), and reached by stages (`runs/staged_verification.py`). Where a utility alone
+(`laws/functionals.py`, `laws/utility_optimum.py`), and reached by stages (`runs/staged/verification.py`). Where a utility alone
 has only its reference as the optimum, as distances have, a reward is added to it.
 """
 

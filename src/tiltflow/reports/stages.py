@@ -30,6 +30,8 @@ def write_stages_report(folder: Path) -> Path:
                 name=final_name(folder),
                 facts=[settings["method"]["name"], f"from the {settings['base']} model", f"seed {settings['seed']}"],
                 headline=headline(rows, settings["utility"]),
+                description=content.get("description", ""),
+                caveats=content.get("caveats", ()),
                 stopped=rows[-1]["stopped"] if rows else None,
                 svg=curve(rows),
                 heads=HEADS,

@@ -20,7 +20,7 @@ from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import IMAGE
 from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.recipe import Recipe
-from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.settings import dump_yaml, parse_yaml
 from tiltflow.shipped import INDEX, assets, by_name
 

@@ -179,7 +179,7 @@ def _recipe() -> type[Settings]:
 
 
 def _staged() -> type[Settings]:
-    from tiltflow.runs.staged_recipe import StagedRecipe
+    from tiltflow.runs.staged.recipe import StagedRecipe
 
     return StagedRecipe
 

@@ -22,8 +22,8 @@ from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import load_run, read_run
 from tiltflow.runs.run_files import MODEL, claim, read_records
-from tiltflow.runs.staged_results import is_staged, load_stage, read_staged
-from tiltflow.runs.stages_folder import stage_folder
+from tiltflow.runs.staged.folder import stage_folder
+from tiltflow.runs.staged.results import is_staged, load_stage, read_staged
 
 KEPT = ("recipe.yaml", "summary.json", "report.html")
 """Files of a run that are copied, beside its pictures."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from tiltflow import processes
 from tiltflow.conditions import Item
+from tiltflow.conditions.prompts import Prompts
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError, Note, not_installed
 from tiltflow.evaluation.samples import Asked
@@ -31,6 +32,7 @@ from tiltflow.offload import Offload, networks_in, offloaded
 from tiltflow.optimization import adamw
 from tiltflow.rewards import LearnedReward, Reward, RewardSettings
 from tiltflow.runs.caveats import few_steps_limits
+from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.streams import stream
 from tiltflow.tensor_file import Tree
 from tiltflow.training.batch import Drawn
@@ -211,6 +213,17 @@ def asked_of(items: Sequence[Item], held_out: Sequence[Item], settings: Evaluati
         return Asked.of_prompts(held_out[: settings.num_prompts], settings.num_generations)
     count = count or settings.num_samples or 0
     return Asked.of_classes(items, count) if items else Asked.of_samples(count)
+
+
+def load_asked(recipe: CommonRecipe, device: str) -> tuple[Any, list[Item], list[Item]]:
+    """The model of a recipe, what its samples are asked for, and the prompts that are held out.
+
+    Raises InputError for what cannot be had; what is wrong with a file of prompts is said before a large model is loaded.
+    """
+    asked_for = recipe.asked_for
+    known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
+    model: Any = recipe.source.load(device)
+    return model, *(known or asked_for.items(model.class_names, recipe.seed))
 
 
 def build_reward(settings: RewardSettings, method: Method, device: str, *, decoded: bool = False) -> Reward:

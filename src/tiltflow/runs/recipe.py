@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from tiltflow.evaluation.settings import Evaluation
 from tiltflow.plugins import run_around
 from tiltflow.rewards import NamedReward
 from tiltflow.runs.common_recipe import CommonRecipe
-from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.shipped import by_name
 from tiltflow.training.method import Method
@@ -21,8 +20,6 @@ from tiltflow.training.optimizer import Optimizer, move_old_keys
 from tiltflow.training.settings import Training
 
 Kind = Literal["train", "pretrain"]
-STAGE = re.compile(r"stage-\d+")
-"""The name of the folder of a stage."""
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
 
 
@@ -95,7 +92,7 @@ def read_recipe(tree: Mapping[str, Any], where: str) -> Recipe | StagedRecipe:
     """A training recipe from its settings; with a utility it is one of stages. Raises InputError, naming `where`, for the first
     thing that is wrong."""
     if "begun_by" in tree:
-        stages = " (of stages: give the folder that holds them)" if STAGE.fullmatch(Path(where).parent.name) else ""
+        stages = " (of stages: give the folder that holds them)" if Path(where).parent.name.startswith("stage-") else ""
         began = f"{tree['begun_by']} began this run{stages}, in a program that has its model and reward; go on there"
         raise InputError(f"{where}: {began}")
     staged = any(name in tree for name in StagedRecipe.OWN)

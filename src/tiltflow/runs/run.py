@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiltflow.conditions import Item
-from tiltflow.conditions.prompts import Prompts
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
 from tiltflow.evaluation.metrics import every_metric
@@ -38,7 +37,16 @@ from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.fingerprints import BASE, check_unchanged
 from tiltflow.runs.looks import Watcher
-from tiltflow.runs.prepare import Prepared, asked_of, build_reward, check_fit, check_running_reward, check_start, prepare
+from tiltflow.runs.prepare import (
+    Prepared,
+    asked_of,
+    build_reward,
+    check_fit,
+    check_running_reward,
+    check_start,
+    load_asked,
+    prepare,
+)
 from tiltflow.runs.recipe import Recipe, RunSettings, read_one_run
 from tiltflow.runs.rehearse import rehearse
 from tiltflow.runs.run_files import RECIPE, read_run_tree
@@ -131,14 +139,10 @@ def make_ready(
 
 def ready(recipe: Recipe, device: str) -> Ready:
     """Load what a recipe names, and try it. Raises InputError, of one line, for what cannot be had or does not work."""
-    source, asked_for = recipe.source, recipe.asked_for
-    check_start(source.adapter, recipe.method)
-    # what is wrong with a file of prompts is said before a large model is loaded
-    known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
-    model: Any = source.load(device)
-    items, held_out = known or asked_for.items(model.class_names, recipe.seed)
+    check_start(recipe.source.adapter, recipe.method)
+    model, items, held_out = load_asked(recipe, device)
     reward = build_reward(recipe.reward, recipe.method, device, decoded=model.has_decoder)
-    trainable = partial(model.trainable, source.adapter, recipe.training.trainable, seed=recipe.seed)
+    trainable = partial(model.trainable, recipe.source.adapter, recipe.training.trainable, seed=recipe.seed)
     return make_ready(recipe, model, trainable, reward, items, held_out)
 
 

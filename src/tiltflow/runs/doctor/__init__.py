@@ -17,7 +17,7 @@ from tiltflow.runs.doctor import iteration, memory, network, reward, sampler, ta
 from tiltflow.runs.doctor.patient import Finding, Level, Patient
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import Ready, ready
-from tiltflow.runs.staged_recipe import StagedRecipe
+from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.streams import stream
 
 __all__ = ["CHECKS", "Finding", "Level", "Patient", "admit", "examine", "foresee", "refuse", "verdict"]

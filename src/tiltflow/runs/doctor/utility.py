@@ -12,18 +12,17 @@ from functools import partial
 import torch
 
 from tiltflow.conditions import Item
-from tiltflow.conditions.prompts import Prompts
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.rewards.functions.prompted import told
 from tiltflow.runs.doctor.patient import Finding, Patient
 from tiltflow.runs.doctor.reward import reward_gradient, reward_itself
-from tiltflow.runs.of_law import OfLaw
 from tiltflow.runs.run import Ready, make_ready
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_results import law_of
-from tiltflow.runs.stages import check_reward
+from tiltflow.runs.staged.of_law import OfLaw
+from tiltflow.runs.staged.outer_loop import check_reward
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.results import load_parts
 from tiltflow.streams import stream
 from tiltflow.testing import check_utility
 from tiltflow.training.draw import batches
@@ -66,11 +65,7 @@ class Stage:
 
 def first_stage(recipe: StagedRecipe, device: str) -> Stage:
     """Load the parts of the first stage. Raises InputError for what cannot be loaded, or does not fit."""
-    source, asked_for = recipe.source, recipe.asked_for
-    utility = law_of(recipe, device, decoded=source.prompted)
-    known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
-    model = source.load(device)
-    items, held_out = known or asked_for.items(model.class_names, recipe.seed)
+    utility, model, items, held_out = load_parts(recipe, device)
     most = max(MOST_DECODED if model.has_decoder else MOST, math.ceil(2 / share_of(recipe.utility)))
     utility = replace(utility, num_samples=min(utility.num_samples, most))
     at = utility.known(model, model, items, stream(recipe.seed, "law", 1).initial_seed())

@@ -8,7 +8,6 @@ from typing import Any
 
 from tiltflow import processes
 from tiltflow.conditions import Item
-from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError
 from tiltflow.files import read_json, write_json
 from tiltflow.models.protocol import GenerativeModel
@@ -18,9 +17,9 @@ from tiltflow.runs.fingerprints import FILE as FINGERPRINTS
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.resume import refuse_changes
 from tiltflow.runs.run_files import RECIPE, write_yaml
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.staged_results import law_of, summarize
-from tiltflow.runs.stages import Stage, stages
+from tiltflow.runs.staged.outer_loop import Stage, stages
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.results import SUMMARY, load_parts, summarize
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.trainer import Record
 
@@ -50,18 +49,14 @@ def run_stages(
         if going_on:
             processes.from_main(lambda: refuse_changes(folder, recipe))
             processes.from_main(lambda: check_unchanged(folder, recipe))
-        source, asked_for = recipe.source, recipe.asked_for
-        utility = law_of(recipe, device, decoded=source.prompted)
-        known = asked_for.items((), recipe.seed) if isinstance(asked_for, Prompts) else None
-        model: Any = source.load(device)
-        items, _ = known or asked_for.items(model.class_names, recipe.seed)
+        utility, model, items, _ = load_parts(recipe, device)
 
         def begun(record: Record) -> None:
             """Once a step has shown that the recipe works, it is written, with what it names."""
             if record.step == 1 and not (folder / RECIPE).exists():
                 tree = recipe.model_dump(mode="json")
                 tree["training"]["resume_from_checkpoint"] = None
-                source.keep(folder / BASE)
+                recipe.source.keep(folder / BASE)
                 write_json(folder / FINGERPRINTS, fingerprints(recipe))
                 write_yaml(folder / RECIPE, tree)
 
@@ -84,6 +79,7 @@ def run_stages(
             callbacks=[begun, *callbacks],
             evaluation=recipe.evaluation,
             output=folder,
+            description=recipe.description,
             note=note,
             progress=False,
             handle_signals=handle_signals,
@@ -92,7 +88,7 @@ def run_stages(
             last = stage.model
             watch(stage)
         rows = read_json(folder / FILE)["stages"]
-        return summarize(recipe, folder, utility, model, last, items, rows)
+        return summarize(recipe, folder / SUMMARY, utility, model, last, items, rows)
 
 
 def conditions_of(model: GenerativeModel, items: Sequence[Item], recipe: StagedRecipe) -> list[Any] | None:

@@ -2,7 +2,8 @@
 
 recipe.yaml, fingerprints.json, base/      as those of a run; see `tiltflow.runs.run`
 summary.json     the utility of the first and the last model, from samples of their own, the rows of the stages, caveats
-and what `tiltflow.runs.stages_folder` writes
+stage-NN/utility.json      the same of the model of a stage and those before it, where that was evaluated
+and what `tiltflow.runs.staged.folder` writes
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.reports.stages import FILE
 from tiltflow.runs.evaluate import asked_of_paths, no_paths
 from tiltflow.runs.fingerprints import BASE, check_unchanged
-from tiltflow.runs.of_law import OfLaw, misnamed
-from tiltflow.runs.prepare import asked_of, build_reward
+from tiltflow.runs.prepare import asked_of, build_reward, load_asked
 from tiltflow.runs.recipe import read_recipe
 from tiltflow.runs.run import sampled_at
 from tiltflow.runs.run_files import MODEL, RECIPE, refuse_links
-from tiltflow.runs.staged_recipe import StagedRecipe
-from tiltflow.runs.stages_folder import stage_folder
+from tiltflow.runs.staged.folder import STAGE, stage_folder
+from tiltflow.runs.staged.of_law import OfLaw, misnamed
+from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.settings import read_yaml
 from tiltflow.streams import stream
 from tiltflow.training.optimizer import move_old_keys
+
+SUMMARY, OF_STAGE = "summary.json", "utility.json"
 
 
 def is_staged(folder: Path) -> bool:
@@ -71,6 +74,15 @@ def law_of(recipe: StagedRecipe, device: str, *, decoded: bool = False) -> OfLaw
     return OfLaw(recipe.utility, rewards=rewards, num_samples=stages.num_samples, eps=stages.eps, sampling=sampling)
 
 
+def load_parts(recipe: StagedRecipe, device: str) -> tuple[OfLaw, Any, list[Item], list[Item]]:
+    """(utility, first model, what samples are asked for, prompts that are held out).
+
+    Raises InputError for what cannot be had, or does not fit; what is wrong with a reward before a large model is loaded.
+    """
+    utility = law_of(recipe, device, decoded=recipe.source.prompted)
+    return utility, *load_asked(recipe, device)
+
+
 def load_stage(recipe: StagedRecipe, folder: Path, number: int, device: str) -> tuple[Any, Any]:
     """(first model, that of a finished stage)."""
     check_unchanged(folder, recipe, only="model")
@@ -86,35 +98,48 @@ def load_last(folder: Path, device: str = "cpu") -> Any:
     return sampled_at(recipe.evaluation.first, tuned)
 
 
-def evaluate_staged(folder: Path, *, device: str = "cpu", num_samples: int | None = None) -> dict[str, Any]:
+def stage_of(folder: Path) -> tuple[Path, int] | None:
+    """The folder of a recipe of stages and the number of the one that `folder` is, if it is one."""
+    number = STAGE.fullmatch(folder.name)
+    return (folder.parent, int(number[1])) if number and is_staged(folder.parent) else None
+
+
+def evaluate_staged(
+    folder: Path, number: int | None = None, *, device: str = "cpu", num_samples: int | None = None
+) -> dict[str, Any]:
     """Draw the utility again, of the first model and of the last one; writes the summary anew.
 
     Args:
+        number: of the stage whose model is measured in place of the last one; then utility.json in its folder is written.
         num_samples: of each model, in place of `stages.num_samples`.
 
-    Raises InputError if `folder` has no finished stage.
+    Raises InputError if `folder` has no finished stage, or that one is not.
     """
     recipe, rows = read_staged(folder)
     check_unchanged(folder, recipe)
+    if number is not None and not 0 < number <= len(rows):
+        raise InputError(f"{stage_folder(folder, number)}: this stage is not finished; rerun `tiltflow train` with --resume")
+    rows = rows[:number]
     first, last = load_stage(recipe, folder, len(rows), device)
     utility = law_of(recipe, device, decoded=first.has_decoder)
     if num_samples is not None:
         utility = replace(utility, num_samples=num_samples)
     items, _ = recipe.asked_for.items(first.class_names, recipe.seed)
-    return summarize(recipe, folder, utility, first, last, items, rows)
+    to = folder / SUMMARY if number is None else stage_folder(folder, number) / OF_STAGE
+    return summarize(recipe, to, utility, first, last, items, rows)
 
 
 @torch.no_grad()
 def summarize(
     recipe: StagedRecipe,
-    folder: Path,
+    to: Path,
     utility: OfLaw,
     first: GenerativeModel,
     last: GenerativeModel,
     items: Sequence[Item],
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Measure the utility of both models from samples of their own, and write summary.json. Returns it."""
+    """Measure the utility of both models from samples of their own, and write the summary into a file. Returns it."""
     began, settings = time.perf_counter(), recipe.evaluation
     seed = stream(recipe.seed, "evaluation of stages").initial_seed()
     before, after = (utility.known_value(utility.known(model, first, items, seed)) for model in (first, last))
@@ -130,7 +155,7 @@ def summarize(
         "torch": torch.__version__,
         "device": str(first.device),
         "threads": torch.get_num_threads(),
-        "name": final_name(folder),
+        "name": final_name(to.parent),
         "description": recipe.description,
         "model": recipe.model_name,
         "method": recipe.method.name,
@@ -151,7 +176,7 @@ def summarize(
         "seconds": seconds,
         "seconds_total": seconds + time.perf_counter() - began,
     }
-    processes.by_main(lambda: write_json(folder / "summary.json", summary))
+    processes.by_main(lambda: write_json(to, summary))
     return summary
 
 

@@ -12,8 +12,8 @@ from tiltflow.problems import Findings
 from tiltflow.problems.utility import Utility
 from tiltflow.problems.verification import verify as verification
 from tiltflow.problems.verification.verify import Fitted, Verification
-from tiltflow.runs.of_law import OfLaw
-from tiltflow.runs.stages import stages
+from tiltflow.runs.staged.of_law import OfLaw
+from tiltflow.runs.staged.outer_loop import stages
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import Record
 

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from tiltflow.rewards import NamedReward
 from tiltflow.runs.common_recipe import CommonRecipe
-from tiltflow.runs.of_law import no_one_shot
-from tiltflow.runs.stages_settings import Stages
+from tiltflow.runs.staged.of_law import no_one_shot
+from tiltflow.runs.staged.settings import Stages
 from tiltflow.utilities import NamedUtility
 
 

@@ -38,9 +38,9 @@ from tiltflow.flows.adapter import has_adapter
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.runs.fingerprints import of_network
-from tiltflow.runs.of_law import EPS, OfLaw, kl_variation, no_one_shot
-from tiltflow.runs.stages_folder import StagesFolder
-from tiltflow.runs.stages_settings import Base, Stop, base_of, misfit
+from tiltflow.runs.staged.folder import StagesFolder
+from tiltflow.runs.staged.of_law import EPS, OfLaw, kl_variation, no_one_shot
+from tiltflow.runs.staged.settings import Base, Stop, base_of, misfit
 from tiltflow.streams import stream
 from tiltflow.training.callbacks import Callback
 from tiltflow.training.optimizer import Optimizer
@@ -108,6 +108,7 @@ def stages(
     callbacks: Sequence[Callback] = (),
     evaluation: Evaluation | None = None,
     output: str | Path | None = None,
+    description: str = "",
     note: Callable[[str], None] = lambda text: None,
     progress: bool | None = None,
     handle_signals: bool = False,
@@ -132,9 +133,10 @@ def stages(
         stop: when to end earlier.
         callbacks: called with every record of every stage; one that returns True ends its stage.
         evaluation: what is measured after each stage, for its report in `output`.
-        output: a folder, new or empty, for a run of each stage, stages.json and a report (`tiltflow.runs.stages_folder`). With
+        output: a folder, new or empty, for a run of each stage, stages.json and a report (`tiltflow.runs.staged.folder`). With
             Training(resume_from_checkpoint="latest") a call goes on with the stages there, bit for bit: those that are finished
             are loaded, and the one that was being trained goes on from its last checkpoint.
+        description: what the stages are for, in the report.
         note: is told what a person should know, as by `tune`, and the caveats of the utility before the first step.
         progress, handle_signals: of each stage, as in `tune`.
 
@@ -161,13 +163,14 @@ def stages(
         if why := no_one_shot(utility.utility, method, given):
             raise InputError(f"stages: one_shot: {why}")
     alpha: float = price if base == "last" else method.temperature or 0.0
+    caveats = utility.utility.caveats(alpha) if isinstance(utility, OfLaw) else ()
     items = items_of(model, conditions, given)
     if stop is not None and not isinstance(utility, OfLaw):
         raise InputError("stages: stop asks for the value of the utility, which is known of OfLaw(..) alone")
 
     def loop(place: StagesFolder | None = None) -> Generator[Stage[M], None, None]:
         last, own, mixed, rises = model, utility, None, list[Estimate]()
-        for caveat in own.utility.caveats(alpha) if isinstance(own, OfLaw) else ():
+        for caveat in caveats:
             note(caveat)
         at = law(own, last, 1)
         before = known_value(own, at)
@@ -236,7 +239,8 @@ def stages(
             "optimizer": None if optimizer is None else optimizer.model_dump(mode="json"),
             "training": given.model_dump(mode="json"),
         }
-        with StagesFolder.begin(path, settings, given, note) as place:
+        about = {"description": description, "caveats": list(caveats)}
+        with StagesFolder.begin(path, settings, about, given, note) as place:
             yield from loop(place)
 
     def law(own: Any, last: M, number: int) -> Known | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tiltflow.evaluation.estimates import Estimate
-from tiltflow.runs.of_law import EPS
+from tiltflow.runs.staged.of_law import EPS
 from tiltflow.settings import Settings
 
 Base = Literal["last", "first"]

@@ -1,13 +1,15 @@
 """The folder of stages: a run for each, stages.json, and a report; what it resumes from.
 
 stage-01/, stage-02/ ..     the run of each stage, as `tiltflow.tune` writes it; see `tiltflow.runs.run`
-stages.json                 settings, and a row for each finished stage: utility with errors, path KL, seconds of training
+stages.json                 settings, a description, caveats, and a row for each finished stage: utility with errors, path KL,
+                            seconds of training
 report.html                 a row and a picture for each of them
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ from tiltflow.training.trainer import Record
 from tiltflow.user_code import refused
 
 M = TypeVar("M", bound=GenerativeModel)
+STAGE = re.compile(r"stage-(\d+)")
+"""The name of the folder of a stage, and its number."""
 
 
 def stage_folder(path: Path, number: int) -> Path:
@@ -46,17 +50,24 @@ class StagesFolder:
 
     Args:
         settings: all that the stages depend on and that can be written down.
+        about: the description and the caveats, for the report.
         rows: of stages.json, of the stages that are finished.
     """
 
     path: Path
     settings: dict[str, Any]
+    about: Mapping[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     @contextmanager
     def begin(
-        cls, path: Path, settings: Mapping[str, Any], training: Training, note: Callable[[str], None]
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any],
+        training: Training,
+        note: Callable[[str], None],
     ) -> Iterator[StagesFolder]:
         """Begin in a new folder, or go on in one with stages: a context in which no other process works there.
 
@@ -68,7 +79,7 @@ class StagesFolder:
                 f"training.resume_from_checkpoint {wanted!r}: stages go on from the latest checkpoint; give 'latest'"
             )
         with working_in(path, note):
-            place = cls(path, json.loads(json.dumps(settings)))
+            place = cls(path, json.loads(json.dumps(settings)), about)
             if (path / FILE).exists():
                 if wanted is None:
                     raise InputError(
@@ -137,5 +148,5 @@ class StagesFolder:
         processes.by_main(self._write)
 
     def _write(self) -> None:
-        write_json(self.path / FILE, {"settings": self.settings, "stages": self.rows})
+        write_json(self.path / FILE, {"settings": self.settings, **self.about, "stages": self.rows})
         write_stages_report(self.path)

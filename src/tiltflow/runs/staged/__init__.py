@@ -1,0 +1,1 @@
+"""Stages: an outer loop of tuning for a utility of the whole law, its recipes, and the folder that it fills"""
