@@ -25,8 +25,8 @@ from tiltflow.errors import InputError, UserCodeError
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.reports.stages import write_stages_report
-from tiltflow.runs import stages as outer
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+from tiltflow.runs.staged import outer_loop as outer
 from tiltflow.runs.staged.of_law import EPS
 from tiltflow.runs.staged.outer_loop import Utility
 from tiltflow.runs.staged.recipe import StagedRecipe

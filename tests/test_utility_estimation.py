@@ -36,7 +36,7 @@ def test_the_mean_of_the_best_share() -> None:
     r = torch.randn(37, generator=generator(), dtype=torch.float64)
     p = torch.full((37,), 1 / 37, dtype=torch.float64)
     ordered = r.sort(descending=True).values
-    for share in (0.05, 0.1, 10 / 37, 0.5, 0.99):
+    for share in (1 / 37, 0.05, 0.1, 10 / 37, 0.5, 0.99):
         m = share * 37
         k = math.floor(m + 1e-9)
         expected = (ordered[:k].sum() + (m - k) * ordered[k]) / m
@@ -47,6 +47,7 @@ def test_the_mean_of_the_best_share() -> None:
         mean, threshold = worst_share(-r, p, share)
         assert mean == pytest.approx(-float(expected), rel=1e-12)
         assert threshold == -ordered[k]
+    assert best_share(r, p, 1.0) == (pytest.approx(float(r.mean()), rel=1e-12), ordered[-1])
 
 
 def test_weights_are_repetitions() -> None:
