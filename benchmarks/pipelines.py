@@ -22,12 +22,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.models.compiled import compiled
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipelines.stable_diffusion import StableDiffusion, predict
@@ -54,7 +56,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "LoRA, float32": {"lora": True},
     "LoRA, bfloat16": {"lora": True, "dtype": "bfloat16"},
     "LoRA, bfloat16, 4 passes": {"lora": True, "dtype": "bfloat16", "passes": 4},
-    "LoRA, bfloat16, 4 passes, compiled": {"lora": True, "dtype": "bfloat16", "passes": 4, "compile": True},
+    "LoRA, bfloat16, 4 passes, regional": {"lora": True, "dtype": "bfloat16", "passes": 4, "compile": "regional"},
+    "LoRA, bfloat16, 4 passes, compiled": {"lora": True, "dtype": "bfloat16", "passes": 4, "compile": "whole"},
 }
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768},
@@ -79,7 +82,8 @@ class AuthorsLoop:
 
         torch.manual_seed(0)
         self.device, self.count_of_steps = options.device, options.steps
-        self.tuned: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents).to(self.device)
+        with torch.device(self.device):
+            self.tuned: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents)
         self.base = copy.deepcopy(self.tuned).requires_grad_(False).eval()
         self.shape = (options.batch, 4, options.latents, options.latents)
         self.embeds = torch.randn(options.batch, 77, SIZES[options.network]["cross_attention_dim"], device=self.device)
@@ -168,7 +172,8 @@ class Iterations:
         torch.manual_seed(0)
         self.device = options.device
         dtype = getattr(torch, row.get("dtype", "float32"))
-        unet: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents).to(self.device, dtype)
+        with torch.device(self.device):
+            unet: Any = UNet2DConditionModel(**SIZES[options.network], sample_size=options.latents).to(dtype)
         unet.requires_grad_(False).eval()
         path = DiscreteVariancePreserving(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         autocast = torch.bfloat16 if row.get("autocast") else None
@@ -182,8 +187,8 @@ class Iterations:
         else:
             base = Flow(Denoiser(unet, predict), "epsilon", path, autocast=autocast)
             tuned = trainable_copy(base)
-        if row.get("compile"):
-            unet.compile()
+        self.compiled = ExitStack()  # until the process ends
+        self.compiled.enter_context(compiled(row.get("compile"), tuned.network, base.network))
         shape = (options.batch, 4, options.latents, options.latents)
         embeds = torch.randn(options.batch, 77, SIZES[options.network]["cross_attention_dim"], device=self.device, dtype=dtype)
         self.condition, self.shape, self.passes = {"encoder_hidden_states": embeds}, shape, row.get("passes", 1)
@@ -282,14 +287,15 @@ def resident(field: str) -> float:
 def measure(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     before = resident("VmRSS") if options.device == "cpu" else 0.0
     iterate = AuthorsLoop(options) if row.get("loop") else Iterations(options, row)
-    iterate()
-    if options.device == "cpu":
-        peak = resident("VmHWM") - before
-    else:
+    first = seconds(iterate, options.device)
+    if options.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        iterate()
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    calls = iterate.count()
+    calls: Counter[tuple[str, nn.Module, int]] = Counter()
+    second = seconds(lambda: calls.update(iterate.count()), options.device)
+    peak = resident("VmHWM") - before if options.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    if not options.repeats:
+        unknown = dict.fromkeys(("optimizer", "overhead", "lowest", "highest"), math.nan)
+        return {"seconds": second / iterate.passes, "first": first, "megabytes": peak, "calls": _by_kind(calls), **unknown}
     iterate.bare(calls)
     stepping: list[float] = []
     handles = [
@@ -307,6 +313,7 @@ def measure(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     ratios = sorted((ours - step) / theirs for ours, step, theirs in triples)
     return {
         "seconds": statistics.median(ours for ours, _, _ in triples) / iterate.passes,
+        "first": first,
         "optimizer": statistics.median(step / theirs for _, step, theirs in triples),
         "overhead": statistics.median(ratios),
         "lowest": ratios[0],
@@ -329,7 +336,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--latents", type=int, default=64, help="side of the latents; 64 is a picture of 512 pixels")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0 times one iteration, and not its bare calls")
     parser.add_argument("--rows", nargs="*", help="parts of the names of the rows to measure", default=[""])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
