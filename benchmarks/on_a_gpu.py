@@ -10,8 +10,9 @@ digits      `digits-even` in small: train, resume bit for bit, evaluate, sample,
 tiles       the same of `tiles-colour`, a pipeline
 settings    settings of memory and of speed, one at a time, on a small pipeline: the weights beside those without the setting
 attention   implementations of attention beside the one that torch chooses
+methods     two updates by each method, of a small network and of a small pipeline
 quantized   frozen weights in nf4, int8 and float8: three updates of a LoRA, samples, and how far predictions move
-parity      velocities and their gradients beside those of a CPU in float64
+parity      velocities and their gradients beside those of a CPU
 
     python benchmarks/on_a_gpu.py --output runs/gpu
     python benchmarks/on_a_gpu.py --output runs/small --device cpu --small     # finds mistakes of this file without a GPU
@@ -30,7 +31,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,12 +62,28 @@ def speed(row: str, options: argparse.Namespace, folder: Path) -> Found:
     yield {
         "what": row,
         **found,
+        **(of_device() if options.device == "cuda" else {}),
         "steps_per_second": 1 / found["seconds"],
         "pictures_per_second": settings.batch / (passes * found["seconds"]),
     }
 
 
 # ---- memory ----
+
+
+def of_device() -> dict[str, Any]:
+    """Bytes that torch has reserved at its peak, and that the device has given to this process beside it."""
+    import torch
+
+    found: dict[str, Any] = {"peak_reserved": torch.cuda.max_memory_reserved(), "reserved": torch.cuda.memory_reserved()}
+    words = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        lines = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        used = {int(pid): float(size) * 2**20 for pid, _, size in (line.partition(",") for line in lines)}
+        if os.getpid() in used:
+            found["beside_torch"] = used[os.getpid()] - found["reserved"]
+    return found
+
 
 SD15, SDXL, SD35 = "stable-diffusion-v1-5", "stable-diffusion-xl", "stable-diffusion-3.5-medium"
 MEMORY: dict[str, dict[str, Any]] = {
@@ -103,6 +120,10 @@ MEMORY: dict[str, dict[str, Any]] = {
 """Settings whose peaks are measured: four pictures of 512 pixels toward a colour, four steps, of which one is in the loss."""
 
 
+EVALUATED = ("LoRA, bfloat16", "full, float32", "SDXL, LoRA, bfloat16, 512 pixels")
+"""Those of which the evaluation is measured too."""
+
+
 def recipe_of(name: str, small: bool, folder: Path) -> Any:
     """The recipe of such a setting; `small` is of a pipeline that is random and tiny, of 64 pixels."""
     from tiltflow.runs.doctor.architecture import facts
@@ -132,7 +153,7 @@ def recipe_of(name: str, small: bool, folder: Path) -> Any:
         "reward": "named-colour",
         "method": method,
         "training": {**sizes, **changes.get("training", {})},
-        "evaluation": {"num_prompts": 1, "num_generations": 2, "batch_size": 1},
+        "evaluation": {"num_prompts": 1, "num_generations": 2, "batch_size": 1, "points": [{"num_inference_steps": 2}]},
     }  # fmt: skip
     return validate(Recipe, tree, name)
 
@@ -159,8 +180,8 @@ def random_pipeline(source: Any, device: str) -> Any:
     return model
 
 
-def patient_of(recipe: Any, model: Any) -> Any:
-    """The recipe with its parts, and this model."""
+def patient_of(recipe: Any, model: Any) -> tuple[Any, Any]:
+    """The recipe with its parts and this model, and the run that it would be."""
     from tiltflow.runs.doctor import patient_of
     from tiltflow.runs.prepare import build_reward
     from tiltflow.runs.run import make_ready
@@ -169,7 +190,7 @@ def patient_of(recipe: Any, model: Any) -> Any:
     reward = build_reward(recipe.reward, recipe.method, str(model.device), decoded=True)
     trainable = partial(model.trainable, recipe.source.adapter, recipe.training.trainable, seed=recipe.seed)
     made = make_ready(recipe, model, trainable, reward, items, held_out, rehearsed=False)
-    return patient_of(recipe, made, items, recipe.reward.unit)
+    return patient_of(recipe, made, items, recipe.reward.unit), made
 
 
 def peaks_of(patient: Any) -> dict[str, int]:
@@ -206,6 +227,24 @@ def peaks_of(patient: Any) -> dict[str, int]:
     return found
 
 
+def peak_of_evaluation(recipe: Any, made: Any, folder: Path) -> int:
+    """Bytes of tensors at the peak of an evaluation."""
+    import torch
+
+    from tiltflow.runs.evaluate import evaluate
+    from tiltflow.training.memory import PeakMemory
+
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "seconds": 1.0, "reward_mean": 0.0, "loss": 0.0}) + "\n")
+    on_gpu = made.parts.tuned.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with nullcontext() if on_gpu else PeakMemory() as counted:
+        evaluate(recipe, folder, *made.in_precision(recipe), made.asked, made.instruments, seconds=1.0)
+    peak: int = torch.cuda.max_memory_allocated() if counted is None else counted.peak
+    return peak
+
+
 def memory_of(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Peaks of a setting, and what the device has lost."""
     import gc
@@ -214,19 +253,15 @@ def memory_of(name: str, options: argparse.Namespace, folder: Path) -> dict[str,
 
     recipe = recipe_of(name, options.small, folder)
     began = time.perf_counter()
-    patient = patient_of(recipe, random_pipeline(recipe.source, options.device))
+    patient, made = patient_of(recipe, random_pipeline(recipe.source, options.device))
     ready = time.perf_counter() - began
     found: dict[str, Any] = {"phases": peaks_of(patient), "seconds_to_load": ready}
+    if name in EVALUATED:
+        found["phases"]["evaluation"] = peak_of_evaluation(recipe, made, folder / f"evaluation {name}")
     if patient.device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved()
-        found |= {
-            "reserved": reserved,
-            "beside_torch": whole - free - reserved,
-            "peak_reserved": torch.cuda.max_memory_reserved(),
-        }
+        found |= of_device()
     found |= {"peak": max(found["phases"].values()), "seconds": time.perf_counter() - began - ready}
-    del patient
+    del patient, made
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
@@ -278,6 +313,7 @@ def run_both_ways(recipe: str, overrides: list[str], kill_at: int, options: argp
     from tiltflow.runs.run_files import read_records
     from tiltflow.training.records import of_machine
 
+    prompt = ["--prompt", "potion on a red background"] if recipe == "tiles-colour" else []
     sets = [part for each in overrides for part in ("--set", each)]
     deterministic = ["--set", "training.deterministic=true"]
 
@@ -339,7 +375,7 @@ def run_both_ways(recipe: str, overrides: list[str], kill_at: int, options: argp
         "train, deterministic": lambda: trained("whole", *deterministic),
         "resume, bit for bit": resumed,
         "evaluate": lambda: timed("evaluate", str(folder / "whole")),
-        "sample": lambda: timed("sample", str(folder / "whole"), "--output", str(folder / "samples.png"), "-n", "2"),
+        "sample": lambda: timed("sample", str(folder / "whole"), "-o", str(folder / "samples.png"), "-n", "2", *prompt),
         "train twice": repeated,
         "doctor": doctor,
     }
@@ -406,7 +442,7 @@ def small_run(place: Path, to: Path, device: str, changes: Mapping[str, Mapping[
         "model": {"diffusers": str(place), "height": 16, "width": 16, "adapter": {"rank": 4}, **changes.get("model", {})},
         "prompts": {"texts": ["a red cat", "a blue dog", "a green hat"], "validation": 0.34},
         "reward": "named-colour",
-        "method": {"name": "adjoint-matching", "num_inference_steps": 4},
+        "method": {"name": "adjoint-matching", "num_inference_steps": 4, **changes.get("method", {})},
         "optimizer": {"learning_rate": 1e-3},
         "training": {**sizes, **changes.get("training", {})},
         "evaluation": {"num_prompts": 1, "num_generations": 2, "points": [{"num_inference_steps": 2}]},
@@ -467,6 +503,60 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 def relative(found: Any, expected: Any) -> float:
     """The norm of a difference, over that of what is expected."""
     return float((found.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+FEW = {"min_effective_sample_size": 1, "num_passes": 2}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "adjoint-matching, calibrated": {"method": {"beta": 5.0}, "training": {"calibration_samples": 256}},
+    "adjoint-matching, normalised": {"training": {"per_prompt_normalization": 4}},
+    "adjoint-matching, monitor": {"training": {"monitor": {"steps": 1, "num_samples": 8}}},
+    "adjoint-matching, late": {
+        "method": {"control_from": 0.4, "num_passes": 2, "reweight_passes": True, "control_variate": True}
+    },
+    "adjoint-matching, pool": {"method": {"bootstrap": 0.5, "pool": {"tail": 3}}},
+    "endpoint-adjoint-matching": {"method": {"num_passes": 2}},
+    "score-as-action": {"method": {"critic": {"num_steps": 2, "train_batch_size": 2}, "num_passes": 2}},
+    "score-as-action, ddpo": {"method": {"preset": "ddpo", "num_passes": 2}},
+    "orw-cfm-w2": {"method": {"alpha": 0.3, **FEW}},
+    "orw-cfm-w2, offline": {"method": {"online_fraction": 0.5, **FEW}},
+    "tilt-matching": {"method": {"replay": 2, **FEW}},
+    "tilt-matching, implicit": {
+        "method": {"preset": "implicit", "batches_per_round": 2, "num_passes": 1, "min_effective_sample_size": 1}
+    },
+    "path-reweighted": {"method": {"path_steps": 3, "num_passes": 1, "min_effective_sample_size": 1, "num_inference_steps": 3}},
+}
+OF_PIPELINES = ("normalised", "ddpo", "orw-cfm-w2", "tilt-matching", "path-reweighted", "monitor")
+
+
+def methods(options: argparse.Namespace, folder: Path) -> Found:
+    from tiny import tiny_recipe
+
+    from tiltflow.runs.recipe import Recipe
+    from tiltflow.runs.run import run
+    from tiltflow.runs.run_files import read_records
+    from tiltflow.settings import read_yaml, validate
+
+    def of_network(name: str) -> dict[str, Any]:
+        changes = METHODS[name]
+        place = folder / f"network {name}"
+        place.mkdir()
+        method = {"num_inference_steps": 4, **changes.get("method", {}), "name": name.partition(",")[0]}
+        training = {"max_train_steps": 4, "train_batch_size": 8, "ema_decay": 0.5, **changes.get("training", {})}
+        evaluation = {"num_samples": 8, "grid": 4, "batch_size": 8}
+        tree = read_yaml(tiny_recipe(place, method=method, training=training, evaluation=evaluation))
+        run(validate(Recipe, tree, name), place / "run", device=options.device)
+        return {"steps": len(read_records(place / "run"))}
+
+    def of_pipeline(name: str) -> dict[str, Any]:
+        changes = METHODS[name]
+        method = {"num_inference_steps": 3, **changes.get("method", {}), "name": name.partition(",")[0]}
+        settings = {"method": method, "training": changes.get("training", {})}
+        found = small_run(tiny("stable-diffusion-3", folder), folder / f"pipeline {name}", options.device, settings)
+        return {"ok": all(bool(tensor.isfinite().all()) for tensor in found.pop("weights").values()), **found}
+
+    several = [name for name in METHODS if any(part in name for part in OF_PIPELINES) and "offline" not in name]
+    yield from each([name for name in METHODS if "normalised" not in name], of_network, "network ")
+    yield from each(several, of_pipeline, "pipeline ")
 
 
 BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
@@ -585,7 +675,7 @@ def quantized(options: argparse.Namespace, folder: Path) -> Found:
 
 def parity(options: argparse.Namespace, folder: Path) -> Found:
     """Of the digits' flow and of the tiles' U-Net: with TF32 in convolutions, as torch has it by default, and without; in
-    bfloat16; each beside float64 on the CPU."""
+    bfloat16; each beside float32 on the CPU."""
     import torch
 
     import tiltflow
@@ -654,6 +744,7 @@ CHECKS: dict[str, Check] = {
     "digits": Check(digits, 100),
     "settings": Check(settings, 100),
     "quantized": Check(quantized, 100),
+    "methods": Check(methods, 100),
     "memory": Check(memory, 120),
     "tiles": Check(tiles, 100),
     "attention": Check(attention, 60),
