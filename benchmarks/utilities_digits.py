@@ -187,6 +187,8 @@ def directions(x: Tensor) -> None:
 
 def cell(values: Sequence[Any], digits: int, form: Callable[[float], float] = lambda x: x) -> str:
     """A number with its error: of one estimate its own, of several the standard deviation over the seeds."""
+    if None in values:
+        return ""  # as the KL of paths that have none
     numbers = [form(each.value if isinstance(each, Estimate) else each) for each in values]
     if len(numbers) > 1:
         return f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
@@ -273,8 +275,8 @@ def digits(
         row = measured(y, Judged.of(y), None, of_base, explore.utility) | {"kl": read_json(own / "summary.json")["path_kl"]}
         rows.setdefault(f"{title}, trained", []).append(row)
         pictures.setdefault(f"{title}, trained", y)
-    table(rows)
     write_json(folder / "digits.json", {name: [plain(each) for each in found] for name, found in rows.items()})
+    table(rows)
     if output is not None:
         best = (f"{name}, best law" for name in (NOVELTY, EXPLORE))
         order = ("base", f"{NOVELTY}, trained", f"{EXPLORE}, trained", "plain tilt", *best)
