@@ -29,6 +29,14 @@ def few_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiltflow.runs.evaluate.PATHS_OF_PROMPTS", 2)
 
 
+@pytest.fixture(autouse=True)
+def no_wait_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are not flushed onto the disk, which takes milliseconds each, thousands of times: no test cuts the power. The tests
+    of what is on the disk when have the real thing."""
+    if request.path.stem not in ("test_checkpoint", "test_survival"):
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     """float64 by default, so that rounding stays far below every tolerance."""

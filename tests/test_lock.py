@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_recipe
+from typed import Command
 
 from tiltflow.api import evaluate
 from tiltflow.errors import InputError, Note
@@ -194,18 +195,16 @@ def test_every_command_that_writes_into_a_folder_holds_its_lock(tmp_path: Path) 
 
 
 def test_of_two_that_begin_at_once_one_runs_and_the_other_is_told(tmp_path: Path) -> None:
-    """Real processes and the real command: one leaves with 2 and one line, the folder is the other one's alone."""
+    """Real processes: one leaves with 2 and one line, the folder is the other one's alone."""
     path = tiny_recipe(tmp_path, training={"max_train_steps": 10, "train_batch_size": 4}, evaluation={"num_samples": 8})
-    command = [sys.executable, "-m", "tiltflow", "train", str(path), "-o", str(tmp_path / "run"), "-q", "--threads", "1"]
+    words = ["train", str(path), "-o", str(tmp_path / "run"), "-q", "--threads", "1"]
     seeds = (3, 4)
-    processes = {
-        seed: subprocess.Popen([*command, "--seed", str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for seed in seeds
-    }
-    ended = {seed: (*process.communicate(timeout=120), process.returncode) for seed, process in processes.items()}
-    (winner,) = [seed for seed in seeds if ended[seed][2] == 0]
-    _, said, code = ended[sum(seeds) - winner]
-    assert code == 2
+    processes = {seed: Command(*words, "--seed", str(seed), output=tmp_path / f"said {seed}") for seed in seeds}
+    ended = {seed: process.wait(timeout=120) for seed, process in processes.items()}
+    (winner,) = [seed for seed in seeds if ended[seed] == 0]
+    loser = sum(seeds) - winner
+    said = (tmp_path / f"said {loser}").read_text()
+    assert ended[loser] == 2
     assert said.startswith("error: ")
     assert "in use by" in said or "already holds something" in said  # where the first had ended before
     assert said.count("\n") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -14,7 +13,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import pytest
 import torch
 from tiny import tiny_recipe
 from torch import Tensor
+from typed import Command
 
 from tiltflow.errors import InputError, Interrupted
 from tiltflow.evaluation.monitor import read_looks
@@ -418,18 +417,23 @@ def test_stopped_after_the_last_step_it_leaves_before_the_evaluation(tmp_path: P
     assert run(resuming(recipe), tmp_path / "run")["iterations"] == 12
 
 
-def command(recipe: Path, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "tiltflow", "train", str(recipe), "-o", str(folder), "--quiet", "--resume", "--threads", "1"]
+def words(recipe: Path, folder: Path) -> list[str]:
+    return ["train", str(recipe), "-o", str(folder), "--quiet", "--resume", "--threads", "1"]
 
 
 def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     with open(folder.with_name("output"), "ab") as output:
         # tests that run in the background of a shell inherit a SIGINT that is ignored
         ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        return subprocess.Popen(command(recipe, folder), stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
+        command = [sys.executable, "-m", "tiltflow", *words(recipe, folder)]
+        return subprocess.Popen(command, stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
 
 
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def copied(recipe: Path, folder: Path) -> Command:
+    return Command(*words(recipe, folder), output=folder.with_name("output"))
+
+
+def wait_for_steps(folder: Path, count: int, process: Command | Forked | subprocess.Popen[bytes]) -> None:
     metrics = folder / "metrics.jsonl"
     for _ in range(6000):  # minutes, where others use the processor too
         if (metrics.exists() and metrics.read_text().count("\n") >= count) or process.poll() is not None:
@@ -470,11 +474,11 @@ def test_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path) -> None:
     master, slave = pty.openpty()
 
     def in_a_session_of_its_own() -> None:
-        os.setsid()
-        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        os.close(master)
+        os.login_tty(slave)
 
-    arguments = [part for part in command(recipe, tmp_path / "run") if part != "--quiet"]  # the progress bar writes too
-    process = subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, preexec_fn=in_a_session_of_its_own)
+    arguments = [part for part in words(recipe, tmp_path / "run") if part != "--quiet"]  # the progress bar writes too
+    process = Command(*arguments, first=in_a_session_of_its_own)
     closing = threading.Event()
     reader = threading.Thread(target=read_until, args=(closing, master), daemon=True)
     reader.start()
@@ -500,17 +504,20 @@ def read_until(closing: threading.Event, fd: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), *(pytest.param(n, 128 + n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
+    ("number", "start"),
+    [
+        *((number, copied) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
+        pytest.param(signal.SIGTERM, started, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_and_leaves_with_its_code(number: int, code: int, tmp_path: Path) -> None:
+def test_a_signal_saves_and_leaves_with_its_code(number: int, start: Any, tmp_path: Path) -> None:
     training = TRAINING | {"max_train_steps": 100_000, "checkpointing_steps": 0}
     recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE)
-    process = started(recipe, tmp_path / "run")
+    process = start(recipe, tmp_path / "run")
     try:
         wait_for_steps(tmp_path / "run", 4, process)
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=60) == 128 + number
         assert "rerun with --resume to continue" in (tmp_path / "output").read_text()
     finally:
         process.kill()
@@ -532,7 +539,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     )
     training = TRAINING | {"max_train_steps": 100_000}
     recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE, reward={"name": "function", "path": "slow:reward"})
-    process = subprocess.Popen(command(recipe, tmp_path / "run"), cwd=tmp_path)
+    process = Command(*words(recipe, tmp_path / "run"), folder=tmp_path)
     try:
         wait_for_steps(tmp_path / "run", 3, process)
         (tmp_path / "go").touch()

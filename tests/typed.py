@@ -1,29 +1,24 @@
-"""Commands as they are typed, several in one new process: to start one takes longer than what most of them do."""
+"""Commands as they are typed, in copies of this process (forks): a new one would import PyTorch and others first, which takes
+longer than most of what commands do."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import importlib
+import io
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any, TypeVar
 
-EACH = """
-import contextlib, io, json, sys
-from tiltflow.commands.terminal.app import main
-said = []
-for words in json.loads(sys.argv[1]):
-    sys.argv, out, err, code = ["tiltflow", *words], io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    said.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(said))
-"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,15 +31,102 @@ class Said:
 
 
 def typed(*commands: Sequence[str], site: Path | None = None) -> list[Said]:
-    """Run these commands one after the other, with the packages that are installed in `site`."""
-    path = os.pathsep.join(str(part) for part in (site, os.environ.get("PYTHONPATH")) if part)
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(commands)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [Said(*said) for said in json.loads(done.stdout.splitlines()[-1])]
+    """Run these commands one after the other in one process; see `apart`."""
+    return apart(_each, commands, site=site)
+
+
+def apart(function: Callable[..., T], *arguments: Any, site: Path | None = None) -> T:
+    """What a function returns in a process that imports tiltflow anew, with the packages that are installed in `site`."""
+    with quietly_forking(), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_anew, site, function, *arguments).result(timeout=200)
+
+
+def _anew(site: Path | None, function: Callable[..., T], *arguments: Any) -> T:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tiltflow"]:
+        del sys.modules[name]
+    if site is not None:
+        sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    warnings.resetwarnings()
+    return function(*arguments)
+
+
+def _each(commands: Sequence[Sequence[str]]) -> list[Said]:
+    from tiltflow.commands.terminal.app import main
+
+    os.environ["COLUMNS"] = "300"
+
+    said = []
+    for words in commands:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = _exit_code(main, words)
+        said.append(Said(code, out.getvalue(), err.getvalue()))
+    return said
+
+
+def _exit_code(main: Callable[[], None], words: Sequence[str]) -> int:
+    sys.argv = ["tiltflow", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+class Command(ForkProcess):
+    """A command that runs beside the test, with signals, standard output and an exit code of its own.
+
+    Args:
+        output: standard output and standard error are appended to it.
+        folder: the current directory.
+        first: called in the new process before all else.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        output: Path = Path(os.devnull),
+        folder: Path = Path(),
+        first: Callable[[], object] = lambda: None,
+    ):
+        super().__init__()
+        self.words, self.output, self.folder, self.first = words, output, folder, first
+        with quietly_forking():
+            self.start()
+
+    def run(self) -> None:
+        from tiltflow.commands.terminal.app import main
+
+        with open(self.output, "ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        self.first()
+        # tests that run in the background of a shell inherit a SIGINT that is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(self.folder)
+        warnings.resetwarnings()
+        with (
+            open(1, "w", closefd=False) as sys.stdout,
+            open(2, "w", closefd=False) as sys.stderr,
+        ):  # not those that pytest reads
+            sys.exit(_exit_code(main, self.words))
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+
+@contextlib.contextmanager
+def quietly_forking() -> Iterator[None]:
+    """Python warns of every fork of a process with threads; those of xdist only wait."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+        yield
