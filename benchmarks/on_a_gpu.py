@@ -942,7 +942,8 @@ def main() -> None:
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work = options.work or options.output / "work"
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.output, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.forecast:
         forecast(options)
     elif options.check:
