@@ -73,7 +73,8 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=stream(seed, "images"), dtype=torch.float64) * 2 - 1
 
 
-ELSEWHERE = ("http", "image-similarity", "norm", "ocr", "preference", "profile")
+OF_MOLECULES = ("xtb-energy", "dipole", "mmff-energy", "qed", "logp", "sa-score", "validity")
+ELSEWHERE = ("http", "image-similarity", "norm", "ocr", "preference", "profile", *OF_MOLECULES)
 """Rewards that have tests of their own: they need more than a picture, or are of points."""
 LOCAL = [name for name in names("rewards") if name not in ELSEWHERE]
 PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]

@@ -24,6 +24,7 @@ from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
+from tiltflow.rewards.functions.failures import Failures
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.stored import AS_COMPUTED, Storage
@@ -151,7 +152,7 @@ def train(
         spent=network_evaluations,
     )
     try:
-        with eval_mode(*networks_of(tuned, base), reward), loop.count, loop.clock:
+        with eval_mode(*networks_of(tuned, base), reward), loop.count, loop.clock, loop.failures:
             if resume_from is not None:
                 loop.load_state_dict(resume_from)
             while loop.step < max_train_steps:
@@ -169,7 +170,7 @@ def train(
                     if loop.skipped > max_skipped_steps:
                         raise
                     yield from loop.record({"skipped": 1.0})
-                with loop.count.paused(), loop.clock.paused():
+                with loop.count.paused(), loop.clock.paused(), loop.failures.paused():
                     on_batch_end(end(loop.step))
     finally:
         if ema_decay:
@@ -220,6 +221,7 @@ class _Loop:
         self.count = CountEvaluations(*networks_of(self.tuned, self.base), poll=self.poll)
         self.device, self.began = next(iter(self.trained.values())).device, time.perf_counter()
         self.clock = Clock(self.device)
+        self.failures = Failures(self.device)
         forget_peak(self.device)
 
     def poll(self) -> None:
@@ -230,8 +232,8 @@ class _Loop:
     def record(self, metrics: dict[str, float]) -> Iterator[Record]:
         """Yields the record of an optimizer step. What its receiver does is not measured."""
         cost = (time.perf_counter() - self.began, self.evaluations, self.drawn)
-        record = Record(self.step, metrics, *cost, self.clock.taken(), peak_memory(self.device))
-        with self.clock.paused():
+        record = Record(self.step, metrics | self.failures.taken(), *cost, self.clock.taken(), peak_memory(self.device))
+        with self.clock.paused(), self.failures.paused():
             yield record
 
     @property

@@ -22,6 +22,14 @@ METRICS = (
         source="training",
     ),
     Metric(
+        "failed",
+        "Failed rewards",
+        "Samples of a step whose reward could not be computed, and that got the value that the reward has for failures.",
+        better="down",
+        expect="stays near what the base has. Where it rises, the model leaves what the reward is for.",
+        source="training",
+    ),
+    Metric(
         "step_kl",
         "Size of an update",
         "Path KL between the policies before and after the updates on one batch, in nats.",

@@ -1,0 +1,97 @@
+"""What molecules are measured by: bonds from geometries, and energies and gradients by xTB.
+
+    python benchmarks/molecules.py bonds SMILES.csv    which reach of a bond finds a molecule again, by how far atoms are moved
+    python benchmarks/molecules.py composition SMILES.csv    what each element adds to -E, and what is left
+    python benchmarks/molecules.py gradients SMILES.csv    lengths of the gradient of -E, by how far atoms are moved
+
+SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
+most seven heavy atoms.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from tiltflow.chemistry import bonds
+from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule
+from tiltflow.chemistry.embedding import rdkit
+from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, selected
+from tiltflow.chemistry.workers import Workers
+from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
+
+REACHES = (1.15, 1.18, 1.20, 1.22, 1.25, 1.30)
+MOVES = (0.0, 0.03, 0.05, 0.08)
+
+
+def some(data: Path, count: int, seed: int) -> Geometries:
+    """So many of the geometries, at random."""
+    made = load_geometries(data, max_heavy_atoms=7)
+    chosen = np.random.default_rng(seed).permutation(len(made))[:count]
+    return Geometries(made.numbers[chosen], made.positions[chosen], made.smiles[chosen])
+
+
+def find_bonds(data: Path, seed: int = 0) -> None:
+    """Print the share of molecules that are found again from their positions, each moved by Gaussian noise."""
+    made, chem, rng = some(data, 500, seed), rdkit(), np.random.default_rng(seed)
+    meant = [bonds.smiles_of(chem.MolFromSmiles(smiles)) for smiles in made.smiles.tolist()]
+    print("| moved by, Å | " + " | ".join(f"{reach:.2f}" for reach in REACHES) + " |\n|" + "---|" * (len(REACHES) + 1))
+    for move in MOVES:
+        moved = [Molecule(each.numbers, each.positions + move * rng.normal(size=(len(each), 3))) for each in made.molecules()]
+        shares = []
+        for bonds.REACH in REACHES:
+            found = [bonds.bonded(each) for each in moved]
+            shares.append(np.mean([mol is not None and bonds.smiles_of(mol) == m for mol, m in zip(found, meant, strict=True)]))
+        print(f"| {move} | " + " | ".join(f"{share:.1%}" for share in shares) + " |", flush=True)
+
+
+def fit_composition(data: Path, seed: int = 0, count: int = 1000) -> None:
+    """Print the least-squares fit of -E, without a constant, to the numbers of atoms, and what it leaves."""
+    workers, lines = Workers(), read_smiles(data)
+    chosen = np.random.default_rng(seed).permutation(len(lines))[:count]
+    smiles, _ = selected([lines[i] for i in chosen], data, workers)
+    molecules = made_of(smiles, workers).molecules()
+    counts = np.array([[(each.numbers == number).sum() for number in NUMBERS] for each in molecules], dtype=float)
+    print("| method | mean | sd | " + " | ".join(ELEMENTS) + " | sd left | R² | largest left |\n|" + "---|" * 11)
+    for method in get_args(Hamiltonian):
+        found = list(workers.map(single_point, [Question(each.numbers, each.positions, method) for each in molecules]))
+        known = np.array([isinstance(answer, Answer) for answer in found])
+        energies = np.array([-answer.energy for answer in found if isinstance(answer, Answer)])
+        shares = np.linalg.lstsq(counts[known], energies, rcond=None)[0]
+        left = energies - counts[known] @ shares
+        numbers = [energies.mean(), energies.std(), *shares, left.std(), 1 - left.var() / energies.var(), np.abs(left).max()]
+        print(
+            f"| {method}, {known.sum()} of {len(found)} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |",
+            flush=True,
+        )
+
+
+def find_gradients(data: Path, seed: int = 0) -> None:
+    """Print the median, the 90 % quantile and the largest norm of the gradient of a molecule's energy, by GFN1-xTB."""
+    made, workers, rng = some(data, 500, seed), Workers(), np.random.default_rng(seed)
+    print("| moved by, Å | failed | median, hartree/Å | 90 % | largest |\n|---|---|---|---|---|")
+    for move in (0.0, 0.05, 0.1, 0.2, 0.4):
+        moved = [Question(each.numbers, each.positions + move * rng.normal(size=(len(each), 3))) for each in made.molecules()]
+        found = [answer for answer in workers.map(single_point, moved) if isinstance(answer, Answer)]
+        norms = [float(np.linalg.norm(answer.gradient)) for answer in found]
+        middle, high, largest = np.quantile(norms, [0.5, 0.9, 1.0])
+        print(f"| {move} | {len(moved) - len(found)} of {len(moved)} | {middle:.2f} | {high:.2f} | {largest:.1f} |", flush=True)
+
+
+TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=TASKS)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    TASKS[arguments.what](arguments.data, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

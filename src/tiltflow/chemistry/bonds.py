@@ -1,0 +1,67 @@
+"""Bonds of a molecule from where its atoms are: what RDKit needs to say anything of its chemistry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tiltflow.chemistry.atoms import Molecule
+from tiltflow.chemistry.embedding import rdkit
+
+REACH = 1.22
+"""Atoms are bound that are nearer than this times the sum of their covalent radii. At RDKit's own 1.3 atoms across strained
+rings are taken to be bound, and at 1.15 bonds are lost that are stretched a little: `python benchmarks/molecules.py bonds`."""
+MOST_STEPS = 2000
+"""Steps of the search for bond orders: molecules of nine heavy atoms take a few, and a crowd of atoms could take for ever."""
+
+
+def bonded(molecule: Molecule) -> Any | None:
+    """The molecule in RDKit, sanitised: its atoms in the same order, their bonds and positions. It may be of several parts.
+
+    None where there is no structure of closed shells without charges: an atom has too many neighbours or too few, no bond
+    orders suit them all, there are no atoms, or positions are not finite. Groups that are written with charges,
+    such as nitro, have none.
+
+    Raises InputError if RDKit is not installed.
+    """
+    chem = rdkit()
+    from rdkit.Chem import rdDetermineBonds
+
+    if not len(molecule) or not np.isfinite(molecule.positions).all():
+        return None
+    mol = unbonded(molecule)
+    try:
+        rdDetermineBonds.DetermineConnectivity(mol, useVdw=True, covFactor=REACH)
+        rdDetermineBonds.DetermineBondOrders(
+            mol, charge=0, allowChargedFragments=False, embedChiral=False, maxIterations=MOST_STEPS
+        )
+        chem.SanitizeMol(mol)
+    except (ValueError, RuntimeError):  # RDKit's own exceptions are ValueErrors
+        return None
+    chem.AssignStereochemistryFrom3D(mol)
+    atoms = list(mol.GetAtoms())
+    return mol if not any(atom.GetNumRadicalElectrons() or atom.GetFormalCharge() for atom in atoms) else None
+
+
+def unbonded(molecule: Molecule) -> Any:
+    """The atoms in RDKit, with their positions and no bonds."""
+    chem = rdkit()
+    mol = chem.RWMol()
+    for number in molecule.numbers.tolist():
+        atom = chem.Atom(number)
+        atom.SetNoImplicit(True)
+        mol.AddAtom(atom)
+    conformer = chem.Conformer(len(molecule))
+    conformer.SetPositions(molecule.positions.astype(np.float64))
+    mol.AddConformer(conformer)
+    return mol
+
+
+def smiles_of(mol: Any, *, stereo: bool = False) -> str:
+    """Canonical SMILES of a molecule of `bonded`, without its hydrogens: equal for equal molecules."""
+    chem = rdkit()
+    plain = chem.Mol(mol)
+    if not stereo:
+        chem.RemoveStereochemistry(plain)  # first: hydrogens at double bonds with a side stay otherwise
+    return str(chem.MolToSmiles(chem.RemoveHs(plain)))

@@ -1,0 +1,122 @@
+"""Rewards of molecules by RDKit against known values, finite differences, and what has no structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiltflow.chemistry.atoms import Molecule, molecules_of, samples_of
+from tiltflow.chemistry.embedding import Question, embedded
+from tiltflow.plugins import find
+from tiltflow.rewards import LearnedReward, RewardSettings
+from tiltflow.rewards.functions.checked import value_and_gradient
+from tiltflow.rewards.functions.failures import Failures
+from tiltflow.settings import validate
+from tiltflow.streams import stream
+
+pytest.importorskip("rdkit", reason="the extra molecules is not installed")
+
+NAMES = ["xtb-energy", "dipole", "mmff-energy", "qed", "logp", "sa-score", "validity"]
+SMILES = ["CCO", "CC(=O)N", "c1ccccc1"]
+
+
+def settings(name: str, **tree: Any) -> Any:
+    return validate(find("rewards", name), {"name": name, **tree}, "reward")
+
+
+@pytest.fixture(scope="module")
+def molecules() -> list[Molecule]:
+    """Ethanol, acetamide and benzene; two molecules of water; atoms that are none."""
+    answers = [embedded(Question(smiles, 1, 0)) for smiles in SMILES]
+    made = [Molecule(each[0].astype(np.int64), each[1][0].astype(np.float64)) for each in answers if not isinstance(each, str)]
+    water = np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
+    two = Molecule(np.array([8, 1, 1, 8, 1, 1]), np.concatenate([water, water + 4]))
+    return [*made, two, Molecule(np.array([6, 8]), np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]]))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conventions(name: str) -> None:
+    made = settings(name)
+    assert isinstance(made, RewardSettings)
+    assert made.differentiable is (name in ("xtb-energy", "mmff-energy"))
+    for text in (made.unit, made.description):
+        assert text
+        assert not text.endswith(".")
+    assert type(made).model_validate(made.model_dump(mode="json")) == made
+    assert not isinstance(made, LearnedReward)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "failure"),
+    [
+        ("qed", [0.407, None, 0.443], 0.0),  # RDKit's of their SMILES
+        ("logp", [-0.0014, None, 1.6866], -10.0),
+        ("sa-score", [-1.98, None, -1.0], -10.0),
+        ("validity", [1.0, 1.0, 1.0], 0.0),
+    ],
+)
+def test_rewards_of_the_structure(name: str, expected: list[float | None], failure: float, molecules: list[Molecule]) -> None:
+    """As RDKit has them of the SMILES; two molecules or loose atoms fail, and are counted."""
+    from rdkit import Chem
+    from rdkit.Chem import QED, Crippen
+    from rdkit.Contrib.SA_Score import sascorer
+
+    of_smiles = {
+        "qed": QED.qed,
+        "logp": Crippen.MolLogP,
+        "sa-score": lambda m: -sascorer.calculateScore(m),
+        "validity": lambda m: 1.0,
+    }
+    with Failures() as failures:
+        found = settings(name).build()(samples_of(molecules, 12)).tolist()
+        assert failures.taken() == ({} if name == "validity" else {"failed": 2.0})
+    assert found[:3] == pytest.approx([of_smiles[name](Chem.MolFromSmiles(smiles)) for smiles in SMILES])
+    assert found[3:] == [failure, failure]
+    for value, known in zip(found, expected, strict=False):
+        assert known is None or value == pytest.approx(known, abs=0.02)
+
+
+def test_what_is_invalid_is_a_cost(molecules: list[Molecule]) -> None:
+    found = settings("validity", sign="invalid").build()(samples_of(molecules, 12))
+    assert found.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_gradient_of_the_force_field_is_that_of_finite_differences(molecules: list[Molecule]) -> None:
+    """Of molecules of one part and of several; what has no bonds has the value of failures, and no slope."""
+    x = samples_of(molecules, 12).double()
+    x[..., :3] += 0.02 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * x[..., 3:].sum(-1, keepdim=True)
+    reward = settings("mmff-energy", failure_value=-500.0).build()
+    value, gradient = value_and_gradient(reward, x)
+    way = torch.zeros_like(x)
+    way[..., :3] = torch.randn(x[..., :3].shape, generator=stream(1), dtype=x.dtype) * x[..., 3:].sum(-1, keepdim=True)
+    step = 1e-4
+    slope = (reward(x + step * way) - reward(x - step * way)) / (2 * step)
+    torch.testing.assert_close((gradient * way).sum((1, 2))[:4], slope[:4], rtol=1e-4, atol=1e-3)
+    assert value[4] == -500.0
+    assert not gradient[4].any()
+    assert not gradient[..., 3:].any()
+
+
+def test_geometries_are_at_rest_in_the_force_field(molecules: list[Molecule]) -> None:
+    """They are its minima: the slope is small, and atoms that are moved lose."""
+    reward, x = settings("mmff-energy").build(), samples_of(molecules[:3], 12)
+    value, gradient = value_and_gradient(reward, x)
+    assert gradient.flatten(1).norm(dim=1).max() < 0.1
+    for seed in range(3):
+        moved = x.clone()
+        moved[..., :3] += (
+            0.03 * torch.randn(x[..., :3].shape, generator=stream(seed, "moved")) * x[..., 3:].sum(-1, keepdim=True)
+        )
+        assert (reward(moved) < value).all()
+
+
+def test_molecules_are_those_of_the_samples(molecules: list[Molecule]) -> None:
+    """A change of the order of atoms changes no reward."""
+    for name in ("qed", "logp", "sa-score", "mmff-energy"):
+        reward = settings(name).build()
+        turned = samples_of([Molecule(each.numbers[::-1].copy(), each.positions[::-1].copy()) for each in molecules], 14)
+        torch.testing.assert_close(reward(turned), reward(samples_of(molecules, 12)), rtol=1e-4, atol=1e-3)
+    assert [each.formula for each in molecules_of(samples_of(molecules, 12))][:3] == ["C2H6O", "C2H5NO", "C6H6"]
