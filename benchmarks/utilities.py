@@ -29,6 +29,7 @@ from torch import Tensor
 
 import tiltflow
 from tiltflow.evaluation.distances import distance_to_law
+from tiltflow.evaluation.tails import best_share, worst_share
 from tiltflow.files import read_json, write_json
 from tiltflow.laws import utility_optimum
 from tiltflow.laws.law import Array
@@ -38,7 +39,6 @@ from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.runs.staged.run import run_stages
 from tiltflow.streams import stream
 from tiltflow.utilities.estimation import transport as plans
-from tiltflow.utilities.estimation.weighted import best_share, worst_share
 from tiltflow.utilities.kl import Kl
 
 Numbers = dict[str, float]

@@ -30,6 +30,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from tiltflow.evaluation.estimates import Estimate, entropy, one_hot
+from tiltflow.evaluation.tails import best_share
 from tiltflow.files import read_json, write_json
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.laws.law import Array
@@ -44,7 +45,6 @@ from tiltflow.runs.staged.run import run_stages
 from tiltflow.streams import stream
 from tiltflow.utilities.estimation.known import Known
 from tiltflow.utilities.estimation.scores import Score
-from tiltflow.utilities.estimation.weighted import best_share
 from tiltflow.utilities.optimal_design import OptimalDesign
 from tiltflow.utilities.superquantile import Superquantile
 

@@ -156,7 +156,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "occupied folder": (["train", recipe, "--output", str(tmp_path / "occupied")], "already holds something"),
         "no such run": (["evaluate", str(tmp_path / "none")], "not a run folder"),
         "no such device": (["train", recipe, *new, "--device", "warp"], "torch has no such device"),
-        "no picture": (["sample", str(tmp_path / "flow"), "--output", "x.jpg"], "must end in .png, .gif or .npz"),
+        "no picture": (["sample", str(tmp_path / "flow"), "--output", "x.jpg"], "must end in .png, .gif, .xyz, .sdf or .npz"),
         "no data": (["pretrain", "digits-flow", "--data", str(tmp_path / "no.npz"), *new], "no such data set"),
         "no such option": (["train", recipe, "--ouput", "x"], "No such option: --ouput"),
     }  # fmt: skip

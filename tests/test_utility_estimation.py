@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import InputError
+from tiltflow.evaluation.tails import best_share, worst_share
 from tiltflow.flows.field import FunctionField
 from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.rewards.functions.lifted import from_function
@@ -20,7 +21,6 @@ from tiltflow.utilities.estimation.first_variation import FirstVariation, Surrog
 from tiltflow.utilities.estimation.known import Known
 from tiltflow.utilities.estimation.scores import Score
 from tiltflow.utilities.estimation.tail_pool import tail_pool
-from tiltflow.utilities.estimation.weighted import best_share, worst_share
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tiltflow.models.text_to_image import TextToImage
 
 SOLVERS = names("samplers.solvers")
+SUFFIXES = (".png", ".gif", ".xyz", ".sdf", ".npz")
 
 
 def model_names() -> Iterable[str]:
@@ -43,7 +44,8 @@ def sample(
         typer.Option(
             "--output",
             "-o",
-            help="File to write: a .png grid, of videos rows of frames; a .gif of videos; or an .npz with the array `samples`.",
+            help="File to write: a .png grid, of videos rows of frames; a .gif of videos; an .xyz or .sdf of molecules; or an"
+            " .npz with the array `samples`.",
         ),
     ] = Path("samples.png"),
     num_samples: Annotated[
@@ -100,6 +102,7 @@ def sample(
     [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
     [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
+    [dim]tiltflow sample models/molecules --output molecules.sdf[/dim]
     [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
     [dim]tiltflow sample runs/edits --prompt "make it red" --image in.png --output red.png[/dim]
     """
@@ -109,8 +112,8 @@ def sample(
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.settings import validate
 
-    if output.suffix not in (".png", ".gif", ".npz"):
-        raise InputError(f"--output {output}: must end in .png, .gif or .npz")
+    if output.suffix not in SUFFIXES:
+        raise InputError(f"--output {output}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     loaded, console = load(model, set_up_torch(device, threads)), make_console(as_json)
     check_suffix(output, loaded.sample_shape)
     changes = {"solver": solver, "num_inference_steps": num_inference_steps}
@@ -189,19 +192,26 @@ def plan_samples(model: Model, labels: list[str] | None, count: int, options: di
 
 
 def check_suffix(output: Path, shape: tuple[int, ...]) -> None:
-    """Raise InputError for a .gif of samples that are not videos, and for a .png of samples that are no pictures either."""
+    """Raise InputError for a file of another kind than the samples of this shape: a .gif is of videos, an .xyz and an .sdf of
+    molecules, a .png of any of these and of pictures, and an .npz of all."""
+    from tiltflow.evaluation.molecules import is_molecule
     from tiltflow.evaluation.pictures import is_video
 
-    pictures, videos = len(shape) == 3 and shape[0] in (1, 3), is_video(shape)
-    if not {".png": pictures or videos, ".gif": videos}.get(output.suffix, True):
-        wanted, use = "pictures" if output.suffix == ".png" else "videos", ".png or .npz" if pictures else ".npz"
-        raise InputError(f"--output {output}: samples of shape {list(shape)} are not {wanted}; use {use}")
+    pictures, videos, molecules = len(shape) == 3 and shape[0] in (1, 3), is_video(shape), is_molecule(shape)
+    drawn = pictures or videos or molecules
+    kinds = {".png": ("pictures", drawn), ".gif": ("videos", videos), ".npz": ("samples", True)}
+    what, fits = kinds.get(output.suffix, ("molecules", molecules))
+    if not fits:
+        use = ".png or .npz" if drawn else ".npz"
+        raise InputError(f"--output {output}: samples of shape {list(shape)} are not {what}; use {use}")
 
 
 def write_samples(output: Path, x: Tensor, columns: int) -> None:
-    """Write samples [count, *event] atomically to a .png grid, of videos their frames in rows, a .gif or an .npz file."""
+    """Write samples [count, *event] atomically to a .png grid, of videos their frames in rows, of molecules drawings; or to a
+    .gif, an .xyz, an .sdf or an .npz file."""
     import numpy as np
 
+    from tiltflow.evaluation.molecules import is_molecule
     from tiltflow.files import write_file
     from tiltflow.reports.plots import image_grid
     from tiltflow.reports.videos import frames_in_rows, save_gif
@@ -210,9 +220,24 @@ def write_samples(output: Path, x: Tensor, columns: int) -> None:
         with open(draft, "wb") as file:
             if output.suffix == ".gif":
                 save_gif(x, columns, file)
-            elif output.suffix == ".png":
-                (frames_in_rows(x) if x.ndim == 5 else image_grid(x, columns)).save(file, "PNG")
-            else:
+            elif output.suffix == ".npz":
                 np.savez_compressed(file, samples=x.numpy())
+            elif is_molecule(x.shape[1:]) or output.suffix != ".png":
+                write_molecules(output.suffix, x, columns, file)
+            else:
+                (frames_in_rows(x) if x.ndim == 5 else image_grid(x, columns)).save(file, "PNG")
 
     write_file(output, write)
+
+
+def write_molecules(suffix: str, x: Tensor, columns: int, file: BinaryIO) -> None:
+    """Write molecules [count, atoms, 3 + 5] as a .png of drawings, an .xyz or an .sdf file."""
+    from tiltflow.chemistry.atoms import molecules_of
+    from tiltflow.chemistry.molecule_files import to_sdf, to_xyz
+    from tiltflow.reports.molecules import molecule_grid
+
+    molecules = molecules_of(x)
+    if suffix == ".png":
+        molecule_grid(molecules, columns).save(file, "PNG")
+    else:
+        file.write((to_xyz if suffix == ".xyz" else to_sdf)(molecules).encode())

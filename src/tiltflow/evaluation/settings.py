@@ -56,7 +56,8 @@ class Evaluation(Settings):
     group: Labels = ()
     """Classes of the judge that are reported together."""
     data: PathOrName | None = None
-    """Real images, an .npz file or a folder, to which the Fréchet distance of samples is computed in the judge's features."""
+    """Real images, an .npz file or a folder, to which the Fréchet distance of samples is computed in the judge's features; for
+    molecules a file of SMILES, among which they are looked up: others are new."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability of the likeliest class above which the judge counts as sure of a sample."""
     features: PathOrName | None = None

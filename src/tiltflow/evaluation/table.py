@@ -12,6 +12,7 @@ from torch import Tensor
 from tiltflow.evaluation.features import distances_to_reference, frechet_distances
 from tiltflow.evaluation.metrics.distance_to_reference import reference_images
 from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
+from tiltflow.evaluation.molecules import are_molecules, plain
 from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.samples import Asked, Instruments
 from tiltflow.evaluation.settings import Evaluation, Point
@@ -49,7 +50,7 @@ def draw_all(
             x, latents = instruments.draw(model, asked.items, point, seed=seed, batch_size=settings.at_once)
             rewards = instruments.scores(x, asked, latents)
             extract = instruments.extract
-            compared = (x.clamp(-1, 1) if base.has_decoder else x) if extract is None else instruments.features(x, extract)
+            compared = plain(x, clamped=base.has_decoder) if extract is None else instruments.features(x, extract)
             if scale is None:  # of the base, which comes first
                 scale = squared_distance(compared, asked.size)
             row: dict[str, Any] = {"model": name, **in_row(point, points, base)}
@@ -108,8 +109,10 @@ def of_prompts(features: Tensor, reference: Tensor, asked: Asked) -> dict[str, f
     return over_groups(frechet_distances(x, y), 1).named("fid_per_prompt")
 
 
-def in_words(instruments: Instruments, features: str | None, base: GenerativeModel) -> str:
-    """Name what samples are compared in for diversity."""
+def in_words(instruments: Instruments, features: str | None, base: GenerativeModel, x: Tensor) -> str:
+    """Name what samples x [n, *event] of the base are compared in for diversity."""
     if instruments.extract is not None:
         return f"features of {features}"
+    if are_molecules(x):
+        return "fingerprints of their bonds"
     return "pixels" if base.has_decoder else "the samples themselves"

@@ -18,6 +18,7 @@ from PIL import Image
 from tiltflow.evaluation.metrics import described
 from tiltflow.formatting import Tree, decimal, get, number, percent
 from tiltflow.reports import plots
+from tiltflow.reports.molecules import Shape, pairs_of
 from tiltflow.reports.tables import Row, Table, classes, measures, table, tests
 from tiltflow.reports.values import capital, group, measured, sentence
 from tiltflow.reports.videos import gif_rows
@@ -87,6 +88,15 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """Compositions of molecules: histogram (SVG) of the commonest formulas, their shares, and how many formulas there are."""
+
+    svg: str
+    shares: Table
+    number: int
+
+
+@dataclass(frozen=True)
 class Page:
     """Values of a report, section by section."""
 
@@ -98,6 +108,7 @@ class Page:
     alarm: str
     tiles: Sequence[Tile]
     pairs: Sequence[Pair]
+    molecules: Sequence[tuple[Shape, Shape]]
     edits: bool
     tone: str
     verdict: str
@@ -107,6 +118,7 @@ class Page:
     limits: Sequence[str]
     tests: Table | None
     judged: Judged | None
+    composed: Composed | None
     curves: Sequence[Card]
     looks: Sequence[Card]
     table: Table | None
@@ -130,6 +142,7 @@ def page_of(
     looks: Sequence[Tree],
     pictures: Sequence[bytes],
     videos: Sequence[bytes] = (),
+    molecules: Sequence[str] = (),
     recipe: str,
     folder: str,
 ) -> Page:
@@ -141,6 +154,7 @@ def page_of(
         looks: lines of monitor.jsonl.
         pictures: PNG files before and after tuning, or none.
         videos: GIF files of the same rows, or none.
+        molecules: .xyz files before and after tuning, or none; they are shown in place of pictures.
         recipe: text of the recipe.
         folder: name of the run's folder.
     """
@@ -155,7 +169,8 @@ def page_of(
         description=sentence(s["description"]) if s.get("description") else "",
         alarm=sentence(s["alarm"]) if s.get("alarm") else "",
         tiles=tiles(s),
-        pairs=pairs(s, pictures, videos),
+        pairs=[] if len(molecules) == 2 else pairs(s, pictures, videos),
+        molecules=pairs_of(*molecules) if len(molecules) == 2 else [],
         edits=bool(get(s, "pictures.images")),
         tone=tone if tone in ("good", "fair", "poor") else "fair",
         verdict=verdict if isinstance(verdict, str) else "",
@@ -165,6 +180,7 @@ def page_of(
         limits=[str(limit) for limit in limits] if isinstance(limits, list) else [],
         tests=tests(s),
         judged=judged(s),
+        composed=composed(s),
         curves=curves(s, records),
         looks=[Card(capital(key), plots.looks(looks, key)) for key in looks[0]["measures"]] if len(looks) > 1 else [],
         table=table(s),
@@ -339,6 +355,21 @@ def judged(s: Tree) -> Judged | None:
         "" if before is None else percent(before),
         "" if after is None else percent(after),
         before is not None and after is not None and after < before - 0.05,
+    )
+
+
+def composed(s: Tree) -> Composed | None:
+    """Return the compositions of molecules, if there are several."""
+    names, base, tuned, target, error = (
+        get(s, f"molecules.compositions.{key}") or [] for key in ("formulas", "base", "tuned", "target", "target_error")
+    )
+    if len(names) < 2 or not len(base) == len(tuned) == len(names) or len(target) not in (0, len(names)):
+        return None
+    errors = error if len(error) == len(names) else None
+    return Composed(
+        plots.class_histogram(base, tuned, target, errors, names),
+        classes(names, base, tuned, target, errors, number(s, "num_samples"), "Formula"),
+        int(number(s, "molecules.compositions.number") or 0),
     )
 
 

@@ -24,7 +24,7 @@ def write_report(folder: Path) -> Path:
 
     Raises InputError if summary.json cannot be read; any other file may be missing.
     """
-    pictures, videos = ([folder / f"{side}.{kind}" for side in SIDES] for kind in ("png", "gif"))
+    pictures, videos, molecules = ([folder / f"{side}.{kind}" for side in SIDES] for kind in ("png", "gif", "xyz"))
     recipe = folder / "recipe.yaml"
     source = folder / "summary.json"
     summary = read_json(source)
@@ -36,6 +36,7 @@ def write_report(folder: Path) -> Path:
                 looks=read_looks(folder),
                 pictures=[path.read_bytes() for path in pictures if path.exists()],
                 videos=[path.read_bytes() for path in videos if path.exists()],
+                molecules=[path.read_text(encoding="utf-8", errors="replace") for path in molecules if path.exists()],
                 recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
                 folder=final_name(folder),
             )

@@ -61,6 +61,7 @@ def classes(
     target: Sequence[float],
     target_error: Sequence[float] | None,
     count: float | None,
+    head: str = "Class",
 ) -> Table:
     """Return the share of each class; shares of `count` independent samples have binomial standard errors."""
 
@@ -70,7 +71,7 @@ def classes(
     of_samples = [[math.sqrt(p * (1 - p) / count) for p in values] if count else None for values in (base, tuned)]
     known = shares(target, target_error) or ["–"] * len(names)
     rows = zip(names, shares(base, of_samples[0]), shares(tuned, of_samples[1]), known, strict=True)
-    return Table(("Class", "Base", "Tuned", "Target"), list(rows))
+    return Table((head, "Base", "Tuned", "Target"), list(rows))
 
 
 def table(s: Tree) -> Table | None:

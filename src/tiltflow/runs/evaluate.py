@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from tiltflow import __version__, processes
+from tiltflow.chemistry.atoms import molecules_of
+from tiltflow.chemistry.molecule_files import to_xyz
 from tiltflow.control.path_kl import tuned_paths
 from tiltflow.errors import UserCodeError
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.importance_weights import ImportanceWeights
+from tiltflow.evaluation.molecules import are_molecules, evenly
 from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.pictures import is_video
 from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
@@ -25,10 +28,12 @@ from tiltflow.evaluation.settings import Point
 from tiltflow.evaluation.table import Drawn, draw_all, in_words
 from tiltflow.evaluation.verdict import Row, conclude, mean_test, of_rewards
 from tiltflow.files import final_name, write_file, write_json, write_text
+from tiltflow.formatting import decimal
 from tiltflow.laws.target import Target
 from tiltflow.methods import Tilting
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.pictures import batch_of, edited
+from tiltflow.reports.molecules import molecule_grid
 from tiltflow.reports.plots import image_grid
 from tiltflow.reports.points import are_points, draw, frame
 from tiltflow.reports.report import write_report
@@ -56,6 +61,8 @@ from tiltflow.training.base_statistics import BaseStatistics
 from tiltflow.training.method import Method
 from tiltflow.training.records import speed
 
+COLUMNS = 6
+"""Of a picture of molecules."""
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
 """For the path KL, each of which costs as much as two samples; with prompts, at least so many."""
 
@@ -117,7 +124,7 @@ def evaluate(
         **mean_rewards(samples, of_base, of_tuned, asked, instruments.own),
         **entries,
         **of_paths(run, target, tuned, base, asked, instruments, tilted),
-        "diversity_in": in_words(instruments, settings.features, base),
+        "diversity_in": in_words(instruments, settings.features, base, of_base.x),
         "table": table,
         "seconds": records[-1]["seconds"],
         "network_evaluations": records[-1]["network_evaluations"],
@@ -135,7 +142,8 @@ def evaluate(
     summary |= conclude([*tests, *found.tests], summary)
     summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
     drawn = landscape(instruments.rewards[instruments.own], asked, base.device)
-    return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid, drawn)
+    rewards = of_base.rewards[instruments.own], of_tuned.rewards[instruments.own]
+    return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid, drawn, rewards)
 
 
 def method_at(run: RunSettings, record: Mapping[str, Any]) -> Method:
@@ -298,9 +306,12 @@ def written(
     asked: Asked,
     most: int,
     reward: Callable[[Tensor], Tensor] | None,
+    rewards: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """Write the summary, the report, and pictures if the samples can be drawn; by the main process. Returns the summary."""
     files, about = pictures_of(x_base, x, asked, most, reward)
+    if are_molecules(x):
+        files, about = molecules_in_files((x_base, x), rewards, most)
     if about:
         summary["pictures"] = about
     if not processes.is_main():
@@ -348,6 +359,20 @@ def pictures_of(
         grid = frames_in_rows(each[:most]) if videos else image_grid(each[:most], columns)
         files[f"{name}.png"] = partial(grid.save, format="png")
     return files, about | ({"frames": x.shape[1]} if videos else {})
+
+
+def molecules_in_files(
+    both: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], most: int
+) -> tuple[dict[str, Callable[[Path], object]], dict[str, Any]]:
+    """What writes molecules of samples before and after tuning, with their rewards [n], as pictures and as files of atoms, and
+    what the summary says of them."""
+    files: dict[str, Callable[[Path], object]] = {}
+    which = evenly(len(both[0]), most)
+    for name, x, values in zip(("before", "after"), both, rewards, strict=True):
+        molecules, numbers = molecules_of(x[which]), values[which].tolist()
+        files[f"{name}.xyz"] = partial(Path.write_text, data=to_xyz(molecules, numbers), encoding="utf-8")
+        files[f"{name}.png"] = partial(molecule_grid(molecules, COLUMNS, list(map(decimal, numbers))).save, format="png")
+    return files, {"rows": math.ceil(len(which) / COLUMNS), "molecules": len(which)}
 
 
 def columns_of(asked: Asked, most: int) -> int:

@@ -12,6 +12,8 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.features import distances_to_reference, features_of
 from tiltflow.evaluation.metrics.distance_to_reference import reference_images
 from tiltflow.evaluation.metrics.judge import real_images
+from tiltflow.evaluation.metrics.molecules import known_smiles
+from tiltflow.evaluation.molecules import are_molecules
 from tiltflow.evaluation.samples import Asked, Instruments, Judge, with_latents
 from tiltflow.evaluation.settings import Evaluation, Point
 from tiltflow.models.protocol import GenerativeModel
@@ -78,6 +80,8 @@ def rehearse(
                 try_reward(decoded_from(two.tell(reward), latents), x, non_finite=non_finite)
     if instruments.judge is not None:
         try_judge(instruments.judge, x, settings, instruments.device)
+    elif are_molecules(x):
+        known_smiles(settings)
     elif settings.data is not None:
         raise InputError("evaluation.data: the comparison is in the features of a judge; set evaluation.judge too")
     if instruments.extract is not None:

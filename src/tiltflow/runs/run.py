@@ -6,7 +6,7 @@ model/           the tuned model, as `tiltflow.load` reads it: a model folder; o
 reward.safetensors      the network of a reward that learned along the way
 base/            the base model, unless it ships with tiltflow or is a pipeline
 before.png, after.png, summary.json, report.html      written by the evaluation, from the folder alone; of videos before.gif and
-                 after.gif too
+                 after.gif too, of molecules before.xyz and after.xyz
 """
 
 from __future__ import annotations

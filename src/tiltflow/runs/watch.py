@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.importance_weights import ImportanceWeights
+from tiltflow.evaluation.molecules import are_molecules, connected, plain
 from tiltflow.evaluation.monitor import Look, look_at, spread, spread_of_target, surprise, target_measures
 from tiltflow.evaluation.pictures import are_pictures, colour_entropy, edge_energy, is_video, motion
 from tiltflow.evaluation.samples import Asked, Instruments, kept
@@ -22,6 +23,7 @@ from tiltflow.streams import stream
 
 IN_GROUP, CONFIDENCE, VARIETY = "the judge's group", "the judge's confidence", "variety"
 CLASSES, EDGES, COLOURS, MOTION = "the entropy of the judge's classes", "edge energy", "colour entropy", "motion"
+VALID = "the share of valid molecules"
 """What a monitor measures beside rewards."""
 Measures = dict[str, Tensor]
 
@@ -116,7 +118,10 @@ class Content:
 
 
 def in_pictures(x: Tensor) -> Measures:
-    """What is in each of the samples x [n, ...] that are pictures or videos; nothing of others."""
+    """What is in each of the samples x [n, ...] that are pictures or videos, and which molecules are valid; nothing of
+    others."""
+    if are_molecules(x):
+        return {VALID: connected(x)}
     measures = {EDGES: of_frames(edge_energy), COLOURS: of_frames(colour_entropy)}
     if is_video(x.shape[1:]):  # which are large: one at a time
         return {name: torch.cat([measure(one) for one in x.split(1)]) for name, measure in {**measures, MOTION: motion}.items()}
@@ -133,4 +138,4 @@ def compared(instruments: Instruments, x: Tensor, *, clamped: bool) -> Tensor:
         return instruments.look(instruments.judge.features, x)
     if instruments.extract is not None:
         return instruments.features(x, instruments.extract)
-    return x.clamp(-1, 1) if clamped else x
+    return plain(x, clamped=clamped)

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 
 from tiltflow.evaluation.estimates import Estimate
+from tiltflow.evaluation.tails import best_share
 from tiltflow.laws.tail_duals import upper_threshold
 from tiltflow.utilities import Utility
 from tiltflow.utilities.estimation.first_variation import FirstVariation, of_rewards
 from tiltflow.utilities.estimation.known import Known
-from tiltflow.utilities.estimation.weighted import best_share
 
 
 class Superquantile(Utility):

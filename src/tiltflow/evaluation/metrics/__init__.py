@@ -31,6 +31,7 @@ class Section(StrEnum):
     CLOSE = "Distance to the target law"
     SURE = "Precision and confidence"
     VARIED = "Diversity"
+    MOLECULES = "Molecules"
     COST = "Cost"
     SPEED = "Speed and memory"
 
@@ -116,6 +117,7 @@ def nothing(seen: Seen) -> Found:
 ORDER = (
     "samples",
     "judge",
+    "molecules",
     "reward",
     "distance-to-target",
     "achieved-tilt",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tiltflow.evaluation.distances import exact_w2
 from tiltflow.evaluation.metrics import Cost, Found, Metric, Section
+from tiltflow.evaluation.molecules import are_molecules, plain
 from tiltflow.evaluation.samples import Asked, Seen
 
 MOST = 1024  # points for the exact distance, whose cost is quadratic in them
@@ -46,7 +47,8 @@ def measure(seen: Seen) -> Found:
     elif samples.asked.kind == "prompt":
         return Found()
     else:
-        space, (base, tuned) = "samples", (x.flatten(1) for x in samples.both)
+        space = "fingerprints" if are_molecules(samples.base) else "samples"
+        base, tuned = (plain(x, clamped=False).flatten(1) for x in samples.both)
     return Found({**distance_to_base(tuned, base, samples.asked), "w2_space": space})
 
 
