@@ -128,6 +128,14 @@ def test_classes_too_rare_for_a_test_are_tested_together() -> None:
     assert share_test("c", (labels == 2).double(), (labels == 2).double(), weights) is None
 
 
+def test_a_share_of_all_is_not_tested_whatever_weights_sum_to() -> None:
+    """In floating point they can sum to a little more than one."""
+    every, weights = torch.ones(600), torch.full((600,), 1 / 600, dtype=torch.float64)
+    for rounding in (-1e-15, 0, 1e-15):
+        assert share_test("all", every, every, ImportanceWeights(weights + rounding)) is None
+        assert share_test("none", 1 - every, 1 - every, ImportanceWeights(weights + rounding)) is None
+
+
 # ---- false alarms and power ----
 
 BETA = 2.1

@@ -148,6 +148,7 @@ def distance_test(statistic: str, tuned: float, base: float, null: Tensor) -> Ro
 def share_test(statistic: str, tuned: Tensor, base: Tensor, weights: ImportanceWeights) -> Row | None:
     """Return the `mean_test` of members, 0 or 1; None if members or non-members are too few for a normal approximation."""
     share, error = map(float, weights.mean(base.double()))
+    share = min(max(share, 0.0), 1.0)  # weights sum to one but for rounding
     if error == 0 or min(share * (1 - share) / error**2, len(tuned)) * min(share, 1 - share) < FEWEST_OF_CLASS:
         return None
     return mean_test(statistic, tuned, base, weights, unit="share")
