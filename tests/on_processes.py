@@ -1,11 +1,10 @@
-"""What `test_processes.py` starts in several processes: python on_processes.py FOLDER WEIGHTS/SCENARIO [WEIGHTS/SCENARIO ..]"""
+"""What `test_processes.py` lets several processes do."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -294,14 +293,10 @@ def make(folder: Path, *names: str) -> None:
             globals()[scenario](place)
 
 
-def main() -> None:
-    folder, *names = sys.argv[1:]
+def work(folder: Path, *names: str) -> None:
+    """What each process does."""
     torch.set_num_threads(1)
     os.environ.update(WEIGHTS[names[-1].split("/")[0]])  # to begin is more with sharded weights, which come last
     processes.begin("cpu")
-    make(Path(folder), *names)
+    make(folder, *names)
     processes.end()
-
-
-if __name__ == "__main__":
-    main()

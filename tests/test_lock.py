@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_recipe
-from typed import Command
+from typed import Beside, command
 
 from tiltflow.api import evaluate
 from tiltflow.errors import InputError, Note
@@ -199,7 +199,7 @@ def test_of_two_that_begin_at_once_one_runs_and_the_other_is_told(tmp_path: Path
     path = tiny_recipe(tmp_path, training={"max_train_steps": 10, "train_batch_size": 4}, evaluation={"num_samples": 8})
     words = ["train", str(path), "-o", str(tmp_path / "run"), "-q", "--threads", "1"]
     seeds = (3, 4)
-    processes = {seed: Command(*words, "--seed", str(seed), output=tmp_path / f"said {seed}") for seed in seeds}
+    processes = {seed: Beside(command, *words, "--seed", str(seed), output=tmp_path / f"said {seed}") for seed in seeds}
     ended = {seed: process.wait(timeout=120) for seed, process in processes.items()}
     (winner,) = [seed for seed in seeds if ended[seed] == 0]
     loser = sum(seeds) - winner

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from itertools import filterfalse
 from pathlib import Path
@@ -21,8 +22,11 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
+from accelerate.state import AcceleratorState
 from filelock import FileLock
-from on_processes import CRITICS, INTERRUPTED, OTHERS, WEIGHTS, make
+from on_processes import CRITICS, INTERRUPTED, OTHERS, WEIGHTS, make, work
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typed import Beside, command
 
 from tiltflow import processes
 from tiltflow.errors import InputError
@@ -30,29 +34,45 @@ from tiltflow.processes import shares
 from tiltflow.runs.checkpoint import FOLDER, checkpoints, load_checkpoint, verify_checkpoint
 from tiltflow.training.records import of_machine
 
-HERE = Path(__file__).parent
 TOGETHER = [f"replicated/{name}" for name in ("methods", "pictures", "interrupted", "not_finite", "critics")]
-TOGETHER += ["zero-2/interrupted", "fsdp2/methods", "fsdp2/interrupted"]  # of one launch: two processes start for seconds
+TOGETHER += ["zero-2/interrupted", "fsdp2/methods", "fsdp2/interrupted"]  # of one launch
 TOLERANCE = 1e-6
 
 
-def launch(count: int, *arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.Popen(
-        [*launcher, *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def launch(function: Callable[..., int | None], *arguments: Any, output: Path) -> Beside:
+    """Two processes that do this, by the launcher of torchrun; they and it are copies of this process, which need not import
+    everything first."""
+    return Beside(launcher, function, *arguments, output=output)
+
+
+def launcher(*arguments: Any) -> None:
+    two = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+    elastic_launch(two, worker)(*arguments)
+
+
+def worker(function: Callable[..., int | None], *arguments: Any) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was copied
+    try:
+        code = function(*arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.exit(code)
+
+
+def torchrun(function: object, *words: str, output: Path) -> subprocess.Popen[str]:
+    """The command itself, with `python -m tiltflow`."""
+    assert function is command
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tiltflow", *words]
+    with open(output, "w") as file:
+        return subprocess.Popen(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, text=True)
 
 
 def complete(folder: Path, *names: str) -> None:
     """Let two processes make the scenarios of these names."""
-    process = launch(2, str(HERE / "on_processes.py"), str(folder), *names)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    output = folder.with_name(f"{folder.name}-output")
+    assert launch(work, folder, *names, output=output).wait(timeout=300) == 0, output.read_text()[-3000:]
 
 
 @pytest.fixture(scope="session")
@@ -199,12 +219,12 @@ def test_a_reward_that_is_not_finite_in_one_process_is_not_finite_in_all(togethe
 
 
 def test_a_process_that_fails_takes_the_others_down(tmp_path: Path) -> None:
-    process = launch(2, str(HERE / "on_processes.py"), str(tmp_path), "replicated/dies")
-    output, _ = process.communicate(timeout=120)
+    process = launch(work, tmp_path, "replicated/dies", output=tmp_path / "output")
+    code = process.wait(timeout=120)
     place = tmp_path / "replicated" / "dies"
     died = float((place / "died").read_text())
-    assert process.returncode != 0
-    assert "ZeroDivisionError: the reward of process 1 divides by zero" in output
+    assert code not in (0, None)
+    assert "ZeroDivisionError: the reward of process 1 divides by zero" in (tmp_path / "output").read_text()
     assert time.monotonic() - died < 20
     assert not (place / "run" / "summary.json").exists()
 
@@ -216,17 +236,17 @@ def test_asked_to_stop_all_save_and_the_run_goes_on(asked: str, tmp_path: Path) 
     from tiny import tiny_recipe
 
     recipe = tiny_recipe(tmp_path, training={"max_train_steps": 2000, "train_batch_size": 4, "checkpointing_steps": 0})
-    arguments = ["-m", "tiltflow", "train", str(recipe), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    process = launch(2, *arguments)
+    words = ["train", str(recipe), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    process = (torchrun if asked == "launcher" else launch)(command, *words, output=tmp_path / "output")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or metrics.stat().st_size == 0:
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.1)
     children = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     for pid in {"launcher": [process.pid], "one": children[1:], "all": [*children, process.pid]}[asked]:
         os.kill(pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert "stopped by signal 15" in output
+    process.wait(timeout=60)
+    assert "stopped by signal 15" in (tmp_path / "output").read_text()
     last = checkpoints(tmp_path / "run" / FOLDER)[-1]
     assert verify_checkpoint(last)["step"] == lines(tmp_path / "run")[-1]["step"] < 2000
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 from tiny import tiny_recipe
 from torch import Tensor
-from typed import Command
+from typed import Beside, command
 
 from tiltflow.errors import InputError, Interrupted
 from tiltflow.evaluation.monitor import read_looks
@@ -425,15 +425,15 @@ def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     with open(folder.with_name("output"), "ab") as output:
         # tests that run in the background of a shell inherit a SIGINT that is ignored
         ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        command = [sys.executable, "-m", "tiltflow", *words(recipe, folder)]
-        return subprocess.Popen(command, stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
+        typed = [sys.executable, "-m", "tiltflow", *words(recipe, folder)]
+        return subprocess.Popen(typed, stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
 
 
-def copied(recipe: Path, folder: Path) -> Command:
-    return Command(*words(recipe, folder), output=folder.with_name("output"))
+def copied(recipe: Path, folder: Path) -> Beside:
+    return Beside(command, *words(recipe, folder), output=folder.with_name("output"))
 
 
-def wait_for_steps(folder: Path, count: int, process: Command | Forked | subprocess.Popen[bytes]) -> None:
+def wait_for_steps(folder: Path, count: int, process: Beside | Forked | subprocess.Popen[bytes]) -> None:
     metrics = folder / "metrics.jsonl"
     for _ in range(6000):  # minutes, where others use the processor too
         if (metrics.exists() and metrics.read_text().count("\n") >= count) or process.poll() is not None:
@@ -478,7 +478,7 @@ def test_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path) -> None:
         os.login_tty(slave)
 
     arguments = [part for part in words(recipe, tmp_path / "run") if part != "--quiet"]  # the progress bar writes too
-    process = Command(*arguments, first=in_a_session_of_its_own)
+    process = Beside(command, *arguments, first=in_a_session_of_its_own)
     closing = threading.Event()
     reader = threading.Thread(target=read_until, args=(closing, master), daemon=True)
     reader.start()
@@ -539,7 +539,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     )
     training = TRAINING | {"max_train_steps": 100_000}
     recipe = tiny_recipe(tmp_path, training=training, evaluation=NO_JUDGE, reward={"name": "function", "path": "slow:reward"})
-    process = Command(*words(recipe, tmp_path / "run"), folder=tmp_path)
+    process = Beside(command, *words(recipe, tmp_path / "run"), folder=tmp_path)
     try:
         wait_for_steps(tmp_path / "run", 3, process)
         (tmp_path / "go").touch()

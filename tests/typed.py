@@ -52,20 +52,20 @@ def _anew(site: Path | None, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _each(commands: Sequence[Sequence[str]]) -> list[Said]:
-    from tiltflow.commands.terminal.app import main
-
     os.environ["COLUMNS"] = "300"
-
     said = []
     for words in commands:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = _exit_code(main, words)
+            code = command(*words)
         said.append(Said(code, out.getvalue(), err.getvalue()))
     return said
 
 
-def _exit_code(main: Callable[[], None], words: Sequence[str]) -> int:
+def command(*words: str) -> int:
+    """The exit code of `tiltflow` with these words, in this process."""
+    from tiltflow.commands.terminal.app import main
+
     sys.argv = ["tiltflow", *words]
     try:
         main()
@@ -74,8 +74,8 @@ def _exit_code(main: Callable[[], None], words: Sequence[str]) -> int:
     return 0
 
 
-class Command(ForkProcess):
-    """A command that runs beside the test, with signals, standard output and an exit code of its own.
+class Beside(ForkProcess):
+    """A function that runs beside the test, with signals, standard output and an exit code of its own: what it returns.
 
     Args:
         output: standard output and standard error are appended to it.
@@ -85,19 +85,19 @@ class Command(ForkProcess):
 
     def __init__(
         self,
-        *words: str,
+        function: Callable[..., int | None],
+        *arguments: Any,
         output: Path = Path(os.devnull),
         folder: Path = Path(),
         first: Callable[[], object] = lambda: None,
     ):
         super().__init__()
-        self.words, self.output, self.folder, self.first = words, output, folder, first
+        self.function, self.arguments = function, arguments
+        self.output, self.folder, self.first = output, folder, first
         with quietly_forking():
             self.start()
 
     def run(self) -> None:
-        from tiltflow.commands.terminal.app import main
-
         with open(self.output, "ab") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
@@ -110,7 +110,7 @@ class Command(ForkProcess):
             open(1, "w", closefd=False) as sys.stdout,
             open(2, "w", closefd=False) as sys.stderr,
         ):  # not those that pytest reads
-            sys.exit(_exit_code(main, self.words))
+            sys.exit(self.function(*self.arguments))
 
     def poll(self) -> int | None:
         return self.exitcode
