@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("diffusers")
 from test_components import taesd
@@ -24,12 +27,14 @@ import tiltflow.runs.run as module
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
+from tiltflow.models.compiled import compiled
 from tiltflow.rewards.energy import EnergyReward
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
+from tiltflow.runs.doctor.memory import finding
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
-from tiltflow.runs.doctor.shapes import Counter, Replayed, Shapes, shaped
+from tiltflow.runs.doctor.shapes import Counter, Peak, Replayed, Shapes, shaped
 from tiltflow.runs.recipe import Recipe, read_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
@@ -160,6 +165,61 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_forecast_in_many_settings(name: str, tmp_path: Path) -> None:
     check(recipe(tmp_path, **SETTINGS[name]), 0.15)
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Bytes at the peak of what torch's allocator gives, to compiled code too."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    now = most = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_compiled_network_needs_what_is_forecast_or_less(trained: bool) -> None:
+    """The forecast is that of a network which is not compiled: of a product with the Jacobian, and of gradients of weights."""
+    torch._dynamo.reset()
+    network = small_unet().requires_grad_(trained)
+    x = torch.randn(4, 4, 16, 16).requires_grad_(not trained)
+    wanted = list(network.parameters()) if trained else [x]
+
+    def run() -> None:
+        torch.autograd.grad(network(x, torch.tensor(500.0), torch.ones(4, 7, 32)).sample.sum(), wanted)
+
+    with PeakMemory() as memory:
+        run()
+    with compiled("whole", network):
+        run()
+        assert 0.85 * memory.peak < allocated(run) <= memory.peak
+
+
+def small_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+
+
+@pytest.mark.parametrize("how", [None, "whole"])
+def test_the_doctor_says_how_compiled_networks_are_counted(how: str | None, tmp_path: Path) -> None:
+    asked = network_recipe(tmp_path, training={"max_train_steps": 2, "train_batch_size": 2, "compile": how})
+    found = finding(asked, Forecast({"update": Peak({"weights": 8.0})}, {"update": {}}, {}), 100.0, on_gpu=False)
+    assert ("training.compile: networks are counted as they are without it" in found.text) == (how is not None)
 
 
 EVALUATIONS: dict[str, dict[str, Any]] = {

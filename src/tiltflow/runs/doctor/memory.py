@@ -31,6 +31,7 @@ WORDS = {
     "rest": "trajectories and the like",
 }
 """Parts of a peak in words, as they are listed."""
+COMPILED = "training.compile: networks are counted as they are without it, which need no less"
 LEAST = 0.005
 """Share of a peak from which on a part of it is named."""
 ROOM = 0.8
@@ -66,6 +67,8 @@ def finding(recipe: CommonRecipe, found: Forecast, available: float, *, on_gpu: 
     text = f"{gigabytes(need)} at the peak{reserve}, {PHASES[found.worst]}; the device has {gigabytes(available)}"
     lines = [f"{PHASES[name]:>24}  {gigabytes(peak.total):>8} = {summed(peak.parts)}" for name, peak in found.phases.items()]
     numbers = as_json(found, need, available)
+    if recipe.training.compile is not None:
+        lines.append(COMPILED)
     text = "\n".join([text, *lines])
     if need <= ROOM * available:
         return Finding("memory", "green", text, numbers=numbers)
