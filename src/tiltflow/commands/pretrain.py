@@ -1,4 +1,4 @@
-"""`tiltflow pretrain`: train a small model from images."""
+"""`tiltflow pretrain`: train a small model from images or molecules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tiltflow.commands.terminal.console import escape, make_console, print_json, print_table
+from tiltflow.commands.terminal.console import escape, make_console, print_json, print_table, spinner
 from tiltflow.commands.terminal.options import (
     Device,
     Json,
@@ -32,8 +32,17 @@ def pretrain(
             autocompletion=completes(recipe_names("pretrain")),
         ),
     ],
-    data: Annotated[Path, typer.Option(help="An .npz file with x_train, y_train, .. or a folder of images.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="An .npz file with x_train, y_train, .. or a folder of images; for molecules a file of SMILES, or an .npz"
+            " file of geometries."
+        ),
+    ],
     output: Output,
+    score: Annotated[
+        bool, typer.Option("--score", help="Train nothing: measure the model that is in the output, and update its card.")
+    ] = False,
     overrides: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -41,20 +50,26 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, as the shipped models were.
+    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, or a flow from molecules, as the
+    shipped models were.
 
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
+    [dim]tiltflow pretrain qm9-flow --data qm9_smiles.csv.gz --output models/molecules[/dim]
     """
     from tiltflow.pretraining.recipe import read_pretraining
-    from tiltflow.pretraining.run import run_pretraining
+    from tiltflow.pretraining.run import run_pretraining, score_again
 
     changes = with_seed(overrides, seed)
     chosen = set_up_torch(device, threads)
     console = make_console(as_json)
     settings = read_pretraining(recipe, changes)
-    with training_progress(console, quiet, settings.max_train_steps) as watch:
-        scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
+    if score:
+        with spinner(console, quiet, "measuring"):
+            scores = score_again(settings, data, output)
+    else:
+        with training_progress(console, quiet, settings.max_train_steps) as watch:
+            scores = run_pretraining(settings, data, output, name=recipe, device=chosen, watch=watch)
     if not quiet:
         print_table(
             console, {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in scores.items()}, "score"

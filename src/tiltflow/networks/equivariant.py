@@ -34,13 +34,13 @@ class Equivariant(Settings):
     the types of atoms are given and positions alone are drawn. One that stands there twice is drawn twice as often."""
     features: Count = 96
     """Features of an atom."""
-    pair_features: Count = 48
+    pair_features: Count = 64
     """Features of a pair of atoms."""
     vectors: Count = 8
     """Vectors of an atom."""
-    heads: Count = 8
+    heads: Count = 4
     """Weighted sums over the other atoms in a layer."""
-    layers: Count = 5
+    layers: Count = 6
     """Layers of messages between atoms."""
     scale: Annotated[float, Field(gt=0)] = 1.4
     """Standard deviation of a coordinate of the data, in Å."""
@@ -91,7 +91,8 @@ class EquivariantModule(nn.Module):
         self.register_buffer("given", given, persistent=False)
         self.atom = nn.Linear(2 * len(ELEMENTS), width)
         self.time = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width + pairs))
-        self.near = nn.Linear(RADIAL, pairs)
+        self.near = nn.Linear(2 * RADIAL, pairs)
+        nn.init.zeros_(self.near.weight.data[:, RADIAL:])
         self.spread = nn.Parameter(torch.ones(vectors))
         self.layers = nn.ModuleList(Layer(width, pairs, vectors, settings.heads) for _ in range(settings.layers))
         self.norm = nn.LayerNorm(width)
@@ -133,7 +134,9 @@ class EquivariantModule(nn.Module):
         h = self.atom(torch.cat([own, torch.where(known > 0, given, noisy)], -1)) + bias[..., :width]
         pairs = (mask * mask.transpose(1, 2) * (1 - torch.eye(x.shape[1], dtype=x.dtype, device=x.device)))[..., None]
         start = positions * into
-        e = self.near(radial(distances(start[:, None] * self.scale)[:, 0])) + bias[..., None, width:]
+        shape = radial(distances(start[:, None] * self.scale)[:, 0])
+        # near the data small differences of lengths say where an atom belongs
+        e = self.near(torch.cat([shape, shape * (0.25 / (1.05 - t))[..., None]], -1)) + bias[..., None, width:]
         v = start[:, None] * self.spread.to(x)[:, None, None]
         for layer in self.layers:
             h, e, v = layer(h, e, v, pairs)

@@ -27,8 +27,11 @@ class Optimization(Settings):
 
     max_train_steps: Annotated[int, Field(ge=1)] = 6000
     """Optimizer steps."""
+    max_train_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Time after which training ends, and the decay of the learning rate with it, if the steps are not over before: for a
+    machine that is had for so long. The result then depends on how fast it is."""
     train_batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images per step."""
+    """Samples per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of AdamW after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -98,8 +101,12 @@ def _losses(stage: Stage) -> Iterator[float]:
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
     average, device = WeightAverage(parameters, settings.ema_decay), parameters[0].device
     dtype = autocast_dtype(settings.mixed_precision, device)
+    began = time.perf_counter()
     for step in range(1, settings.max_train_steps + 1):
-        factor = learning_rate_factor(step, warmup=settings.lr_warmup_steps, total=settings.max_train_steps)
+        total = steps_in_time(settings, step, time.perf_counter() - began)
+        if step > total:
+            break
+        factor = learning_rate_factor(step, warmup=settings.lr_warmup_steps, total=total)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
         with autocast(dtype, device):
             loss = stage.loss()
@@ -113,3 +120,19 @@ def _losses(stage: Stage) -> Iterator[float]:
     average.store()
     for network in stage.networks:
         network.requires_grad_(False).eval()
+
+
+def steps_in_time(settings: Optimization, step: int, seconds: float) -> int:
+    """Optimizer steps of a training as far as can be seen before this one: as many as there is time for at the speed so far.
+
+    Args:
+        seconds: that the steps before it took.
+
+    >>> steps_in_time(Optimization(max_train_seconds=60, max_train_steps=500), step=11, seconds=2)
+    300
+    >>> steps_in_time(Optimization(max_train_seconds=60), step=301, seconds=60.1) < 301
+    True
+    """
+    if settings.max_train_seconds is None or step == 1:
+        return settings.max_train_steps
+    return min(settings.max_train_steps, int((step - 1) * settings.max_train_seconds / seconds))

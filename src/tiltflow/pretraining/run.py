@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tiltflow.errors import InputError
 from tiltflow.files import check_room, filling, write_text
-from tiltflow.models.model_folder import CARD
-from tiltflow.pretraining.card import card
+from tiltflow.models.model_folder import CARD, load_network, model_folder, read_config
+from tiltflow.pretraining.card import card, with_scores
 from tiltflow.pretraining.loop import Progress, train
 from tiltflow.pretraining.recipe import Pretraining, Scores
 from tiltflow.runs.lock import working_in
@@ -41,16 +43,37 @@ def run_pretraining(
         task = recipe.prepare(path, device)
         size = sum(parameter.nbytes for network in task.networks.values() for parameter in network.parameters())
         check_room(folder, size, size)
-        scores, seconds = Scores(), 0.0
+        scores, steps, seconds = Scores(), Counter[str](), 0.0
         for progress in train(task.stages(), recipe.seed):
             watch(progress)
+            steps[progress.stage] += 1
             scores[f"{progress.stage}_loss"], seconds = progress.loss, progress.seconds
         for network in task.networks.values():
             network.cpu()
-        about = partial(card, recipe, task, name, path, seconds=seconds, device=device)
+        about = partial(card, recipe, task, name, path, steps=steps, seconds=seconds, device=device)
         with filling(folder) as draft:
             task.save(draft, about(scores))
         if more := task.scores():
             scores |= more
             write_text(folder / CARD, about(scores))
+        return scores
+
+
+def score_again(recipe: Pretraining, path: Path, folder: Path) -> Scores:
+    """Measure a model that this recipe has trained, here, and write its scores into its card. Returns the scores.
+
+    Raises InputError if the folder has no such model, or the recipe's task gives no scores.
+    """
+    with working_in(folder):
+        task, config = recipe.prepare(path, "cpu"), read_config(model_folder(folder))
+        if [config.network] != [getattr(recipe, "network", None)] or len(task.networks) != 1:
+            raise InputError(f"{folder}: has another network than the recipe")
+        for network in task.networks.values():
+            network.load_state_dict(load_network(folder, config, "cpu").state_dict())
+            network.requires_grad_(False).eval()
+        scores = task.scores()
+        if not scores:
+            raise InputError("this recipe gives no scores")
+        place = folder / CARD
+        write_text(place, with_scores(place.read_text(encoding="utf-8"), scores, str(place)))
         return scores

@@ -1,0 +1,218 @@
+"""Pretraining of a generative model of molecules: positions and types of atoms, from geometries of small molecules."""
+
+# Mutation tests: test_pretrain_molecules.py
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, Molecule, molecules_of, samples_of
+from tiltflow.chemistry.composition import Asked, asked_of
+from tiltflow.chemistry.geometries import Geometries, load_geometries
+from tiltflow.chemistry.validity import bond_length_errors, bond_lengths, canonical_smiles, composition, shares, structures
+from tiltflow.errors import InputError
+from tiltflow.flows.flow import Flow
+from tiltflow.flows.interpolant import interior
+from tiltflow.models.model import Model
+from tiltflow.networks.equivariant import Equivariant, EquivariantModule, coefficients
+from tiltflow.pretraining.loop import Stage
+from tiltflow.pretraining.recipe import Pretraining, Scores
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.streams import new_network, stream
+
+
+class MoleculesPretraining(Pretraining):
+    """Regress the positions of a molecule, and classify its atoms, at a random time of the linear path."""
+
+    task: Literal["molecules"] = "molecules"
+    network: Equivariant
+    """The network that is trained; its classes say which molecules of the data are used."""
+    max_heavy_atoms: Annotated[int, Field(ge=1)] | None = None
+    """Molecules with more atoms other than hydrogen are left out."""
+    conformers: Annotated[int, Field(ge=1)] = 5
+    """Geometries that are tried for each SMILES."""
+    type_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the cross-entropy of the types beside the squared error of the positions."""
+    sampling: Sampling = Sampling()
+    """Solver and grid of the saved model where nothing else is asked for."""
+    num_samples: Annotated[int, Field(ge=0)] = 1000
+    """Samples that the scores on the card are of; 0 for none, which needs no RDKit."""
+
+    def prepare(self, path: Path, device: str) -> MoleculesTask:
+        formulas = {text for text in self.network.classes if asked_of(text).elements is not None}
+        formula = next(iter(formulas)) if len(formulas) == len(set(self.network.classes)) == 1 else None
+        found = load_geometries(path, max_heavy_atoms=self.max_heavy_atoms, formula=formula, conformers=self.conformers)
+        data = of_classes(found, self.network, path)
+        network = new_network(self.network, self.seed)
+        assert isinstance(network, EquivariantModule)
+        return MoleculesTask(self, network.to(device), data.to(device))
+
+
+RECIPE = MoleculesPretraining
+
+
+@dataclass(frozen=True)
+class Data:
+    """Geometries of the molecules that a model is trained on, those of a molecule one after the other.
+
+    Args:
+        samples: [geometries, atoms, 3 + types].
+        labels: the class of each [geometries].
+        smiles: of the molecules.
+        first, count: the first geometry of each molecule, and how many it has [molecules].
+    """
+
+    samples: Tensor
+    labels: Tensor
+    smiles: tuple[str, ...]
+    first: Tensor
+    count: Tensor
+
+    def to(self, device: str) -> Data:
+        """The same on a device."""
+        return Data(self.samples.to(device), self.labels.to(device), self.smiles, self.first.to(device), self.count.to(device))
+
+    def draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """Indices of geometries [size]: of molecules that are equally likely, each in one of its geometries."""
+        device = self.first.device
+        which = torch.randint(len(self.first), (size,), generator=generator, device=device)
+        part = torch.rand(size, generator=generator, device=device)
+        return self.first[which] + (part * self.count[which]).long()
+
+
+def of_classes(geometries: Geometries, network: Equivariant, path: Path) -> Data:
+    """The geometries that the classes of a network ask for, their atoms in the order of its states. Raises InputError if a
+    class has none."""
+    asked = [asked_of(text) for text in network.classes]
+    sizes = {one.atoms: one for one in asked if one.elements is None}
+    formulas = {formula_of(one): one for one in asked if one.elements is not None}
+    kept, labels, names = list[Molecule](), list[int](), list[str]()
+    for molecule, name in zip(geometries.molecules(), geometries.smiles.tolist(), strict=True):
+        one = formulas.get(molecule.formula) or sizes.get(len(molecule))
+        if one is not None:
+            kept.append(in_order(molecule, one))
+            labels.append(asked.index(one))
+            names.append(name)
+    for text, one in zip(network.classes, asked, strict=True):
+        if asked.index(one) not in labels:
+            raise InputError(f"{path}: has no molecule of {text}, which network.classes asks for")
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    first = torch.tensor(starts)
+    count = torch.diff(first, append=torch.tensor([len(names)]))
+    return Data(samples_of(kept, network.atoms), torch.tensor(labels), tuple(names[i] for i in starts), first, count)
+
+
+def formula_of(asked: Asked) -> str:
+    """The formula of a composition, as that of a molecule is written."""
+    numbers = np.array([NUMBERS[element] for element in asked.elements or ()])
+    return Molecule(numbers, np.zeros((asked.atoms, DIM))).formula
+
+
+def in_order(molecule: Molecule, asked: Asked) -> Molecule:
+    """A molecule with its atoms in the order of a composition; as it is where types are free."""
+    if asked.elements is None:
+        return molecule
+    places = [asked.elements.index(NUMBERS.index(number)) for number in molecule.numbers.tolist()]
+    order = np.argsort(places, kind="stable")
+    return Molecule(molecule.numbers[order], molecule.positions[order])
+
+
+@dataclass(frozen=True)
+class MoleculesTask:
+    """A generative model of molecules, and the geometries that it is trained on."""
+
+    recipe: MoleculesPretraining
+    network: EquivariantModule
+    train: Data
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {self.recipe.network.name: self.network}
+
+    @property
+    def model(self) -> Model:
+        """The network as a model that can be sampled and saved."""
+        settings = self.recipe.network
+        flow = Flow(self.network, "x1", projection=self.network.project)
+        return Model(flow, (settings.atoms, DIM + len(ELEMENTS)), self.recipe.sampling, settings, settings.classes)
+
+    def stages(self) -> Iterator[Stage]:
+        recipe, data = self.recipe, self.train
+        generator = stream(recipe.seed, "noise", device=data.samples.device)
+
+        def loss() -> Tensor:
+            index = data.draw(recipe.training.train_batch_size, generator)
+            t = draw_times(len(index), generator)
+            return molecules_loss(self.network, data.samples[index], data.labels[index], t, generator, recipe.type_weight)
+
+        yield Stage("training", (self.network,), recipe.training, loss)
+
+    def save(self, folder: Path, card: str) -> None:
+        self.model.save(folder, card)
+
+    def scores(self) -> Scores:
+        count = self.recipe.num_samples
+        return scored(self.model.sample(count), self.train) if count else {}
+
+    def data(self) -> str:
+        return f"{len(self.train.smiles):,} molecules in {len(self.train.samples):,} geometries (ETKDGv3 and MMFF94, not DFT)"
+
+    def remarks(self) -> list[str]:
+        return []
+
+
+def draw_times(count: int, generator: torch.Generator) -> Tensor:
+    """Times [count]: a fifth of them uniform, the others the sigmoid of N(0.8, 1) (2403.03206, section 3.1), for a molecule is
+    decided between t = 0.4 and 0.9; before, nothing can be known of it, and after, little is left to say."""
+    uniform, normal = (draw(count, generator=generator, device=generator.device) for draw in (torch.rand, torch.randn))
+    return interior(torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(normal + 0.8)))
+
+
+def molecules_loss(
+    network: EquivariantModule, x1: Tensor, labels: Tensor, t: Tensor, generator: torch.Generator, type_weight: float
+) -> Tensor:
+    """Squared error of the positions, in units of what the network has to add to x_t, and cross-entropy of the types. Both are
+    least at the posterior means: of positions, and of one-hot types.
+
+    Noise is independent of the data: a sampler with noise turns the velocity into a score, which it would not be of pairs that
+    are aligned.
+
+    Args:
+        x1: data [batch, atoms, 3 + types].
+        labels, t: of each [batch].
+    """
+    x0 = network.project(torch.randn(x1.shape, generator=generator, device=x1.device), labels)
+    s = t[:, None, None]
+    positions, logits = network.predict(s * x1 + (1 - s) * x0, t, labels)
+    atoms = network.present[labels].sum((1, 2))
+    error = ((positions - x1[..., :DIM]) / coefficients(s, network.scale)[2]).square().sum((1, 2)) / (DIM * atoms)
+    unsure = -(logits.float().log_softmax(-1) * x1[..., DIM:]).sum((1, 2)) / atoms * (1 - network.known[labels])
+    return (error + type_weight * unsure).mean()
+
+
+def scored(samples: Tensor, train: Data) -> Scores:
+    """Measure samples [n, atoms, 3 + types]: shares that are valid, connected, unique among these and novel, how far their
+    compositions are from the data's, and how long bonds are. `_data` is the same of as many geometries of the data."""
+    ours, theirs = (molecules_of(each) for each in (samples, train.samples[train.draw(len(samples), stream(0, "score"))]))
+    found = shares(structures(ours), canonical_smiles(train.smiles))
+    scores: Scores = {key: value for key, value in vars(found).items() if value is not None}
+    scores["connected_data"] = shares(structures(theirs)).connected
+    scores["composition_distance"] = total_variation(composition(ours), composition(theirs))
+    for bond in bond_length_errors(bond_lengths(ours), bond_lengths(theirs)):
+        numbers = (bond.mean, bond.spread, bond.reference_mean, bond.reference_spread)
+        scores[f"{bond.kind} in Å: mean, spread, and those of the data"] = [round(number, 4) for number in numbers]
+    return scores
+
+
+def total_variation(first: Mapping[str, int], second: Mapping[str, int]) -> float:
+    """Half the summed difference between two distributions, given by counts of equal sum: 0 to 1."""
+    total = sum(first.values())
+    return sum(abs(first.get(key, 0) - second.get(key, 0)) for key in first.keys() | second.keys()) / (2 * total)

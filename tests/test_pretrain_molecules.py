@@ -1,0 +1,181 @@
+"""Pretraining on molecules: which geometries a model gets, what its loss is least at, and what is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiltflow
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, molecules_of
+from tiltflow.chemistry.geometries import Geometries, save
+from tiltflow.commands.terminal.app import app
+from tiltflow.errors import InputError
+from tiltflow.networks.equivariant import Equivariant, EquivariantModule
+from tiltflow.pretraining.card import with_scores
+from tiltflow.pretraining.recipe import pretraining_of
+from tiltflow.pretraining.run import run_pretraining
+from tiltflow.pretraining.tasks.molecules import Data, draw_times, molecules_loss, of_classes, total_variation
+from tiltflow.streams import new_network, stream
+
+SMALL = {"features": 16, "pair_features": 12, "vectors": 2, "heads": 2, "layers": 2}
+WATER = ([8, 1, 1], [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
+METHANE = ([6, 1, 1, 1, 1], [[0, 0, 0], [0.63, 0.63, 0.63], [-0.63, -0.63, 0.63], [-0.63, 0.63, -0.63], [0.63, -0.63, -0.63]])
+FORMALDEHYDE = ([1, 6, 8, 1], [[0.54, 0.93, 0], [0, 0, 0], [-1.2, 0, 0], [0.54, -0.93, 0]])
+FLUORINE = ([9, 9], [[0.0, 0, 0], [1.42, 0, 0]])
+HYPOFLUOROUS = ([1, 8, 9], [[0, 0.9, 0], [0, 0, 0], [1.4, -0.2, 0]])
+
+
+def geometries(*molecules: tuple[str, Any]) -> Geometries:
+    atoms = max(len(numbers) for _, (numbers, _) in molecules)
+    numbers, positions = np.zeros((len(molecules), atoms), np.int8), np.zeros((len(molecules), atoms, 3), np.float32)
+    for i, (_, (own, places)) in enumerate(molecules):
+        numbers[i, : len(own)], positions[i, : len(own)] = own, np.array(places) - np.mean(places, 0)
+    return Geometries(numbers, positions, np.array([name for name, _ in molecules]))
+
+
+SOME = (("O", WATER), ("O", WATER), ("O", WATER), ("C", METHANE), ("FF", FLUORINE), ("C=O", FORMALDEHYDE), ("OF", HYPOFLUOROUS))
+
+
+def data(*classes: str) -> Data:
+    return of_classes(geometries(*SOME), Equivariant(classes=classes, **SMALL), Path("some.npz"))
+
+
+def test_a_model_gets_the_molecules_that_its_classes_ask_for_with_their_atoms_in_order() -> None:
+    found = data("5 atoms", "3 atoms", "3 atoms", "CH2O")
+    assert found.smiles == ("O", "C", "C=O", "OF")
+    assert found.labels.tolist() == [1, 1, 1, 0, 3, 1]
+    assert found.samples.shape == (6, 5, DIM + len(ELEMENTS))
+    written = {each.formula: each for each in molecules_of(found.samples)}
+    assert written["CH2O"].numbers.tolist() == [6, 1, 1, 8]  # the order of the formula
+    places = written["CH2O"].positions
+    assert np.linalg.norm(places[[1, 2, 3]] - places[0], axis=1) == pytest.approx([1.075, 1.075, 1.2], abs=0.01)
+    assert found.samples[..., :DIM].sum(1).abs().max() < 1e-6
+
+
+def test_molecules_are_equally_likely_whatever_the_number_of_their_geometries() -> None:
+    found = data("3 atoms")
+    index = found.draw(20_000, stream(0, "test"))
+    counts = index.bincount(minlength=4) / 20_000
+    # three geometries of water with a sixth each, one of the other: 4.5 standard errors
+    assert (counts - torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 2])).abs().max() < 4.5 * (0.25 / 20_000) ** 0.5
+
+
+def test_a_class_that_the_data_lack_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"some.npz: has no molecule of 7 atoms, which network.classes asks for"):
+        data("3 atoms", "7 atoms")
+
+
+def test_the_loss_of_a_network_that_adds_nothing() -> None:
+    """With F = 0 the squared error is that of the best multiple of x_t, in closed form; types are told by their own noise."""
+    classes = ("3 atoms",)
+    network, found = new_network(Equivariant(classes=classes, scale=0.7, **SMALL), 0), data(*classes)
+    assert isinstance(network, EquivariantModule)
+    x1, n, many = found.samples[:1], 3, 40_000
+    labels, generator = torch.zeros(many, dtype=torch.long), stream(0, "loss")
+
+    def loss(weight: float) -> float:
+        with torch.no_grad():
+            t = torch.rand(many, generator=generator)
+            return float(molecules_loss(network, x1.expand(many, -1, -1), labels, t, generator, weight))
+
+    s, size = 0.7, float(x1[..., :DIM].square().sum()) / (DIM * n)
+    t = (np.arange(20_000) + 0.5) / 20_000
+    v = t**2 * s**2 + (1 - t) ** 2
+    skip, out = t * s**2 / v, (1 - t) * s / np.sqrt(v)
+    expected = (size * (1 - skip * t) ** 2 + (1 - 1 / n) * (skip * (1 - t)) ** 2) / out**2
+    without = loss(1e-12)
+    assert without == pytest.approx(expected.mean(), rel=0.02)
+    # an atom's type, by Bayes' rule with equal priors, of other random numbers
+    random = np.random.default_rng(0)
+    u = random.random(100_000)[:, None]
+    noisy = u * np.eye(len(ELEMENTS))[0] + (1 - u) * random.standard_normal((100_000, len(ELEMENTS)))
+    logits = -((noisy[:, None] - u[..., None] * np.eye(len(ELEMENTS))) ** 2).sum(2) / (2 * np.maximum(1 - u, 0.05) ** 2)
+    logits -= logits.max(1, keepdims=True)
+    unsure = np.log(np.exp(logits).sum(1)) - logits[:, 0]
+    assert loss(1.0) - without == pytest.approx(unsure.mean(), abs=0.02)
+
+
+def test_times_have_the_density_that_is_said() -> None:
+    t = draw_times(100_000, stream(0, "times")).double()
+    for edge in (0.1, 0.5, 0.9):
+        normal = torch.distributions.Normal(0.8, 1.0).cdf(torch.tensor(edge / (1 - edge)).log())
+        expected = 0.2 * edge + 0.8 * float(normal)
+        assert float((t < edge).double().mean()) == pytest.approx(expected, abs=4.5 * 0.5 / 100_000**0.5)
+
+
+def recipe(**changes: Any) -> Any:
+    tree = {
+        "task": "molecules",
+        "network": {"name": "equivariant", "classes": ["3 atoms", "CH2O"], "scale": 0.7, **SMALL},
+        "training": {"max_train_steps": 250, "train_batch_size": 32, "learning_rate": 5e-3, "lr_warmup_steps": 10},
+        "sampling": {"num_inference_steps": 30},
+        "num_samples": 0,
+    }
+    return pretraining_of({**tree, **changes}, "test")
+
+
+def test_a_model_learns_molecules_without_rdkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rdkit", None)  # an import of it would fail
+    save(geometries(*SOME), tmp_path / "some.npz")
+    losses: list[float] = []
+    run_pretraining(recipe(), tmp_path / "some.npz", tmp_path / "model", name="test", watch=lambda p: losses.append(p.loss))
+    assert np.mean(losses[-50:]) < 0.8 * np.mean(losses[:10])
+    model = tiltflow.load(tmp_path / "model")
+    molecules = molecules_of(model.sample(64, labels="3 atoms", seed=1))
+    assert {len(each) for each in molecules} == {3}
+    pairs = np.triu_indices(3, 1)
+    nearest = [np.linalg.norm(m.positions[:, None] - m.positions, axis=2)[pairs].min() for m in molecules]
+    assert np.median(nearest) == pytest.approx(0.93, abs=0.15)  # 0.96 in water, 0.9 in the other; of noise, 1.5
+    assert {each.formula for each in molecules_of(model.sample(4, labels="CH2O"))} == {"CH2O"}
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "3 molecules in 5 geometries" in text
+    assert "250 steps of 32 samples" in text
+
+
+def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    save(geometries(*SOME), tmp_path / "some.npz")
+    limited = recipe(training={"max_train_steps": 10**6, "max_train_seconds": 0.5, "train_batch_size": 4, "lr_warmup_steps": 1})
+    seconds: list[float] = []
+    run_pretraining(limited, tmp_path / "some.npz", tmp_path / "model", name="test", watch=lambda p: seconds.append(p.seconds))
+    assert seconds[-2] < 0.5 + 0.2
+    assert f"{len(seconds):,} steps of 4 samples" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_scores_come_later_on_another_machine(tmp_path: Path) -> None:
+    pytest.importorskip("rdkit")
+    save(geometries(*SOME), tmp_path / "some.npz")
+    place, few = tmp_path / "model", recipe(training={"max_train_steps": 2, "train_batch_size": 4})
+    run_pretraining(few, tmp_path / "some.npz", place, name="test")
+    (tmp_path / "test.yaml").write_text(
+        "task: molecules\nnetwork: {name: equivariant, classes: [3 atoms, CH2O], scale: 0.7, features: 16, pair_features: 12,"
+        " vectors: 2, heads: 2, layers: 2}\nsampling: {num_inference_steps: 30}\nnum_samples: 40\n"
+    )
+    before = (place / "README.md").read_text()
+    command = ["pretrain", str(tmp_path / "test.yaml"), "--data", str(tmp_path / "some.npz"), "--output", str(place), "--score"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*command, "--quiet"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    after = (place / "README.md").read_text()
+    assert before.split("| training_loss")[0] == after.split("| training_loss")[0]
+    assert after.count("| connected |") == after.count("| training_loss |") == 1
+    assert "| connected_data | 1 |" in after
+    result = CliRunner().invoke(app, [*command, "--set", "network.layers=3"])
+    assert isinstance(result.exception, InputError)
+    assert "has another network than the recipe" in str(result.exception)
+
+
+def test_a_card_without_a_table_is_one_line() -> None:
+    with pytest.raises(InputError, match="no table of scores"):
+        with_scores("# A model", {"valid": 1.0}, "README.md")
+
+
+def test_distances_of_compositions() -> None:
+    assert total_variation({"H2O": 2, "CH4": 2}, {"H2O": 2, "CH4": 2}) == 0
+    assert total_variation({"H2O": 4}, {"CH4": 4}) == 1
+    assert total_variation({"H2O": 3, "CH4": 1}, {"H2O": 1, "CH4": 1, "H2": 2}) == 0.5
