@@ -87,7 +87,16 @@ SECONDS = {"adjoint-matching": 55.0, "score-as-action": 70.0, "path-reweighted":
 """About how long one training takes on one core at 15 steps."""
 KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_ode_span", "floor_span", "span")
 KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
-KEYS += ("achieved_tilt_r2", "effective_sample_size", "path_kl", "path_kl_exact", "chain_optimum")
+KEYS += (
+    "achieved_tilt_r2",
+    "kl_to_target",
+    "kl_to_target_error",
+    "limits",
+    "effective_sample_size",
+    "path_kl",
+    "path_kl_exact",
+    "chain_optimum",
+)
 
 
 class Job(NamedTuple):

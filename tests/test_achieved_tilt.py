@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from tiltflow.conditions import Item
 from tiltflow.control.path_weights import draw_paths
-from tiltflow.evaluation.achieved_tilt import measure, regression
+from tiltflow.evaluation.achieved_tilt import divergence, far_in_words, measure, regression
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
 from tiltflow.evaluation.samples import Asked
@@ -263,6 +263,21 @@ def test_errors_cover_the_truth_and_the_noise_is_taken_out_of_r2(groups: int, si
         assert abs(z.mean()) < 0.3
 
 
+@pytest.mark.parametrize(("groups", "size", "strata"), [(1, 400, True), (4, 100, True), (40, 10, False), (60, 4, False)])
+def test_the_divergence_from_the_target_is_without_noise_and_its_errors_cover_it(groups: int, size: int, strata: bool) -> None:
+    """0.2 of the tilt is missing, and a residual of variance 0.3 is there: KL (0.04 + 0.3) / 2."""
+    found = [divergence(*made(groups, size, seed, noise=0.25), groups, strata=strata) for seed in range(300)]
+    z = torch.tensor([(each.value - 0.17) / each.standard_error for each in found])
+    values = torch.tensor([each.value for each in found])
+    assert abs(values.mean() - 0.17) < 4 * values.std() / 300**0.5
+    assert 0.9 < (z.abs() < 2).double().mean() < 0.98
+    estimates, tilt = made(1, 400)
+    some = torch.where(torch.arange(400) < 300, tilt, -math.inf)
+    kept = divergence(estimates[:, :300], tilt[:300])
+    found_of_some = divergence(estimates, some)
+    assert (found_of_some.value, found_of_some.standard_error) == pytest.approx((kept.value, kept.standard_error))
+
+
 def test_without_noise_r2_is_the_squared_correlation() -> None:
     estimates, z = made(1, 100)
     _, r2 = regressed(estimates[:1], z)
@@ -324,6 +339,43 @@ def test_the_tilt_that_a_model_has_in_units_of_the_one_that_was_asked_for(
     assert abs(found.slope.value - 1 / beta) < 4 * found.slope.standard_error + 1e-3
     assert abs(found.r2.value - 1) < 4 * found.r2.standard_error + 1e-3
     assert found.entries()["achieved_tilt"] == found.slope.value
+
+
+@pytest.mark.parametrize("dimensions", [1, 4])
+@pytest.mark.parametrize("off", [0.0, 0.1, 0.5])
+def test_the_divergence_of_a_normal_law_that_is_off_by_a_shift(dimensions: int, off: float) -> None:
+    """N(m + off, s^2) from N(m, s^2): off^2 / (2 s^2), whatever the base and the tilt between it and the target."""
+    base = mixture(torch.full((1, dimensions), 0.7, dtype=torch.float64), (1.0,), 0.5)
+    reward = QuadraticReward(torch.full((dimensions,), 1.7, dtype=torch.float64), 3.0)
+    target = base.tilt(reward, 1.0)
+    shift = off * torch.nn.functional.one_hot(torch.tensor(0), dimensions)
+    tuned = GaussianMixture(target.log_weights, target.means + shift, target.variances)
+    x = tuned.sample(2000, stream(7, "x"))
+    found = measure(field(tuned), field(base), x, reward(x), stream(7, "noise"))
+    assert found is not None
+    exact = off**2 / (2 * target.variances.item())
+    assert abs(found.kl.value - exact) < 4 * found.kl.standard_error + 0.01 * exact + 1e-4
+    assert found.kl.standard_error < 0.1 * exact + 0.01
+    entries = found.entries()
+    assert (entries["kl_to_target"], entries["kl_to_target_error"]) == (found.kl.value, found.kl.standard_error)
+
+
+def test_a_model_far_from_a_law_that_nothing_else_checks_is_told() -> None:
+    for kl, error, told in (
+        (0.1, 0.04, True),
+        (0.1, 0.046, False),
+        (0.01, 0.0, False),
+        (0.011, 0.0, True),
+        (None, None, False),
+    ):
+        found = {"kl_to_target": kl, "kl_to_target_error": error}
+        assert [len(far_in_words(found, rounds=rounds)) for rounds in (False, True)] == [told, told]
+    found = {"kl_to_target": 0.314, "kl_to_target_error": 0.012}
+    ((said,), (of_rounds,)) = (far_in_words(found, rounds=rounds) for rounds in (False, True))
+    assert "about 0.314 ± 0.012 nats from that law" in said
+    assert "method.first" not in said
+    assert of_rounds.startswith(said)
+    assert "path-reweighted that begins with this method (method.first)" in of_rounds
 
 
 @pytest.mark.parametrize(("dimensions", "start", "by"), [(3, 0.0, "ODE"), (4, 0.0, "flow matching"), (3, 0.1, "flow matching")])

@@ -171,6 +171,9 @@ def test_too_strong_and_too_weak_a_tilt(tmp_path: Path) -> None:
     assert found[1e-9].level == "amber"
     assert "so strong a tilt" in found[1e-9].text
     assert "nearly the base" in found[1e9].text
+    assert "method.first" not in str(found[1e-9].remedy)
+    rounds = patient_for(tmp_path, method={"name": "tilt-matching", "beta": 1e-9})
+    assert "path-reweighted end (method.first)" in str(the(target.temperature(rounds), "temperature").remedy)
     constant = replace(patient, reward=lambda x: torch.ones(len(x)))
     assert the(target.temperature(constant), "temperature").level == "red"
 

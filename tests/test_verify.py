@@ -111,6 +111,25 @@ def test_any_law_has_its_achieved_tilt_and_its_effective_sample_size(overrides: 
     assert values["effective_sample_size_of"] == "2000 base samples"
     assert 1 < values["effective_sample_size"] < 2000
     assert "R² " in str(found.tables[0].rows["achieved tilt"])
+    assert abs(values["kl_to_target"]) < 4 * values["kl_to_target_error"] + 1e-3
+    assert values["limits"] == []
+
+
+@pytest.mark.parametrize(
+    ("beta", "off", "told"), [(0.171, 1.0, False), (0.171, 1.2, True), (1.0, 1.2, False)], ids=["exact", "strong", "easy"]
+)
+def test_a_law_that_base_samples_cannot_check_is_checked_by_its_log_ratio(beta: float, off: float, told: bool) -> None:
+    """The ring, and a model at a temperature that is `off`: at a tenth of the reward's spread no base sample resembles the law,
+    at 1 they do, and tests can say it."""
+    settings = read_verification("mixture", "tilt-matching", [f"beta={beta}", "num_samples_w2=100"])
+    problem, method = settings.problem, settings.method
+    law = problem.exact_law(method, 1)
+    record = Record(1, {"loss": 0.0, "inverse_temperature": 1 / beta}, seconds=1.0, network_evaluations=1)
+    flow = Flow(ExactVelocity(problem.base().tilt(problem.reward(), off * beta)))
+    found = problem.check(Trained(method, flow, problem.base_flow(), law, record, 1, 1, num_samples=2000, draws=2, seed=0))
+    assert [len(found.values["limits"]), "limit" in found.tables[0].rows] == [told, told]
+    if told:
+        assert "path-reweighted that begins with this method" in found.values["limits"][0]
 
 
 def test_the_effective_sample_size_of_base_samples_is_that_of_their_law() -> None:

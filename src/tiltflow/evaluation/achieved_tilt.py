@@ -10,6 +10,10 @@ The log ratio is an estimate with noise, which adds to its variance. Two indepen
 that noise, so their covariance stands for the variance: R^2 = slope^2 Var(tilt) / Cov(L_1, L_2). The noise is larger for some
 samples than for others, so standard errors are those that allow for it (MacKinnon & White 1985, HC3).
 
+Half the variance of what is left, L - r / beta, is the KL of the model from the target law in nats, to second order: of a model
+whose log ratio is off by a Gaussian variable exactly. It needs no sample of the target law and no weight, so it says how far a
+model is from a law that no base sample resembles.
+
 Every prompt, and every class, has a constant of its own: the regression is within groups. Where groups are a sample of more,
 such as prompts, standard errors are of sums over each group, from which its constant drops out: residuals as they are.
 """
@@ -19,6 +23,7 @@ such as prompts, standard errors are of sums over each group, from which its con
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +33,15 @@ from torch import Tensor
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.log_ratio import END, by_flow_matching, by_ode
 from tiltflow.flows.field import VelocityField
+from tiltflow.formatting import decimal
 
 FEW_DIMENSIONS = 3
 """Up to so many, the log ratio is computed by the ODE with its divergence, where its start is standard normal noise."""
-KEYS = ("achieved_tilt", "achieved_tilt_error", "achieved_tilt_r2", "achieved_tilt_r2_error", "achieved_tilt_by")
+OF_TILT = ("achieved_tilt", "achieved_tilt_error", "achieved_tilt_r2", "achieved_tilt_r2_error", "achieved_tilt_by")
+KEYS = (*OF_TILT, "kl_to_target", "kl_to_target_error")
+FAR = 0.01
+"""Nats from a target law that nothing else can check from which on a run says so: some hundred samples of each are then enough
+to tell the two laws apart."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +51,20 @@ class AchievedTilt:
     Args:
         slope: 1 at the target law.
         r2: None if the log ratio hardly varies between samples.
+        kl: of the model from the target law, in nats, to second order.
         by: the log ratio's estimator.
     """
 
     slope: Estimate
     r2: Estimate | None
+    kl: Estimate
     by: str
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a summary, `KEYS`."""
         r2 = (None, None) if self.r2 is None else (self.r2.value, self.r2.standard_error)
-        return dict(zip(KEYS, (self.slope.value, self.slope.standard_error, *r2, self.by), strict=True))
+        values = (self.slope.value, self.slope.standard_error, *r2, self.by, self.kl.value, self.kl.standard_error)
+        return dict(zip(KEYS, values, strict=True))
 
 
 def measure(
@@ -85,7 +98,7 @@ def measure(
         estimates = by_flow_matching(tuned, base, x1, generator, start=start, end=end, batch_size=batch_size)
         by = "differences of flow matching losses"
     found = regression(estimates, log_tilt, groups, strata=strata)
-    return None if found is None else AchievedTilt(*found, by)
+    return None if found is None else AchievedTilt(*found, divergence(estimates, log_tilt, groups, strata=strata), by)
 
 
 def regression(
@@ -125,6 +138,43 @@ def regression(
     # the derivative of log R^2 = 2 log sum z L - log sum z^2 - log sum L_1 L_2; without a slope its square has none
     influence = r2 * (z.square() / spread - both / common) + 2 * slope * z * residual / common
     return of_slope, Estimate(r2.item(), error(influence))
+
+
+def divergence(estimates: Tensor, log_tilt: Tensor, groups: int = 1, *, strata: bool = True) -> Estimate:
+    """Estimate the KL of the model from the target law in nats, to second order: half the variance, within groups, of the log
+    ratio less the log tilt, without the noise of the estimates. Arguments as in `regression`."""
+    z, ratios = log_tilt.double().cpu(), estimates.double().cpu()
+    known = (z.isfinite() & ratios.isfinite().all(0)).reshape(groups, -1)
+    first, second = (_centred((each - z).reshape(groups, -1), known) for each in (ratios[0], ratios[-1]))
+    product = first * second
+    degrees = (known.sum(1) - 1).clamp(min=1).sum()
+    off = _centred(product, known)
+    if groups > 1 and not strata:
+        sums = product.sum(1)
+        off = (sums - sums.mean()) * math.sqrt(groups / (groups - 1))
+    return Estimate((product.sum() / degrees / 2).item(), (off.square().sum().sqrt() / degrees / 2).item())
+
+
+def far_in_words(found: Mapping[str, Any], *, rounds: bool) -> list[str]:
+    """The sentence that says how far a model is from a target law that base samples do not resemble, if it is far: by its log
+    ratio, as nothing else can.
+
+    Args:
+        found: the entries of `AchievedTilt`.
+        rounds: whether the method raised the inverse temperature in rounds.
+    """
+    kl, error = found["kl_to_target"], found["kl_to_target_error"]
+    if kl is None or kl - 2 * error <= FAR:
+        return []
+    said = (
+        "Too few base samples resemble the target law to check the model by them. By its log ratio to the base the model is"
+        f" about {decimal(kl, error)} nats from that law."
+    )
+    why = (
+        " The inverse temperature was measured from round to round, and the errors of rounds add up where the base cannot"
+        " correct them: path-reweighted that begins with this method (method.first) weighs paths instead, absolutely."
+    )
+    return [said + why * rounds]
 
 
 def _centred(values: Tensor, known: Tensor) -> Tensor:

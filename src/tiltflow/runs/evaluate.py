@@ -19,6 +19,7 @@ from tiltflow.chemistry.molecule_files import to_xyz
 from tiltflow.control.path_kl import tuned_paths
 from tiltflow.errors import UserCodeError
 from tiltflow.evaluation import metrics
+from tiltflow.evaluation.achieved_tilt import far_in_words
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.molecules import are_molecules, evenly
 from tiltflow.evaluation.monitor import over_groups
@@ -139,6 +140,8 @@ def evaluate(
         # of the law of guided samples: not to be held against paths without guidance
         summary |= dict.fromkeys(("path_kl_target", "path_kl_target_error"))
     summary["limits"] += modes_in_words(summary)
+    if summary["target_unknown"] is not None and target.reaches == "exact":
+        summary["limits"] += far_in_words(summary, rounds="inverse_temperature" in records[-1])
     summary |= conclude([*tests, *found.tests], summary)
     summary["seconds_total"] = (seconds or records[-1]["seconds"]) + time.perf_counter() - began
     drawn = landscape(instruments.rewards[instruments.own], asked, base.device)

@@ -23,6 +23,15 @@ METRICS = (
         compared=True,
     ),
     Metric(
+        "kl_to_target",
+        "KL to the target law",
+        "How far the tuned model is from its target law, in nats and to second order: half the variance of the log of the tuned"
+        " density over the base's, less that of the target's over the base's, without the noise of its estimate. It needs no"
+        " sample of the target law.",
+        section=Section.CLOSE,
+        compared=True,
+    ),
+    Metric(
         "achieved_tilt_path",
         "Achieved tilt of the paths",
         "The same of the paths of the memoryless sampler, with the steps of the evaluation. Steps of Gaussian noise leave part"

@@ -118,9 +118,12 @@ def tilt_reached(
         start=times[0].item(),
         end=min(END, times[-2].item()),
     )
-    of_base = ImportanceWeights.from_log_tilt(log_tilt(reward(x_base))).effective_sample_size
+    weights = ImportanceWeights.from_log_tilt(log_tilt(reward(x_base)))
+    of_base, entries = weights.effective_sample_size, dict.fromkeys(achieved_tilt.KEYS) if found is None else found.entries()
+    rounds, unknown = "inverse_temperature" in trained.record.metrics, weights.unknown() is not None
     return {
-        **(dict.fromkeys(achieved_tilt.KEYS) if found is None else found.entries()),
+        **entries,
+        "limits": achieved_tilt.far_in_words(entries, rounds=rounds) if unknown else [],
         "effective_sample_size": of_base if of_round is None else of_round,
         "effective_sample_size_of": f"{len(x_base)} base samples" if of_round is None else "the last round",
     }
@@ -133,4 +136,9 @@ def tilt_rows(found: Mapping[str, Any]) -> dict[str, Check | str]:
     if slope is None:
         return {**size}
     note = "" if r2 is None else f"R² {Check(r2, found['achieved_tilt_r2_error']).estimate}"
-    return {"achieved tilt": Check(slope, found["achieved_tilt_error"], theory=1.0, note=note), **size}
+    return {
+        "achieved tilt": Check(slope, found["achieved_tilt_error"], theory=1.0, note=note),
+        "KL to the target by it": Check(found["kl_to_target"], found["kl_to_target_error"], theory=0.0),
+        **size,
+        **({"limit": " ".join(found["limits"])} if found["limits"] else {}),
+    }

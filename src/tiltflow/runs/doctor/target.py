@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow.evaluation.importance_weights import FEW, FEW_IN_GROUP, ImportanceWeights
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.laws.target import Target
+from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.rewards import LearnedReward
 from tiltflow.runs.doctor.patient import Finding, Patient
 
@@ -96,6 +97,10 @@ def _of_weights(patient: Patient, target: Target, groups: Sequence[Tensor]) -> F
     text = f"{effective:.1f} of {count} base samples carry the weight of the target law, {target.words}"
     if share < 0.02 or effective < 1.5:
         weaker = "a weaker tilt (a larger beta; a smaller tau) is a law that the base can reach, and the report can check"
+        if isinstance(patient.method, TiltMatching):
+            weaker += (
+                ". Or begin with this method, and let path-reweighted end (method.first): errors of rounds add up so far out"
+            )
         return Finding("temperature", "amber", f"{text}: so strong a tilt that few base samples resemble its target", weaker)
     if share > 0.98:
         return Finding("temperature", "amber", text + ": the target is nearly the base", "a smaller beta tilts more")
