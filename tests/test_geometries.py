@@ -136,6 +136,12 @@ def test_a_process_that_ends_costs_what_it_was_computing(workers: Workers) -> No
     assert list(workers.map(os.getenv, ["OMP_NUM_THREADS"])) == ["1"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals reach groups of processes on POSIX")
+def test_ctrl_c_in_the_terminal_does_not_reach_them(workers: Workers) -> None:
+    """It goes to the group of processes that we are in: a run that ends in order still needs them."""
+    assert list(workers.map(eval, ["__import__('os').getpgrp()"])) != [os.getpgrp()]
+
+
 def test_processes_end_with_what_has_them() -> None:
     workers = Workers(1)
     process = int(str(next(workers.map(eval, ['__import__("os").getpid()']))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ import torch
 
 from tiltflow.chemistry.atoms import Molecule, molecules_of, samples_of
 from tiltflow.chemistry.embedding import Question, embedded
+from tiltflow.errors import InputError
 from tiltflow.plugins import find
 from tiltflow.rewards import LearnedReward, RewardSettings
 from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.rewards.functions.failures import Failures
 from tiltflow.settings import validate
 from tiltflow.streams import stream
+from tiltflow.testing import check_reward
+from tiltflow.utilities.estimation.known import Known
+from tiltflow.utilities.log_barrier import LogBarrier
 
 pytest.importorskip("rdkit", reason="the extra molecules is not installed")
 
@@ -84,6 +89,18 @@ def test_what_is_invalid_is_a_cost(molecules: list[Molecule]) -> None:
     assert found.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
 
 
+def test_validity_is_the_cost_of_a_utility_with_a_limit(molecules: list[Molecule]) -> None:
+    """E r + b log(C - E c) with 2 of 5 invalid and C = 0.6: the price of being invalid is b / 0.2."""
+    x = samples_of(molecules, 12)
+    at = Known(x, reward={"reward": settings("qed").build(), "cost": settings("validity", sign="invalid").build()})
+    barrier, qed = LogBarrier(limit=0.6, strength=0.1), settings("qed").build()(x)
+    assert barrier.value(at).value == pytest.approx(qed.mean().item() + 0.1 * math.log(0.2), abs=1e-5)
+    slope = barrier.first_variation(at)(x) - qed
+    assert (slope[3:] - slope[0]).tolist() == pytest.approx([-0.5, -0.5], abs=1e-5)
+    with pytest.raises(InputError, match=r"the mean cost, 0.4.*, is not below the limit 0.4"):
+        LogBarrier(limit=0.4).value(at)
+
+
 def test_the_gradient_of_the_force_field_is_that_of_finite_differences(molecules: list[Molecule]) -> None:
     """Of molecules of one part and of several; what has no bonds has the value of failures, and no slope."""
     x = samples_of(molecules, 12).double()
@@ -98,6 +115,13 @@ def test_the_gradient_of_the_force_field_is_that_of_finite_differences(molecules
     assert value[4] == -500.0
     assert not gradient[4].any()
     assert not gradient[..., 3:].any()
+
+
+@pytest.mark.parametrize("name", ["mmff-energy", "qed", "logp", "sa-score", "validity"])
+def test_the_rewards_hold_what_all_rewards_must(name: str, molecules: list[Molecule]) -> None:
+    x = samples_of(molecules[:4], 12).double()
+    x[..., :3] *= 1.01
+    check_reward(settings(name).build(), x, gradient=name == "mmff-energy")
 
 
 def test_geometries_are_at_rest_in_the_force_field(molecules: list[Molecule]) -> None:

@@ -23,6 +23,7 @@ from tiltflow.models.trainable import trainable_copy
 from tiltflow.networks.mlp import Mlp
 from tiltflow.optimization import WeightAverage, gradient_norm
 from tiltflow.problems.gaussian import Gaussian
+from tiltflow.rewards.functions.failures import count_failures
 from tiltflow.samplers.rollout import rollout
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
@@ -58,6 +59,22 @@ def run(
 
 def weights(flow: Flow) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in flow.parameters()]
+
+
+def test_rewards_that_fail_are_counted_by_step() -> None:
+    """Those of training alone: what somebody computes between the steps is not of it."""
+
+    def failing(x: Tensor) -> Tensor:
+        count_failures(3)
+        return PROBLEM.reward()(x)
+
+    tuned, base = flows()
+    found = []
+    for record in train(tuned, base, AdjointMatching(num_inference_steps=5), failing, draw, max_train_steps=2):
+        found.append(record.metrics["failed"])
+        failing(torch.zeros(2, 1))
+    assert found == [3, 3]
+    assert "failed" not in run(1)[1][0].metrics
 
 
 # ---- where it ends ----

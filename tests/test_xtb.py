@@ -20,6 +20,7 @@ from tiltflow.rewards.functions.failures import Failures
 from tiltflow.rewards.xtb_energy import SHARES
 from tiltflow.settings import validate
 from tiltflow.streams import stream
+from tiltflow.testing import check_reward
 
 installed = pytest.mark.skipif(importlib.util.find_spec("tblite") is None, reason="the extra molecules is not installed")
 
@@ -121,8 +122,22 @@ def test_failures_have_their_value_no_gradient_and_are_counted(reward: Any) -> N
     assert gradient[[0, 2]].flatten(1).any(1).all()
     unknown = settings("xtb-energy", failure_value=None).build()(x)
     assert [math.isnan(each) for each in unknown.tolist()] == [False, True, False, True]
+    for nearer, why in (
+        (0.2, "an energy above 0"),
+        (0.0, "Too close interatomic distances found"),
+        (np.nan, "positions that are not"),
+    ):
+        assert why in str(single_point(Question(WATER.numbers, nearer * WATER.positions)))
+    assert "not converged" in str(single_point(Question(CYANIDE.numbers, CYANIDE.positions, max_iterations=1)))
     with pytest.raises(InputError, match=r"reward xtb-energy: fails for all of 8 molecules \(no atoms\)"):
         reward(torch.zeros(8, 3, 8))
+
+
+@installed
+def test_the_rewards_hold_what_all_rewards_must(bent: Tensor) -> None:
+    """Without the slope in the types, along which the energy of the nearest elements does not change."""
+    check_reward(settings("xtb-energy", type_gradient=False).build(), bent)
+    check_reward(settings("dipole").build(), bent, gradient=False)
 
 
 @installed

@@ -44,7 +44,7 @@ class XtbEnergy(Settings):
     """Whether the gradient has a part in the types of atoms, by which methods with adjoints feel the composition."""
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = 10.0
     """Longest gradient in the positions of a molecule, in hartree/Å; null for no limit. It is about 0.1 for molecules
-    whose force field is at rest, about 1 where atoms are moved by 0.1 Å (8 at most, of 100 molecules), and without a limit for
+    whose force field is at rest, about 1 where atoms are moved by 0.1 Å (8 at most, of 500 molecules), and without a limit for
     atoms that lie over each other: `python benchmarks/molecules.py gradients`."""
     max_iterations: Annotated[int, Field(ge=1)] = 100
     """Iterations after which a calculation has failed."""
