@@ -161,7 +161,7 @@ def test_every_setting_that_names_something_says_so() -> None:
     words = {
         "description", "name", "column", "revision", "variant", "resume_from_checkpoint", "url", "token_variable", "texts",
         "subset", "split", "colour", "scheduler", "target_modules", "trainable", "negative_prompt", "without", "arguments",
-        "dtype", "attention_backend", "quantization", "image_column",
+        "dtype", "attention_backend", "quantization", "image_column", "classes",
     }  # fmt: skip
     seen: dict[str, set[str]] = {}
     todo: list[type[Settings]] = [Recipe]
