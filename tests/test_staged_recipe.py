@@ -25,7 +25,7 @@ from tiltflow.errors import InputError, Interrupted
 from tiltflow.flows.flow import Flow
 from tiltflow.networks.mlp import Mlp
 from tiltflow.runs import evaluate as of_runs
-from tiltflow.runs.doctor import Finding, examine
+from tiltflow.runs.doctor import Finding, examine, foresee
 from tiltflow.runs.doctor.utility import first_stage, first_variation
 from tiltflow.runs.export import export_run
 from tiltflow.runs.recipe import read_recipe
@@ -344,6 +344,12 @@ def test_the_doctor_looks_at_the_utility(tmp_path: Path) -> None:
     assert "of a stage" in found["iteration"].text
     assert "for all 3 stages" in found["iteration"].text
     assert {each.check: each.level for each in examine(recipe(tmp_path, utility="entropy"))}["parts"] == "red"
+
+
+def test_a_forecast_from_configs_is_of_one_run(tmp_path: Path) -> None:
+    found = {each.check: each for each in foresee(recipe(tmp_path))}
+    assert found["memory"].level == "red"
+    assert "recipes of one run" in found["memory"].text
 
 
 def test_the_doctor_holds_a_first_variation_against_the_value(tmp_path: Path) -> None:

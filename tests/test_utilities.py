@@ -536,6 +536,31 @@ def test_the_error_is_the_spread_of_the_estimate(utility: Utility) -> None:
     assert np.mean(errors) / np.std(values) == pytest.approx(1, abs=0.28)
 
 
+PLUGGED_IN = [each for each in SIMULATED if not isinstance(each, MeanVariance | Entropy)]
+"""Those whose value is the functional at the weighted samples themselves."""
+
+
+@pytest.mark.parametrize("utility", [*PLUGGED_IN, *SLOW[:2], Renyi(order=2.0)])
+def test_the_error_is_by_the_change_of_the_value_with_each_weight(utility: Utility) -> None:
+    """sqrt(n / (n - 1) sum_i p_i^2 d_i^2), d_i the slope of the value from p toward sample i alone, by differences."""
+    p, step = torch.softmax(normal(40, 5)[:, 0].double() / 3, 0), 1e-5
+    known = Known(normal(40, 4), weights=p, reward={"reward": reward, "cost": cost}, log_ratio=ratio_of_normals)
+
+    def value(weights: Tensor) -> float:
+        return utility.value(replace(known, weights=weights)).value
+
+    toward = torch.eye(40, dtype=torch.float64) - p
+    slopes = [(value(p + step * way) - value(p - step * way)) / (2 * step) for way in toward]
+    expected = math.sqrt(40 / 39 * sum(float(p[i]) ** 2 * slope**2 for i, slope in enumerate(slopes)))
+    assert utility.value(known).standard_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_error_of_mmd_is_as_much_that_of_the_reference() -> None:
+    x, y = normal(50, 0), normal(70, 1) + 0.5
+    left, right = (Mmd(bandwidth=0.9).value(Known(a, reference=b)) for a, b in ((x, y), (y, x)))
+    assert left.standard_error == pytest.approx(right.standard_error, rel=1e-6)
+
+
 def test_importance_weights_make_it_the_utility_of_another_law() -> None:
     """Samples of N(0, 1) with the weights of N(0.5, 1), whose best tenth under r = x has the mean 0.5 + 1.755."""
     values, errors = [], []
