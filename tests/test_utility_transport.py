@@ -147,6 +147,13 @@ def test_metrics_that_are_none() -> None:
         Wasserstein2().value(Known(many, reference=many))
 
 
+def test_of_the_same_samples_a_critic_is_without_distance() -> None:
+    x = normal(30, 1) + 3
+    for weights in (None, torch.ones(30)):
+        found = Wasserstein1(potential="critic", critic_steps=2, critic_width=8).value(Known(x, weights=weights, reference=x))
+        assert found.value == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_a_critic_learns_the_potential() -> None:
     """Of two Gaussians with A = diag(1, 7): its gradient has the length 1 in that metric and the direction of the exact one,
