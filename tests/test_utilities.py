@@ -555,6 +555,20 @@ def test_the_error_is_by_the_change_of_the_value_with_each_weight(utility: Utili
     assert utility.value(known).standard_error == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_error_of_a_variance_is_by_its_change_where_rewards_are_skewed() -> None:
+    """As above, but for what makes it unbiased, of order 1 / n."""
+    n, step, utility = 300, 1e-4, MeanVariance(aversion=0.7)
+    known = Known(normal(n, 4), reward={"reward": cost})
+    p = torch.full((n,), 1 / n, dtype=torch.float64)
+
+    def value(weights: Tensor) -> float:
+        return utility.value(replace(known, weights=weights)).value
+
+    slopes = [value(p + step * (way - p)) - value(p) for way in torch.eye(n, dtype=torch.float64)]
+    expected = math.sqrt(sum((slope / step) ** 2 for slope in slopes)) / n
+    assert utility.value(known).standard_error == pytest.approx(expected, rel=0.02)
+
+
 def test_the_error_of_mmd_is_as_much_that_of_the_reference() -> None:
     x, y = normal(50, 0), normal(70, 1) + 0.5
     left, right = (Mmd(bandwidth=0.9).value(Known(a, reference=b)) for a, b in ((x, y), (y, x)))
