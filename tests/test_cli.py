@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 from tiny import tiny_flow, tiny_recipe
-from typed import typed
+from typed import apart, typed
 from typer.testing import CliRunner
 
 import tiltflow
@@ -301,6 +302,35 @@ def test_errors_of_ours_are_the_only_ones_caught() -> None:
 def test_importing_tiltflow_imports_nothing_heavy() -> None:
     code = "import sys, tiltflow; print([m for m in ('torch', 'pydantic', 'matplotlib', 'typer', 'ot') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+HEAVY = ("matplotlib", "scipy.interpolate", "scipy.optimize", "ot", "torchmetrics", "diffusers", "transformers", "peft")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from tiltflow.commands.terminal.app import main
+sys.argv = ["tiltflow", "--help"]
+try:
+    main()
+finally:
+    print([name for name in ("torch", "scipy", *{HEAVY}) if name in sys.modules])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
+    assert any("Tune a model" in line for line in said)
+    assert said[-1] == "[]"
+
+
+def imported_with_a_run() -> list[str]:
+    for name in [name for name in sys.modules if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY))]:
+        del sys.modules[name]
+    importlib.import_module("tiltflow.runs.run")
+    return [name for name in HEAVY if name in sys.modules]
+
+
+def test_a_run_begins_without_what_only_some_of_them_need() -> None:
+    assert apart(imported_with_a_run) == []
 
 
 def test_what_is_not_ours_is_shown_and_not_obeyed(

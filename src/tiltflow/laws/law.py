@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.special import logsumexp
 
 Array = NDArray[np.float64]
@@ -43,6 +43,13 @@ GRID, TIMES = np.linspace(-SUPPORT, SUPPORT, NODES), _times(STEPS)
 
 def log_normal(x: Array, mean: Array | float, std: Array | float) -> Array:
     return -(((x - mean) / std) ** 2) / 2 - np.log(std * math.sqrt(2 * math.pi))
+
+
+def cubic_spline(points: Array, values: Array) -> Any:
+    """SciPy's, which is slow to import: few runs have laws on the line."""
+    from scipy.interpolate import CubicSpline
+
+    return CubicSpline(points, values)
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,8 @@ class Law:
         return np.asarray(p / p.sum())
 
     @cached_property
-    def _spline(self) -> CubicSpline:
-        return CubicSpline(self.points, self.log_density)
+    def _spline(self) -> Any:
+        return cubic_spline(self.points, self.log_density)
 
     def log_at(self, x: Array) -> Array:
         """log density at x; beyond the points the parabola through the end that fits the last of them best, which never opens
@@ -142,6 +149,8 @@ class Law:
 
     def quantiles(self, levels: Array) -> Array:
         """Inverse of the distribution function at `levels` in (0, 1)."""
+        from scipy.interpolate import PchipInterpolator
+
         h = self.points[1] - self.points[0]
         cdf = np.concatenate([[0.0], np.cumsum(self.probabilities)])
         edges = np.concatenate([[self.points[0] - h / 2], self.points + h / 2])
@@ -178,7 +187,8 @@ class Law:
             log_weight: log w at the points.
         """
         given = self.given(x, t)
-        logs = log_weight if t < 0.5 else CubicSpline(self.points, log_weight)(given.data.clip(self.points[0], self.points[-1]))
+        inside = given.data.clip(self.points[0], self.points[-1])
+        logs = log_weight if t < 0.5 else cubic_spline(self.points, log_weight)(inside)
         w = np.exp(logs)
         m = given.mean(w)
         return np.log(m), given.pull(w) / m
@@ -201,7 +211,7 @@ class Table:
         return cls(np.stack([field(GRID, t) for t in TIMES]))
 
     def __call__(self, x: Array, t: float) -> Array:
-        return np.asarray(CubicSpline(GRID, self.values[TIMES.index(t)])(x.clip(-SUPPORT, SUPPORT)))
+        return np.asarray(cubic_spline(GRID, self.values[TIMES.index(t)])(x.clip(-SUPPORT, SUPPORT)))
 
 
 def push_forward(field: Field, *, steps: int = STEPS) -> Law:
@@ -219,7 +229,7 @@ def push_forward(field: Field, *, steps: int = STEPS) -> Law:
 
 def law_of_transport(start: Array) -> Law:
     """The law of the map that carries standard normal noise, at `start` [NODES], to the points of the grid."""
-    slope = CubicSpline(GRID, start)(GRID, 1)
+    slope = cubic_spline(GRID, start)(GRID, 1)
     log_density = log_normal(start, 0.0, 1.0) + np.log(np.maximum(slope, 1e-300))
     trusted = np.flatnonzero((log_density > FLOOR) & (np.abs(start) < NOISE[-1]))
     kept = slice(trusted[0], trusted[-1] + 1)

@@ -12,21 +12,22 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tiltflow.data import to_pixels
 from tiltflow.evaluation.metrics import Cost, Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
 """CSS variable of each colour, and its value if the page does not set it."""
@@ -50,6 +51,24 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: it takes the font of the page and can be searched
     "svg.hashsalt": "tiltflow",
 }
+
+
+@contextmanager
+def figure_of(width: float, height: float, **options: Any) -> Iterator[Figure]:
+    """A figure of this size, in inches, in the style of all plots while it is drawn. Matplotlib, which is slow to import, is
+    imported only where something is drawn."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        yield Figure(figsize=(width, height), **options)
+
+
+def ticks(axis: Axis, most: int, *, integer: bool = False) -> None:
+    """At most so many steps between the ticks of an axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, integer=integer))
 
 
 def image_grid(images: Tensor, columns: int, *, scale: int = 2, padding: int = PADDING, background: int = 128) -> Image.Image:
@@ -85,6 +104,8 @@ def grid_rows(picture: Image.Image, count: int) -> list[Image.Image]:
 def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("before", "after")) -> Image.Image:
     """Place two pictures of the same height side by side on white, each below its label. Raises ValueError for other
     heights."""
+    import matplotlib
+
     if before.height != after.height:
         raise ValueError(f"the pictures must have the same height, got {before.height} and {after.height}")
     size = max(14, before.width // 18)
@@ -105,8 +126,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, references
     Args:
         references: values that curves should reach, by key, as dashed lines.
     """
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.4 * len(keys), 2.2), layout=LAYOUT)
+    with figure_of(4.4 * len(keys), 2.2, layout=LAYOUT) as figure:
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             _curve(axes, rows, key, (references or {}).get(key))
         return _svg(figure)
@@ -126,8 +146,8 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: f
     if len(values) and values.min() > 0 and values.max() > 50 * values.min():
         axes.set_yscale("log")
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ticks(axes.yaxis, 5)
+    ticks(axes.xaxis, 6, integer=True)
     axes.set_xlabel("iteration")
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
     axes.tick_params(length=0)
@@ -145,8 +165,7 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "iteration")
     values, errors = (np.array([row["measures"][name][i] for row in rows], float) for i in (0, 1))
     target = (rows[0].get("target") or {}).get(name)
     alarm = next((row["step"] for row in rows if row["alarm"]), None)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(4.4, 2.2), layout=LAYOUT)
+    with figure_of(4.4, 2.2, layout=LAYOUT) as figure:
         axes = figure.subplots()
         axes.errorbar(steps, values, errors, color=COLOURS["tuned"], marker="o", markersize=4, linewidth=1.6, elinewidth=1)
         if target is not None:
@@ -154,8 +173,8 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "iteration")
         if alarm is not None:
             axes.axvline(alarm, color=COLOURS["ink"], linewidth=1.6)
         axes.set_xlabel(axis)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        ticks(axes.xaxis, 6, integer=True)
+        ticks(axes.yaxis, 5)
         axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
         axes.tick_params(length=0)
         return _svg(figure)
@@ -184,8 +203,7 @@ def class_histogram(
     names: Sequence[str],
 ) -> str:
     """Plot the share of each class under the base, the tuned model and, with error bars, the target law, if it is known."""
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(max(6.6, 0.66 * len(names)), 2.9), layout="constrained")
+    with figure_of(max(6.6, 0.66 * len(names)), 2.9, layout="constrained") as figure:
         axes, places = figure.subplots(), np.arange(len(names))
         for offset, label, heights in ((-0.27, "base", base), (0.0, "tuned", tuned), (0.27, "target", target)):
             if len(heights) == 0:  # the target law is not always known
@@ -201,7 +219,7 @@ def class_histogram(
         axes.set_xticks(places, names, parse_math=False, **turn)
         axes.tick_params(length=0)
         axes.tick_params(axis="x", labelcolor=COLOURS["ink"])
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        ticks(axes.yaxis, 5)
         axes.yaxis.set_major_formatter("{x:g}%")
         axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
         axes.spines["left"].set_visible(False)
@@ -221,8 +239,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metri
     """
     distance, cost = metric.swept, metric.cost or Cost()
     finished = sorted((row for row in rows if "error" not in row), key=lambda row: row[distance])
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.6, 4.2), layout="constrained")
+    with figure_of(6.6, 4.2, layout="constrained") as figure:
         axes = figure.subplots()
         front = [row for row in finished if row["on_front"]]
         axes.plot([row[distance] for row in front], [row["reward_tuned"] for row in front], color=COLOURS["tuned"], alpha=0.4)

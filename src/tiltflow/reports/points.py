@@ -6,16 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from tiltflow.laws.law import Array
-from tiltflow.reports.plots import COLOURS, STYLE
+from tiltflow.reports.plots import COLOURS, figure_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Reward = Callable[[Tensor], Tensor]
 Limits = Sequence[tuple[float, float]]
@@ -48,8 +49,7 @@ def draw(x: Tensor, limits: Limits, colour: str, reward: Reward | None = None) -
     """
 
     def write(path: Path) -> None:
-        with style.context(["default", STYLE]):
-            figure = Figure(figsize=(4.4, 4.2 if len(limits) == 2 else 2.6), dpi=110, layout="constrained")
+        with figure_of(4.4, 4.2 if len(limits) == 2 else 2.6, dpi=110, layout="constrained") as figure:
             axes, points = figure.subplots(), x.double().numpy()
             (_plane if len(limits) == 2 else _line)(axes, points, limits, COLOURS[colour], reward)
             axes.tick_params(length=0)
