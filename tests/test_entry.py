@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_classifier, tiny_flow, tiny_recipe
+from typed import Beside, command
 from typer.testing import CliRunner
 
 import tiltflow
@@ -73,11 +72,10 @@ def test_a_file_of_the_name_of_a_shipped_recipe(tmp_path: Path, monkeypatch: pyt
 
 def test_the_command_line_says_which_is_meant_in_one_line(tmp_path: Path) -> None:
     tiny_flow(tmp_path / "digits-flow")
-    command = [sys.executable, "-m", "tiltflow", "sample", "digits-flow", "-n", "1", "--num-inference-steps", "2"]
-    command += ["-o", "x.npz", "--quiet", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    words = ["sample", "digits-flow", "-n", "1", "--num-inference-steps", "2", "-o", "x.npz", "--quiet", "--device", "cpu"]
+    said = tmp_path / "said"
+    assert Beside(command, *words, output=said, folder=tmp_path).wait() == 0, said.read_text()
+    (line,) = said.read_text().strip().splitlines()
     assert line.startswith("'digits-flow' is the model that ships with tiltflow; write ./digits-flow for the one")
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["samples"].shape == (1, 1, 28, 28)

@@ -97,7 +97,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sweep_from_grid_to_front(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, told = tmp_path / "sweep", []
     grid = {"method.alpha": [0, 1], "seed": [0, 1]}
-    result = sweep(tree, grid, folder, processes=2, watch=lambda name, what: told.append((name, what)))
+    result = sweep(tree, grid, folder, processes=1, watch=lambda name, what: told.append((name, what)))
     assert sorted(told) == [(f"alpha={alpha},seed={seed}", "done") for alpha in (0, 1) for seed in (0, 1)]
     assert not list(folder.glob("*.partial"))
     runs = [json.loads((folder / f"alpha=0,seed={seed}" / "summary.json").read_text()) for seed in (0, 1)]
