@@ -23,6 +23,7 @@ from tiltflow.evaluation.molecules import are_molecules
 from tiltflow.flows.flow import Flow
 from tiltflow.reports.molecules import DRAWING, drawing, molecule_grid, pairs_of
 from tiltflow.reports.report import TEMPLATES
+from tiltflow.rewards.functions.failures import count_failures
 
 ATOMS = 14
 LIBRARY = ("C", "CC", "CCO", "CCCC")
@@ -160,3 +161,29 @@ def test_a_grid_has_a_place_for_what_is_not_valid() -> None:
     for each in (molecule("c1ccccc1O"), without(molecule("C"), 4), Molecule(np.zeros(0, np.int64), np.zeros((0, 3)))):
         grey = np.asarray(molecule_grid([each], 1).convert("L"))
         assert (grey[: DRAWING[1] // 2 + 10] < 100).any()
+
+
+def test_rewards_that_could_not_be_computed_are_told(tmp_path: Path) -> None:
+    """By a share of the samples, and in words."""
+    folder = tmp_path / "run"
+
+    def half(x: Tensor) -> Tensor:
+        few = carbons(x) < 2.5
+        count_failures(int(few.sum()))
+        return torch.where(few, 0.0, carbons(x))
+
+    tiltflow.tune(
+        tiltflow.Model(Flow(Lookup(), "x1"), (ATOMS, 8), tiltflow.Sampling(num_inference_steps=4)),
+        half,
+        tiltflow.AdjointMatching(beta=2.0, num_inference_steps=4),
+        tiltflow.Training(max_train_steps=1, train_batch_size=8),
+        evaluation=tiltflow.Evaluation(num_samples=128, grid=128),
+        output=folder,
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    failed = sum(reward == 0 for _, reward in from_xyz((folder / "before.xyz").read_text()))
+    assert summary["failed_base"] == failed / 128
+    assert 0.6 < summary["failed_base"] < 0.9  # three of the four molecules
+    words = f"for {failed} of the base's 128 samples"
+    assert any(words in limit for limit in summary["limits"])
+    assert "Failed rewards, tuned" in (folder / "report.html").read_text()

@@ -20,6 +20,7 @@ from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import NonFiniteRewards, Reward
 from tiltflow.rewards.functions.checked import score
+from tiltflow.rewards.functions.failures import Failures
 from tiltflow.rewards.functions.latents import decoded_from, seen_by
 from tiltflow.rewards.functions.prompted import told
 
@@ -186,8 +187,17 @@ class Instruments:
         Args:
             latents: what the samples are decoded from; None where no reward looks at it, or nothing is decoded.
         """
-        told = {name: decoded_from(asked.tell(reward), latents) for name, reward in self.rewards.items()}
-        return {name: score(each, x, self.batch_size, self.device, self.non_finite) for name, each in told.items()}
+        return self.scored(x, asked, latents)[0]
+
+    def scored(self, x: Tensor, asked: Asked, latents: Tensor | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return `scores`, and for how many samples each reward could not be computed, but has a value for failures."""
+        found, failed = dict[str, Tensor](), dict[str, int]()
+        for name, reward in self.rewards.items():
+            told = decoded_from(asked.tell(reward), latents)
+            with Failures(self.device) as failures:
+                found[name] = score(told, x, self.batch_size, self.device, self.non_finite)
+            failed[name] = int(failures.taken().get("failed", 0))
+        return found, failed
 
     def look(self, function: Features, x: Tensor) -> Tensor:
         """Apply `function` to samples in batches; the result is on the CPU."""

@@ -26,10 +26,11 @@ OF_POINT = ("model", "solver", "num_inference_steps", "shift", "spacing", "eta",
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of a model at one sampling point, and their rewards by name."""
+    """Samples of a model at one sampling point, their rewards by name, and how many of each could not be computed."""
 
     x: Tensor
     rewards: dict[str, Tensor]
+    failed: dict[str, int]
 
 
 def draw_all(
@@ -48,7 +49,7 @@ def draw_all(
         scale = None
         for name, model in (("base", base), ("tuned", tuned)):
             x, latents = instruments.draw(model, asked.items, point, seed=seed, batch_size=settings.at_once)
-            rewards = instruments.scores(x, asked, latents)
+            rewards, failed = instruments.scored(x, asked, latents)
             extract = instruments.extract
             compared = plain(x, clamped=base.has_decoder) if extract is None else instruments.features(x, extract)
             if scale is None:  # of the base, which comes first
@@ -63,7 +64,7 @@ def draw_all(
                     row |= of_prompts(compared, reference, asked)
             table.append(row)
             if i == 0:
-                first.append(Drawn(x, rewards))
+                first.append(Drawn(x, rewards, failed))
     return table, (first[0], first[1])
 
 

@@ -37,6 +37,16 @@ def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
     ]
 
 
+def failed_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
+    """The sentence that says for how many samples the reward has a value that stands for none, if any."""
+    if not of_base and not of_tuned:
+        return []
+    return [
+        f"The reward could not be computed for {of_base} of the base's {count} samples and {of_tuned} of the tuned model's:"
+        " they count with the value that it has for failures."
+    ]
+
+
 def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:
     """Of a run that worked at `working_beta` at its end: whether that is at its limit (`calibration_at_limit`, None if it was
     not calibrated), and the sentence that says so (`limits`)."""

@@ -46,6 +46,7 @@ from tiltflow.runs.caveats import (
     annealing_in_words,
     budget_in_words,
     calibration_in_words,
+    failed_in_words,
     few_steps_limits,
     guidance_limits,
     left_out_in_words,
@@ -98,6 +99,7 @@ def evaluate(
     samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
     if not getattr(instruments.rewards[instruments.own], "valued", True):
         samples = replace(samples, absent=NO_VALUES)
+    failed = {f"failed_{side}": each.failed[instruments.own] for side, each in (("base", of_base), ("tuned", of_tuned))}
     generator = stream(run.seed, "bootstrap")
     budget = budget_in_words(run.training.target_kl, records)
     calibrated = calibration_in_words(target.beta, records[-1].get("beta") if budget["target_kl"] is None else None)
@@ -121,7 +123,9 @@ def evaluate(
             *guidance_limits(run.training.guidance_mode),
             *few_steps_limits(base, run.method),
             *left_out_in_words(*samples.left_out, len(asked)),
+            *failed_in_words(failed["failed_base"], failed["failed_tuned"], len(asked)),
         ],
+        **({name: each / len(asked) for name, each in failed.items()} if any(failed.values()) else {}),
         **mean_rewards(samples, of_base, of_tuned, asked, instruments.own),
         **entries,
         **of_paths(run, target, tuned, base, asked, instruments, tilted),

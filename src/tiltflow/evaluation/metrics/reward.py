@@ -21,6 +21,21 @@ METRICS = (
         compared=True,
     ),
     Metric(
+        "failed_base",
+        "Failed rewards, base",
+        "Share of samples whose reward could not be computed, and that count with the value that the reward has for failures.",
+        unit="share",
+        section=Section.SURE,
+    ),
+    Metric(
+        "failed_tuned",
+        "Failed rewards, tuned",
+        "The same for the tuned model.",
+        better="down",
+        unit="share",
+        section=Section.SURE,
+    ),
+    Metric(
         "reward_gain",
         "Gain in reward",
         "Mean of tuned minus base over pairs of pictures from the same prompt and noise.",
