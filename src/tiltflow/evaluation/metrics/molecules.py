@@ -110,7 +110,8 @@ def measure(seen: Seen) -> Found:
     read."""
     if not are_molecules(seen.samples.base):
         return Found()
-    samples, known = seen.samples, known_smiles(seen.settings)
+    samples, smiles = seen.samples, known_smiles(seen.settings)
+    known = None if smiles is None else canonical_smiles(smiles)
     both = [molecules_of(x) for x in samples.both]
     found = [structures(molecules) for molecules in both]
     entries: dict[str, Any] = {}
@@ -135,11 +136,11 @@ def sided(key: str, side: str) -> str:
     return f"{key}_{side}"
 
 
-def known_smiles(settings: Evaluation) -> set[str] | None:
+def known_smiles(settings: Evaluation) -> list[str] | None:
     """The molecules of evaluation.data, a file of SMILES; None without one. Raises InputError for a file that cannot be read,
     and if RDKit is not installed."""
     rdkit()
-    return None if settings.data is None else canonical_smiles(text for _, text in read_smiles(Path(settings.data)))
+    return None if settings.data is None else [text for _, text in read_smiles(Path(settings.data))]
 
 
 def of_structures(several: Sequence[Structure], known: set[str] | None) -> dict[str, Any]:
