@@ -27,6 +27,7 @@ class Inner(Settings):
 class Outer(Settings):
     inner: Inner = Inner()
     many: tuple[Inner, ...] = ()
+    some: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     path: Annotated[Interpolant, Field(discriminator="name")] = Cosine()
     method: Annotated[Any, BeforeValidator(part_of("methods"))] = None
     count: Annotated[int, Field(ge=1)] = 1
@@ -42,6 +43,7 @@ class Outer(Settings):
         ({"many": [{"rate": 1}, {"rats": 2}]}, "here: many.1.rats is not a setting, did you mean 'rate'?"),
         ({"count": "many"}, "here: count must be a valid integer (got 'many')"),
         ({"many": 3}, "here: many must be a list, such as [1, 2] (got 3)"),
+        ({"some": []}, "here: some must have at least 1 (got [])"),
         ({"inner": [1]}, "here: inner must be a mapping of settings (got [1])"),
         ({"count": 0}, "here: count must be greater than or equal to 1 (got 0)"),
         ({"cuont": 3}, "here: cuont is not a setting, did you mean 'count'?"),

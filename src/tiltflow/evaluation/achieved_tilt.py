@@ -39,9 +39,9 @@ FEW_DIMENSIONS = 3
 """Up to so many, the log ratio is computed by the ODE with its divergence, where its start is standard normal noise."""
 OF_TILT = ("achieved_tilt", "achieved_tilt_error", "achieved_tilt_r2", "achieved_tilt_r2_error", "achieved_tilt_by")
 KEYS = (*OF_TILT, "kl_to_target", "kl_to_target_error")
-FAR = 0.01
-"""Nats from a target law that nothing else can check from which on a run says so: some hundred samples of each are then enough
-to tell the two laws apart."""
+FAR = 0.005
+"""Nats from a target law that nothing else can check from which on a run says so: a thousand samples of each are then enough to
+tell the two laws apart."""
 
 
 @dataclass(frozen=True)
