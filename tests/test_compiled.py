@@ -212,8 +212,12 @@ def test_compiled_pipelines_are_the_pipelines(
 
 
 def test_tf32_is_for_a_while_and_on_cuda_alone() -> None:
-    before = torch.get_float32_matmul_precision()
-    for allowed, device, expected in ((True, "cuda", "high"), (False, "cuda", before), (True, "cpu", before)):
+    def flags() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    cases = ((True, "cuda", ("high", True)), (False, "cuda", ("highest", False)), (None, "cuda", before), (True, "cpu", before))
+    for allowed, device, expected in cases:
         with tf32(allowed, torch.device(device)):
-            assert torch.get_float32_matmul_precision() == expected
-        assert torch.get_float32_matmul_precision() == before
+            assert flags() == expected
+        assert flags() == before == ("highest", True)  # matrices in float32, and convolutions in TF32: PyTorch's default

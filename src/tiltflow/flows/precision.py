@@ -33,17 +33,21 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 
 @contextmanager
-def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
-    """Float32 matrices are multiplied in TF32 in this context, if that is allowed and on CUDA; afterwards as before."""
-    if not allowed or device.type != "cuda":
+def tf32(allowed: bool | None, device: torch.device) -> Iterator[None]:
+    """Float32 matrices and convolutions are computed in TF32 on CUDA in this context, or are not; afterwards as before. None
+    leaves them as they are: by PyTorch's default convolutions are, and matrices are not."""
+    if allowed is None or device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 GRADIENT_SCALE = 1024.0

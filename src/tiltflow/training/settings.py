@@ -80,8 +80,9 @@ class Training(Settings):
     """Compile the networks by torch.compile while they train, which needs a C++ compiler, and Triton on a GPU. regional: the
     blocks that diffusers names as repeated in a pipeline's denoiser, once for all of them; whole: all of it, which takes
     longer to compile. The evaluation is not compiled."""
-    allow_tf32: bool = False
-    """Multiply float32 matrices in TF32 on CUDA while training: faster, with 10 bits of mantissa instead of 23."""
+    allow_tf32: bool | None = None
+    """Whether float32 is multiplied in TF32 on CUDA while training: faster, with 10 bits of mantissa instead of 23. true:
+    matrices and convolutions; false: neither; null, PyTorch's default: convolutions alone."""
     use_8bit_adam: bool = False
     """Keep the state of the optimizer in 8 bits, by bitsandbytes, on a GPU: a quarter of its memory."""
 
