@@ -11,7 +11,7 @@ memory      peaks of each phase of an iteration of Stable Diffusion 1.5 and SDXL
 digits      `digits-even` in small: train, resume bit for bit, evaluate, sample, doctor
 tiles       the same of `tiles-colour`, a pipeline
 settings    settings of memory and of speed, one at a time, on a small pipeline: the weights beside those without the setting
-attention   implementations of attention beside the one that torch chooses
+attention   implementations of attention in bfloat16 beside float32: velocities of a small FLUX, and their gradients
 methods     two updates by each method, of a small network and of a small pipeline
 quantized   frozen weights in nf4, int8 and float8: three updates of a LoRA, samples, and how far predictions move
 parity      velocities and their gradients beside those of a CPU
@@ -568,26 +568,41 @@ def methods(options: argparse.Namespace, folder: Path) -> Found:
     yield from each(several, of_pipeline, "pipeline ")
 
 
-BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
+TRAINING = "native, as in training"
+BACKENDS = (TRAINING, "_native_math", "_native_efficient", "_native_flash", "native", "_native_cudnn")
 
 
 def attention(options: argparse.Namespace, folder: Path) -> Found:
-    """Of FLUX, in bfloat16: velocities and their gradients."""
+    """Of FLUX, in bfloat16: velocities and their gradients beside those in float32, four times, as some kernels' vary."""
     import torch
 
     from tiltflow.flows.linearize import linearize
+    from tiltflow.flows.precision import without_cudnn_attention
     from tiltflow.models.sources.diffusers import Diffusers
 
-    place, found = tiny("flux", folder), dict[str, Any]()
+    place, device = tiny("flux", folder), torch.device(options.device)
+
+    def linearized(name: str, dtype: str) -> Callable[[], tuple[Any, Any]]:
+        backend: Any = {"dtype": dtype, "attention_backend": name}
+        model = Diffusers(diffusers=str(place), height=64, width=64, **backend).load(options.device)
+        condition, _ = model.encode(["a red cat", "a blue dog"])
+        x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def call() -> tuple[Any, Any]:
+            v, pullback = linearize(model.flow.bind(condition), x, torch.tensor(0.4))
+            return v, pullback(x)
+
+        return call
+
+    exact = linearized("_native_math", "float32")()
 
     def of(name: str) -> dict[str, Any]:
-        source = Diffusers(diffusers=str(place), height=64, width=64, dtype="bfloat16", attention_backend=name)
-        model = source.load(options.device)
-        condition, _ = model.encode(["a red cat", "a blue dog"])
-        x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(options.device)
-        v, pullback = linearize(model.flow.bind(condition), x, torch.tensor(0.4))
-        found[name] = v, pullback(x)
-        return {"moved": [relative(a, b) for a, b in zip(found[name], found["native"], strict=True)]}
+        call = linearized(name.partition(",")[0], "bfloat16")
+        with without_cudnn_attention(device) if name == TRAINING else nullcontext():
+            found = [call() for _ in range(4)]
+        moved = [max(relative(each[i], exact[i]) for each in found) for i in range(2)]
+        bad = [sum(int((~each[i].isfinite()).sum()) for each in found) for i in range(2)]
+        return {"ok": not any(bad) and max(moved) < 0.1, "moved": moved, "not_finite": bad}
 
     yield from each(BACKENDS, of)
 
@@ -921,7 +936,7 @@ def in_short(row: Mapping[str, Any]) -> str:
         words += [f"{name or 'other'} {size / GIGABYTE:.2f}" for name, size in row["phases"].items()]
         words += [f"beside torch {row['beside_torch'] / GIGABYTE:.2f}"] if "beside_torch" in row else []
         return ", ".join(words) + " GB"
-    for key in ("same_bits", "moved", "from_float32", "bfloat16_from_float32", "bytes", "levels"):
+    for key in ("same_bits", "moved", "not_finite", "from_float32", "bfloat16_from_float32", "bytes", "levels"):
         value = row.get(key)
         if isinstance(value, list):
             words.append(f"{key} {[f'{one:.2g}' for one in value]}")

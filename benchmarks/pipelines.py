@@ -40,6 +40,7 @@ from tiltflow.flows.adapter import AdapterOff, base_of
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
+from tiltflow.flows.precision import without_cudnn_attention
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.compiled import compiled
 from tiltflow.models.denoiser import Denoiser
@@ -188,6 +189,7 @@ class Iterations:
             base = Flow(Denoiser(unet, predict), "epsilon", path, autocast=autocast)
             tuned = trainable_copy(base)
         self.compiled = ExitStack()  # until the process ends
+        self.compiled.enter_context(without_cudnn_attention(torch.device(self.device)))
         self.compiled.enter_context(compiled(row.get("compile"), tuned.network, base.network))
         shape = (options.batch, 4, options.latents, options.latents)
         embeds = torch.randn(options.batch, 77, SIZES[options.network]["cross_attention_dim"], device=self.device, dtype=dtype)

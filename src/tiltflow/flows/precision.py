@@ -50,6 +50,23 @@ def tf32(allowed: bool | None, device: torch.device) -> Iterator[None]:
         cudnn.allow_tf32 = before[1]
 
 
+@contextmanager
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
+    """PyTorch does not choose cuDNN for attention on CUDA in this context, unless it is asked for by its name.
+
+    In 16 bits it is the first choice on a Hopper GPU, and its gradients are then wrong, and often not finite, where all that
+    they are computed from is finite: of a FLUX transformer on an H100, with torch 2.11 and cuDNN 9.19. Others found the like:
+    https://github.com/pytorch/pytorch/issues/196678, https://github.com/NVIDIA/cudnn-frontend/issues/160.
+    """
+    cuda = torch.backends.cuda
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(before and device.type != "cuda")
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(before)
+
+
 GRADIENT_SCALE = 1024.0
 """Factor of the gradients inside a network in float16, whose smallest number is 6e-8; exact, as a power of two."""
 

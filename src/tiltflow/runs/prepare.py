@@ -22,7 +22,7 @@ from tiltflow.flows.adapter import AdapterOff, base_of, has_adapter
 from tiltflow.flows.counting import CountEvaluations
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
-from tiltflow.flows.precision import autocast_dtype, tf32
+from tiltflow.flows.precision import autocast_dtype, tf32, without_cudnn_attention
 from tiltflow.models.compiled import compiled, try_compiled
 from tiltflow.models.model import Model
 from tiltflow.models.protocol import GenerativeModel
@@ -143,7 +143,12 @@ def prepare(
 
     def loop(resume_from: Tree | None = None, **options: Any) -> Generator[Record, None, None]:
         away = offloaded(what_can_be_apart(model, scored, base, training)) if training.offload else nullcontext()
-        with tf32(training.allow_tf32, model.device), compiled(training.compile, flow.network, base.network), away:
+        with (
+            tf32(training.allow_tf32, model.device),
+            without_cudnn_attention(model.device),
+            compiled(training.compile, flow.network, base.network),
+            away,
+        ):
             if training.compile is not None:
                 try_compiled_pair(tuned, flow, base, items, method, training, seed)
             yield from steps(resume_from, **options)
