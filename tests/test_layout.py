@@ -30,6 +30,7 @@ FLOORS = [
     "control",
     "training",
     "methods",
+    "steering",
     "testing",
     "problems",
     "reports",

@@ -2,7 +2,7 @@
 
 >>> import tiltflow
 >>> sorted(tiltflow.__all__)[:3]
-['Adapter', 'AdjointMatching', 'CollapseError']
+['Adapter', 'AdjointMatching', 'BestOfN']
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tiltflow.api import evaluate, load, report, steps, tune
+    from tiltflow.api import evaluate, load, report, steer, steps, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
     from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.staged.outer_loop import stages
     from tiltflow.runs.staged.settings import Stop
     from tiltflow.samplers.sampling import Sampling
+    from tiltflow.steering.best_of_n import BestOfN
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "models.trainable",
     "AdjointMatching": "methods.adjoint_matching",
+    "BestOfN": "steering.best_of_n",
     "CollapseError": "errors",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
@@ -70,6 +72,7 @@ _HOME = {
     "load_text_to_image": "runs.run",
     "report": "api",
     "stages": "runs.staged.outer_loop",
+    "steer": "api",
     "steps": "api",
     "tune": "api",
 }
@@ -77,6 +80,7 @@ _HOME = {
 __all__ = [
     "Adapter",
     "AdjointMatching",
+    "BestOfN",
     "CollapseError",
     "DeterministicAdjointMatching",
     "EndpointAdjointMatching",
@@ -105,6 +109,7 @@ __all__ = [
     "load_text_to_image",
     "report",
     "stages",
+    "steer",
     "steps",
     "tune",
 ]

@@ -1,10 +1,11 @@
-"""Load, tune, train, evaluate, report: what Python can do, for every kind of model."""
+"""Load, tune, steer, train, evaluate, report: what Python can do, for every kind of model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -28,7 +29,7 @@ from tiltflow.models.model import Model
 from tiltflow.models.model_folder import CONFIG, WEIGHTS, save_weights
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.models.text_to_image import TextToImage
+from tiltflow.models.text_to_image import TextToImage, checked_scale
 from tiltflow.models.trainable import Adapter
 from tiltflow.pictures import IMAGE, Picture, picture_of
 from tiltflow.reports.report import write_report
@@ -41,8 +42,11 @@ from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
 from tiltflow.runs.staged.results import evaluate_staged, is_staged, load_last, stage_of
+from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.steering import Steering
+from tiltflow.steering.drawing.steered import Steered, steered
 from tiltflow.training.callbacks import Callback, asks_to_stop
 from tiltflow.training.determinism import deterministic
 from tiltflow.training.method import Method, NamedMethod
@@ -227,6 +231,59 @@ def steps(
     return cast(M, these.parts.tuned), loop()
 
 
+def steer(
+    model: GenerativeModel,
+    reward: Callable[..., Any],
+    steering: Any,
+    num_samples: int | None = None,
+    *,
+    conditions: Sequence[Condition] | None = None,
+    sampling: Sampling | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    watch: Callable[[int, int], None] = lambda done, conditions: None,
+) -> Steered:
+    """Draw samples of `model` as it is that are steered by a reward: without training, at a price for each sample.
+
+    Args:
+        reward: as that of `tune`.
+        steering: the settings of a kind of steering, such as `BestOfN(n=4)`.
+        num_samples: samples of each condition; 64, and of a pipeline 4, by default.
+        conditions: as those of `tune`: prompts of a pipeline, classes of a class-conditional network.
+        sampling: how the model is sampled; its own by default.
+        guidance_scale: classifier-free guidance of a pipeline; the model's own by default.
+        batch_size: how many samples the network sees at a time; 256, and of a pipeline 4, by default. The samples depend on it.
+        watch: is called with the number of conditions that are done, and that of all, before each.
+
+    Raises InputError for what does not fit, and where the reward fails.
+    """
+    _check_subject(model, reward, "steer")
+    if isinstance(steering, type) or not isinstance(steering, Steering):
+        got = f"the class {steering.__name__}" if isinstance(steering, type) else repr(steering)
+        raise InputError(f"steer: steering must be the settings of one, such as BestOfN(n=4), is {got}")
+    check_sampling(sampling)
+    pipeline = isinstance(model, TextToImage)
+    if guidance_scale is not None:
+        if not isinstance(model, TextToImage):
+            raise InputError("steer: guidance_scale: only pipelines have one; leave it out")
+        model = replace(model, guidance_scale=checked_scale(guidance_scale))
+    items = items_of(model, conditions, Training(), "steer")
+    if isinstance(model, TextToImage):
+        model.encode_ahead(items)
+    return steered(
+        model,
+        from_function(reward),
+        steering,
+        items,
+        whole_number((4 if pipeline else 64) if num_samples is None else num_samples, "steer: num_samples", 1),
+        sampling=sampling,
+        batch_size=whole_number((4 if pipeline else 256) if batch_size is None else batch_size, "steer: batch_size", 1),
+        seed=whole_number(seed, "steer: seed"),
+        watch=watch,
+    )
+
+
 def check_calls(callbacks: Any, note: Any, progress: Any) -> None:
     """Raise InputError for callbacks and a note that cannot be called, and a progress that is neither on nor off."""
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
@@ -239,17 +296,7 @@ def check_calls(callbacks: Any, note: Any, progress: Any) -> None:
 
 def check_arguments(model: Any, reward: Any, method: Any, training: Any, evaluation: Any) -> None:
     """Raise InputError, of one line, for arguments of `tune` of another kind, with what was most likely meant."""
-    if not isinstance(model, GenerativeModel):
-        meant = "a Model, what from_diffusers gives, or a GenerativeModel of yours"
-        if isinstance(model, (str, Path)):
-            meant = f"tiltflow.load({str(model)!r})"
-        elif isinstance(model, Flow):
-            meant = "Model(flow, event_shape)"
-        elif isinstance(model, nn.Module):
-            meant = "Model(Flow(network), event_shape)"
-        raise InputError(f"tune: model must be {meant}, is {type(model).__name__}")
-    if isinstance(reward, Settings):
-        raise InputError(f"tune: reward is the settings of one; give what they build: {type(reward).__name__}(..).build()")
+    _check_subject(model, reward, "tune")
     if isinstance(method, type) or not isinstance(method, Method):
         got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise InputError(f"tune: method must be the settings of one, such as AdjointMatching(beta=1.0), is {got}")
@@ -258,6 +305,21 @@ def check_arguments(model: Any, reward: Any, method: Any, training: Any, evaluat
     if evaluation is not None and not isinstance(evaluation, Evaluation):
         raise InputError(f"tune: evaluation must be an Evaluation(num_samples=.., ..), is {evaluation!r}")
     from_function(reward)
+
+
+def _check_subject(model: Any, reward: Any, verb: str) -> None:
+    """Raise InputError for a model that is none, and for the settings of a reward in place of one."""
+    if not isinstance(model, GenerativeModel):
+        meant = "a Model, what from_diffusers gives, or a GenerativeModel of yours"
+        if isinstance(model, (str, Path)):
+            meant = f"tiltflow.load({str(model)!r})"
+        elif isinstance(model, Flow):
+            meant = "Model(flow, event_shape)"
+        elif isinstance(model, nn.Module):
+            meant = "Model(Flow(network), event_shape)"
+        raise InputError(f"{verb}: model must be {meant}, is {type(model).__name__}")
+    if isinstance(reward, Settings):
+        raise InputError(f"{verb}: reward is the settings of one; give what they build: {type(reward).__name__}(..).build()")
 
 
 class PythonRun(Settings):
@@ -372,23 +434,26 @@ def _ready(
     return these
 
 
-def items_of(model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training) -> list[Item]:
-    """What samples are asked for, from the `conditions` of `tune`. Raises InputError for what the model cannot be asked for."""
+def items_of(
+    model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training, verb: str = "tune"
+) -> list[Item]:
+    """What samples are asked for, from the `conditions` of `tune` or `steer`. Raises InputError for what the model cannot be
+    asked for."""
     if not model.prompted:
         if conditions is None:
             return Labels(classes=training.classes).items(model.class_names)[0]
         if not model.class_names:
-            raise InputError("tune: conditions: this model has none; leave them out")
+            raise InputError(f"{verb}: conditions: this model has none; leave them out")
         if training.classes:
-            raise InputError("tune: conditions and training.classes both name classes; give one of the two")
+            raise InputError(f"{verb}: conditions and training.classes both name classes; give one of the two")
         chosen = as_labels(list(conditions), len(conditions), model.class_names).unique().tolist()
         return Labels(classes=tuple(chosen)).items(model.class_names)[0]
     if not conditions or isinstance(conditions, str):
-        raise InputError("tune: a pipeline needs conditions=[..], prompts that it draws pictures of")
+        raise InputError(f"{verb}: a pipeline needs conditions=[..], prompts that it draws pictures of")
     rows = [{"prompt": each} if isinstance(each, str) else each for each in conditions]
-    texts = unique(from_rows([_with_picture(row) for row in rows], "prompt", "of tune"))
+    texts = unique(from_rows([_with_picture(row) for row in rows], "prompt", f"of {verb}"))
     if not texts:
-        raise InputError("tune: all prompts are blank")
+        raise InputError(f"{verb}: all prompts are blank")
     return texts
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from tiltflow.commands.terminal.console import escape, make_console, print_json, spinner
+from tiltflow.commands.terminal.console import escape, make_console, print_json, print_table, spinner
 from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, completes, set_up_torch
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from tiltflow.models.model import Model
     from tiltflow.models.text_to_image import TextToImage
+    from tiltflow.steering.drawing.steered import Steered
 
 SOLVERS = names("samplers.solvers")
+STEERING = names("steering")
 SUFFIXES = (".png", ".gif", ".xyz", ".sdf", ".npz")
 
 
@@ -54,7 +56,7 @@ def sample(
             "--num-samples",
             "-n",
             min=1,
-            help="Number of samples, for a pipeline of each prompt.",
+            help="Number of samples, for a pipeline of each prompt; with --steer of each class too.",
             show_default="64; 4 of a prompt",
         ),
     ] = None,
@@ -85,6 +87,16 @@ def sample(
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Number of solver steps.", show_default="the model's")
     ] = None,
+    steer: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Steer by --reward, without training: {', '.join(STEERING)}, or a mapping with its name and settings.",
+            autocompletion=completes(lambda: STEERING),
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="For --steer: the name of a reward, or a mapping with its name and settings.")
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Number of samples at a time; the samples depend on it.", show_default="the model's"),
@@ -103,9 +115,12 @@ def sample(
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
     [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
     [dim]tiltflow sample models/molecules --output molecules.sdf[/dim]
+    [dim]tiltflow sample digits-flow --steer '{name: best-of-n, n: 8}' --reward '{name: ink}'[/dim]
     [dim]tiltflow sample runs/colour --prompt "a red cat" --num-samples 4 --output cat.png[/dim]
     [dim]tiltflow sample runs/edits --prompt "make it red" --image in.png --output red.png[/dim]
     """
+    from torch import Tensor
+
     from tiltflow.api import load
     from tiltflow.files import check_output
     from tiltflow.models.text_to_image import TextToImage
@@ -120,22 +135,70 @@ def sample(
     tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
     sampling = validate(Sampling, tree, "sample")
     options: dict[str, Any] = {"seed": seed, "sampling": sampling} | ({} if batch_size is None else {"batch_size": batch_size})
+    by = None if steer is None and reward is None else steering_by(steer, reward, loaded.device)
     if isinstance(loaded, TextToImage):
         if labels is not None:
             raise InputError(f"--label: {model} is a text-to-image pipeline; use --prompt")
-        plan = plan_pictures(loaded, prompts, images, num_samples or 4, guidance_scale, options)
+        plan = plan_pictures(loaded, prompts, images, num_samples or 4, guidance_scale, options, by)
     else:
         for option, value in (("--prompt", prompts), ("--image", images), ("--guidance-scale", guidance_scale)):
             if value is not None:
                 raise InputError(f"{option}: {model} is not a text-to-image pipeline; leave it out")
-        plan = plan_samples(loaded, labels, num_samples or 64, options)
+        plan = plan_samples(loaded, labels, num_samples or 64, options, by)
     check_output(output)
     with spinner(console, quiet, f"sampling {plan.count}"):
-        x = plan.draw()
-    write_samples(output, x, plan.columns)
+        drawn = plan.draw()
+    found = None if isinstance(drawn, Tensor) else drawn
+    write_samples(output, drawn if isinstance(drawn, Tensor) else drawn.samples, plan.columns)
     if not quiet:
         console.print(f"{plan.count} {plan.what} in {escape(output)}")
-    print_json(as_json, {"output": str(output), "num_samples": plan.count, "seed": seed, **plan.asked, **sampling.model_dump()})
+        if found is not None:
+            print_table(console, steering_in_words(found), "steered")
+    asked = {**plan.asked, **sampling.model_dump(), **({} if found is None else steering_in_numbers(found))}
+    print_json(as_json, {"output": str(output), "num_samples": plan.count, "seed": seed, **asked})
+
+
+Steer = Callable[..., "Steered"]
+"""`tiltflow.steer` with its reward and steering."""
+
+
+def steering_by(steer: str | None, reward: str | None, device: Any) -> Steer:
+    """Read --steer and --reward. Raises InputError where one is missing or wrong."""
+    from tiltflow.api import steer as draw
+    from tiltflow.rewards import NamedReward
+    from tiltflow.settings import Settings, parse_yaml, validate
+    from tiltflow.steering import NamedSteering
+
+    class Asked(Settings):
+        steer: NamedSteering
+        reward: NamedReward
+
+    if steer is None or reward is None:
+        given, missing = ("--reward", "--steer") if steer is None else ("--steer", "--reward")
+        raise InputError(f"{given} needs {missing} too: what to steer by, and how")
+    asked = validate(Asked, {"steer": parse_yaml(steer, "--steer"), "reward": parse_yaml(reward, "--reward")}, "sample")
+    built = asked.reward.build(device)
+    return lambda model, *arguments, **options: draw(model, built, asked.steer, *arguments, **options)
+
+
+def steering_in_numbers(found: Steered) -> dict[str, Any]:
+    """What steering found, for --json."""
+    from dataclasses import asdict
+
+    numbers = {key: value for key, value in asdict(found).items() if key not in ("samples", "rewards", "conditions")}
+    return {"rewards": found.rewards.tolist(), **numbers}
+
+
+def steering_in_words(found: Steered) -> dict[str, str]:
+    """What steering found, as rows of a table."""
+    sizes = found.effective_sample_sizes
+    return {
+        "law": found.law,
+        "mean reward": f"{found.rewards.mean().item():.4g}",
+        "effective sample size": f"{min(sizes):.1f}" if len(sizes) == 1 else f"{min(sizes):.1f} to {max(sizes):.1f}",
+        "cost": f"{found.network_evaluations:,} network evaluations, {found.reward_evaluations:,} rewards",
+        **({"note": " ".join(found.notes)} if found.notes else {}),
+    }
 
 
 @dataclass(frozen=True)
@@ -143,14 +206,14 @@ class Plan:
     """Samples to draw.
 
     Args:
-        draw: draws the samples [count, *event].
+        draw: draws the samples [count, *event], or steered ones.
         count: number of samples.
         what: noun for them.
         columns: number of columns of a .png grid.
         asked: their conditions, for --json.
     """
 
-    draw: Callable[[], Tensor]
+    draw: Callable[[], Tensor | Steered]
     count: int
     what: str
     columns: int
@@ -164,6 +227,7 @@ def plan_pictures(
     each: int,
     guidance_scale: float | None,
     options: dict[str, Any],
+    by: Steer | None = None,
 ) -> Plan:
     """Plan `each` pictures or videos of each prompt, one row of the grid per prompt. Raises InputError without a prompt, and
     for pictures to edit that are too few or too many, or that the pipeline does not take."""
@@ -180,12 +244,21 @@ def plan_pictures(
     if given:
         asked["images"] = [str(picture) for picture in given]
         options = options | {"images": [picture for picture in given for _ in range(each)]}
-    draw = partial(model.sample, several, guidance_scale=guidance_scale, **options)
+    draw: Callable[[], Tensor | Steered] = partial(model.sample, several, guidance_scale=guidance_scale, **options)
+    if by is not None:
+        rows = [{"prompt": prompt, **({IMAGE: given[i]} if given else {})} for i, prompt in enumerate(prompts)]
+        options.pop("images", None)
+        draw = partial(by, model, each, conditions=rows, guidance_scale=guidance_scale, **options)
     return Plan(draw, len(several), "pictures" if model.num_frames is None else "videos", each, asked)
 
 
-def plan_samples(model: Model, labels: list[str] | None, count: int, options: dict[str, Any]) -> Plan:
-    """Plan `count` samples, of the labels in turn, in a square grid."""
+def plan_samples(model: Model, labels: list[str] | None, count: int, options: dict[str, Any], by: Steer | None = None) -> Plan:
+    """Plan `count` samples, of the labels in turn, in a square grid; steered ones of each label, one after the other."""
+    if by is not None:
+        classes = len(set(labels)) if labels else max(1, len(model.class_names))
+        given = {} if labels is None else {"labels": labels}
+        steered = partial(by, model, count, conditions=labels, **options)
+        return Plan(steered, count * classes, "samples", max(1, round(count**0.5)) if classes == 1 else count, given)
     in_turn = None if labels is None else [labels[i % len(labels)] for i in range(count)]
     draw = partial(model.sample, count, labels=in_turn, **options)
     return Plan(draw, count, "samples", max(1, round(count**0.5)), {} if labels is None else {"labels": labels})

@@ -29,7 +29,7 @@ def settings(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the settings of a method, a reward or a section of a recipe, with types, defaults and descriptions.
+    """List the settings of a method, a reward, steering or a section of a recipe, with types, defaults and descriptions.
 
     [dim]tiltflow settings adjoint-matching[/dim]
     [dim]tiltflow settings class-log-odds[/dim]

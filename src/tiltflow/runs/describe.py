@@ -19,7 +19,14 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.plugins import find, member, names
 from tiltflow.settings import Settings
 
-PARTS = {"methods": "method", "rewards": "reward", "networks": "network", "conditions": "conditions", "utilities": "utility"}
+PARTS = {
+    "methods": "method",
+    "rewards": "reward",
+    "networks": "network",
+    "conditions": "conditions",
+    "utilities": "utility",
+    "steering": "steering",
+}
 SECTIONS = ("prompts", "stages", "optimizer", "training", "sampling", "evaluation")
 """Sections of a recipe; their settings, and those of a model, have dotted names, as `--set` takes them."""
 Topic = tuple[str, Callable[[], type[Settings]]]

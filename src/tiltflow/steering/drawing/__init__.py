@@ -1,0 +1,1 @@
+"""What all kinds of steering share: samples and rewards of a condition, and the loop over conditions."""
