@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from tiltflow import processes
 from tiltflow.flows.field import FunctionField
 from tiltflow.optimization import StoredWeights
 from tiltflow.samplers.sampling import Sampling
@@ -100,7 +101,7 @@ def test_the_posterior_is_bayes_rule_for_the_end_of_a_path():
     samples = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     pairs = noising(FIELD, samples, torch.arange(3).repeat(2), Sampling(), generator)
-    points = pairs.points(slice(None))
+    points = pairs.points(pairs.own)
     t = points.t[:, None]
     law = torch.distributions.Normal(t[..., None] * samples, (1 - t[..., None]).expand(-1, 3, 2))
     joint = law.log_prob(points.x[:, None]).sum(2)
@@ -137,7 +138,7 @@ def test_near_the_data_a_path_knows_its_own_sample():
 
 def test_a_path_ends_in_a_sample_of_its_own_condition():
     samples, pairs = drawn(200)
-    points = pairs.points(slice(None))
+    points = pairs.points(pairs.own)
     p = posterior(points, samples, [torch.tensor([0]), torch.tensor([1])])
     torch.testing.assert_close(p, torch.nn.functional.one_hot(points.which, 2).double())
 
@@ -155,7 +156,7 @@ def test_means_among_neighbours_are_those_of_the_posterior():
     groups = torch.arange(64) % 2
     values = torch.stack([gain, gain**2], 1)
     found = smoothed(pairs, values, gain, groups, 16)
-    points = pairs.points(slice(None))
+    points = pairs.points(pairs.own)
     order = [*range(0, 64, 2), *range(1, 64, 2)]  # conditions one after another, in parts of 16
     for begin in range(0, 64, 16):
         some = order[begin : begin + 16]
@@ -181,12 +182,39 @@ def test_neighbours_of_another_condition_are_not_seen():
     torch.testing.assert_close(together.values, apart.values)
 
 
+def test_processes_have_the_noise_and_the_means_of_their_own_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 pairs of two conditions, among neighbours that are other processes': together what one process has, some of it
+    twice where 10 cannot be shared evenly, and no memory of the rest."""
+    _, whole, gain = pairs_of(10, 2)
+    groups, values = torch.arange(10) % 2, torch.stack([gain, gain**2], 1)
+    alone = [smoothed(whole, values, gain, groups, size) for size in (1, 4)]
+    for count in (2, 4):
+        monkeypatch.setattr(processes, "count", lambda count=count: count)
+        seen = set[int]()
+        for index in range(count):
+            monkeypatch.setattr(processes, "index", lambda index=index: index)
+            _, pairs, _ = pairs_of(10, 2)
+            own = range(10)[pairs.own]
+            seen |= set(own)
+            assert len(own) == len(pairs.noise) == {2: 5, 4: 3}[count]
+            assert pairs.noise.untyped_storage().nbytes() == 8 * pairs.noise.numel()
+            torch.testing.assert_close(pairs.noise, whole.noise[pairs.own], rtol=0, atol=0)
+            for size, expected in zip((1, 4), alone, strict=True):
+                found = smoothed(pairs, values, gain, groups, size)
+                assert found.pull.shape == (len(own), 2)
+                for i in own:
+                    part, same = found.part(slice(i, i + 1)), expected.part(slice(i, i + 1))
+                    torch.testing.assert_close(tuple(part.points), tuple(same.points), rtol=0, atol=0)
+                    torch.testing.assert_close(part[1:3], same[1:3], rtol=1e-12, atol=1e-12)
+        assert seen == set(range(10))
+
+
 def test_neighbours_leave_the_mean_of_the_gradient_and_most_of_its_noise_out():
     """sum f(x_t) gain u, for a test function of x and t: early, and at all times."""
     totals = []
     for seed in range(300):
         _, pairs, gain = pairs_of(32, seed)
-        x, t = pairs.points(slice(None))[1:3]
+        x, t = pairs.points(pairs.own)[1:3]
         test = torch.stack([x.tanh().sum(1), (t < 0.3) * x[:, 0]])
         groups = torch.zeros(32, dtype=torch.long)
         totals.append([(test @ smoothed(pairs, gain[:, None], gain, groups, size).pull).flatten() / 32 for size in (1, 32)])

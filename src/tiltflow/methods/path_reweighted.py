@@ -373,9 +373,9 @@ class PathReweighted(Tilting):
         among = smoothed(pairs, ones[:, None], ones, number[which], self.neighbours)
 
         def terms_of(part: slice) -> dict[str, Tensor]:
-            i, x, t = (each[part] for each in among.points[:3])
+            (i, x, t, _), _, target, _ = among.part(part)
             scale = flow.prediction_scale(t).to(x) ** 2 / x[0].numel()  # in the network's own prediction, as in pretraining
-            return {"loss": scale * (flow.select(i)(x, t) - among.pull[part]).flatten(1).square().sum(1)}
+            return {"loss": scale * (flow.select(i)(x, t) - target).flatten(1).square().sum(1)}
 
         return batch.accumulate(terms_of, size, over=size)
 

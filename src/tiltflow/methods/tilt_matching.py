@@ -403,8 +403,8 @@ class TiltMatching(Tempered):
         fields = {"base": batch.base, "old": self._old(batch, state) if state.old else batch.base}
 
         def terms_of(part: slice) -> dict[str, Tensor]:
-            i, x, t = (each[part] for each in among.points[:3])
-            (a, c), cu = among.values[part].T, among.pull[part]
+            (i, x, t, _), values, cu, _ = among.part(part)
+            a, c = values.T
             with torch.no_grad():
                 fixed = {name: fields[name].select(i)(x, t) for name in {self.anchor, self.residual} & set(fields)}
             v = batch.tuned.select(i)(x, t)

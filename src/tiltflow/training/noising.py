@@ -16,12 +16,13 @@ of it; near the data p is 1 for the path's own sample, and nothing changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tiltflow import processes
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
 from tiltflow.samplers.grid import Start, spread_times
@@ -47,12 +48,12 @@ class Points(NamedTuple):
 
 @dataclass(frozen=True)
 class Noising:
-    """Pairs of noise and samples with a time each; `points` mixes them.
+    """Pairs of noise and samples with a time each, of which this process has the noise of its share; `points` mixes them.
 
     Args:
         samples: x_1 [batch, *event].
         which: the sample of each pair [count].
-        noise: x_0 [count, *event].
+        noise: x_0 of the pairs of this process's share [own, *event].
         times: [count], float64.
         kl_weights: of |v - v_base|^2, summed over dimensions: with them its mean is the KL divergence of the law of the samples
             from the base's, by Girsanov's theorem, if v and v_base are the fields of these laws: t / (1 - t), and 0 after the
@@ -65,16 +66,17 @@ class Noising:
     times: Tensor
     kl_weights: Tensor
 
+    @property
+    def own(self) -> slice:
+        """The pairs of this process's share."""
+        return processes.shares(len(self.which))[0]
+
     def points(self, part: slice) -> Points:
-        """The points of these pairs."""
-        which, x0, t = self.which[part], self.noise[part], self.times[part]
+        """The points of these pairs, which are in this process's share."""
+        first = self.own.start
+        which, x0, t = self.which[part], self.noise[part.start - first : part.stop - first], self.times[part]
         x1 = self.samples[which]
         return Points(which, expand(1 - t, x0) * x0 + expand(t, x0) * x1, t, x1 - x0)
-
-    def of(self, rows: slice) -> Noising:
-        """These pairs alone, from number 0 on: copies, so that nothing is kept of the others."""
-        which, noise, times, weights = (part[rows].clone() for part in (self.which, self.noise, self.times, self.kl_weights))
-        return replace(self, which=which, noise=noise, times=times, kl_weights=weights)
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -105,7 +107,8 @@ def noising(
     pair: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Noising:
     """Draw noise and a time for each of some samples: one time in each of equally many parts of the time axis, spread as the
-    steps of the sampler are. That is the same mean as of independent times, with less noise.
+    steps of the sampler are. That is the same mean as of independent times, with less noise. Every process draws all noise, and
+    keeps that of its share.
 
     Args:
         flow: bound to the conditions of the samples; its noise is drawn.
@@ -116,10 +119,12 @@ def noising(
         pair: (x_0, x_1) [count, *event] -> the index of the noise of each sample; as drawn by default.
     """
     size = len(which)
+    own = processes.shares(size)[0]
     x0 = normal((size, *samples.shape[1:]), generator, samples.dtype)
     if pair is not None:
         x0 = x0[pair(x0, samples[which])]
-    x0 = flow.select(which).project(x0)
+    x0 = x0 if processes.count() == 1 else x0[own].clone()  # a copy: nothing is left of the others
+    x0 = flow.select(which[own]).project(x0)
     parts = torch.arange(size, device=samples.device)
     uniform = parts + torch.rand(size, generator=generator, device=samples.device, dtype=torch.float64)
     first = sampling.times(start)[0].item()
@@ -164,34 +169,43 @@ class Smoothed(NamedTuple):
         points: their u is that of each path's own sample.
         values: means of some values of the samples [count, k].
         pull: mean of their gain times u [count, *event].
+        first: the number of the first of them among all pairs.
     """
 
     points: Points
     values: Tensor
     pull: Tensor
+    first: int
+
+    def part(self, rows: slice) -> Smoothed:
+        """These alone, by their numbers among all pairs."""
+        own = slice(rows.start - self.first, rows.stop - self.first)
+        return Smoothed(Points(*(each[own] for each in self.points)), self.values[own], self.pull[own], rows.start)
 
 
 def smoothed(pairs: Noising, values: Tensor, gain: Tensor, groups: Tensor, size: int) -> Smoothed:
-    """The points of all pairs, each seen among the samples of `size` pairs, whose samples are in random order.
+    """The points of this process's share of the pairs, each seen among the samples of `size` pairs of all, whose samples are in
+    random order.
 
     Args:
         values: of the sample of each pair [count, k], float64.
         gain: of the sample of each pair [count], float64.
         groups: number of the condition of each sample [count]; only those of the same one are seen together.
     """
-    points = pairs.points(slice(None))
-    pull = expand(gain, points.u) * points.u
+    own = pairs.own
+    points, means = pairs.points(own), values[own]
+    pull = expand(gain[own], points.u) * points.u
     if size > 1:
-        values = values.clone()
+        means = means.clone()
         for some in groups.sort(stable=True).indices.split(size):
-            x1 = pairs.samples[points.which[some]]
-            own = torch.arange(len(some), device=some.device)
-            part = Points(own, points.x[some], points.t[some], points.u[some])
+            here = (some >= own.start) & (some < own.stop)
+            rows, x1 = some[here] - own.start, pairs.samples[pairs.which[some]]
+            part = Points(torch.arange(len(some), device=some.device)[here], *(each[rows] for each in points[1:]))
             members = [(groups[some] == g).nonzero()[:, 0] for g in groups[some].unique()]
             p = posterior(part, x1, members)
             # u of sample j at the point of path i is u_i + (x_1j - x_1i) / (1 - t_i)
             c, flat = gain[some], x1.flatten(1).double()
-            away = (p @ (c[:, None] * flat) - (p @ c)[:, None] * flat) / (1 - part.t)[:, None]
-            pull[some] = ((p @ c)[:, None] * part.u.flatten(1) + away).to(x1).reshape(x1.shape)
-            values[some] = p @ values[some]
-    return Smoothed(points, values, pull)
+            away = (p @ (c[:, None] * flat) - (p @ c)[:, None] * flat[here]) / (1 - part.t)[:, None]
+            pull[rows] = ((p @ c)[:, None] * part.u.flatten(1) + away).to(x1).reshape(part.u.shape)
+            means[rows] = p @ values[some]
+    return Smoothed(points, means, pull, own.start)

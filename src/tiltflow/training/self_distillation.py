@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tiltflow import processes
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.batch import Batch
 from tiltflow.training.noising import noising, posterior
@@ -19,21 +18,18 @@ from tiltflow.training.noising import noising, posterior
 
 def self_distillation(batch: Batch, samples: Tensor, which: Tensor, sampling: Sampling, *, end: float, scale: float) -> None:
     """Accumulate the gradient of scale |v(x_t, t) - E[x_1 - x_0 | x_t]|^2, summed over dimensions and points, over the size of
-    the batch. The mean is over the samples of the batch that share a condition: see `tiltflow.training.noising`. Each process
-    keeps the noise of its own share of the points alone.
+    the batch. The mean is over the samples of the batch that share a condition: see `tiltflow.training.noising`.
 
     Args:
         samples: of the model [batch, *event], the ends x_1 of the paths.
         which: the sample of each point [count].
         sampling: whose first time and spread the times have, up to `end`.
     """
-    own = processes.shares(len(which))[0]
     pairs = noising(batch.tuned, samples, which, sampling, batch.generator, start=batch.start, end=end)
-    pairs = pairs if processes.count() == 1 else pairs.of(own)
     groups = batch.tuned.groups(len(samples), samples.device)
 
     def terms_of(part: slice) -> dict[str, Tensor]:
-        points = pairs.points(slice(part.start - own.start, part.stop - own.start))
+        points = pairs.points(part)
         x1 = (posterior(points, samples, groups).to(samples) @ samples.flatten(1)).reshape(points.x.shape)
         t = points.t.to(samples).reshape(-1, *(1 for _ in samples.shape[1:]))
         misfit = batch.tuned.select(points.which)(points.x, points.t) - (x1 - points.x) / (1 - t)
