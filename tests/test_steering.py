@@ -20,20 +20,27 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.law import Law
 from tiltflow.samplers.sampling import Sampling
+from tiltflow.steering.drawing.resampling import effective_sample_size, systematic, without_replacement
+from tiltflow.streams import stream
 
 ONE_STEP = Sampling(solver="euler", num_inference_steps=1)
 
 
 class ByQuantiles(nn.Module):
-    """The velocity by which one step of Euler's method maps standard normal noise to a law on the line."""
+    """The velocity by which one step of Euler's method maps standard normal noise to a law on the line: by a table."""
 
     def __init__(self, law: Law) -> None:
         super().__init__()
-        self.law, self.scale = law, nn.Parameter(torch.ones(()))
+        noise = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+        levels = (0.5 * (1 + torch.erf(noise / math.sqrt(2)))).clamp(1e-9, 1 - 1e-9)
+        self.quantiles, self.spacing = torch.from_numpy(law.quantiles(levels.numpy())), 0.005
+        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        levels = (0.5 * (1 + torch.erf(x.double() / math.sqrt(2)))).clamp(1e-9, 1 - 1e-9)
-        return (torch.from_numpy(self.law.quantiles(levels.numpy())) - x).to(x) * self.scale
+        place = ((x.double() + 6) / self.spacing).clamp(0, len(self.quantiles) - 1.001)
+        left = place.long()
+        found = torch.lerp(self.quantiles[left], self.quantiles[left + 1], place - left)
+        return (found - x).to(x) * self.scale
 
 
 def on_the_line(law: Law = NORMAL, **options: Any) -> tiltflow.Model:
@@ -62,6 +69,72 @@ def test_the_best_of_n_has_its_law(n: int) -> None:
     assert z_of_mean(found.samples[:, 0] ** 2, law.expectation(np.square)) < 3.5
     assert (found.network_evaluations, found.reward_evaluations) == (4000 * n, 4000 * n)
     assert f"{law.kl(TWO_MODES):.3f}" in found.law
+
+
+def one_by_one(steering: Any, reward: Any, law: Law, num_samples: int, times: int) -> Any:
+    """Independent draws of so few samples that the bias of a self-normalised mean is large."""
+    names = tuple(map(str, range(times)))
+    return tiltflow.steer(on_the_line(law, class_names=names), reward, steering, num_samples)
+
+
+@pytest.mark.parametrize(("n", "num_samples"), [(2, 1), (2, 3)])
+def test_importance_resampling_has_the_law_of_one_of_n(n: int, num_samples: int) -> None:
+    """E tanh is .306 of one of 2, .543 of one of 6, and .617 under the tilt."""
+    steering = tiltflow.ImportanceResampling(n=n)
+    found = one_by_one(steering, tanh, TWO_MODES, num_samples, 600)
+    exact = steering.law(num_samples).exact
+    assert exact is not None
+    law = exact(TWO_MODES, np.tanh)
+    means = found.rewards.reshape(-1, num_samples).mean(1)
+    assert z_of_mean(means, law.expectation(np.tanh)) < 3.5
+    assert z_of_mean((found.samples[:, 0] > 0).float().reshape(-1, num_samples).mean(1), law.positive) < 3.5
+    assert z_of_mean(means, TWO_MODES.tilt(np.tanh(TWO_MODES.points)).expectation(np.tanh)) > 2
+
+
+def test_many_candidates_have_the_tilt_in_closed_form() -> None:
+    """N(0, 1) under r = x at beta = 1/2: N(2, 1), log Z = 2, and of N candidates N e^-4 are effective."""
+    found = tiltflow.steer(on_the_line(), lambda x: x[:, 0], tiltflow.ImportanceResampling(beta=0.5, n=200), 1000)
+    error = 1 / math.sqrt(found.effective_sample_sizes[0])
+    assert abs(found.samples.mean().item() - 2) < 4 * error
+    assert abs(found.samples.var().item() - 1) < 8 * error
+    assert found.log_normalisers[0] == pytest.approx(2, abs=4 * error)
+    assert found.effective_sample_sizes[0] == pytest.approx(200_000 * math.exp(-4), rel=0.3)
+    assert (found.temperature, found.notes) == (0.5, ())
+
+
+def test_the_normaliser_is_unbiased() -> None:
+    found = one_by_one(tiltflow.ImportanceResampling(n=4), lambda x: x[:, 0], NORMAL, 1, 600)
+    assert z_of_mean(torch.tensor(found.log_normalisers).exp(), math.exp(0.5)) < 3.5
+
+
+def test_without_replacement_all_samples_differ() -> None:
+    steering = tiltflow.ImportanceResampling(n=2, beta=0.1, replacement=False)
+    found = one_by_one(steering, tanh, TWO_MODES, 4, 50)
+    for some in found.samples.reshape(50, 4):
+        assert len(some.unique()) == 4
+    with_copies = one_by_one(steering.model_copy(update={"replacement": True}), tanh, TWO_MODES, 4, 50)
+    assert found.rewards.mean() < with_copies.rewards.mean()
+
+
+def test_resampling_keeps_the_probabilities_of_the_weights() -> None:
+    """Systematic resampling chooses floor or ceil of count w copies; without replacement, the first by w."""
+    w = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).repeat(4000, 1)
+    chosen = systematic(w.log(), 3, stream(0, "test"))
+    counts = torch.nn.functional.one_hot(chosen, 4).sum(1)
+    assert ((counts >= (3 * w).floor()) & (counts <= (3 * w).ceil())).all()
+    for k in range(4):
+        for place in range(3):
+            assert z_of_mean((chosen[:, place] == k).float(), w[0, k].item()) < 3.8
+    several = without_replacement(w.log(), 2, stream(0, "test"))
+    assert z_of_mean((several[:, 0] == 1).float(), 0.3) < 3.5
+    assert z_of_mean(((several == torch.tensor([0, 1])).all(1)).float(), 0.5 * 0.3 / 0.5) < 3.5
+    assert effective_sample_size(w.log())[0] == pytest.approx(1 / (0.25 + 0.09 + 0.0225 + 0.0025))
+
+
+def test_candidates_that_say_little_are_named() -> None:
+    found = tiltflow.steer(on_the_line(), lambda x: x[:, 0], tiltflow.ImportanceResampling(beta=0.05, n=2), 50)
+    (note,) = found.notes
+    assert note.startswith(f"The 100 candidates are worth {found.effective_sample_sizes[0]:.1f} samples")
 
 
 def test_equal_rewards_choose_nothing() -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.staged.settings import Stop
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.steering.best_of_n import BestOfN
+    from tiltflow.steering.importance_resampling import ImportanceResampling
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
 
@@ -49,6 +50,7 @@ _HOME = {
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
+    "ImportanceResampling": "steering.importance_resampling",
     "InputError": "errors",
     "Model": "models.model",
     "NonFiniteError": "errors",
@@ -86,6 +88,7 @@ __all__ = [
     "EndpointAdjointMatching",
     "Evaluation",
     "Flow",
+    "ImportanceResampling",
     "InputError",
     "Model",
     "NonFiniteError",
