@@ -44,8 +44,8 @@ def recipe(folder: Path, *overrides: str, **changes: Any) -> Recipe:
 def test_the_defaults() -> None:
     assert tiltflow.Optimizer is Optimizer
     assert Optimizer().model_dump() == DEFAULTS
-    for name in names("methods"):
-        assert fill_optimizer(find("methods", name)()).model_dump() == DEFAULTS
+    for method in (find("methods", name)() for name in names("methods")):
+        assert fill_optimizer(method).model_dump() == DEFAULTS | method.optimizer_defaults
     assert tiltflow.OrwCfmW2().optimizer_defaults == {}
 
 

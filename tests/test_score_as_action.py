@@ -21,7 +21,8 @@ from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity, GaussianMixture
 from tiltflow.laws.lqg import Lqg, evaluate_chain, evaluate_policy
 from tiltflow.laws.lqg_fields import LinearPolicy, OnePolicyEach, base_flow, draw_start, interpolant, own_scale, reward_of
-from tiltflow.methods.score_as_action import ScoreAsAction, State, log_ratio
+from tiltflow.methods.policies.policy_gradient import log_ratio
+from tiltflow.methods.score_as_action import ScoreAsAction, State
 from tiltflow.problems.mixture import Mixture
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.problems.verification.policy_gradients import ESTIMATORS, gradient_samples

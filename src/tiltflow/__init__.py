@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.methods.ddpo import Ddpo
     from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
     from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
@@ -46,6 +47,7 @@ _HOME = {
     "AdjointMatching": "methods.adjoint_matching",
     "BestOfN": "steering.best_of_n",
     "CollapseError": "errors",
+    "Ddpo": "methods.ddpo",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
@@ -84,6 +86,7 @@ __all__ = [
     "AdjointMatching",
     "BestOfN",
     "CollapseError",
+    "Ddpo",
     "DeterministicAdjointMatching",
     "EndpointAdjointMatching",
     "Evaluation",

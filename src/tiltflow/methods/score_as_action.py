@@ -43,40 +43,45 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from tiltflow import processes
-from tiltflow.control.timesteps import Stratum, choose_timesteps
+from tiltflow.control.timesteps import choose_timesteps
 from tiltflow.control.value import FORMS, Critic, Experience, Value, improve, returns
-from tiltflow.errors import InputError
-from tiltflow.flows.field import VelocityField
-from tiltflow.flows.interpolant import expand
 from tiltflow.flows.linearize import linearize
 from tiltflow.laws.target import Target, exponential_tilt
-from tiltflow.methods import Tilting, from_preset
-from tiltflow.optimization import load_optimizer, located
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, select
-from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
+from tiltflow.methods import from_preset
+from tiltflow.methods.policies.policy_gradient import (
+    DDPO_OPTIMIZER,
+    NO_LAW,
+    Actions,
+    PolicyGradient,
+    Trajectories,
+    among_others,
+    check_velocities,
+    clipped,
+)
+from tiltflow.optimization import load_optimizer
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
+from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Act, Trajectory, simulate
-from tiltflow.samplers.sampling import Sampling, SolverName
-from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
-from tiltflow.streams import Noise
+from tiltflow.samplers.rollout import Trajectory
+from tiltflow.samplers.sampling import Sampling
+from tiltflow.samplers.stored import Stored
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
-from tiltflow.training.scoring import Scoring
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Estimator = Literal["return", "return-minus-value", "temporal-difference", "closed-form", "pathwise"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # kvablack/ddpo-pytorch (MIT), arXiv 2305.13301: REINFORCE with standardised rewards and PPO's clip, no KL, no critic
+    # what the method `ddpo` does: recipes from before it had a name of its own
     "ddpo": {
         "estimator": "return",
         "standardize": True,
@@ -95,20 +100,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic": {"form": "reward-free", "loss": "td"},
     },
 }
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "ddpo": {
-        "learning_rate": 3e-4,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-        "adam_beta2": 0.999,
-        "adam_weight_decay": 1e-4,
-        "max_grad_norm": 1.0,
-    },
-}
+OPTIMIZERS: dict[str, dict[str, Any]] = {"ddpo": DDPO_OPTIMIZER}
 """The optimizer of the presets that have published one."""
-MOST_STANDARDIZED = 5.0  # standardised rewards are clipped here, as in the authors' code
-RATIO_TOLERANCE = 1e-2  # nats: rounding of sums over many dimensions stays below
-VELOCITY_TOLERANCE = 2e-2  # of the largest velocity: a few roundings of bfloat16, by which two kernels may differ
 
 
 @dataclass
@@ -140,30 +133,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Trajectories:
-    """Trajectories of a batch; what is large, of the samples of this process.
-
-    Args:
-        path: the controlled steps, of its own samples.
-        end: the samples that they end in, [batch, *event].
-        rewards: of these samples, [batch].
-        base_velocities: of the base at the steps, of its own samples; None where steps have no price.
-        prices: beta times the path KL of the steps, [steps, batch].
-        gains: the running reward of the paths, [batch]; None without one.
-        experience: the trajectories as the critic sees them.
-    """
-
-    path: Trajectory
-    end: Tensor
-    rewards: Tensor
-    base_velocities: Stored | None
-    prices: Tensor
-    gains: Tensor | None
-    experience: Experience
-
-
-@dataclass(frozen=True)
-class Actions:
+class Vectors:
     """What the policy gradient needs beside the trajectories: `advantages` [steps, own], and the noise of the paths; or,
     where the estimator gives vec_k, all of the loss that no update changes, which is one copy of the trajectories less:
 
@@ -181,21 +151,13 @@ class Actions:
     offsets: Tensor | None = None
 
 
-class ScoreAsAction(Tilting):
+class ScoreAsAction(PolicyGradient):
     """Score as Action. Any reward; aims at p_base(x) exp(r(x) / beta) where the solver is memoryless."""
 
     name: Literal["score-as-action"] = "score-as-action"
     preset: Literal["ddpo", "dxmi"] | None = None
-    """Start from the settings of a published method; keys given beside it win."""
-
-    solver: SolverName = "memoryless"
-    """Any solver of `Sampling`; `package.module:function` for one of your own."""
-    num_inference_steps: Annotated[int, Field(ge=2)] = 40
-    """Steps of the sampler that is tuned, from noise to data."""
-    shift: Positive = 1.0
-    """Above 1, its steps are smaller near the noise; see `time_grid`."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Noise of `ddim` and `euler-maruyama`, as in `Sampling`."""
+    """Start from the settings of a published method; keys given beside it win. ddpo is the method `ddpo` now, which has fewer
+    settings."""
 
     estimator: Estimator = "return-minus-value"
     """Form of the policy gradient; see the top of this file. By default closed-form for solvers without noise."""
@@ -217,8 +179,6 @@ class ScoreAsAction(Tilting):
     critic: Critic = Critic()
     """Value function, for the estimators that have one."""
 
-    train_timesteps: tuple[Stratum, ...] | None = None
-    """Steps that enter the loss of the policy: all, or `count` of each part of the grid."""
     num_passes: Count = 2
     """Optimizer steps on each batch of trajectories, each on its own draw of time steps."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -241,6 +201,10 @@ class ScoreAsAction(Tilting):
             exact_trajectories="method.update 'clip'" if self.update == "clip" else None,
             trajectory_copies=2 + (self.running_reward != "none" or self._uses_value_gradient),
         )
+
+    @property
+    def _priced(self) -> bool:
+        return self.running_reward != "none"
 
     @property
     def _uses_value_gradient(self) -> bool:
@@ -284,16 +248,10 @@ class ScoreAsAction(Tilting):
             " always 0"
         )
 
-    @property
-    def sampling(self) -> Sampling:
-        """The sampler of the policy."""
-        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift, eta=self.eta)
-
     def target(self, steps: int, start: Start = 0.0) -> Target:
         """p_base exp(r / beta), as far as the price of a step and the sampler reach it; see `Sampling.limits`."""
         if self.running_reward == "none":
-            nothing = "Nothing but the size of the steps holds the model near the base: there is no target law."
-            return exponential_tilt(self.beta, [nothing], reaches="none")
+            return exponential_tilt(self.beta, [NO_LAW], reaches="none")
         caveats = self.sampling.limits(start)
         if self.running_reward == "transition-kl":
             caveats.append("The KL of the solver's transitions is not the path KL, and changes with the number of steps.")
@@ -332,13 +290,13 @@ class ScoreAsAction(Tilting):
         """
         size, generator = len(batch), batch.generator
         with torch.no_grad():
-            drawn, batch = self._draw(batch, state.value)
+            drawn, batch = self._draw(batch, partial(self._known, state.value))
             if not isinstance(batch.reward, LearnedReward):  # its first values tell nothing of the scale of later ones
                 state.value.fit_scale(drawn.rewards)
             members = batch.tuned.groups(len(batch), drawn.end.device)
             advantages = None if self._uses_value_gradient else self._advantages(state.value, drawn.experience, members)
         warm = state.iterations >= self.critic_warmup_steps
-        actions = self._actions(batch, state.value, drawn, advantages) if warm else None
+        vectors = self._vectors(batch, state.value, drawn, advantages) if warm else None
         state.iterations += 1
         measured = self._measured(drawn, size - len(batch))
         if state.optimizer is not None:
@@ -347,86 +305,28 @@ class ScoreAsAction(Tilting):
             )
         if isinstance(batch.reward, LearnedReward):
             measured["reward_loss"] = batch.reward.learn(drawn.end, generator)
-        if actions is None:
+        if vectors is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return
         for i in range(self.num_passes):
             pairs = choose_timesteps(
                 self.train_timesteps, len(drawn.path.velocities), self.num_inference_steps, len(batch), generator
             ).to(drawn.end.device)
-            loss, step_kl = self._improve_policy(batch, drawn, actions, pairs, state, first=i == 0)
+            loss, step_kl = self._improve_policy(batch, drawn, vectors, pairs, state, first=i == 0)
             if i == self.num_passes - 1 > 0:
                 self._adapt(state, step_kl)
             yield {**measured, "loss": loss, "step_kl": state.step_kl, "penalty": state.penalty}
 
-    def rollout(
-        self,
-        tuned: VelocityField,
-        base: VelocityField,
-        x: Tensor,
-        generator: Noise,
-        start: Start = 0.0,
-        act: Act | None = None,
-        storage: Storage = AS_COMPUTED,
-    ) -> tuple[Trajectory, Tensor]:
-        """Trajectories of the tuned flow, guided by `act` if given, and the samples [batch, *event] at their ends. If only
-        the last step of a sampler has no noise, it is not an action: the base takes it."""
-        path = simulate(tuned, x, self.sampling, generator, start=start, act=act, storage=storage)
-        last, end = len(path.velocities), path.states[-1]
-        if last < len(path.chain):
-            end = path.chain.mean(last, end, base(end, path.chain.times[last]))
-        return path, end
-
     def _energy(self, chain: Chain) -> Tensor:
         return chain.control_scale**2 if self.running_reward == "transition-kl" else chain.energy
 
-    def _draw(self, batch: Batch, value: Value) -> tuple[Trajectories, Batch]:
-        """The trajectories of a batch, and the batch, both without the samples whose rewards are not finite."""
-        (tuned, guided), (base, guided_base) = batch.own_field(batch.tuned), batch.own_field(batch.base)
-        act, x = None if guided is None else guided.guide, batch.x[batch.own]
-        path, end = self.rollout(tuned, guided_base or base, x, batch.own_noise, batch.start, act, batch.storage)
-        end = processes.gathered([end], len(batch))
-        chain, count = path.chain, len(path.velocities)
-        batch.own_finite(path.velocities, "velocity", chain.times)
-        base_velocities = None if self.running_reward == "none" else batch.storage.new(count, x)
-        squares = []
-        with Scoring(batch) as scoring:
-            scoring.add(end)
-            for k, t in zip(range(count), chain.times, strict=False):  # step by step: there is no room for a copy
-                of_base = base(path.states[k], t)
-                squares.append((path.velocities[k] - of_base).flatten(1).square().sum(1))
-                if base_velocities is not None:
-                    base_velocities[k] = of_base
-            rewards = scoring.rewards()
-        prices = self.beta / 2 * self._energy(chain)[:count, None].to(x) * batch.together(torch.stack(squares))
-        costs = torch.zeros_like(prices) if self.running_reward == "none" else prices
-        with located(batch.own):
-            gains = batch.objective.gains(path.states, chain.times)
-            known = self._known(value, path, select(batch.reward, batch.own), batch.non_finite)
-        known = batch.together(known).to(costs)
-        if gains is not None:
-            gains = batch.together(gains).to(costs)
-            costs = costs - gains[:count]
-            costs[-1] -= gains[count:].sum(0)  # a last step that the base takes belongs to the action before it
-            gains = gains.sum(0)
-        if (kept := finite_only(rewards + known.sum(0))) is not None:
-            path = path.moved(lambda values: batch.own_of(values, kept))
-            base_velocities = None if base_velocities is None else batch.own_of(base_velocities, kept)
-            batch, end, rewards = batch.select(kept), end[kept], rewards[kept]
-            prices, costs, known = prices[:, kept], costs[:, kept], known[:, kept]
-            gains = None if gains is None else gains[kept]
-        times = torch.cat([chain.times[:count], chain.times[-1:]])
-        states, rewards_of = path.states.data[:count], rewards.to(costs)
-        experience = Experience(states, times, known, costs, rewards_of, batch.own, batch.counted())
-        return Trajectories(path, end, rewards, base_velocities, prices, gains, experience), batch
-
-    def _actions(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Actions:
+    def _vectors(self, batch: Batch, value: Value, drawn: Trajectories, advantages: Tensor | None) -> Vectors:
         """The actions of the paths: how much better than expected each was, or what grad V makes of the loss, in the place of
         the velocities of the base."""
         path, chain, of_base = drawn.path, drawn.path.chain, drawn.base_velocities
         if advantages is not None:
             batch.own_finite(advantages, "advantage", chain.times)
-            return Actions(advantages=advantages)
+            return Vectors(advantages=advantages)
         prices = batch.apart(drawn.prices)
         slopes, offsets = of_base or batch.storage.new(len(prices), batch.x[batch.own]), torch.zeros_like(prices)
         for k, old in enumerate(path.velocities):
@@ -438,7 +338,7 @@ class ScoreAsAction(Tilting):
                 pull = pull - energy * (old - of_base[k])
             slopes[k] = -pull
         batch.own_finite(slopes, "vector of the policy gradient", chain.times)
-        return Actions(slopes=slopes, offsets=offsets)
+        return Vectors(slopes=slopes, offsets=offsets)
 
     def _vector(self, batch: Batch, value: Value, path: Trajectory, k: int) -> Tensor:
         """grad V at step k, or after it, as the estimator has it; after the last one it is that of the reward."""
@@ -446,17 +346,6 @@ class ScoreAsAction(Tilting):
         if after and k == len(path.velocities) - 1:
             return self._at_the_end(batch, path)
         return self._value_gradient(batch, value, path.states[k + after], path.chain.times[k + after])
-
-    def _measured(self, drawn: Trajectories, dropped: int) -> dict[str, float]:
-        """The metrics of the trajectories."""
-        price = drawn.prices.sum(0)
-        return {
-            "reward": drawn.rewards.mean().item(),
-            "reward_std": drawn.rewards.std(correction=0).item(),
-            "path_kl": price.mean().item() / self.beta,
-            "objective": (drawn.rewards - price + (0 if drawn.gains is None else drawn.gains)).mean().item(),
-            **({"dropped": float(dropped)} if dropped else {}),
-        }
 
     def _known(self, value: Value, path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:
         """The part of the values of the states that is not learned, [steps, own]."""
@@ -468,14 +357,7 @@ class ScoreAsAction(Tilting):
         whichever process has them."""
         if self.estimator == "return":
             total = batch.rewards - batch.costs.sum(0)
-            centred = torch.zeros_like(total)
-            for group in members:
-                own, size = total[group], len(group)
-                # the mean of the others: a baseline that does not see the sample leaves the gradient unbiased
-                centred[group] = (own - own.mean()) * (size / max(size - 1, 1))
-                if self.standardize:
-                    standard = centred[group] / (own.std(correction=0) + 1e-8)
-                    centred[group] = standard.clamp(-MOST_STANDARDIZED, MOST_STANDARDIZED)
+            centred = among_others(total, members, standardize=self.standardize)
             return centred[batch.own].expand(len(batch.costs), -1)
         values, costs = batch.values(value), batch.costs[:, batch.own]
         if self.estimator == "return-minus-value":
@@ -506,55 +388,37 @@ class ScoreAsAction(Tilting):
         return batch.map_own(last)
 
     def _improve_policy(
-        self, batch: Batch, drawn: Trajectories, actions: Actions, pairs: Tensor, state: State, *, first: bool
+        self, batch: Batch, drawn: Trajectories, vectors: Vectors, pairs: Tensor, state: State, *, first: bool
     ) -> tuple[float, float]:
         """Accumulate the gradient of -J / beta, with its trust region, over the chosen (step, sample) pairs. Returns the loss
         and the path KL from the policy that made the trajectories, scaled up to all steps."""
-        path, chain, advantages, tuned = drawn.path, drawn.path.chain, actions.advantages, batch.tuned.select(batch.own)
-        k = batch.apart(pairs)
-        i = torch.arange(k.shape[1], device=k.device).expand_as(k).flatten()
-        k = k.flatten()
+        advantages, of_base = vectors.advantages, drawn.base_velocities
 
-        def terms_of(part: Tensor) -> dict[str, Tensor]:
-            kk, ii = k[part], i[part]
-            x, old = path.states.at(kk, ii), path.velocities.at(kk, ii)
-            gain, energy, scale = (c.to(x)[kk] for c in (chain.v_scale, self._energy(chain), chain.control_scale))
-            v = tuned.select(ii)(x, chain.times.to(x.device)[kk])
-            step_kl = energy / 2 * (v - old).flatten(1).square().sum(1)
-            terms = torch.zeros_like(step_kl)
-            if actions.slopes is None and drawn.base_velocities is not None:
-                terms = energy / 2 * (v - drawn.base_velocities.at(kk, ii)).flatten(1).square().sum(1)
+        def loss_of(actions: Actions) -> Tensor:
+            at = actions.k, actions.i
+            if vectors.slopes is not None and vectors.offsets is not None:
+                if first:
+                    check_velocities(actions.v.detach(), actions.old)
+                along = ((actions.v - actions.old) * vectors.slopes.at(*at)).flatten(1).sum(1) + vectors.offsets[at]
+                return (along if of_base is None else along + actions.step_kl) + state.penalty * actions.step_kl
+            assert advantages is not None
+            terms = torch.zeros_like(actions.step_kl) if of_base is None else actions.price(of_base)
             if self.update == "clip":
-                assert advantages is not None
-                change = expand(scale, x) * (v - old)
-                ratio = log_ratio(change, path.noise_at(kk, ii))
-                if first:
-                    _check_ratio(ratio.detach())
-                terms = terms - self._clipped(ratio, advantages[kk, ii], chain, kk) / self.beta
-            else:
-                if first:
-                    _check_velocities(v.detach(), old)
-                if actions.slopes is not None and actions.offsets is not None:
-                    along = ((v - old) * actions.slopes.at(kk, ii)).flatten(1).sum(1) + actions.offsets[kk, ii]
-                    terms = along if drawn.base_velocities is None else along + step_kl
-                else:
-                    assert advantages is not None
-                    std = chain.std.to(x)[kk]
-                    vectors = path.noise_at(kk, ii) * expand(advantages[kk, ii] / std, x)
-                    terms = terms - gain * (v * vectors).flatten(1).sum(1) / self.beta
-                terms = terms + state.penalty * step_kl
-            return {"loss": terms, "step_kl": step_kl.detach()}
+                return (
+                    terms
+                    - self._clipped(actions.log_ratios(first=first), advantages[at], actions.path.chain, actions.k) / self.beta
+                )
+            terms = terms - actions.score_function(advantages[at], first=first) / self.beta
+            return terms + state.penalty * actions.step_kl
 
-        sums = batch.accumulate_own(terms_of, batch.counted()[i], over=len(batch))
-        return sums["loss"], sums["step_kl"] * len(path.velocities) / max(len(pairs), 1)
+        return self._improve(batch, drawn, pairs, loss_of)
 
     def _clipped(self, log_ratios: Tensor, advantages: Tensor, chain: Chain, k: Tensor) -> Tensor:
-        """PPO's objective, min(ratio A, clip(ratio) A) [pairs]."""
+        """PPO's objective [pairs] at steps k."""
         limit = torch.full_like(log_ratios, self.clip_range)
         if self.clip_scaling == "sqrt-step":
             limit = limit * chain.times.diff().sqrt().to(limit)[k]
-        ratio = log_ratios.exp()
-        return torch.minimum(ratio * advantages, ratio.clamp(1 - limit, 1 + limit) * advantages)
+        return clipped(log_ratios, advantages, limit)
 
     def _adapt(self, state: State, step_kl: float) -> None:
         """Double or halve the penalty where the path KL of the iteration is far from its target."""
@@ -563,36 +427,3 @@ class ScoreAsAction(Tilting):
             state.penalty = min(state.penalty * 2, 1e4)
         elif step_kl < self.target_kl / 1.5:
             state.penalty = max(state.penalty / 2, 1e-3)
-
-
-def log_ratio(change: Tensor, noise: Tensor) -> Tensor:
-    """log of the density of a step under a changed policy over that under the policy that took it: [batch]. It is a sum over
-    dimensions; with a mean, a clip would depend on the size of the sample.
-
-    Args:
-        change: change of the step's mean, in units of its noise, [batch, *event].
-        noise: the standard normal noise of the step, [batch, *event].
-    """
-    return (change * noise).flatten(1).sum(1) - change.flatten(1).square().sum(1) / 2
-
-
-def _check_velocities(velocities: Tensor, sampled: Tensor) -> None:
-    """Raises InputError if before the first update the velocities [pairs, *event] are not those of the trajectories, up to the
-    rounding of bfloat16: the ratio is then not 1, and the gradient is not that of the policy that was sampled."""
-    change = (velocities - sampled).flatten(1).norm(dim=1).max().item()
-    size = sampled.flatten(1).norm(dim=1).max().item()
-    if not change <= VELOCITY_TOLERANCE * size:
-        raise InputError(
-            "before the first update the policy's ratio must be 1, but the network gives other velocities in training than in"
-            f" sampling, by up to {change / max(size, 1e-30):.1%} (dropout, batch statistics, a random number of its own?)"
-        )
-
-
-def _check_ratio(log_ratios: Tensor) -> None:
-    """Raises InputError if the ratio to the policy that made the trajectories is not 1, up to rounding."""
-    worst = log_ratios.abs().max().item()
-    if not worst <= RATIO_TOLERANCE:
-        raise InputError(
-            f"before the first update the policy's ratio must be 1, its logarithm is up to {worst:.3g}: the network gives other"
-            " velocities in training than in sampling (dropout, batch statistics, another precision?)"
-        )
