@@ -18,9 +18,11 @@ import tiltflow
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture, QuadraticReward, mixture
 from tiltflow.laws.law import Law
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.steering.drawing.resampling import effective_sample_size, systematic, without_replacement
+from tiltflow.steering.drawing.source import Source
 from tiltflow.streams import stream
 
 ONE_STEP = Sampling(solver="euler", num_inference_steps=1)
@@ -137,6 +139,68 @@ def test_candidates_that_say_little_are_named() -> None:
     assert note.startswith(f"The 100 candidates are worth {found.effective_sample_sizes[0]:.1f} samples")
 
 
+def source_of(law: GaussianMixture, reward: Any, steps: int, seed: int = 0) -> Source:
+    model = tiltflow.Model(Flow(ExactVelocity(law)), event_shape=(1,), sampling=Sampling(num_inference_steps=steps))
+    return Source(model, reward, None, model.sampling, 10**6, seed)
+
+
+def drawn_by_chain(source: Source) -> GaussianMixture:
+    """The law that a chain of Gaussian steps draws where the field is linear in x, v = a x + b, by the moments of each step."""
+    chain, mean, variance = source.sampling.chain(), 0.0, 1.0
+    for k in range(len(chain)):
+        at = [source.model.flow(torch.full((1, 1), x, dtype=torch.float64), chain.times[k]).item() for x in (0.0, 1.0)]
+        gain = chain.x_scale[k].item() + chain.v_scale[k].item() * (at[1] - at[0])
+        mean = gain * mean + chain.v_scale[k].item() * at[0]
+        variance = gain**2 * variance + chain.std[k].item() ** 2
+    return mixture(torch.tensor([[mean]], dtype=torch.float64), (1.0,), math.sqrt(variance))
+
+
+@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
+def test_smc_is_unbiased_for_any_number_of_particles(potential: Any) -> None:
+    """Three particles: the mean over systems of Z f(x), x chosen by the weights of its system, is E[exp(r / beta) f]."""
+    reward, beta = QuadraticReward(torch.tensor([1.7], dtype=torch.float64), 3.0), 0.5
+    source = source_of(mixture(torch.tensor([[0.7]], dtype=torch.float64), (1.0,), 0.5), reward, 6)
+    base = drawn_by_chain(source)
+    target, log_z = base.tilt(reward, beta), base.log_partition(reward, beta)
+    steering = tiltflow.Smc(beta=beta, num_particles=3, potential=potential, every=1, resample_below=0.9)
+    x, found = steering.population(source, 8000, 3)
+    (chosen,) = systematic(found.log_weights, 1, stream(0, "test")).T
+    values = x.reshape(8000, 3)[torch.arange(8000), chosen].double()
+    z = (found.log_normalisers() - log_z).exp()
+    mean, variance = target.means.item(), target.variances.item()
+    assert z_of_mean(z, 1.0) < 3.5
+    assert z_of_mean(z * values, mean) < 3.5
+    assert z_of_mean(z * values**2, variance + mean**2) < 3.5
+    assert (found.first != torch.arange(3)).any()
+    assert source.reward_evaluations == 8000 * 3 * 5
+
+
+def test_smc_has_the_tilt_of_two_modes() -> None:
+    """E tanh is .617 under the tilt at beta = 1 and .896 at .3; the chain's own base is weighted for comparison."""
+    base = mixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), (1.0, 1.0), 0.5)
+    model = source_of(base, tanh, 20).model
+    plain = tiltflow.steer(model, tanh, tiltflow.ImportanceResampling(beta=0.3, n=2), 10_000, batch_size=20_000)
+    found = [tiltflow.steer(model, tanh, tiltflow.Smc(beta=0.3), 2000, seed=seed, batch_size=2000) for seed in range(4)]
+    rewards = torch.stack([each.rewards.mean() for each in found])
+    assert abs(rewards.mean().item() - plain.rewards.mean().item()) < 4 * max(rewards.std().item() / 2, 0.003)
+    assert rewards.mean().item() == pytest.approx(0.896, abs=0.02)
+    logs = torch.tensor([each.log_normalisers[0] for each in found])
+    assert logs.mean().item() == pytest.approx(plain.log_normalisers[0], abs=0.05)
+    assert (found[0].network_evaluations, found[0].reward_evaluations) == (2000 * 20, 2000 * 4)
+    again = tiltflow.steer(model, tanh, tiltflow.Smc(beta=0.3), 2000, batch_size=2000)
+    assert torch.equal(again.samples, found[0].samples)
+
+
+def test_the_effective_sample_size_is_that_of_the_normaliser() -> None:
+    """particles / size - 1 is particles times the relative variance of the normaliser (Lee and Whiteley 2018)."""
+    base = mixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), (1.0, 1.0), 0.5)
+    _, found = tiltflow.Smc(beta=0.5).population(source_of(base, tanh, 15), 400, 100)
+    spread = found.log_normalisers().exp()
+    relative = (spread.var() / spread.mean() ** 2).item()
+    said = (1 / found.effective_sample_sizes() - 1 / 100).mean().item()
+    assert said == pytest.approx(relative, rel=0.3)
+
+
 def test_equal_rewards_choose_nothing() -> None:
     found = tiltflow.steer(on_the_line(), lambda x: torch.zeros(len(x)), tiltflow.BestOfN(n=8), 4000)
     assert z_of_mean(found.samples[:, 0], 0.0) < 3.5
@@ -169,6 +233,7 @@ def test_each_class_is_steered_by_itself_and_a_seed_gives_the_same_samples() -> 
         ({"guidance_scale": 2.0}, "steer: guidance_scale: only pipelines have one"),
         ({"conditions": ["a"]}, "steer: conditions: this model has none"),
         ({"reward": lambda x: x[:, 0] / 0}, "best-of-n: the reward is not finite for 8 of 8 samples"),
+        ({"steering": tiltflow.Smc()}, "smc: solver euler has no noise of a chain's steps"),
         ({"reward": lambda x: x}, "best-of-n: the reward must return one number per sample"),
     ],
 )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.steering.best_of_n import BestOfN
     from tiltflow.steering.importance_resampling import ImportanceResampling
+    from tiltflow.steering.smc import Smc
     from tiltflow.training.optimizer import Optimizer
     from tiltflow.training.settings import Training
 
@@ -62,6 +63,7 @@ _HOME = {
     "PathReweighted": "methods.path_reweighted",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
+    "Smc": "steering.smc",
     "Stop": "runs.staged.settings",
     "TiltMatching": "methods.tilt_matching",
     "TiltflowError": "errors",
@@ -101,6 +103,7 @@ __all__ = [
     "PathReweighted",
     "Sampling",
     "ScoreAsAction",
+    "Smc",
     "Stop",
     "TiltMatching",
     "TiltflowError",
