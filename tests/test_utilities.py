@@ -306,6 +306,23 @@ def test_the_features_of_a_classifier() -> None:
         OptimalDesign(features="no-such-classifier").value(Known(x))
 
 
+def too_flat(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def too_few(x: Tensor) -> Tensor:
+    return x[1:]
+
+
+def test_features_that_are_none() -> None:
+    known = Known(normal(8))
+    for function in (too_flat, too_few):
+        with pytest.raises(InputError, match=rf"{function.__name__} must return a tensor \[8, features\]"):
+            OptimalDesign(features=f"test_utilities:{function.__name__}").value(known)
+    with pytest.raises(InputError, match="linearly dependent: give a larger ridge"):
+        OptimalDesign(ridge=0).value(Known(normal(8).expand(8, 2)))
+
+
 # ---- scores, divergences ----
 
 
@@ -362,6 +379,10 @@ def test_the_entropy_of_samples() -> None:
         Entropy(neighbour=1).value(Known(torch.zeros(10, 1)))
     with pytest.raises(InputError, match="without weights"):
         Entropy().value(at(P))
+    with pytest.raises(InputError, match="needs more than 4 samples, got 4"):
+        Entropy().value(Known(normal(4)))
+    five = Known(normal(5))
+    assert Entropy().value(replace(five, weights=torch.full((5,), 0.7))).value == Entropy().value(five).value
 
 
 # ---- limits ----
@@ -370,6 +391,10 @@ def test_the_entropy_of_samples() -> None:
 def test_a_barrier_that_is_violated_says_by_how_much() -> None:
     with pytest.raises(InputError, match=r"mean cost, 0\.5095 ± 0\.019, is not below the limit 0\.4"):
         LogBarrier(limit=0.4).first_variation(at(P))
+    known = Known(normal(8), reward={"reward": reward, "cost": lambda x: torch.full((len(x),), 0.5)})
+    for of in (LogBarrier(limit=0.5).value, LogBarrier(limit=0.5).first_variation):  # at the limit the price has no end
+        with pytest.raises(InputError, match=r"is not below the limit 0\.5"):
+            of(known)
 
 
 def test_a_multiplier_settles_where_the_limit_holds() -> None:

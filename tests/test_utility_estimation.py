@@ -18,7 +18,7 @@ from tiltflow.rewards.functions.checked import value_and_gradient
 from tiltflow.rewards.functions.lifted import from_function
 from tiltflow.rewards.functions.prompted import given
 from tiltflow.utilities.estimation.first_variation import FirstVariation, Surrogate, of_rewards, of_samples
-from tiltflow.utilities.estimation.known import Known
+from tiltflow.utilities.estimation.known import Known, spread_of_mean
 from tiltflow.utilities.estimation.scores import Score
 from tiltflow.utilities.estimation.tail_pool import tail_pool
 
@@ -197,12 +197,27 @@ def test_the_dtype_is_that_of_the_samples() -> None:
         ({"x": torch.zeros(1, 1)}, "two samples or more, got 1"),
         ({"weights": torch.ones(2)}, r"a weight for each of 3 samples, got \[2\]"),
         ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "weights of samples must be finite and not negative"),
+        ({"weights": torch.tensor([1.0, torch.inf, 1.0])}, "weights of samples must be finite and not negative"),
         ({"weights": torch.zeros(3)}, "and some above 0"),
     ],
 )
 def test_what_is_no_law(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Known(**{"x": torch.zeros(3, 1), **wrong})
+
+
+def test_the_least_that_is_a_law() -> None:
+    """Two samples, one of which has all of the weight."""
+    assert Known(torch.zeros(2, 1), weights=torch.tensor([0.0, 3.0])).p.tolist() == [0.0, 1.0]
+
+
+def test_the_error_of_a_mean() -> None:
+    """That of a textbook, std / sqrt(n), and the variance that the mean of other samples adds."""
+    x, others = torch.tensor([1.0, 2.0, 4.0, 8.0, 9.0]).double(), torch.tensor([0.0, 1.0, 5.0]).double()
+    known = Known(x[:, None])
+    assert known.estimate(known.mean(x), x).standard_error == pytest.approx(float(x.std()) / 5**0.5)
+    expected = (float(x.var()) / 5 + float(others.var()) / 3) ** 0.5
+    assert known.estimate(0.0, x, spread_of_mean(others)).standard_error == pytest.approx(expected)
 
 
 def test_rewards_of_another_number_of_samples() -> None:

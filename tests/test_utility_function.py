@@ -130,6 +130,21 @@ def test_the_error_is_the_spread_of_the_estimate(name: str) -> None:
     assert math.sqrt(np.mean([each.standard_error**2 for each in found])) / spread == pytest.approx(1, abs=0.25)
 
 
+def test_the_mean_without_weights() -> None:
+    """Its sensitivity curve is x - mean; its error by leaving out one of 20 samples that of a textbook, std / sqrt(20).
+    An argument of its own with a default stays as it is, and a score is not told where none is asked for."""
+
+    def mean(x: Tensor, factor: float = 3.0) -> Tensor:
+        return factor * x.mean()
+
+    x = torch.randn(20, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    at = Known(x, score=lambda x: -x)
+    found = of_law(mean).value(at)
+    assert found.value == pytest.approx(3 * float(x.mean()))
+    assert found.standard_error == pytest.approx(3 * float(x.std()) / 20**0.5)
+    torch.testing.assert_close(of_law(mean).first_variation(at)(NEW[:, :1]), 3 * (NEW[:, 0] - x.mean()))
+
+
 def test_what_cannot_be_a_utility() -> None:
     at = known(10)
     cases: list[tuple[Any, str]] = [

@@ -154,6 +154,20 @@ def test_of_the_same_samples_a_critic_is_without_distance() -> None:
         assert found.value == pytest.approx(0, abs=1e-6)
 
 
+def test_a_critic_learns_a_translation_on_the_line() -> None:
+    """By 3, where a step of 1 costs 2: W1 is 6, and the gradient of minus the potential -2, whatever sign the slope of the
+    network had before. Both are larger by what a penalty of 10 leaves: the slope s that is best for s W1 / scale less
+    10 (s - 1)^2."""
+    y = normal(60, 1).float() * 0.2
+    known = Known(y + 3, reference=y)
+    utility = Wasserstein1(metric=(2.0,), potential="critic", critic_steps=60, critic_width=16, critic_learning_rate=1e-2)
+    slope = 1 + 6 / float(torch.cat([2 * y, 2 * y + 6]).std()) / 20
+    assert utility.value(known).value == pytest.approx(-6 * slope, rel=0.1)
+    between = torch.linspace(0.5, 2.5, 5)[:, None]
+    gradient = value_and_gradient(utility.first_variation(known), between)[1]
+    torch.testing.assert_close(gradient, torch.full((5, 1), -2 * slope), rtol=0.1, atol=0)
+
+
 @pytest.mark.slow
 def test_a_critic_learns_the_potential() -> None:
     """Of two Gaussians with A = diag(1, 7): its gradient has the length 1 in that metric and the direction of the exact one,

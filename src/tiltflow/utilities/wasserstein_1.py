@@ -33,13 +33,13 @@ class Wasserstein1(Utility):
     """A, of flat samples: a factor for each coordinate, by which moves along it cost more, or the rows of a matrix; [] for the
     Euclidean distance."""
     potential: Literal["exact", "critic"] = "exact"
-    """exact: by linear programming, for up to a few thousand samples. critic: a network with a gradient penalty."""
+    """exact: by linear programming, for up to a few thousand samples. critic: a network with a penalty of slopes above 1."""
     critic_steps: Annotated[int, Field(ge=1)] = 800
     """Steps that a critic learns."""
     critic_width: Annotated[int, Field(ge=1)] = 128
     """Units of each of the two hidden layers of a critic."""
     critic_penalty: Annotated[float, Field(gt=0)] = 10.0
-    """Weight of the gradient penalty of a critic."""
+    """Weight of the penalty of a critic."""
     critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of a critic."""
 

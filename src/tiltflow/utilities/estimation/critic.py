@@ -2,7 +2,9 @@ r"""A network as the dual potential of the distance W1: the critic of a Wasserst
 
 W1(p, q) = max_f E_p f - E_q f over functions whose slope in the metric d(x, y) = |A (x - y)| is at most 1: |A^-T grad f| <= 1.
 With f(x) = h(A x) that is |grad h| <= 1, so h is learned in the coordinates z = A x, where the penalty is the Euclidean one. An
-unpenalised Euclidean bound on grad f itself would allow only moves at the price of the cheapest direction.
+unpenalised Euclidean bound on grad f itself would allow only moves at the price of the cheapest direction. Only a slope above
+1 is penalised (1709.08894): were a smaller one too, a critic on the line that begins with a slope of the wrong sign would keep
+it, as its way leads over 0.
 """
 
 # Mutation tests: test_utility_transport.py
@@ -67,7 +69,7 @@ def train(
             share = torch.rand((BATCH, 1), generator=draw).to(a)
             between = (share * a + (1 - share) * b).requires_grad_()
             (slope,) = torch.autograd.grad(network(between).sum(), between, create_graph=True)
-            loss = network(b).mean() - network(a).mean() + penalty * (slope.norm(dim=1) - 1).square().mean()
+            loss = network(b).mean() - network(a).mean() + penalty * (slope.norm(dim=1) - 1).relu().square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
