@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.methods.ddpo import Ddpo
     from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+    from tiltflow.methods.dpok import Dpok
     from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
+    from tiltflow.methods.flow_grpo import FlowGrpo
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.path_reweighted import PathReweighted
     from tiltflow.methods.score_as_action import ScoreAsAction
@@ -50,9 +52,11 @@ _HOME = {
     "CollapseError": "errors",
     "Ddpo": "methods.ddpo",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
+    "Dpok": "methods.dpok",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
+    "FlowGrpo": "methods.flow_grpo",
     "ImportanceResampling": "steering.importance_resampling",
     "InputError": "errors",
     "Model": "models.model",
@@ -90,9 +94,11 @@ __all__ = [
     "CollapseError",
     "Ddpo",
     "DeterministicAdjointMatching",
+    "Dpok",
     "EndpointAdjointMatching",
     "Evaluation",
     "Flow",
+    "FlowGrpo",
     "ImportanceResampling",
     "InputError",
     "Model",

@@ -68,6 +68,14 @@ def normalised_tilts(base: Law, reward: Density, penalty: float) -> list[float]:
     return [math.exp(brentq(excess, grid[i], grid[i + 1], xtol=1e-12)) for i in np.flatnonzero(signs[1:] != signs[:-1])]
 
 
+def per_step_variance(tilt: float) -> float:
+    """The variance of a standard normal base under -x^2 / 2 at inverse temperature `tilt` where policy gradients settle in
+    continuous time whose steps pay for their own KL alone: log(1 + 2 tilt) / (2 tilt), for 1 / (1 + tilt) of the tilt. With
+    s the time to go and y(s) the square of what is left of a state at the end, y' = -2 y (1 + 2 tilt y), and the variance is
+    the integral of 2 y."""
+    return math.log1p(2 * tilt) / (2 * tilt)
+
+
 def window_fraction(variance: float, start: float, end: float, noise: float = 1.0) -> float:
     """The share of a linear tilt that control of an SDE on [start, end] alone can reach, of a Gaussian base of this variance.
 

@@ -28,8 +28,8 @@ class Sampling(Settings):
     """Settings of a sampler: a solver and its grid."""
 
     solver: SolverName = "memoryless"
-    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, tcd, euler, euler-maruyama, heun, stochastic-heun,
-    dpm-solver++, or `package.module:function`, an ODE solver of your own."""
+    """memoryless, memoryless-offset, ddpm, ddim, ddim-half-way, consistency, tcd, flow-sde, euler, euler-maruyama, heun,
+    stochastic-heun, dpm-solver++, or `package.module:function`, an ODE solver of your own."""
     num_inference_steps: Annotated[int, Field(ge=1)] = 40
     """Steps from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
@@ -37,7 +37,7 @@ class Sampling(Settings):
     spacing: Spacing = "even"
     """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim`, `ddim-half-way`, `tcd` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
+    """The noise of the `ddim`, `ddim-half-way`, `tcd`, `flow-sde` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
     With a scheduler it is that of its DDIM, and 0 by default."""
     scheduler: str | None = None
     """Instead of a solver, and of pipelines alone: draw in the own steps of a scheduler of diffusers. default: the pipeline's,

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from tiltflow.control.timesteps import Stratum, choose_timesteps
+from tiltflow.laws.target import Reach, Target, exponential_tilt
 from tiltflow.methods.policies.policy_gradient import (
     Actions,
     Form,
@@ -23,9 +24,19 @@ from tiltflow.methods.policies.policy_gradient import (
     clipped,
 )
 from tiltflow.rewards import NonFiniteRewards, Reward
+from tiltflow.samplers.chain import Chain
+from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
+
+PER_STEP = (
+    "Each step pays for its own KL alone, as published: the law is the tilt to first order in 1 / beta, and milder beyond."
+)
+STANDARDISED = (
+    "Advantages are divided by the standard deviation of the reward: beta is in units of that, which falls as the model moves,"
+    " so the temperature in units of reward is not chosen."
+)
 
 
 class GroupPolicy(PolicyGradient):
@@ -113,6 +124,51 @@ class GroupPolicy(PolicyGradient):
             ratios = actions.log_ratios(first=first)
             gain = clipped(ratios, some, torch.full_like(ratios, self.clip_range))
         return -gain * self._pull + (0 if of_base is None else actions.price(of_base))
+
+
+class PricedPolicy(GroupPolicy):
+    """Part of the settings of those that pay for the path KL."""
+
+    kl_gradient: Literal["per-step", "whole"] = "per-step"
+    """per-step, as published: each step pays for its own KL, and not for that of the steps to which it leads. whole: the
+    gradient of the path KL."""
+
+    @property
+    def _own_temperature(self) -> bool:
+        """True if beta is the temperature, in units of reward."""
+        return not self._standardize
+
+    def _limits(self, start: Start) -> list[str]:
+        """Reasons why the sampler cannot be tilted as it should be."""
+        return self.sampling.limits(start)
+
+    def target(self, steps: int, start: Start = 0.0) -> Target:
+        """p_base exp(r / beta), as far as the gradient of the price, the sampler and the units of the advantages reach it."""
+        caveats = self._limits(start)
+        exact = not caveats and self._own_temperature
+        if self.kl_gradient == "per-step":
+            caveats.append(PER_STEP)
+        if self._standardize:
+            caveats.append(STANDARDISED)
+        reaches: Reach = "none" if not exact else "first-order" if self.kl_gradient == "per-step" else "exact"
+        return exponential_tilt(self.beta, caveats, reaches=reaches)
+
+    def priced_chain(self, start: Start = 0.0) -> tuple[Chain, Tensor] | None:
+        """The chain of the policy and the energy of a change of its velocities, 0 for a last step that the base takes."""
+        chain = self._chain(start)
+        return chain, torch.where(chain.std > 0, self._energy(chain), 0.0)
+
+    def _chain(self, start: Start) -> Chain:
+        return self.sampling.chain(start)
+
+    def _advantages(self, drawn: Trajectories, members: list[Tensor]) -> Tensor:
+        """Those of the reward, less beta times the KL of later steps."""
+        of_reward = super()._advantages(drawn, members)
+        if self.kl_gradient == "per-step":
+            return of_reward
+        costs, own = drawn.experience.costs, drawn.experience.own
+        later = costs.flip(0).cumsum(0).flip(0) - costs
+        return of_reward - torch.stack([among_others(row, members, standardize=False) for row in later])[:, own]
 
 
 def _nothing(path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:

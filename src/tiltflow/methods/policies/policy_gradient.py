@@ -171,11 +171,16 @@ class PolicyGradient(Tilting):
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories of the tuned flow, guided by `act` if given, and the samples [batch, *event] at their ends. If only
         the last step of a sampler has no noise, it is not an action: the base takes it."""
-        path = simulate(tuned, x, self.sampling, generator, start=start, act=act, storage=storage)
+        path = self._simulate(tuned, x, generator, start, act, storage)
         last, end = len(path.velocities), path.states[-1]
         if last < len(path.chain):
             end = path.chain.mean(last, end, base(end, path.chain.times[last]))
         return path, end
+
+    def _simulate(
+        self, tuned: VelocityField, x: Tensor, generator: Noise, start: Start, act: Act | None, storage: Storage
+    ) -> Trajectory:
+        return simulate(tuned, x, self.sampling, generator, start=start, act=act, storage=storage)
 
     def _draw(self, batch: Batch, known_values: Known) -> tuple[Trajectories, Batch]:
         """The trajectories of a batch, and the batch, both without the samples whose rewards are not finite."""
