@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
 from test_components import taesd
@@ -31,10 +32,11 @@ from tiltflow.models.compiled import compiled
 from tiltflow.rewards.energy import EnergyReward
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
+from tiltflow.runs.doctor.blocks import shortened
 from tiltflow.runs.doctor.forecast import PHASES, Forecast, Known, of_patient, of_recipe
 from tiltflow.runs.doctor.memory import finding
 from tiltflow.runs.doctor.reward_shapes import reward_of_shapes
-from tiltflow.runs.doctor.shapes import Counter, Peak, Replayed, Shapes, shaped
+from tiltflow.runs.doctor.shapes import Counter, Peak, Replayed, Shapes, copy_of_shapes, shaped
 from tiltflow.runs.recipe import Recipe, read_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml, validate
@@ -267,6 +269,46 @@ def test_the_memory_of_a_loss_is_that_by_hand() -> None:
     assert w.grad is not None
     assert counter.now == pytest.approx(4, abs=100)
     assert counter.peak == pytest.approx(6 * n, abs=200)  # with the cotangent
+
+
+class Rows(nn.Module):
+    """Five blocks, nineteen others, and four that differ."""
+
+    def __init__(self, *, checkpointing: bool):
+        super().__init__()
+        self.first, self.second = (nn.ModuleList(nn.Linear(8, 8) for _ in range(count)) for count in (5, 19))
+        self.third = nn.ModuleList(nn.Linear(8, size) for size in (8, 8, 16, 16))
+        self.checkpointing, self.calls = checkpointing, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        def wide(block: nn.Module, x: Tensor) -> Tensor:
+            return x + block(x).exp().sin()
+
+        for block in (*self.first, *self.second, *self.third[:2]):
+            self.calls += 1
+            x = checkpoint(wide, block, x, use_reentrant=False) if self.checkpointing else wide(block, x)
+        return torch.cat([x + self.third[2](x)[:, :8], self.third[3](x)], 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_few_of_many_blocks_that_are_alike_say_what_all_need(checkpointing: bool) -> None:
+    """Without a gradient, with that of x, and with those of weights: to the byte what a call with all blocks needs."""
+    network = copy_of_shapes(Rows(checkpointing=checkpointing))
+    assert isinstance(network, Rows)
+    whole = dict(network.named_children())
+    for of_x, weights in ((False, []), (True, []), (False, list(network.parameters()))):
+        costs, calls = list[Any](), list[int]()
+        for contexts in ({}, {"contexts": shortened(network)}):
+            counter, network.calls = Counter(), 0
+            call = Replayed(network, counter, "network", lambda weights=weights: weights, **contexts)
+            with Shapes(), counter, torch.set_grad_enabled(of_x or bool(weights)):
+                call(shaped((1000, 8)).requires_grad_(of_x))
+            costs += call.known.values()
+            calls.append(network.calls)
+        assert costs[0] == costs[1]
+        assert costs[0].kept > 0 or not (of_x or weights)
+        assert calls[1] < calls[0]
+        assert dict(network.named_children()) == whole
 
 
 def test_a_reward_that_wants_to_see_numbers_is_called_with_some(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from tiltflow.conditions import Item
-from tiltflow.flows.adapter import AdapterOff, is_off
+from tiltflow.flows.adapter import AdapterOff, has_adapter, is_off
 from tiltflow.flows.flow import Flow
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.offload import Offload, offloaded
 from tiltflow.rewards import LearnedReward, Reward
+from tiltflow.runs.doctor.blocks import shortened
 from tiltflow.runs.doctor.shapes import Cost, Counter, Peak, Replayed, Shapes, alone, shaped
 from tiltflow.samplers.stored import Storage, Stored
 from tiltflow.training.batch import Drawn
@@ -161,10 +162,21 @@ def _replayed(flow: Flow | AdapterOff, memory: Counter, known: dict[Any, Cost]) 
     """A velocity field whose network is called once for each kind of call."""
     if isinstance(flow, AdapterOff):
         return flow
-    network = cast(nn.Module, flow.network)
+    network = cast(Any, flow.network)
     replayed = copy.copy(network)  # of the same weights
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    vars(replayed)["forward"] = Replayed(network.forward, memory, "network", lambda: [] if is_off(replayed) else trained, known)
+    call = Replayed(
+        network.forward,
+        memory,
+        "network",
+        lambda: [] if is_off(replayed) else trained,
+        known,
+        contexts=shortened(network),
+        within=lambda: network.disable_adapter() if is_off(replayed) else nullcontext(),
+    )
+    vars(replayed)["forward"] = call
+    if has_adapter(network):  # switched where a call is measured alone: it has many layers, and calls are many
+        vars(replayed)["disable_adapter"] = nullcontext
     return replace(flow, network=replayed)
 
 

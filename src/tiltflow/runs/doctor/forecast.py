@@ -138,7 +138,7 @@ def of_patient(patient: Patient) -> Forecast:
 
 
 Known = dict[str, dict[Any, Any]]
-"""What calls and iterations need, by the settings that it depends on."""
+"""What calls, iterations and evaluations need, and the parts of models, by the settings that it depends on."""
 
 
 def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True) -> Forecast:
@@ -153,10 +153,17 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
     source = recipe.source
     if not isinstance(source, Diffusers):
         raise InputError("--config-only is for pipelines of diffusers; of this model leave it out")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is said of the schedule is said when the weights are there
-        model = model_from_configs(source)
-        base, tuned = trainable_shapes(model, recipe)
+    known = {} if known is None else known
+    settings = _settings_of_calls(recipe)
+    items: Sequence[Item] = [Item("a photograph")]
+    held_out, count = [*items] * (recipe.evaluation.num_prompts or 1), None
+    with suppress(InputError):  # the file of prompts may be elsewhere
+        items, held_out = recipe.asked_for.items((), recipe.seed)
+        count = len(items)
+    made = known.setdefault(f"model {settings['network']} {settings['decoder']} {items[0]}", {})
+    if not made:
+        made |= {"parts": _parts(recipe, source, items[:1])}
+    model, base, tuned, condition, to_encode = made["parts"]
     dtype = None if recipe.training.mixed_precision == "no" else torch.bfloat16
     flow = replace(tuned, autocast=dtype)
     of_base: Flow | AdapterOff = AdapterOff(flow) if isinstance(base, AdapterOff) else replace(base, autocast=dtype)
@@ -165,14 +172,6 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
     for i, another in enumerate(recipe.evaluation.rewards):
         rewards[f"{another.name} {i + 2}"], networks = reward_of_shapes(another)
         scorers |= {f"{name} of the evaluation": part for name, part in networks.items()}
-    count = None
-    items: Sequence[Item] = [Item("a photograph")]
-    held_out = [*items] * (recipe.evaluation.num_prompts or 1)
-    with suppress(InputError):  # the file of prompts may be elsewhere
-        items, held_out = recipe.asked_for.items((), recipe.seed)
-        count = len(items)
-    known = {} if known is None else known
-    settings = _settings_of_calls(recipe)
     calls = {name: known.setdefault(f"{name} {of_calls}", {}) for name, of_calls in settings.items()}
     denoiser, frozen = model.family.denoiser, cast(nn.Module, base.network)
     asked = recipe.training.offload and recipe.training.compile is None
@@ -186,30 +185,43 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
     weights = {name: _weights(part, source.quantization.get(name)) for name, part in everything.items()}
     texts = {name: weights[name] for name in encoders}
     training = {name: size for name, size in weights.items() if name not in texts or source.text_encoders == "keep"}
-    with alone() as memory:
-        condition = model.conditions(items[:1])[0]
     before: dict[str, tuple[Peak, dict[str, int]]] = {}
     if source.text_encoders != "cpu":
         there = {name: weights[name] for name in (*networks, *texts)}
         there |= {denoiser: weights[denoiser]} if source.text_encoders == "keep" else {}
-        before["encoding"] = Peak({"weights": sum(there.values()), "text encoders": memory.peak}), there
+        before["encoding"] = Peak({"weights": sum(there.values()), "text encoders": to_encode}), there
     away = {name for name in networks if not name.endswith("of the evaluation")}
     counts = {name: _parameters(part) for name, part in everything.items()}
     moved = {denoiser: _frozen(frozen)} if room else {}
     by_phase = resident(training, away, {denoiser} if trained else set(), moved, offload=recipe.training.offload)
-    of_training = recipe.training.model_copy(update={"offload": room}).model_dump_json()  # else it is of weights alone
+    of_training = recipe.training.model_copy(update={"offload": False}).model_dump_json()  # which is of weights, but for room
     of_method = cast(Settings, recipe.method).model_dump_json()
-    of_evaluation = f"{recipe.evaluation.model_dump_json()} {apart}"
-    iteration = known.setdefault(f"iteration {settings} {of_method} {of_training} {of_evaluation}", {})
+    iteration = known.setdefault(f"iteration {settings} {of_method} {of_training} {room}", {})
     if not iteration:
+        iteration |= peaks(subject)
+    of_evaluation = f"{recipe.evaluation.model_dump_json()} {apart}"
+    evaluation = known.setdefault(f"evaluation {settings} {of_method} {of_training} {of_evaluation}", {})
+    if not evaluation:
         instruments = Instruments(rewards, None, None, recipe.evaluation.at_once, "cpu")
         measured = Measured(recipe, asked_of(items, held_out, recipe.evaluation), instruments, apart)
-        iteration |= peaks(subject) | {"evaluation": peak_of_evaluation(subject, measured)}
+        evaluation |= {"evaluation": peak_of_evaluation(subject, measured)}
     layer = _largest_layer(frozen) if denoiser in source.quantization else 0
-    found = _forecast(iteration, before, by_phase, counts, layer, looks=recipe.training.monitor is not None)
+    found = _forecast(iteration | evaluation, before, by_phase, counts, layer, looks=recipe.training.monitor is not None)
     one = sum(part.numel() for part in tree_leaves(condition) if isinstance(part, Tensor))
     one *= next(p.element_size() for p in parts[denoiser].parameters())
     return replace(found, prompt_cache=None if count is None else int(min(count * one, source.prompt_cache_gb * 2**30)))
+
+
+def _parts(recipe: Recipe, source: Diffusers, items: Sequence[Item]) -> tuple[TextToImage, Flow | AdapterOff, Flow, Any, int]:
+    """The model of a recipe from its configs, its base and what is trained, an encoded prompt, and the bytes that encoding one
+    needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is said of the schedule is said when the weights are there
+        model = model_from_configs(source)
+        base, tuned = trainable_shapes(model, recipe)
+    with alone() as memory:
+        condition = model.conditions(items)[0]
+    return model, base, tuned, condition, memory.peak
 
 
 def _settings_of_calls(recipe: Recipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -212,6 +212,8 @@ class Replayed:
         known: what calls need, by their kinds; several of the same functions can share it.
         numbers: whether its results have numbers, which differ; methods look at rewards before they go on.
         otherwise: what a call with x needs, with a gradient or without, if the function cannot be called without numbers.
+        within: the context in which it is called.
+        contexts: those in which it needs less, and how often what it needs there counts; the sum is what it needs.
     """
 
     function: Callable[..., Tensor]
@@ -221,6 +223,8 @@ class Replayed:
     known: dict[Any, Cost] = field(default_factory=dict)
     numbers: bool = False
     otherwise: Callable[[Tensor, bool], Cost] | None = None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    contexts: Callable[[], Sequence[tuple[int, AbstractContextManager[Any]]]] = lambda: [(1, nullcontext())]
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         parameters = list(self.parameters()) if torch.is_grad_enabled() else []
@@ -246,8 +250,18 @@ class Replayed:
         return result
 
     def _measured(self, x: Tensor, arguments: Any, options: Any, parameters: Sequence[nn.Parameter]) -> Cost:
-        """Call the function, and take its gradient as a training does: of x, if that has one, else of the parameters, to which
-        gradients of other samples are there already."""
+        """Call the function, and take its gradient as a training does, in each of its contexts."""
+        costs = list[tuple[int, Cost]]()
+        for times, context in self.contexts():
+            with self.within(), context:
+                costs.append((times, self._once(x, arguments, options, parameters)))
+        first = costs[0][1]
+        sizes = (sum(times * getattr(cost, name) for times, cost in costs) for name in ("kept", "forward", "backward"))
+        return Cost(first.result, first.gradient, *sizes)
+
+    def _once(self, x: Tensor, arguments: Any, options: Any, parameters: Sequence[nn.Parameter]) -> Cost:
+        """Call the function, and take its gradient: of x, if that has one, else of the parameters, to which gradients of other
+        samples are there already."""
         with alone() as memory:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
