@@ -65,6 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "num_passes": 1,
         "min_effective_sample_size": 1,
     },
+    "path-reweighted": {"num_passes": 2, "path_steps": 4, "neighbours": 3, "min_effective_sample_size": 1},
     "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},
 }
 TRAINING = {
