@@ -81,8 +81,8 @@ def forecasts(model: str, size: int) -> Iterator[tuple[tuple[str, ...], float]]:
         if less.on_a_gpu < 0.99 * found.on_a_gpu:
             chosen, found = (*chosen, name), less
             yield chosen, found.on_a_gpu / 2**30
-            if name == "TAESD" and "nf4" in chosen:  # which may not be needed any more
-                without = tuple(setting for setting in chosen if setting != "nf4")
+            for other in chosen[:-1]:  # which may not be needed any more
+                without = tuple(setting for setting in chosen if setting != other)
                 yield without, of_recipe(recipe(model, size, without), known=known).on_a_gpu / 2**30
 
 
