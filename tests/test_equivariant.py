@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.chemistry.atoms import DIM, ELEMENTS
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE
 from tiltflow.chemistry.composition import asked_of
 from tiltflow.conditions import Item
 from tiltflow.control.adjoint import lean_adjoint
@@ -94,11 +94,19 @@ def test_what_is_not_of_the_molecule_is_neither_seen_nor_predicted() -> None:
     torch.testing.assert_close(module(torch.where(module.present[labels] > 0, x, 100 * x), t, labels), expected)
     assert (expected * (1 - module.present[labels])).abs().max() == 0
     assert expected[..., :DIM].sum(1).abs().max() < 1e-12
-    torch.testing.assert_close(expected[..., DIM:].sum(-1), module.present[labels, :, 0].double())
+    torch.testing.assert_close(expected[..., DIM:].sum(-1), TYPE * module.present[labels, :, 0].double())
     given = labels == 2
     one_hot = torch.zeros(5, len(ELEMENTS), dtype=torch.float64)
-    one_hot[range(4), [1, 0, 0, 3]] = 1
+    one_hot[range(4), [1, 0, 0, 3]] = TYPE
     torch.testing.assert_close(expected[given][..., DIM:], one_hot.expand(3, -1, -1), rtol=0, atol=0)
+
+
+def test_rows_after_the_atoms_of_all_molecules_may_be_left_out() -> None:
+    module, (x, t, _) = network(), states(9)
+    for label, atoms in ((1, 3), (2, 4)):
+        labels = torch.full((9,), label)
+        for short, whole in zip(module.predict(x[:, :atoms], t, labels), module.predict(x, t, labels), strict=True):
+            torch.testing.assert_close(short, whole[:, :atoms], rtol=0, atol=1e-12)
 
 
 def test_noise_is_projected_orthogonally() -> None:
@@ -117,7 +125,7 @@ def test_noise_is_projected_orthogonally() -> None:
 def test_at_both_ends_of_time_predictions_are_finite_and_the_data_are_seen_at_the_last() -> None:
     module, (x, _, labels) = network(), states(9)
     x1 = module.project(x, labels)
-    x1[..., DIM:] = torch.nn.functional.one_hot(x1[..., DIM:].argmax(-1), len(ELEMENTS)) * module.present[labels]
+    x1[..., DIM:] = torch.nn.functional.one_hot(x1[..., DIM:].argmax(-1), len(ELEMENTS)) * TYPE * module.present[labels]
     for number in (0.0, 1e-6, 0.5, 1 - 1e-6, 1.0):
         for dtype in (torch.float32, torch.float64):
             found = module.to(dtype)(x1.to(dtype), torch.full((9,), number, dtype=dtype), labels)
@@ -149,7 +157,7 @@ def test_samples_lie_in_the_space_of_centred_molecules(solver: str) -> None:
     assert (x * (1 - present)).abs().max() < 1e-12
     assert x[..., :DIM].sum(1).abs().max() < 1e-9
     given = torch.zeros(5, len(ELEMENTS), dtype=torch.float64)
-    given[range(4), [1, 0, 0, 3]] = 1
+    given[range(4), [1, 0, 0, 3]] = TYPE
     torch.testing.assert_close(x[labels == 2][..., DIM:], given.expand(3, -1, -1), rtol=0, atol=1e-7)
 
 

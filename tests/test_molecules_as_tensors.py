@@ -28,8 +28,8 @@ def test_there_and_back() -> None:
 
 def test_types_need_not_be_quite_one_hot_and_atoms_may_stand_anywhere() -> None:
     samples = torch.zeros(1, 4, 8)
-    samples[0, 1] = torch.tensor([1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.45, -0.2])  # oxygen; they add up to .85
-    samples[0, 3] = torch.tensor([0.0, 0.0, 0.0, 0.45, 0.0, 0.0, 0.0, 0.0])  # nothing
+    samples[0, 1] = torch.tensor([1.0, 2.0, 3.0, 0.025, 0.05, 0.075, 0.1, -0.05])  # oxygen; they add up to .2
+    samples[0, 3] = torch.tensor([0.0, 0.0, 0.0, 0.12, 0.0, 0.0, 0.0, 0.0])  # nothing
     (molecule,) = molecules_of(samples)
     assert molecule.numbers.tolist() == [8]
     assert molecule.positions.tolist() == [[1.0, 2.0, 3.0]]

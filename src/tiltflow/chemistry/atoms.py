@@ -1,6 +1,7 @@
 """Molecules as tensors and back: positions and one-hot types of atoms, with rows of zeros where a molecule has no more atoms.
 
-A sample is [atoms, 3 + 5]: positions in Å with the centre of mass (of atoms of equal weight) at zero, then the types.
+A sample is [atoms, 3 + 5]: positions in Å with the centre of mass (of atoms of equal weight) at zero, then the types, each with
+TYPE where it is the atom's and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ NUMBERS = (1, 6, 7, 8, 9)
 """Their atomic numbers."""
 DIM = 3
 """Channels of positions, before those of types."""
-PRESENT = 0.5
+TYPE = 0.25
+"""What stands for the type of an atom: low beside the noise, so that a model draws first where atoms are, and then which they
+are, for which these places leave little choice (2203.17003, section 3.3)."""
+PRESENT = TYPE / 2
 """A row is an atom where its types add up to more."""
 
 
@@ -89,5 +93,7 @@ def samples_of(molecules: Sequence[Molecule], atoms: int) -> Tensor:
             raise InputError(f"molecule {i} has an atom of number {strange[0]}; known: {', '.join(ELEMENTS)}")
         if n:
             samples[i, :n, :DIM] = torch.from_numpy(molecule.positions - molecule.positions.mean(0))
-            samples[i, torch.arange(n), DIM + torch.tensor([NUMBERS.index(number) for number in molecule.numbers.tolist()])] = 1
+            samples[i, torch.arange(n), DIM + torch.tensor([NUMBERS.index(number) for number in molecule.numbers.tolist()])] = (
+                TYPE
+            )
     return samples

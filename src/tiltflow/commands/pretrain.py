@@ -53,6 +53,8 @@ def pretrain(
     """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, or a flow from molecules, as the
     shipped models were.
 
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the training early, and save the model as it then is.
+
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
     [dim]tiltflow pretrain qm9-flow --data qm9_smiles.csv.gz --output models/molecules[/dim]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from tiltflow.chemistry.atoms import DIM, ELEMENTS
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE
 from tiltflow.chemistry.composition import asked_of
 from tiltflow.settings import Settings
 
@@ -105,20 +105,25 @@ class EquivariantModule(nn.Module):
         """The part of states [batch, atoms, 3 + types] in which noise lies: atoms that are there, around their mean; without
         their types where these are given."""
         labels = labels.to(self.present.device)
-        mask = self.present[labels].to(noise)
+        mask = self.of(labels, noise)
         free = 1 - self.known[labels].to(noise)[:, None, None]
         return torch.cat([centred(noise[..., :DIM], mask), noise[..., DIM:] * mask * free], -1)
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         positions, logits = self.predict(x, time, labels)
-        known, given = self.known[labels].to(x)[:, None, None], self.given[labels].to(x)
-        types = torch.where(known > 0, given, logits.softmax(-1) * self.present[labels].to(x))
-        return torch.cat([positions, types.to(positions.dtype)], -1)
+        known, given = self.known[labels].to(x)[:, None, None], self.given[labels, : x.shape[1]].to(x)
+        types = torch.where(known > 0, given, logits.softmax(-1) * self.of(labels, x))
+        return torch.cat([positions, TYPE * types.to(positions.dtype)], -1)
+
+    def of(self, labels: Tensor, x: Tensor) -> Tensor:
+        """Which rows of states [batch, atoms, 3 + types] are atoms: 1 or 0 [batch, atoms, 1]."""
+        return self.present[labels, : x.shape[1]].to(x)
 
     def predict(self, x: Tensor, time: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The expected positions [batch, atoms, 3], and logits of the types [batch, atoms, types]."""
-        known, given = self.known[labels].to(x)[:, None, None], self.given[labels].to(x)
-        return self.of_atoms(x, time, self.present[labels].to(x), torch.where(known > 0, given, 0.0), known)
+        """The expected positions [batch, atoms, 3], and logits of the types [batch, atoms, types]. Rows after the atoms of all
+        molecules of the batch may be left out."""
+        known, given = self.known[labels].to(x)[:, None, None], self.given[labels, : x.shape[1]].to(x)
+        return self.of_atoms(x, time, self.of(labels, x), torch.where(known > 0, given, 0.0), known)
 
     def of_atoms(self, x: Tensor, time: Tensor, mask: Tensor, given: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """`predict` of atoms that are there where the mask [batch, atoms, 1] is 1, with given types [batch, atoms, types] where
@@ -126,12 +131,13 @@ class EquivariantModule(nn.Module):
         t = time.to(x)[:, None, None]
         skip, into, out = coefficients(t, self.scale)
         positions, noisy = centred(x[..., :DIM], mask), x[..., DIM:] * mask
-        # what its own noisy type says of an atom: log N(x; t e, (1 - t)^2), up to a constant
-        evidence = noisy * (t / (1 - t).clamp(min=CLOSEST) ** 2)
+        # what its own noisy type says of an atom: log N(x; t TYPE e, (1 - t)^2), up to a constant
+        evidence = noisy * (t * TYPE / (1 - t).clamp(min=CLOSEST * TYPE) ** 2)
         own = torch.where(known > 0, given, evidence.softmax(-1) * mask)
         bias = self.time(moments(t, mask))
         width = self.norm.normalized_shape[0]
-        h = self.atom(torch.cat([own, torch.where(known > 0, given, noisy)], -1)) + bias[..., :width]
+        types = noisy * coefficients(t, TYPE)[1]
+        h = self.atom(torch.cat([own, torch.where(known > 0, given, types)], -1)) + bias[..., :width]
         pairs = (mask * mask.transpose(1, 2) * (1 - torch.eye(x.shape[1], dtype=x.dtype, device=x.device)))[..., None]
         start = positions * into
         shape = radial(distances(start[:, None] * self.scale)[:, 0])

@@ -24,6 +24,7 @@ def card(
     steps: Mapping[str, int],
     seconds: float,
     device: str,
+    stopped: bool = False,
 ) -> str:
     """What was trained, from which data and by which command, and its scores, in Markdown.
 
@@ -32,11 +33,13 @@ def card(
         path: of the data.
         steps: that each stage took.
         seconds: that the training took.
+        stopped: whether a signal ended it early.
     """
     counts = {part: sum(p.numel() for p in network.parameters()) for part, network in task.networks.items()}
-    where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+    where = f"{seconds / 60:.0f} minutes on {f'{torch.get_num_threads()} CPU threads' if device == 'cpu' else device}"
     drawn = {stage: f"{steps[stage]:,} steps of {each.train_batch_size} samples" for stage, each in recipe.schedules.items()}
     told = ", ".join(text if len(drawn) == 1 else f"{stage} {text}" for stage, text in drawn.items())
+    early = ", stopped early" if stopped else ""
     precision = " and ".join(dict.fromkeys(f"'{each.mixed_precision}'" for each in recipe.schedules.values()))
     lines = [
         f"# {name}",
@@ -45,7 +48,7 @@ def card(
         "",
         f"- data: `{path.name}` (sha256 {fingerprint(path)}..), {task.data()}",
         f"- command: `tiltflow pretrain {name} --data {path.name} --output {name}`, seed {recipe.seed}",
-        f"- training: {told}, {seconds / 60:.0f} minutes on {where}, mixed precision {precision}, torch {torch.__version__}",
+        f"- training: {told}{early}, {where}, mixed precision {precision}, torch {torch.__version__}",
         f"- network: {'; '.join(f'{part}, {count:,} parameters' for part, count in counts.items())}",
         "",
         *TABLE,

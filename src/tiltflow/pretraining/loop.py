@@ -79,9 +79,12 @@ class Progress:
     seconds: float
 
 
-def train(stages: Iterable[Stage], seed: int) -> Iterator[Progress]:
+def train(stages: Iterable[Stage], seed: int, stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
     """Train the networks of each stage in place, one record per step. A stage is asked for when the one before it has ended;
     its networks then hold the moving average of their weights, without gradients and in eval mode.
+
+    Args:
+        stopped: whether to end before the next step, as if all steps had been taken.
 
     Raises NonFiniteError, before the weights change, if a loss or a gradient is not finite.
     """
@@ -89,12 +92,12 @@ def train(stages: Iterable[Stage], seed: int) -> Iterator[Progress]:
     with torch.random.fork_rng(devices=[]):  # dropout draws from torch's global generator, which is put back at the end
         torch.manual_seed(stream(seed, "dropout").initial_seed())
         for stage in stages:
-            for loss in _losses(stage):
+            for loss in _losses(stage, stopped):
                 step, samples = step + 1, samples + stage.optimization.train_batch_size
                 yield Progress(stage.name, step, samples, loss, time.perf_counter() - began)
 
 
-def _losses(stage: Stage) -> Iterator[float]:
+def _losses(stage: Stage, stopped: Callable[[], bool]) -> Iterator[float]:
     """Train the networks of one stage, one loss per step."""
     settings = stage.optimization
     parameters = [p for network in stage.networks for p in network.requires_grad_(True).train().parameters()]
@@ -104,7 +107,7 @@ def _losses(stage: Stage) -> Iterator[float]:
     began = time.perf_counter()
     for step in range(1, settings.max_train_steps + 1):
         total = steps_in_time(settings, step, time.perf_counter() - began)
-        if step > total:
+        if step > total or stopped():
             break
         factor = learning_rate_factor(step, warmup=settings.lr_warmup_steps, total=total)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * factor

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, Interrupted
 from tiltflow.files import check_room, filling, write_text
 from tiltflow.models.model_folder import CARD, load_network, model_folder, read_config
 from tiltflow.pretraining.card import card, with_scores
@@ -15,6 +15,7 @@ from tiltflow.pretraining.loop import Progress, train
 from tiltflow.pretraining.recipe import Pretraining, Scores
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.run_files import claim
+from tiltflow.training.signals import noted
 
 
 def run_pretraining(
@@ -29,14 +30,14 @@ def run_pretraining(
     """Train on the data at `path` and write the model and its card into `folder`. Returns the scores.
 
     The model is written as soon as it is trained; its scores follow. Training is neither checkpointed nor resumed: the models
-    are small, and a run that was stopped begins again.
+    are small. A signal (`tiltflow.training.signals`) ends it early, and the model is written as it then is.
 
     Args:
         name: of the recipe, for the card.
         watch: callback that sees the record of each optimizer step.
 
     Raises InputError, with nothing trained or written, if the folder is occupied or cannot be written to, or if the data or a
-    judge do not fit.
+    judge do not fit; Interrupted after a signal, with the model written if each of its networks was trained at all.
     """
     with working_in(folder):
         claim(folder)
@@ -44,15 +45,23 @@ def run_pretraining(
         size = sum(parameter.nbytes for network in task.networks.values() for parameter in network.parameters())
         check_room(folder, size, size)
         scores, steps, seconds = Scores(), Counter[str](), 0.0
-        for progress in train(task.stages(), recipe.seed):
-            watch(progress)
-            steps[progress.stage] += 1
-            scores[f"{progress.stage}_loss"], seconds = progress.loss, progress.seconds
+        with noted() as signal:
+            for progress in train(task.stages(), recipe.seed, lambda: signal() is not None):
+                watch(progress)
+                steps[progress.stage] += 1
+                scores[f"{progress.stage}_loss"], seconds = progress.loss, progress.seconds
         for network in task.networks.values():
             network.cpu()
-        about = partial(card, recipe, task, name, path, steps=steps, seconds=seconds, device=device)
+        stop = signal()
+        if stop is not None and not all(steps[stage] for stage in recipe.schedules):
+            raise Interrupted(f"stopped by signal {stop} before each network was trained; nothing was saved", stop)
+        about = partial(card, recipe, task, name, path, steps=steps, seconds=seconds, device=device, stopped=stop is not None)
         with filling(folder) as draft:
             task.save(draft, about(scores))
+        if stop is not None:
+            raise Interrupted(
+                f"stopped by signal {stop} after {steps.total()} steps; the model is in {folder}, not measured", stop
+            )
         if more := task.scores():
             scores |= more
             write_text(folder / CARD, about(scores))

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, Molecule, molecules_of, samples_of
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, TYPE, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.composition import Asked, asked_of
 from tiltflow.chemistry.geometries import Geometries, load_geometries
 from tiltflow.chemistry.validity import bond_length_errors, bond_lengths, canonical_smiles, composition, shares, structures
@@ -22,6 +22,7 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import interior
 from tiltflow.models.model import Model
+from tiltflow.models.model_folder import load_network, model_folder, read_config
 from tiltflow.networks.equivariant import Equivariant, EquivariantModule, coefficients
 from tiltflow.pretraining.loop import Stage
 from tiltflow.pretraining.recipe import Pretraining, Scores
@@ -37,6 +38,8 @@ class MoleculesPretraining(Pretraining):
     """The network that is trained; its classes say which molecules of the data are used."""
     max_heavy_atoms: Annotated[int, Field(ge=1)] | None = None
     """Molecules with more atoms other than hydrogen are left out."""
+    init_from: str | None = None
+    """Model whose weights training begins with, by shipped name or folder: of the same network, but for classes and scale."""
     conformers: Annotated[int, Field(ge=1)] = 5
     """Geometries that are tried for each SMILES."""
     type_weight: Annotated[float, Field(gt=0)] = 1.0
@@ -53,10 +56,23 @@ class MoleculesPretraining(Pretraining):
         data = of_classes(found, self.network, path)
         network = new_network(self.network, self.seed)
         assert isinstance(network, EquivariantModule)
+        if self.init_from is not None:
+            network.load_state_dict(weights_of(self.init_from, self.network))
         return MoleculesTask(self, network.to(device), data.to(device))
 
 
 RECIPE = MoleculesPretraining
+PARTS = 4
+"""Parts of a batch, by the number of atoms: few pairs are computed of which one atom is not there."""
+
+
+def weights_of(name_or_path: str, network: Equivariant) -> dict[str, Tensor]:
+    """The weights of a model for a network whose classes and scale may be others. Raises InputError if there are none."""
+    config = read_config(folder := model_folder(name_or_path))
+    found, free = config.network, {"classes", "scale"}
+    if not isinstance(found, Equivariant) or found.model_dump(exclude=free) != network.model_dump(exclude=free):
+        raise InputError(f"init_from {name_or_path}: must have the recipe's network, but for its classes and scale")
+    return load_network(folder, config, "cpu").state_dict()
 
 
 @dataclass(frozen=True)
@@ -148,10 +164,16 @@ class MoleculesTask:
         recipe, data = self.recipe, self.train
         generator = stream(recipe.seed, "noise", device=data.samples.device)
 
+        sizes = self.network.present.sum((1, 2)).long()[data.labels]
+
         def loss() -> Tensor:
             index = data.draw(recipe.training.train_batch_size, generator)
-            t = draw_times(len(index), generator)
-            return molecules_loss(self.network, data.samples[index], data.labels[index], t, generator, recipe.type_weight)
+            losses = (loss_of(part) * len(part) for part in index[sizes[index].argsort(stable=True)].chunk(PARTS))
+            return torch.stack([*losses]).sum() / len(index)
+
+        def loss_of(index: Tensor) -> Tensor:
+            x1, t = data.samples[index, : sizes[index].max()], draw_times(len(index), generator)
+            return molecules_loss(self.network, x1, data.labels[index], t, generator, recipe.type_weight)
 
         yield Stage("training", (self.network,), recipe.training, loss)
 
@@ -166,14 +188,17 @@ class MoleculesTask:
         return f"{len(self.train.smiles):,} molecules in {len(self.train.samples):,} geometries (ETKDGv3 and MMFF94, not DFT)"
 
     def remarks(self) -> list[str]:
-        return []
+        begun = self.recipe.init_from
+        return [] if begun is None else [f"Training began with the weights of `{Path(begun).name}`."]
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count]: a fifth of them uniform, the others the sigmoid of N(0.8, 1) (2403.03206, section 3.1), for a molecule is
-    decided between t = 0.4 and 0.9; before, nothing can be known of it, and after, little is left to say."""
+    """Times [count]: a fifth of them uniform, the others the sigmoid of N(1.3, 1.2) (2403.03206, section 3.1), for a molecule
+    is decided between t = 0.5 and 0.95; before, nothing can be known of it, and after, little is left to say."""
     uniform, normal = (draw(count, generator=generator, device=generator.device) for draw in (torch.rand, torch.randn))
-    return interior(torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(normal + 0.8)))
+    return interior(
+        torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(1.2 * normal + 1.3))
+    )
 
 
 def molecules_loss(
@@ -194,7 +219,7 @@ def molecules_loss(
     positions, logits = network.predict(s * x1 + (1 - s) * x0, t, labels)
     atoms = network.present[labels].sum((1, 2))
     error = ((positions - x1[..., :DIM]) / coefficients(s, network.scale)[2]).square().sum((1, 2)) / (DIM * atoms)
-    unsure = -(logits.float().log_softmax(-1) * x1[..., DIM:]).sum((1, 2)) / atoms * (1 - network.known[labels])
+    unsure = -(logits.float().log_softmax(-1) * x1[..., DIM:]).sum((1, 2)) / (TYPE * atoms) * (1 - network.known[labels])
     return (error + type_weight * unsure).mean()
 
 
