@@ -10,6 +10,7 @@ import torch
 from tiny import UNET, tiny_classifier, tiny_flow
 from torch import nn
 
+from tiltflow.chemistry.atoms import molecules_of
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
@@ -85,13 +86,24 @@ def test_wrong_names_and_kinds(tmp_path: Path) -> None:
 
 
 def test_the_shipped_models_load_and_have_cards() -> None:
-    assert shipped_models() == ["digits-classifier", "digits-diffusion", "digits-flow", "digits-judge"]
+    assert shipped_models() == [
+        "digits-classifier",
+        "digits-diffusion",
+        "digits-flow",
+        "digits-judge",
+        "qm9-flow",
+        "qm9-isomers-flow",
+    ]
     for name in ("digits-flow", "digits-diffusion"):
         model = load(name)
         assert model.event_shape == (1, 28, 28)
         x = model.sample(2, sampling=Sampling(num_inference_steps=4))
         assert x.shape == (2, 1, 28, 28)
         assert torch.isfinite(x).all()
+    for name, label, numbers in (("qm9-flow", "19 atoms", None), ("qm9-isomers-flow", "C7H10O2", [6] * 7 + [1] * 10 + [8] * 2)):
+        molecules = molecules_of(load(name).sample(2, labels=label, sampling=Sampling(num_inference_steps=2)))
+        assert [len(each) for each in molecules] == [19, 19]
+        assert numbers in (None, molecules[0].numbers.tolist())
     for name in ("digits-classifier", "digits-judge"):
         network, config = load_classifier(name)
         assert network(torch.zeros(2, 1, 28, 28)).shape == (2, len(config.class_names))
