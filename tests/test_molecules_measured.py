@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_validity import WHOLE, beside, molecule, without
 
-from tiltflow.chemistry.atoms import Molecule, molecules_of, samples_of
+from tiltflow.chemistry.atoms import TYPE, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.molecule_files import from_xyz, to_sdf, to_xyz
 from tiltflow.chemistry.relaxation import onto, relaxed
 from tiltflow.conditions import Item
@@ -29,7 +29,7 @@ CARBON = 3 + 1  # channel of its type
 
 def carbons(x: torch.Tensor) -> torch.Tensor:
     """A reward of the composition alone."""
-    return x[..., CARBON].sum(-1)
+    return (x[..., CARBON] / TYPE).sum(-1)
 
 
 def turned(one: Molecule, seed: int = 0) -> Molecule:

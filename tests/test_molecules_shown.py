@@ -15,7 +15,7 @@ from test_validity import molecule, without
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.chemistry.atoms import Molecule, samples_of
+from tiltflow.chemistry.atoms import TYPE, Molecule, samples_of
 from tiltflow.chemistry.molecule_files import from_xyz, to_xyz
 from tiltflow.commands.sample import check_suffix, write_samples
 from tiltflow.errors import InputError
@@ -45,7 +45,7 @@ class Lookup(nn.Module):
 
 
 def carbons(x: Tensor) -> Tensor:
-    return x[..., 4].sum(-1)
+    return (x[..., 4] / TYPE).sum(-1)
 
 
 def size(path: Path) -> tuple[int, int]:

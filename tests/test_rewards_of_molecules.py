@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiltflow.chemistry.atoms import Molecule, molecules_of, samples_of
+from tiltflow.chemistry.atoms import Molecule, molecules_of, present, samples_of
 from tiltflow.chemistry.embedding import Question, embedded
 from tiltflow.errors import InputError
 from tiltflow.plugins import find
@@ -104,11 +104,11 @@ def test_validity_is_the_cost_of_a_utility_with_a_limit(molecules: list[Molecule
 def test_the_gradient_of_the_force_field_is_that_of_finite_differences(molecules: list[Molecule]) -> None:
     """Of molecules of one part and of several; what has no bonds has the value of failures, and no slope."""
     x = samples_of(molecules, 12).double()
-    x[..., :3] += 0.02 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * x[..., 3:].sum(-1, keepdim=True)
+    x[..., :3] += 0.02 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * present(x)[..., None]
     reward = settings("mmff-energy", failure_value=-500.0).build()
     value, gradient = value_and_gradient(reward, x)
     way = torch.zeros_like(x)
-    way[..., :3] = torch.randn(x[..., :3].shape, generator=stream(1), dtype=x.dtype) * x[..., 3:].sum(-1, keepdim=True)
+    way[..., :3] = torch.randn(x[..., :3].shape, generator=stream(1), dtype=x.dtype) * present(x)[..., None]
     step = 1e-4
     slope = (reward(x + step * way) - reward(x - step * way)) / (2 * step)
     torch.testing.assert_close((gradient * way).sum((1, 2))[:4], slope[:4], rtol=1e-4, atol=1e-3)
@@ -131,9 +131,7 @@ def test_geometries_are_at_rest_in_the_force_field(molecules: list[Molecule]) ->
     assert gradient.flatten(1).norm(dim=1).max() < 0.1
     for seed in range(3):
         moved = x.clone()
-        moved[..., :3] += (
-            0.03 * torch.randn(x[..., :3].shape, generator=stream(seed, "moved")) * x[..., 3:].sum(-1, keepdim=True)
-        )
+        moved[..., :3] += 0.03 * torch.randn(x[..., :3].shape, generator=stream(seed, "moved")) * present(x)[..., None]
         assert (reward(moved) < value).all()
 
 
