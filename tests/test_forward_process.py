@@ -12,7 +12,7 @@ from lines import NARROW, NORMAL, TWO_MODES, bowl, hill
 from scipy.special import lambertw, ndtri
 
 from tiltflow.laws.forward_process import explicit_rounds, noise_over_signal, ram, regression, reverse, tilting_rate
-from tiltflow.laws.law import Array, Field
+from tiltflow.laws.law import GRID, Array, Field, Law
 
 
 def particles(field: Field, count: int, steps: int) -> Array:
@@ -97,6 +97,18 @@ def test_each_residual_on_a_linear_reward() -> None:
     ):
         field = regression(NORMAL, lambda x: h * (x - mean), lambda x, t: 0.7 * x, residual)  # type: ignore[arg-type]
         assert field(x, t) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("least", "pole"), [(-0.999, False), (-1.0, True), (-1.001, True)])
+def test_the_regression_on_the_network_itself_has_no_minimum_from_minus_one_on(least: float, pole: bool) -> None:
+    """One sample, at 0: there E[C | x_t] is C itself."""
+    q, x = Law(GRID, np.where(GRID == 0, 0.0, -1e5)), np.zeros(1)
+    field = regression(q, lambda x: np.full_like(x, least), NORMAL.velocity, "network")
+    if pole:
+        with pytest.raises(ValueError, match="pole"):
+            field(x, 0.25)
+    else:
+        assert field(x, 0.25) == pytest.approx(0.0, abs=1e-9)
 
 
 # ---- rounds ----
@@ -240,7 +252,8 @@ def test_ram_as_published_has_a_pole() -> None:
 
 
 def test_the_reverse_form_settles_at_the_tilt() -> None:
-    law, exact = reverse(TWO_MODES, np.tanh, 1.5), TWO_MODES.tilt(np.tanh(TWO_MODES.points) / 1.5)
+    """Whatever number is added to the reward."""
+    law, exact = reverse(TWO_MODES, lambda x: np.tanh(x) + 20, 1.5), TWO_MODES.tilt(np.tanh(TWO_MODES.points) / 1.5)
     assert (law.mean, law.variance) == pytest.approx((exact.mean, exact.variance), abs=3e-5)
     assert law.kl(exact) == pytest.approx(0, abs=1e-7)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ class Outer(Settings):
     path: Annotated[Interpolant, Field(discriminator="name")] = Cosine()
     method: Annotated[Any, BeforeValidator(part_of("methods"))] = None
     count: Annotated[int, Field(ge=1)] = 1
+    scale: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = 1.0
     needed: str
 
 
@@ -39,6 +41,11 @@ class Outer(Settings):
     [
         ({"inner": {"rat": 1}}, "here: inner.rat is not a setting, did you mean 'rate'?"),
         ({"inner": {"rate": -1}}, "here: inner.rate must be greater than 0 (got -1)"),
+        ({"scale": float("inf")}, "here: scale must be a finite number (got inf)"),
+        ({"scale": -1.0}, "here: scale must be greater than 0 (got -1.0)"),
+        ({"scale": [1.0, float("nan")]}, "here: scale.1 must be a finite number (got nan)"),
+        ({"scale": [-1.0, "x"]}, "here: scale.0 must be greater than 0 (got -1.0)"),
+        ({"scale": "x"}, "here: scale must be a valid number (got 'x')"),
         ({"inner": {"kind": "cosin"}}, "here: inner.kind must be 'constant' or 'cosine', did you mean 'cosine'? (got 'cosin')"),
         ({"many": [{"rate": 1}, {"rats": 2}]}, "here: many.1.rats is not a setting, did you mean 'rate'?"),
         ({"count": "many"}, "here: count must be a valid integer (got 'many')"),
@@ -84,6 +91,9 @@ def test_settings_are_frozen_and_reject_nan() -> None:
         ("5.", 5.0),
         ("3", 3),
         ("-0", 0),
+        (".inf", float("inf")),
+        ("-.INF", float("-inf")),
+        (".info", ".info"),
         ("0.5", 0.5),
         ("1_000", 1000),
         ("0x10", 16),
@@ -109,6 +119,11 @@ def test_yaml_scalars_mean_what_they_look_like(text: str, value: object) -> None
     assert parsed == value
     assert type(parsed) is type(value)
     assert parse_yaml(dump_yaml({"a": [value]}), "here") == {"a": [value]}
+
+
+def test_yaml_has_a_word_for_what_is_no_number() -> None:
+    for text in (".nan", ".NaN", ".NAN"):
+        assert math.isnan(parse_yaml(text, "here"))
 
 
 @pytest.mark.parametrize("text", ["010", "0755", "-01", "00", "01.5", "0_1", "1:30", "true", "1.5", "10.0", "'10'", "1e1"])

@@ -41,7 +41,7 @@ def test_a_key_without_a_dot_finds_its_place() -> None:
     assert (settings.method.solver, settings.problem.sampling.solver) == ("ddpm", "euler")
     with pytest.raises(InputError, match="'bta' is not a setting, did you mean 'beta'"):
         read_verification("mixture", "adjoint-matching", ["bta=2"])
-    with pytest.raises(InputError, match="linear has 3 numbers, dimension is 2"):
+    with pytest.raises(InputError, match=r"linear has 3 numbers, dimension is 2$"):
         read_verification("gaussian", "adjoint-matching", ["linear=[1, 2, 3]"])
 
 
@@ -199,7 +199,13 @@ def test_any_mixture_can_be_posed() -> None:
     assert law.log_weights.exp().tolist() == pytest.approx([0.6, 0.4])
     assert law.variances.tolist() == [0.25, 0.0625]
     assert settings.problem.reward().linear.tolist() == [1, 0.5, 0]
-    for wrong, message in (("weights=[1]", "weights has 1 numbers for 8 modes"), ("dimension=1", "dimension is 1")):
+    for wrong, message in (
+        ("weights=[1]", "weights has 1 numbers for 8 modes"),
+        ("dimension=1", "linear has 2 numbers by default, dimension is 1; set linear too$"),
+        ("means=[[.nan, 1]]", r"means\.0\.0 must be a finite number \(got nan\)"),
+        ("linear=.inf", r"linear must be a finite number \(got inf\)"),
+        ("linear=1,.nan", r"linear\.1 must be a finite number \(got nan\)"),
+    ):
         with pytest.raises(InputError, match=message):
             read_verification("mixture", "adjoint-matching", [wrong])
 

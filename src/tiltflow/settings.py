@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
@@ -132,6 +133,10 @@ WORDS: dict[str, Any] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
 WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 INTEGER = re.compile(r"[-+]?\d+(?:_\d+)*|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 FLOAT = re.compile(r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", re.ASCII)
+NO_DIGITS = re.compile(r"\.(?=[iInN])")
+"""The point of .inf and .nan, which Python writes without."""
+KIND = re.compile(r"(?:constrained-)?(?:str|int|float|bool)|(?:tuple|list|dict|literal)\[.*", re.DOTALL)
+"""How pydantic calls one of the kinds of value that a setting may have, in the place of an error."""
 NUMBERS = re.compile(r"(?:\s*[-+]?[\d.][\w.+-]*\s*,)+(?:\s*[-+]?[\d.][\w.+-]*\s*)?", re.ASCII)
 ZERO_LED = re.compile(r"[-+]?0[\d_]+(?:\.\d*)?(?:[eE][-+]?\d+)?", re.ASCII)
 
@@ -218,7 +223,7 @@ def _scalar(text: str) -> Any:
             raise InputError(f"{text[:40]}.. is an integer of {len(text)} characters; the most are {MOST_DIGITS}")
         return int(text, 0)
     if FLOAT.fullmatch(text):
-        return float(text)
+        return float(NO_DIGITS.sub("", text))
     return text
 
 
@@ -301,7 +306,7 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
     """Describe, in one line with the dotted name of the setting, the problem that most likely explains the others."""
     problems = error.errors(include_url=False)
     # an unknown key is most often the cause of the other complaints
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), _closest(problems))
     path, _ = _walk(kind, problem["loc"])
     dotted, message = ".".join(path), problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     match problem["type"]:
@@ -328,6 +333,14 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
             return f"{dotted} must be {message} (got {shown(problem['input'])})"
 
 
+def _closest(problems: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first problem; where it is one kind of value that a setting may have, that of the kind of which most is right."""
+    place = problems[0]["loc"]
+    if place and KIND.fullmatch(str(place[-1])):
+        place = place[:-1]
+    return max((p for p in problems if p["loc"][: len(place)] == place), key=lambda p: len(p["loc"]))
+
+
 def shown(value: Any) -> str:
     """Show a value in an error: as it was written, without secrets, in at most 80 characters.
 
@@ -347,6 +360,8 @@ def _walk(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[st
         named = [model for model in models if model.model_fields.get("name") and model.model_fields["name"].default == part]
         if named and not fields:
             models = named
+            continue
+        if KIND.fullmatch(str(part)) and not fields:
             continue
         path.append(str(part))
         models = [model for annotation in fields for model in _models_in(annotation)] if fields else models

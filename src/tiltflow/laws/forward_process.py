@@ -80,16 +80,16 @@ def noise_over_signal(q: Law, reward: Density, step: float) -> dict[str, float]:
     total = q.expectation(lambda x: np.exp(step * reward(x)))
     nodes, lengths = np.polynomial.legendre.leggauss(48)
     weighted, implicit, signal = 0.0, 0.0, 0.0
-    for t, length in zip((nodes + 1) / 2, lengths / 2, strict=True):
+    for t, length in zip((nodes + 1) / 2, lengths, strict=True):
         given = q.given(GRID, float(t))
         w = np.exp(step * reward(given.data)) / total
         best = given.pull(w) / given.mean(w)
         away, moved = given.velocities - best[:, None], best - given.velocity
-        mass = length * (GRID[1] - GRID[0]) * np.exp(given.log_density)
-        weighted += mass @ given.mean((w * away) ** 2)
-        implicit += mass @ given.mean(((w - 1) * away - moved[:, None]) ** 2)
-        signal += mass @ moved**2
-    return {"reward-weighted": float(weighted / signal), "implicit": float(implicit / signal)}
+        mass = length * np.exp(given.log_density)  # up to a factor that cancels
+        weighted += float(mass @ given.mean((w * away) ** 2))
+        implicit += float(mass @ given.mean(((w - 1) * away - moved[:, None]) ** 2))
+        signal += float(mass @ moved**2)
+    return {"reward-weighted": weighted / signal, "implicit": implicit / signal}
 
 
 def explicit_rounds(base: Law, reward: Density, beta: float, rounds: int, residual: Residual = "anchor") -> Law:
@@ -149,7 +149,7 @@ def settled(base: Law, coefficient: Callable[[Law], Density], residual: Residual
         c, before = coefficient(q), q
         with np.errstate(over="ignore", invalid="ignore"):
             move = Table.of(regression(q, c, anchor, residual)).values - field.values
-        if not np.abs(move).max() < RUNAWAY:
+        if not np.allclose(move, 0, atol=RUNAWAY):
             break
         # the more C differs between samples, the further a whole move would overshoot where it is lowest
         share = 1 / (1 + 2 * float(q.probabilities @ c(q.points) ** 2) ** 0.5)
@@ -158,8 +158,8 @@ def settled(base: Law, coefficient: Callable[[Law], Density], residual: Residual
         steps, *_ = np.linalg.lstsq(differences, (root * move).ravel(), rcond=1e-8)
         field = Table(ends[-1] - sum(step * (ends[-1] - end) for step, end in zip(steps, ends, strict=True)))
         q = push_forward(field)
-        if not q.probabilities[[0, -1]].max() < 1e-3:
+        if not np.allclose(q.probabilities[[0, -1]], 0, atol=1e-3):
             break
-        if max(abs(q.mean - before.mean), abs(q.variance - before.variance)) < TOLERANCE:
+        if np.allclose((q.mean, q.variance), (before.mean, before.variance), rtol=0, atol=TOLERANCE):
             return q
     raise ValueError("no law was found at which the rounds settle: the reward spreads too far for this beta")

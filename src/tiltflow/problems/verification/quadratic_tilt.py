@@ -54,7 +54,9 @@ class QuadraticTilt(ExactBase):
     def _check_length(self, name: str, value: Vector) -> None:
         """Raises ValueError if a vector has more numbers than x."""
         if isinstance(value, tuple) and len(value) > self.dimension:
-            raise ValueError(f"{name} has {len(value)} numbers, dimension is {self.dimension}")
+            unset = name not in self.model_fields_set
+            size, end = f"{len(value)} numbers" + " by default" * unset, f"; set {name} too" * unset
+            raise ValueError(f"{name} has {size}, dimension is {self.dimension}{end}")
 
     def reward(self) -> QuadraticReward:
         """c.x - q |x|^2 / 2."""
