@@ -158,7 +158,8 @@ def settled(base: Law, coefficient: Callable[[Law], Density], residual: Residual
         steps, *_ = np.linalg.lstsq(differences, (root * move).ravel(), rcond=1e-8)
         field = Table(ends[-1] - sum(step * (ends[-1] - end) for step, end in zip(steps, ends, strict=True)))
         q = push_forward(field)
-        if not np.allclose(q.probabilities[[0, -1]], 0, atol=1e-3):
+        first, *_, last = q.probabilities
+        if not np.allclose((first, last), 0, atol=1e-3):
             break
         if np.allclose((q.mean, q.variance), (before.mean, before.variance), rtol=0, atol=TOLERANCE):
             return q
