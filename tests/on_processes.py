@@ -42,7 +42,16 @@ WEIGHTS: dict[str, dict[str, str]] = {
 
 INTERRUPTED = ("adjoint-matching", "score-as-action")
 STATELESS = {
-    "deterministic-adjoint-matching": {"name": "deterministic-adjoint-matching", "beta": 0.1, "num_inference_steps": 4}
+    "deterministic-adjoint-matching": {"name": "deterministic-adjoint-matching", "beta": 0.1, "num_inference_steps": 4},
+    "vgg-flow": {
+        "name": "deterministic-adjoint-matching",
+        "preset": "vgg-flow-first-order",
+        "beta": 0.1,
+        "num_inference_steps": 4,
+    },
+    "draft": {"name": "draft", "truncation": "random", "solver": "memoryless", "num_inference_steps": 4},
+    "draft-lv": {"name": "draft", "num_renoisings": 2, "num_inference_steps": 4},
+    "refl": {"name": "refl", "num_inference_steps": 4, "earliest": 0.0},
 }
 """Methods without a state, which `test_resume.py` leaves out."""
 OTHERS = (*(method for method in METHODS if method not in INTERRUPTED), *STATELESS)

@@ -103,6 +103,8 @@ SHORT: dict[str, Any] = {
         min_effective_sample_size=1,
         num_passes=1,
     ),
+    "draft": tiltflow.Draft(num_inference_steps=4, truncation="random"),
+    "refl": tiltflow.Refl(num_inference_steps=4, earliest=0.5),
     "endpoint-adjoint-matching": tiltflow.EndpointAdjointMatching(num_inference_steps=4, num_passes=1),
 }
 
@@ -146,7 +148,7 @@ def test_a_kind_of_ones_own_goes_through_everything(kind: str, method: str, tmp_
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert [row["model"] for row in summary["table"]] == ["base", "tuned"] * 2
     assert summary["path_kl"] > 0
-    assert summary["achieved_tilt_error"] > 0
+    assert method in ("draft", "refl") or summary["achieved_tilt_error"] > 0  # which ask for none
     assert (tmp_path / "whole" / "report.html").exists()
     assert len(read_records(tmp_path / "parts")) == 4
 

@@ -14,6 +14,7 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+from tiltflow.methods.draft import Draft
 from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.path_reweighted import PathReweighted
@@ -42,6 +43,7 @@ METHODS: dict[str, Any] = {
     "reweight": AdjointMatching(num_inference_steps=STEPS, num_passes=2, reweight_passes=True),
     "control-variate": AdjointMatching(num_inference_steps=STEPS, control_variate=True),
     "deterministic": DeterministicAdjointMatching(num_inference_steps=STEPS),
+    "draft": Draft(num_inference_steps=STEPS, truncation=None),
     "endpoint": EndpointAdjointMatching(num_inference_steps=STEPS, num_passes=1),
     "orw-cfm-w2": OrwCfmW2(num_inference_steps=STEPS),
     "tilt-matching": TiltMatching(num_inference_steps=STEPS, num_passes=1),
@@ -105,7 +107,7 @@ def test_copies_of_the_trajectories(name: str) -> None:
     assert method.needs.trajectory_copies <= 3
 
 
-@pytest.mark.parametrize("name", ["adjoint-matching", "late", "deterministic", "score-as-action", "closed-form"])
+@pytest.mark.parametrize("name", ["adjoint-matching", "late", "deterministic", "draft", "score-as-action", "closed-form"])
 def test_samples_are_left_out_in_place(name: str) -> None:
     method = METHODS[name]
     assert run(method, "drop")[0] <= method.needs.trajectory_copies + SLACK

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from tiltflow.methods.ddpo import Ddpo
     from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
     from tiltflow.methods.dpok import Dpok
+    from tiltflow.methods.draft import Draft
     from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
     from tiltflow.methods.flow_grpo import FlowGrpo
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.path_reweighted import PathReweighted
+    from tiltflow.methods.refl import Refl
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.methods.tilt_matching import TiltMatching
     from tiltflow.models.from_diffusers import from_diffusers
@@ -53,6 +55,7 @@ _HOME = {
     "Ddpo": "methods.ddpo",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
     "Dpok": "methods.dpok",
+    "Draft": "methods.draft",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
@@ -65,6 +68,7 @@ _HOME = {
     "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
     "PathReweighted": "methods.path_reweighted",
+    "Refl": "methods.refl",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
     "Smc": "steering.smc",
@@ -95,6 +99,7 @@ __all__ = [
     "Ddpo",
     "DeterministicAdjointMatching",
     "Dpok",
+    "Draft",
     "EndpointAdjointMatching",
     "Evaluation",
     "Flow",
@@ -107,6 +112,7 @@ __all__ = [
     "Optimizer",
     "OrwCfmW2",
     "PathReweighted",
+    "Refl",
     "Sampling",
     "ScoreAsAction",
     "Smc",

@@ -1,4 +1,4 @@
-r"""The lean adjoint of a sampler's chain (arXiv 2409.08861, eq. 38-39), in its exact discrete form.
+r"""The lean and the full adjoint of a sampler's chain (arXiv 2409.08861, eq. 30-39), in their exact discrete forms.
 
 With m_k(x) = x_scale_k x + v_scale_k v_base(x, t_k) the mean of the base chain and g = -r / beta the terminal cost,
 
@@ -14,6 +14,16 @@ envelope theorem, its gradient are
 
 so a_k = J_{m_k}(x_k)^T a_{k+1} - h_k grad f(x_k, t_k) / beta: eq. 38 with its f, a cost, -f / beta here. The control of step k
 regresses on a_{k+1}, which has f of the later steps alone: x_k is there before that control acts.
+
+The full adjoint is the gradient in x_k of all that the controlled path has still to pay, with the noise held fixed,
+
+    a_k = J_{m_tuned_k}(x_k)^T a_{k+1} + (J_{v_tuned} - J_{v_base})(x_k, t_k)^T c_k,
+    c_k = control_scale_k^2 (v_tuned - v_base),
+
+whose second term is the gradient of |w_k|^2 / 2. Half the regression on it has the gradient of E sum_k |w_k|^2 / 2 - r / beta
+in the weights, to rounding that of back-propagation through the chain: the discrete adjoint. Eq. 30, the continuous adjoint, is
+its limit of small steps. At the optimal control what it has more than the lean one has mean 0 given x_k, so both have one fixed
+point.
 
 Near the noise the adjoint is mostly noise: a product of random Jacobians. As the optimal control of step k is
 w_k = -std_k E[a_{k+1} | x_k], the learned control can stand in for part of it, as in TD(lambda):
@@ -77,6 +87,7 @@ def lean_adjoint(
     right: Chain | None = None,
     tuned_velocities: Sequence[Tensor] | None = None,
     bootstrap: float = 0.0,
+    tuned: VelocityField | None = None,
     non_finite: NonFiniteRewards = "error",
     taken: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> LeanAdjoint:
@@ -96,6 +107,7 @@ def lean_adjoint(
             estimate x_{K-1} + (1 - t_{K-1}) v_base(x_{K-1}), as the paper does.
         tuned_velocities: v_tuned(x_k, t_k) of the controlled steps, [batch, *event] each, needed with bootstrap > 0.
         bootstrap: how fast the adjoint is replaced by its estimate from the learned control, per unit of variance added.
+        tuned: the controlled velocity, for the full adjoint; the lean one without.
         non_finite: `drop` gives NaN for rewards that are NaN or infinite; the adjoints of these samples mean nothing.
         taken: gets k, its target and its base velocity as soon as nothing else needs them, or the tuned velocity of k; they
             are then None in the result.
@@ -151,7 +163,13 @@ def lean_adjoint(
                 variance = chain.std[k] ** 2
                 learned = (chain.v_scale[k] / variance).item() * (v - tuned_velocities[k])
                 a = learned + torch.exp(-bootstrap * variance).item() * (a - learned)
-            a = chain.x_scale[k].item() * a + pullback(chain.v_scale[k].item() * a)
+            pulled = chain.v_scale[k].item() * a
+            if tuned is not None and chain.std[k] > 0:
+                v_tuned, of_tuned = linearize(tuned, states[k], chain.times[k])
+                cost = (chain.control_scale[k] ** 2).item() * (v_tuned - v)
+                a = chain.x_scale[k].item() * a + of_tuned(pulled + cost) - pullback(cost)
+            else:
+                a = chain.x_scale[k].item() * a + pullback(pulled)
             if objective.running is not None:
                 a = a - objective.gradient(states[k], chain.times, k) / beta
             if pairing == "before":

@@ -18,6 +18,8 @@ RewardAt = Callable[[Array], Array]
 """A reward of points on the line: [n] -> [n]."""
 Reach = Literal["exact", "first-order", "none"]
 """How near to p_base(x) exp(r(x) / beta), at some beta, the law of a perfectly trained run is."""
+NEARLY_ZERO = 1e-12
+"""The temperature of a maximum, in units of reward: finite, so that the best sample of each group is told from the others."""
 
 
 class MeasureBalance(Protocol):
@@ -67,6 +69,7 @@ class Target:
         balance: of a method that settles where the pull of the reward is in balance with a penalty.
         reaches: how near to p_base exp(r / beta), at some beta, a perfectly trained run comes. exact: it is that law, up to the
             errors of sampler, fit and finite steps. first-order: only to first order in 1 / beta. none: not even that.
+        maximises: whether the method raises the mean reward and stops at no law: samples have none to be compared with.
     """
 
     log_tilt: Callable[[Tensor], Tensor]
@@ -77,6 +80,7 @@ class Target:
     exact: Callable[[Law, RewardAt], Law] | None = None
     balance: Balance | None = None
     reaches: Reach = "exact"
+    maximises: bool = False
 
     def tilted(self, base: Law, reward: RewardAt) -> Law:
         """The law on the line whose density over that of `base` is exp(log_tilt)."""
@@ -85,6 +89,25 @@ class Target:
     def law(self, base: Law, reward: RewardAt) -> Law:
         """The target on the line. Raises ValueError if it is not known."""
         return self.tilted(base, reward) if self.exact is None else self.exact(base, reward)
+
+
+def maximum(words: str, caveats: Sequence[str] = ()) -> Target:
+    """No law: a method that raises `words` for as long as it trains, whose tilt is the limit of exp(r / beta) at beta = 0."""
+
+    def unknown(base: Law, reward: RewardAt) -> Law:
+        raise ValueError(f"a method that maximises {words} has no law at which it settles")
+
+    nothing = (
+        "Nothing holds the model near the base but the end of training: the mean reward is raised until then, and there is"
+    )
+    return Target(
+        log_tilt=lambda rewards: rewards.double() / NEARLY_ZERO,
+        words=f"the largest {words}",
+        caveats=(f"{nothing} no law at which this settles.", *caveats),
+        exact=unknown,
+        reaches="none",
+        maximises=True,
+    )
 
 
 def exponential_tilt(beta: float, caveats: Sequence[str] = (), reaches: Reach = "exact") -> Target:

@@ -165,6 +165,9 @@ class AdjointMatching(Tilting):
     pairing: Pairing = "after"
     """Which adjoint step k regresses on: after, a_{k+1} (exact); before, a_k of the same chain; before-diffusion, that of
     variance-preserving states, as in the authors' code; right, a_k as printed in the paper."""
+    adjoint: Literal["lean", "full"] = "lean"
+    """lean: of the base's chain, which is Adjoint Matching. full: of the chain as it is controlled, and of the control's cost:
+    the gradient is that of back-propagation through the chain (the discrete adjoint). Same fixed point, twice the products."""
     reward_at: Literal["end", "denoised"] = "end"
     """Where the reward's gradient is taken if the last step is noisy: at its end, or at the base's denoised start."""
     control_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -212,6 +215,10 @@ class AdjointMatching(Tilting):
             )
         if self.bootstrap > 0 and self.pairing != "after":
             raise ValueError("bootstrap needs pairing 'after': only there is the control the mean of the adjoint")
+        if self.adjoint == "full" and (self.pairing != "after" or self.bootstrap > 0 or self.control_from > 0):
+            raise ValueError(
+                "adjoint 'full' is that of the whole chain: it needs pairing 'after', bootstrap 0 and control_from 0"
+            )
         if self.control_from > 0 and self.drop_quantile is not None:
             raise ValueError(
                 "drop_quantile is over all the steps that are drawn, and control_from leaves some of them out; use one"
@@ -447,6 +454,7 @@ class AdjointMatching(Tilting):
                 right=right,
                 tuned_velocities=own,
                 bootstrap=self.bootstrap,
+                tuned=(some.actor or some.tuned) if self.adjoint == "full" else None,
                 non_finite=some.non_finite,
                 taken=taken,
             )

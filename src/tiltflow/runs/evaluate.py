@@ -72,6 +72,8 @@ NO_VALUES = (
     "The reward is the first variation of a utility that is known by its gradient alone: its values are not, and read as 0."
 )
 
+NO_LAW = "The method raises the mean reward, and aims at no law that samples could be compared with."
+
 
 @torch.no_grad()
 def evaluate(
@@ -99,6 +101,8 @@ def evaluate(
     samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
     if not getattr(instruments.rewards[instruments.own], "valued", True):
         samples = replace(samples, absent=NO_VALUES)
+    if target.maximises:
+        samples = replace(samples, absent=NO_LAW)
     failed = {f"failed_{side}": each.failed[instruments.own] for side, each in (("base", of_base), ("tuned", of_tuned))}
     generator = stream(run.seed, "bootstrap")
     budget = budget_in_words(run.training.target_kl, records)
@@ -171,7 +175,7 @@ def described(run: RunSettings, target: Target, folder: Path, base: GenerativeMo
         "model": run.model_name,
         "method": run.method.name,
         "beta": target.beta,
-        "target_law": target.words + of_group,
+        "target_law": None if target.maximises else target.words + of_group,
         "reaches": target.reaches,
         "reward": run.reward_name,
         "reward_description": run.reward_description,

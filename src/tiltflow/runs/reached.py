@@ -92,6 +92,8 @@ def of_achieved_tilt(
     """
     if run.training.guidance_mode == "full":
         return absent("The guided velocity is the field of no law, so that the tilt of its samples is not known.")
+    if target.maximises:
+        return absent("The method raises the mean reward, and no tilt was asked for.")
     times, states = states.sampling.times(tuned.grid), states.affordable(run.evaluation.first.num_inference_steps)
     asked = states.asked
     condition, _ = tuned.conditions(asked.items)

@@ -73,9 +73,10 @@ def make_watcher(
         return look_at(step, found | seen.diversity(groups), groups.together)
 
     of_base, seen, groups = measure(base)
-    target = None
-    if groups.kind != "prompt" and run.training.target_kl is None:  # a KL budget names the target law at the end
-        tilt = run.method.target(run.training.max_train_steps, base.grid).log_tilt(of_base["reward"])
+    target, law = None, run.method.target(run.training.max_train_steps, base.grid)
+    # a KL budget names the target law at the end
+    if groups.kind != "prompt" and run.training.target_kl is None and not law.maximises:
+        tilt = law.log_tilt(of_base["reward"])
         target = target_measures(of_base | seen.diversity_of_target(tilt, groups), tilt, groups.groups)
     first = look_at(0, of_base | seen.diversity(groups), groups.together)
     return Watcher(first=first, look=look, save_best=save_best, best_by=next(iter(first.held_out)), target=target)

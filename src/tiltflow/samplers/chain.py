@@ -52,6 +52,12 @@ class Chain:
         chains, unless the sampler sets another price."""
         return self.control_scale**2 if self.price is None else self.price
 
+    def part(self, first: int, last: int) -> Chain:
+        """The steps from `first` on, before `last`."""
+        price = None if self.price is None else self.price[first:last]
+        x_scale, v_scale, std = (each[first:last] for each in (self.x_scale, self.v_scale, self.std))
+        return Chain(self.times[first : last + 1], x_scale, v_scale, std, price)
+
     def with_last_step_of(self, other: Chain) -> Chain:
         """This chain with the last step, and its price, of another one."""
         pairs = (

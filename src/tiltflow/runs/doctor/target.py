@@ -36,6 +36,9 @@ def temperature(patient: Patient) -> Iterator[Finding]:
         same = f"the reward is {rewards[0].item():g} for all {len(rewards)} samples"
         yield Finding("temperature", "red", same, "is it the right one?")
         return
+    if patient.target.maximises:
+        yield Finding("temperature", "green", f"none: {patient.method.name} raises the mean reward for as long as it trains")
+        return
     # each prompt, and each class, has a target law of its own
     members = patient.bound(patient.base).groups(len(found), patient.device)
     groups = [each[each.isfinite()].double() for each in (found[some.cpu()] for some in members) if each.isfinite().any()]
