@@ -20,9 +20,11 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture, QuadraticReward, mixture
 from tiltflow.laws.law import Law
+from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.steering.drawing.resampling import effective_sample_size, systematic, without_replacement
 from tiltflow.steering.drawing.source import Source
+from tiltflow.steering.gradient_guidance import pushed
 from tiltflow.streams import stream
 
 ONE_STEP = Sampling(solver="euler", num_inference_steps=1)
@@ -201,6 +203,55 @@ def test_the_effective_sample_size_is_that_of_the_normaliser() -> None:
     assert said == pytest.approx(relative, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("law", "reward", "settings", "exact"),
+    [
+        ((0.7, 0.5), (1.7, 3.0), {}, (0.621620, 0.118092)),
+        ((0.7, 0.5), (1.7, 3.0), {"curvature": 3.0, "std": 0.5}, (0.642857, 0.142857)),
+        ((0.0, 1.0), (0.0, 1.0), {}, (0.0, math.exp(-1))),
+        ((0.0, 1.0), (0.0, 1.0), {"curvature": 1.0}, (0.0, 0.5)),
+    ],
+)
+def test_guidance_of_a_gaussian_is_in_closed_form(law: Any, reward: Any, settings: Any, exact: Any) -> None:
+    """The map of the ODE is affine: the mean is where 0 goes, the variance its slope squared; errors fall with the step."""
+    slope, curvature = reward
+    found = []
+    for steps in (20, 80):
+        base = mixture(torch.tensor([[law[0]]], dtype=torch.float64), (1.0,), law[1])
+        quadratic = QuadraticReward(torch.tensor([slope], dtype=torch.float64), curvature)
+        source = source_of(base, quadratic, steps)
+        source.sampling = Sampling(solver="heun", num_inference_steps=steps)
+        field = pushed(source, tiltflow.GradientGuidance(**settings), 2)
+        x = sample(field, torch.tensor([[0.0], [1.0]], dtype=torch.float64), source.sampling, stream(0, "test"))[:, 0]
+        found.append([x[0].item(), (x[1] - x[0]).item() ** 2])
+    errors = torch.tensor(found) - torch.tensor(exact)
+    assert errors[1].abs().max() < 2e-3
+    assert errors[1].abs().max() < errors[0].abs().max() / 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"curvature": 1.0, "std": 0.5}])
+def test_guidance_of_two_modes_has_its_law(settings: Any) -> None:
+    base = mixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), (1.0, 1.0), 0.5)
+    steering = tiltflow.GradientGuidance(**settings)
+    sampling = Sampling(solver="heun", num_inference_steps=40)
+    found = tiltflow.steer(source_of(base, tanh, 1).model, tanh, steering, 2000, sampling=sampling, batch_size=2000)
+    exact = steering.law(2000).exact
+    assert exact is not None
+    law = exact(TWO_MODES, np.tanh)
+    assert z_of_mean(found.rewards, law.expectation(np.tanh)) < 3.5
+    assert z_of_mean((found.samples[:, 0] > 0).float(), law.positive) < 3.5
+    assert law.expectation(np.tanh) > 0.65  # that of the tilt is .617
+    assert found.reward_evaluations == 2000 * 2 * 40  # its last step is one of Euler
+
+
+def test_guidance_is_no_longer_than_it_may_be() -> None:
+    source = source_of(mixture(torch.zeros(1, 1, dtype=torch.float64), (1.0,), 1.0), lambda x: 1e3 * x[:, 0], 4)
+    x, t = torch.tensor([[0.3], [-1.0]], dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    v = source.model.flow(x, t + 0.1)
+    push = pushed(source, tiltflow.GradientGuidance(max_ratio=0.25), 2)(x, t + 0.1) - v
+    assert torch.allclose(push, 0.25 * v.abs())
+
+
 def test_equal_rewards_choose_nothing() -> None:
     found = tiltflow.steer(on_the_line(), lambda x: torch.zeros(len(x)), tiltflow.BestOfN(n=8), 4000)
     assert z_of_mean(found.samples[:, 0], 0.0) < 3.5
@@ -234,6 +285,10 @@ def test_each_class_is_steered_by_itself_and_a_seed_gives_the_same_samples() -> 
         ({"conditions": ["a"]}, "steer: conditions: this model has none"),
         ({"reward": lambda x: x[:, 0] / 0}, "best-of-n: the reward is not finite for 8 of 8 samples"),
         ({"steering": tiltflow.Smc()}, "smc: solver euler has no noise of a chain's steps"),
+        (
+            {"steering": tiltflow.GradientGuidance(), "reward": lambda x: x[:, 0].sign().detach()},
+            "gradient-guidance: the reward has no gradient with respect to the sample",
+        ),
         ({"reward": lambda x: x}, "best-of-n: the reward must return one number per sample"),
     ],
 )
@@ -266,3 +321,37 @@ def test_the_command_line_steers(tmp_path: Path) -> None:
         failed = CliRunner().invoke(app, [*small, *wrong])
         assert isinstance(failed.exception, InputError)
         assert message in str(failed.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steering", "networks", "rewards"),
+    [
+        (tiltflow.BestOfN(n=2), 128, 16),
+        (tiltflow.ImportanceResampling(n=2, beta=0.1), 128, 16),
+        (tiltflow.Smc(beta=0.02, num_particles=4, every=1), 64, 24),
+        (tiltflow.GradientGuidance(beta=0.1, max_ratio=1.0), 80, 40),
+    ],
+)
+def test_a_pipeline_is_steered_prompt_by_prompt(steering: Any, networks: int, rewards: int, tmp_path: Path) -> None:
+    """Four samples of each of two prompts in four steps, with classifier-free guidance."""
+    from tiny_pipelines import stable_diffusion
+
+    model = tiltflow.from_diffusers(stable_diffusion(tmp_path), height=32, width=32)
+
+    def red(images: Tensor, prompts: list[str]) -> Tensor:
+        assert prompts == prompts[:1] * len(images)
+        return images[:, 0].mean((1, 2))
+
+    found = tiltflow.steer(
+        model,
+        red,
+        steering,
+        4,
+        conditions=["a red cat", "a dog"],
+        sampling=Sampling(solver="memoryless", num_inference_steps=4),
+        guidance_scale=3.0,
+    )
+    assert found.samples.shape == (8, 3, 32, 32)
+    assert found.conditions == ("a red cat",) * 4 + ("a dog",) * 4
+    assert (found.network_evaluations, found.reward_evaluations) == (networks, rewards)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tiltflow.runs.staged.settings import Stop
     from tiltflow.samplers.sampling import Sampling
     from tiltflow.steering.best_of_n import BestOfN
+    from tiltflow.steering.gradient_guidance import GradientGuidance
     from tiltflow.steering.importance_resampling import ImportanceResampling
     from tiltflow.steering.smc import Smc
     from tiltflow.training.optimizer import Optimizer
@@ -60,6 +61,7 @@ _HOME = {
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
     "FlowGrpo": "methods.flow_grpo",
+    "GradientGuidance": "steering.gradient_guidance",
     "ImportanceResampling": "steering.importance_resampling",
     "InputError": "errors",
     "Model": "models.model",
@@ -104,6 +106,7 @@ __all__ = [
     "Evaluation",
     "Flow",
     "FlowGrpo",
+    "GradientGuidance",
     "ImportanceResampling",
     "InputError",
     "Model",

@@ -77,8 +77,7 @@ def steered(
     ]
     found = list[Chosen]()
     with tried(steering.name), CountEvaluations(model.flow.network) as count:
-        for source in sources:
-            steering.check(source)
+        steering.check(sources[0])
         for source in sources:
             watch(len(found), len(sources))
             found.append(steering.draw(source, num_samples))
