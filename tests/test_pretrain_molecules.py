@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE, molecules_of
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE, molecules_of, present
 from tiltflow.chemistry.geometries import Geometries, save
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError, Interrupted
@@ -23,6 +23,7 @@ from tiltflow.pretraining.card import with_scores
 from tiltflow.pretraining.loop import Progress
 from tiltflow.pretraining.recipe import pretraining_of
 from tiltflow.pretraining.run import run_pretraining
+from tiltflow.pretraining.tasks import molecules
 from tiltflow.pretraining.tasks.molecules import Data, draw_times, molecules_loss, of_classes, total_variation
 from tiltflow.streams import new_network, stream
 
@@ -189,6 +190,29 @@ def test_a_signal_ends_the_training_and_keeps_the_model(tmp_path: Path) -> None:
     network = tiltflow.load(tmp_path / "model").flow.network
     fresh = new_network(recipe().network, 0)
     assert not torch.equal(network.state_dict()["types.weight"], fresh.state_dict()["types.weight"])
+
+
+def test_a_batch_is_computed_in_parts_by_the_number_of_atoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No atom is cut off, and the loss is the mean over all molecules though the last part has fewer."""
+    save(geometries(*SOME), tmp_path / "some.npz")
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def loss(network: Any, x1: torch.Tensor, labels: torch.Tensor, *others: Any) -> torch.Tensor:
+        parts.append((x1, labels))
+        return labels.double().mean()
+
+    monkeypatch.setattr(molecules, "molecules_loss", loss)
+    network = {"name": "equivariant", "classes": ["3 atoms", "CH2O", "5 atoms"], **SMALL}
+    task = recipe(network=network, training={"train_batch_size": 18}).prepare(tmp_path / "some.npz", "cpu")
+    (stage,) = task.stages()
+    found = float(stage.loss())
+    assert found == pytest.approx(float(torch.cat([labels for _, labels in parts]).double().mean()))
+    assert [len(labels) for _, labels in parts] == [5, 5, 5, 3]
+    assert (torch.cat([labels for _, labels in parts]).diff() >= 0).all()
+    for x1, labels in parts:
+        sizes = torch.tensor([3, 4, 5])[labels]
+        assert present(x1).sum(1).tolist() == sizes.tolist()
+        assert x1.shape[1] == sizes.max()
 
 
 def test_scores_come_later_on_another_machine(tmp_path: Path) -> None:
