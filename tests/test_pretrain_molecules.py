@@ -149,7 +149,7 @@ def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
     limited = recipe(training={"max_train_steps": 10**6, "max_train_seconds": 0.5, "train_batch_size": 4, "lr_warmup_steps": 1})
     seconds: list[float] = []
     run_pretraining(limited, tmp_path / "some.npz", tmp_path / "model", name="test", watch=lambda p: seconds.append(p.seconds))
-    assert all(each < 0.5 + 0.2 for each in seconds[:-1])
+    assert all(each - seconds[0] < 0.5 + 0.2 for each in seconds[:-1])  # the optimizer is made before
     assert f"{len(seconds):,} steps of 4 samples" in (tmp_path / "model" / "README.md").read_text()
 
 
