@@ -24,6 +24,7 @@ from test_run_text_to_image import recipe_for as pipeline_recipe
 from tiny_pipelines import tiny_pipeline
 from typer.testing import CliRunner
 
+import tiltflow.runs.evaluate as evaluation
 import tiltflow.runs.run as module
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
@@ -43,6 +44,8 @@ from tiltflow.settings import read_yaml, validate
 from tiltflow.training.memory import PeakMemory
 
 ROOT = Path(__file__).parent.parent
+PATHS = evaluation.PATHS_OF_PROMPTS
+"""Those of a run; tests have fewer."""
 
 
 def recipe(folder: Path, family: str = "stable-diffusion", side: int = 64, **changes: Any) -> Recipe:
@@ -473,8 +476,9 @@ def test_the_table_of_what_fits_has_cells_that_the_command_could_print() -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "size"), cells())
-def test_the_table_of_what_fits_is_what_the_doctor_says(model: str, size: int) -> None:
-    """Of each cell, with its settings."""
+def test_the_table_of_what_fits_is_what_the_doctor_says(model: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each cell, with its settings, and with as many paths in the evaluation as a run has."""
+    monkeypatch.setattr(evaluation, "PATHS_OF_PROMPTS", PATHS)
     known: Known = {}
     for settings, gigabytes in {cell for cell in cells()[model, size].values() if cell is not None}:
         found = of_recipe(WHAT_FITS["recipe"](model, size, settings), known=known).on_a_gpu / 2**30
