@@ -26,6 +26,10 @@ Count = Annotated[int, Field(ge=1)]
 # What suits a few dimensions; the methods' own defaults suit large networks.
 FEW_DIMENSIONS: dict[str, Tree] = {
     "score-as-action": {"critic": {"train_batch_size": 128}},
+    # the published ranges are of the sums over the pixels of a picture
+    "ddpo": {"clip_range": 0.2},
+    "dpok": {"clip_range": 0.2},
+    "flow-grpo": {"clip_range": 0.2},
     "orw-cfm-w2": {"regression_batch_size": 1024},
     "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
     # of very many samples: fewer rounds, so that fewer errors add up; none at all where the base's samples suffice
@@ -34,6 +38,9 @@ FEW_DIMENSIONS: dict[str, Tree] = {
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
     "score-as-action": 5e-3,
+    "ddpo": 5e-3,
+    "dpok": 5e-3,
+    "flow-grpo": 5e-3,
     "orw-cfm-w2": 3e-3,
     "path-reweighted": 1e-2,
     "tilt-matching": 5e-3,
