@@ -858,7 +858,10 @@ def test_keys_beside_a_preset_win() -> None:
         ({"preset": "paper", "shift": 3.0}, "shift 1"),
         ({"preset": "paper", "spacing": "middle"}, "even steps"),
         ({"preset": "papper"}, "'paper' or 'official-code'"),
-        ({"solver": "euler"}, "a memoryless solver .*ddpm, euler-maruyama, memoryless, memoryless-offset.*, is 'euler'"),
+        (
+            {"solver": "euler"},
+            "a memoryless solver .*ddpm, euler-maruyama, flow-sde, memoryless, memoryless-offset.*, is 'euler'",
+        ),
         ({"beta": 0.0}, "greater than 0"),
         ({"num_inference_steps": 1}, "greater than or equal to 2"),
         ({"pool": {}, "drop_quantile": 0.9}, "drop_quantile counts all samples alike"),

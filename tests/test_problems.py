@@ -362,7 +362,7 @@ def test_mixture_by_number() -> None:
         (Gaussian, {"scale": 0.0}, "greater than 0"),
         (Mixture, {"dimension": 1, "linear": 1.0}, "a ring needs dimension 2 or more"),
         (Mixture, {"means": ((1.0, 2.0, 3.0),)}, "a mean has more numbers than dimension 2"),
-        (Mixture, {"means": ()}, "at least 1 item"),
+        (Mixture, {"means": ()}, "at least 1 of them"),
         (Mixture, {"weights": (1.0, 2.0)}, "weights has 2 numbers for 8 modes"),
         (Mixture, {"means": ((1.0,), (2.0,)), "scale": (1.0,)}, "scale has 1 numbers for 2 modes"),
     ],

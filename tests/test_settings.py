@@ -50,7 +50,7 @@ class Outer(Settings):
         ({"many": [{"rate": 1}, {"rats": 2}]}, "here: many.1.rats is not a setting, did you mean 'rate'?"),
         ({"count": "many"}, "here: count must be a valid integer (got 'many')"),
         ({"many": 3}, "here: many must be a list, such as [1, 2] (got 3)"),
-        ({"some": []}, "here: some must have at least 1 (got [])"),
+        ({"some": []}, "here: some must have at least 1 of them (got [])"),
         ({"inner": [1]}, "here: inner must be a mapping of settings (got [1])"),
         ({"count": 0}, "here: count must be greater than or equal to 1 (got 0)"),
         ({"cuont": 3}, "here: cuont is not a setting, did you mean 'count'?"),

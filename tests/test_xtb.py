@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.chemistry.atoms import ELEMENTS, Molecule, molecules_of, samples_of
+from tiltflow.chemistry.atoms import ELEMENTS, PRESENT, TYPE, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
 from tiltflow.errors import InputError
 from tiltflow.plugins import find
@@ -51,7 +51,9 @@ def reward() -> Any:
 def bent() -> Tensor:
     """Molecules that are not at rest, in float64 so that differences are fine."""
     x = samples_of(SAMPLES, 4).double()
-    x[..., :3] += 0.05 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * x[..., 3:].sum(-1, keepdim=True)
+    x[..., :3] += (
+        0.05 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * (x[..., 3:].sum(-1, keepdim=True) / TYPE)
+    )
     return x
 
 
@@ -75,7 +77,7 @@ def test_the_gradient_is_that_of_finite_differences(reward: Any, bent: Tensor) -
     value, gradient = value_and_gradient(reward, bent)
     assert value.tolist() == pytest.approx([-answer(each).energy for each in molecules_of(bent)])
     step, way = 1e-4, torch.randn(bent[..., :3].shape, generator=stream(1), dtype=bent.dtype)
-    way *= bent[..., 3:].sum(-1, keepdim=True)
+    way *= bent[..., 3:].sum(-1, keepdim=True) / TYPE
     moved = torch.cat([way, torch.zeros_like(bent[..., 3:])], -1)
     slope = (reward(bent + step * moved) - reward(bent - step * moved)) / (2 * step)
     torch.testing.assert_close((gradient * moved).sum((1, 2)), slope, rtol=1e-4, atol=1e-5)
@@ -86,11 +88,11 @@ def test_the_gradient_is_that_of_finite_differences(reward: Any, bent: Tensor) -
 def test_the_gradient_in_the_types_is_what_elements_add(reward: Any, bent: Tensor) -> None:
     """Their differences, at atoms alone; and none where it is switched off."""
     gradient = value_and_gradient(reward, bent)[1][..., 3:]
-    atoms = bent[..., 3:].sum(-1) > 0.5
+    atoms = bent[..., 3:].sum(-1) > PRESENT
     assert not gradient[~atoms].any()
     for a, b in ((0, 1), (2, 4)):
         assert (gradient[atoms][:, a] - gradient[atoms][:, b]).tolist() == pytest.approx(
-            [SHARES["gfn1"][a] - SHARES["gfn1"][b]] * int(atoms.sum())
+            [(SHARES["gfn1"][a] - SHARES["gfn1"][b]) / TYPE] * int(atoms.sum())
         )
     assert gradient.sum(-1).abs().max() < 1e-6
     assert not value_and_gradient(settings("xtb-energy", type_gradient=False).build(), bent)[1][..., 3:].any()

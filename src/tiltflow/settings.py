@@ -323,7 +323,7 @@ def first_problem(kind: type[BaseModel], error: ValidationError) -> str:
         case "tuple_type":
             return f"{dotted} must be a list, such as [1, 2] (got {shown(problem['input'])})"
         case "too_short":
-            return f"{dotted} must have at least {problem['ctx']['min_length']} (got {shown(problem['input'])})"
+            return f"{dotted} must have at least {problem['ctx']['min_length']} of them (got {shown(problem['input'])})"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{dotted} must be a mapping of settings (got {shown(problem['input'])})"
         case "literal_error" | "union_tag_invalid":

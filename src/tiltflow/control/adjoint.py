@@ -163,13 +163,12 @@ def lean_adjoint(
                 variance = chain.std[k] ** 2
                 learned = (chain.v_scale[k] / variance).item() * (v - tuned_velocities[k])
                 a = learned + torch.exp(-bootstrap * variance).item() * (a - learned)
-            pulled = chain.v_scale[k].item() * a
-            if tuned is not None and chain.std[k] > 0:
+            if tuned is None or chain.std[k] == 0:
+                a = chain.x_scale[k].item() * a + pullback(chain.v_scale[k].item() * a)
+            else:
                 v_tuned, of_tuned = linearize(tuned, states[k], chain.times[k])
                 cost = (chain.control_scale[k] ** 2).item() * (v_tuned - v)
-                a = chain.x_scale[k].item() * a + of_tuned(pulled + cost) - pullback(cost)
-            else:
-                a = chain.x_scale[k].item() * a + pullback(pulled)
+                a = chain.x_scale[k].item() * a + of_tuned(chain.v_scale[k].item() * a + cost) - pullback(cost)
             if objective.running is not None:
                 a = a - objective.gradient(states[k], chain.times, k) / beta
             if pairing == "before":

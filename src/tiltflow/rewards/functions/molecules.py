@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiltflow import processes
-from tiltflow.chemistry.atoms import DIM, Molecule, molecules_of, present
+from tiltflow.chemistry.atoms import DIM, TYPE, Molecule, molecules_of, present
 from tiltflow.chemistry.bonds import bonded
 from tiltflow.chemistry.workers import Crashed, Workers
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, require_tblite, single_point
@@ -82,7 +82,7 @@ class OfMolecules:
                 if self.of_types is not None:
                     slope = x.new_tensor(self.of_types)
                     # less its mean: types that add up to one stay so, and only their differences count
-                    gradient[i, rows[i], DIM:] = slope - slope.mean()
+                    gradient[i, rows[i], DIM:] = (slope - slope.mean()) / TYPE
         joined: Tensor = _Given.apply(x, values, gradient)  # type: ignore[no-untyped-call]
         return joined
 
