@@ -21,7 +21,7 @@ from tiltflow.commands.sample import check_suffix, write_samples
 from tiltflow.errors import InputError
 from tiltflow.evaluation.molecules import are_molecules
 from tiltflow.flows.flow import Flow
-from tiltflow.reports.molecules import DRAWING, drawing, molecule_grid, pairs_of
+from tiltflow.reports.molecules import DRAWING, decimals, drawing, molecule_grid, pairs_of
 from tiltflow.reports.report import TEMPLATES
 from tiltflow.rewards.functions.failures import count_failures
 
@@ -187,3 +187,15 @@ def test_rewards_that_could_not_be_computed_are_told(tmp_path: Path) -> None:
     words = f"for {failed} of the base's 128 samples"
     assert any(words in limit for limit in summary["limits"])
     assert "Failed rewards, tuned" in (folder / "report.html").read_text()
+
+
+def test_rewards_of_isomers_are_told_apart() -> None:
+    """Two digits of their spread; one far away, such as the value of a failure, changes nothing."""
+    assert decimals([29.53, 29.56, 29.59, 29.62, 0.0]) == 3  # the median distance is 0.03
+    assert decimals([1.0, 3.0, 5.0]) == 1
+    assert decimals([100.0, 300.0, 500.0]) == 0
+    assert decimals([2.0, 2.0, 7.0]) is None
+    assert decimals([]) is None
+    few = [molecule("C"), molecule("CC"), molecule("CCC")]
+    text = to_xyz(few, [29.53, 29.56, 29.62])
+    assert [before.note for before, _ in pairs_of(text, text)] == ["29.530", "29.560", "29.620"]

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -54,15 +56,40 @@ class Shape:
 def pairs_of(before: str, after: str) -> list[tuple[Shape, Shape]]:
     """Pair the molecules of two .xyz files, those before tuning and those from the same noise after it."""
     both = list(zip(from_xyz(before), from_xyz(after), strict=False))
-    return [(shape("before", *both[i][0]), shape("after", *both[i][1])) for i in evenly(len(both), SHOWN)]
+    places = decimals([reward for pair in both for _, reward in pair if reward is not None])
+    return [(shape("before", *both[i][0], places), shape("after", *both[i][1], places)) for i in evenly(len(both), SHOWN)]
 
 
-def shape(side: str, molecule: Molecule, reward: float | None) -> Shape:
-    """A molecule as the report shows it."""
+def decimals(rewards: Sequence[float]) -> int | None:
+    """Decimal places that tell rewards apart: two digits of their median distance from the median. None where they are alike.
+
+    Energies of isomers differ in the fourth digit.
+    """
+    if not rewards:
+        return None
+    middle = statistics.median(rewards)
+    spread = statistics.median(abs(reward - middle) for reward in rewards)
+    return min(6, max(0, 1 - math.floor(math.log10(spread)))) if spread > 0 else None
+
+
+def shape(side: str, molecule: Molecule, reward: float | None, places: int | None = None) -> Shape:
+    """A molecule as the report shows it.
+
+    Args:
+        places: decimal places of the reward; None for three digits.
+    """
     formula = re.findall(r"([A-Z][a-z]?)(\d*)", molecule.formula)
     rows = zip(molecule.numbers.tolist(), molecule.positions.tolist(), strict=True)
     atoms = ";".join(f"{SYMBOLS[number]} {' '.join(f'{each:.2f}' for each in at)}" for number, at in rows)
-    return Shape(side, drawing(molecule), formula, "" if reward is None else decimal(reward), atoms)
+    return Shape(side, drawing(molecule), formula, note(reward, places), atoms)
+
+
+def note(reward: float | None, places: int | None) -> str:
+    """A reward below a molecule, in three digits or more; nothing where there is none."""
+    if reward is None:
+        return ""
+    usual = decimal(reward)
+    return usual if places is None else max(usual, f"{reward:.{places}f}".replace("-", "−"), key=len)
 
 
 def drawing(molecule: Molecule) -> str:
