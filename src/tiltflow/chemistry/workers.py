@@ -1,23 +1,25 @@
 """Processes that compute for molecules in parallel: quantum chemistry and force fields, which hold Python's lock or may crash.
 
 They are programs of their own rather than forks, so that they do not import the user's script again, share no threads with
-torch, and print nothing. A crash of one costs what it was computing.
+torch, and print nothing. A crash of one costs what it was computing. Questions and answers are lines of JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-import pickle
 import queue
 import subprocess
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from tiltflow.chemistry.messages import read, written
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,7 +50,7 @@ class Workers:
         """function(item) of each, in their order. An exception of the function is raised here as a RuntimeError.
 
         Args:
-            function: of a module, so that it can be named to another process.
+            function: of a module, so that it can be named to another process; of and to what `messages.py` can write.
         """
         jobs = [self.threads.submit(self._one, function, item) for item in items]
         try:
@@ -59,14 +61,18 @@ class Workers:
                 job.cancel()
 
     def _one(self, function: Callable[[T], R], item: T) -> R | Crashed:
+        question, line = written((function.__module__, function.__qualname__, item)), b""
         process = self.idle.get()
         try:
-            answer, error = process.ask((function, item))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            process.end()
-            return Crashed()
+            with contextlib.suppress(OSError):
+                line = process.ask(question)
         finally:
+            if not line.endswith(b"\n"):
+                process.end()
             self.idle.put(process)
+        if not line.endswith(b"\n"):
+            return Crashed()
+        answer, error = read(line)
         if error:
             raise RuntimeError(error)
         return answer  # type: ignore[no-any-return]
@@ -78,14 +84,15 @@ class _Process:
     def __init__(self) -> None:
         self.running: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: Any) -> Any:
+    def ask(self, question: bytes) -> bytes:
+        """The line that answers a line; not a whole one if the process ended."""
         if self.running is None:
             self.running = _started()
         assert self.running.stdin is not None
         assert self.running.stdout is not None
-        pickle.dump(question, self.running.stdin)
+        self.running.stdin.write(question)
         self.running.stdin.flush()
-        return pickle.load(self.running.stdout)
+        return self.running.stdout.readline()
 
     def end(self) -> None:
         if self.running is not None:
@@ -118,18 +125,11 @@ def serve() -> None:
     """Answer questions on standard input until it ends. What libraries print goes nowhere."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    for function, item in _questions():
+    for line in sys.stdin.buffer:
+        module, name, item = read(line)
         try:
-            answer = function(item), ""
+            answer = written((getattr(importlib.import_module(module), name)(item), ""))
         except Exception:
-            answer = None, traceback.format_exc()
-        pickle.dump(answer, answers)
+            answer = written((None, traceback.format_exc()))
+        answers.write(answer)
         answers.flush()
-
-
-def _questions() -> Iterable[Any]:
-    while True:
-        try:
-            yield pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
