@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,20 @@ def test_data_classes_come_through() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [["os", "system"], ["subprocess", "Popen"], ["tiltflow.chemistry.workers", "serve"], ["tiltflow.chemistry.xtb", "np"]],
+    [
+        ["os", "system"],
+        ["subprocess", "Popen"],
+        ["tiltflow.chemistry.workers", "serve"],
+        ["tiltflow.chemistry.workers", "Crashed"],
+        ["tiltflow.chemistry.xtb", "np"],
+    ],
 )
 def test_a_line_makes_data_classes_of_tiltflow_and_nothing_else(kind: list[str]) -> None:
     with pytest.raises(ValueError, match="is no data class of tiltflow"):
         read(json.dumps({"class": kind, "fields": {}}).encode())
+    with pytest.raises(ValueError, match=r"nturl2path\.Nothing is no data class"):
+        read(b'{"class": ["nturl2path", "Nothing"], "fields": {}}')
+    assert "nturl2path" not in sys.modules  # not even imported
     with pytest.raises(ValueError, match="not a message: anything"):
         read(b'{"anything": 1}')
 
