@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tiltflow.chemistry import bonds
 from tiltflow.chemistry.atoms import Molecule
 from tiltflow.chemistry.bonds import bonded, smiles_of
 from tiltflow.chemistry.embedding import Question, embedded, rdkit
@@ -69,3 +70,24 @@ def test_the_bonds_of_a_geometry_are_those_of_its_smiles(smiles: str) -> None:
     meant = chem.MolFromSmiles(smiles)
     assert smiles_of(found) == smiles_of(meant)
     assert "@" not in smiles or smiles_of(found, stereo=True) == smiles_of(meant, stereo=True)
+
+
+def test_bonds_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same atoms in the same places; each answer is the caller's own, and nothing is kept of another reach."""
+    from rdkit.Chem import rdDetermineBonds
+
+    looked, find = [], rdDetermineBonds.DetermineConnectivity
+    monkeypatch.setattr(rdDetermineBonds, "DetermineConnectivity", lambda *some, **named: looked.append(find(*some, **named)))
+    water, further = molecule(moved(WATER, 0.25)), molecule(moved(WATER, 0.5))
+    first = bonded(water)
+    assert first is not None
+    first.RemoveConformer(0)
+    again = bonded(molecule(moved(WATER, 0.25)))
+    assert again is not None
+    assert np.array_equal(again.GetConformer().GetPositions(), water.positions)
+    assert len(looked) == 1
+    bonded(further)
+    assert len(looked) == 2
+    monkeypatch.setattr(bonds, "REACH", 0.5)
+    assert bonded(water) is None
+    assert len(looked) == 3

@@ -172,21 +172,26 @@ def test_rewards_that_could_not_be_computed_are_told(tmp_path: Path) -> None:
         count_failures(int(few.sum()))
         return torch.where(few, 0.0, carbons(x))
 
-    tiltflow.tune(
-        tiltflow.Model(Flow(Lookup(), "x1"), (ATOMS, 8), tiltflow.Sampling(num_inference_steps=4)),
-        half,
-        tiltflow.AdjointMatching(beta=2.0, num_inference_steps=4),
-        tiltflow.Training(max_train_steps=1, train_batch_size=8),
-        evaluation=tiltflow.Evaluation(num_samples=128, grid=128),
-        output=folder,
-    )
+    with pytest.warns(UserWarning, match=r"the reward could not be computed for \d+ of the first 32 samples"):
+        tiltflow.tune(
+            tiltflow.Model(Flow(Lookup(), "x1"), (ATOMS, 8), tiltflow.Sampling(num_inference_steps=4)),
+            half,
+            tiltflow.AdjointMatching(beta=2.0, num_inference_steps=4),
+            tiltflow.Training(max_train_steps=1, train_batch_size=32),
+            evaluation=tiltflow.Evaluation(num_samples=128, grid=128),
+            output=folder,
+        )
     summary = json.loads((folder / "summary.json").read_text())
     failed = sum(reward == 0 for _, reward in from_xyz((folder / "before.xyz").read_text()))
     assert summary["failed_base"] == failed / 128
     assert 0.6 < summary["failed_base"] < 0.9  # three of the four molecules
     words = f"for {failed} of the base's 128 samples"
     assert any(words in limit for limit in summary["limits"])
-    assert "Failed rewards, tuned" in (folder / "report.html").read_text()
+    assert any("in part that of the value for failures" in limit for limit in summary["limits"])
+    (step,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert summary["failed_training"] == step["failed"] / 32
+    for name in ("tuned", "training"):
+        assert f"Failed rewards, {name}" in (folder / "report.html").read_text()
 
 
 def test_rewards_of_isomers_are_told_apart() -> None:

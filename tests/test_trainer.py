@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,25 @@ def test_rewards_that_fail_are_counted_by_step() -> None:
         failing(torch.zeros(2, 1))
     assert found == [3, 3]
     assert "failed" not in run(1)[1][0].metrics
+
+
+@pytest.mark.parametrize(("failed", "steps"), [(3, []), (7, [2])])
+def test_rewards_that_fail_for_many_samples_are_told_once(failed: int, steps: list[int]) -> None:
+    """More than a twentieth of 64 a step, once there are eight of them."""
+    told = []
+
+    def failing(x: Tensor) -> Tensor:
+        count_failures(failed)
+        return PROBLEM.reward()(x)
+
+    tuned, base = flows()
+    training = train(tuned, base, AdjointMatching(num_inference_steps=5), failing, draw, max_train_steps=4)
+    for step in range(1, 5):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            next(training)
+        told += [step] * len(caught)
+    assert told == steps
 
 
 # ---- where it ends ----

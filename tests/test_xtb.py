@@ -99,6 +99,20 @@ def test_the_gradient_in_the_types_is_what_elements_add(reward: Any, bent: Tenso
 
 
 @installed
+@pytest.mark.parametrize("method", ["gfn1", "gfn2"])
+def test_the_slope_in_the_types_is_the_change_to_another_element(method: Hamiltonian) -> None:
+    """To 0.3 hartree of some 1.1, as the continuation is a fit to whole molecules: an atom is exchanged for its neighbour in
+    the periodic table, all others stay where they are, and xTB computes both."""
+    reward = settings("xtb-energy", method=method).build()
+    for one, row, to in ((WATER, 0, 7), (CARBON_DIOXIDE, 1, 7), (FLUORIDE, 1, 8), (CYANIDE, 2, 6)):
+        other = Molecule(np.where(np.arange(len(one)) == row, to, one.numbers), one.positions)
+        before, after = samples_of([one], len(one)).double(), samples_of([other], len(one)).double()
+        slope = value_and_gradient(reward, before)[1]
+        change = (reward(after) - reward(before)).item()
+        assert (slope * (after - before)).sum().item() == pytest.approx(change, abs=0.3)
+
+
+@installed
 def test_what_elements_add_is_the_energy_of_small_molecules_to_a_tenth() -> None:
     """The fit is to QM9; molecules that are not among those that it is to."""
     for method in ("gfn1", "gfn2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ REACH = 1.22
 rings are taken to be bound, and at 1.15 bonds are lost that are stretched a little: `python benchmarks/molecules.py bonds`."""
 MOST_STEPS = 2000
 """Steps of the search for bond orders: molecules of nine heavy atoms take a few, and a crowd of atoms could take for ever."""
+KEPT = 4096
+"""Molecules, the last ones, of which what was found is kept: an evaluation asks several times for the bonds of the same."""
 
 
 def bonded(molecule: Molecule) -> Any | None:
@@ -25,14 +28,23 @@ def bonded(molecule: Molecule) -> Any | None:
 
     Raises InputError if RDKit is not installed.
     """
+    numbers, positions = molecule.numbers.astype(np.int64), molecule.positions.astype(np.float64)
+    found = _found(numbers.tobytes(), positions.tobytes(), REACH)
+    return None if found is None else rdkit().Mol(found)  # the caller may change it
+
+
+@lru_cache(KEPT)
+def _found(numbers: bytes, positions: bytes, reach: float) -> Any | None:
+    """`bonded` of atomic numbers, int64, and positions, float64."""
     chem = rdkit()
     from rdkit.Chem import rdDetermineBonds
 
+    molecule = Molecule(np.frombuffer(numbers, np.int64), np.frombuffer(positions, np.float64).reshape(-1, 3))
     if not len(molecule) or not np.isfinite(molecule.positions).all():
         return None
     mol = unbonded(molecule)
     try:
-        rdDetermineBonds.DetermineConnectivity(mol, useVdw=True, covFactor=REACH)
+        rdDetermineBonds.DetermineConnectivity(mol, useVdw=True, covFactor=reach)
         rdDetermineBonds.DetermineBondOrders(
             mol, charge=0, allowChargedFragments=False, embedChiral=False, maxIterations=MOST_STEPS
         )

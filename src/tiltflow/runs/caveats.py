@@ -13,9 +13,11 @@ from tiltflow.evaluation.importance_weights import FEW
 from tiltflow.laws.target import Target
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
+from tiltflow.rewards.functions.failures import MANY
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.kl_budget import FREEZE, MEASURED
 from tiltflow.training.method import Method
+from tiltflow.training.records import failed_in_training
 from tiltflow.training.settings import GuidanceMode
 
 MISSED = 0.1
@@ -37,14 +39,29 @@ def left_out_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
     ]
 
 
-def failed_in_words(of_base: int, of_tuned: int, count: int) -> list[str]:
-    """The sentence that says for how many samples the reward has a value that stands for none, if any."""
-    if not of_base and not of_tuned:
-        return []
-    return [
-        f"The reward could not be computed for {of_base} of the base's {count} samples and {of_tuned} of the tuned model's:"
-        " they count with the value that it has for failures."
-    ]
+def failed_in_words(of_base: int, of_tuned: int, count: int, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For how many samples the reward has a value that stands for none: their shares in the evaluation and in training, and the
+    sentences that say so (`limits`). Nothing where there are none.
+
+    Args:
+        records: of the optimizer steps.
+    """
+    found, limits = dict[str, Any](), list[str]()
+    if of_base or of_tuned:
+        found |= {"failed_base": of_base / count, "failed_tuned": of_tuned / count}
+        limits.append(
+            f"The reward could not be computed for {of_base} of the base's {count} samples and {of_tuned} of the tuned model's:"
+            " they count with the value that it has for failures."
+        )
+    failed, drawn = failed_in_training(records), records[-1].get("samples_drawn")
+    if failed and drawn:
+        found["failed_training"] = failed / drawn
+    if max(found.values(), default=0) > MANY:
+        limits.append(
+            f"More than {MANY:.0%} of the samples, in training or here, have no reward of their own: the law that was"
+            " learned is in part that of the value for failures."
+        )
+    return found | {"limits": limits}
 
 
 def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def evaluate(
         samples = replace(samples, absent=NO_VALUES)
     if target.maximises:
         samples = replace(samples, absent=NO_LAW)
-    failed = {f"failed_{side}": each.failed[instruments.own] for side, each in (("base", of_base), ("tuned", of_tuned))}
+    failed = failed_in_words(of_base.failed[instruments.own], of_tuned.failed[instruments.own], len(asked), records)
     generator = stream(run.seed, "bootstrap")
     budget = budget_in_words(run.training.target_kl, records)
     calibrated = calibration_in_words(target.beta, records[-1].get("beta") if budget["target_kl"] is None else None)
@@ -127,9 +127,9 @@ def evaluate(
             *guidance_limits(run.training.guidance_mode),
             *few_steps_limits(base, run.method),
             *left_out_in_words(*samples.left_out, len(asked)),
-            *failed_in_words(failed["failed_base"], failed["failed_tuned"], len(asked)),
+            *failed.pop("limits"),
         ],
-        **({name: each / len(asked) for name, each in failed.items()} if any(failed.values()) else {}),
+        **failed,
         **mean_rewards(samples, of_base, of_tuned, asked, instruments.own),
         **entries,
         **of_paths(run, target, tuned, base, asked, instruments, tilted),

@@ -39,6 +39,11 @@ def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def failed_in_training(records: Sequence[Mapping[str, Any]]) -> int:
+    """Samples of all steps whose reward could not be computed."""
+    return int(sum(row.get("failed", 0) for row in records))
+
+
 def known_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The intact lines of `metrics.jsonl`, and the number of damaged ones."""
     return read_rows(folder / METRICS, _check_record)

@@ -24,7 +24,7 @@ from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow
 from tiltflow.optimization import WeightAverage, adamw, finite, gradient_norm, load_optimizer
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
-from tiltflow.rewards.functions.failures import Failures
+from tiltflow.rewards.functions.failures import ENOUGH, MANY, Failures
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.stored import AS_COMPUTED, Storage
@@ -205,6 +205,10 @@ class _Loop:
     step: int = 0
     drawn: int = 0
     """Samples drawn for training."""
+    failed: int = 0
+    """Those whose reward could not be computed."""
+    told: bool = False
+    """Whether that these are many has been said."""
     skipped: int = 0
     """Batches skipped in a row."""
     of_method: Any = None
@@ -232,7 +236,9 @@ class _Loop:
     def record(self, metrics: dict[str, float]) -> Iterator[Record]:
         """Yields the record of an optimizer step. What its receiver does is not measured."""
         cost = (time.perf_counter() - self.began, self.evaluations, self.drawn)
-        record = Record(self.step, metrics | self.failures.taken(), *cost, self.clock.taken(), peak_memory(self.device))
+        failed = self.failures.taken()
+        self.warn_of_failures(int(failed.get("failed", 0)))
+        record = Record(self.step, metrics | failed, *cost, self.clock.taken(), peak_memory(self.device))
         with self.clock.paused(), self.failures.paused():
             yield record
 
@@ -270,6 +276,7 @@ class _Loop:
             "seconds": time.perf_counter() - self.began,
             "network_evaluations": self.evaluations,
             "samples_drawn": self.drawn,
+            "failed": self.failed,
             "skipped": self.skipped,
             "parameters": self.trained,
             "buffers": buffers_of(self.tuned.network),
@@ -290,7 +297,8 @@ class _Loop:
             self.put_reward_back(state["reward"])
             self.step, self.skipped, self.spent = (int(state[key]) for key in ("step", "skipped", "network_evaluations"))
             self.began -= float(state["seconds"])
-            self.drawn = int(state.get("samples_drawn", 0))  # earlier versions did not count them
+            # earlier versions did not count them
+            self.drawn, self.failed = (int(state.get(key, 0)) for key in ("samples_drawn", "failed"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"resume: the checkpoint is not of this training loop ({error!r})") from None
         self.resumed = state
@@ -352,6 +360,19 @@ class _Loop:
         if self.step == 0 and count > 1 and self.running is None and measured.get("reward_std") == 0 and processes.is_main():
             warnings.warn(
                 f"the reward is {measured['reward']:g} for all {count} samples of the first batch: nothing is learned from it",
+                stacklevel=2,
+            )
+
+    def warn_of_failures(self, failed: int) -> None:
+        """Warn once if that of many samples could not be computed: of `failed` more than before."""
+        self.failed += failed
+        if self.told or self.failed < ENOUGH or self.failed <= MANY * self.drawn:
+            return
+        self.told = True
+        if processes.is_main():
+            warnings.warn(
+                f"the reward could not be computed for {self.failed} of the first {self.drawn} samples, which count with the"
+                " value that it has for failures: the law that is learned is in part that of this value",
                 stacklevel=2,
             )
 

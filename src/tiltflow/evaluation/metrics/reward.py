@@ -36,6 +36,14 @@ METRICS = (
         section=Section.SURE,
     ),
     Metric(
+        "failed_training",
+        "Failed rewards, training",
+        "The same for all samples that training drew.",
+        better="down",
+        unit="share",
+        section=Section.SURE,
+    ),
+    Metric(
         "reward_gain",
         "Gain in reward",
         "Mean of tuned minus base over pairs of pictures from the same prompt and noise.",

@@ -10,6 +10,11 @@ import torch
 
 from tiltflow import processes
 
+MANY = 0.05
+"""Share of samples above which a person is told that the law is in part that of the value for failures."""
+ENOUGH = 8
+"""Samples that have failed before training tells."""
+
 
 class Failures:
     """Counts them while it is the context; nothing is counted where there is none."""
