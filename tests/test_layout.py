@@ -18,6 +18,7 @@ MODULES = {
 }
 FLOORS = [
     "chemistry",
+    "policies",
     "flows",
     "samplers",
     "networks",

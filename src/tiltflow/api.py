@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -10,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
+import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from tiltflow.commands.terminal.progress import tune_progress
 from tiltflow.conditions import Item
 from tiltflow.conditions.labels import Labels, as_labels
+from tiltflow.conditions.observations import Rows
 from tiltflow.conditions.prompts import from_rows, unique
 from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
@@ -28,6 +31,7 @@ from tiltflow.models.from_diffusers import from_diffusers
 from tiltflow.models.model import Model
 from tiltflow.models.model_folder import CONFIG, WEIGHTS, save_weights
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
+from tiltflow.models.policy import Policy, is_policy, load_policy
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage, checked_scale
 from tiltflow.models.trainable import Adapter
@@ -105,7 +109,8 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Any:
         return load_last(folder, device)
     if is_run_of_other_kind(folder):
         return load_tuned(folder, device)
-    return networks.load(shipped or name_or_path, device)
+    named = shipped or name_or_path
+    return load_policy(named, device) if is_policy(named) else networks.load(named, device)
 
 
 def is_run_of_other_kind(folder: Path) -> bool:
@@ -126,7 +131,7 @@ def tune(
     training: Training | None = None,
     *,
     optimizer: Optimizer | None = None,
-    conditions: Sequence[Condition] | None = None,
+    conditions: Sequence[Condition] | Tensor | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     start: M | None = None,
     evaluation: Evaluation | None = None,
@@ -153,7 +158,8 @@ def tune(
         optimizer: AdamW and its schedule; what is left out is as the method has it by default.
         conditions: for a pipeline, its prompts: texts, or mappings with the key `prompt`, whose other keys are the metadata;
             `image` is the picture that a pipeline that edits edits: a path, an image of PIL or a tensor in [-1, 1].
-            For a class-conditional network, the classes that are tuned, by name or number; all by default.
+            For a class-conditional network, the classes that are tuned, by name or number; all by default. For a policy,
+            observations [n, observation].
         adapter: the LoRA to add. By default one is added to a pipeline, unless it has one of `with_adapter`, which is then
             trained, and none to a network, of which a copy is trained. None trains the whole network beside a frozen copy.
         start: a model of the same network whose weights the training begins with, with adapter=None; the base, and so the law
@@ -209,7 +215,7 @@ def steps(
     training: Training | None = None,
     *,
     optimizer: Optimizer | None = None,
-    conditions: Sequence[Condition] | None = None,
+    conditions: Sequence[Condition] | Tensor | None = None,
     adapter: Adapter | None = NEW_ADAPTER,
     running_reward: RunningReward | None = None,
     seed: int = 0,
@@ -237,7 +243,7 @@ def steer(
     steering: Any,
     num_samples: int | None = None,
     *,
-    conditions: Sequence[Condition] | None = None,
+    conditions: Sequence[Condition] | Tensor | None = None,
     sampling: Sampling | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -355,7 +361,7 @@ class PythonRun(Settings):
         method: Any,
         training: Training | None,
         optimizer: Optimizer | None,
-        conditions: Sequence[Condition] | None,
+        conditions: Sequence[Condition] | Tensor | None,
         evaluation: Evaluation | None,
         seed: int,
     ) -> PythonRun:
@@ -368,10 +374,10 @@ class PythonRun(Settings):
         tree = {
             "model": type(network.network if isinstance(network, Denoiser) else network).__name__,
             "reward": getattr(reward, "__qualname__", type(reward).__qualname__),
-            "conditions": tuple(_with_picture(each, str) for each in conditions or ()),
+            "conditions": _written(conditions),
             "method": method,
             "optimizer": check_optimizer(method, optimizer),
-            "training": given.for_prompts() if prompted else given.for_samples(),
+            "training": given.for_prompts(guided=not isinstance(model, Policy)) if prompted else given.for_samples(),
             "evaluation": measured.for_prompts(sampling) if prompted else measured.for_samples(sampling),
             "seed": seed,
         }
@@ -397,7 +403,7 @@ def _ready(
     model: GenerativeModel,
     reward: Callable[..., Any],
     run: PythonRun,
-    conditions: Sequence[Condition] | None,
+    conditions: Sequence[Condition] | Tensor | None,
     adapter: Adapter | None,
     running: RunningReward | None,
     *,
@@ -435,8 +441,8 @@ def _ready(
 
 
 def items_of(
-    model: GenerativeModel, conditions: Sequence[Condition] | None, training: Training, verb: str = "tune"
-) -> list[Item]:
+    model: GenerativeModel, conditions: Sequence[Condition] | Tensor | None, training: Training, verb: str = "tune"
+) -> Sequence[Item]:
     """What samples are asked for, from the `conditions` of `tune` or `steer`. Raises InputError for what the model cannot be
     asked for."""
     if not model.prompted:
@@ -448,6 +454,8 @@ def items_of(
             raise InputError(f"{verb}: conditions and training.classes both name classes; give one of the two")
         chosen = as_labels(list(conditions), len(conditions), model.class_names).unique().tolist()
         return Labels(classes=tuple(chosen)).items(model.class_names)[0]
+    if isinstance(model, Policy):
+        return observations_of(conditions, model.observation_dim, verb)
     if not conditions or isinstance(conditions, str):
         raise InputError(f"{verb}: a pipeline needs conditions=[..], prompts that it draws pictures of")
     rows = [{"prompt": each} if isinstance(each, str) else each for each in conditions]
@@ -455,6 +463,23 @@ def items_of(
     if not texts:
         raise InputError(f"{verb}: all prompts are blank")
     return texts
+
+
+def observations_of(conditions: Any, size: int, verb: str) -> Rows:
+    """Observations [n, size] as items. Raises InputError for anything else."""
+    with refused(f"{verb}: a policy needs conditions=observations, numbers [n, {size}]"):
+        observations = torch.as_tensor(conditions, dtype=torch.float32)
+    if observations.ndim != 2 or observations.shape[1] != size or not len(observations):
+        raise InputError(f"{verb}: conditions must be observations [n, {size}], got {list(observations.shape)}")
+    return Rows(observations, torch.arange(len(observations)))
+
+
+def _written(conditions: Sequence[Condition] | Tensor | None) -> tuple[Any, ...]:
+    """Conditions as they are written down: of observations their shape, and a hash of their numbers."""
+    if isinstance(conditions, Tensor):
+        digest = hashlib.sha256(conditions.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        return (f"observations {list(conditions.shape)} {digest}",)
+    return tuple(_with_picture(each, str) for each in conditions or ())
 
 
 def _with_picture(condition: Any, form: Callable[[Picture], Any] = lambda picture: picture) -> Any:

@@ -1,4 +1,4 @@
-"""`tiltflow pretrain`: train a small model from images or molecules."""
+"""`tiltflow pretrain`: train a small model from images, molecules or transitions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pretrain(
         Path,
         typer.Option(
             help="An .npz file with x_train, y_train, .. or a folder of images; for molecules a file of SMILES, or an .npz"
-            " file of geometries."
+            " file of geometries; for a policy an .npz file of transitions."
         ),
     ],
     output: Output,
@@ -50,14 +50,15 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, or a flow from molecules, as the
-    shipped models were.
+    """Train a small flow, diffusion model, classifier or text-to-image pipeline from images, a flow from molecules, or a
+    policy from transitions, as the shipped models were.
 
     Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the training early, and save the model as it then is.
 
     [dim]tiltflow pretrain digits-flow --data mnist.npz --output models/flow[/dim]
     [dim]tiltflow pretrain tiles-pipeline --data tiles.npz --output models/tiles[/dim]
     [dim]tiltflow pretrain qm9-flow --data qm9_smiles.csv.gz --output models/molecules[/dim]
+    [dim]tiltflow pretrain behaviour-policy --data cube-single.npz --output models/behaviour[/dim]
     """
     from tiltflow.pretraining.recipe import read_pretraining
     from tiltflow.pretraining.run import run_pretraining, score_again

@@ -1,6 +1,6 @@
 """Conditions of samples, one kind a file: a class of settings named after the file, with `items()`.
 
-Prompts and class labels are here; a size, an observation or another kind is one more file. An `Item` is a text, and
+Prompts, class labels and observations are here; a size or another kind is one more file. An `Item` is a text, and
 metadata that models and rewards read.
 """
 
@@ -26,7 +26,7 @@ class Item:
 class Conditions(Protocol):
     """Settings of a kind of condition."""
 
-    def items(self, class_names: Sequence[str], seed: int, /) -> tuple[list[Item], list[Item]]:
+    def items(self, class_names: Sequence[str], seed: int, /) -> tuple[Sequence[Item], Sequence[Item]]:
         """Return (items for training, items held out for the evaluation). The second list is empty if the first has all items
         that exist, as for classes: the evaluation then uses the first.
 

@@ -81,7 +81,7 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
         x1 = data[:count]
     x1 = x1.to(model.device)
     generator = stream(seed, "consistency", "noise", device=model.device)
-    bound = model.bound(model.labels(len(x1)))
+    bound = model.bound(model.example_conditions(len(x1)))
     flow = in_chunks(bound, 64)
     errors, ratios, apart, ours, theirs = [], [], 0.0, 0.0, 0.0
     with eval_mode(model.flow.network):

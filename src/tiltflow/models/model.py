@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tiltflow.models.model_folder import FlowConfig, load_network, model_folder,
 from tiltflow.models.trainable import Adapter, adapted, merged, trainable_copy
 from tiltflow.networks import Projected
 from tiltflow.networks.factory import Factory
+from tiltflow.networks.policy_mlp import PolicyMlp
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings
@@ -146,7 +147,7 @@ class Model:
 
     def trainable(
         self, adapter: Adapter | None = None, pattern: str | re.Pattern[str] = "", *, seed: int = 0
-    ) -> tuple[Model, Model]:
+    ) -> tuple[Self, Self]:
         """Return (base, model to train): a copy; a copy with a new LoRA; or, if the network has an adapter, the model itself.
 
         Args:
@@ -168,13 +169,13 @@ class Model:
         tuned = replace(base, flow=replace(base.flow, network=adapted(base.flow.network, adapter, seed)))
         return base, tuned
 
-    def base(self) -> Model:
+    def base(self) -> Self:
         """Return the model with its adapter switched off; the model itself if it has none."""
         if not has_adapter(self.flow.network):
             return self
         return replace(self, flow=replace(self.flow, network=WithoutAdapter(self.flow.network)))
 
-    def in_precision(self, dtype: torch.dtype | None) -> Model:
+    def in_precision(self, dtype: torch.dtype | None) -> Self:
         """Return the model with its network evaluated in this dtype; None is the dtype of its weights."""
         return replace(self, flow=replace(self.flow, autocast=dtype))
 
@@ -188,6 +189,10 @@ class Model:
         if labels is not None:
             raise InputError("labels: this model is not class-conditional; leave them out")
         return None
+
+    def example_conditions(self, count: int) -> Tensor | None:
+        """Conditions [count, ..] to try the network with: all classes in turn; None for a model without."""
+        return self.labels(count)
 
     def sample(
         self,
@@ -208,13 +213,19 @@ class Model:
         Raises InputError for arguments that do not fit the model, and for a network that fails or returns another shape.
         """
         num_samples, batch_size = whole_number(num_samples, "num_samples", 1), whole_number(batch_size, "batch_size", 1)
-        seed = whole_number(seed, "seed")
+        seed, known = whole_number(seed, "seed"), self.labels(num_samples, labels)
+        return self.drawn(num_samples, known, seed=seed, sampling=sampling, batch_size=batch_size)
+
+    def drawn(
+        self, num_samples: int, conditions: Tensor | None, *, seed: int, sampling: Sampling | None, batch_size: int
+    ) -> Tensor:
+        """`sample` of conditions [num_samples, ..] as the network takes them."""
         check_sampling(sampling)
-        parts, known = [], self.labels(num_samples, labels)
+        parts = []
         with tried(), eval_mode(self.flow.network):
             for i, begin in enumerate(range(0, num_samples, batch_size)):
                 generator = stream(seed, "sample", i, device=self.device)
-                flow = self.bound(None if known is None else known[begin : begin + batch_size])
+                flow = self.bound(None if conditions is None else conditions[begin : begin + batch_size])
                 x = flow.project(self.start(min(batch_size, num_samples - begin), generator))
                 parts.append(sample(in_chunks(flow), x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
         return torch.cat(parts)
@@ -274,8 +285,16 @@ def check_same(settings: Factory, network: nn.Module) -> None:
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
     """Load a generative model: one that ships with tiltflow, a model folder, or the tuned model of a run folder.
 
-    Raises InputError if there is no such model, if it is a classifier, or if its files cannot be read.
+    Raises InputError if there is no such model, if it is a classifier or a policy, or if its files cannot be read.
     """
+    model = read_model(name_or_path, device)
+    if isinstance(model.network_settings, PolicyMlp):
+        raise InputError(f"{name_or_path}: is a policy; in a recipe write `model: {{name: policy, path: {name_or_path}}}`")
+    return model
+
+
+def read_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """`load`, of a policy too, whose network is called with observations."""
     check_device(device)
     folder = model_folder(name_or_path)
     config = read_config(folder)

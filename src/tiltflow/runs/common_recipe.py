@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 
 from tiltflow.conditions import Conditions, NamedConditions
 from tiltflow.conditions.labels import Labels
+from tiltflow.conditions.observations import Observations
 from tiltflow.conditions.prompts import Prompts
 from tiltflow.evaluation.settings import Evaluation
 from tiltflow.models.sources import ModelName, ModelSource, source_of
+from tiltflow.models.sources.policy import Policy
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
 from tiltflow.training.method import NamedMethod
@@ -48,13 +50,16 @@ class CommonRecipe(Settings):
         prompted = self.source.prompted
         if self.prompts is not None and self.conditions is not None:
             raise ValueError("prompts and conditions both say what samples are asked for; give one of the two")
+        if isinstance(self.source, Policy) and not isinstance(self.conditions, Observations):
+            raise ValueError("conditions: a policy draws actions for observations; give {name: observations, data: ..}")
         if prompted and self.prompts is None and self.conditions is None:
             raise ValueError("prompts is missing")
         if not prompted and isinstance(self.asked_for, Prompts):
             raise ValueError("prompts: are for a pipeline, `model: {diffusers: ..}`, and this model is none; leave them out")
         if self.conditions is not None and self.training.classes:
             raise ValueError("training.classes and conditions both say what samples are asked for; give one of the two")
-        training = self.training.for_prompts() if prompted else self.training.for_samples()
+        guided = not isinstance(self.asked_for, Observations)
+        training = self.training.for_prompts(guided=guided) if prompted else self.training.for_samples()
         evaluation = self.evaluation.for_prompts(self.sampling) if prompted else self.evaluation.for_samples(self.sampling)
         object.__setattr__(self, "optimizer", fill_optimizer(self.method, self.optimizer))
         object.__setattr__(self, "training", training)

@@ -220,7 +220,7 @@ def asked_of(items: Sequence[Item], held_out: Sequence[Item], settings: Evaluati
     return Asked.of_classes(items, count) if items else Asked.of_samples(count)
 
 
-def load_asked(recipe: CommonRecipe, device: str) -> tuple[Any, list[Item], list[Item]]:
+def load_asked(recipe: CommonRecipe, device: str) -> tuple[Any, Sequence[Item], Sequence[Item]]:
     """The model of a recipe, what its samples are asked for, and the prompts that are held out.
 
     Raises InputError for what cannot be had; what is wrong with a file of prompts is said before a large model is loaded.
@@ -383,7 +383,7 @@ def try_network(model: GenerativeModel) -> None:
     flow = model.flow
     x = model.start(2, stream(0, "check", device=model.device))
     with tried(), eval_mode(flow.network), torch.enable_grad():
-        v = model.bound(model.labels(2))(x, torch.tensor(0.5))
+        v = model.bound(model.example_conditions(2))(x, torch.tensor(0.5))
     if not any(True for _ in flow.parameters()):
         raise InputError("nothing can be trained: no parameter of the network requires a gradient (is the adapter frozen?)")
     if not v.requires_grad:

@@ -121,7 +121,7 @@ def make_ready(
     if isinstance(model, TextToImage):
         model.encode_ahead([*items, *asked.items])
     if rehearsed:
-        rehearse(model, [*items, *asked.items][0], asked, instruments, run.method, settings, run.seed)
+        rehearse(model, next(iter(items), asked.items[0]), asked, instruments, run.method, settings, run.seed)
     normalized = normalizer(training, run.method.sampling, reward, run.seed)
     parts = prepare(
         *trainable(),

@@ -22,7 +22,7 @@ def check_model(model: Model, data: Tensor | None = None) -> None:
     Raises AssertionError; InputError for a network that cannot be called.
     """
     x = model.start(4, stream(0, "check model", device=model.device))
-    flow = model.bound(model.labels(4))
+    flow = model.bound(model.example_conditions(4))
     with eval_mode(model.flow.network):
         for t in (0.2, 0.7):
             time = torch.full((4,), t, dtype=torch.float64, device=x.device)

@@ -72,7 +72,7 @@ class InTurn:
     size: int
 
     def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
-        order = torch.randperm(len(self.items), generator=generator, device=generator.device).tolist()
+        order = torch.randperm(len(self.items), generator=generator, device=generator.device)[: self.size].tolist()
         return [self.items[order[i % len(order)]] for i in range(self.size)]
 
 

@@ -135,8 +135,11 @@ class Training(Settings):
         sizes = {"train_batch_size": self.train_batch_size or BATCH_SIZE, "guidance_mode": "none"}
         return self.model_copy(update=sizes)
 
-    def for_prompts(self) -> Training:
-        """The settings with the defaults of a model with prompts.
+    def for_prompts(self, *, guided: bool = True) -> Training:
+        """The settings with the defaults of a model with prompts, or observations.
+
+        Args:
+            guided: whether it may have negative prompts, and samples with guidance.
 
         Raises InputError for a setting that has no meaning for such a model, and for sizes that contradict each other.
         """
@@ -150,7 +153,7 @@ class Training(Settings):
         if part is not None and size % part:
             raise InputError(f"training: {made} do not divide into micro-batches of {part}")
         sizes: dict[str, Any] = {"train_batch_size": size, "prompts_per_step": prompts, "num_generations": generations}
-        return self.model_copy(update=sizes | {"guidance_mode": self.guidance_mode or "rollout"})
+        return self.model_copy(update=sizes | {"guidance_mode": self.guidance_mode or ("rollout" if guided else "none")})
 
 
 NEED_A_FOLDER = ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "monitor")

@@ -156,7 +156,8 @@ def of_recipe(recipe: Recipe, *, known: Known | None = None, apart: bool = True)
     known = {} if known is None else known
     settings = _settings_of_calls(recipe)
     items: Sequence[Item] = [Item("a photograph")]
-    held_out, count = [*items] * (recipe.evaluation.num_prompts or 1), None
+    held_out: Sequence[Item] = [*items] * (recipe.evaluation.num_prompts or 1)
+    count = None
     with suppress(InputError):  # the file of prompts may be elsewhere
         items, held_out = recipe.asked_for.items((), recipe.seed)
         count = len(items)

@@ -74,7 +74,7 @@ def law_of(recipe: StagedRecipe, device: str, *, decoded: bool = False) -> OfLaw
     return OfLaw(recipe.utility, rewards=rewards, num_samples=stages.num_samples, eps=stages.eps, sampling=sampling)
 
 
-def load_parts(recipe: StagedRecipe, device: str) -> tuple[OfLaw, Any, list[Item], list[Item]]:
+def load_parts(recipe: StagedRecipe, device: str) -> tuple[OfLaw, Any, Sequence[Item], Sequence[Item]]:
     """(utility, first model, what samples are asked for, prompts that are held out).
 
     Raises InputError for what cannot be had, or does not fit; what is wrong with a reward before a large model is loaded.

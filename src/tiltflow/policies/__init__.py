@@ -1,0 +1,1 @@
+"""Policies: transitions of episodes, chunks of their actions, and what they return."""
