@@ -131,6 +131,8 @@ def test_every_setting_that_names_something_says_so() -> None:
         "Recipe": {"model"},
         "Evaluation": {"judge", "data", "features", "reference"},
         "Network": {"path"},
+        "Policy": {"path"},
+        "Observations": {"data"},
         "Sampling": {"solver"},
         "Adapter": {"continue_from"},
         "Diffusers": {"components", "diffusers"},
