@@ -1,8 +1,12 @@
 """Speed and memory, as ratios measured side by side in one run: `make bench`.
 
+    python benchmarks/speed.py --methods tilt-matching --repeats 20      # a machine that does other work: more turns
+
 overhead  for every method, CPU seconds of one iteration over those of the bare network calls that it makes (forwards,
-          vector-Jacobian products, trained steps forward and backward; of a critic too), on batches of the same size. The
-          calls are counted by hooks while the iteration runs, and timed in turn with it.
+          vector-Jacobian products, trained steps forward and backward; of a critic too), on batches of the same size and one
+          thread. The calls are counted by hooks while the iteration runs, and timed in turn with it, now the one first and now
+          the other. What other processes do to caches only adds to either: the ratio is that of the least seconds of both;
+          beside it the median of the turns' ratios, with their quartiles.
 memory    peak resident memory of an iteration over that of what it cannot do without: one frozen and one trained
           copy of the network with its gradients and optimizer state, and one step's activations.
 import    seconds of `import tiltflow` over those of `import torch`.
@@ -42,7 +46,7 @@ Calls = Counter[tuple[str, nn.Module, int]]
 """How often: (forward, vjp or trained; the network; the batch size)."""
 NETWORKS = {"digit flow": Unet(), "wider": Unet(channels=(64, 192), blocks=(1, 3))}
 BATCH, SHAPE, STEPS, TRAINED = 64, (1, 28, 28), 20, 6
-LIMIT_OVERHEAD, LIMIT_IMPORT = 1.05, 0.3
+LIMIT_OVERHEAD, LIMIT_IMPORT = 1.03, 0.3
 
 
 def ink(x: Tensor) -> Tensor:
@@ -127,19 +131,29 @@ def overhead(settings: Unet, method: Any, repeats: int) -> dict[str, Any]:
     calls = iterate.count()
     reference = bare(calls)
     reference()
-    pairs = [(cpu_seconds(iterate), cpu_seconds(reference)) for _ in range(repeats)]
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
+    turns = [turn(iterate, reference, swapped=bool(i % 2)) for i in range(repeats)]
+    ours, theirs = zip(*turns, strict=True)
+    lower, middle, upper = statistics.quantiles((own / other for own, other in turns), n=4, method="inclusive")
     return {
         "calls": {
             f"{name} {kind}": sum(n for (k, network, _), n in calls.items() if k == kind and isinstance(network, which))
             for name, which in (("flow", UnetModule), ("critic", ImageCriticModule))
             for kind in ("forward", "vjp", "trained")
         },
-        "cpu_seconds": statistics.median(ours for ours, _ in pairs),
-        "ratio": statistics.median(ratios),
-        "lowest": ratios[0],
-        "highest": ratios[-1],
+        "cpu_seconds": min(ours),
+        "ratio": min(ours) / min(theirs),
+        "median": middle,
+        "lower_quartile": lower,
+        "upper_quartile": upper,
     }
+
+
+def turn(ours: Callable[[], None], theirs: Callable[[], None], swapped: bool) -> tuple[float, float]:
+    """CPU seconds of both, the second one measured first if `swapped`."""
+    if swapped:
+        seconds = cpu_seconds(theirs)
+        return cpu_seconds(ours), seconds
+    return cpu_seconds(ours), cpu_seconds(theirs)
 
 
 def peak_memory(settings: Unet, what: str) -> None:
@@ -179,7 +193,9 @@ def import_seconds(repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=8, help="turns, at least 2")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--peak-memory", nargs=2, metavar=("NETWORK", "WHAT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,13 +203,15 @@ def main() -> None:
         peak_memory(NETWORKS[options.peak_memory[0]], options.peak_memory[1])
         return
 
+    torch.set_num_threads(1)
     results: dict[str, Any] = {"import_seconds": import_seconds(5)}
     print(f"import tiltflow: {results['import_seconds']:.3f} s after torch (at most {LIMIT_IMPORT})")
     print(
         f"\n{'method':18}{'network':12}{'calls: forward + vjp + trained (critic)':42}"
-        f"{'CPU s':>7}{'overhead':>10}{'range':>14}{'memory':>18}"
+        f"{'CPU s':>7}{'overhead':>10}{'median (quartiles)':>22}{'memory':>18}"
     )
-    for method, (name, settings) in product(METHODS, NETWORKS.items()):
+    for method, name in product(options.methods, options.networks):
+        settings = NETWORKS[name]
         row = overhead(settings, METHODS[method], options.repeats)
         if method == "adjoint-matching" and os.path.exists("/proc/self/status"):
             peaks = [float(child(__file__, "--peak-memory", name, what)) for what in ("iteration", "necessary")]
@@ -203,13 +221,13 @@ def main() -> None:
         calls = " + ".join(counts[:3]) + (f" ({' + '.join(counts[3:])})" if any(int(n) for n in counts[3:]) else "")
         print(
             f"{method:18}{name:12}{calls:42}{row['cpu_seconds']:7.2f}{row['ratio']:10.3f}"
-            f"{row['lowest']:7.3f}-{row['highest']:.3f}{memory:>18}",
+            f"{row['median']:9.3f} ({row['lower_quartile']:.3f}-{row['upper_quartile']:.3f}){memory:>18}",
             flush=True,
         )
         results[f"{method}, {name}"] = row
     print(
         f"\noverhead at most {LIMIT_OVERHEAD}: batch {BATCH}, {STEPS} steps, {TRAINED} trained, "
-        f"{torch.get_num_threads()} threads"
+        f"one thread, {options.repeats} turns"
     )
     if options.json:
         print(json.dumps(results))

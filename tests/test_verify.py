@@ -57,7 +57,7 @@ def test_what_a_preset_is_about_is_not_tuned_by_a_problem() -> None:
         read_verification("mixture", "tilt-matching", some).method.target_effective_sample_size
         for some in ([], ["preset=implicit"], ["preset=ram"])
     ]
-    assert shares == [0.5, 0.7, 0.0]
+    assert shares == [0.25, 0.7, 0.0]
 
 
 def test_a_linear_reward_on_a_gaussian_is_reached() -> None:

@@ -92,7 +92,8 @@ def distances_to_law(
     samples = [exact(count, generator) for _ in range(draws + 1)]
     floors, distances = [], []
     for one, other in pairwise(samples):
-        measure = distance or partial(sliced_w2, directions=random_directions(dimension, directions))
+        along = random_directions(dimension, directions, 50 if dimension > 1 else 1)  # a line has one
+        measure = distance or partial(sliced_w2, directions=along)
         floors.append(measure(one, other))
         distances.append([measure(x, one) for x in several])
     floor, floor_std = sum(floors) / draws, torch.tensor(floors).std().item()

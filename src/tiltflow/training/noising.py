@@ -146,13 +146,9 @@ def posterior(points: Points, samples: Tensor, groups: Sequence[Tensor]) -> Tens
         samples: x_1 [batch, *event].
         groups: indices of the samples that share a condition, for each condition; a path ends in one of its own group.
     """
-    # float64: differences of squares, divided by what vanishes at the end of the path
+    # float64: what differs between samples is divided by what vanishes at the end of the path
     x1, x, t = samples.flatten(1).double(), points.x.flatten(1).double(), points.t.double()[:, None]
-    own = x1[points.which]
-    # (|x_t - t x_1own|^2 - |x_t - t x_1|^2) / 2
-    gains = t * (x @ x1.T - (x * own).sum(1, keepdim=True)) - t.square() / 2 * (
-        x1.square().sum(1) - own.square().sum(1)[:, None]
-    )
+    gains = t * (x @ x1.T) - t.square() / 2 * x1.square().sum(1)  # -|x_t - t x_1|^2 / 2, but for what all samples share
     logits = gains / (1 - t).square().clamp(min=1e-12)
     if len(groups) > 1:
         group = torch.empty(len(samples), dtype=torch.long, device=x.device)

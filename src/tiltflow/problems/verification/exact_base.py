@@ -33,7 +33,7 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     "orw-cfm-w2": {"regression_batch_size": 1024},
     "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
     # of very many samples: fewer rounds, so that fewer errors add up; none at all where the base's samples suffice
-    "tilt-matching": {"target_effective_sample_size": 0.5, "proposal": "auto"},
+    "tilt-matching": {"target_effective_sample_size": 0.25, "proposal": "auto"},
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
