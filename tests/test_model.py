@@ -91,12 +91,13 @@ def test_the_shipped_models_load_and_have_cards() -> None:
         "digits-diffusion",
         "digits-flow",
         "digits-judge",
+        "digits-latent-flow",
         "qm9-flow",
         "qm9-isomers-flow",
     ]
-    for name in ("digits-flow", "digits-diffusion"):
+    for name, of_state in (("digits-flow", (1, 28, 28)), ("digits-diffusion", (1, 28, 28)), ("digits-latent-flow", (16,))):
         model = load(name)
-        assert model.event_shape == (1, 28, 28)
+        assert model.event_shape == of_state
         x = model.sample(2, sampling=Sampling(num_inference_steps=4))
         assert x.shape == (2, 1, 28, 28)
         assert torch.isfinite(x).all()

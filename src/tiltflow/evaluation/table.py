@@ -83,7 +83,7 @@ def in_row(point: Point, points: Sequence[Point], model: GenerativeModel) -> dic
     values |= {
         name: getattr(point, name) for name in ("shift", "spacing", "eta") if len({getattr(each, name) for each in points}) > 1
     }
-    if model.has_decoder:
+    if model.prompted and model.has_decoder:
         values["guidance_scale"] = model.guidance_scale if point.guidance_scale is None else point.guidance_scale
     return values
 

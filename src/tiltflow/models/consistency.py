@@ -14,7 +14,7 @@ field of another Gaussian. With the user's data as x_1 the check is conclusive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
     count = samples_needed(model.event_shape)
     if data is None:
         few = Sampling(solver="heun", num_inference_steps=8)
-        x1 = model.sample(count, seed=stream(seed, "consistency").initial_seed(), sampling=few)
+        x1 = replace(model, decoder=None).sample(count, seed=stream(seed, "consistency").initial_seed(), sampling=few)
     elif not isinstance(data, Tensor) or data.shape[1:] != model.event_shape or len(data) < FEWEST:
         got = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
         raise InputError(f"data must be {FEWEST} or more samples of shape {list(model.event_shape)}, got {got}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tiltflow.conditions import Item
 from tiltflow.conditions.labels import as_labels
@@ -19,7 +20,7 @@ from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.eval_mode import eval_mode
 from tiltflow.flows.flow import Flow, in_float32
 from tiltflow.flows.noise import noise
-from tiltflow.models.model_folder import FlowConfig, load_network, model_folder, read_config, save_model
+from tiltflow.models.model_folder import FlowConfig, load_decoder, load_network, model_folder, read_config, save_model
 from tiltflow.models.trainable import Adapter, adapted, merged, trainable_copy
 from tiltflow.networks import Projected
 from tiltflow.networks.factory import Factory
@@ -28,7 +29,7 @@ from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
-from tiltflow.user_code import check_device, tried, whole_number
+from tiltflow.user_code import check_device, explained, tried, whole_number
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,17 @@ class Model:
 
     Any `network(x [batch, *event], time [batch]) -> prediction [batch, *event]` will do. With `class_names` the model is
     class-conditional: its network is called as network(x, time, labels), labels int64 [batch] being indices of `class_names`,
-    and each class has a law of its own.
+    and each class has a law of its own. With a `decoder` it is a model of latents, as those of large pictures are: states are
+    [batch, *event], and samples, which rewards see, are what the decoder makes of them.
 
     Args:
         flow: the network, its prediction type, interpolant and time convention.
-        event_shape: shape of one sample.
+        event_shape: shape of one state, which is the sample itself if there is no decoder.
         sampling: default sampling.
         network_settings: settings that build the network, with which `save` needs no factory.
         class_names: names of the classes of a class-conditional model.
+        decoder: states [batch, *event] -> samples [batch, *sample], each of its own state alone; differentiable, and frozen.
+        decoder_settings: settings that build the decoder, needed by `save`.
 
     Raises InputError for arguments of other types.
 
@@ -57,6 +61,8 @@ class Model:
     sampling: Sampling = field(default_factory=Sampling)
     network_settings: Settings | None = None
     class_names: tuple[str, ...] = ()
+    decoder: Callable[[Tensor], Tensor] | None = None
+    decoder_settings: Settings | None = None
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = vars(self)  # whatever the annotations say
@@ -67,6 +73,8 @@ class Model:
             raise InputError(f"Model: event_shape must be the sizes of one sample, as in (3, 32, 32) or (2,), got {shape!r}")
         if not isinstance(given["sampling"], Sampling):
             raise InputError(f"Model: sampling must be a Sampling(solver=.., ..), got {given['sampling']!r}")
+        if not (self.decoder is None or callable(self.decoder)):
+            raise InputError(f"Model: decoder must be a function of states, such as a torch module, got {self.decoder!r}")
         object.__setattr__(self, "event_shape", tuple(shape))
 
     @property
@@ -87,13 +95,16 @@ class Model:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: that of a state."""
-        return self.event_shape
+        """Shape of one sample: that of a state, or of what the decoder makes of it."""
+        if self.decoder is None:
+            return self.event_shape
+        with torch.no_grad():
+            return tuple(self.decode(torch.zeros(1, *self.event_shape, device=self.device)).shape[1:])
 
     @property
     def has_decoder(self) -> bool:
-        """False: a state is the sample itself."""
-        return False
+        """True for a model of latents; otherwise a state is the sample itself."""
+        return self.decoder is not None
 
     @property
     def prompted(self) -> bool:
@@ -129,8 +140,16 @@ class Model:
         return torch.tensor([item.metadata["label"] for item in items], device=self.device), None
 
     def decode(self, x: Tensor, *, batch_size: int = 0) -> Tensor:
-        """Return x: a state is the sample itself."""
-        return x
+        """Return what the decoder makes of states x [batch, *event], at most `batch_size` at a time (0 for all); x itself if
+        there is none. Differentiable: where there are several parts, activations are recomputed in the backward pass."""
+        decoder = self.decoder
+        if decoder is None:
+            return x
+        parts = x.split(batch_size or len(x))
+        with explained("the model's decoder"):
+            if len(parts) > 1 and torch.is_grad_enabled() and x.requires_grad:
+                return torch.cat([checkpoint(decoder, part, use_reentrant=False) for part in parts])
+            return torch.cat([decoder(part) for part in parts])
 
     def draw(
         self,
@@ -203,8 +222,8 @@ class Model:
         sampling: Sampling | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Draw samples [num_samples, *event], on the CPU, with the network in eval mode. A sample depends only on the seed, its
-        index, its label and `batch_size`.
+        """Draw samples [num_samples, *sample], on the CPU, with the network in eval mode. A sample depends only on the seed,
+        its index, its label and `batch_size`.
 
         Args:
             labels: for a class-conditional model: one class, by number or name, for all samples, or one per sample; all classes
@@ -222,12 +241,13 @@ class Model:
         """`sample` of conditions [num_samples, ..] as the network takes them."""
         check_sampling(sampling)
         parts = []
-        with tried(), eval_mode(self.flow.network):
+        with tried(), eval_mode(self.flow.network), torch.no_grad():
             for i, begin in enumerate(range(0, num_samples, batch_size)):
                 generator = stream(seed, "sample", i, device=self.device)
                 flow = self.bound(None if conditions is None else conditions[begin : begin + batch_size])
                 x = flow.project(self.start(min(batch_size, num_samples - begin), generator))
-                parts.append(sample(in_chunks(flow), x, sampling or self.sampling, generator, start=self.flow.noise_time).cpu())
+                x = sample(in_chunks(flow), x, sampling or self.sampling, generator, start=self.flow.noise_time)
+                parts.append(self.decode(x).cpu())
         return torch.cat(parts)
 
     def save(
@@ -251,6 +271,9 @@ class Model:
                 "this model's network is not one of tiltflow's own: give factory='package.module:function' that builds it, or"
                 " save its state_dict() instead"
             )
+        decoder = self.decoder
+        if decoder is not None and (self.decoder_settings is None or not isinstance(decoder, nn.Module)):
+            raise InputError("this model's decoder is not one of tiltflow's own: save the state_dict() of its network instead")
         network = merged(network)
         if isinstance(settings, Factory):
             check_same(settings, network)
@@ -261,10 +284,11 @@ class Model:
             time_scale=self.flow.time_scale,
             time_direction=self.flow.time_direction,
             event_shape=self.event_shape,
+            decoder=self.decoder_settings,
             class_names=self.class_names,
             sampling=self.sampling,
         )
-        save_model(Path(folder), config, network, card)
+        save_model(Path(folder), config, network, card, decoder)
 
 
 def check_same(settings: Factory, network: nn.Module) -> None:
@@ -309,4 +333,12 @@ def read_model(name_or_path: str | Path, device: torch.device | str = "cpu") -> 
         time_direction=config.time_direction,
         projection=network.project if isinstance(network, Projected) else None,
     )
-    return Model(flow, config.event_shape, config.sampling, config.network, config.class_names)
+    return Model(
+        flow,
+        config.event_shape,
+        config.sampling,
+        config.network,
+        config.class_names,
+        load_decoder(folder, config, device),
+        config.decoder,
+    )

@@ -1,5 +1,7 @@
 """Model folders: config.json describes the network, model.safetensors holds its weights, README.md is its card.
 
+The decoder of a model of latents is in config.json too, and its weights in decoder.safetensors.
+
 The digit models that ship with tiltflow are such folders, and so is the `model/` of every training run.
 """
 
@@ -25,7 +27,7 @@ from tiltflow.settings import Settings, validate
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.tensor_file import write_tensors
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, DECODER, CARD = "config.json", "model.safetensors", "decoder.safetensors", "README.md"
 
 NetworkSettings = Annotated[Any, BeforeValidator(part_of("networks"))]
 
@@ -40,6 +42,8 @@ class FlowConfig(Settings):
     time_scale: Annotated[float, Field(gt=0)] = 1.0
     time_direction: TimeDirection = "noise-to-data"
     event_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    decoder: NetworkSettings | None = None
+    """Network that makes samples of states, of a model of latents; null where a state is the sample itself."""
     class_names: tuple[str, ...] = ()
     """Names of the classes of a class-conditional model; empty for another."""
     sampling: Sampling = Sampling()
@@ -105,11 +109,15 @@ def read_config(folder: Path) -> FlowConfig | ClassifierConfig:
             raise InputError(f"{path}: must have kind: 'flow' or 'classifier'")
 
 
-def save_model(folder: Path, config: FlowConfig | ClassifierConfig, network: nn.Module, card: str) -> None:
+def save_model(
+    folder: Path, config: FlowConfig | ClassifierConfig, network: nn.Module, card: str, decoder: nn.Module | None = None
+) -> None:
     """Write a model folder. The weights are written last, so a folder with weights is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
+    if decoder is not None:
+        save_weights(decoder, folder / DECODER)
     save_weights(network, folder / WEIGHTS)
 
 
@@ -123,17 +131,27 @@ def load_network(folder: Path, config: FlowConfig | ClassifierConfig, device: to
 
     Raises InputError if it is built by code without consent, if it cannot be built, or if the weights do not fit.
     """
-    if isinstance(config.network, Factory) and not code_allowed():
+    return _loaded(config.network, "network", folder, WEIGHTS, device)
+
+
+def load_decoder(folder: Path, config: FlowConfig, device: torch.device | str) -> nn.Module | None:
+    """Build the decoder of a model folder as `load_network` does its network; None if there is none."""
+    return None if config.decoder is None else _loaded(config.decoder, "decoder", folder, DECODER, device)
+
+
+def _loaded(settings: Any, role: str, folder: Path, file: str, device: torch.device | str) -> nn.Module:
+    """Build a network and load its weights."""
+    if isinstance(settings, Factory) and not code_allowed():
         raise InputError(
-            f"{folder / CONFIG}: its network is built by {config.network.path}, which is code; if you trust the folder, add"
+            f"{folder / CONFIG}: its {role} is built by {settings.path}, which is code; if you trust the folder, add"
             " --allow-code, or in Python with tiltflow.allow_code():"
         )
     try:
         with torch.random.fork_rng(devices=[]):  # of the initial weights, which are replaced
-            network: nn.Module = config.network.build()
+            network: nn.Module = settings.build()
     except (RuntimeError, MemoryError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{folder / CONFIG}: its network cannot be built ({str(error).splitlines()[0]})") from None
-    path = folder / WEIGHTS
+        raise InputError(f"{folder / CONFIG}: its {role} cannot be built ({str(error).splitlines()[0]})") from None
+    path = folder / file
     try:
         weights = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:

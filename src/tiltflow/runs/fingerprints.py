@@ -32,7 +32,7 @@ from tiltflow.conditions.prompts import Prompts
 from tiltflow.errors import InputError, Note
 from tiltflow.files import read_json, reason
 from tiltflow.flows.adapter import has_adapter
-from tiltflow.models.model_folder import CONFIG, WEIGHTS
+from tiltflow.models.model_folder import CONFIG, DECODER, WEIGHTS
 from tiltflow.models.quantization import stored
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.pictures import edited
@@ -187,7 +187,7 @@ def digest(place: Path) -> str:
     if not (place / CONFIG).exists() and (place / "model" / CONFIG).exists():
         place = place / "model"  # a run stands for its tuned model
     if (place / CONFIG).exists() and (place / WEIGHTS).exists():
-        inside = [place / CONFIG, place / WEIGHTS]
+        inside = [path for name in (CONFIG, DECODER, WEIGHTS) if (path := place / name).exists()]
     else:
         inside = sorted(
             path

@@ -66,7 +66,7 @@ def states_of(run: RunSettings, tuned: GenerativeModel, samples: Samples, instru
             firsts = asked.items[:: asked.size]
             asked = replace(asked, items=tuple(item for item in firsts for _ in range(len(x) // asked.groups)))
         return States(asked, x, rewards, settings.first.sampling)
-    asked = asked.some(max(2, MOST_DECODED // asked.groups))
+    asked = asked.some(max(2, (MOST_DECODED if tuned.prompted else MOST) // asked.groups))
     generator = stream(run.seed, "states", device=tuned.device)
     condition, _ = tuned.conditions(asked.items)
     start = tuned.noise(asked.items, generator, run.method.sampling.times(tuned.grid)[0])

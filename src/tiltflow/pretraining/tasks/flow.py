@@ -31,16 +31,9 @@ from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network
 
 
-class FlowPretraining(ImagePretraining):
+class GenerativePretraining(ImagePretraining):
     """Regress the prediction of a generative model at a uniform time of the interpolant's own clock."""
 
-    ELSEWHERE: ClassVar = {
-        "prompt_dropout": "a network has an embedding for each class and none for no class, so labels cannot be left out;"
-        " classifier-free guidance is for pipelines",
-        "autoencoder": "a flow is a network on the images themselves; latents are for pipelines",
-    }
-
-    task: Literal["flow"] = "flow"
     prediction: PredictionType = "velocity"
     """Prediction of the network: the velocity, the noise, v = alpha noise - beta data, or the data."""
     interpolant: Annotated[Interpolant, Field(discriminator="name")] = Linear()
@@ -49,6 +42,21 @@ class FlowPretraining(ImagePretraining):
     """Solver and grid of the saved model where nothing else is asked for."""
     judge: str | None = None
     """A classifier whose features and classes score the samples on the card."""
+
+
+class FlowPretraining(GenerativePretraining):
+    """A generative model of images, class-conditional if its network takes labels."""
+
+    ELSEWHERE: ClassVar = {
+        "prompt_dropout": "a network has an embedding for each class and none for no class, so labels cannot be left out;"
+        " classifier-free guidance is for pipelines",
+        **dict.fromkeys(
+            ("autoencoder", "encoder", "decoder", "kl_weight"),
+            "a flow is a network on the images themselves; for a flow of latents, task: latent-flow",
+        ),
+    }
+
+    task: Literal["flow"] = "flow"
 
     @property
     def num_classes(self) -> int | None:
@@ -93,12 +101,11 @@ class FlowTask(ImageTask[FlowPretraining]):
         return {} if self.recipe.judge is None else judged(self.model, self.recipe.judge, self.test)
 
     def remarks(self) -> list[str]:
-        judge = f"Features and confidence are those of the `{self.recipe.judge}` classifier"
-        return [f"{judge}; `_test` is the same measure on real test images."] if self.recipe.judge is not None else []
+        return about_judge(self.recipe.judge)
 
 
 def flow_loss(
-    recipe: FlowPretraining, network: nn.Module, x1: Tensor, generator: torch.Generator, labels: Tensor | None = None
+    recipe: GenerativePretraining, network: nn.Module, x1: Tensor, generator: torch.Generator, labels: Tensor | None = None
 ) -> Tensor:
     """Mean squared error of the network's own prediction at one uniform time per sample.
 
@@ -137,11 +144,17 @@ def load_judge(name: str, event_shape: tuple[int, ...]) -> Judge:
     return Judge(network, network.features, config.class_names)
 
 
+def about_judge(name: str | None) -> list[str]:
+    """What the card says of the judge, if there is one."""
+    measured = f"Features and confidence are those of the `{name}` classifier"
+    return [] if name is None else [f"{measured}; `_test` is the same measure on real test images."]
+
+
 @torch.no_grad()
 def judged(model: Model, name: str, test: ImageData) -> Scores:
     """Compare 1,000 samples of two solvers with test images: confidence of the judge, classes that it sees, and the Fréchet
     distance in its features."""
-    judge, scores, images = load_judge(name, model.event_shape), Scores(), test.images
+    judge, scores, images = load_judge(name, model.sample_shape), Scores(), test.images
     for solver, sampling in (("memoryless", model.sampling), ("heun", Sampling(solver="heun", num_inference_steps=20))):
         x = model.sample(1000, sampling=sampling)
         probabilities = judge.logits(x).softmax(1)
