@@ -14,6 +14,7 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError
+from tiltflow.flows.field import FunctionField
 from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.rewards import LearnedReward
@@ -22,6 +23,9 @@ from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
 from tiltflow.runs.run import evaluate_run, run
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
+
+FIELD = FunctionField(lambda x, t: x)
+"""Of a model; the energy learns from its samples alone."""
 
 
 class Scale(nn.Module):
@@ -59,20 +63,20 @@ def test_the_loss_by_hand() -> None:
     assert isinstance(reward, LearnedReward)
     samples = torch.full((3, 1, 4, 4), -0.2)
     assert reward(samples).tolist() == pytest.approx(3 * [0.1])
-    assert reward.learn(samples, stream(0)) == pytest.approx((0.2 + 0.1) + 2 * (0.2**2 + 0.1**2))
+    assert reward.learn(samples, FIELD, stream(0)) == pytest.approx((0.2 + 0.1) + 2 * (0.2**2 + 0.1**2))
 
 
 def test_it_learns_to_prefer_data() -> None:
     """The minimiser of w (a - b) + c w^2 (a^2 + b^2) is w = -(a - b) / (2 c (a^2 + b^2))."""
     reward, samples = energy(0.4, learning_rate=0.02, num_steps=400), torch.full((8, 1, 4, 4), -0.2)
-    reward.learn(samples, stream(0))
+    reward.learn(samples, FIELD, stream(0))
     assert reward.network.weight.item() == pytest.approx(-0.6 / (2 * 0.2), rel=0.01)
     assert reward(reward.images).mean() > reward(samples).mean()
 
 
 def test_samples_of_another_shape_are_refused() -> None:
     with pytest.raises(InputError, match=r"images of shape \[1, 4, 4\] in the data, but samples of \[1, 8, 8\]"):
-        energy(0.1).learn(torch.zeros(2, 1, 8, 8), stream(0))
+        energy(0.1).learn(torch.zeros(2, 1, 8, 8), FIELD, stream(0))
 
 
 def few_steps(folder: Path, npz: Path, **method: Any) -> Path:
@@ -129,7 +133,7 @@ def test_what_does_not_go_with_it_is_refused_before_anything_is_written(tmp_path
     judge(tmp_path, npz)
     path = few_steps(tmp_path, npz)
     for overrides, message in (
-        (["method={name: adjoint-matching}"], "learns while it is used, which method 'adjoint-matching' cannot do"),
+        (["method={name: orw-cfm-w2}"], "learns while it is used, which method 'orw-cfm-w2' cannot do"),
         (["reward.data=none.npz"], r"none\.npz: no such data set"),
         (["evaluation.data=none.npz"], r"none\.npz: no such data set"),
         (["evaluation.judge=null"], "in the features of a judge; set evaluation.judge too"),

@@ -157,6 +157,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "ClassProbability": {"classifier"},
         "ClipScore": {"model"},
         "Energy": {"data"},
+        "QFunction": {"data"},
         "Factory": {"path"},
         "Function": {"path"},
         "Hps": {"model", "tokenizer"},

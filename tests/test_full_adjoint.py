@@ -98,3 +98,25 @@ def test_at_the_optimum_it_has_less_noise_on_a_gaussian() -> None:
 def test_what_does_not_go_with_it(settings: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match="adjoint 'full' is that of the whole chain"):
         AdjointMatching(adjoint="full", **settings)  # type: ignore[arg-type]
+
+
+def test_the_published_basic_adjoint_of_policies_has_a_temperature_that_grows_with_its_steps() -> None:
+    """BAM (2601.14234) descends - c r(x_1) + sum_k 2 |v - v_base|^2 / sigma_k^2, without the size of a step, by
+    back-propagation through T steps of the memoryless SDE with an offset: the objective at temperature T / c, times T."""
+    steps, c = 6, 4.0
+    method, tuned = (
+        AdjointMatching(solver="memoryless-offset", num_inference_steps=steps, beta=steps / c, adjoint="full"),
+        Corrected(),
+    )
+    bent_iteration(method, tuned)
+    x, generator, h = torch.randn(6, 2, generator=stream(3)), stream(4), 1 / steps
+    cost = torch.zeros(6)
+    for k in range(steps):
+        t = torch.tensor(k * h)
+        sigma = (2 * (1 - t + h) / (t + h)).sqrt()
+        v = tuned(x, t)
+        cost = cost + 2 * ((v - MIXTURE.velocity(x, t)) / sigma).square().sum(1)
+        noise = torch.randn(6, 2, generator=generator, dtype=torch.float32).double()
+        x = x + h * (2 * v - x / (t + h)) + h**0.5 * sigma * noise
+    theirs = torch.autograd.grad((cost - c * bent(x)).mean(), (tuned.weight, tuned.bias))
+    assert_close((tuned.weight.grad, tuned.bias.grad), tuple(2 / steps * each for each in theirs), rtol=1e-9, atol=1e-12)

@@ -71,7 +71,7 @@ def test_observations_are_seen_in_standard_deviations() -> None:
     expected = network(x, time, seen)
     scale, shift = torch.tensor([2.0, 3.0, 1.0]), torch.tensor([1.0, -1.0, 5.0])
     data = torch.tensor([[-1.0, -1, 0], [1, 1, 0]]) * scale + shift  # the last number never changes
-    network.scale_to(data)
+    network.observations.fit(data)
     assert torch.allclose(network(x, time, seen * scale + shift), expected, atol=1e-6)
 
 
@@ -98,7 +98,7 @@ def test_a_folder_and_a_recipe_give_the_policy_again(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "held_out_loss" in card
     assert "144 rows of 12 episodes, 110 chunks to train on" in card
-    assert not torch.equal(policy.flow.network.mean, torch.zeros(3))  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(policy.flow.network.observations.mean, torch.zeros(3))  # type: ignore[union-attr]
     with pytest.raises(InputError, match=r"is a policy; in a recipe write `model: \{name: policy, path: "):
         load(folder)
     with pytest.raises(InputError, match="digits-flow: is no policy, whose network takes observations"):

@@ -74,7 +74,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 OF_MOLECULES = ("xtb-energy", "dipole", "mmff-energy", "qed", "logp", "sa-score", "validity")
-ELSEWHERE = ("http", "image-similarity", "norm", "ocr", "preference", "profile", *OF_MOLECULES)
+ELSEWHERE = ("http", "image-similarity", "norm", "ocr", "preference", "profile", "q-function", *OF_MOLECULES)
 """Rewards that have tests of their own: they need more than a picture, or are of points."""
 LOCAL = [name for name in names("rewards") if name not in ELSEWHERE]
 PROMPTS = ["red", "a green cat", "blue", "white on black", "black"]

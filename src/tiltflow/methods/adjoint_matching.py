@@ -44,6 +44,7 @@ from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import Numbers
+from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.checked import evaluate, finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Spacing, Start
@@ -261,6 +262,7 @@ class AdjointMatching(Tilting):
         late = self.control_from > 0  # the running reward before it would be left out
         return Needs(
             reward_gradient=True,
+            learned_reward=True,
             running_reward=not late,
             passes=self.num_passes,
             exact_trajectories="method.reweight_passes" if self.reweight_passes else None,
@@ -330,6 +332,8 @@ class AdjointMatching(Tilting):
             "path_kl": _mean(energy.sum(0), shares) / 2,
             **({} if kept is None else {"dropped": float(len(batch) - len(kept))}),
         }
+        if isinstance(used.reward, LearnedReward):
+            measured["reward_loss"] = used.reward.learn(ends, used.tuned, batch.generator)
 
         def size_of(weights: Tensor) -> float:
             k = max(late - steps.start, 0)

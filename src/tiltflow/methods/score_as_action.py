@@ -304,7 +304,7 @@ class ScoreAsAction(PolicyGradient):
                 state.value, state.optimizer, drawn.experience, self.critic, generator, state.iterations
             )
         if isinstance(batch.reward, LearnedReward):
-            measured["reward_loss"] = batch.reward.learn(drawn.end, generator)
+            measured["reward_loss"] = batch.reward.learn(drawn.end, batch.tuned, generator)
         if vectors is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return

@@ -15,7 +15,7 @@ from tiltflow.conditions.observations import observed
 from tiltflow.errors import InputError
 from tiltflow.models.model import Model, read_model
 from tiltflow.models.model_folder import FlowConfig, model_folder, read_config
-from tiltflow.networks.policy_mlp import PolicyMlp
+from tiltflow.networks.policy_mlp import PolicyMlp, PolicyMlpModule
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.user_code import check_device, whole_number
 
@@ -42,7 +42,11 @@ class Policy(Model):
         return observed(items, self.observation_dim).to(self.device), None
 
     def example_conditions(self, count: int) -> Tensor:
-        """Observations of zeros [count, observation], to try the network with."""
+        """An observation [count, observation] to try the network with: the mean of those that it was cloned on; zeros for
+        another network."""
+        network = self.flow.network
+        if isinstance(network, PolicyMlpModule):
+            return network.observations.mean.expand(count, -1)
         return torch.zeros(count, self.observation_dim, device=self.device)
 
     def draw(

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tiltflow.policies.standardise import Standardise
 from tiltflow.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,18 +42,12 @@ class PolicyMlp(Settings):
 class PolicyMlpModule(nn.Module):
     """(chunks [batch, horizon * action], time [batch], observations [batch, observation]) -> [batch, horizon * action], zero at
     the start.
-
-    Observations are seen in standard deviations from a mean, buffers that are 1 and 0 until `scale_to` sets them.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, settings: PolicyMlp):
         super().__init__()
         (size,) = settings.event_shape
-        self.register_buffer("mean", torch.zeros(settings.observation_dim))
-        self.register_buffer("std", torch.ones(settings.observation_dim))
+        self.observations = Standardise(settings.observation_dim)
         widths = [size + settings.observation_dim + 7] + settings.layers * [settings.hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -62,14 +57,8 @@ class PolicyMlpModule(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def scale_to(self, observations: Tensor) -> None:
-        """See observations in the mean and standard deviation of these [n, observation]; what never changes as it is."""
-        self.mean.copy_(observations.mean(0))
-        std = observations.std(0, correction=0)
-        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
-
     def forward(self, x: Tensor, time: Tensor, observations: Tensor) -> Tensor:
         t = time[:, None]
         angle = t * (torch.pi * torch.tensor([1.0, 2.0, 4.0], dtype=x.dtype, device=x.device))
-        seen = ((observations - self.mean) / self.std).to(x.dtype)
+        seen = self.observations(observations)
         return self.head(self.body(torch.cat([x, seen, t, angle.cos(), angle.sin()], 1)))  # type: ignore[no-any-return]

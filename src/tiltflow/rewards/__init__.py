@@ -5,7 +5,7 @@ channels, height, width], of which a score of pictures is the mean over the fram
 sample, higher is better, no sample looking at its neighbours. A plain function is a reward. Methods that need its gradient get
 it from autograd. A reward may ask for the prompts of the samples, their metadata and the pictures that they are edits of, or,
 in place of the samples, for the latents that they are decoded from; and it may learn, while a method trains, from the samples
-that it is shown after each iteration.
+that it is shown after each iteration, or from data and the model.
 
 A reward is the user's code: it gets a copy of the samples, which it may write into, and what it returns is copied.
 """
@@ -19,7 +19,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from tiltflow.flows.field import Which
+from tiltflow.flows.field import VelocityField, Which
 from tiltflow.plugins import part_of
 
 Metadata = Mapping[str, Any]
@@ -152,8 +152,12 @@ class LearnedReward(Protocol):
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
-    def learn(self, x: Tensor, generator: torch.Generator) -> float:
-        """Learn from samples x [batch, *event] of the tuned model. Returns the loss before."""
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
+        """Learn from samples x [batch, *event] of the tuned model, or from the model itself. Returns the loss before.
+
+        Args:
+            field: the tuned model's, bound to the conditions of these samples.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

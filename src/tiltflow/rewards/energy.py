@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltflow.data import load_images
 from tiltflow.errors import InputError
+from tiltflow.flows.field import VelocityField
 from tiltflow.optimization import load_optimizer
 from tiltflow.plugins import part_of
 from tiltflow.settings import PathOrName, Settings
@@ -77,7 +78,7 @@ class EnergyReward:
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
 
-    def learn(self, x: Tensor, generator: torch.Generator) -> float:
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
         """Take optimizer steps on samples x [batch, *event] and as many images. Returns the loss before them.
 
         Raises InputError if they are of different shapes.

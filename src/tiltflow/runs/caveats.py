@@ -13,6 +13,7 @@ from tiltflow.evaluation.importance_weights import FEW
 from tiltflow.laws.target import Target
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
+from tiltflow.rewards import LearnedReward, Reward
 from tiltflow.rewards.functions.failures import MANY
 from tiltflow.training.calibration import LIMIT, gain_at_limit
 from tiltflow.training.kl_budget import FREEZE, MEASURED
@@ -62,6 +63,16 @@ def failed_in_words(of_base: int, of_tuned: int, count: int, records: Sequence[M
             " learned is in part that of the value for failures."
         )
     return found | {"limits": limits}
+
+
+def learned_in_words(reward: Reward) -> list[str]:
+    """The sentence that says what the rewards of a summary are, of a reward that learned while the model was trained."""
+    if not isinstance(reward, LearnedReward):
+        return []
+    return [
+        "The reward was learned along the way: rewards and target law are those of the reward at the end, which the model has"
+        " followed as it changed."
+    ]
 
 
 def calibration_in_words(beta: float | None, working_beta: float | None) -> dict[str, Any]:

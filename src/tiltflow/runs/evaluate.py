@@ -49,6 +49,7 @@ from tiltflow.runs.caveats import (
     failed_in_words,
     few_steps_limits,
     guidance_limits,
+    learned_in_words,
     left_out_in_words,
     modes_in_words,
     reach_in_words,
@@ -120,6 +121,7 @@ def evaluate(
         **budget,
         "limits": [
             *reach_in_words(target),
+            *learned_in_words(instruments.rewards[instruments.own]),
             *calibrated["limits"],
             *budget["limits"],
             *annealing_in_words(target.beta, records[-1]),

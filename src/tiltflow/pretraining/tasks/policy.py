@@ -56,7 +56,7 @@ class PolicyPretraining(Pretraining):
         )
         network = new_network(settings, self.seed)
         assert isinstance(network, PolicyMlpModule)
-        network.scale_to(data.observations[train])
+        network.observations.fit(data.observations[train])
         return PolicyTask(self, settings, network.to(device), data.to(device), train.to(device), held_out.to(device))
 
 

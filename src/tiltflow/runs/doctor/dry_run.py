@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from tiltflow.conditions import Item
 from tiltflow.flows.adapter import AdapterOff, has_adapter, is_off
+from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.offload import Offload, offloaded
@@ -199,9 +200,9 @@ class Learning(Replayed):
         """The network that learns."""
         return self.learner.network
 
-    def learn(self, x: Tensor, generator: torch.Generator) -> float:
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
         """Learn from samples without numbers."""
-        return self.learner.learn(x, generator)
+        return self.learner.learn(x, field, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, of which the loop keeps copies."""
