@@ -32,7 +32,7 @@ def test_every_key_of_the_shipped_recipes_is_listed() -> None:
         tree = read_yaml(path)
         of_model = [setting for _, kind in settings_of("model").values() for setting in kind]
         known = {setting.name.replace("[]", "") for setting in (*settings, *of_model)}
-        named = {part: tree[part] for part in ("method", "reward", "utility") if part in tree}
+        named = {part: tree[part] for part in ("method", "reward", "utility", "conditions") if part in tree}
         named |= {f"rewards.{name}": each for name, each in tree.get("rewards", {}).items()}
         for part, chosen in named.items():
             topics_of = settings_of(chosen if isinstance(chosen, str) else chosen["name"])
