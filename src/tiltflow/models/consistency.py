@@ -73,12 +73,9 @@ def consistency(model: Model, data: Tensor | None = None, *, seed: int = 0) -> C
     count = samples_needed(model.event_shape)
     if data is None:
         few = Sampling(solver="heun", num_inference_steps=8)
-<<<<<<< HEAD
-        x1 = replace(model, decoder=None).sample(count, seed=stream(seed, "consistency").initial_seed(), sampling=few)
-=======
         seeded = stream(seed, "consistency").initial_seed()
-        x1 = model.drawn(count, model.example_conditions(count), seed=seeded, sampling=few, batch_size=256)
->>>>>>> 477d83c (A reward that learns beside the policy: critics of chunks of actions (q-function), with Adjoint Matching; QAM, BAM and TRQAM by their temperatures)
+        undecoded = replace(model, decoder=None)
+        x1 = undecoded.drawn(count, model.example_conditions(count), seed=seeded, sampling=few, batch_size=256)
     elif not isinstance(data, Tensor) or data.shape[1:] != model.event_shape or len(data) < FEWEST:
         got = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
         raise InputError(f"data must be {FEWEST} or more samples of shape {list(model.event_shape)}, got {got}")
