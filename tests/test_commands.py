@@ -17,11 +17,14 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow import load
+from tiltflow.commands.compare import split
 from tiltflow.commands.terminal.app import app
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.problems.verification.verify import read_verification
 from tiltflow.reports.page import commands
+from tiltflow.runs.comparison.budget import Budget
+from tiltflow.runs.comparison.plan import Plan
 from tiltflow.runs.describe import topics
 from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import run
@@ -95,6 +98,10 @@ def check(name: str, given: dict[str, Any]) -> None:
         case "sweep":
             tree = read_recipe_tree(find_recipe(given["recipe"], "train"), overrides)
             assert points_of(tree, parse_grid(given["over"] or [], given["seeds"]), "sweep")
+        case "compare":
+            budget = Budget.of(given["network_evaluations"], given["reward_evaluations"], given["seconds"])
+            names = [split(given[key]) for key in ("methods", "problems", "recipes")]
+            assert Plan.of(*names, seeds=given["seeds"], budget=budget, settings=overrides).subjects
         case "verify":
             named = [] if given["utility"] is None else [f"utility.name={given['utility']}"]
             read_verification(given["problem"], given["method"], [*named, *overrides])

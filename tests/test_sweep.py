@@ -84,13 +84,13 @@ def test_points_are_named_by_their_values(tree: dict[str, Any]) -> None:
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """For each process of a sweep, as in all tests: several are slower where the models are small."""
-    monkeypatch.setattr("tiltflow.runs.sweep.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("tiltflow.runs.jobs.os.cpu_count", lambda: 1)
 
 
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes of a sweep be copies of this one, which need not import everything first."""
     context = multiprocessing.get_context("fork")
-    monkeypatch.setattr("tiltflow.runs.sweep.multiprocessing.get_context", lambda method: context)
+    monkeypatch.setattr("tiltflow.runs.jobs.multiprocessing.get_context", lambda method: context)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -185,7 +185,7 @@ def test_a_sweep_of_a_pipeline(tmp_path: Path) -> None:
     points = points_of(tree, {"method.beta": [0.5], "seed": [0]}, "tiny")
     assert [point.recipe.prompts.texts[0] for point in points] == ["a red cat"]
     folder = tmp_path / "sweep"
-    assert [run_point(point, folder, "cpu", 1) for point in points] == [None]
+    assert [run_point(point, folder, "cpu") for point in points] == [None]
     result = collect(points, folder, {})
     assert result["distance"] == "path_kl"
     for point, row in zip(points, result["points"], strict=True):

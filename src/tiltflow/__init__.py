@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tiltflow.api import evaluate, load, report, steer, steps, tune
+    from tiltflow.api import compare, evaluate, load, report, steer, steps, tune
     from tiltflow.errors import CollapseError, InputError, NonFiniteError, TiltflowError, UserCodeError
     from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
@@ -81,6 +81,7 @@ _HOME = {
     "UserCodeError": "errors",
     "accept_changes": "runs.fingerprints",
     "allow_code": "plugins",
+    "compare": "api",
     "evaluate": "api",
     "examine_model": "runs.doctor.network",
     "from_diffusers": "models.from_diffusers",
@@ -126,6 +127,7 @@ __all__ = [
     "UserCodeError",
     "accept_changes",
     "allow_code",
+    "compare",
     "evaluate",
     "examine_model",
     "from_diffusers",

@@ -1,4 +1,4 @@
-"""Load, tune, steer, train, evaluate, report: what Python can do, for every kind of model."""
+"""Load, tune, steer, compare, train, evaluate, report: what Python can do, for every kind of model."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ from tiltflow.pictures import IMAGE, Picture, picture_of
 from tiltflow.reports.report import write_report
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.lifted import from_function
+from tiltflow.runs.comparison.budget import Budget
+from tiltflow.runs.comparison.compare import compare as run_comparison
+from tiltflow.runs.comparison.plan import Plan
 from tiltflow.runs.fingerprints import of_network, of_pictures
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.prepare import check_start, check_warm_start
@@ -61,6 +64,44 @@ from tiltflow.user_code import check_device, refused, whole_number
 
 Condition = str | int | Mapping[str, Any]
 """What a sample is asked for: a prompt, or a mapping with the key `prompt`; a class, by name or number."""
+
+
+def compare(
+    methods: Sequence[str],
+    problems: Sequence[str] = (),
+    recipes: Sequence[str] = (),
+    *,
+    output: str | Path,
+    seeds: int = 5,
+    network_evaluations: float | None = None,
+    reward_evaluations: float | None = None,
+    seconds: float | None = None,
+    tune: Literal["learning-rate", "none"] = "learning-rate",
+    beta: float | None = None,
+    num_samples: int = 4000,
+    settings: Sequence[str] = (),
+    processes: int = 1,
+    device: str = "cpu",
+    watch: Callable[[str, str, float], None] = lambda title, what, part: None,
+) -> dict[str, Any]:
+    """Train methods, by name, on problems of `tiltflow verify` and on recipes with the same seeds under one budget, and compare
+    what they reach: rows.jsonl, comparison.json and report.html in the folder `output`. The same call again resumes. Returns
+    the content of comparison.json.
+
+    Args:
+        network_evaluations, reward_evaluations, seconds: the budget of each training; exactly one.
+        tune: whether each learning rate is tuned first, by the same rule.
+        beta: temperature of the target law; 1 for problems and that of its own method for a recipe by default.
+        num_samples: of each measurement on a problem.
+        settings: overrides `NAME.key=value` of a method, problem or recipe.
+        watch: is told the title of each training, how it ended, and its length in whole trainings.
+
+    Raises InputError, before the first training, for what cannot be compared, and for a folder that holds something else.
+    """
+    budget = Budget.of(network_evaluations, reward_evaluations, seconds)
+    chosen: dict[str, Any] = {"tune": tune, "beta": beta, "num_samples": num_samples, "settings": settings}
+    plan = Plan.of(methods, problems, recipes, seeds=seeds, budget=budget, **chosen)
+    return run_comparison(plan, Path(output), processes=processes, device=device, watch=watch)
 
 
 def report(folder: str | Path) -> Path:

@@ -69,6 +69,11 @@ class TwoModes(ExactBase):
         """tanh x, of samples [batch, 1] -> [batch]."""
         return lambda x: torch.tanh(x[:, 0])
 
+    def tilted_sampler(self, beta: float) -> Callable[[int, torch.Generator], Tensor]:
+        """See `ExactBase`."""
+        law = self.law()
+        return sampler(law.tilt(self.reward_at(law.points) / beta))
+
     @staticmethod
     def reward_at(x: Array) -> Array:
         """The same reward of points x [n]."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"ink": "#26303c", "soft": "#5f6a76", "line": "#dfe2e7", "base": "#7f8b98", "tuned": "#2f6fd0", "target": "#bd6a16"}
 """CSS variable of each colour, and its value if the page does not set it."""
+SERIES = ("#2d6cce", "#c0433b", "#2c8955", "#b9661a", "#7a4cb0", "#12848a", "#ae407d", "#69737e")
+"""Colours of several series, CSS variables --s0, --s1, .."""
 LAYOUT: Literal["constrained"] | None = "constrained"
 """Matplotlib's engine that makes room for the labels of curves."""
 PADDING = 2  # pixels around each image of a grid
@@ -129,7 +131,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, references
     with figure_of(4.4 * len(keys), 2.2, layout=LAYOUT) as figure:
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             _curve(axes, rows, key, (references or {}).get(key))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, reference: float | None) -> None:
@@ -177,7 +179,7 @@ def looks(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "iteration")
         ticks(axes.yaxis, 5)
         axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
         axes.tick_params(length=0)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Any, Any]:
@@ -225,7 +227,7 @@ def class_histogram(
         axes.spines["left"].set_visible(False)
         axes.set_ylim(bottom=0)
         figure.legend(loc="outside upper left", ncols=3, handlelength=1, handleheight=1)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metric) -> str:
@@ -267,10 +269,10 @@ def pareto(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: Metri
         axes.grid(color=COLOURS["line"], linewidth=0.8)
         axes.tick_params(length=0)
         axes.margins(0.12)
-        return _svg(figure)
+        return as_svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     """Return the figure as an <svg> element, without date, comments, or ids that could clash with another one on the page."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
@@ -280,6 +282,6 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", text)
-    for name, colour in COLOURS.items():
+    for name, colour in (*COLOURS.items(), *((f"s{i}", colour) for i, colour in enumerate(SERIES))):
         text = text.replace(colour, f"var(--{name}, {colour})")
     return text

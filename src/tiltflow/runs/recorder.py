@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tiltflow import processes
 from tiltflow.errors import CollapseError, Interrupted, NonFiniteError
@@ -18,7 +17,7 @@ from tiltflow.runs.looks import Watcher, take_look
 from tiltflow.runs.resume import environment
 from tiltflow.runs.trackers import Tracker
 from tiltflow.training.callbacks import Callback, asks_to_stop
-from tiltflow.training.records import METRICS
+from tiltflow.training.records import METRICS, line_of
 from tiltflow.training.settings import Training
 from tiltflow.training.trainer import BatchEnd, Record
 
@@ -90,15 +89,12 @@ class Recorder:
         for record in records:
             if not processes.is_main():
                 continue
-            row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
-            row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
-            row |= {f"seconds_{name}": round(taken, 6) for name, taken in record.seconds_by_phase.items()}
-            row |= {} if record.peak_memory is None else {"peak_memory_bytes": record.peak_memory}
-            append_row(self.path / METRICS, row | record.metrics)
+            row = line_of(record)
+            append_row(self.path / METRICS, row)
             self._unsaved = True
             self._asked = asks_to_stop(self.callbacks, record) or self._asked
             if self.tracker is not None:
-                self.tracker.scalars(row | record.metrics, record.step)
+                self.tracker.scalars(row, record.step)
 
     def on_batch_end(self, end: BatchEnd) -> None:
         """Take a look and write a checkpoint where they are due. Raises an exception of its own to end the training where a

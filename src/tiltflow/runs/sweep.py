@@ -13,27 +13,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.evaluation.metrics import every_metric
 from tiltflow.evaluation.table import OF_POINT
 from tiltflow.files import PARTIAL, read_json, trusted, write_json, write_text, writing
-from tiltflow.plugins import allow_code, code_allowed
 from tiltflow.reports.plots import pareto
 from tiltflow.runs.checkpoint import FOLDER, checkpoints
+from tiltflow.runs.jobs import run_all
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.recipe import Recipe, read_one_run
 from tiltflow.runs.resume import flat
@@ -171,38 +166,28 @@ def continues(before: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
 def _run_all(
     todo: Sequence[Point], folder: Path, processes: int, device: str, watch: Callable[[str, str], None]
 ) -> dict[str, str]:
-    """Run points in a pool of processes. Returns the error of each one that failed, by name."""
+    """Run points, several at a time. Returns the error of each one that failed, by name."""
     failures: dict[str, str] = {}
-    threads = max(1, (os.cpu_count() or 1) // max(processes, 1))
-    with ProcessPoolExecutor(min(processes, max(len(todo), 1)), multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(run_point, point, folder, device, threads, code_allowed()): point for point in todo}
-        try:
-            for job in as_completed(jobs):
-                point = jobs[job]
-                if (problem := job.result()) is not None:
-                    failures[point.name] = problem
-                watch(point.name, problem or "done")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for point, problem in run_all(partial(run_point, folder=folder, device=device), todo, processes):
+        if problem is not None:
+            failures[point.name] = problem
+        watch(point.name, problem or "done")
     return failures
 
 
-def run_point(point: Point, folder: Path, device: str, threads: int, code_of_runs: bool = False) -> str | None:
+def run_point(point: Point, folder: Path, device: str) -> str | None:
     """Train and evaluate a point. Returns the error if it fails."""
-    torch.set_num_threads(threads)
-    partial, recipe = folder / f"{point.name}{PARTIAL}", point.recipe
+    draft, recipe = folder / f"{point.name}{PARTIAL}", point.recipe
     try:
-        with writing(partial):
-            if checkpoints(partial / FOLDER):
+        with writing(draft):
+            if checkpoints(draft / FOLDER):
                 training = recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})
                 recipe = recipe.model_copy(update={"training": training})
-            elif partial.exists():
-                shutil.rmtree(partial)
-        with allow_code() if code_of_runs else nullcontext():
-            run(recipe, partial, device=device)
-        with writing(partial):
-            partial.rename(folder / point.name)
+            elif draft.exists():
+                shutil.rmtree(draft)
+        run(recipe, draft, device=device)
+        with writing(draft):
+            draft.rename(folder / point.name)
     except TiltflowError as error:
         return str(error)
     return None

@@ -8,8 +8,18 @@ from typing import Any
 
 from tiltflow.files import read_rows
 from tiltflow.timing import PHASES
+from tiltflow.training.trainer import Record
 
 METRICS = "metrics.jsonl"
+
+
+def line_of(record: Record) -> dict[str, Any]:
+    """The line of an optimizer step."""
+    row: dict[str, Any] = {"step": record.step, "seconds": round(record.seconds, 3)}
+    row |= {"network_evaluations": record.network_evaluations, "samples_drawn": record.samples_drawn}
+    row |= {f"seconds_{name}": round(taken, 6) for name, taken in record.seconds_by_phase.items()}
+    row |= {} if record.peak_memory is None else {"peak_memory_bytes": record.peak_memory}
+    return row | record.metrics
 
 
 def of_machine(key: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tiltflow import processes
 from tiltflow.rewards import Reward, select
 from tiltflow.rewards.functions.checked import Answered, evaluate, shared, values_of
+from tiltflow.rewards.functions.counting import count_rewards
 from tiltflow.rewards.functions.prompted import prompts_of
 from tiltflow.streams import Noise, Rows
 from tiltflow.timing import phase
@@ -93,6 +94,7 @@ class Scoring:
             with phase("reward"):
                 x = reward.decoded(x)
             reward = reward.reward
+        count_rewards(len(x))  # the thread is in no context
         self.line.begin(lambda: values_of(reward, x))
 
     @phase("reward")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tiltflow.commands.terminal.console import escape, is_main_process, make_console
+from tiltflow.formatting import duration
 
 if TYPE_CHECKING:
     from tiltflow.pretraining.loop import Progress as PretrainingRecord
@@ -149,15 +151,40 @@ def sweep_progress(console: Console, quiet: bool, total: int) -> Iterator[Callab
     Args:
         total: number of runs.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    with jobs_progress(console, quiet, total) as watch:
+        yield lambda name, what: watch(name, what, 1.0)
 
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("runs"), TimeRemainingColumn())
+
+@contextmanager
+def jobs_progress(console: Console, quiet: bool, total: float) -> Iterator[Callable[[str, str, float], None]]:
+    """Yield a callback (name of a job, how it ended, its length) that shows the progress of many jobs, and the time left.
+
+    Args:
+        total: the length of all of them, in any unit.
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (SpinnerColumn(), BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("runs"), TimeRemainingColumn())
+    began, done, known = time.monotonic(), 0.0, 0.0
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("sweep", total=total)
+        task = bar.add_task("runs", total=total)
 
-        def watch(name: str, what: str) -> None:
-            bar.advance(task)
+        def watch(name: str, what: str, length: float) -> None:
+            nonlocal done, known
+            done += length
+            known += length if what == "already done" else 0.0
+            bar.update(task, completed=done)
             if not quiet:
-                console.print(f"{escape(name)}: {escape(what)}")
+                left = time_left(time.monotonic() - began, done - known, total - done)
+                console.print(f"{escape(name)}: {escape(what)}{'' if console.is_terminal else left}")
 
         yield watch
+
+
+def time_left(seconds: float, done: float, left: float) -> str:
+    """What is left, in words, at the speed until now.
+
+    >>> time_left(60.0, 2.0, 3.0), time_left(60.0, 2.0, 0.0)
+    ('  (1 min 30 s left)', '')
+    """
+    return f"  ({duration(seconds / done * left)} left)" if done > 0 and left > 1e-9 else ""

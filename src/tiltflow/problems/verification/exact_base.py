@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tiltflow.errors import InputError
 from tiltflow.evaluation import achieved_tilt
 from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.log_ratio import END
@@ -47,6 +48,8 @@ LEARNING_RATES = {
     "endpoint-adjoint-matching": 5e-3,
     "deterministic-adjoint-matching": 5e-3,
 }
+LEARNING_RATE = 5e-3
+"""Of the other methods."""
 # Tilt matching learns in rounds, each from many samples.
 ROUNDS: dict[str, Tree] = {"tilt-matching": {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}}
 RUNS: dict[str, Tree] = {
@@ -76,10 +79,19 @@ class ExactBase(Settings):
     def base(self) -> GaussianMixture:
         """The law of the base."""
 
+    @abstractmethod
+    def reward(self) -> Callable[[Tensor], Tensor]:
+        """A function of samples [batch, dimension] -> [batch]."""
+
+    def tilted_sampler(self, beta: float) -> Callable[[int, torch.Generator], Tensor]:
+        """(count, generator) -> exact samples [count, dimension] of p_base(x) exp(r(x) / beta). Raises InputError where the
+        problem is of another law."""
+        raise InputError(f"problem {self.name!r} is not of p_base(x) exp(r(x) / beta), and has no reward to compare methods by")
+
     @classmethod
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
-        optimizer: Tree = {"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {}
+        optimizer: Tree = {"learning_rate": LEARNING_RATES.get(method, LEARNING_RATE)}
         if method == "path-reweighted":  # each round changes the weights, and with them the size of the gradients
             optimizer = {**optimizer, "adam_beta2": 0.95}
         rounds, run = ROUNDS.get(method, {}), RUNS.get(method, {})

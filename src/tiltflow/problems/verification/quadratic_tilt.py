@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -61,6 +62,10 @@ class QuadraticTilt(ExactBase):
     def reward(self) -> QuadraticReward:
         """c.x - q |x|^2 / 2."""
         return QuadraticReward(vector(self.linear, self.dimension), self.quadratic)
+
+    def tilted_sampler(self, beta: float) -> Callable[[int, torch.Generator], Tensor]:
+        """See `ExactBase`."""
+        return self.base().tilt(self.reward(), beta).sample
 
     @classmethod
     def defaults(cls, method: str) -> Defaults:

@@ -15,6 +15,7 @@ from tiltflow.errors import InputError, NonFiniteError, UserCodeError
 from tiltflow.flows.interpolant import expand
 from tiltflow.offload import scoring
 from tiltflow.rewards import NonFiniteRewards, Reward, select
+from tiltflow.rewards.functions.counting import count_rewards
 from tiltflow.rewards.functions.prompted import chosen, prompts_of
 from tiltflow.timing import phase
 from tiltflow.user_code import explained
@@ -89,6 +90,8 @@ def values_of(reward: Reward, x: Tensor) -> Tensor:
     it raises an exception.
     """
     handed = x.clone()
+    if not isinstance(reward, Answered | Shared):  # known, and counted where it is evaluated
+        count_rewards(len(x))
     with explained("the reward"):
         value: Any = reward(handed)
     if isinstance(value, tuple) and len(value) == 2:

@@ -1,0 +1,110 @@
+"""`tiltflow compare`: train methods under one budget, and compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tiltflow import plugins
+from tiltflow.commands.terminal.console import escape, make_console, print_json
+from tiltflow.commands.terminal.exit_codes import FAILURE
+from tiltflow.commands.terminal.options import AllowCode, Device, Json, Quiet, Threads, set_up_torch
+from tiltflow.commands.terminal.progress import jobs_progress
+
+
+def compare(
+    methods: Annotated[str, typer.Option(metavar="A,B,..", help=f"{', '.join(plugins.names('methods'))}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, empty, or that of this comparison.")],
+    problems: Annotated[str, typer.Option(metavar="A,B,..", help="Problems of `tiltflow verify`.")] = "",
+    recipes: Annotated[str, typer.Option(metavar="A,B,..", help="Recipes by name, or .yaml files.")] = "",
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.")] = 5,
+    network_evaluations: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
+    reward_evaluations: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
+    tune: Annotated[str, typer.Option(help="learning-rate: by the same rule for each method; or none.")] = "learning-rate",
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the target law.", show_default="1 for problems, the recipe's own for recipes"),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples of each measurement on a problem.")] = 4000,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="NAME.KEY=VALUE", help="Override a setting of a method, problem or recipe."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of trainings at a time.")] = 1,
+    threads: Threads = None,
+    device: Device = "auto",
+    allow_code: AllowCode = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train methods on the same problems and recipes with the same seeds under one budget, and compare what they reach.
+
+    Exactly one budget is given; all three are counted. Each learning rate is tuned by the same rule first. The same command
+    again goes on where it stopped; it may have more methods, problems, recipes or seeds. In a recipe, each method has its own
+    defaults in place of the recipe's method and optimizer. A recipe can run code: the Python functions that it names.
+
+    [dim]tiltflow compare --methods draft,dpok --problems gaussian,mixture --network-evaluations 2e6 --output runs/compare[/dim]
+    [dim]tiltflow compare --methods dpok,flow-grpo --recipes digits-even --seeds 3 --seconds 120 --output runs/digits[/dim]
+    [dim]tiltflow compare --methods draft,refl --problems mixture --set mixture.dimension=16 --seconds 60 -o runs/16[/dim]
+    """
+    from tiltflow.runs.comparison.budget import Budget
+    from tiltflow.runs.comparison.compare import compare as run_comparison
+    from tiltflow.runs.comparison.compare import units
+    from tiltflow.runs.comparison.plan import Plan
+
+    console = make_console(as_json)
+    budget = Budget.of(network_evaluations, reward_evaluations, seconds)
+    chosen = set_up_torch(device, threads)
+    listed = (split(methods), split(problems), split(recipes))
+    plan = Plan.of(
+        *listed,
+        seeds=seeds,
+        budget=budget,
+        tune=tune,
+        beta=beta,
+        num_samples=num_samples,
+        settings=overrides or [],
+    )
+    with jobs_progress(console, quiet, units(plan)) as watch:
+        result = run_comparison(plan, output, processes=processes, device=chosen, watch=watch)
+    for each in result["results"]:
+        print_subject(console, each)
+    for title, error in result["failed"].items():
+        console.print(f"[yellow]{escape(title)}: {escape(error)}[/yellow]")
+    console.print(f"report: {escape(output / 'report.html')}")
+    print_json(as_json, result)
+    if result["failed"]:
+        raise typer.Exit(FAILURE)
+
+
+def split(text: str) -> list[str]:
+    """
+    >>> split("a, b,")
+    ['a', 'b']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def print_subject(console: Console, found: Mapping[str, Any]) -> None:
+    """Print a line for each method: means over seeds with their standard errors."""
+    from rich.table import Table
+
+    from tiltflow.formatting import decimal
+
+    table = Table(box=None, header_style="bold", pad_edge=False, title=escape(found["subject"]), title_justify="left")
+    columns = ("reward", "distance", "floor", "achieved_tilt", "diversity", "network_evaluations", "seconds")
+    for column in ("method", *columns, "seeds"):
+        table.add_column(column.replace("_", " "), no_wrap=column == "method")
+    for method in found["methods"]:
+        cells = []
+        for column in columns:
+            mean, error = method[column]["mean"], method[column]["error"]
+            of_error = None if column in ("network_evaluations", "floor") else error
+            cells.append("–" if mean is None else f"{mean:.3g}" if column == "network_evaluations" else decimal(mean, of_error))
+        table.add_row(escape(method["method"]), *cells, str(method["n"]))
+    console.print(table)

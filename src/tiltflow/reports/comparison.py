@@ -1,0 +1,203 @@
+"""Writing the report of a comparison: one HTML page of what is in its folder, comparison.json and pictures."""
+
+# Mutation tests: none: words and pages
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiltflow.files import final_name, read_json, trusted, write_text
+from tiltflow.formatting import decimal, duration
+from tiltflow.reports import compared
+from tiltflow.reports.report import environment
+
+FILE = "comparison.json"
+HEADS = {
+    "reward": "reward",
+    "distance": "distance to the target",
+    "achieved_tilt": "achieved tilt",
+    "diversity": "diversity",
+    "network_evaluations": "network evaluations",
+    "reward_evaluations": "reward evaluations",
+    "seconds": "seconds",
+}
+"""Columns of the table, and their heads."""
+TITLES = {"reward": "Mean reward", "distance": "Distance to the target law", "diversity": "Diversity"}
+BUDGETS = {"network_evaluations": "network evaluations", "reward_evaluations": "reward evaluations", "seconds": "seconds"}
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a sortable table: its text, and the number to sort by."""
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of a problem or recipe."""
+
+    title: str
+    facts: str
+    lede: str
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    stopped: Sequence[str]
+    differences: Sequence[tuple[str, Sequence[Sequence[str]]]]
+    plots: Sequence[tuple[str, str]]
+    pictures: Sequence[tuple[str, str]]
+    tuning: Sequence[Sequence[str]]
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Write `report.html` beside comparison.json, and return its path. Raises InputError if that cannot be read."""
+    source = folder / FILE
+    content = read_json(source)
+    with trusted(source):
+        template = environment().get_template("comparison.html.j2")
+        text = template.render(
+            name=final_name(folder),
+            facts=facts(content),
+            heads=list(HEADS.values()),
+            sections=[section(content, each, folder) for each in content["results"]],
+            tuned=content["tune"] != "none",
+            share=f"{content['share_of_tuning']:.0%}",
+            seeds=content["seeds"],
+            budget=budget(content),
+            kind=BUDGETS[content["budget"]["kind"]],
+        )
+    path = folder / "report.html"
+    write_text(path, text)
+    return path
+
+
+def budget(content: Tree) -> str:
+    """The budget, in words."""
+    kind, amount = content["budget"]["kind"], content["budget"]["amount"]
+    return duration(amount) if kind == "seconds" else f"{amount:,.0f} {BUDGETS[kind]}"
+
+
+def facts(content: Tree) -> list[str]:
+    """What was compared, in a few words each."""
+    seeds = content["seeds"]
+    return [
+        f"{len(content['methods'])} methods",
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
+        f"{budget(content)} each",
+        f"learning rates {'tuned' if content['tune'] != 'none' else 'not tuned'}",
+    ]
+
+
+def section(content: Tree, found: Tree, folder: Path) -> Section:
+    """What there is to say of a subject."""
+    best = {key: each["best"] for key, each in found["differences"].items() if each}
+    rows = [(m["method"], [cell(m, key, best.get(key) == m["method"]) for key in HEADS]) for m in found["methods"]]
+    return Section(
+        title=found["subject"],
+        facts=references(found),
+        lede=lede(found),
+        rows=rows,
+        stopped=[f"{m['method']}, {each}" for m in found["methods"] for each in m["stopped"]],
+        differences=[
+            (f"{TITLES[key]}: difference to {each['best']}", [difference(row) for row in each["others"]])
+            for key, each in found["differences"].items()
+            if each
+        ],
+        plots=plots(content, found),
+        pictures=pictures(folder, found),
+        tuning=[row for m in found["methods"] for row in tuning(m)],
+    )
+
+
+def cell(method: Tree, key: str, best: bool) -> Cell:
+    """The cell of a method in a column of `HEADS`."""
+    mean, error = method[key]["mean"], method[key]["error"]
+    if mean is None:
+        return Cell("–")
+    return Cell(f"{mean:,.0f}" if key.endswith("evaluations") else decimal(mean, error), mean, best)
+
+
+def references(found: Tree) -> str:
+    """What the base and the target law have, in words."""
+    known = {key: each["mean"] for key, each in found["references"].items()}
+    floors = [m["floor"]["mean"] for m in found["methods"] if m["floor"]["mean"] is not None]
+    said = [f"temperature {found['beta']:g}"]
+    for name, title in (("reward", "mean reward"), ("distance", "distance to the target"), ("diversity", "diversity")):
+        sides = [(side, known.get(f"{name}_{side}")) for side in ("base", "target")]
+        words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
+        words += [f"{decimal(max(floors))} of two exact samples, its floor"] if name == "distance" and floors else []
+        said += [f"{title} {', '.join(words)}"] if words else []
+    return "; ".join(said) + "."
+
+
+def lede(found: Tree) -> str:
+    """Which methods are best, and which of the others are not told from them."""
+    said = []
+    for key, title in (("distance", "nearest to the target law"), ("reward", "largest mean reward")):
+        each = found["differences"].get(key)
+        if each:
+            close = [row["method"] for row in each["others"] if row["p"] is None or row["p"] > 0.05]
+            said.append(f"{title}: {each['best']}" + (f", not told from {', '.join(close)}" if close else ""))
+    return "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "." if said else ""
+
+
+def difference(row: Tree) -> list[str]:
+    """The cells of a difference to the best."""
+    interval = "–" if row["low"] is None else f"{decimal(row['low'])} to {decimal(row['high'])}"
+    p = "–" if row["p"] is None else "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+    return [row["method"], decimal(row["mean"]), interval, p, str(row["n"])]
+
+
+def plots(content: Tree, found: Tree) -> list[tuple[str, str]]:
+    """The curves and the fronts, each with a title, as SVG."""
+    kind, known, drawn = content["budget"]["kind"], found["references"], []
+    for key in ("reward", "distance"):
+        series = {
+            m["method"]: [(point[kind]["mean"], point[key]) for point in m["points"] if point[kind]["mean"] is not None]
+            for m in found["methods"]
+        }
+        levels = {side: known[f"{key}_{side}"]["mean"] for side in ("base", "target") if f"{key}_{side}" in known}
+        if any(value["mean"] is not None for points in series.values() for _, value in points):
+            drawn.append(
+                (f"{TITLES[key]} against {BUDGETS[kind]}", compared.curves(series, BUDGETS[kind], TITLES[key], levels))
+            )
+    levels = {side: known[f"reward_{side}"]["mean"] for side in ("base", "target")}
+    for cost in ("distance", "diversity"):
+        if any(m[cost]["mean"] is not None for m in found["methods"]):
+            title = f"Reward against {TITLES[cost].lower()}"
+            drawn.append((title, compared.front(found["methods"], cost, TITLES[cost].lower(), levels)))
+    return drawn
+
+
+def pictures(folder: Path, found: Tree) -> list[tuple[str, str]]:
+    """The pictures of seed 0 that are there, each with its title, as PNG in base64: of base, target law and methods."""
+    points, runs = folder / "pictures" / found["subject"], folder / "runs" / found["subject"]
+    names = [m["method"] for m in found["methods"]]
+    first = {name: points / f"{name}.png" for name in ("base", "target", *names)}
+    of_runs = {name: runs / f"{name},seed=0" / "after.png" for name in names}
+    before = [path for name in names if (path := runs / f"{name},seed=0" / "before.png").exists()]
+    files = [*first.items(), *([("base", before[0])] if before else []), *of_runs.items()]
+    return [(name, base64.b64encode(path.read_bytes()).decode("ascii")) for name, path in files if path.exists()]
+
+
+def tuning(method: Tree) -> list[list[str]]:
+    """The rows of the tuning of a method: its candidates, and which was chosen."""
+    rows = []
+    for each in method["tuning"]["candidates"]:
+        chosen = "chosen" if each["factor"] == method["factor"] else ""
+        if chosen and each["factor"] in (min(factors(method)), max(factors(method))):
+            chosen = "chosen, at the edge"
+        numbers = ["–" if each[key] is None else decimal(each[key]) for key in ("reward", "distance")]
+        rows.append([method["method"], f"{each['learning_rate']:.3g}", *numbers, each["stopped"] or chosen])
+    return rows
+
+
+def factors(method: Tree) -> list[float]:
+    """The factors of the candidates."""
+    return [each["factor"] for each in method["tuning"]["candidates"]]

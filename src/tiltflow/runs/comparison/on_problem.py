@@ -1,0 +1,156 @@
+"""Methods on a problem with a known answer: the distance to exact samples of p_base exp(r / beta)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import InputError
+from tiltflow.evaluation import achieved_tilt
+from tiltflow.evaluation.distances import distances_to_law
+from tiltflow.evaluation.estimates import mean_estimate
+from tiltflow.evaluation.log_ratio import END
+from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
+from tiltflow.evaluation.samples import Asked
+from tiltflow.files import write_file
+from tiltflow.plugins import find
+from tiltflow.problems.verification.exact_base import MOST, ExactBase
+from tiltflow.problems.verification.verify import Verification, read_verification
+from tiltflow.reports.points import are_points, draw, frame
+from tiltflow.runs.comparison.subject import Chosen, OnBatchEnd, at_temperature, sampled_by
+from tiltflow.samplers.rollout import sample
+from tiltflow.streams import stream
+from tiltflow.training.optimizer import fill_optimizer
+from tiltflow.training.trainer import Record, train
+
+PICTURES = "pictures"
+DRAWS = 4
+"""Exact samples behind each distance and each floor."""
+
+
+@dataclass(frozen=True)
+class OnProblem:
+    """A problem of `tiltflow verify`.
+
+    Args:
+        settings: overrides of the problem and of its run, `key=value`.
+        num_samples: of each measurement.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    beta: float = 1.0
+    num_samples: int = 4000
+
+    def check(self) -> None:
+        """Raise InputError for a problem that methods cannot be compared on, and for wrong settings."""
+        posed = find("problems", self.name)
+        if not issubclass(posed, ExactBase):
+            raise InputError(f"compare: problem {self.name!r} is not of p_base(x) exp(r(x) / beta) for a base of its own")
+        problem_of(read_verification(self.name, None, self.settings)).tilted_sampler(self.beta)
+
+    def read(self, chosen: Chosen) -> Verification:
+        """The settings of a training, with the method's own optimizer filled in."""
+        of_run = (f"seed={chosen.seed}", f"iterations={chosen.steps}")
+        settings = read_verification(self.name, chosen.name, [*self.settings, *chosen.settings, *of_run])
+        method = at_temperature(settings.method, self.beta)
+        optimizer = fill_optimizer(method, settings.optimizer)
+        scaled = optimizer.model_copy(update={"learning_rate": optimizer.learning_rate * chosen.factor})
+        return settings.model_copy(update={"method": method, "optimizer": scaled})
+
+    def trial(self, chosen: Chosen, device: str) -> ProblemTrial:
+        """See `Subject`; always on the CPU."""
+        return ProblemTrial(self, self.read(chosen))
+
+    def as_tree(self) -> Mapping[str, Any]:
+        """See `Subject`."""
+        return {"settings": list(self.settings), "beta": self.beta, "num_samples": self.num_samples}
+
+
+class ProblemTrial:
+    """See `tiltflow.runs.comparison.subject.Trial`."""
+
+    def __init__(self, subject: OnProblem, settings: Verification):
+        self.subject, self.settings, self.problem = subject, settings, problem_of(settings)
+        self.method, self.learning_rate = settings.method, settings.optimizer.learning_rate
+        self.base, self.tuned = self.problem.base_flow(), self.problem.tuned_flow(settings.seed)
+
+    def loop(self, on_batch_end: OnBatchEnd) -> Generator[Record, None, None]:
+        """See `Trial`."""
+        settings, problem = self.settings, self.problem
+        return train(
+            self.tuned,
+            self.base,
+            self.method,
+            problem.reward(),
+            lambda generator: problem.draw(settings.train_batch_size, generator),
+            max_train_steps=settings.iterations,
+            optimizer=settings.optimizer,
+            seed=settings.seed,
+            start=self.base.noise_time,
+            ema_decay=settings.ema_decay,
+            on_batch_end=on_batch_end,
+        )
+
+    @torch.no_grad()
+    def measure(self, keep: Path | None, *, whole: bool) -> dict[str, Any]:
+        """See `Trial`. Distances are sliced W2 to fresh exact samples; diversity is the Vendi score."""
+        problem, seed, count = self.problem, self.settings.seed, self.subject.num_samples
+        generator, reward = stream(seed, "evaluation"), problem.reward()
+        exact = problem.tilted_sampler(self.subject.beta)
+        sampling = problem.sampling.model_copy(update=sampled_by(self.method, problem.sampling))
+        x = sample(self.tuned, problem.draw(count, generator), sampling, generator).double()
+        x_base = problem.base().sample(count, stream(seed, "base"))
+        x_target = exact(count, stream(seed, "target"))
+        to_target, of_base = distances_to_law(
+            [x, x_base], exact, stream(seed, "exact"), directions=stream(seed, "directions"), draws=DRAWS
+        )
+        found: dict[str, Any] = {
+            **mean_estimate(reward(x)).named("reward"),
+            "reward_base": reward(x_base).mean().item(),
+            "reward_target": reward(x_target).mean().item(),
+            "distance": to_target.distance,
+            "floor": to_target.floor,
+            "distance_base": of_base.distance,
+        }
+        scale = squared_distance(x_base, count)
+        for name, each in (("", x), ("_base", x_base), ("_target", x_target)):
+            found[f"diversity{name}"] = diversity(each, Asked.of_samples(count), scale)["vendi"]
+        if whole:
+            found |= self._tilt(x)
+        if keep is not None and are_points(x):
+            self._draw(keep / PICTURES / self.subject.name, x, x_base, x_target)
+        return found
+
+    def _tilt(self, x: Tensor) -> dict[str, Any]:
+        """The achieved tilt, and the KL to the target by it."""
+        some, times = x[:MOST].float(), self.problem.sampling.times(self.base.noise_time)
+        found = achieved_tilt.measure(
+            self.tuned,
+            self.base,
+            some,
+            self.problem.reward()(some).double() / self.subject.beta,
+            stream(self.settings.seed, "achieved tilt"),
+            start=times[0].item(),
+            end=min(END, times[-2].item()),
+        )
+        return dict.fromkeys(achieved_tilt.KEYS) if found is None else found.entries()
+
+    def _draw(self, folder: Path, x: Tensor, x_base: Tensor, x_target: Tensor) -> None:
+        """Pictures of samples, all in the same frame: of seed 0 they are the same whatever the method."""
+        folder.mkdir(parents=True, exist_ok=True)
+        limits = frame([x_base, x_target])
+        reward = self.problem.reward()
+        for name, each, colour in (("base", x_base, "base"), ("target", x_target, "target"), (self.method.name, x, "tuned")):
+            write_file(folder / f"{name}.png", draw(each, limits, colour, lambda points: reward(points.double())))
+
+
+def problem_of(settings: Verification) -> ExactBase:
+    """The problem, whose base is a mixture."""
+    assert isinstance(settings.problem, ExactBase)
+    return settings.problem

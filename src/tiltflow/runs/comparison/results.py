@@ -1,0 +1,148 @@
+"""What the rows of a comparison say: the candidate that tuning chooses, means over seeds, and differences to the best."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tiltflow.evaluation.paired import all_pairs
+from tiltflow.runs.comparison.budget import KINDS
+from tiltflow.runs.comparison.plan import FACTORS, SHARE_OF_TUNING, Plan
+from tiltflow.runs.comparison.training import SHARES
+from tiltflow.runs.sweep import beats, standard_error
+
+Row = Mapping[str, Any]
+BETTER = {"reward": "up", "distance": "down", "diversity": "up"}
+"""What methods are compared by, and which way is better."""
+MEASURED = ("reward", "distance", "floor", "achieved_tilt", "diversity", *KINDS)
+"""Columns of the table."""
+REFERENCES = ("reward_base", "reward_target", "distance_base", "diversity_base", "diversity_target")
+
+
+def last_of(row: Row) -> Row | None:
+    """The last measurement of a training; None if it stopped."""
+    return row["points"][-1] if row["stopped"] is None and row["points"] else None
+
+
+def best_factor(rows: Sequence[Row], subject: str, method: str) -> float:
+    """The factor on the learning rate that tuning chooses: that of the smallest distance to the target law, where that is known
+    of all candidates, else of the largest reward. 1 where nothing was tuned, or all candidates stopped; the earlier of
+    `FACTORS` where two are equal."""
+    known = {row["factor"]: last for row in tunings_of(rows, subject, method) if (last := last_of(row)) is not None}
+    candidates = [factor for factor in FACTORS if factor in known]
+    if not candidates:
+        return 1.0
+    if all(known[factor]["distance"] is not None for factor in candidates):
+        return min(candidates, key=lambda factor: float(known[factor]["distance"]))
+    return max(candidates, key=lambda factor: float(known[factor]["reward"]))
+
+
+def tunings_of(rows: Sequence[Row], subject: str, method: str) -> list[Row]:
+    """The trainings of the candidates."""
+    return [row for row in rows if (row["purpose"], row["subject"], row["method"]) == ("tuning", subject, method)]
+
+
+def results(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """The content of comparison.json: of each subject its methods, the best of them by `BETTER`, and the differences."""
+    return {
+        **plan.as_tree(),
+        "share_of_tuning": SHARE_OF_TUNING,
+        "results": [of_subject(plan, rows, each.name) | {"beta": each.beta} for each in plan.subjects],
+    }
+
+
+def of_subject(plan: Plan, rows: Sequence[Row], subject: str) -> dict[str, Any]:
+    """The results of a subject."""
+    runs = {
+        method: {
+            row["seed"]: row for row in rows if (row["purpose"], row["subject"], row["method"]) == ("run", subject, method)
+        }
+        for method in plan.methods
+    }
+    finals = {
+        method: {seed: last for seed, row in sorted(each.items()) if (last := last_of(row))} for method, each in runs.items()
+    }
+    methods = [of_method(rows, subject, method, runs[method]) for method in plan.methods]
+    measured = [last for each in finals.values() for last in each.values()]
+    return {
+        "subject": subject,
+        "references": {key: mean_of([last.get(key) for last in measured]) for key in REFERENCES},
+        "methods": marked(methods),
+        "differences": {key: differences(finals, methods, key) for key in BETTER},
+    }
+
+
+def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int, Row]) -> dict[str, Any]:
+    """The results of a method on a subject."""
+    tuned, finals = tunings_of(rows, subject, method), [last for row in runs.values() if (last := last_of(row))]
+    cost = next(row for row in rows if (row["purpose"], row["subject"], row["method"]) == ("cost", subject, method))
+    return {
+        "method": method,
+        "aims_at": cost["aims_at"],
+        "n": len(finals),
+        "stopped": [f"seed {seed}: {row['stopped']}" for seed, row in sorted(runs.items()) if row["stopped"] is not None],
+        "learning_rate": next((row["learning_rate"] for row in runs.values()), None),
+        "factor": best_factor(rows, subject, method),
+        "steps": mean_of([row["steps"] for row in runs.values()])["mean"],
+        **{key: mean_of([last.get(key) for last in finals]) for key in MEASURED},
+        "points": [over_seeds(list(runs.values()), share) for share in (*SHARES, 1.0)],
+        "tuning": {
+            "candidates": [candidate(row) for row in sorted(tuned, key=lambda row: float(row["factor"]))],
+            **{kind: sum(row[kind] for row in tuned) for kind in KINDS},
+        },
+    }
+
+
+def candidate(row: Row) -> dict[str, Any]:
+    """A candidate of tuning, and what it was chosen by."""
+    last = last_of(row) or {}
+    head = {key: row[key] for key in ("factor", "learning_rate", "stopped")}
+    return head | {key: last.get(key) for key in ("reward", "distance")}
+
+
+def over_seeds(runs: Sequence[Row], share: float) -> dict[str, Any]:
+    """The means at a share of the budget, of the trainings that were measured there."""
+    points = [point for row in runs for point in row["points"] if point["share"] == share]
+    return {"share": share} | {key: mean_of([point.get(key) for point in points]) for key in (*BETTER, *KINDS)}
+
+
+def mean_of(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, standard error and number of values; None where one is unknown, or there is none.
+
+    >>> mean_of([1.0, 3.0]), mean_of([1.0, None])["mean"]
+    ({'mean': 2.0, 'error': 1.0, 'n': 2}, None)
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return {"mean": None, "error": None, "n": len(known)}
+    return {"mean": statistics.mean(known), "error": standard_error(known), "n": len(known)}
+
+
+def marked(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The methods, each with the fronts that it is on: no other has at least its reward at no larger distance, or at no smaller
+    diversity, and is better in one of both."""
+    for cost, sign in (("distance", 1), ("diversity", -1)):
+        known = [m for m in methods if m["reward"]["mean"] is not None and m[cost]["mean"] is not None]
+        places = [{"reward_tuned": m["reward"]["mean"], "cost": sign * m[cost]["mean"]} for m in known]
+        for method, place in zip(known, places, strict=True):
+            method[f"on_front_of_{cost}"] = not any(beats(other, place, "cost") for other in places)
+    return methods
+
+
+def differences(finals: Mapping[str, Mapping[int, Row]], methods: Sequence[Row], key: str) -> dict[str, Any] | None:
+    """The best method by a key, and how far the others are from it: paired over seeds. None where it is not known of two."""
+    known = [m["method"] for m in methods if m[key]["mean"] is not None]
+    if len(known) < 2:
+        return None
+    choose = max if BETTER[key] == "up" else min
+    means = {m["method"]: m[key]["mean"] for m in methods}
+    best = choose(known, key=means.__getitem__)
+    found = all_pairs({name: {seed: last[key] for seed, last in finals[name].items()} for name in known})
+    rows = []
+    for (one, other), (each, adjusted) in found.items():
+        if best in (one, other):
+            sign, name = (-1, other) if one == best else (1, one)
+            low, high = (None if end is None else sign * end for end in (each.low, each.high)[::sign])
+            rows.append({"method": name, "mean": sign * each.mean, "low": low, "high": high, "p": adjusted, "n": each.n})
+    return {"best": best, "pairs": len(found), "others": sorted(rows, key=lambda row: abs(row["mean"]))}

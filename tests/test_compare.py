@@ -1,0 +1,431 @@
+"""A comparison of methods: one budget for all, one rule of tuning, paired statistics, and a folder that can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny import tiny_recipe
+from torch import Tensor
+from typer.testing import CliRunner
+
+import tiltflow
+from tiltflow.commands.terminal.app import app
+from tiltflow.errors import InputError
+from tiltflow.evaluation.paired import all_pairs, difference, holm
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
+from tiltflow.problems.gaussian import Gaussian
+from tiltflow.runs.comparison.budget import KINDS, Budget, Cost
+from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, units
+from tiltflow.runs.comparison.on_problem import OnProblem
+from tiltflow.runs.comparison.on_recipe import OnRecipe
+from tiltflow.runs.comparison.plan import FACTORS, MOST_SEEDS, SHARE_OF_TUNING, Plan
+from tiltflow.runs.comparison.results import best_factor
+from tiltflow.runs.comparison.subject import Chosen
+from tiltflow.runs.comparison.training import Job, work
+from tiltflow.runs.recipe import Recipe
+
+SMALL = ("train_batch_size=32", "hidden=8")
+SETTINGS = [f"gaussian.{text}" for text in SMALL]
+METHODS = ("draft", "flow-grpo")
+EVALUATIONS = 9000
+
+
+def plan_of(methods: tuple[str, ...] = METHODS, **options: Any) -> Plan:
+    chosen: dict[str, Any] = {"seeds": 2, "num_samples": 100, "settings": SETTINGS, "budget": Budget(KINDS[0], EVALUATIONS)}
+    return Plan.of(methods, ["gaussian"], **(chosen | options))
+
+
+def unlike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what differs when a comparison is repeated, in one order."""
+    kept = [json.loads(json.dumps(row)) for row in rows]
+    for row in kept:
+        for each in (row, *row.get("points", [])):
+            each.pop("seconds", None)
+    return sorted(kept, key=str)
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No report and no pictures, which take longer than such small trainings."""
+    monkeypatch.setattr("tiltflow.runs.comparison.compare.write_comparison_report", lambda folder: None)
+    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.ProblemTrial._draw", lambda *arguments: None)
+
+
+# ---- budget ----
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 7])
+@pytest.mark.parametrize("once", [0.0, 40.0])
+def test_the_cost_of_all_steps_is_known_from_a_few(passes: int, once: float) -> None:
+    batch, step = (0.0, 12.0) if passes == 1 else (9.0, 3.0)
+    spent = [once + sum(step + (batch if n % passes == 0 else 0) for n in range(k)) for k in range(1, 60)]
+    cost = Cost.measured(spent[: max(3, passes + 1)], passes)
+    assert [cost.of(k) for k in range(1, 60)] == spent
+    for amount in (0.0, spent[0] - 1, spent[0], spent[20] + 1):
+        assert cost.steps_within(amount) == sum(each <= amount for each in spent)
+    assert [cost.next(k) for k in range(1, 59)] == list(np.diff(spent))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all calls of the reward of `gaussian`, counted by the reward itself."""
+    calls: list[int] = []
+    plain = Gaussian.reward
+
+    def reward(self: Gaussian) -> Callable[[Tensor], Tensor]:
+        of_problem = plain(self)
+
+        def call(x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return of_problem(x)
+
+        return call
+
+    monkeypatch.setattr(Gaussian, "reward", reward)
+    return calls
+
+
+def job_of(method: str, budget: Budget, purpose: str = "tuning", **options: Any) -> Job:
+    subject = OnProblem("gaussian", SMALL, num_samples=100)
+    chosen = Chosen(method, options.pop("settings", ()))
+    cost = Cost(**work(Job("cost", subject, chosen, budget, Path()))["cost"])
+    return Job(purpose, subject, chosen, budget, Path(), cost=cost)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("draft", ()), ("dpok", ()), ("adjoint-matching", ("method.num_inference_steps=5",)), ("endpoint-adjoint-matching", ())],
+)
+def test_a_training_ends_within_its_budget_and_one_more_step_would_not(
+    method: str, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget("network_evaluations", 12_345)
+    job = job_of(method, budget, settings=settings)
+    calls = counted(monkeypatch)
+    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.ProblemTrial.measure", lambda self, keep, whole: {"reward": 0.0})
+    row = work(job)
+    assert job.cost is not None
+    assert row["steps"] == row["steps_planned"]  # all steps cost the same, so that the schedule ends where training does
+    assert row["network_evaluations"] <= budget.amount < row["network_evaluations"] + job.cost.next(row["steps"])
+    assert row["reward_evaluations"] == sum(calls) > 0
+
+
+def test_a_budget_of_reward_evaluations_or_of_seconds() -> None:
+    row = work(job_of("draft", Budget("reward_evaluations", 170)))
+    assert (row["steps"], row["reward_evaluations"]) == (5, 160)  # 32 each
+    row = work(job_of("draft", Budget("seconds", 0.3)))
+    assert row["steps"] >= 1
+    assert row["seconds"] < 0.3 + 0.1
+
+
+def test_measurements_on_the_way_are_of_the_same_run_and_not_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points at a quarter and at half of the budget, each the last batch within it; what is measured there is what a run of
+    as many steps with the same schedule has then."""
+    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.ProblemTrial._draw", lambda *arguments: None)
+    job = job_of("draft", Budget("network_evaluations", 20_000), "run")
+    row, without = work(job), work(job_of("draft", Budget("network_evaluations", 20_000)))
+    assert [point["share"] for point in row["points"]] == [0.25, 0.5, 1.0]
+    assert job.cost is not None
+    for point in row["points"]:
+        amount = point["share"] * 20_000
+        assert point["network_evaluations"] <= amount < point["network_evaluations"] + job.cost.step
+    for key in ("network_evaluations", "reward_evaluations", "steps"):
+        assert row[key] == without[key]
+    assert row["points"][-1]["reward"] == without["points"][-1]["reward"]  # to look at it changes nothing
+    assert len({point["reward"] for point in row["points"]}) == 3
+
+
+# ---- what is measured ----
+
+
+def test_the_exact_law_is_at_its_floor_and_has_all_of_the_tilt() -> None:
+    subject = OnProblem("gaussian", ("quadratic=1",), beta=0.5, num_samples=4000)
+    trial = subject.trial(Chosen("deterministic-adjoint-matching"), "cpu")
+    before = trial.measure(None, whole=True)
+    law = trial.problem.base().tilt(trial.problem.reward(), 0.5)
+    trial.tuned = Flow(ExactVelocity(law))
+    trial.problem = trial.problem.model_copy(update={"sampling": trial.problem.sampling.model_copy(update={"solver": "heun"})})
+    found = trial.measure(None, whole=True)
+    assert found["distance"] < 2.5 * found["floor"] < before["distance"] / 5
+    assert abs(found["achieved_tilt"] - 1) < 3 * found["achieved_tilt_error"] + 0.02
+    assert abs(found["reward"] - law.expectation(trial.problem.reward())) < 4 * found["reward_error"] + 0.02
+    assert before["distance"] == pytest.approx(before["distance_base"], rel=0.05)
+    assert before["achieved_tilt"] == pytest.approx(0, abs=1e-6)
+
+
+def test_every_method_with_a_temperature_works_at_that_of_the_comparison() -> None:
+    subject = OnProblem("gaussian", SMALL, beta=0.25)
+    for method in ("adjoint-matching", "score-as-action", "dpok", "tilt-matching"):
+        assert subject.read(Chosen(method)).method.temperature == pytest.approx(0.25), method
+    assert subject.read(Chosen("draft")).method.temperature is None
+    one, three = (subject.read(Chosen("draft", factor=factor)).optimizer.learning_rate for factor in (1.0, 3.0))
+    assert three == pytest.approx(3 * one)
+
+
+# ---- tuning ----
+
+
+def tried(factor: float, distance: float | None, reward: float, stopped: str | None = None) -> dict[str, Any]:
+    points = [] if stopped else [{"share": 1.0, "distance": distance, "reward": reward}]
+    head = {"purpose": "tuning", "subject": "s", "method": "m", "seed": MOST_SEEDS, "factor": factor}
+    return head | {"points": points, "stopped": stopped}
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([(1 / 3, 0.2, 9.0), (1.0, 0.1, 1.0), (3.0, 0.3, 5.0)], 1.0),  # the nearest, whatever its reward
+        ([(1 / 3, None, 9.0), (1.0, 0.1, 1.0), (3.0, 0.3, 5.0)], 1 / 3),  # one distance is not known: the reward
+        ([(1 / 3, 0.2, 0.0), (1.0, 0.2, 0.0), (3.0, 0.2, 0.0)], 1.0),
+        ([(1 / 3, 0.2, 0.0), (1.0, 0.0, 0.0, "not finite"), (3.0, 0.1, 0.0)], 3.0),
+        ([(1 / 3, 0.2, 0.0, "x"), (1.0, 0.0, 0.0, "x"), (3.0, 0.1, 0.0, "x")], 1.0),
+        ([], 1.0),
+    ],
+)
+def test_tuning_takes_the_nearest_or_the_best(rows: list[Any], best: float) -> None:
+    others = [tried(3.0, 0.0, 100.0) | {key: "other"} for key in ("method", "subject", "purpose")]
+    assert best_factor([tried(*row) for row in rows] + others, "s", "m") == best
+
+
+# ---- statistics ----
+
+
+def test_a_difference_is_the_paired_t_test() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(2, 7)) + np.array([[0.3], [0.0]])
+    found, known = difference(list(first), list(second)), stats.ttest_rel(first, second)
+    interval = known.confidence_interval(0.95)
+    assert (found.mean, found.p) == (pytest.approx(np.mean(first - second)), pytest.approx(known.pvalue))
+    assert (found.low, found.high, found.n) == (pytest.approx(interval.low), pytest.approx(interval.high), 7)
+    alone = difference([1.0], [0.5])
+    assert (alone.mean, alone.low, alone.p) == (0.5, None, None)
+    with pytest.raises(ValueError, match="a seed that both have"):
+        difference([], [])
+
+
+def test_holm_is_bonferroni_step_by_step() -> None:
+    p = [0.01, 0.02, 0.03, 0.5]
+    assert holm(p) == pytest.approx([0.04, 0.06, 0.06, 0.5])
+    assert holm(p[::-1]) == pytest.approx([0.04, 0.06, 0.06, 0.5][::-1])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_equal_methods_are_rarely_told_apart() -> None:
+    """With four equal methods and five seeds, any of the six pairs is significant in at most 5 % of comparisons, though values
+    of a seed depend on each other; of a method that is better by five standard deviations, nearly always."""
+    generator, wrong, right, repeats = np.random.default_rng(1), 0, 0, 200
+    for _ in range(repeats):
+        values = generator.normal(size=(4, 5)) + 10 * generator.normal(size=5)
+        for shift in (0.0, 5.0):
+            values[3] += shift
+            pairs = all_pairs({str(i): dict(enumerate(map(float, row))) for i, row in enumerate(values)})
+            found = {pair: adjusted for pair, (_, adjusted) in pairs.items() if adjusted is not None and adjusted < 0.05}
+            wrong += bool(found) and shift == 0.0
+            right += all((str(i), "3") in found for i in range(3)) and shift == 5.0
+    assert len(pairs) == 6
+    assert wrong <= 0.05 * repeats + 3 * math.sqrt(0.05 * 0.95 * repeats)
+    assert right > 0.5 * repeats
+
+
+def test_pairs_are_of_the_seeds_that_both_have() -> None:
+    found = all_pairs({"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 0.0, 1: 2.0}, "c": {5: 1.0}})
+    assert set(found) == {("a", "b")}
+    assert (found["a", "b"][0].mean, found["a", "b"][0].n) == (0.5, 2)
+
+
+# ---- the whole ----
+
+
+def test_a_comparison_from_plan_to_page(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--num-samples", "100", *(word for text in SETTINGS for word in ("--set", text))]
+    line = ["compare", "--methods", ",".join(METHODS), "--problems", "gaussian", "--seeds", "2"]
+    result = CliRunner().invoke(app, [*line, "--network-evaluations", str(EVALUATIONS), "-o", str(out), *options, "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout.splitlines()[-1])
+    assert content == json.loads((out / "comparison.json").read_text())
+    rows = read_known(out / ROWS)
+    assert len(rows) == len(METHODS) * (1 + len(FACTORS) + 2)
+    assert {row["seed"] for row in rows if row["purpose"] == "tuning"} == {MOST_SEEDS}  # none that is compared
+    (found,) = content["results"]
+    for method in found["methods"]:
+        own = [row for row in rows if row["method"] == method["method"]]
+        runs = [row["points"][-1] for row in own if row["purpose"] == "run"]
+        assert method["reward"]["mean"] == pytest.approx(np.mean([point["reward"] for point in runs]))
+        assert method["distance"]["error"] == pytest.approx(np.std([point["distance"] for point in runs], ddof=1) / 2**0.5)
+        spent = sum(row["network_evaluations"] for row in own if row["purpose"] == "tuning")
+        assert method["tuning"]["network_evaluations"] == spent <= len(FACTORS) * SHARE_OF_TUNING * EVALUATIONS
+    one, other = (method["reward"]["mean"] for method in found["methods"])
+    of_reward = found["differences"]["reward"]
+    assert of_reward["best"] == METHODS[one < other]
+    assert of_reward["others"][0]["mean"] == pytest.approx(-abs(one - other))
+    assert of_reward["others"][0]["low"] <= of_reward["others"][0]["mean"] <= of_reward["others"][0]["high"]
+    page = (out / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)  # nothing from elsewhere
+    assert all(name in page for name in (*METHODS, "prefers-color-scheme", "Holm", "data:image/png"))
+    assert {path.name for path in (out / "pictures" / "gaussian").iterdir()} >= {"base.png", "target.png", "draft.png"}
+
+
+def test_a_comparison_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+    plan, told = plan_of(), list[float]()
+    whole = compare(plan, tmp_path / "whole", watch=lambda title, what, part: told.append(part))
+    assert sum(told) == pytest.approx(units(plan))
+
+    def killed(title: str, what: str, part: float) -> None:
+        if what != "already done" and title in ("gaussian, flow-grpo, learning rate x 1", "gaussian, draft, seed 1"):
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut"
+    for _ in range(2):  # at two places
+        with pytest.raises(KeyboardInterrupt):
+            compare(plan, cut, watch=killed)
+        with open(cut / ROWS, "a") as file:
+            file.write('{"purpose": "run", "sub')  # a line that was not finished
+    done = {(row["purpose"], row["method"], row["seed"]) for row in read_known(cut / ROWS)}
+    assert len(done) == len(METHODS) * 2 + 3  # of each method its cost and its candidates, and three runs
+    again: list[str] = []
+    found = compare(plan, cut, watch=lambda title, what, part: again.append(what))
+    assert again.count("already done") == len(METHODS) * len(FACTORS) + 3
+    assert unlike(read_known(cut / ROWS)) == unlike(read_known(tmp_path / "whole" / ROWS))
+    same = [[{**m, "seconds": 0, "tuning": 0, "points": 0} for m in each["results"][0]["methods"]] for each in (found, whole)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_processes_and_more_seeds_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr("tiltflow.runs.jobs.multiprocessing.get_context", lambda method: context)
+    without_pictures(monkeypatch)
+    few: dict[str, Any] = {"tune": "none", "methods": ("draft",)}
+    compare(plan_of(**few, seeds=1), tmp_path / "a", processes=1)
+    compare(plan_of(**few), tmp_path / "a", processes=2)
+    compare(plan_of(**few), tmp_path / "b", processes=1)
+    assert unlike(read_known(tmp_path / "a" / ROWS)) == unlike(read_known(tmp_path / "b" / ROWS))
+    with pytest.raises(InputError, match=r"holds another comparison"):
+        compare(plan_of(methods=("draft",)), tmp_path / "a")  # tuned
+    with pytest.raises(InputError, match="already holds something"):
+        compare(plan_of(**few), tmp_path)
+    old = plan_of(**few).as_tree()
+    assert continues(old, plan_of(methods=METHODS, tune="none", seeds=3).as_tree())
+    assert not continues(old, plan_of(methods=METHODS[1:], tune="none").as_tree())
+    assert not continues(old, plan_of(**few, beta=2.0).as_tree())
+
+
+def test_a_method_that_diverges_is_a_row_and_a_reward_that_fails_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, plain = plan_of(methods=("draft",), tune="none", seeds=1), QuadraticReward.__call__
+
+    def failing(answer: Callable[[], float], after: int) -> None:
+        calls = [0]
+
+        def call(self: QuadraticReward, x: Tensor) -> Tensor:
+            calls[0] += 1
+            return plain(self, x) * (answer() if calls[0] > after else 1.0)
+
+        monkeypatch.setattr(QuadraticReward, "__call__", call)
+
+    failing(lambda: 1 // 0, 5)
+    found = compare(plan, tmp_path / "out")
+    assert "ZeroDivisionError" in found["failed"]["gaussian, draft, seed 0"]
+    assert found["results"][0]["methods"][0]["n"] == 0
+    failing(lambda: math.nan, 2)
+    found = compare(plan, tmp_path / "out")
+    assert not found["failed"]
+    assert "not finite" in found["results"][0]["methods"][0]["stopped"][0]
+    assert "Stopped before the end" in (tmp_path / "out" / "report.html").read_text()
+
+
+# ---- recipes ----
+
+
+def test_methods_on_a_recipe(tmp_path: Path) -> None:
+    """Each has its own defaults, its model is the recipe's, and all are measured against the law at the recipe's beta."""
+    path = tiny_recipe(tmp_path)
+    subject = OnRecipe.named(str(path.rename(tmp_path / "tiny.yaml")), (), None)
+    assert (subject.name, subject.beta) == ("tiny", 0.1)
+    recipe = subject.read(Chosen("draft", steps=7, seed=3))
+    assert (recipe.method, recipe.training.max_train_steps, recipe.seed) == (tiltflow.Draft(), 7, 3)
+    assert (recipe.evaluation.first.solver, recipe.evaluation.first.num_inference_steps) == ("euler", 4)
+    assert (
+        recipe.optimizer
+        == Recipe.model_validate(
+            {**{key: value for key, value in subject.tree.items() if key != "optimizer"}, "method": "draft"}
+        ).optimizer
+    )
+    budget, chosen = Budget("network_evaluations", 2000), Chosen("draft", ("num_inference_steps=4",))
+    cost = Cost(**work(Job("cost", subject, chosen, budget, tmp_path))["cost"])
+    row = work(Job("run", subject, chosen, budget, tmp_path / "kept", cost=cost))
+    assert row["network_evaluations"] <= 2000
+    last = row["points"][-1]
+    assert math.isfinite(last["reward"])
+    kept = tmp_path / "kept" / "runs" / "tiny" / "draft,seed=0"
+    summary = json.loads((kept / "summary.json").read_text())
+    assert (summary["method"], summary["beta"], summary["reward_tuned"]) == ("draft", 0.1, last["reward"])
+    assert summary["target_law"] == "p_base(x) exp(r(x) / beta)"  # though the method itself has none
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "draf"], "there is no method 'draf', did you mean 'draft'?"),
+        (["--problems", "gausian"], "there is no problem 'gausian', did you mean 'gaussian'?"),
+        (["--problems", "lqg"], "problem 'lqg' is not of p_base(x) exp(r(x) / beta)"),
+        (["--problems", "utility"], "problem 'utility' is not of p_base(x) exp(r(x) / beta)"),
+        (["--problems", "", "--recipes", "digits-evn"], "there is no recipe 'digits-evn', did you mean 'digits-even'?"),
+        (["--problems", ""], "give --problems"),
+        (["--methods", ","], "give methods to compare"),
+        (["--methods", "draft,draft"], "'draft' is there twice"),
+        (["--seeds", "0"], "--seeds must be 1 to 1000, is 0"),
+        (["--seconds", "3"], "two budgets (--network-evaluations, --seconds): give exactly one"),
+        (["--network-evaluations", "-1"], "--network-evaluations must be positive"),
+        (["--network-evaluations", "1000"], "its first optimizer step alone costs"),
+        (["--beta", "0"], "--beta must be positive"),
+        (["--tune", "all"], "--tune all: must be one of learning-rate, none"),
+        (["--set", "draft.num_step=1"], "'num_step' is not a setting"),
+        (["--set", "draft.beta=1"], "that of the target law, for all methods: --beta"),
+        (["--set", "draff.num_steps=1"], "did you mean 'draft'?"),
+        (["--set", "gaussian.dimensoin=1"], "'dimensoin' is not a setting, did you mean 'dimension'?"),
+        (["--problems", "", "--recipes", "digits-png", "--methods", "draft"], "has no gradient, and method 'draft' needs one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltflow.runs.comparison.compare.attempt", lambda job: pytest.fail("trained"))
+    defaults = {"--methods": "draft", "--problems": "gaussian", "--seeds": "1", "--network-evaluations": "1e5"}
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    line = [word for pair in (defaults | given).items() for word in pair]
+    result = CliRunner().invoke(app, ["compare", *line, "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, InputError), result.output
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "out" / ROWS).exists()
+
+
+def test_no_budget_is_refused() -> None:
+    with pytest.raises(InputError, match=r"no budget \(--network-evaluations, --reward-evaluations, --seconds\)"):
+        tiltflow.compare(["draft"], ["gaussian"], output="out")
+
+
+def test_the_pictures_of_all_methods_have_one_frame(tmp_path: Path) -> None:
+    trial = OnProblem("gaussian", SMALL, num_samples=100).trial(Chosen("draft"), "cpu")
+    with torch.no_grad():
+        trial.measure(tmp_path, whole=False)
+    drawn = (tmp_path / "pictures" / "gaussian" / "target.png").read_bytes()
+    trial.tuned = Flow(ExactVelocity(trial.problem.base().tilt(trial.problem.reward(), 0.2)))
+    trial.measure(tmp_path, whole=False)
+    assert (tmp_path / "pictures" / "gaussian" / "target.png").read_bytes() == drawn
