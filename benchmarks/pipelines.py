@@ -10,11 +10,16 @@ optimizer time of the optimizer's step, over that of the same network calls; not
 speed     optimizer steps a second, over those of the first row
 memory    peak, above what the imports take, over that of the first row
 
+--pairs  their loop and full tuning in float32 in turn, in one process, as often as it says: the time of ours over theirs. How
+         far back our adjoint runs is drawn, theirs runs back all steps; so the ratio is read off the line of least squares at
+         the number of products with the Jacobian that is drawn on average
+
 The first row is no code of theirs: `AuthorsLoop` is the loop that their paper and repository describe, two networks in float32
 and everything else off, in plain diffusers and torch. All rows are without guidance and without a decoder.
 
     python benchmarks/pipelines.py --network small --steps 10          # minutes on a CPU
     python benchmarks/pipelines.py                                     # a GPU
+    python benchmarks/pipelines.py --network small --latents 16 --pairs 12      # beside the authors' loop
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -332,6 +338,31 @@ def _by_kind(calls: Counter[tuple[str, nn.Module, int]]) -> Counter[str]:
     return kinds
 
 
+def beside(options: argparse.Namespace) -> str:
+    """The time of an iteration of full tuning in float32 over that of the authors' loop, in turn with it."""
+    theirs, ours = AuthorsLoop(options), Iterations(options, ROWS["full, float32"])
+    theirs(), ours()
+    early = int(0.6 * options.steps)
+    expected = options.steps - ((early + 1) / 3 - 1)  # the mean of the smaller of two of 0 .. early - 1 is (early + 1) / 3 - 1
+    found: list[tuple[float, float]] = []
+    for _ in range(options.pairs):
+        calls: Counter[tuple[str, nn.Module, int]] = Counter()
+        other = seconds(theirs, options.device)
+        own = seconds(partial(_count, ours, calls), options.device)
+        found.append((own / other, _by_kind(calls)["vjp"]))
+        print(f"ours {own:.2f} s / theirs {other:.2f} s = {own / other:.3f} with {found[-1][1]} products", flush=True)
+    ratios, products = torch.tensor(found, dtype=torch.float64).T
+    centred, away = products - products.mean(), expected - products.mean()
+    slope = centred @ ratios / centred.square().sum()
+    variance = (ratios - ratios.mean() - slope * centred).square().sum() / (len(ratios) - 2)
+    error = (variance * (1 / len(ratios) + away**2 / centred.square().sum())).sqrt()
+    return f"ours / theirs with {expected:.1f} products: {ratios.mean() + slope * away:.3f} +- {error:.3f}"
+
+
+def _count(iterations: Iterations, calls: Counter[tuple[str, nn.Module, int]]) -> None:
+    calls.update(iterations.count())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=SIZES, default="sd15")
@@ -342,8 +373,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", help="parts of the names of the rows to measure", default=[""])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="compare the times of the first two rows, in so many turns; at least 3"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.pairs:
+        print(beside(options))
+        return
     if options.row:
         print(json.dumps(measure(options, ROWS[options.row])))
         return

@@ -217,6 +217,25 @@ def test_what_cannot_go_on(tmp_path: Path) -> None:
         load("digits-flow").trainable(Adapter(continue_from="mine"))
 
 
+def test_layers_that_no_adapter_has(tmp_path: Path) -> None:
+    """Those of text encoders, before anything is loaded and in Python, and a wrong name beside right ones, which peft leaves
+    out."""
+    tree = recipe_for(tmp_path, "stable-diffusion")
+    for name in ("text_encoder.q_proj", "text_encoder_2"):
+        tree["model"] |= {"adapter": {"target_modules": ["to_q", name]}}
+        message = f"adapter.target_modules: '{name}': text encoders are not tuned, the denoiser alone is"
+        with pytest.raises(InputError, match=message) as refused:
+            validate(Recipe, tree, "recipe")
+        assert len(str(refused.value).splitlines()) == 1
+        with pytest.raises(InputError, match=message):
+            with_adapter(from_diffusers(tmp_path / "stable-diffusion"), target_modules=["to_q", name])
+    message = r"no layer's name ends with 'attn1.to_w', did you mean 'attn1.to_\w'?"
+    with pytest.raises(InputError, match=message):
+        with_adapter(from_diffusers(tmp_path / "stable-diffusion"), target_modules=["to_q", "attn1.to_w"])
+    with pytest.raises(InputError, match="no layer's name ends with 'nowhere'"):
+        load("digits-flow").trainable(Adapter(target_modules=("nowhere",)))
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_from_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a recipe; its tuned model is loaded from the run alone, and it is resumed bit for bit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -51,6 +52,16 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         tiltflow.commands.terminal.app.main()
     out, err = capsys.readouterr()
     return int(stop.value.code or 0), out, err
+
+
+def test_what_is_said_of_processors_that_are_not_used_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    call(monkeypatch, capsys, "--version")
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")
+    logger.warning("another")
+    assert caplog.messages == ["another"]
 
 
 def test_train_evaluate_and_sample_from_the_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import Monitor
 from tiltflow.models.compiled import compiled
+from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.rewards.energy import EnergyReward
 from tiltflow.runs.doctor import Patient, admit
 from tiltflow.runs.doctor.architecture import TINY, architecture, component, facts, model_from_configs, replacement
@@ -352,6 +354,53 @@ def test_a_model_whose_configs_are_not_known(tmp_path: Path) -> None:
     assert all(architecture(name).components["vae"] for fact in facts().values() for name in fact["names"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization": {"unnet": "int8"}},
+            "model.quantization.unnet int8: .* has no such network to quantize, did you mean",
+        ),
+        ({"quantization": {"vae": "int8"}}, "model.quantization.vae int8: .* has no such network to quantize"),
+        ({"components": {"vea": "madebyollin/taesd"}}, "model.components: StableDiffusionPipeline has no 'vea', did you mean"),
+        ({"without": ["text_encoder_3"]}, "model.components: StableDiffusionPipeline has no 'text_encoder_3'"),
+        ({"dtype": {"va": "bfloat16"}}, "model.dtype: StableDiffusionPipeline has no 'va', did you mean 'vae'"),
+    ],
+)
+def test_a_name_that_the_pipeline_does_not_have_is_refused_by_its_configs(changes: dict[str, Any], message: str) -> None:
+    tree = {"diffusers": "stable-diffusion-v1-5", **changes}
+    with pytest.raises(InputError, match=message):
+        model_from_configs(validate(Diffusers, tree, "model"))
+
+
+@pytest.mark.slow
+def test_components_that_a_pipeline_may_do_without(tmp_path: Path) -> None:
+    """Those that its folder has as null, and those that are never loaded."""
+    pipeline = tiny_pipeline("stable-diffusion-3", tmp_path)
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path / "without")
+    without = ("text_encoder_3", "image_encoder")
+    model = model_from_configs(Diffusers(diffusers=str(tmp_path / "without"), without=without))
+    assert model.pipeline.text_encoder_3 is None
+
+
+def test_the_forecast_is_told_in_words() -> None:
+    """What fits, what is assumed, and where torch was seen to keep more."""
+    recipe, other = (
+        read_recipe(read_recipe_tree(shipped_recipes("train")[name], []), name)
+        for name in ("digits-even", "sd15-single-prompt")
+    )
+    made = Forecast({"adjoint": Peak({"weights": 10.0 * 2**30})}, {"adjoint": {"network": 10 * 2**30}}, {})
+    for gigabytes, words in (11, "does not fit"), (12, "fits, with little room"), (24, "fits"):
+        said = finding(recipe, made, gigabytes * 2**30, on_gpu=True)
+        first, *lines = said.text.splitlines()
+        assert first.startswith(f"{words}: 11.2 GB at the peak, while computing the adjoint; the device has {gigabytes}.0 GB.")
+        assert " 1.2 GB of it are assumed" in first
+        assert len(lines) == 1
+    assert "67 % of Score as Action" in finding(other, made, 24 * 2**30, on_gpu=True).text
+    assert "assumed" not in finding(other, made, 24 * 2**30, on_gpu=False).text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(facts()))
 def test_published_models_have_as_many_parameters_as_is_published(name: str, tmp_path: Path) -> None:
@@ -363,8 +412,6 @@ def test_published_models_have_as_many_parameters_as_is_published(name: str, tmp
 
 
 def source_of(name: str) -> Any:
-    from tiltflow.models.sources.diffusers import Diffusers
-
     return Diffusers(diffusers=name, dtype="bfloat16")
 
 
@@ -404,7 +451,8 @@ def test_the_command_line_says_what_fits(tmp_path: Path) -> None:
     small = CliRunner().invoke(app, ["doctor", str(path), "--config-only", "--memory", "0.7"])
     assert small.exit_code == 1
     assert "training.decode_batch_size=1: " in small.output
-    assert " in place of " in small.output
+    (now,) = re.findall("does not fit: ([0-9.]+ [GM]B) at the peak", small.output)
+    assert set(re.findall("in place of ([0-9.]+ [GM]B)", small.output)) == {now}
 
 
 # ---- recipes for one card ----

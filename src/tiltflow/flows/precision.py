@@ -56,7 +56,9 @@ def without_cudnn_attention(device: torch.device) -> Iterator[None]:
 
     In 16 bits it is the first choice on a Hopper GPU, and its gradients are then wrong, and often not finite, where all that
     they are computed from is finite: of a FLUX transformer on an H100, with torch 2.11 and cuDNN 9.19. Others found the like:
-    https://github.com/pytorch/pytorch/issues/196678, https://github.com/NVIDIA/cudnn-frontend/issues/160.
+    https://github.com/pytorch/pytorch/issues/196678, https://github.com/NVIDIA/cudnn-frontend/issues/160. So it is
+    with every version: NVIDIA announces for cuDNN 9.26 that one cause is mended (cudnn-frontend/pull/628), with 9.26.0 others
+    still have gradients of NaN (cudnn-frontend/issues/1072, open), and which of these a FLUX transformer met is not known.
     """
     cuda = torch.backends.cuda
     before = cuda.cudnn_sdp_enabled()

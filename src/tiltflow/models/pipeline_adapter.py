@@ -11,10 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, SettingsError
 from tiltflow.flows.precision import GRADIENT_SCALE
 from tiltflow.models.denoiser import Denoiser, floating_dtype
-from tiltflow.models.trainable import Adapter
+from tiltflow.models.quantization import TEXT_ENCODER
+from tiltflow.models.trainable import Adapter, check_layers
 from tiltflow.streams import stream
 
 
@@ -103,6 +104,8 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
     Raises InputError if peft is not installed, if no layer has such a name, or if a LoRA is fused into the weights and still
     loaded.
     """
+    denoiser_alone(adapter)
+    check_layers(denoiser.network, adapter)
     config = adapter.config(targets)
 
     def put(network: Any, name: str) -> None:
@@ -114,6 +117,16 @@ def add_adapter(denoiser: Denoiser, adapter: Adapter, targets: Sequence[str], se
     for layer in added.layers if adapter.use_dora else ():
         measure_again(layer, added.adapter)
     return added
+
+
+def denoiser_alone(adapter: Adapter | None) -> None:
+    """Raise SettingsError for an adapter that names layers of text encoders: prompts are encoded once, before training."""
+    for name in (adapter and adapter.target_modules) or ():
+        if name.startswith(TEXT_ENCODER):
+            raise SettingsError(
+                f"adapter.target_modules: {name!r}: text encoders are not tuned, the denoiser alone is; what was tuned"
+                " elsewhere is a part of the base, a LoRA by model.loras, a whole encoder by model.components"
+            )
 
 
 def inject(network: Any, config: Any, name: str) -> None:

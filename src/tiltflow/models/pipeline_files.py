@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tiltflow.models.components import load_component, names_in
 from tiltflow.models.denoiser import Denoiser
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
-from tiltflow.models.pipelines import families, family_named
+from tiltflow.models.pipelines import Family, families, family_named
 from tiltflow.models.quantization import TEXT_ENCODER, check_quantization, config_of
 from tiltflow.shipped import INDEX, assets, by_name
 from tiltflow.user_code import refused
@@ -71,14 +71,12 @@ def load_pipeline(
         options.pop("torch_dtype", options.get("dtype", torch.float32)), index
     )  # the first is the older name
     kinds = dict(quantization or {})
-    texts = [name for name in names_in(index) if name.startswith(TEXT_ENCODER)]
-    check_quantization(kinds, [family.denoiser, *texts], family.pipeline_class)
+    check_quantization(kinds, quantizable(family, index), family.pipeline_class)
     configs = {
         name: config_of(name, kind, options["dtype"].get(name, options["dtype"]["default"])) for name, kind in kinds.items()
     }
+    check_components(components or {}, index)
     for name, source in (components or {}).items():
-        if name not in names_in(index):
-            raise InputError(f"model.components: {family.pipeline_class} has no {name!r}{did_you_mean(name, names_in(index))}")
         if name not in options:
             dtype = options["dtype"].get(name, options["dtype"]["default"])
             options[name] = None if source is None else load_component(name, source, index, str(path), dtype, configs.get(name))
@@ -93,6 +91,20 @@ def load_pipeline(
         if Path(path).is_dir():
             check_weights(Path(path), {name: part for name, part in pipeline.components.items() if name not in options})
     return pipeline
+
+
+def quantizable(family: Family, index: Mapping[str, Any]) -> list[str]:
+    """The names of the networks that can be quantized: the denoiser and the text encoders."""
+    return [family.denoiser, *(name for name in names_in(index) if name.startswith(TEXT_ENCODER))]
+
+
+def check_components(names: Iterable[str], index: Mapping[str, Any]) -> None:
+    """Raise InputError for a name that is none of the pipeline's components."""
+    for name in names:
+        if name not in names_in(index):
+            raise InputError(
+                f"model.components: {index.get('_class_name')} has no {name!r}{did_you_mean(name, names_in(index))}"
+            )
 
 
 def check_packages(index: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:

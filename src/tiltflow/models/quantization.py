@@ -27,15 +27,21 @@ TEXT_ENCODER = "text_encoder"
 """Beginning of the names of the networks of transformers; the denoisers are of diffusers."""
 
 
-def check_quantization(kinds: Mapping[str, str], networks: list[str], pipeline: str) -> None:
-    """Raise InputError for a component that is none of `networks`, for a kind that is not known, and for one whose package or
-    device is not here."""
+def check_kinds(kinds: Mapping[str, str], networks: list[str], pipeline: str) -> None:
+    """Raise InputError for a component that is none of `networks`, and for a kind that is not known."""
     for name, kind in kinds.items():
         where = f"model.quantization.{name} {kind}"
         if name not in networks:
             raise InputError(f"{where}: {pipeline} has no such network to quantize{did_you_mean(name, networks)}")
         if kind not in PACKAGES:
             raise InputError(f"{where}: must be {', '.join(get_args(Quantization))}{did_you_mean(kind, PACKAGES)}")
+
+
+def check_quantization(kinds: Mapping[str, str], networks: list[str], pipeline: str) -> None:
+    """As `check_kinds`, and raise InputError for a kind whose package or device is not here."""
+    check_kinds(kinds, networks, pipeline)
+    for name, kind in kinds.items():
+        where = f"model.quantization.{name} {kind}"
         if find_spec(PACKAGES[kind]) is None:
             raise not_installed(f"{where}: {PACKAGES[kind]}", PACKAGES[kind])
         if kind == "nf4" and not name.startswith(TEXT_ENCODER) and not torch.accelerator.is_available():

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from tiltflow.errors import InputError, not_installed
+from tiltflow.errors import InputError, did_you_mean, not_installed
 from tiltflow.flows.adapter import has_adapter
 from tiltflow.flows.flow import Flow
 from tiltflow.settings import PathOrName, Settings
@@ -30,7 +30,7 @@ class Adapter(Settings):
     """The adapter's output is scaled by lora_alpha / rank; `rank` by default."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the adapted layers; by default the attention of a pipeline, and all linear and convolutional layers
-    of another network."""
+    of another network. Those of text encoders are not tuned."""
     use_rslora: bool = False
     """Scale its output by lora_alpha / sqrt(rank), as in peft."""
     use_dora: bool = False
@@ -90,18 +90,33 @@ def trainable_copy(flow: Flow, trainable: str | re.Pattern[str] = "") -> Flow:
     return replace(flow, network=network)
 
 
+def check_layers(network: nn.Module, adapter: Adapter) -> None:
+    """Raise InputError for an end of names that no layer's name has. peft leaves it out, if it finds layers for another one."""
+    names = [f".{name}" for name, _ in network.named_modules()]
+    for target in adapter.target_modules or ():
+        if not any(name.endswith(f".{target}") for name in names):
+            parts = target.count(".") + 1
+            ends = {".".join(name.split(".")[-parts:]) for name in _layers(network)}
+            raise InputError(f"adapter.target_modules: no layer's name ends with {target!r}{did_you_mean(target, ends)}")
+
+
+def _layers(network: nn.Module) -> list[str]:
+    """The names of linear and convolutional layers."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
+
+
 def adapted(network: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     """Return a copy of a network with a new LoRA: only the LoRA is trainable, and the function is unchanged.
 
     Raises InputError if peft is not installed, or if no layer has such a name.
     """
-    layers = [
-        name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    ]
+    layers = _layers(network)
     if not layers and adapter.target_modules is None:
         raise InputError("adapter: this network has no linear or convolutional layer; name others in adapter.target_modules")
     if adapter.continue_from is not None:
         raise InputError("adapter.continue_from: LoRAs of pipelines are continued, and this model is a network")
+    check_layers(network, adapter)
     config = adapter.config(layers)
     from peft import get_peft_model
 

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from logging import getLogger
 from typing import Annotated, Any
 
 import typer
@@ -62,6 +63,8 @@ app = make_app()
 def main() -> None:
     """Run the command line; errors that a user can cause, and notes, are printed in one line each."""
     warnings.showwarning = partial(print_warning, warnings.showwarning)
+    # transformers says so of each processor of pictures that diffusers imports, though none of them is used
+    getLogger("transformers.utils.import_utils").addFilter(lambda record: "requires torchvision" not in record.getMessage())
     try:
         app()
     except TiltflowError as error:

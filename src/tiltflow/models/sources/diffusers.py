@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.models.attention import set_attention_backend
 from tiltflow.models.from_diffusers import family_of, loaded, model_of
+from tiltflow.models.pipeline_adapter import denoiser_alone
 from tiltflow.models.pipeline_folder import check_numbers
 from tiltflow.models.prompt_encoder import CACHE_GB
 from tiltflow.models.quantization import PACKAGES, Quantization
@@ -116,6 +117,7 @@ class Diffusers(Settings):
     def _only_adapters(self) -> Diffusers:
         if self.quantization and self.adapter is None:
             raise ValueError("quantization: quantized weights are frozen; give an adapter, not null")
+        denoiser_alone(self.adapter)
         return self
 
     @property

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError, not_installed
-from tiltflow.models.pipeline_files import NOT_NEEDED, dtypes
+from tiltflow.models.components import names_in
+from tiltflow.models.pipeline_files import NOT_NEEDED, check_components, dtypes, quantizable
 from tiltflow.models.pipelines import families, family_named
+from tiltflow.models.quantization import check_kinds
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.shapes import network_of_shapes
@@ -38,7 +40,7 @@ class Architecture:
     """What the configs of a pipeline say.
 
     Args:
-        pipeline: class of the pipeline, `_class_name`, and its own settings.
+        pipeline: class of the pipeline, `_class_name`, its own settings, and the names of components that it does without.
         components: class, `_class_name`, and settings of each component.
         published: numbers of parameters that others have published, by component.
     """
@@ -73,7 +75,7 @@ def architecture(source: str) -> Architecture:
             continue
         found = [path for path in (folder / name).glob("*config.json") if path.name != "generation_config.json"]
         components[name] = {**(_json(found[0]) if found else {}), "_class_name": value[1]}
-    own = {key: value for key, value in index.items() if not isinstance(value, list)}
+    own = {key: value for key, value in index.items() if key not in components}
     return Architecture(own, components, {})
 
 
@@ -93,6 +95,8 @@ def model_from_configs(source: Diffusers) -> TextToImage:
     found = architecture(source.diffusers)
     family = family_named(str(found.pipeline.get("_class_name")), families())
     index = {**found.pipeline, **{name: ["", ""] for name in found.components}}
+    check_components(set(source.replaced) - set(NOT_NEEDED), index)
+    check_kinds(source.quantization, quantizable(family, index), family.pipeline_class)
     kinds = dtypes({name: getattr(torch, dtype) for name, dtype in source.dtypes.items()}, index)
     parts: dict[str, Any] = {}
     for name, config in found.components.items():
@@ -105,7 +109,8 @@ def model_from_configs(source: Diffusers) -> TextToImage:
             parts[name] = component(config, kinds.get(name, kinds["default"]))
     kind = getattr(diffusers, family.pipeline_class)
     taken = inspect.signature(kind.__init__).parameters
-    unused = {name: None for name in NOT_NEEDED if name in taken and name not in family.components}
+    left_out = {*NOT_NEEDED}.difference(family.components) | {*names_in(found.pipeline)}
+    unused = {name: None for name in taken if name in left_out}
     settings = {name: value for name, value in found.pipeline.items() if name in taken and name not in unused}
     if "requires_safety_checker" in taken:
         settings["requires_safety_checker"] = False

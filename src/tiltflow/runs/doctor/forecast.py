@@ -46,7 +46,7 @@ from tiltflow.training.memory import peak_of
 PHASES = {
     "encoding": "encoding the prompts",
     "rollout": "drawing samples",
-    "adjoint": "the adjoint of the base",
+    "adjoint": "computing the adjoint",
     "reward": "decoding and scoring",
     "update": "learning",
     "evaluation": "evaluating",
