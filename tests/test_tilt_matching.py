@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.flow import Flow
+from tiltflow.laws.exponential_family import Pooled
 from tiltflow.laws.gaussian_mixture import ExactVelocity, mixture
 from tiltflow.methods.tilt_matching import State, TiltMatching
 from tiltflow.problems.two_modes import TwoModes
@@ -111,12 +112,15 @@ EXACT: dict[str, dict[str, Any]] = {
     "default without neighbours": {"neighbours": 1},
     "anchor old": {"anchor": "old"},
     "anchor none": {"anchor": "none"},
+    "least relative noise": {"anchor_share": "least-relative-noise"},
     "implicit": {"preset": "implicit"},
     "reward-weighting": {"preset": "reward-weighting"},
 }
 
 
-@pytest.mark.parametrize("name", ["default", "default without neighbours", "implicit", "reward-weighting"])
+@pytest.mark.parametrize(
+    "name", ["default", "default without neighbours", "least relative noise", "implicit", "reward-weighting"]
+)
 def test_one_round_is_exact_on_a_bowl(name: str) -> None:
     """N(0, 1) exp(-x^2 / 2) is N(0, 1/2)."""
     mean, variance = after(TiltMatching(target_effective_sample_size=0, **EXACT[name]), bowl, 1)
@@ -124,7 +128,7 @@ def test_one_round_is_exact_on_a_bowl(name: str) -> None:
     assert variance == pytest.approx(0.5, abs=0.015)
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchor old", "anchor none")]
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchor old", "anchor none", "least relative noise")]
 
 
 @pytest.mark.parametrize("name", ["default", *SLOWER, "implicit", "reward-weighting"])
@@ -214,6 +218,31 @@ def test_explicit_rounds_compose() -> None:
     for i, beta in enumerate((2.0, 1.0)):
         fitted_round(method.model_copy(update={"beta": beta}), tuned, bowl, state, i)
     assert tuned.law[1] == pytest.approx(0.447864, abs=0.01)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_share_of_the_anchors_term_leaves_the_least_noise(relative: bool) -> None:
+    """Of samples of the base and of a tilt, toward a stronger one; and all of it where the next law is the anchor's."""
+    method = TiltMatching(anchor_share="least-relative-noise" if relative else "least-noise")
+    rewards = torch.randn(400, generator=stream(0, "rewards"), dtype=torch.float64)
+    family = Pooled.of(rewards, torch.tensor([0.0, 0.5]).repeat_interleave(200))
+    weights, of_anchor = family.weights(1.2), family.weights(0.0)
+
+    def noise(share: float) -> float:
+        left = (weights - share * of_anchor).square()
+        return float((left / weights if relative else left).mean())
+
+    share = method._share(weights, of_anchor)
+    assert 0.05 < share < 0.95
+    assert all(noise(share) < noise(share + away) for away in (-0.01, 0.01))
+    assert method._share(of_anchor, of_anchor) == pytest.approx(1, abs=1e-12)
+
+
+def test_samples_that_both_laws_leave_out_have_no_share() -> None:
+    method = TiltMatching(anchor_share="least-relative-noise")
+    weights = torch.tensor([0.0, 1.5, 1.5], dtype=torch.float64)
+    assert method._share(weights, weights) == pytest.approx(1)
+    assert method._share(weights, torch.ones(3, dtype=torch.float64)) == 0  # no share keeps that noise finite
 
 
 def settled_variance(coefficient: Callable[[np.ndarray, float], np.ndarray], residual: str) -> float:

@@ -15,7 +15,10 @@ With W the weight of x_1 under the law of the next eta, A its weight under that 
 
 whose mean given x_t vanishes for v the field of the next law: E[W (u - v)] = 0 there, and E[A (u - v_anchor)] = 0 for the
 field of the anchor's own law. So every round is exact, and the second term, a control variate, is there to cancel noise: most
-of it for s = E[W A] / E[A^2], which is 1 for the samples of the anchor's law, and falls as the two laws part. The weights
+of it for s = E[W A] / E[A^2], which is 1 for the samples of the anchor's law, and falls as the two laws part. But where W is
+small little pulls v to its place, and the same noise does more: relative to W, it is least for s = 1 / E[A^2 / W], which
+minimises E[(W - s A)^2 / W]. Of a mode that the tilt all but empties this leaves a field that is as good as elsewhere
+(`anchor_share`). The weights
 follow from the rewards alone, for samples of this round and of earlier ones together (`tiltflow.laws.exponential_family`).
 Where W = A = 1, as for a reward that is constant, d is zero at the anchor, sample by sample: what the model does not do
 perfectly is left as it is, and not learned again from its own samples.
@@ -149,6 +152,9 @@ class TiltMatching(Tempered):
     """How much a sample counts: by its weight exp(h r), or by h (r - mean r)."""
     anchor: Literal["base", "old", "none"] = "base"
     """The field that a round starts from: that of the base, of the last round, or none, which is reward weighting."""
+    anchor_share: Literal["least-noise", "least-relative-noise"] = "least-noise"
+    """The share of the anchor's term in the target: that which leaves the least noise, or the least relative to the weights of
+    the next law, for modes that a strong tilt all but empties."""
     residual: Which = "current"
     """What the velocity of a sample is compared with: the network as it is, or as it was in the last round, or the base."""
     target_effective_sample_size: Annotated[float, Field(ge=0, lt=1)] = 0.7
@@ -358,8 +364,7 @@ class TiltMatching(Tempered):
             weights[members] = family.weights(state.aim)
             if self.anchor != "none":
                 of_anchor = family.weights(state.tilt if self.anchor == "old" else 0.0)
-                # the share of the anchor's term that cancels most noise, as of any control variate
-                pull[members] = of_anchor * (weights[members] * of_anchor).mean() / of_anchor.square().mean()
+                pull[members] = of_anchor * self._share(weights[members], of_anchor)
             gain[members] = weights[members] - pull[members]
             divergence += family.divergence(state.aim) / len(recalled.groups)
         if self.coefficient == "linear":
@@ -373,6 +378,17 @@ class TiltMatching(Tempered):
                 )
         found = {"effective_sample_size": effective_share(weights) * count, "largest_weight": weights.max().item()}
         return Aims(pull, gain), found | ({"kl": divergence} if state.aim == 1 / self.beta else {})
+
+    def _share(self, weights: Tensor, of_anchor: Tensor) -> float:
+        """s: how much of the anchor's term cancels most noise, as of any control variate.
+
+        Args:
+            weights, of_anchor: W and A of the samples of a condition [n], float64, of mean 1.
+        """
+        if self.anchor_share == "least-noise":
+            return float((weights * of_anchor).mean() / of_anchor.square().mean())
+        some = of_anchor > 0  # where both are 0 there is nothing to cancel
+        return len(weights) / float((of_anchor[some].square() / weights[some]).sum())
 
     def _rise(self, state: State) -> float:
         """The inverse temperature between the anchor and the aim."""

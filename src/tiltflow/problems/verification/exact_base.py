@@ -34,7 +34,11 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     "orw-cfm-w2": {"regression_batch_size": 1024},
     "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
     # of very many samples: fewer rounds, so that fewer errors add up; none at all where the base's samples suffice
-    "tilt-matching": {"target_effective_sample_size": 0.25, "proposal": "auto"},
+    "tilt-matching": {
+        "target_effective_sample_size": 0.25,
+        "proposal": "auto",
+        "anchor_share": "least-relative-noise",  # modes must have their shares, be they small
+    },
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
