@@ -92,7 +92,7 @@ def check(name: str, given: dict[str, Any]) -> None:
     """The settings of a command, as it would read them."""
     overrides = given.get("overrides") or []
     match name:
-        case "train" | "doctor":
+        case "train" | "doctor" | "advise":
             path, overrides = stand_in(given["recipe"], overrides)
             read_recipe(read_recipe_tree(path, overrides), str(path))
         case "sweep":

@@ -97,14 +97,15 @@ def print_subject(console: Console, found: Mapping[str, Any]) -> None:
     from tiltflow.formatting import decimal
 
     table = Table(box=None, header_style="bold", pad_edge=False, title=escape(found["subject"]), title_justify="left")
-    columns = ("reward", "distance", "floor", "achieved_tilt", "diversity", "network_evaluations", "seconds")
-    for column in ("method", *columns, "seeds"):
-        table.add_column(column.replace("_", " "), no_wrap=column == "method")
+    columns = {"reward": "reward", "distance": "distance", "floor": "floor", "achieved_tilt": "tilt", "diversity": "diversity"}
+    columns |= {"network_evaluations": "evals", "seconds": "s"}
+    for column in ("method", *columns.values(), "n"):
+        table.add_column(column, no_wrap=column == "method")
     for method in found["methods"]:
         cells = []
         for column in columns:
-            mean, error = method[column]["mean"], method[column]["error"]
-            of_error = None if column in ("network_evaluations", "floor") else error
-            cells.append("–" if mean is None else f"{mean:.3g}" if column == "network_evaluations" else decimal(mean, of_error))
+            mean = method[column]["mean"]
+            error = method[column]["error"] if column in ("reward", "distance") else None
+            cells.append("–" if mean is None else f"{mean:.3g}" if column == "network_evaluations" else decimal(mean, error))
         table.add_row(escape(method["method"]), *cells, str(method["n"]))
     console.print(table)

@@ -25,7 +25,7 @@ from tiltflow.commands.terminal.exit_codes import CTRL_C, FAILURE, exit_code
 from tiltflow.errors import InputError, Note, TiltflowError
 
 ORDER = (
-    *("train", "doctor", "verify-checkpoint", "sweep", "compare", "evaluate", "export"),
+    *("train", "doctor", "advise", "verify-checkpoint", "sweep", "compare", "evaluate", "export"),
     *("serve-reward", "sample", "verify", "pretrain", "recipes", "settings"),
 )
 """Order of the verbs in --help; other verbs follow."""
