@@ -238,5 +238,5 @@ def test_what_cannot_be_asked_for_is_one_line(text: str, says: str) -> None:
 
 
 def test_a_size_that_the_model_does_not_have_is_one_line() -> None:
-    with pytest.raises(InputError, match="there is no class '4 atoms', did you mean '5 atoms'"):
+    with pytest.raises(InputError, match="there is no class '4 atoms'; known: 5 atoms"):
         model().sample(2, labels="4 atoms")

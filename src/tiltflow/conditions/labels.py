@@ -61,7 +61,9 @@ def _number(label: Any, class_names: Sequence[str]) -> int:
         return class_names.index(label)
     if isinstance(label, str):
         if not label.isdecimal():
-            raise InputError(f"labels: there is no class {label!r}{did_you_mean(label, class_names)}")
+            numbered = any(map(str.isdigit, label))  # "25 atoms" is near "15 atoms", and not meant to be it
+            known = f"; known: {', '.join(list(dict.fromkeys(class_names))[:40])}"
+            raise InputError(f"labels: there is no class {label!r}{known if numbered else did_you_mean(label, class_names)}")
         label = int(label)  # as written on a command line
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(class_names):
         raise InputError(f"labels: a class is a number from 0 to {len(class_names) - 1}, or its name, got {label!r}")

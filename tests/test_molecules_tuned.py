@@ -1,0 +1,124 @@
+"""Molecules tuned toward a utility, where it is known what comes out; the shipped recipes, and the benchmark, in small."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_molecules_shown import ATOMS, Lookup, carbons
+
+import tiltflow
+from tiltflow.chemistry.workers import Workers
+from tiltflow.flows.flow import Flow
+from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+from tiltflow.runs.run import run
+from tiltflow.runs.staged.recipe import StagedRecipe
+from tiltflow.runs.staged.run import run_stages
+from tiltflow.utilities.superquantile import Superquantile
+
+STEPS = 16
+BENCHMARK = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks/molecules.py"))
+RECIPES = ("qm9-energy", "qm9-isomers", "qm9-superquantile")
+SMALL = ["method.num_inference_steps=8", "sampling.num_inference_steps=8", "evaluation.num_samples=40"]
+installed = pytest.mark.skipif(importlib.util.find_spec("tblite") is None, reason="the extra molecules is not installed")
+
+
+def test_the_best_half_of_molecules_stage_by_stage() -> None:
+    """Of four molecules of 1, 2, 2 and 4 carbons, all equally likely. The best half has a mean of 3. Its first variation,
+    2 (r - 2)+, is 4 for the last molecule alone: a stage at the temperature 8 makes that exp(1/2) times as likely beside the
+    others, and so does the next one. A share s below a half makes a mean of 2 + 4 s."""
+    model = tiltflow.Model(Flow(Lookup(), "x1"), (ATOMS, 8), tiltflow.Sampling(solver="memoryless", num_inference_steps=STEPS))
+    law = tiltflow.OfLaw(Superquantile(share=0.5), rewards={"reward": carbons}, num_samples=1000)
+    method = tiltflow.PathReweighted(beta=8.0, num_inference_steps=STEPS)
+    training = tiltflow.Training(max_train_steps=64, train_batch_size=512)
+    optimizer = tiltflow.Optimizer(learning_rate=0.05)
+    odds = 1 / 3
+    for stage in tiltflow.stages(model, law, method, training, count=2, optimizer=optimizer):
+        odds *= math.exp(1 / 2)
+        share = odds / (1 + odds)
+        network: Any = stage.model.flow.network
+        found = network.log_shares.detach().softmax(0).tolist()
+        assert found == pytest.approx([(1 - share) / 3] * 3 + [share], abs=0.04)
+        assert stage.after is not None
+        assert stage.after.value == pytest.approx(2 + 4 * share, abs=0.16 + 3 * stage.after.standard_error)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_molecules_sample_and_train_on_one_grid(name: str) -> None:
+    """That of the model: at even steps the adjoints of its chain are much larger."""
+    recipe = read_recipe(read_recipe_tree(find_recipe(name, "train"), []), name)
+    assert isinstance(recipe.model, str)
+    method: Any = recipe.method
+    assert method.sampling.times(0.0).tolist() == recipe.evaluation.first.sampling.times(0.0).tolist()
+    assert method.shift == tiltflow.load(recipe.model).sampling.shift
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_molecules_in_small(name: str, tmp_path: Path) -> None:
+    of_stages = ["stages.count=2", "stages.num_samples=40", "method.pool={tail: 2, body: 2}", "utility.share=0.5"]
+    more = ["training.max_train_steps=2", "training.train_batch_size=20", *(of_stages if name == RECIPES[2] else [])]
+    recipe = read_recipe(read_recipe_tree(find_recipe(name, "train"), [*SMALL, *more]), name)
+    if isinstance(recipe, StagedRecipe):
+        summary = run_stages(recipe, tmp_path / "run")
+        assert len(summary["stages"]) == 2
+        assert 20 < summary["utility_after"] < 32
+    else:
+        summary = run(recipe, tmp_path / "run")
+        assert 10 < summary["reward_tuned"] < 32
+        assert summary["molecules"]["gain_in_std"] is not None
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("method", BENCHMARK["METHODS"])
+def test_xtb_is_called_once_for_each_sample_that_is_drawn(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, step by step; and where a run ends."""
+    asked, found, ask = list[int](), list[tuple[int, int]](), Workers.map
+
+    def counted(workers: Workers, function: Any, items: Any) -> Any:
+        asked.append(len(items) if function.__name__ == "single_point" else 0)
+        return ask(workers, function, items)
+
+    def record(each: Any) -> bool:
+        found.append((sum(asked), each.samples_drawn))
+        return bool(each.samples_drawn >= 16)
+
+    monkeypatch.setattr(Workers, "map", counted)
+    recipe = BENCHMARK["recipe_of"]("qm9-isomers", method, 0, [*SMALL, "training.train_batch_size=8"])
+    run(recipe, tmp_path / "run", callbacks=[record])
+    first = found[0][0] - found[0][1]  # what was asked for before the first step, to try the reward
+    assert found[-1][1] == 16
+    assert [calls - first for calls, _ in found] == [drawn for _, drawn in found]
+
+
+def test_a_table_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for the base and for each method, with mean and spread of its seeds; rows of something else are refused."""
+    rows = [
+        {"recipe": "qm9-isomers", "evaluations": 5, "set": [], "method": method, "seed": seed, "summary": summary}
+        for method, seed, summary in (
+            ("adjoint-matching", 0, {"reward_base": 29.1, "reward_tuned": 29.2, "samples_drawn": 64}),
+            ("adjoint-matching", 1, {"reward_base": 29.1, "reward_tuned": 29.4, "samples_drawn": 64}),
+            ("tilt-matching", 0, {"reward_base": 29.1, "reward_tuned": 29.3, "failed_tuned": 0.5}),
+        )
+    ]
+    (tmp_path / BENCHMARK["ROWS"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    BENCHMARK["main"](["table", str(tmp_path)])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    cells = [dict(zip(head.split("|"), line.split("|"), strict=True)) for line in lines]
+    shown = [(each[" "].strip(), each[" −E, hartree "].strip(), each[" failed "].strip()) for each in cells]
+    assert shown == [
+        ("base", "29.100", "0.000"),
+        ("adjoint-matching", "29.300 ± 0.141", "0.000 ± 0.000"),
+        ("tilt-matching", "29.300", "0.500"),
+    ]
+    with pytest.raises(SystemExit, match="has runs with evaluations 5, not 7"):
+        BENCHMARK["main"](["compare", "qm9-isomers", "--output", str(tmp_path), "--evaluations", "7"])
+    with pytest.raises(SystemExit, match="has no run that is done"):
+        BENCHMARK["main"](["table", str(tmp_path / "none")])
