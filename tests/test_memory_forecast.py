@@ -351,6 +351,10 @@ def test_configs_of_a_folder_give_the_forecast_of_its_weights(tmp_path: Path) ->
 def test_a_model_whose_configs_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nobody/nothing: --config-only reads a folder with model_index.json and the"):
         architecture("nobody/nothing")
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
+        architecture(str(tmp_path / "nowhere"))
+    asked = CliRunner().invoke(app, ["doctor", "digits-even", "--memory", "24"])
+    assert str(asked.exception) == "--memory: only a forecast from configs can be of a GPU that is not here; add --config-only"
     assert all(architecture(name).components["vae"] for fact in facts().values() for name in fact["names"])
 
 

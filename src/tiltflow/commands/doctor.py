@@ -44,6 +44,8 @@ def doctor(
     from tiltflow.runs.doctor import Finding, examine, foresee, refuse, verdict
     from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
 
+    if memory is not None and not config_only:
+        raise InputError("--memory: only a forecast from configs can be of a GPU that is not here; add --config-only")
     console, found = make_console(as_json), list[Finding]()
     colours = {"green": "green", "amber": "yellow", "red": "red bold"}
 

@@ -62,6 +62,8 @@ def architecture(source: str) -> Architecture:
         if source in (name, *fact["names"]):
             return Architecture(fact["pipeline"], fact["components"], fact["published"])
     folder = Path(by_name(source, assets(INDEX), "pipeline") or source)
+    if source.startswith((".", "/")) and not folder.exists():
+        raise InputError(f"model.diffusers {source}: there is no such folder")
     if not (folder / INDEX).is_file():
         known = ", ".join(name for fact in facts().values() for name in fact["names"])
         raise InputError(
