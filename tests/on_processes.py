@@ -51,9 +51,16 @@ STATELESS = {
     },
     "draft": {"name": "draft", "truncation": "random", "solver": "memoryless", "num_inference_steps": 4},
     "draft-lv": {"name": "draft", "num_renoisings": 2, "num_inference_steps": 4},
+    "ram": {"name": "ram", "num_inference_steps": 4, "num_passes": 2},
+    "awm": {"name": "awm", "num_inference_steps": 4},
+    "adrpo": {"name": "adrpo", "num_inference_steps": 4, "neighbours": 3},
+    "raft": {"name": "raft", "num_inference_steps": 4, "n": 2, "num_passes": 1},
+    "ddpo": {"name": "ddpo", "num_inference_steps": 4, "clip_range": 0.2},
+    "dpok": {"name": "dpok", "num_inference_steps": 4, "num_passes": 2, "kl_gradient": "whole"},
+    "flow-grpo": {"name": "flow-grpo", "num_inference_steps": 4, "sde_window_size": 2, "beta": 1.0, "advantages": "centered"},
     "refl": {"name": "refl", "num_inference_steps": 4, "earliest": 0.0},
 }
-"""Methods without a state, which `test_resume.py` leaves out."""
+"""Methods without a state, or with hardly one, which `test_resume.py` leaves out."""
 OTHERS = (*(method for method in METHODS if method not in INTERRUPTED), *STATELESS)
 
 

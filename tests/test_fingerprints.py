@@ -147,7 +147,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "FlowGrpo": {"solver"},
         "EndpointAdjointMatching": {"solver"},
         "PathReweighted": {"solver"},
-        "TiltMatching": {"solver"},
+        **{key: {"solver"} for key in ("TiltMatching", "Ram", "Awm", "Adrpo", "DiffusionNft", "Rwr", "Raft")},
         "Refl": {"solver"},
         "ScoreAsAction": {"solver"},
         "AdjointMatching": {"solver"},

@@ -18,15 +18,21 @@ if TYPE_CHECKING:
     from tiltflow.evaluation.settings import Evaluation
     from tiltflow.flows.flow import Flow
     from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.methods.adrpo import Adrpo
+    from tiltflow.methods.awm import Awm
     from tiltflow.methods.ddpo import Ddpo
     from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+    from tiltflow.methods.diffusion_nft import DiffusionNft
     from tiltflow.methods.dpok import Dpok
     from tiltflow.methods.draft import Draft
     from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
     from tiltflow.methods.flow_grpo import FlowGrpo
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
     from tiltflow.methods.path_reweighted import PathReweighted
+    from tiltflow.methods.raft import Raft
+    from tiltflow.methods.ram import Ram
     from tiltflow.methods.refl import Refl
+    from tiltflow.methods.rwr import Rwr
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.methods.tilt_matching import TiltMatching
     from tiltflow.models.from_diffusers import from_diffusers
@@ -51,10 +57,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "models.trainable",
     "AdjointMatching": "methods.adjoint_matching",
+    "Adrpo": "methods.adrpo",
+    "Awm": "methods.awm",
     "BestOfN": "steering.best_of_n",
     "CollapseError": "errors",
     "Ddpo": "methods.ddpo",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
+    "DiffusionNft": "methods.diffusion_nft",
     "Dpok": "methods.dpok",
     "Draft": "methods.draft",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
@@ -70,7 +79,10 @@ _HOME = {
     "Optimizer": "training.optimizer",
     "OrwCfmW2": "methods.orw_cfm_w2",
     "PathReweighted": "methods.path_reweighted",
+    "Raft": "methods.raft",
+    "Ram": "methods.ram",
     "Refl": "methods.refl",
+    "Rwr": "methods.rwr",
     "Sampling": "samplers.sampling",
     "ScoreAsAction": "methods.score_as_action",
     "Smc": "steering.smc",
@@ -97,10 +109,13 @@ _HOME = {
 __all__ = [
     "Adapter",
     "AdjointMatching",
+    "Adrpo",
+    "Awm",
     "BestOfN",
     "CollapseError",
     "Ddpo",
     "DeterministicAdjointMatching",
+    "DiffusionNft",
     "Dpok",
     "Draft",
     "EndpointAdjointMatching",
@@ -116,7 +131,10 @@ __all__ = [
     "Optimizer",
     "OrwCfmW2",
     "PathReweighted",
+    "Raft",
+    "Ram",
     "Refl",
+    "Rwr",
     "Sampling",
     "ScoreAsAction",
     "Smc",

@@ -30,80 +30,47 @@ perfectly is left as it is, and not learned again from its own samples.
     anchor none                 a = 0, c = W: reward weighting, the same laws with far more noise: it grows with the square of
                                 the number of rounds.
 
-With coefficient `linear` a = 1 and c = h (r - mean r), h the rise, or all of eta around the base: quadratures of
+With coefficient `linear` a = 1 and c = h (r - mean r), the residual that of the last round too: an explicit step of
 
     d v / d eta = Cov(r, u | x_t)
 
-with the whole step at one end of it, which other papers take. Their laws are not the tilt; the presets say which.
+whose law is the tilt up to an error of order 1 / rounds. `tiltflow.methods.regressions.advantage_regression` has steps with the
+whole of eta around the base, which other papers take.
 """
 
 # Mutation tests: test_tilt_matching.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow import processes
-from tiltflow.errors import CollapseError, InputError
+from tiltflow.errors import CollapseError
 from tiltflow.flows.field import VelocityField
-from tiltflow.flows.interpolant import expand
 from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt, tilt_of
-from tiltflow.laws.forward_process import Residual, ram
-from tiltflow.laws.law import Law
-from tiltflow.laws.target import Reach, RewardAt, Target, exponential_tilt
-from tiltflow.methods import Positive, Tempered, from_preset
-from tiltflow.rewards.functions.checked import finite_only
+from tiltflow.laws.target import Target, exponential_tilt
+from tiltflow.methods import Tempered, from_preset
+from tiltflow.methods.regressions.forward_process import Count, Learned, Regression, as_it_was, weights_of
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import sample
-from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
-from tiltflow.training.noising import noising, resampled, smoothed
 from tiltflow.training.replay import Recalled, Replay
-from tiltflow.training.scoring import Scoring, joined
-
-Count = Annotated[int, Field(ge=1)]
-Which = Literal["current", "old", "base"]
-
-POLE = -0.9
-"""The least c of a linear coefficient around the network itself: at -1 the regression has no minimum."""
 
 OWN: dict[str, Any] = {"replay": 1, "neighbours": 1}
-LINEAR: dict[str, Any] = {**OWN, "coefficient": "linear"}
 PRESETS: dict[str, dict[str, Any]] = {
     "implicit": {**OWN, "anchor": "old"},
     "reverse": {**OWN, "anchor": "base"},
     "reward-weighting": {**OWN, "anchor": "none"},
-    "explicit": {**LINEAR, "anchor": "old", "residual": "old"},
-    "ram": {**LINEAR, "target_effective_sample_size": 0.0, "num_passes": 8},
-    "awm": {**LINEAR, "target_effective_sample_size": 0.0, "num_inference_steps": 14},
-    "adrpo": {**LINEAR, "target_effective_sample_size": 0.0, "residual": "base"},
-    "nft": {**LINEAR, "anchor": "old", "residual": "old", "standardize": True, "advantage_clip": 5.0, "fixed_rise": 0.2},
+    "explicit": {**OWN, "anchor": "old", "coefficient": "linear"},
 }
-REACHES: dict[str, tuple[Reach, str]] = {
-    "explicit": (
-        "first-order",
-        "Each round is one explicit step of the tilting identity: the law is the tilt up to an error of order 1 / rounds.",
-    ),
-    "current": (
-        "first-order",
-        "The advantage is taken once, linearly and at the end of the way: the law is the tilt to first order in 1 / beta, and"
-        " milder beyond. Advantages below -0.9 beta are clipped, as the regression has no minimum there.",
-    ),
-    "base": (
-        "first-order",
-        "The advantage is taken once, linearly and around the base: the law is the tilt to first order in 1 / beta, and exactly"
-        " for a linear reward on a Gaussian, in the first round alone.",
-    ),
-    "nft": ("none", "Every round tilts the law again, and nothing pulls it back: there is no law at which this settles."),
-}
+METHODS_NOW = {"ram": "ram", "awm": "awm", "adrpo": "adrpo", "nft": "diffusion-nft"}
+"""Presets of earlier versions that are methods of their own."""
+EXPLICIT = "Each round is one explicit step of the tilting identity: the law is the tilt up to an error of order 1 / rounds."
 
 
 class Aims(NamedTuple):
@@ -139,32 +106,27 @@ class State:
         self.replay.load_state_dict(state["replay"], self.device)
 
 
-class TiltMatching(Tempered):
+class TiltMatching(Regression, Tempered):
     """Tilt Matching. Any reward, no gradient; aims at p_base(x) exp(r(x) / beta)."""
 
     name: Literal["tilt-matching"] = "tilt-matching"
-    preset: Literal["implicit", "reverse", "reward-weighting", "explicit", "ram", "awm", "adrpo", "nft"] | None = None
+    preset: Literal["implicit", "reverse", "reward-weighting", "explicit"] | None = None
     """Start from a published setting; keys given beside it win. The tilt in any number of rounds: implicit (as published),
-    reverse, reward-weighting. The tilt as the number of rounds grows: explicit. To first order in 1 / beta: ram, awm, adrpo. No
-    law: nft, without a penalty."""
+    reverse, reward-weighting. The tilt as the number of rounds grows: explicit."""
 
     coefficient: Literal["exponential", "linear"] = "exponential"
-    """How much a sample counts: by its weight exp(h r), or by h (r - mean r)."""
+    """How much a sample counts: by its weight exp(h r), or by h (r - mean r), an explicit step from the last round."""
     anchor: Literal["base", "old", "none"] = "base"
     """The field that a round starts from: that of the base, of the last round, or none, which is reward weighting."""
     anchor_share: Literal["least-noise", "least-relative-noise"] = "least-noise"
     """The share of the anchor's term in the target: that which leaves the least noise, or the least relative to the weights of
     the next law, for modes that a strong tilt all but empties."""
-    residual: Which = "current"
-    """What the velocity of a sample is compared with: the network as it is, or as it was in the last round, or the base."""
     target_effective_sample_size: Annotated[float, Field(ge=0, lt=1)] = 0.7
     """Share of the samples of a round that their weights toward the next inverse temperature must be worth: it sets how fast
     that rises. With 0 it is 1 / beta at once."""
     proposal: Literal["tuned", "auto"] = "tuned"
     """Whose samples a round draws: the tuned model's; with auto the base's, as long as these, weighted toward 1 / beta, are
     worth `target_effective_sample_size` of their number. They have no errors of earlier rounds."""
-    fixed_rise: Positive | None = None
-    """Instead, raise the inverse temperature by this in each round, without end."""
     batches_per_round: Count = 1
     """Batches in a round. With more than one, all are drawn from the weights at its start: for models with prompts, whose batch
     is too small to fit a round on."""
@@ -174,77 +136,40 @@ class TiltMatching(Tempered):
     neighbours: Count = 256
     """Samples whose mean, weighted by how likely each of them ends at x_t, stands for the one that x_t was made from: the same
     target with less noise near the start of the path (arXiv 2302.00670). 1 for none."""
-    standardize: bool = False
-    """Divide linear advantages by their standard deviation in the batch."""
-    advantage_clip: Positive | None = None
-    """Clip linear advantages at this and at minus this."""
     min_effective_sample_size: Annotated[float, Field(ge=1)] = 2.0
     """Stop when the weights of a batch rest on fewer samples than this."""
-
-    solver: SolverName = "heun"
-    """An ODE solver of `Sampling`, which draws the samples."""
-    num_inference_steps: Annotated[int, Field(ge=2)] = 20
-    """Steps of the solver, from noise to data."""
-    shift: Positive = 1.0
-    """Above 1, more steps are near the noise; see `time_grid`. The times of the regression are spread in the same way."""
-    num_passes: Count = 16
-    """Optimizer steps on each batch, each with fresh noise and times."""
-    regression_batch_size: Count | None = None
-    """Samples in each of these steps; by default as many as the batch has."""
 
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
+        moved = METHODS_NOW.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        if moved is not None:
+            raise ValueError(f"preset {values['preset']!r} is the method {moved!r} now")
         return from_preset(PRESETS, values)
 
     @model_validator(mode="after")
     def _check(self) -> TiltMatching:
-        if self.sampling.has_noise:
-            raise ValueError(f"solver {self.solver!r} has noise, and the method needs the law of the ODE; use euler or heun")
         if self.coefficient == "linear":
             if self.replay > 1:
                 raise ValueError("coefficient 'linear' has no weights for samples of earlier batches; use replay 1")
-            if self.anchor == "none":
-                raise ValueError("coefficient 'linear' needs an anchor: advantages of both signs have no mean velocity")
-        elif self.standardize or self.advantage_clip is not None or self.fixed_rise is not None:
-            raise ValueError("standardize, advantage_clip and fixed_rise belong to coefficient 'linear'")
-        if self.proposal == "auto" and self.coefficient == "linear":
-            raise ValueError("coefficient 'linear' learns from the samples of the model; use proposal 'tuned'")
+            if self.anchor != "old":
+                raise ValueError(
+                    "coefficient 'linear' is a step from the last round: it needs anchor 'old'; around the base: ram"
+                )
+            if self.proposal == "auto":
+                raise ValueError("coefficient 'linear' learns from the samples of the model; use proposal 'tuned'")
         return self
-
-    def learns_nothing(self, group: int) -> str | None:
-        """See `MethodSettings`: a single sample has nothing to be better than."""
-        if group > 1:
-            return None
-        return "rewards are compared among the samples of a prompt, a class or a batch, and a single one has no other"
 
     @property
     def needs(self) -> Needs:
         """Takes any reward."""
         return Needs(begins_as_base=True, passes=self.num_passes, batches_kept=self.replay)
 
-    @property
-    def sampling(self) -> Sampling:
-        """The sampler that draws samples from the model while it trains."""
-        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
-
     def target(self, steps: int, start: Start = 0.0) -> Target:
-        """p_base exp(r / beta), and how near to it this member of the family comes."""
-        if self.coefficient == "exponential" and self.residual == "current":
+        """p_base exp(r / beta), in the limit of many rounds for explicit steps."""
+        if self.coefficient == "exponential":
             return exponential_tilt(self.beta)
-        kind = "nft" if self.fixed_rise is not None else "explicit" if self.anchor == "old" else self.residual
-        reaches, caveat = REACHES["explicit" if kind == "old" else kind]
-        target = exponential_tilt(self.beta, [caveat], reaches)
-        settles = self.coefficient == "linear" and self.anchor == "base" and self.fixed_rise is None
-        return replace(target, exact=self._settled_law) if settles else target
-
-    def _settled_law(self, base: Law, reward: RewardAt) -> Law:
-        """The law at which rounds with linear advantages around the base settle, on the line. Raises ValueError where none is
-        known."""
-        if self.standardize or self.advantage_clip is not None:
-            raise ValueError("with standardize or advantage_clip no exact law is known")
-        residual: Residual = "anchor" if self.residual == "base" else "network"
-        return ram(base, reward, self.beta, residual, lowest=POLE if self.residual == "current" else -math.inf)
+        return exponential_tilt(self.beta, [EXPLICIT], "first-order")
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> State:
         """The state that is kept between batches."""
@@ -260,20 +185,11 @@ class TiltMatching(Tempered):
         Raises InputError if all rewards of the first batch are equal; CollapseError if too few samples carry the weight.
         """
         begins = state.batches % self.batches_per_round == 0
-        if begins and (self.batches_per_round > 1 or "old" in (self.anchor, self.residual)):
-            with (batch.actor or batch.tuned).own_weights():
-                state.old = batch.copy_of_weights()
+        if begins and (self.batches_per_round > 1 or self.anchor == "old"):
+            state.old = weights_of(batch)
         size = len(batch)
-        with Scoring(batch) as scoring:
-            x1 = self._samples(batch, state, scoring)
-            rewards = scoring.rewards()
-        if (kept := finite_only(rewards)) is not None:
-            x1, rewards, batch = x1[kept], rewards[kept], batch.select(kept)
+        x1, rewards, batch, left_out = self._rated(batch, self._drawn_from(batch, state), first=state.batches == 0)
         constant = bool((rewards == rewards[0]).all())
-        if state.batches == 0 and constant and len(rewards) > 1:
-            raise InputError(
-                f"the reward is {rewards[0].item():g} for all {len(rewards)} samples: there is nothing to learn from it"
-            )
         of_base = state.from_base
         if begins and self.replay > 1 and state.tilt and not of_base and not constant:
             state.tilt = self._measured(rewards, batch, state)
@@ -291,32 +207,28 @@ class TiltMatching(Tempered):
             "inverse_temperature": state.aim,
             "tilt_step": state.aim - state.tilt,
             **measured,
-            **({} if kept is None else {"dropped": float(size - len(kept))}),
+            **left_out,
         }
         present = batch.select(recalled.where)
         for _ in range(self.num_passes):
-            yield {**measured, **self._regress(present, recalled, aims, state, size)}
+            yield {**measured, **self._regress(present, self._learned(present, recalled, aims, state), size)}
         state.batches += 1
         if state.batches % self.batches_per_round == 0:
             state.tilt, state.old = state.aim, []
 
-    def _samples(self, batch: Batch, state: State, scoring: Scoring) -> Tensor:
-        """Samples of the model as it is at the start of the round, or of the base [batch, *event]."""
-        tuned = self._old(batch, state) if self.batches_per_round > 1 else batch.actor or batch.tuned
-        flow = batch.base if state.from_base else tuned
-        acting = batch.whole(batch.guide(flow) if batch.guide else flow)
-        return joined(
-            scoring.drawn(
-                len(batch),
-                batch.generator,
-                lambda part, noise: sample(acting.select(part), batch.x[part], self.sampling, noise, start=batch.start),
-            )
-        )
+    def _drawn_from(self, batch: Batch, state: State) -> VelocityField:
+        """The model as it is at the start of the round, or the base."""
+        if state.from_base:
+            return batch.base
+        return as_it_was(batch, state.old) if self.batches_per_round > 1 else batch.actor or batch.tuned
 
-    @staticmethod
-    def _old(batch: Batch, state: State) -> VelocityField:
-        """The model as it is at the start of the round."""
-        return batch.tuned_at([processes.part_like(w, p) for w, p in zip(state.old, batch.parameters, strict=True)])
+    def _learned(self, batch: Batch, recalled: Recalled, aims: Aims, state: State) -> Learned:
+        """What a step learns from, for a batch that is bound to the conditions of the samples that are recalled."""
+        anchor = batch.base
+        if self.anchor == "old":
+            anchor = as_it_was(batch, state.old)
+        pulls = [] if self.anchor == "none" else [(aims.pull, anchor)]
+        return Learned(recalled.x, recalled.group, aims.gain, pulls, anchor if self.coefficient == "linear" else None)
 
     @staticmethod
     def _measured(rewards: Tensor, batch: Batch, state: State) -> float:
@@ -336,8 +248,6 @@ class TiltMatching(Tempered):
 
     def _next(self, rewards: Tensor, batch: Batch, state: State, tilt: float) -> float:
         """The inverse temperature that the round aims at, whose samples are of the law at `tilt`."""
-        if self.fixed_rise is not None:
-            return tilt + self.fixed_rise
         of_groups = [rewards[members].double().cpu() for members in batch.tuned.groups(len(rewards), rewards.device)]
         try:
             return next_tilt(of_groups, tilt, 1 / self.beta, self.target_effective_sample_size)
@@ -358,7 +268,7 @@ class TiltMatching(Tempered):
         for members in (each.cpu() for each in recalled.groups):
             rewards = recalled.rewards.cpu()[members]
             if self.coefficient == "linear":
-                pull[members], gain[members] = 1.0, self._advantages(rewards) * self._rise(state)
+                pull[members], gain[members] = 1.0, (rewards - rewards.mean()) * (state.aim - state.tilt)
                 continue
             family = Pooled.of(rewards, recalled.tilts[members])
             weights[members] = family.weights(state.aim)
@@ -389,48 +299,6 @@ class TiltMatching(Tempered):
             return float((weights * of_anchor).mean() / of_anchor.square().mean())
         some = of_anchor > 0  # where both are 0 there is nothing to cancel
         return len(weights) / float((of_anchor[some].square() / weights[some]).sum())
-
-    def _rise(self, state: State) -> float:
-        """The inverse temperature between the anchor and the aim."""
-        return state.aim - (state.tilt if self.anchor == "old" else 0.0)
-
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """r - mean r of the samples of a condition, as `standardize` and `advantage_clip` have it."""
-        advantages = rewards - rewards.mean()
-        if self.standardize and float(std := advantages.std(correction=0)) > 0:
-            advantages = advantages / std
-        return advantages if self.advantage_clip is None else advantages.clamp(-self.advantage_clip, self.advantage_clip)
-
-    def _regress(self, batch: Batch, recalled: Recalled, aims: Aims, state: State, size: int) -> dict[str, float]:
-        """Accumulate the gradient of E|v - sg(v + d)|^2, with fresh noise and times.
-
-        Args:
-            batch: bound to the conditions of the samples that are recalled.
-            size: how many samples the present batch has.
-        """
-        size = self.regression_batch_size or size
-        gain = aims.gain.clamp(min=POLE) if self.coefficient == "linear" and self.residual == "current" else aims.gain
-        share = aims.pull + gain.abs()  # samples of no weight under both laws are not drawn, and no weight is large
-        which = resampled(share.to(recalled.x.device), size, batch.generator)
-        pairs = noising(batch.tuned, recalled.x, which, self.sampling, batch.generator, start=batch.start)
-        drawn = which.cpu()
-        pull, gain = ((each[drawn] * share.mean() / share[drawn]).to(which.device) for each in (aims.pull, gain))
-        among = smoothed(pairs, torch.stack([pull, gain], 1), gain, recalled.group[which], self.neighbours)
-        fields = {"base": batch.base, "old": self._old(batch, state) if state.old else batch.base}
-
-        def terms_of(part: slice) -> dict[str, Tensor]:
-            (i, x, t, _), values, cu, _ = among.part(part)
-            a, c = values.T
-            with torch.no_grad():
-                fixed = {name: fields[name].select(i)(x, t) for name in {self.anchor, self.residual} & set(fields)}
-            v = batch.tuned.select(i)(x, t)
-            now = v.detach()
-            step = cu - expand(c, x) * fixed.get(self.residual, now) + expand(a, x) * (fixed.get(self.anchor, now) - now)
-            # in the network's own prediction, in which pretraining weighed errors
-            scale = batch.tuned.prediction_scale(t).to(x) ** 2 / x[0].numel()
-            return {"loss": scale * (v - (now + step)).flatten(1).square().sum(1)}
-
-        return batch.accumulate(terms_of, size, over=size)
 
 
 def moments(rewards: Tensor, weights: Tensor | None = None) -> tuple[float, float]:

@@ -39,6 +39,8 @@ FEW_DIMENSIONS: dict[str, Tree] = {
         "proposal": "auto",
         "anchor_share": "least-relative-noise",  # modes must have their shares, be they small
     },
+    # as published it has no law; so it has one, on two modes
+    "diffusion-nft": {"advantages": "centered", "beta": 2.5},
 }
 LEARNING_RATES = {
     "adjoint-matching": 5e-3,
@@ -54,9 +56,20 @@ LEARNING_RATES = {
 }
 LEARNING_RATE = 5e-3
 """Of the other methods."""
-# Tilt matching learns in rounds, each from many samples.
-ROUNDS: dict[str, Tree] = {"tilt-matching": {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}}
+# Tilt matching learns in rounds, each from many samples, and so do RWR and RAFT; others in many short ones.
+LONG: Tree = {"num_passes": 300, "regression_batch_size": 2048, "num_inference_steps": 15}
+SHORT: Tree = {"num_passes": 8, "regression_batch_size": 1024, "neighbours": 256, "num_inference_steps": 15}
+MANY: Tree = {"iterations": 800, "train_batch_size": 2048, "ema_decay": 0.97}
+ROUNDS: dict[str, Tree] = {
+    "tilt-matching": LONG,
+    "rwr": {**LONG, "neighbours": 256},
+    "raft": {**LONG, "neighbours": 256},
+    **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), SHORT),
+}
 RUNS: dict[str, Tree] = {
+    **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), MANY),
+    "rwr": {"iterations": 1200, "train_batch_size": 32_768},
+    "raft": {"iterations": 600, "train_batch_size": 32_768},
     "path-reweighted": {"iterations": 2200},
     "tilt-matching": {"iterations": 2400, "train_batch_size": 32_768},
 }

@@ -1,0 +1,1 @@
+"""Regressions at samples that are noised afresh, which several methods share."""
