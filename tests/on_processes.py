@@ -55,6 +55,7 @@ STATELESS = {
     "awm": {"name": "awm", "num_inference_steps": 4},
     "adrpo": {"name": "adrpo", "num_inference_steps": 4, "neighbours": 3},
     "raft": {"name": "raft", "num_inference_steps": 4, "n": 2, "num_passes": 1},
+    "diffusion-dpo": {"name": "diffusion-dpo", "num_inference_steps": 4, "num_draws": 3, "num_passes": 2},
     "ddpo": {"name": "ddpo", "num_inference_steps": 4, "clip_range": 0.2},
     "dpok": {"name": "dpok", "num_inference_steps": 4, "num_passes": 2, "kl_gradient": "whole"},
     "flow-grpo": {"name": "flow-grpo", "num_inference_steps": 4, "sde_window_size": 2, "beta": 1.0, "advantages": "centered"},

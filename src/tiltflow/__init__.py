@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.awm import Awm
     from tiltflow.methods.ddpo import Ddpo
     from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+    from tiltflow.methods.diffusion_dpo import DiffusionDpo
     from tiltflow.methods.diffusion_nft import DiffusionNft
     from tiltflow.methods.dpok import Dpok
     from tiltflow.methods.draft import Draft
@@ -63,6 +64,7 @@ _HOME = {
     "CollapseError": "errors",
     "Ddpo": "methods.ddpo",
     "DeterministicAdjointMatching": "methods.deterministic_adjoint_matching",
+    "DiffusionDpo": "methods.diffusion_dpo",
     "DiffusionNft": "methods.diffusion_nft",
     "Dpok": "methods.dpok",
     "Draft": "methods.draft",
@@ -115,6 +117,7 @@ __all__ = [
     "CollapseError",
     "Ddpo",
     "DeterministicAdjointMatching",
+    "DiffusionDpo",
     "DiffusionNft",
     "Dpok",
     "Draft",

@@ -168,6 +168,68 @@ def load_captioned(path: str | Path, *, include: tuple[str, ...] = (), least_opa
     return CaptionedImages(_to_tensor(images[chosen], path), [words_of(names[i]) for i in chosen])
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Preferred samples and the others [count, *event] each, and the prompts that both are of, where they are known."""
+
+    winners: Tensor
+    losers: Tensor
+    prompts: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.winners)
+
+    def to(self, device: str | torch.device) -> Pairs:
+        """Copy the samples to a device."""
+        return replace(self, winners=self.winners.to(device), losers=self.losers.to(device))
+
+    def of_prompt(self, prompt: str) -> list[int]:
+        """The numbers of the pairs of a prompt."""
+        return [i for i, text in enumerate(self.prompts or ()) if text == prompt]
+
+
+def load_pairs(path: str | Path) -> Pairs:
+    """Read pairs of samples of which one is preferred.
+
+    An .npz file holds `winners` and `losers`: uint8 images as in `load_images`, or floats [count, *event] as a model samples
+    them; and `prompts`, if they have some. A folder holds images of one size in two folders of these names, those of a pair by
+    one name, and a file prompts.txt with a line for each, in the order of the names. Raises InputError if nothing is readable.
+    """
+    path = Path(path)
+    prompts: list[str] | None = None
+    if path.is_dir():
+        several = [path / side for side in ("winners", "losers")]
+        named = [sorted(f.name for f in side.rglob("*") if f.suffix.lower() in SUFFIXES) for side in several]
+        if named[0] != named[1]:
+            odd = sorted(set(named[0]) ^ set(named[1]))
+            raise InputError(f"{path}: {odd[0]} is in one of the folders winners and losers alone")
+        sides = [_from_folder(side).images for side in several]
+        if (path / "prompts.txt").exists():
+            prompts = (path / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    else:
+        if not path.is_file():
+            raise InputError(f"{path}: no such pairs; give an .npz file, or a folder with the folders winners and losers")
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                if missing := {"winners", "losers"} - set(archive.files):
+                    raise InputError(f"{path}: holds {', '.join(archive.files)}, but no {sorted(missing)[-1]}")
+                arrays = [archive["winners"], archive["losers"]]
+                prompts = [str(prompt) for prompt in archive["prompts"]] if "prompts" in archive else None
+        except UNREADABLE as error:
+            raise InputError(f"{path}: not a readable .npz file ({error})") from None
+        sides = [_floats(array) if array.dtype.kind == "f" else _to_tensor(array, path) for array in arrays]
+    shapes = [list(side.shape) for side in sides]
+    if shapes[0] != shapes[1] or not len(sides[0]):
+        raise InputError(f"{path}: needs as many winners as losers of one shape, got {shapes[0]} and {shapes[1]}")
+    if prompts is not None and len(prompts) != len(sides[0]):
+        raise InputError(f"{path}: has {len(prompts)} prompts for {len(sides[0])} pairs")
+    return Pairs(sides[0], sides[1], prompts)
+
+
+def _floats(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32)))
+
+
 def words_of(name: str) -> str:
     """The words of a name, without its first folder and without numbers.
 

@@ -55,7 +55,8 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt, tilt_of
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tempered, from_preset
-from tiltflow.methods.regressions.forward_process import Count, Learned, Regression, as_it_was, weights_of
+from tiltflow.methods.regressions.forward_process import Learned, Regression
+from tiltflow.methods.regressions.ode_samples import Count, as_it_was, weights_of
 from tiltflow.samplers.grid import Start
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs

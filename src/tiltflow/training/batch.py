@@ -35,12 +35,14 @@ class Drawn:
         bind: binds the conditions of the batch to a flow; may guide it (`guidance_mode: full`).
         guide: guides the flow that draws the samples, and not what is learned from them (`guidance_mode: rollout`).
         reward: the reward of these samples, if it is bound to their prompts.
+        texts: what each sample is asked for.
     """
 
     x: Tensor
     bind: Callable[[VelocityField], VelocityField] = lambda flow: flow
     guide: Guide | None = None
     reward: Reward | None = None
+    texts: Sequence[str] = ()
 
 
 @runtime_checkable
@@ -71,6 +73,7 @@ class Batch:
         step: optimizer steps taken before this batch.
         max_train_steps: optimizer steps of the whole run.
         storage: how trajectories are stored.
+        texts: what each sample is asked for, such as its prompt; none for a model without conditions.
     """
 
     x: Tensor
@@ -88,6 +91,7 @@ class Batch:
     step: int = 0
     max_train_steps: int = 1
     storage: Storage = AS_COMPUTED
+    texts: Sequence[str] = ()
 
     @property
     def objective(self) -> Objective:
@@ -113,7 +117,11 @@ class Batch:
         """The part of the batch with these samples."""
         actor = None if self.actor is None else self.actor.select(which)
         tuned, base = self.tuned.select(which), self.base.select(which)
-        return replace(self, x=self.x[which], tuned=tuned, base=base, reward=select(self.reward, which), actor=actor)
+        some = replace(self, x=self.x[which], tuned=tuned, base=base, reward=select(self.reward, which), actor=actor)
+        if not self.texts:
+            return some
+        rows = range(len(self))[which] if isinstance(which, slice) else which.tolist()
+        return replace(some, texts=[self.texts[i] for i in rows])
 
     def map(self, function: Callable[[Batch, slice], tuple[Tensor, ...]], dims: Sequence[int] = (0,)) -> tuple[Tensor, ...]:
         """Call `function` with each micro-batch and its place in the batch, shared out among the processes; see `own_part`.

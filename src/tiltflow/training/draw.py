@@ -155,6 +155,7 @@ def batches(
             conditional = flow.bind(condition)
             return guide(conditional) if training.guidance_mode == "full" else conditional
 
-        return Drawn(x, bound, guide if training.guidance_mode == "rollout" else None, of_items)
+        guided = guide if training.guidance_mode == "rollout" else None
+        return Drawn(x, bound, guided, of_items, [item.text for item in some])
 
     return Batches(draw)

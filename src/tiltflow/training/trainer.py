@@ -397,6 +397,7 @@ class _Loop:
             step=self.step,
             max_train_steps=self.max_train_steps,
             storage=self.storage,
+            texts=drawn.texts,
         )
         return method.gradients(batch, self.of_method)
 

@@ -46,6 +46,14 @@ METRICS = (
         source="training",
     ),
     Metric(
+        "preference_accuracy",
+        "Preferences that agree",
+        "Share of the pairs of samples of which the model prefers the one that is preferred, by its log ratio to the base.",
+        better="up",
+        expect="rises from one half, and levels off below 1: what the noise of few draws hides is not seen.",
+        source="training",
+    ),
+    Metric(
         "gradient_norm",
         "Gradient norm",
         "Norm of the gradient before clipping.",

@@ -61,12 +61,14 @@ LONG: Tree = {"num_passes": 300, "regression_batch_size": 2048, "num_inference_s
 SHORT: Tree = {"num_passes": 8, "regression_batch_size": 1024, "neighbours": 256, "num_inference_steps": 15}
 MANY: Tree = {"iterations": 800, "train_batch_size": 2048, "ema_decay": 0.97}
 ROUNDS: dict[str, Tree] = {
+    "diffusion-dpo": {"num_passes": 4, "num_draws": 8, "num_inference_steps": 15},
     "tilt-matching": LONG,
     "rwr": {**LONG, "neighbours": 256},
     "raft": {**LONG, "neighbours": 256},
     **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), SHORT),
 }
 RUNS: dict[str, Tree] = {
+    "diffusion-dpo": {"iterations": 1000, "train_batch_size": 512, "ema_decay": 0.97},
     **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), MANY),
     "rwr": {"iterations": 1200, "train_batch_size": 32_768},
     "raft": {"iterations": 600, "train_batch_size": 32_768},
