@@ -20,6 +20,7 @@ from tiltflow.problems.verification.quadratic_tilt import temperature
 from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import stream
+from tiltflow.training.batch import Drawn
 from tiltflow.training.optimizer import fill_optimizer
 from tiltflow.training.trainer import Record
 
@@ -215,13 +216,14 @@ def test_a_problem_is_complete_and_starts_at_its_base(name: str) -> None:
     """Of every problem: the flow that is trained is the base before it is, and the usual method has a known law."""
     problem = read_verification(name).problem
     assert isinstance(problem, Problem)
-    x = problem.draw(7, stream(0, "noise"))
-    base, tuned = problem.base_flow(), problem.tuned_flow(seed=0)
-    assert not list(base.parameters())
-    assert list(tuned.parameters())
+    found = problem.draw(7, stream(0, "noise"))
+    drawn = found if isinstance(found, Drawn) else Drawn(found)
+    flows = problem.base_flow(), problem.tuned_flow(seed=0)
+    assert [bool(list(flow.parameters())) for flow in flows] == [False, True]
+    x, base, tuned = drawn.x, *map(drawn.bind, flows)
     for t in (0.3, 0.8):
         assert torch.equal(tuned(x, torch.tensor(t)), base(x, torch.tensor(t)))
-    assert problem.reward()(x).shape == (7,)
+    assert (drawn.reward or problem.reward())(x).shape == (7,)
     assert problem.exact_law(find("methods", problem.usual_method)(beta=0.5), 1) is not None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltflow.flows.flow import Flow
 from tiltflow.rewards import Reward
+from tiltflow.training.batch import Drawn
 from tiltflow.training.method import Method
 from tiltflow.training.trainer import Record
 
@@ -173,8 +174,9 @@ class Problem(Protocol[L]):
         """A function of samples [batch, *event] -> [batch]."""
         ...
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Starting points [count, *event] on the linear path, at `base_flow().noise_time`."""
+    def draw(self, count: int, generator: torch.Generator) -> Tensor | Drawn:
+        """Starting points [count, *event] on the linear path, at `base_flow().noise_time`; with the conditions of samples that
+        have any, and the reward at these."""
         ...
 
     def exact_law(self, method: Method, iterations: int) -> L:
