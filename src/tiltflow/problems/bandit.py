@@ -7,14 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tiltflow.evaluation.distances import distances_to_law, sliced_w2
+from tiltflow.evaluation.distances import distances_to_law
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.field import Which
 from tiltflow.flows.flow import Flow
@@ -138,9 +137,7 @@ class Bandit(Settings):
         x = torch.randn(PARTS * n, 1, generator=generator)
         actions, of_base = (sample(flow.bind(seen), x, self.sampling, generator) for flow in (trained.tuned, trained.base))
         parts, exact = [*actions.split(n), of_base[:n]], stream(trained.seed, "exact", i)
-        w2 = partial(sliced_w2, directions=torch.ones(1, 1))
-        options: dict[str, Any] = {"draws": trained.draws, "directions": exact, "distance": w2}
-        *here, base = distances_to_law(parts, law.sample, exact, **options)
+        *here, base = distances_to_law(parts, law.sample, exact, directions=exact, draws=trained.draws)
         beta = temperature(trained.method, trained.iterations)
         best = best_of_chain(trained.method, self.behaviour(s), self.value(s), beta)["chain_optimum"]
         value, upper = mean_estimate(self.value(s)(actions)), mean_estimate((actions[:, 0] > 0).double())
