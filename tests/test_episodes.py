@@ -1,0 +1,97 @@
+"""Episodes of a policy, in an environment that is known by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tiltflow.errors import InputError
+from tiltflow.evaluation.episodes import Episode, play_episodes, summary_of
+from tiltflow.flows.flow import Flow
+from tiltflow.models.policy import Policy
+from tiltflow.samplers.sampling import Sampling
+
+
+class Toward(nn.Module):
+    """The field whose ODE ends at actions of `gain` times what is observed, whatever the noise."""
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor, time: Tensor, seen: Tensor) -> Tensor:
+        return (self.gain * seen.repeat(1, x.shape[1]) - x) / (1 - time[:, None])
+
+
+def policy(gain: float = -1.0, horizon: int = 2) -> Policy:
+    sampling = Sampling(solver="euler", num_inference_steps=3)
+    return Policy(Flow(Toward(gain)), (horizon,), sampling, observation_dim=1, horizon=horizon)
+
+
+class Walk:
+    """A place on the line, moved by each action; the task is over within 0.1 of 0. Ten steps, each at a reward of -1."""
+
+    def __init__(self) -> None:
+        self.place, self.steps, self.seeds, self.actions = 0.0, 0, list[int | None](), list[float]()
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, Mapping[str, Any]]:
+        self.seeds.append(seed)
+        self.place, self.steps = [0.8, -3.2][len(self.seeds) % 2], 0
+        return np.array([self.place]), {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, Mapping[str, Any]]:
+        if action.shape != (1,):
+            raise ValueError("one number")
+        self.actions.append(float(action[0]))
+        self.place, self.steps = self.place + float(action[0]), self.steps + 1
+        success = abs(self.place) < 0.1
+        return np.array([self.place]), -1.0, success, self.steps == 10, {"success": success}
+
+
+def test_chunks_are_clipped_and_taken_until_the_end() -> None:
+    """From -3.2 it goes by clipped chunks of (1, 1), (1, 1), and then 0.8 too far: back and forth between -0.8 and 0.8."""
+    walk = Walk()
+    (episode,) = play_episodes(policy(), lambda: walk, 1)
+    assert walk.actions == pytest.approx([1, 1, 1, 1, -0.8])
+    assert episode == Episode(success=True, returned=-5.0, steps=5)
+
+
+def test_a_policy_that_does_not_move_runs_out_of_time() -> None:
+    walk = Walk()
+    found = play_episodes(policy(gain=0.0), lambda: walk, 3, at_once=1)
+    assert [episode.success for episode in found] == [False] * 3
+    assert [episode.steps for episode in found] == [10] * 3
+    assert len(set(walk.seeds)) == 3
+
+
+def test_episodes_side_by_side_are_those_one_after_another() -> None:
+    def some(at_once: int) -> list[Episode]:
+        return play_episodes(policy(horizon=1), Walk, 4, at_once=at_once)
+
+    assert [each.success for each in some(4)] == [True] * 4
+    assert some(4) == [play_episodes(policy(horizon=1), Walk, 1)[0]] * 4
+
+
+def test_the_summary_by_hand() -> None:
+    episodes = [Episode(True, -5.0, 5)] * 8 + [Episode(False, -10.0, 10)] * 2
+    found = summary_of(episodes)
+    assert found["success_rate"] == 0.8
+    assert found["success_rate_interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)  # Wilson
+    assert found["return"] == -6.0
+    assert found["return_error"] == pytest.approx(np.std([-5] * 8 + [-10] * 2, ddof=1) / 10**0.5)
+    assert found["steps"] == 6.0
+    assert summary_of(episodes[:1])["return_error"] is None
+
+
+def test_an_environment_of_another_size_is_refused() -> None:
+    twice = Policy(Flow(lambda x, time, seen: torch.zeros_like(x)), (2,), observation_dim=1, horizon=1)
+    with pytest.raises(InputError, match=r"the environment does not take actions of 2 numbers \(one number\)"):
+        play_episodes(twice, Walk, 1)
+    wide = Policy(Flow(lambda x, time, seen: torch.zeros_like(x)), (1,), observation_dim=4, horizon=1)
+    with pytest.raises(InputError, match=r"observations must be \[n, 4\], got \[1, 1\]"):
+        play_episodes(wide, Walk, 1)
