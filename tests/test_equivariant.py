@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, TYPE, VALENCES, molecules_of
 from tiltflow.chemistry.composition import asked_of
 from tiltflow.conditions import Item
 from tiltflow.control.adjoint import lean_adjoint
@@ -17,12 +19,12 @@ from tiltflow.control.objective import Objective
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.models.model import Model, load
-from tiltflow.networks.equivariant import Equivariant, EquivariantModule, coefficients
+from tiltflow.networks.equivariant import Equivariant, EquivariantModule, coefficients, log_even
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import validate
 from tiltflow.streams import new_network, normal, stream
 
-SMALL = {"features": 12, "pair_features": 8, "vectors": 3, "heads": 2, "layers": 2}
+SMALL = {"features": 12, "pair_features": 8, "vectors": 3, "heads": 2, "layers": 2, "even_valences": True}
 CLASSES = ("5 atoms", "3 atoms", "CH2O")
 CHANNELS = DIM + len(ELEMENTS)
 
@@ -240,3 +242,37 @@ def test_what_cannot_be_asked_for_is_one_line(text: str, says: str) -> None:
 def test_a_size_that_the_model_does_not_have_is_one_line() -> None:
     with pytest.raises(InputError, match="there is no class '4 atoms'; known: 5 atoms"):
         model().sample(2, labels="4 atoms")
+
+
+def test_types_are_conditioned_on_an_even_number_of_odd_valences() -> None:
+    """Of three atoms that are independent, by a sum over all 125 cases; a row that is no atom counts as none."""
+    logits = torch.randn(2, 4, 5, generator=stream(0)).double()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])[..., None].double()
+    found = (logits + log_even(logits, mask)).softmax(-1)
+    odd = torch.tensor([valence % 2 for valence in VALENCES])
+    for i, atoms in ((0, 3), (1, 2)):
+        p = logits[i].softmax(-1)
+        expected = torch.zeros(4, 5).double()
+        for types in itertools.product(range(5), repeat=atoms):
+            if sum(odd[each].item() for each in types) % 2 == 0:
+                for row, each in enumerate(types):
+                    expected[row, each] += math.prod(p[at, k].item() for at, k in enumerate(types))
+        torch.testing.assert_close(found[i, :atoms], expected[:atoms] / expected[0].sum())
+
+
+def test_a_model_with_even_valences_draws_them() -> None:
+    """Types that an untrained network leaves to chance have an odd number of them in half of all molecules. What is asked for
+    by a composition is as it was."""
+    asked = {"classes": ("6 atoms", "CH3F"), "features": 8, "pair_features": 8, "layers": 1}
+    plain, even = (new_network(Equivariant(**asked, even_valences=each), 0) for each in (False, True))
+    shares = []
+    for module in (plain, even):
+        assert isinstance(module, EquivariantModule)
+        drawn = Model(Flow(module, "x1", projection=module.project), (6, CHANNELS), class_names=("6 atoms", "CH3F"))
+        x = drawn.sample(400, labels=0, sampling=Sampling(solver="memoryless", num_inference_steps=40))
+        odd = [sum(VALENCES[NUMBERS.index(n)] for n in each.numbers.tolist()) % 2 for each in molecules_of(x)]
+        shares.append(sum(odd) / len(odd))
+    assert 0.4 < shares[0] < 0.6
+    assert shares[1] < 0.02
+    x, t = torch.randn(2, 6, CHANNELS, generator=stream(0)), torch.full((2,), 0.5)
+    assert torch.equal(*(module(x, t, torch.tensor([1, 1])) for module in (plain, even)))

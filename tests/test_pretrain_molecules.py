@@ -169,7 +169,7 @@ def test_training_begins_with_the_weights_of_another_model(tmp_path: Path) -> No
     assert all(torch.allclose(first[key], second[key], rtol=0, atol=1e-9) for key in first)
     assert not torch.allclose(first["types.weight"], trained(tmp_path, "fresh", training=still)["types.weight"], atol=1e-3)
     assert "Training began with the weights of `first`." in (tmp_path / "second" / "README.md").read_text()
-    with pytest.raises(InputError, match="must have the recipe's network, but for its classes and scale"):
+    with pytest.raises(InputError, match="must have the recipe's network, but for its classes, scale and even_valences"):
         trained(tmp_path, "third", init_from=str(tmp_path / "first"), network={**other, "layers": 3})
     with pytest.raises(InputError, match="there is no model 'digit-flow', did you mean 'digits-flow'"):
         trained(tmp_path, "third", init_from="digit-flow")

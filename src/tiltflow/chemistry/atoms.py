@@ -20,6 +20,8 @@ ELEMENTS = ("H", "C", "N", "O", "F")
 """The elements, in the order of their channels."""
 NUMBERS = (1, 6, 7, 8, 9)
 """Their atomic numbers."""
+VALENCES = (1, 4, 3, 2, 1)
+"""How many bonds each has, in closed shells without charges."""
 DIM = 3
 """Channels of positions, before those of types."""
 TYPE = 0.25

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE
+from tiltflow.chemistry.atoms import DIM, ELEMENTS, TYPE, VALENCES
 from tiltflow.chemistry.composition import asked_of
 from tiltflow.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
 RADIAL = 24
 """Functions of a distance that the first features of a pair are made of."""
+RAREST = 1e-6
+"""Least probability of a number of odd valences, so that its logarithm is finite."""
 CLOSEST = 0.05
 """Where types are nearly free of noise, 1 - t is taken to be this at least."""
 
@@ -44,6 +46,9 @@ class Equivariant(Settings):
     """Layers of messages between atoms."""
     scale: Annotated[float, Field(gt=0)] = 1.4
     """Standard deviation of a coordinate of the data, in Å."""
+    even_valences: bool = False
+    """Whether types are conditioned on an even number of atoms with an odd valence, H, N and F, which all closed shells have:
+    of each atom by what the others seem to be, as if these were independent."""
 
     @field_validator("classes")
     @classmethod
@@ -79,7 +84,7 @@ class EquivariantModule(nn.Module):
     def __init__(self, settings: Equivariant):
         super().__init__()
         width, pairs, vectors = settings.features, settings.pair_features, settings.vectors
-        self.scale = settings.scale
+        self.scale, self.even_valences = settings.scale, settings.even_valences
         asked = [asked_of(text) for text in settings.classes]
         present = torch.stack([torch.arange(settings.atoms) < one.atoms for one in asked])
         given = torch.zeros(len(asked), settings.atoms, len(ELEMENTS))
@@ -123,7 +128,9 @@ class EquivariantModule(nn.Module):
         """The expected positions [batch, atoms, 3], and logits of the types [batch, atoms, types]. Rows after the atoms of all
         molecules of the batch may be left out."""
         known, given = self.known[labels].to(x)[:, None, None], self.given[labels, : x.shape[1]].to(x)
-        return self.of_atoms(x, time, self.of(labels, x), torch.where(known > 0, given, 0.0), known)
+        mask = self.of(labels, x)
+        positions, logits = self.of_atoms(x, time, mask, torch.where(known > 0, given, 0.0), known)
+        return positions, logits + log_even(logits, mask) if self.even_valences else logits
 
     def of_atoms(self, x: Tensor, time: Tensor, mask: Tensor, given: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """`predict` of atoms that are there where the mask [batch, atoms, 1] is 1, with given types [batch, atoms, types] where
@@ -205,6 +212,17 @@ def radial(d: Tensor) -> Tensor:
     """Bumps in exp(-d / 2) [.., RADIAL] of distances d in Å: narrow where bonds are, wide further away."""
     centres = torch.linspace(0, 1, RADIAL, dtype=d.dtype, device=d.device)
     return torch.exp(-((torch.exp(-d / 2)[..., None] - centres) ** 2) * (RADIAL**2 / 2))
+
+
+def log_even(logits: Tensor, mask: Tensor) -> Tensor:
+    """Of each type of each atom [batch, atoms, types], the log of the probability that the other atoms make the number of odd
+    valences even, where atoms are independent with these logits, and there where the mask [batch, atoms, 1] is 1. Added to the
+    logits, it makes them those given that the number is even."""
+    sign = logits.new_tensor([1.0 - 2 * (valence % 2) for valence in VALENCES])
+    of_atom = torch.where(mask > 0, (logits.softmax(-1) * sign).sum(-1, keepdim=True), 1.0)
+    own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    others = torch.where(own, 1.0, of_atom.transpose(1, 2)).prod(-1, keepdim=True)  # E of the sign of the others' number
+    return ((1 + sign * others) / 2).clamp(min=RAREST).log()
 
 
 def coefficients(t: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

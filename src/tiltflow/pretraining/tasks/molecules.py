@@ -67,11 +67,13 @@ PARTS = 4
 
 
 def weights_of(name_or_path: str, network: Equivariant) -> dict[str, Tensor]:
-    """The weights of a model for a network whose classes and scale may be others. Raises InputError if there are none."""
+    """The weights of a model for a network that may differ in what has no weights. Raises InputError if there are none."""
     config = read_config(folder := model_folder(name_or_path))
-    found, free = config.network, {"classes", "scale"}
+    found, free = config.network, {"classes", "scale", "even_valences"}
     if not isinstance(found, Equivariant) or found.model_dump(exclude=free) != network.model_dump(exclude=free):
-        raise InputError(f"init_from {name_or_path}: must have the recipe's network, but for its classes and scale")
+        raise InputError(
+            f"init_from {name_or_path}: must have the recipe's network, but for its classes, scale and even_valences"
+        )
     return load_network(folder, config, "cpu").state_dict()
 
 
