@@ -43,12 +43,7 @@ WEIGHTS: dict[str, dict[str, str]] = {
 INTERRUPTED = ("adjoint-matching", "score-as-action")
 STATELESS = {
     "deterministic-adjoint-matching": {"name": "deterministic-adjoint-matching", "beta": 0.1, "num_inference_steps": 4},
-    "vgg-flow": {
-        "name": "deterministic-adjoint-matching",
-        "preset": "vgg-flow-first-order",
-        "beta": 0.1,
-        "num_inference_steps": 4,
-    },
+    "vgg-flow-first-order": {"name": "vgg-flow", "value_network": False, "beta": 0.1, "num_inference_steps": 4},
     "draft": {"name": "draft", "truncation": "random", "solver": "memoryless", "num_inference_steps": 4},
     "draft-lv": {"name": "draft", "num_renoisings": 2, "num_inference_steps": 4},
     "ram": {"name": "ram", "num_inference_steps": 4, "num_passes": 2},

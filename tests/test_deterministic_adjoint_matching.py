@@ -71,40 +71,6 @@ def test_the_fixed_point_is_the_optimal_control(control_from: float, first: int,
         assert away.shift.grad[k] > 0.01
 
 
-@pytest.mark.parametrize(("control_from", "first"), [(0.0, 0), (0.5, 5)])
-def test_the_fixed_point_of_predicted_samples(control_from: float, first: int) -> None:
-    """v = v_base + t^2 (c - q (x + (1 - t) v)) / beta, which is affine in x; there the loss is zero, and nowhere near."""
-    beta = 0.4
-    method = DeterministicAdjointMatching(
-        num_inference_steps=10, control_from=control_from, beta=beta, value_gradient="predicted"
-    )
-    chain = method.sampling.chain()
-    t = chain.times[:-1]
-    strength = torch.where(torch.arange(10) >= first, t**2 / beta, 0.0)
-    stiff = 1 + strength * affine.QUADRATIC * (1 - t)
-    base_slope, base_shift = affine.slope(t), affine.MEAN * (1 - affine.slope(t) * t)
-    slope = (base_slope - strength * affine.QUADRATIC) / stiff - base_slope
-    shift = (base_shift + strength * affine.LINEAR) / stiff - base_shift
-    measured = once(method, tuned := Controlled(chain, slope, shift))
-    assert measured["loss"] < 1e-24
-    assert tuned.slope.grad.abs().max() < 1e-12
-    for k in range(10):
-        away = Controlled(chain, slope, shift + 0.1 * (torch.arange(10) == k))
-        assert once(method, away, micro_batch_size=5)["loss"] > 0.1 * 0.1**2 / 2
-        assert away.shift.grad[k] > 0.01
-    assert measured["reward"] == pytest.approx(once(DeterministicAdjointMatching(num_inference_steps=10), tuned)["reward"])
-
-
-def test_value_gradient_guidance_to_first_order() -> None:
-    method = DeterministicAdjointMatching(preset="vgg-flow-first-order", beta=0.1)
-    assert (method.value_gradient, method.num_inference_steps, method.beta) == ("predicted", 20, 0.1)
-    assert method.optimizer_defaults["adam_weight_decay"] == 1e-4
-    target = method.target(1)
-    assert (target.reaches, target.words[-8:], len(target.caveats)) == ("none", ", nearly", 2)
-    with pytest.raises(ValueError, match="'predicted' is not known"):
-        target.law(None, None)  # type: ignore[arg-type]
-
-
 def test_a_step_counts_by_its_length() -> None:
     """Early steps that should stay as they are, and are away by c, have h_k c^2 and the gradient 2 h_k c."""
     method = DeterministicAdjointMatching(num_inference_steps=10, control_from=0.5, shift=3.0)
@@ -179,6 +145,8 @@ def test_words_and_refusals() -> None:
     assert (target.reaches, target.temperature, target.beta) == ("none", None, 0.3)
     assert target.words == "the transport with the most E r - beta / 2 (its energy)"
     assert target.caveats[0].startswith("The control of an ODE is a transport of the samples")
+    with pytest.raises(InputError, match="are the method 'vgg-flow' now"):
+        DeterministicAdjointMatching(value_gradient="predicted")
     with pytest.raises(InputError, match=r"control_from 0.95: the last step is at t = 0.9"):
         DeterministicAdjointMatching(num_inference_steps=10, control_from=0.95).target(1)
     method = DeterministicAdjointMatching(num_inference_steps=6)

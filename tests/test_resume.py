@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "min_effective_sample_size": 1,
     },
     "path-reweighted": {"num_passes": 2, "path_steps": 4, "neighbours": 3, "min_effective_sample_size": 1},
+    "vgg-flow": {"beta": 0.1},
     "diffusion-nft": {"num_passes": 2, "old_decay_rate": 0.2},
     "rwr": {"num_passes": 1, "proposal": "tuned", "batches_per_round": 2},
     "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.rwr import Rwr
     from tiltflow.methods.score_as_action import ScoreAsAction
     from tiltflow.methods.tilt_matching import TiltMatching
+    from tiltflow.methods.vgg_flow import VggFlow
     from tiltflow.models.from_diffusers import from_diffusers
     from tiltflow.models.model import Model
     from tiltflow.models.trainable import Adapter
@@ -93,6 +94,7 @@ _HOME = {
     "TiltflowError": "errors",
     "Training": "training.settings",
     "UserCodeError": "errors",
+    "VggFlow": "methods.vgg_flow",
     "accept_changes": "runs.fingerprints",
     "allow_code": "plugins",
     "compare": "api",
@@ -146,6 +148,7 @@ __all__ = [
     "TiltflowError",
     "Training",
     "UserCodeError",
+    "VggFlow",
     "accept_changes",
     "allow_code",
     "compare",

@@ -13,9 +13,7 @@ along paths of Euler's method, held fixed. One iteration is
     2.  run the adjoint back along it: vector-Jacobian products of the base
     3.  regress the velocities on it.
 
-`value_gradient: predicted` has no adjoint: in the place of -a_{k+1} is the gradient of the reward at the sample that the tuned
-model predicts, t^2 grad r(x_k + (1 - t_k) v_tuned(x_k, t_k)) / beta. That is value-gradient guidance to first order, without
-its value network.
+`vgg-flow` predicts the gradient of the value in place of carrying it back.
 
 It is fast and has no noise but that of the batch. **The law is no tilt of the base**: it is what the best transport map makes
 of it. On N(m, S) under a reward of curvature -q its variance is S / (1 + q G / beta)^2 with G = pi sqrt(S) / 2, where the tilt
@@ -27,7 +25,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -41,7 +39,7 @@ from tiltflow.flows.linearize import linearize
 from tiltflow.laws.adjoint_laws import deterministic_control
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import RewardAt, Target, exponential_tilt
-from tiltflow.methods import Tilting, from_preset
+from tiltflow.methods import Tilting
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
@@ -51,35 +49,12 @@ from tiltflow.samplers.stored import Stored
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 
-# The defaults of the code of arXiv 2512.05116, of Stable Diffusion 3 with a LoRA of rank 8 and guidance 5, but without its
-# value network (`use_value_net`).
-PRESETS: dict[str, dict[str, Any]] = {
-    "vgg-flow-first-order": {"value_gradient": "predicted", "num_inference_steps": 20, "beta": 1e-3},
-}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "vgg-flow-first-order": {
-        "learning_rate": 1e-4,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_weight_decay": 1e-4,
-        "max_grad_norm": 1.0,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-    },
-}
-"""The optimizer of each preset."""
-
 
 class DeterministicAdjointMatching(Tilting):
     """Deterministic Adjoint Matching. Needs a differentiable reward; aims at the best transport of the samples, not at a tilt
     of the base."""
 
     name: Literal["deterministic-adjoint-matching"] = "deterministic-adjoint-matching"
-    preset: Literal["vgg-flow-first-order"] | None = None
-    """Start from a published setting; keys given beside it win."""
-    value_gradient: Literal["adjoint", "predicted"] = "adjoint"
-    """Where the gradient of the value comes from. adjoint: pulled back from the end of the path, exact. predicted: of the
-    reward at the sample that the tuned model predicts, times t^2: a gradient of the reward for every step, and no adjoint."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20
     """Steps of Euler's method, from noise to data."""
     shift: Annotated[float, Field(gt=0)] = 1.0
@@ -90,13 +65,10 @@ class DeterministicAdjointMatching(Tilting):
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_preset(cls, values: Any) -> Any:
-        return from_preset(PRESETS, values)
-
-    @property
-    def optimizer_defaults(self) -> Mapping[str, Any]:
-        """The published settings of the preset."""
-        return OPTIMIZERS.get(self.preset or "", {})
+    def _is_apart(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"preset", "value_gradient"} & values.keys():
+            raise ValueError("value gradients that are predicted are the method 'vgg-flow' now, with value_network: false")
+        return values
 
     @property
     def sampling(self) -> Sampling:
@@ -115,21 +87,15 @@ class DeterministicAdjointMatching(Tilting):
             "The control of an ODE is a transport of the samples: their law is no tilt of the base at any temperature. It is"
             " narrower or further off than the tilt, and modes that are apart keep their weights."
         )
-        nearly = (
-            "The reward's gradient at predicted samples is not that of the value: the transport is near the best one at most."
-        )
-        predicted = self.value_gradient == "predicted"
         return replace(
-            exponential_tilt(self.beta, [caveat, nearly] if predicted else [caveat], reaches="none"),
-            words="the transport with the most E r - beta / 2 (its energy)" + (", nearly" if predicted else ""),
+            exponential_tilt(self.beta, [caveat], reaches="none"),
+            words="the transport with the most E r - beta / 2 (its energy)",
             temperature=None,
             exact=self._exact_law,
         )
 
     def _exact_law(self, base: Law, reward: RewardAt) -> Law:
-        """The law of the best transport. Raises ValueError for another one."""
-        if self.value_gradient == "predicted":
-            raise ValueError("the law of value_gradient 'predicted' is not known")
+        """The law of the best transport."""
         return deterministic_control(base, reward, self.beta, self.control_from)
 
     def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> None:
@@ -146,7 +112,7 @@ class DeterministicAdjointMatching(Tilting):
 
         def aim(some: Batch, part: slice) -> tuple[Tensor]:
             own = path.moved(lambda values: values.of(batch.own_part(part)))
-            return ((self._aim if self.value_gradient == "adjoint" else self._aim_at_predicted)(some, own),)
+            return (self._aim(some, own),)
 
         (rewards,) = batch.map(aim)
         if (kept := finite_only(rewards)) is not None:
@@ -187,20 +153,6 @@ class DeterministicAdjointMatching(Tilting):
             targets[k] = v - a
             if k > first:
                 a = a + pullback(chain.v_scale[k].item() * a)
-        self._leave(batch, chain, states, targets, first)
-        return rewards
-
-    def _aim_at_predicted(self, batch: Batch, path: Trajectory) -> Tensor:
-        """As `_aim`, by the gradient of the reward at the sample that each state predicts: that of the last one is the end."""
-        chain, states, targets = path.chain, path.states, path.velocities
-        first = self._first_controlled(chain)
-        rewards = torch.empty(0)
-        for k in range(first, len(chain)):
-            t = chain.times[k].item()
-            predicted = states[k] + (1 - t) * path.drawn_by[k]
-            rewards, gradient = value_and_gradient(batch.reward, predicted, batch.non_finite)
-            with torch.no_grad():
-                targets[k] = batch.base(states[k], chain.times[k]) + t**2 / self.beta * gradient
         self._leave(batch, chain, states, targets, first)
         return rewards
 

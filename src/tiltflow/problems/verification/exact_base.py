@@ -39,6 +39,7 @@ FEW_DIMENSIONS: dict[str, Tree] = {
         "proposal": "auto",
         "anchor_share": "least-relative-noise",  # modes must have their shares, be they small
     },
+    "vgg-flow": {"beta": 1.0, "value_learning_rate": 3e-3},
     # as published it has no law; so it has one, on two modes
     "diffusion-nft": {"advantages": "centered", "beta": 2.5},
 }
