@@ -22,14 +22,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.laws.target import Target, maximum
-from tiltflow.methods import MethodSettings, from_preset
+from tiltflow.methods import from_preset
+from tiltflow.methods.reward_gradients.ascent import Ascent
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.samplers.solvers.euler import euler
 from tiltflow.streams import normal
 from tiltflow.training.batch import Batch
-from tiltflow.training.method import Needs
-from tiltflow.training.reward_ascent import ascend, check_chain, follow
+from tiltflow.training.reward_ascent import ascend, follow
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -55,7 +54,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 """The optimizer of each preset."""
 
 
-class Draft(MethodSettings):
+class Draft(Ascent):
     """DRaFT. Needs a differentiable reward; raises its mean, and aims at no law."""
 
     name: Literal["draft"] = "draft"
@@ -68,14 +67,6 @@ class Draft(MethodSettings):
     num_renoisings: Annotated[int, Field(ge=0)] = 0
     """How often the last step is taken again from the sample with fresh noise, for a quieter gradient (DRaFT-LV). Needs
     truncation 1."""
-    solver: SolverName = "euler"
-    """The sampler that is tuned, with or without noise: a chain of Gaussian steps of `Sampling`."""
-    num_inference_steps: Count = 20
-    """Steps of the sampler, from noise to data."""
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1, more steps are near the noise; see `time_grid`."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim`, `ddim-half-way`, `tcd` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +75,6 @@ class Draft(MethodSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Draft:
-        check_chain(self.sampling)
         if isinstance(self.truncation, int) and self.truncation > self.num_inference_steps:
             raise ValueError(
                 f"truncation {self.truncation}: the sampler has {self.num_inference_steps} steps; null is all of them"
@@ -92,17 +82,6 @@ class Draft(MethodSettings):
         if self.num_renoisings and self.truncation != 1:
             raise ValueError("num_renoisings takes the last step again: it needs truncation 1")
         return self
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampler that is tuned."""
-        steps: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "shift": self.shift}
-        return Sampling(solver=self.solver, eta=self.eta, **steps)
-
-    @property
-    def needs(self) -> Needs:
-        """The gradient of the reward."""
-        return Needs(reward_gradient=True)
 
     @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
@@ -113,9 +92,6 @@ class Draft(MethodSettings):
         """No law: the largest mean reward."""
         held = "The gradient is that of the last steps alone, with the state before them held fixed."
         return maximum("mean reward", [] if self.truncation in (None, self.num_inference_steps) else [held])
-
-    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> None:
-        """No state is kept."""
 
     def gradients(self, batch: Batch, state: None) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: one optimizer step, its gradient accumulated. Samples are drawn from `batch.tuned`

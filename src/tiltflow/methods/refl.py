@@ -21,13 +21,12 @@ import torch
 from pydantic import Field, model_validator
 
 from tiltflow.laws.target import Target, maximum
-from tiltflow.methods import MethodSettings, from_preset
+from tiltflow.methods import from_preset
+from tiltflow.methods.reward_gradients.ascent import Ascent
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.samplers.solvers.euler import euler
 from tiltflow.training.batch import Batch
-from tiltflow.training.method import Needs
-from tiltflow.training.reward_ascent import ascend, check_chain, follow
+from tiltflow.training.reward_ascent import ascend, follow
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -56,7 +55,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 """The optimizer of each preset."""
 
 
-class Refl(MethodSettings):
+class Refl(Ascent):
     """ReFL. Needs a differentiable reward; raises its mean at predicted samples, and aims at no law."""
 
     name: Literal["refl"] = "refl"
@@ -69,14 +68,6 @@ class Refl(MethodSettings):
     """The end of the steps that a batch may be drawn to: 1 is the last one."""
     reward_cap: float | None = None
     """Samples have no gradient from this reward on, in units of reward."""
-    solver: SolverName = "euler"
-    """The sampler that states are drawn by, with or without noise: a chain of Gaussian steps of `Sampling`."""
-    num_inference_steps: Annotated[int, Field(ge=1)] = 20
-    """Steps of the sampler, from noise to data."""
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1, more steps are near the noise; see `time_grid`."""
-    eta: Fraction = 1.0
-    """The noise of the `ddim`, `ddim-half-way`, `tcd` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +76,6 @@ class Refl(MethodSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Refl:
-        check_chain(self.sampling)
         first, end = self._window
         if first >= end:
             raise ValueError(
@@ -100,17 +90,6 @@ class Refl(MethodSettings):
         return first, end
 
     @property
-    def sampling(self) -> Sampling:
-        """The sampler that states are drawn by."""
-        steps: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "shift": self.shift}
-        return Sampling(solver=self.solver, eta=self.eta, **steps)
-
-    @property
-    def needs(self) -> Needs:
-        """The gradient of the reward."""
-        return Needs(reward_gradient=True)
-
-    @property
     def optimizer_defaults(self) -> Mapping[str, Any]:
         """The published settings of the preset."""
         return OPTIMIZERS.get(self.preset or "", {})
@@ -119,9 +98,6 @@ class Refl(MethodSettings):
         """No law: the largest mean reward of the samples that late steps predict."""
         means = "The reward is that of predicted samples, the means given a noisy state, which are smoother than samples."
         return maximum("mean reward of the samples that late steps predict", [means])
-
-    def new_state(self, event_shape: tuple[int, ...], seed: int, device: torch.device) -> None:
-        """No state is kept."""
 
     def gradients(self, batch: Batch, state: None) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: one optimizer step, its gradient accumulated. States are drawn from `batch.tuned`
