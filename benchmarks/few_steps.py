@@ -27,10 +27,7 @@ from tiltflow.settings import validate
 METHODS: dict[str, list[str]] = {
     "score-as-action": [],
     "dxmi": [
-        "method.preset=dxmi",
-        "method.estimator=pathwise",
-        "method.running_reward=none",
-        "method.critic={form: reward-free, loss: td, num_steps: 4}",
+        "method={name: dxmi, solver: euler, shift: 3.0, critic: {loss: td}, critic_warmup_steps: 40, step_price: 0}",
         "optimizer.learning_rate=3e-7",  # the best of 1e-5, 5e-6, 1e-6, 3e-7, on seed 0: nothing else holds it near the base
     ],
 }

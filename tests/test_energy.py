@@ -98,7 +98,7 @@ def judge(folder: Path, npz: Path) -> None:
     run_pretraining(read_pretraining("digits-judge", small), npz, folder / "judge", name="judge")
 
 
-@pytest.mark.parametrize("method", [{"critic": {"form": "constant-skip"}}, {"preset": "dxmi"}])
+@pytest.mark.parametrize("method", [{"critic": {"form": "constant-skip"}}, {"name": "dxmi"}])
 def test_a_run_with_a_learned_reward(tmp_path: Path, npz: Path, method: dict[str, Any]) -> None:
     judge(tmp_path, npz)
     summary = run(recipe_of(few_steps(tmp_path, npz, **method)), tmp_path / "run")

@@ -149,6 +149,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "PathReweighted": {"solver"},
         **{key: {"solver"} for key in ("TiltMatching", "Ram", "Awm", "Adrpo", "DiffusionNft", "Rwr", "Raft")},
         "DiffusionDpo": {"solver", "data"},
+        "Dxmi": {"solver"},
         "Refl": {"solver"},
         "ScoreAsAction": {"solver"},
         "AdjointMatching": {"solver"},

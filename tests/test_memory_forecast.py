@@ -130,7 +130,7 @@ def test_the_forecast_of_a_reward_that_learns(tmp_path: Path) -> None:
     asked = network_recipe(
         tmp_path,
         reward={"name": "energy", "data": str(tmp_path / "data.npz"), "network": network},
-        method={"name": "score-as-action", "solver": "euler", "num_inference_steps": 3, "preset": "dxmi"},
+        method={"name": "dxmi", "solver": "euler", "num_inference_steps": 3},
         training={"max_train_steps": 8, "train_batch_size": 32, "micro_batch_size": 16, "offload": True},
     )
     patient = admit(asked, "cpu")

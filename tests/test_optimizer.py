@@ -55,7 +55,6 @@ def test_the_defaults() -> None:
         (AdjointMatching(preset="paper"), ADJOINT_MATCHING["paper"]),
         (AdjointMatching(preset="official-code"), ADJOINT_MATCHING["official-code"]),
         (ScoreAsAction(preset="ddpo"), SCORE_AS_ACTION["ddpo"]),
-        (ScoreAsAction(preset="dxmi"), {}),
     ],
 )
 def test_what_is_given_wins_then_the_preset_then_the_default(method: Any, own: dict[str, Any]) -> None:

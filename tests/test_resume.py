@@ -69,6 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vgg-flow": {"beta": 0.1},
     "diffusion-nft": {"num_passes": 2, "old_decay_rate": 0.2},
     "rwr": {"num_passes": 1, "proposal": "tuned", "batches_per_round": 2},
+    "dxmi": {"critic": CRITIC, "num_passes": 2},
     "orw-cfm-w2-offline": {"name": "orw-cfm-w2", "online_fraction": 0.5, "num_passes": 2, "min_effective_sample_size": 1},
 }
 TRAINING = {
@@ -214,7 +215,7 @@ def test_resume_is_bitwise_with_a_reward_that_learns(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x_train=images, y_train=np.arange(16) % 2, x_test=images, y_test=np.arange(16) % 2)
     network = {"name": "residual-classifier", "channels": [8, 8], "classes": 1}
     reward = {"name": "energy", "data": str(tmp_path / "data.npz"), "network": network}
-    method = {"name": "score-as-action", "preset": "dxmi", "critic_warmup_steps": 2} | SHORT
+    method = {"name": "dxmi", "critic_warmup_steps": 2} | SHORT
     training = TRAINING | {"monitor": None}  # the reward of one look is not that of another
     path = tiny_recipe(tmp_path, method=method, training=training, evaluation=NO_JUDGE, reward=reward)
     recipe = validate(Recipe, read_yaml(path), "recipe")

@@ -15,6 +15,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
 from tiltflow.methods.draft import Draft
+from tiltflow.methods.dxmi import Dxmi
 from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
 from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.path_reweighted import PathReweighted
@@ -50,7 +51,7 @@ METHODS: dict[str, Any] = {
     "score-as-action": ScoreAsAction(num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
     "ddpo": ScoreAsAction(preset="ddpo", num_inference_steps=STEPS, num_passes=1),
     "clip": ScoreAsAction(update="clip", num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
-    "dxmi": ScoreAsAction(preset="dxmi", num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
+    "dxmi": Dxmi(num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
     "pathwise": ScoreAsAction(estimator="pathwise", num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
     "closed-form": ScoreAsAction(solver="euler", num_inference_steps=STEPS, critic=CRITIC, num_passes=1),
     "path-reweighted": PathReweighted(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiltflow.methods.diffusion_nft import DiffusionNft
     from tiltflow.methods.dpok import Dpok
     from tiltflow.methods.draft import Draft
+    from tiltflow.methods.dxmi import Dxmi
     from tiltflow.methods.endpoint_adjoint_matching import EndpointAdjointMatching
     from tiltflow.methods.flow_grpo import FlowGrpo
     from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
@@ -69,6 +70,7 @@ _HOME = {
     "DiffusionNft": "methods.diffusion_nft",
     "Dpok": "methods.dpok",
     "Draft": "methods.draft",
+    "Dxmi": "methods.dxmi",
     "EndpointAdjointMatching": "methods.endpoint_adjoint_matching",
     "Evaluation": "evaluation.settings",
     "Flow": "flows.flow",
@@ -123,6 +125,7 @@ __all__ = [
     "DiffusionNft",
     "Dpok",
     "Draft",
+    "Dxmi",
     "EndpointAdjointMatching",
     "Evaluation",
     "Flow",

@@ -52,7 +52,6 @@ from torch import Tensor, nn
 
 from tiltflow.control.timesteps import choose_timesteps
 from tiltflow.control.value import FORMS, Critic, Experience, Value, improve, returns
-from tiltflow.flows.linearize import linearize
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import from_preset
 from tiltflow.methods.policies.policy_gradient import (
@@ -64,10 +63,10 @@ from tiltflow.methods.policies.policy_gradient import (
     among_others,
     check_velocities,
     clipped,
+    known_values,
 )
 from tiltflow.optimization import load_optimizer
-from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward
-from tiltflow.rewards.functions.checked import value_and_gradient
+from tiltflow.rewards import LearnedReward
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Trajectory
@@ -91,13 +90,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_scaling": "none",
         "solver": "ddpm",
         "num_inference_steps": 50,
-    },
-    # arXiv 2407.00626, its sampler's update: through one step into a value function learned by TD(0), towards an energy that is
-    # learned against data (reward `energy`). Without its learned noise levels, and without its price on the length of a step.
-    "dxmi": {
-        "estimator": "pathwise",
-        "running_reward": "none",
-        "critic": {"form": "reward-free", "loss": "td"},
     },
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {"ddpo": DDPO_OPTIMIZER}
@@ -155,7 +147,7 @@ class ScoreAsAction(PolicyGradient):
     """Score as Action. Any reward; aims at p_base(x) exp(r(x) / beta) where the solver is memoryless."""
 
     name: Literal["score-as-action"] = "score-as-action"
-    preset: Literal["ddpo", "dxmi"] | None = None
+    preset: Literal["ddpo"] | None = None
     """Start from the settings of a published method; keys given beside it win. ddpo is the method `ddpo` now, which has fewer
     settings."""
 
@@ -213,6 +205,8 @@ class ScoreAsAction(PolicyGradient):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "dxmi":
+            raise ValueError("preset 'dxmi' is the method 'dxmi' now")
         values = from_preset(PRESETS, values)
         if isinstance(values, dict) and "estimator" not in values:
             sampler = {key: values[key] for key in ("solver", "eta") if key in values}
@@ -290,7 +284,7 @@ class ScoreAsAction(PolicyGradient):
         """
         size, generator = len(batch), batch.generator
         with torch.no_grad():
-            drawn, batch = self._draw(batch, partial(self._known, state.value))
+            drawn, batch = self._draw(batch, partial(known_values, state.value))
             if not isinstance(batch.reward, LearnedReward):  # its first values tell nothing of the scale of later ones
                 state.value.fit_scale(drawn.rewards)
             members = batch.tuned.groups(len(batch), drawn.end.device)
@@ -347,11 +341,6 @@ class ScoreAsAction(PolicyGradient):
             return self._at_the_end(batch, path)
         return self._value_gradient(batch, value, path.states[k + after], path.chain.times[k + after])
 
-    def _known(self, value: Value, path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:
-        """The part of the values of the states that is not learned, [steps, own]."""
-        steps = zip(path.velocities, path.states, path.chain.times, strict=False)
-        return torch.stack([value.known(x + (1 - t.item()) * v, t, reward, non_finite) for v, x, t in steps])
-
     def _advantages(self, value: Value, batch: Experience, members: list[Tensor]) -> Tensor:
         """Advantages [steps, own], in units of reward unless standardised; of `return`, among the samples of one condition,
         whichever process has them."""
@@ -363,29 +352,6 @@ class ScoreAsAction(PolicyGradient):
         if self.estimator == "return-minus-value":
             return returns(values, costs, torch.ones(len(costs))) - values[:-1]
         return values.diff(dim=0) - costs
-
-    def _value_gradient(self, batch: Batch, value: Value, x: Tensor, t: Tensor) -> Tensor:
-        return batch.map_own(lambda some, part: value.gradient(x[part], t, some.tuned, some.reward))
-
-    def _at_the_end(self, batch: Batch, path: Trajectory) -> Tensor:
-        """The gradient of the reward after the last controlled step, [own, *event]."""
-        chain, count = path.chain, len(path.velocities)
-        states = path.states[count]
-
-        def last(some: Batch, part: slice) -> Tensor:
-            x = states[part]
-            if count == len(chain):
-                return value_and_gradient(some.reward, x)[1].to(x)
-            # the last state is one noiseless step of the base before the sample
-            v, pullback = linearize(some.base, x, chain.times[count])
-            gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
-            x_scale, v_scale = (c[count].item() for c in (chain.x_scale, chain.v_scale))
-            gradient = x_scale * gradient + pullback(v_scale * gradient)
-            if some.objective.running is not None:
-                gradient = gradient + some.objective.gradient(x, chain.times, count).to(x)
-            return gradient
-
-        return batch.map_own(last)
 
     def _improve_policy(
         self, batch: Batch, drawn: Trajectories, vectors: Vectors, pairs: Tensor, state: State, *, first: bool

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from tiltflow import processes
 from tiltflow.control.timesteps import Stratum
-from tiltflow.control.value import Experience
+from tiltflow.control.value import Experience, Value
 from tiltflow.errors import InputError
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
+from tiltflow.flows.linearize import linearize
 from tiltflow.methods import Tilting
 from tiltflow.optimization import located
 from tiltflow.rewards import NonFiniteRewards, Reward, select
-from tiltflow.rewards.functions.checked import finite_only
+from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Act, Trajectory, simulate
@@ -253,6 +254,35 @@ class PolicyGradient(Tilting):
 
         sums = batch.accumulate_own(terms_of, batch.counted()[i], over=len(batch))
         return sums["loss"], sums["step_kl"] * len(path.velocities) / max(len(pairs), 1)
+
+    def _value_gradient(self, batch: Batch, value: Value, x: Tensor, t: Tensor) -> Tensor:
+        return batch.map_own(lambda some, part: value.gradient(x[part], t, some.tuned, some.reward))
+
+    def _at_the_end(self, batch: Batch, path: Trajectory) -> Tensor:
+        """The gradient of the reward after the last controlled step, [own, *event]."""
+        chain, count = path.chain, len(path.velocities)
+        states = path.states[count]
+
+        def last(some: Batch, part: slice) -> Tensor:
+            x = states[part]
+            if count == len(chain):
+                return value_and_gradient(some.reward, x)[1].to(x)
+            # the last state is one noiseless step of the base before the sample
+            v, pullback = linearize(some.base, x, chain.times[count])
+            gradient = value_and_gradient(some.reward, chain.mean(count, x, v))[1].to(x)
+            x_scale, v_scale = (c[count].item() for c in (chain.x_scale, chain.v_scale))
+            gradient = x_scale * gradient + pullback(v_scale * gradient)
+            if some.objective.running is not None:
+                gradient = gradient + some.objective.gradient(x, chain.times, count).to(x)
+            return gradient
+
+        return batch.map_own(last)
+
+
+def known_values(value: Value, path: Trajectory, reward: Reward, non_finite: NonFiniteRewards) -> Tensor:
+    """The part of the values of the states that is not learned, [steps, own]."""
+    steps = zip(path.velocities, path.states, path.chain.times, strict=False)
+    return torch.stack([value.known(x + (1 - t.item()) * v, t, reward, non_finite) for v, x, t in steps])
 
 
 def among_others(values: Tensor, members: list[Tensor], *, standardize: bool) -> Tensor:
