@@ -69,6 +69,7 @@ ROUNDS: dict[str, Tree] = {
     **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), SHORT),
 }
 RUNS: dict[str, Tree] = {
+    "vgg-flow": {"iterations": 400, "train_batch_size": 256},
     "diffusion-dpo": {"iterations": 1000, "train_batch_size": 512, "ema_decay": 0.97},
     **dict.fromkeys(("ram", "awm", "adrpo", "diffusion-nft"), MANY),
     "rwr": {"iterations": 1200, "train_batch_size": 32_768},
