@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from tiltflow import plugins
-from tiltflow.commands.terminal.console import make_console, print_json, print_table
+from tiltflow.commands.terminal.console import make_console, print_json, print_table, spinner
 from tiltflow.commands.terminal.options import AllowCode, Json, Quiet, Set, Threads, completes, set_up_torch
 from tiltflow.commands.terminal.progress import training_progress
 
 METHODS = plugins.names("methods")
 PROBLEMS = plugins.names("problems")
 UTILITIES = plugins.names("utilities")
+STEERING = plugins.names("steering")
 
 
 def verify(
@@ -39,6 +40,14 @@ def verify(
             autocompletion=completes(lambda: UTILITIES),
         ),
     ] = None,
+    steer: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Steer the base without training, in place of a method: {', '.join(STEERING)}, or a mapping with its name and"
+            " settings.",
+            autocompletion=completes(lambda: STEERING),
+        ),
+    ] = None,
     overrides: Set = None,
     iterations: Annotated[
         int | None,
@@ -60,6 +69,7 @@ def verify(
     [dim]tiltflow verify mixture --method score-as-action --set sampling.solver=heun[/dim]
     [dim]tiltflow verify two-modes --method orw-cfm-w2 --set alpha=0.3[/dim]
     [dim]tiltflow verify utility --utility superquantile --set utility.share=0.1 --set alpha=5[/dim]
+    [dim]tiltflow verify two-modes --steer best-of-n --set n=8[/dim]
     [dim]tiltflow verify lqg --set Q=1.3 --set q=0.7 --set lambda=0.5 --set T=2 --set K=0.2 --set k=-0.1 --set N=40[/dim]
     """
     from tiltflow.commands.terminal.verification import print_findings
@@ -73,6 +83,21 @@ def verify(
         descriptions = {name: (plugins.find("problems", name).__doc__ or "").splitlines()[0] for name in PROBLEMS}
         print_table(console, descriptions, "problem")
         print_json(as_json, {"problems": descriptions})
+        return
+    if steer is not None:
+        for option, value in (("--method", method), ("--utility", utility), ("--iterations", iterations)):
+            if value is not None:
+                raise InputError(
+                    f"verify {problem}: {option} is for training, and --steer draws without; leave one of them out"
+                )
+        from tiltflow.problems.verification.steering import read_steered, verify_steering
+
+        asked = read_steered(problem, steer, [*([] if seed is None else [f"seed={seed}"]), *(overrides or [])])
+        set_up_torch("cpu", threads)
+        with spinner(console, quiet, f"sampling {asked.num_samples}"):
+            drawn = verify_steering(asked)
+        print_findings(console, drawn)
+        print_json(as_json, drawn.values)
         return
     if utility is not None and problem != "utility":
         raise InputError(

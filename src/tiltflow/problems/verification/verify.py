@@ -64,19 +64,21 @@ def read_verification(problem: str, method: str | None = None, overrides: Sequen
     return published if published.method.optimizer_defaults else read({}, defaults.optimizer)
 
 
-def places(override: str, parts: dict[str, type[Settings]], letters: dict[str, Sequence[str]]) -> list[str]:
+def places(
+    override: str, parts: dict[str, type[Settings]], letters: dict[str, Sequence[str]], run: type[Settings] = Verification
+) -> list[str]:
     """An override with the dotted names of what it sets. Raises InputError if there is none."""
     key, equals, value = override.partition("=")
     key = key.strip()
     first = key.partition(".")[0]
     if key in letters:
         return [f"{place}{equals}{value}" for place in letters[key]]
-    if first in Verification.model_fields:
+    if first in run.model_fields:
         return [f"{key}{equals}{value}"]
     for name, part in parts.items():
         if first in part.model_fields:
             return [f"{name}.{key}{equals}{value}"]
-    known = {*Verification.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
+    known = {*run.model_fields, *(field for part in parts.values() for field in part.model_fields), *letters}
     raise InputError(f"--set {override}: {first!r} is not a setting{did_you_mean(first, known)}")
 
 
