@@ -33,9 +33,11 @@ def test_the_gradient_is_that_of_the_published_loss() -> None:
     """p |b v + (1 - b) v_old - u|^2 + (1 - p) |(1 + b) v_old - b v - u|^2, away from v_old, by autograd; many noises."""
     b, beta, most, count = 0.7, 0.3, 1.5, 200_000
     tuned, old = Affine(), Affine()
-    tuned.offset.data += 0.3
+    tuned.offset.data -= 0.5
     old.slope.data -= 0.2
-    method = DiffusionNft(beta=beta, interpolation=b, advantage_clip=most, num_inference_steps=5, regression_batch_size=count)
+    method = DiffusionNft(
+        beta=beta, interpolation=b, advantage_clip=most, solver="euler", num_inference_steps=5, regression_batch_size=count
+    )
     state = Rounds(CPU, old=[p.detach().clone() for p in (old.offset, old.slope)])
     x = torch.randn(64, 1, generator=stream(0, "x"))
     steps = iterate(method, Flow(tuned), Flow(BASE), slope, x, stream(0), state, parameters=(tuned.offset, tuned.slope))
@@ -45,9 +47,7 @@ def test_the_gradient_is_that_of_the_published_loss() -> None:
     x1 = x
     with torch.no_grad():
         for k in range(5):
-            s, t = torch.full((64,), k / 5), torch.full((64,), (k + 1) / 5)
-            v = old(x1, s)
-            x1 = x1 + (v + old(x1 + v / 5, t)) / 10
+            x1 = x1 + old(x1, torch.full((64,), k / 5)) / 5
     a = slope(x1) - slope(x1).mean()
     p = ((a / a.std(correction=0)).clamp(-most, most) / most + 1) / 2
     assert p.max() == 1  # some are clipped
