@@ -29,6 +29,7 @@ from tiltflow.runs.run import evaluate_run, run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import validate
 from tiltflow.streams import new_network, stream
+from tiltflow.training.draw import batches
 from tiltflow.training.settings import Training
 
 SMALL = ["hidden=32", "layers=2", "horizon=2", "training.max_train_steps=3"]
@@ -163,6 +164,20 @@ def test_what_does_not_go_with_a_policy_is_refused(tmp_path: Path, changes: dict
     with pytest.raises(InputError, match=message):
         run(recipe(tmp_path, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_observations_of_a_batch_are_drawn_at_random(tmp_path: Path) -> None:
+    """Each from all, with its own condition; the same for the same generator."""
+    seen = torch.arange(5.0)[:, None].expand(5, 3)
+    policy, training = a_policy(), Training(prompts_per_step=400, num_generations=2).for_prompts(guided=False)
+    items = observations_of(seen, 3, "tune")
+    draw = batches(policy, items, lambda x: x[:, 0], AdjointMatching(num_inference_steps=4), training)
+    drawn = draw(stream(3))
+    rows = drawn.bind(policy.flow).condition[:, 0]
+    assert torch.equal(rows[::2], rows[1::2])
+    counts = rows[::2].long().bincount(minlength=5)
+    assert ((counts - 80).abs() < 4 * (400 * 0.2 * 0.8) ** 0.5).all()
+    assert torch.equal(draw(stream(3)).bind(policy.flow).condition[:, 0], rows)
 
 
 def test_observations_of_another_size_are_refused(tmp_path: Path) -> None:

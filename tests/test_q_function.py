@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from replays import replay
+from safetensors.torch import load_file
 from test_policy import cloned, recipe
 from test_resume import Killed, final, killed_after, resuming, same_runs
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.q_function import QFunction, QReward
 from tiltflow.runs.doctor import examine
 from tiltflow.runs.run import evaluate_run, run
+from tiltflow.settings import dump_yaml
 from tiltflow.streams import new_network, stream
 
 SMALL: dict[str, Any] = {"hidden": 16, "layers": 1, "members": 2}
@@ -171,6 +175,30 @@ def test_the_doctor_examines_it(tmp_path: Path) -> None:
     levels = {finding.check: finding.level for finding in examine(of_critics(tmp_path))}
     assert {levels[name] for name in ("parts", "reward", "gradient", "memory", "iteration")} == {"green"}
     assert levels["denoising"] != "green"
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    path, weights = tmp_path / "recipe.yaml", []
+    path.write_text(dump_yaml(of_critics(tmp_path).model_dump(mode="json", exclude_none=True)))
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, program in (("one", []), ("two", launch)):
+        words = [*program, "-m", "tiltflow", "train", str(path), "-o", str(tmp_path / name), "--quiet", "--threads", "1"]
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        files = [tmp_path / name / file for file in ("model/model.safetensors", "reward.safetensors")]
+        weights.append({f"{file.name} {key}": value for file in files for key, value in load_file(file).items()})
+    assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltflow.conditions import Item
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guided
+from tiltflow.models.policy import Policy
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import RemoteReward, Reward, select
@@ -77,6 +78,18 @@ class InTurn:
 
 
 @dataclass(frozen=True)
+class AtRandom:
+    """`size` samples, each of an item drawn from all: a data set may have millions of rows, too many to shuffle each time."""
+
+    items: Sequence[Item]
+    size: int
+
+    def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
+        which = torch.randint(len(self.items), (self.size,), generator=generator, device=generator.device)
+        return [self.items[i] for i in which.tolist()]
+
+
+@dataclass(frozen=True)
 class InEpochs:
     """The next `size` samples of an endless row: all items once, shuffled, then all again, shuffled anew."""
 
@@ -131,7 +144,8 @@ def batches(
     choose: Items = InTurn(items, size)
     if training.prompts_per_step is not None and training.num_generations is not None:
         count = training.prompts_per_step
-        some = InEpochs(items, count, seed) if training.prompt_order == "epochs" else InTurn(items, count)
+        at_random: Items = AtRandom(items, count) if isinstance(model, Policy) else InTurn(items, count)
+        some = InEpochs(items, count, seed) if training.prompt_order == "epochs" else at_random
         choose = Repeated(some, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
     keeps_norm = isinstance(model, TextToImage) and model.guidance_keeps_norm
