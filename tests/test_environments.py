@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,16 @@ def test_processes_play_what_one_would(tmp_path: Path) -> None:
     pytest.importorskip("ogbench")
     rows = [generate(Play("cube-single", episodes=2, steps=30), tmp_path / f"{count}.npz", processes=count) for count in (1, 2)]
     assert all(np.array_equal(rows[0][key], rows[1][key]) for key in rows[0])
+
+
+@pytest.mark.slow
+def test_its_own_loader_reads_what_is_generated(tmp_path: Path) -> None:
+    """With the rewards and masks that it computes itself."""
+    ogbench = pytest.importorskip("ogbench")
+    path = tmp_path / "cube-single.npz"
+    rows = generate(Play("cube-single", episodes=2, steps=120), path, task=1, processes=1)
+    shutil.copy(path, tmp_path / "cube-single-val.npz")
+    _, theirs, _ = ogbench.make_env_and_datasets("cube-single-play-singletask-task1-v0", dataset_path=str(path))
+    steps = ~rows["terminals"]
+    for key in ("observations", "actions", "rewards", "masks"):
+        assert np.array_equal(rows[key][steps], theirs[key])
