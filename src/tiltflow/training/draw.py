@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tiltflow.conditions import Item
+from tiltflow.conditions.observations import Rows
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guided
-from tiltflow.models.policy import Policy
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards import RemoteReward, Reward, select
@@ -144,7 +144,7 @@ def batches(
     choose: Items = InTurn(items, size)
     if training.prompts_per_step is not None and training.num_generations is not None:
         count = training.prompts_per_step
-        at_random: Items = AtRandom(items, count) if isinstance(model, Policy) else InTurn(items, count)
+        at_random: Items = AtRandom(items, count) if isinstance(items, Rows) else InTurn(items, count)
         some = InEpochs(items, count, seed) if training.prompt_order == "epochs" else at_random
         choose = Repeated(some, training.num_generations)
     decode_batch_size = training.decode_batch_size or training.micro_batch_size or size
