@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from tiltflow.evaluation.paired import all_pairs, difference, holm
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
 from tiltflow.problems.gaussian import Gaussian
-from tiltflow.runs.comparison.budget import KINDS, Budget, Cost
+from tiltflow.rewards.functions.counting import count_rewards
+from tiltflow.runs.comparison.budget import KINDS, Budget, Cost, Meter
 from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, units
 from tiltflow.runs.comparison.on_problem import OnProblem
 from tiltflow.runs.comparison.on_recipe import OnRecipe
@@ -142,6 +144,16 @@ def test_measurements_on_the_way_are_of_the_same_run_and_not_paid_for(monkeypatc
         assert row[key] == without[key]
     assert row["points"][-1]["reward"] == without["points"][-1]["reward"]  # to look at it changes nothing
     assert len({point["reward"] for point in row["points"]}) == 3
+
+
+def test_the_clock_stands_still_while_a_model_is_measured() -> None:
+    with Meter() as meter:
+        with meter.paused():
+            time.sleep(0.2)
+            count_rewards(5)
+        count_rewards(3)
+        assert meter.spent.reward_evaluations == 3
+        assert meter.spent.seconds < 0.1
 
 
 # ---- what is measured ----
