@@ -50,7 +50,7 @@ class Section:
     rows: Sequence[tuple[str, Sequence[Cell]]]
     stopped: Sequence[str]
     differences: Sequence[tuple[str, Sequence[Sequence[str]]]]
-    plots: Sequence[tuple[str, str]]
+    plots: Sequence[tuple[str, str, str]]
     pictures: Sequence[tuple[str, str]]
     tuning: Sequence[Sequence[str]]
 
@@ -120,6 +120,8 @@ def cell(method: Tree, key: str, best: bool) -> Cell:
     mean, error = method[key]["mean"], method[key]["error"]
     if mean is None:
         return Cell("–")
+    if abs(mean) >= 1e5 and not key.endswith("evaluations"):  # it ran away
+        return Cell(f"{mean:.1g}", mean, best)
     return Cell(f"{mean:,.0f}" if key.endswith("evaluations") else decimal(mean, error), mean, best)
 
 
@@ -154,25 +156,40 @@ def difference(row: Tree) -> list[str]:
     return [row["method"], decimal(row["mean"]), interval, p, str(row["n"])]
 
 
-def plots(content: Tree, found: Tree) -> list[tuple[str, str]]:
-    """The curves and the fronts, each with a title, as SVG."""
-    kind, known, drawn = content["budget"]["kind"], found["references"], []
+def plots(content: Tree, found: Tree) -> list[tuple[str, str, str]]:
+    """The curves and the fronts as SVG, each with a title and what it does not show."""
+    kind, known, drawn = content["budget"]["kind"], found["references"], list[tuple[str, str, str]]()
+
+    def levels_of(key: str) -> dict[str, float | None]:
+        return {side: known[f"{key}_{side}"]["mean"] for side in ("base", "target") if f"{key}_{side}" in known}
+
+    def hidden(key: str) -> list[str]:
+        return compared.outside({m["method"]: m[key]["mean"] for m in found["methods"]}, compared.window(levels_of(key)))
+
     for key in ("reward", "distance"):
         series = {
             m["method"]: [(point[kind]["mean"], point[key]) for point in m["points"] if point[kind]["mean"] is not None]
             for m in found["methods"]
         }
-        levels = {side: known[f"{key}_{side}"]["mean"] for side in ("base", "target") if f"{key}_{side}" in known}
         if any(value["mean"] is not None for points in series.values() for _, value in points):
-            drawn.append(
-                (f"{TITLES[key]} against {BUDGETS[kind]}", compared.curves(series, BUDGETS[kind], TITLES[key], levels))
-            )
-    levels = {side: known[f"reward_{side}"]["mean"] for side in ("base", "target")}
+            log = key == "distance"
+            svg = compared.curves(series, BUDGETS[kind], TITLES[key], levels_of(key), log=log)
+            drawn.append((f"{TITLES[key]} against {BUDGETS[kind]}", svg, beyond([] if log else hidden(key))))
     for cost in ("distance", "diversity"):
         if any(m[cost]["mean"] is not None for m in found["methods"]):
-            title = f"Reward against {TITLES[cost].lower()}"
-            drawn.append((title, compared.front(found["methods"], cost, TITLES[cost].lower(), levels)))
+            shown = None if cost == "distance" else compared.window(levels_of(cost))
+            svg = compared.front(
+                found["methods"], cost, TITLES[cost].lower(), levels_of("reward"), shown, log=cost == "distance"
+            )
+            left_out = {*hidden("reward"), *([] if cost == "distance" else hidden(cost))}
+            names = [m["method"] for m in found["methods"] if m["method"] in left_out]
+            drawn.append((f"Reward against {TITLES[cost].lower()}", svg, beyond(names)))
     return drawn
+
+
+def beyond(names: Sequence[str]) -> str:
+    """Which methods a plot does not show all of."""
+    return f"Beyond the edge: {', '.join(names)}." if names else ""
 
 
 def pictures(folder: Path, found: Tree) -> list[tuple[str, str]]:
