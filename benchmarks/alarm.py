@@ -4,7 +4,7 @@ The digit flow, and the pipeline of tiles, are tuned by Adjoint Matching for hal
 
 hacks   even digits and, by mistake, something without end, at a temperature that nothing holds; each of `LOOPHOLES` is one
 text    tiles whose middle reads like a letter, at the expense of all else
-clean   the reward and the temperature of recipe digits-even
+clean   the reward and the temperature of recipe digits-even-pixels
 colour  the reward and the temperature of recipe tiles-colour
 
 `before` are the measures of earlier versions: without edge energy, colour entropy and the entropy of the judge's classes.

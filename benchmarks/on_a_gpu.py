@@ -8,7 +8,7 @@ does not matter can be left out by `--only`. In this order:
 speed       Adjoint Matching on the U-Net of Stable Diffusion 1.5 at the authors' setting, row by row of benchmarks/pipelines.py
 memory      peaks of each phase of an iteration of Stable Diffusion 1.5 and SDXL, random weights, in several settings, and what
             the device has lost beside tensors
-digits      `digits-even` in small: train, resume bit for bit, evaluate, sample, doctor
+digits      `digits-even-pixels` in small: train, resume bit for bit, evaluate, sample, doctor
 tiles       the same of `tiles-colour`, a pipeline
 settings    settings of memory and of speed, one at a time, on a small pipeline: the weights beside those without the setting
 attention   implementations of attention in bfloat16 beside float32: velocities of a small FLUX, and their gradients
@@ -410,7 +410,7 @@ def digits(options: argparse.Namespace, folder: Path) -> Found:
     training = [f"training.{each}" for each in ("max_train_steps=6", "checkpointing_steps=3", *sizes)]
     samples = 32 if options.small else 512
     evaluation = [f"evaluation.num_samples={samples}", "evaluation.grid=16"]
-    yield from run_both_ways("digits-even", [*training, *evaluation], 5, options, folder)
+    yield from run_both_ways("digits-even-pixels", [*training, *evaluation], 5, options, folder)
 
 
 def tiles(options: argparse.Namespace, folder: Path) -> Found:

@@ -203,7 +203,7 @@ def test_help_teaches_by_example_and_lists_are_complete() -> None:
     assert all(entry["description"] for entry in listed["recipes"])
     assert (
         parse_yaml(runner.invoke(tiltflow.commands.terminal.app.app, ["recipes", "digits-even"]).output, "recipe")["model"]
-        == "digits-flow"
+        == "digits-latent-flow"
     )
 
 
@@ -258,7 +258,11 @@ def completed(line: str) -> list[str]:
 def test_the_shell_completes_names() -> None:
     assert completed("tiltflow verify mixture --method ") == list(METHODS)
     assert completed("tiltflow sample digits-flow --solver euler") == ["euler", "euler-maruyama"]
-    assert completed("tiltflow train digits-even-") == ["digits-even-long", "digits-even-orw", "digits-even-reweighted"]
+    assert completed("tiltflow train digits-even-p") == [
+        "digits-even-pixels-long",
+        "digits-even-pixels-reweighted",
+        "digits-even-pixels",
+    ]
     assert completed("tiltflow settings adj") == ["adjoint-matching"]
     assert "complete -o default -F _tiltflow_completion tiltflow" in shell_script()
 

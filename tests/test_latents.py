@@ -27,7 +27,7 @@ from tiltflow.pretraining.loop import Optimization, train
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.pretraining.tasks.latent_flow import LatentFlowPretraining, autoencoder_loss, drawn, latents_of
 from tiltflow.runs.fingerprints import digest
-from tiltflow.runs.recipe import read_one_run, read_recipe_tree
+from tiltflow.runs.recipe import find_recipe, read_one_run, read_recipe_tree
 from tiltflow.runs.run import evaluate_run, run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network, stream
@@ -142,6 +142,19 @@ def test_a_run_tunes_latents_and_is_measured_and_sampled_from_its_folder(tmp_pat
     assert evaluate_run(tmp_path / "run")["reward_tuned"] == summary["reward_tuned"]
 
 
+@pytest.mark.slow
+def test_the_demo_reaches_its_law_at_the_temperature_that_it_states(tmp_path: Path) -> None:
+    """A quarter of its steps."""
+    tree = read_recipe_tree(find_recipe("digits-even", "train"), ["training.max_train_steps=640", "evaluation.grid=16"])
+    summary = run(read_one_run(tree, "digits-even"), tmp_path / "run")
+    judge = summary["judge"]
+    assert summary["working_beta"] is None
+    assert summary["target_distance_base"] > 10 * summary["target_distance_floor"]
+    assert summary["target_distance"] < 1.5 * summary["target_distance_floor"]
+    assert abs(judge["group"]["tuned"] - judge["group"]["target"]) < 0.03
+    assert judge["sure_tuned"] > judge["sure_base"] - 0.005
+
+
 # ---- networks ----
 
 
@@ -173,6 +186,7 @@ class FixedDecoder(ImageDecoderModule):
         self.fixed = log_odds
 
     def log_odds(self, z: Tensor) -> Tensor:
+        self.seen = z
         return self.fixed
 
 
@@ -185,6 +199,10 @@ def test_the_loss_of_the_autoencoder_is_cross_entropy_and_the_kl_of_the_latents(
     mean, std = torch.tensor(0.7), torch.tensor(-0.4).exp().sqrt()
     kl = 3 * 2 * kl_divergence(Normal(mean, std), Normal(torch.tensor(0.0), torch.tensor(1.0)))
     torch.testing.assert_close(loss, (entropy + 0.5 * kl) / images.numel())
+    many = FixedDecoder(torch.zeros(20_000, 1, 4, 4))
+    autoencoder_loss(FixedEncoder(), many, torch.zeros(20_000, 1, 4, 4), stream(0, "noise"), 0.5)
+    assert (many.seen.mean(0) - mean).abs().max() < 4 * std / 20_000**0.5
+    assert (many.seen.std(0) - std).abs().max() < 4 * std / 40_000**0.5
     # the image of a decoder is where its loss is least
     own = decoder(torch.zeros(3, 2)).detach()
     (slope,) = torch.autograd.grad(autoencoder_loss(FixedEncoder(), decoder, own, stream(0, "noise"), 0.5), log_odds)
