@@ -50,7 +50,7 @@ def test_the_best_half_of_molecules_stage_by_stage() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_molecules_sample_and_train_on_one_grid(name: str) -> None:
-    """That of the model: at even steps the adjoints of its chain are much larger."""
+    """That of the model."""
     recipe = read_recipe(read_recipe_tree(find_recipe(name, "train"), []), name)
     assert isinstance(recipe.model, str)
     method: Any = recipe.method
