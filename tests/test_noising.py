@@ -187,7 +187,7 @@ def test_processes_have_the_noise_and_the_means_of_their_own_shares(monkeypatch:
     twice where 10 cannot be shared evenly, and no memory of the rest."""
     _, whole, gain = pairs_of(10, 2)
     groups, values = torch.arange(10) % 2, torch.stack([gain, gain**2], 1)
-    alone = [smoothed(whole, values, gain, groups, size) for size in (1, 4)]
+    alone, points = [smoothed(whole, values, gain, groups, size) for size in (1, 4)], whole.points(slice(0, 10))
     for count in (2, 4):
         monkeypatch.setattr(processes, "count", lambda count=count: count)
         seen = set[int]()
@@ -199,6 +199,8 @@ def test_processes_have_the_noise_and_the_means_of_their_own_shares(monkeypatch:
             assert len(own) == len(pairs.noise) == {2: 5, 4: 3}[count]
             assert pairs.noise.untyped_storage().nbytes() == 8 * pairs.noise.numel()
             torch.testing.assert_close(pairs.noise, whole.noise[pairs.own], rtol=0, atol=0)
+            inner = slice(pairs.own.start + 1, pairs.own.stop - 1)
+            torch.testing.assert_close(tuple(pairs.points(inner)), tuple(each[inner] for each in points), rtol=0, atol=0)
             for size, expected in zip((1, 4), alone, strict=True):
                 found = smoothed(pairs, values, gain, groups, size)
                 assert found.pull.shape == (len(own), 2)

@@ -150,7 +150,7 @@ def posterior(points: Points, samples: Tensor, groups: Sequence[Tensor]) -> Tens
     x1, x, t = samples.flatten(1).double(), points.x.flatten(1).double(), points.t.double()[:, None]
     gains = t * (x @ x1.T) - t.square() / 2 * x1.square().sum(1)  # -|x_t - t x_1|^2 / 2, but for what all samples share
     logits = gains / (1 - t).square().clamp(min=1e-12)
-    if len(groups) > 1:
+    if groups[1:]:
         group = torch.empty(len(samples), dtype=torch.long, device=x.device)
         for number, members in enumerate(groups):
             group[members] = number
