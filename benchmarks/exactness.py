@@ -260,7 +260,7 @@ def figures(options: argparse.Namespace) -> None:
     rows = [row for row in rows_of(options.output) if "stopped" not in row and row["case"] == "fixture"]
     colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
     for name, label in (
-        ("steps", "steps K of the chain, in training and sampling"),
+        ("steps", "steps K of the sampler, and of the chain that Adjoint Matching tunes"),
         ("network_evaluations", "network evaluations"),
     ):
         figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
