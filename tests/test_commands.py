@@ -21,6 +21,7 @@ from tiltflow.commands.compare import split
 from tiltflow.commands.terminal.app import app
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.pretraining.recipe import read_pretraining
+from tiltflow.problems.verification.steering import read_steered
 from tiltflow.problems.verification.verify import read_verification
 from tiltflow.reports.page import commands
 from tiltflow.runs.comparison.budget import Budget
@@ -104,6 +105,9 @@ def check(name: str, given: dict[str, Any]) -> None:
             assert Plan.of(*names, seeds=given["seeds"], budget=budget, settings=overrides).subjects
         case "verify":
             named = [] if given["utility"] is None else [f"utility.name={given['utility']}"]
+            if given["steer"] is not None:
+                read_steered(given["problem"], given["steer"], overrides)
+                return
             read_verification(given["problem"], given["method"], [*named, *overrides])
         case "pretrain":
             assert read_pretraining(given["recipe"], overrides)

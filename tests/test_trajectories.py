@@ -21,6 +21,7 @@ from tiltflow.methods.orw_cfm_w2 import OrwCfmW2
 from tiltflow.methods.path_reweighted import PathReweighted
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.methods.tilt_matching import TiltMatching
+from tiltflow.methods.vgg_flow import VggFlow
 from tiltflow.samplers.stored import AS_COMPUTED, Storage
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
@@ -44,6 +45,7 @@ METHODS: dict[str, Any] = {
     "reweight": AdjointMatching(num_inference_steps=STEPS, num_passes=2, reweight_passes=True),
     "control-variate": AdjointMatching(num_inference_steps=STEPS, control_variate=True),
     "deterministic": DeterministicAdjointMatching(num_inference_steps=STEPS),
+    "vgg-flow": VggFlow(num_inference_steps=STEPS, network={"name": "mlp", "dimension": LATENTS, "hidden": 1, "layers": 1}),
     "draft": Draft(num_inference_steps=STEPS, truncation=None),
     "endpoint": EndpointAdjointMatching(num_inference_steps=STEPS, num_passes=1),
     "orw-cfm-w2": OrwCfmW2(num_inference_steps=STEPS),
@@ -70,9 +72,9 @@ class Multiple(nn.Module):
 
 
 def run(method: Any, non_finite: Any = "error", storage: Storage = AS_COMPUTED) -> tuple[float, Tensor]:
-    """Copies of the trajectories at the peak of an iteration, and its gradient. The losses of Score as Action and of
+    """Copies of the trajectories at the peak of an iteration, and its gradient. The losses of Score as Action, DxMI and
     self-distillation need ten tensors of a micro-batch, and what is stored in 16 bits is computed in 32."""
-    many = isinstance(method, ScoreAsAction) or getattr(method, "control_from", 0) > 0
+    many = isinstance(method, ScoreAsAction | Dxmi) or getattr(method, "control_from", 0) > 0
     micro_batch_size = SIZE // 2 if many or storage.dtype else None
     tuned, base = Flow(Multiple()), Flow(Multiple().requires_grad_(False))
     x, parameters = torch.randn(SIZE, LATENTS, generator=stream(0)), tuple(tuned.parameters())
