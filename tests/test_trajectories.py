@@ -72,9 +72,9 @@ class Multiple(nn.Module):
 
 
 def run(method: Any, non_finite: Any = "error", storage: Storage = AS_COMPUTED) -> tuple[float, Tensor]:
-    """Copies of the trajectories at the peak of an iteration, and its gradient. The losses of Score as Action, DxMI and
-    self-distillation need ten tensors of a micro-batch, and what is stored in 16 bits is computed in 32."""
-    many = isinstance(method, ScoreAsAction | Dxmi) or getattr(method, "control_from", 0) > 0
+    """Copies of the trajectories at the peak of an iteration, and its gradient. The losses of Score as Action, DxMI, VGG-Flow
+    and self-distillation need ten tensors of a micro-batch, and what is stored in 16 bits is computed in 32."""
+    many = isinstance(method, ScoreAsAction | Dxmi | VggFlow) or getattr(method, "control_from", 0) > 0
     micro_batch_size = SIZE // 2 if many or storage.dtype else None
     tuned, base = Flow(Multiple()), Flow(Multiple().requires_grad_(False))
     x, parameters = torch.randn(SIZE, LATENTS, generator=stream(0)), tuple(tuned.parameters())
