@@ -392,7 +392,7 @@ def test_the_forecast_is_told_in_words() -> None:
     """What fits, what is assumed, and where torch was seen to keep more."""
     recipe, other = (
         read_recipe(read_recipe_tree(shipped_recipes("train")[name], []), name)
-        for name in ("digits-even", "sd15-single-prompt")
+        for name in ("digits-even-pixels", "sd15-single-prompt")
     )
     made = Forecast({"adjoint": Peak({"weights": 10.0 * 2**30})}, {"adjoint": {"network": 10 * 2**30}}, {})
     for gigabytes, words in (11, "does not fit"), (12, "fits, with little room"), (24, "fits"):
