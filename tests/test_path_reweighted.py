@@ -589,6 +589,7 @@ def test_paths_have_at_least_their_steps_and_those_of_the_sampler_among_them() -
     torch.testing.assert_close(method.chain().times[::3], method.sampling.chain().times)
     assert len(PathReweighted(num_inference_steps=50, path_steps=40).chain()) == 50
     assert "its own chain of 45 steps" in method.target(10).caveats[0]
+    assert "in many dimensions" in method.target(10).caveats[1]
     assert method.target(10).beta == 1
 
 
