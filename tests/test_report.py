@@ -111,11 +111,13 @@ def luminance(colour: str) -> float:
 def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
     """WCAG 2.1 AA: 4.5 for text, 3 for what must be seen of a picture."""
     light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in STYLE.read_text().split("@media (prefers")[:2])
-    assert len(light) == len(dark) == 18
+    assert len(light) == len(dark) == 26
     assert {name: light[name] for name in plots.COLOURS if name != "line"} | {"line": plots.COLOURS["line"]} == plots.COLOURS
+    series = [f"s{i}" for i in range(len(plots.SERIES))]
+    assert [light[name] for name in series] == list(plots.SERIES)
     assert (1 + 0.05) / (luminance("#767676") + 0.05) == pytest.approx(4.54, abs=0.01)  # the usual example
     for scheme in (light, dark):
-        for least, names in ((4.5, ("ink", "soft")), (3.0, ("base", "tuned", "target", "good", "fair", "poor", *"CNOF"))):
+        for least, names in ((4.5, ("ink", "soft")), (3.0, ("base", "tuned", "target", "good", "fair", "poor", *"CNOF", *series))):
             for name in names:
                 for background in ("paper", "card", "warm"):
                     low, high = sorted((luminance(scheme[name]), luminance(scheme[background])))

@@ -2,7 +2,7 @@
 
 >>> import tiltflow
 >>> sorted(tiltflow.__all__)[:3]
-['Adapter', 'AdjointMatching', 'BestOfN']
+['Adapter', 'AdjointMatching', 'Adrpo']
 """
 
 from __future__ import annotations
