@@ -117,7 +117,10 @@ def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
     assert [light[name] for name in series] == list(plots.SERIES)
     assert (1 + 0.05) / (luminance("#767676") + 0.05) == pytest.approx(4.54, abs=0.01)  # the usual example
     for scheme in (light, dark):
-        for least, names in ((4.5, ("ink", "soft")), (3.0, ("base", "tuned", "target", "good", "fair", "poor", *"CNOF", *series))):
+        for least, names in (
+            (4.5, ("ink", "soft")),
+            (3.0, ("base", "tuned", "target", "good", "fair", "poor", *"CNOF", *series)),
+        ):
             for name in names:
                 for background in ("paper", "card", "warm"):
                     low, high = sorted((luminance(scheme[name]), luminance(scheme[background])))
