@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from curved import Curved
 from tiny import iterate
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -31,18 +32,6 @@ pytestmark = pytest.mark.usefixtures("double")
 
 CPU = torch.device("cpu")
 COUNT = 16
-
-
-class Curved(nn.Module):
-    """A velocity with three parameters, in two dimensions."""
-
-    def __init__(self, *values: float) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.tensor(values))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b, c = self.values
-        return a * x + b * t.reshape(-1, 1) * x.flip(1) + c * torch.tanh(x)
 
 
 BASE = Flow(Curved(-0.8, 0.1, 0.2))

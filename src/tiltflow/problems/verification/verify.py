@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from tiltflow.problems import Findings, Problem, Trained, Tree
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.training.method import NamedMethod
 from tiltflow.training.optimizer import Optimizer
-from tiltflow.training.trainer import Record, train
+from tiltflow.training.trainer import BatchEnd, Record, train
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -95,12 +95,12 @@ class Fitted:
 Watch = Callable[[Record], None]
 
 
-def once(settings: Verification, watch: Watch) -> Fitted:
-    """Train the method for the reward of the problem."""
+def loop(
+    settings: Verification, tuned: Flow, base: Flow, on_batch_end: Callable[[BatchEnd], None] = lambda end: None
+) -> Generator[Record, None, None]:
+    """Train the flow `tuned` of the problem beside its base: see `tiltflow.training.trainer.train`."""
     problem = settings.problem
-    base, tuned = problem.base_flow(), problem.tuned_flow(settings.seed)
-    record = None
-    for record in train(
+    return train(
         tuned,
         base,
         settings.method,
@@ -111,7 +111,16 @@ def once(settings: Verification, watch: Watch) -> Fitted:
         seed=settings.seed,
         start=base.noise_time,
         ema_decay=settings.ema_decay,
-    ):
+        on_batch_end=on_batch_end,
+    )
+
+
+def once(settings: Verification, watch: Watch) -> Fitted:
+    """Train the method for the reward of the problem."""
+    problem = settings.problem
+    base, tuned = problem.base_flow(), problem.tuned_flow(settings.seed)
+    record = None
+    for record in loop(settings, tuned, base):
         watch(record)
     assert record is not None
     return Fitted(base, tuned, record, settings.iterations)

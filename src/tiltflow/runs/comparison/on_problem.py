@@ -20,13 +20,13 @@ from tiltflow.evaluation.samples import Asked
 from tiltflow.files import write_file
 from tiltflow.plugins import find
 from tiltflow.problems.verification.exact_base import MOST, ExactBase
-from tiltflow.problems.verification.verify import Verification, read_verification
+from tiltflow.problems.verification.verify import Verification, loop, read_verification
 from tiltflow.reports.points import are_points, draw, frame
 from tiltflow.runs.comparison.subject import Chosen, OnBatchEnd, at_temperature, sampled_by
 from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
 from tiltflow.training.optimizer import fill_optimizer
-from tiltflow.training.trainer import Record, train
+from tiltflow.training.trainer import Record
 
 PICTURES = "pictures"
 DRAWS = 4
@@ -82,20 +82,7 @@ class ProblemTrial:
 
     def loop(self, on_batch_end: OnBatchEnd) -> Generator[Record, None, None]:
         """See `Trial`."""
-        settings, problem = self.settings, self.problem
-        return train(
-            self.tuned,
-            self.base,
-            self.method,
-            problem.reward(),
-            lambda generator: problem.draw(settings.train_batch_size, generator),
-            max_train_steps=settings.iterations,
-            optimizer=settings.optimizer,
-            seed=settings.seed,
-            start=self.base.noise_time,
-            ema_decay=settings.ema_decay,
-            on_batch_end=on_batch_end,
-        )
+        return loop(self.settings, self.tuned, self.base, on_batch_end)
 
     @torch.no_grad()
     def measure(self, keep: Path | None, *, whole: bool) -> dict[str, Any]:
