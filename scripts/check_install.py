@@ -27,7 +27,7 @@ def declared() -> tuple[list[str], list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in project["classifiers"])
     required = [line for lines in (project["dependencies"], *project["optional-dependencies"].values()) for line in lines]
-    return [match[1] for match in found if match], [line for line in required if not line.startswith("tiltflow[")]
+    return [match[1] for match in found if match], [line for line in required if not line.startswith("tiltflow")]
 
 
 def pinned(constraints: Path) -> set[str]:

@@ -22,7 +22,7 @@ from tiltflow.models.model_folder import load_classifier, model_folder
 from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree, shipped_recipes
 from tiltflow.runs.run import run
 from tiltflow.settings import read_yaml
-from tiltflow.shipped import ASSETS
+from tiltflow.shipped import asset
 
 # ---- names and paths ----
 
@@ -118,8 +118,10 @@ def test_pipelines_load_by_name_and_from_folders(tmp_path: Path, monkeypatch: py
         model_folder("tiles-pipeline")
     images = model.sample(["potion on a red background"], sampling=tiltflow.Sampling(solver="euler", num_inference_steps=2))
     assert images.shape == (1, 3, 32, 32)
+    shipped = asset("tiles-pipeline", "pipeline", "model_index.json")
+    assert shipped is not None
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ASSETS / "tiles-pipeline", "tiles-pipeline")
+    shutil.copytree(shipped, "tiles-pipeline")
     (tmp_path / "tiles-pipeline" / "unet" / "config.json").unlink()
     with pytest.raises(InputError, match=r"tiles-pipeline/unet: has weights, but no config\.json"):
         tiltflow.load("./tiles-pipeline")

@@ -15,7 +15,7 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import DiscreteVariancePreserving
 from tiltflow.models.model import Model, load
-from tiltflow.models.model_folder import load_classifier, shipped_models
+from tiltflow.models.model_folder import load_classifier, model_folder, shipped_models
 from tiltflow.plugins import allow_code
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.streams import new_network
@@ -108,10 +108,8 @@ def test_the_shipped_models_load_and_have_cards() -> None:
     for name in ("digits-classifier", "digits-judge"):
         network, config = load_classifier(name)
         assert network(torch.zeros(2, 1, 28, 28)).shape == (2, len(config.class_names))
-    from tiltflow.shipped import ASSETS
-
     for name in shipped_models():
-        assert f"tiltflow pretrain {name}" in (ASSETS / name / "README.md").read_text()
+        assert f"tiltflow pretrain {name}" in (model_folder(name) / "README.md").read_text()
 
 
 def test_the_judge_shares_nothing_with_the_classifier_of_the_reward() -> None:

@@ -51,7 +51,7 @@ from tiltflow.runs.run_folder import RunFolder
 from tiltflow.runs.staged.results import evaluate_staged, is_staged, load_last, stage_of
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings, read_yaml, validate
-from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.shipped import INDEX, asset
 from tiltflow.steering import Steering
 from tiltflow.steering.drawing.steered import Steered, steered
 from tiltflow.training.callbacks import Callback, asks_to_stop
@@ -142,7 +142,7 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Any:
     if not isinstance(given, (str, Path)):
         raise InputError(f"load: give the name of a model or its folder, not {given!r}")
     check_device(device)
-    shipped = by_name(name_or_path, assets(INDEX) | assets(CONFIG), "model")
+    shipped = asset(name_or_path, "model", INDEX, CONFIG)
     folder = shipped or Path(name_or_path)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)

@@ -33,7 +33,7 @@ def model_names() -> Iterable[str]:
     from tiltflow.models.model_folder import CONFIG
     from tiltflow.shipped import INDEX, assets
 
-    return assets(INDEX) | assets(CONFIG)
+    return assets(INDEX, CONFIG)
 
 
 def sample(

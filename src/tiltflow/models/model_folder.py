@@ -24,7 +24,7 @@ from tiltflow.networks.factory import Factory
 from tiltflow.plugins import code_allowed, part_of
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings, validate
-from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.shipped import INDEX, asset, assets
 from tiltflow.tensor_file import write_tensors
 
 CONFIG, WEIGHTS, DECODER, CARD = "config.json", "model.safetensors", "decoder.safetensors", "README.md"
@@ -74,13 +74,13 @@ def shipped_models() -> list[str]:
 
 def model_folder(name_or_path: str | Path) -> Path:
     """Return the folder of a shipped model by name, or of a model or run on disk. Raises InputError if there is none."""
-    if shipped := by_name(name_or_path, assets(CONFIG), "model"):
+    if shipped := asset(name_or_path, "model", CONFIG):
         return shipped
     path = Path(name_or_path)
     for folder in (path, path / "model"):
         if (folder / CONFIG).exists():
             return folder
-    if by_name(name_or_path, assets(INDEX), "pipeline") or (path / INDEX).exists():
+    if asset(name_or_path, "pipeline", INDEX) or (path / INDEX).exists():
         raise InputError(f"{path}: is a diffusers pipeline; in a recipe write `model: {{diffusers: {path}}}`")
     if (path / "model").is_dir():
         raise InputError(

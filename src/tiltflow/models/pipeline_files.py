@@ -19,7 +19,7 @@ from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.pipeline_folder import check_pipeline_folder, check_weights
 from tiltflow.models.pipelines import Family, families, family_named
 from tiltflow.models.quantization import TEXT_ENCODER, check_quantization, config_of
-from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.shipped import INDEX, asset
 from tiltflow.user_code import refused
 
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -52,7 +52,7 @@ def load_pipeline(
         import diffusers
     except ImportError:
         raise not_installed("diffusers", "diffusers") from None
-    path = by_name(path, assets(INDEX), "pipeline") or path
+    path = asset(path, "pipeline", INDEX) or path
     if os.path.isabs(path) and not Path(path).exists():
         raise InputError(f"model.diffusers {path}: there is no such folder")
     if Path(path).is_dir():

@@ -22,7 +22,7 @@ from tiltflow.runs.common_recipe import CommonRecipe
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.settings import dump_yaml, parse_yaml
-from tiltflow.shipped import INDEX, assets, by_name
+from tiltflow.shipped import INDEX, asset
 
 quoted = partial(json.dumps, ensure_ascii=False)
 
@@ -181,8 +181,8 @@ def _base_with_loras(model: Diffusers, scheduler: str, place: str, *, by_peft: b
     """Code that loads the base pipeline, the scheduler of the export, and the LoRAs, the tuned one last; by peft where the
     pipeline does not load any itself."""
     lines = []
-    if by_name(model.diffusers, assets(INDEX), "pipeline"):
-        lines += [f"# the folder tiltflow/assets/{model.diffusers} of the package tiltflow"]
+    if folder := asset(model.diffusers, "pipeline", INDEX):
+        lines += [f"# the folder {folder.parent.name}/{folder.name}, which comes with tiltflow"]
     named = {"revision": model.revision, "variant": model.variant}
     options = [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
     options += [

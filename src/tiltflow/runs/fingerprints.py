@@ -137,7 +137,7 @@ def dotted(path: tuple[str | int, ...]) -> str:
 
 def _shipped(value: str) -> Path | None:
     """The folder of what ships with tiltflow under this name, if anything does."""
-    return None if os.sep in value else (assets(INDEX) | assets(CONFIG)).get(value)
+    return None if os.sep in value else assets(INDEX, CONFIG).get(value)
 
 
 def _place(value: str, marker: External) -> Path | None:

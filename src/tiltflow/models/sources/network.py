@@ -11,7 +11,7 @@ from tiltflow.models.model import Model, load
 from tiltflow.models.model_folder import model_folder
 from tiltflow.models.trainable import Adapter
 from tiltflow.settings import PathOrName, Settings
-from tiltflow.shipped import ASSETS
+from tiltflow.shipped import ships
 
 
 class Network(Settings):
@@ -48,7 +48,7 @@ class Network(Settings):
     def bytes_to_keep(self, folder: Path) -> int:
         """Return the number of bytes that `keep` will write."""
         source = model_folder(self.path)
-        if source.is_relative_to(ASSETS) or folder.exists():
+        if ships(source) or folder.exists():
             return 0
         return sum(path.stat().st_size for path in source.iterdir())
 

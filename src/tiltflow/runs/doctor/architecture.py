@@ -27,7 +27,7 @@ from tiltflow.models.quantization import check_kinds
 from tiltflow.models.sources.diffusers import Diffusers
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.runs.doctor.shapes import network_of_shapes
-from tiltflow.shipped import ASSETS, INDEX, assets, by_name
+from tiltflow.shipped import ASSETS, INDEX, asset
 from tiltflow.user_code import refused
 
 FACTS = ASSETS / "architectures"
@@ -61,7 +61,7 @@ def architecture(source: str) -> Architecture:
     for name, fact in facts().items():
         if source in (name, *fact["names"]):
             return Architecture(fact["pipeline"], fact["components"], fact["published"])
-    folder = Path(by_name(source, assets(INDEX), "pipeline") or source)
+    folder = Path(asset(source, "pipeline", INDEX) or source)
     if source.startswith((".", "/")) and not folder.exists():
         raise InputError(f"model.diffusers {source}: there is no such folder")
     if not (folder / INDEX).is_file():

@@ -1,0 +1,1 @@
+"""The larger models that ship with tiltflow, in a distribution of their own; `tiltflow.load` finds them by name."""
