@@ -33,6 +33,7 @@ from tiltflow.models.model_folder import CONFIG, WEIGHTS, save_weights
 from tiltflow.models.pipeline_adapter import AdaptedDenoiser
 from tiltflow.models.policy import Policy, is_policy, load_policy
 from tiltflow.models.protocol import GenerativeModel
+from tiltflow.models.strength import at_strength, checked_strength
 from tiltflow.models.text_to_image import TextToImage, checked_scale
 from tiltflow.models.trainable import Adapter
 from tiltflow.pictures import IMAGE, Picture, picture_of
@@ -49,6 +50,7 @@ from tiltflow.runs.run import Ready, evaluate_run, load_tuned, make_ready, train
 from tiltflow.runs.run_files import RECIPE
 from tiltflow.runs.run_folder import RunFolder
 from tiltflow.runs.staged.results import evaluate_staged, is_staged, load_last, stage_of
+from tiltflow.runs.strength import load_both
 from tiltflow.samplers.sampling import Sampling, check_sampling
 from tiltflow.settings import Settings, read_yaml, validate
 from tiltflow.shipped import INDEX, asset
@@ -126,7 +128,7 @@ def evaluate(folder: str | Path, *, device: str = "cpu", num_samples: int | None
         return evaluate_run(Path(folder), device=device, num_samples=num_samples)
 
 
-def load(name_or_path: str | Path, device: str = "cpu") -> Any:
+def load(name_or_path: str | Path, device: str = "cpu", *, tilt_strength: float = 1.0) -> Any:
     """A model that can be sampled and tuned, a `Model`, a `TextToImage` or one of another kind: one that ships with tiltflow,
     by its name, or what lies in a folder: a model, the tuned model of a run, or of its last stage, or a pipeline of diffusers.
 
@@ -136,7 +138,11 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Any:
     A str without a separator is a name first, so `./digits-flow` is the folder; a Path is always a folder. `from_diffusers`
     takes a pipeline from the hub too, and has its options.
 
-    Raises InputError if there is none, if it is a classifier, or if its files cannot be read.
+    Args:
+        tilt_strength: of a run: 0 is its base, 1 what was tuned, a number between them or beyond a model on the line through
+            both: a heuristic, whose law is not that of another temperature (`tiltflow.models.strength`).
+
+    Raises InputError if there is none, if it is a classifier, if its files cannot be read, or for a strength of what is no run.
     """
     given: Any = name_or_path
     if not isinstance(given, (str, Path)):
@@ -144,6 +150,8 @@ def load(name_or_path: str | Path, device: str = "cpu") -> Any:
     check_device(device)
     shipped = asset(name_or_path, "model", INDEX, CONFIG)
     folder = shipped or Path(name_or_path)
+    if checked_strength(tilt_strength) != 1:
+        return at_strength(*load_both(folder, device), tilt_strength)
     if (folder / INDEX).exists():
         return from_diffusers(folder, device=device)
     if is_staged(folder):

@@ -87,6 +87,14 @@ def sample(
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Number of solver steps.", show_default="the model's")
     ] = None,
+    tilt_strength: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Strength of a run's tilt: 0 is its base, 1 what was tuned. A LoRA is scaled, other weights lie between; a"
+            " heuristic, and not the law at another temperature.",
+        ),
+    ] = 1.0,
     steer: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +120,7 @@ def sample(
     """Draw samples from a tuned model, or from a model that ships with tiltflow.
 
     [dim]tiltflow sample runs/even --num-samples 100 --output even.png[/dim]
+    [dim]tiltflow sample runs/even --tilt-strength 0.5 --output half.png[/dim]
     [dim]tiltflow sample digits-flow --solver heun --num-inference-steps 10[/dim]
     [dim]tiltflow sample models/classes --label 3 --num-samples 16[/dim]
     [dim]tiltflow sample models/molecules --output molecules.sdf[/dim]
@@ -129,7 +138,7 @@ def sample(
 
     if output.suffix not in SUFFIXES:
         raise InputError(f"--output {output}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    loaded, console = load(model, set_up_torch(device, threads)), make_console(as_json)
+    loaded, console = load(model, set_up_torch(device, threads), tilt_strength=tilt_strength), make_console(as_json)
     check_suffix(output, loaded.sample_shape)
     changes = {"solver": solver, "num_inference_steps": num_inference_steps}
     tree = loaded.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None}
@@ -154,7 +163,12 @@ def sample(
         console.print(f"{plan.count} {plan.what} in {escape(output)}")
         if found is not None:
             print_table(console, steering_in_words(found), "steered")
-    asked = {**plan.asked, **sampling.model_dump(), **({} if found is None else steering_in_numbers(found))}
+    asked = {
+        "tilt_strength": tilt_strength,
+        **plan.asked,
+        **sampling.model_dump(),
+        **({} if found is None else steering_in_numbers(found)),
+    }
     print_json(as_json, {"output": str(output), "num_samples": plan.count, "seed": seed, **asked})
 
 
