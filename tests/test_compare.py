@@ -284,7 +284,7 @@ def test_a_comparison_from_plan_to_page(tmp_path: Path) -> None:
     assert of_reward["others"][0]["low"] <= of_reward["others"][0]["mean"] <= of_reward["others"][0]["high"]
     page = (out / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)  # nothing from elsewhere
-    assert all(name in page for name in (*METHODS, "prefers-color-scheme", "Holm", "data:image/png"))
+    assert all(name in page for name in (*METHODS, "light-dark(", "Holm", "data:image/png"))
     assert {path.name for path in (out / "pictures" / "gaussian").iterdir()} >= {"base.png", "target.png", "draft.png"}
 
 

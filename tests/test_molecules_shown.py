@@ -109,11 +109,10 @@ def test_a_page_of_molecules_is_whole_without_scripts_and_sources(tmp_path: Path
     parsed.feed(page)
     assert not parsed.open
     assert all(source.startswith("data:") for source in parsed.sources)
-    plain = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    plain = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
     assert "C<sub>2</sub>H<sub>6</sub>O · 1.00" in plain
     assert "no bonds fit these atoms" in plain
     assert plain.count("<canvas hidden") == 4, "they are seen only where a script draws them"
-    assert "<script" not in write(tmp_path / "other", SUMMARY)
 
 
 def test_pairs_are_of_the_same_noise_in_their_order() -> None:
@@ -135,7 +134,7 @@ def test_drawings_have_the_colours_of_the_page() -> None:
     assert set(re.findall(r"var\(--(\w+)", text)) == {"ink", "N", "O", "F"}
     css = (TEMPLATES / "page.css").read_text()
     for name in ("ink", "H", "C", "N", "O", "F", "edge"):
-        assert len(re.findall(rf"--{name}:", css)) == 2, "light and dark"
+        assert len(re.findall(rf"--{name}: light-dark\(", css)) == 1, "light and dark"
     assert drawing(without(molecule("C"), 4)) == ""
 
 

@@ -85,6 +85,11 @@ def write(folder: Path, summary: dict[str, Any], *, rows: bool = True) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
+def words(page: str) -> str:
+    """What is read on a page."""
+    return re.sub(r"<[^>]*>", " ", re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.DOTALL))
+
+
 def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
     page = write(tmp_path / "run", SUMMARY)
     parser = Balanced()
@@ -94,7 +99,7 @@ def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
     assert all(source.startswith(("data:", "#")) for source in parser.sources)
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;" in page
-    text = re.sub(r"<[^>]*>", " ", page)
+    text = words(page)
     for number in ("91", "48", "94", "0.06", "81"):
         assert number in text
 
@@ -110,8 +115,10 @@ def luminance(colour: str) -> float:
 
 def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
     """WCAG 2.1 AA: 4.5 for text, 3 for what must be seen of a picture."""
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in STYLE.read_text().split("@media (prefers")[:2])
-    assert len(light) == len(dark) == 26
+    both = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", STYLE.read_text())
+    light, dark = {name: one for name, one, _ in both}, {name: other for name, _, other in both}
+    assert len(light) == len(dark) == 27
+    assert not re.findall(r"#\w{6}\b", STYLE.read_text().split("}", 1)[1])  # no colour without its name
     assert {name: light[name] for name in plots.COLOURS if name != "line"} | {"line": plots.COLOURS["line"]} == plots.COLOURS
     series = [f"s{i}" for i in range(len(plots.SERIES))]
     assert [light[name] for name in series] == list(plots.SERIES)
@@ -119,7 +126,7 @@ def test_words_and_marks_stand_out_in_both_colour_schemes() -> None:
     for scheme in (light, dark):
         for least, names in (
             (4.5, ("ink", "soft")),
-            (3.0, ("base", "tuned", "target", "good", "fair", "poor", *"CNOF", *series)),
+            (3.0, ("base", "tuned", "target", "good", "fair", "poor", "edged", *"CNOF", *series)),
         ):
             for name in names:
                 for background in ("paper", "card", "warm"):
@@ -157,7 +164,7 @@ def test_words(tmp_path: Path) -> None:
     """No capital of a symbol, no raw name of a key, no change where none can be read, one iteration."""
     extra = {"max_train_steps": 2, "working_beta": 1.4, "w2_base": 3.0, "w2_space": "samples", "some_count": 4}
     page = write(tmp_path / "run", SUMMARY | extra)
-    text = re.sub(r"<[^>]*>", " ", page.partition("</style>")[2])
+    text = words(page)
     assert "Β" not in text  # a Greek capital
     assert "β" in text
     assert "Some count" in text

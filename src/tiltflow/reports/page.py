@@ -1,6 +1,6 @@
 """Values of the report of a run, computed from its summary, training records, looks of the monitor and pictures.
 
-The text around them is in `page.html.j2`; a value that a run did not measure is empty here, and left out there.
+The text around them is in `web/run.html.j2`; a value that a run did not measure is empty here, and left out there.
 """
 
 # Mutation tests: none: words and pages
@@ -12,12 +12,13 @@ import io
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
-from tiltflow.evaluation.metrics import described
 from tiltflow.formatting import Tree, decimal, get, number, percent
 from tiltflow.reports import plots
+from tiltflow.reports.description import describe
 from tiltflow.reports.molecules import Shape, pairs_of
 from tiltflow.reports.tables import Row, Table, classes, measures, table, tests
 from tiltflow.reports.values import capital, group, measured, sentence
@@ -68,10 +69,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Card:
-    """A plot (SVG) with its title and texts."""
+    """A place for curves: the name of what is drawn there, its title and texts, and its last value."""
 
+    name: str
     title: str
-    svg: str
+    last: str
     meaning: str = ""
     expect: str = ""
 
@@ -119,6 +121,8 @@ class Page:
     tests: Table | None
     judged: Judged | None
     composed: Composed | None
+    drawn: Mapping[str, Any]
+    """What `describe` says of the run."""
     curves: Sequence[Card]
     looks: Sequence[Card]
     table: Table | None
@@ -159,6 +163,7 @@ def page_of(
         folder: name of the run's folder.
     """
     name = str(s.get("name") or folder)
+    drawn = describe(s, records, looks, name=name)
     tone, verdict = get(s, "verdict.tone"), get(s, "verdict.text")
     limits = s.get("limits")
     return Page(
@@ -181,8 +186,9 @@ def page_of(
         tests=tests(s),
         judged=judged(s),
         composed=composed(s),
-        curves=curves(s, records),
-        looks=[Card(capital(key), plots.looks(looks, key)) for key in looks[0]["measures"]] if len(looks) > 1 else [],
+        drawn=drawn,
+        curves=curves(drawn),
+        looks=looks_of(drawn),
         table=table(s),
         measures=measures(s),
         commands=commands(s, folder) | {"in Python": f"model = tiltflow.load({f'./{folder}'!r})"},
@@ -373,15 +379,24 @@ def composed(s: Tree) -> Composed | None:
     )
 
 
-def curves(s: Tree, records: Sequence[Tree]) -> list[Card]:
-    """Return a card for each metric of the training records that was measured."""
-    targets = {"reward": number(s, "reward_target"), "path_kl": number(s, "path_kl_target")}
-    references = {key: value for key, value in targets.items() if value is not None}
+def curves(drawn: Mapping[str, Any]) -> list[Card]:
+    """Return a place for each curve of training."""
     return [
-        Card(metric.title, plots.curves(records, [key], references=references), metric.meaning, metric.expect)
-        for key, metric in described("training").items()
-        if any(number(record, key) for record in records)  # measured, and not always zero
+        Card(key, each["title"], last(each["values"]), each["meaning"], each["expect"]) for key, each in drawn["curves"].items()
     ]
+
+
+def looks_of(drawn: Mapping[str, Any]) -> list[Card]:
+    """Return a place for each measure of the monitor, if there are looks after that at the base."""
+    looks = drawn["looks"]
+    if len(looks["steps"]) < 2:
+        return []
+    return [Card(name, each["title"], last(each["values"])) for name, each in looks["measures"].items()]
+
+
+def last(values: Sequence[float | None]) -> str:
+    """Format the last known value."""
+    return next((decimal(value) for value in reversed(values) if value is not None), "–")
 
 
 def commands(s: Tree, folder: str) -> dict[str, str]:

@@ -17,7 +17,7 @@
 
   const draw = ({canvas, atoms, bonds}, turn, extent) => {
     const ratio = window.devicePixelRatio || 1, side = canvas.clientWidth, high = canvas.clientHeight, pen = canvas.getContext("2d");
-    const style = getComputedStyle(canvas), colour = (name) => style.getPropertyValue(`--${name}`).trim();
+    const paints = Object.fromEntries(["edge", ...Object.keys(RADII)].map((name) => [name, tiltflow.colour(name)])), colour = (name) => paints[name];
     canvas.width = Math.round(side * ratio); canvas.height = Math.round(high * ratio);
     pen.scale(ratio, ratio);
     const place = (at) => {
@@ -48,6 +48,7 @@
     [...sticks, ...balls].sort((a, b) => a.z - b.z).forEach((part) => part.paint());
   };
 
+  const begin = () => {
   for (const pair of document.querySelectorAll(".molecules")) {
     const both = [...pair.querySelectorAll("canvas")].map(parsed);
     if (!both.length) continue;
@@ -72,7 +73,10 @@
       });
       new ResizeObserver(show).observe(canvas);
     }
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+    tiltflow.on("theme", show);
   }
   document.querySelectorAll(".turns").forEach((note) => { note.hidden = false; });
+  };
+  tiltflow.on("article", begin);
+  begin();
 })();

@@ -1,0 +1,53 @@
+"""What routes of the page get and give: requests, answers, and the runs that are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiltflow.view.places import Place, Places
+
+
+class MissingError(Exception):
+    """There is no such page, or run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request.
+
+    Args:
+        query: what follows the question mark of the address.
+        body: the JSON of a POST; None of a GET.
+    """
+
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: Any = None
+
+
+@dataclass(frozen=True)
+class File:
+    """An answer that is not JSON, such as a picture: its bytes and their media type."""
+
+    data: bytes
+    kind: str
+
+
+Answer = Mapping[str, Any] | File
+"""JSON, or a file."""
+Route = Callable[[Request], Answer]
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown."""
+
+    places: Places
+
+    def place(self, request: Request) -> Place:
+        """The run, sweep, .. whose key is `at` in the request. Raises MissingError if there is none."""
+        found = self.places.find(request.query.get("at", ""))
+        if found is None:
+            raise MissingError(f"{request.query.get('at', '')}: is not there any more, or is no run")
+        return found

@@ -1,0 +1,161 @@
+"""The page of `tiltflow view`: what it serves, to whom, and of which folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from test_report import SUMMARY, Balanced, words, write
+
+from tiltflow.errors import InputError
+from tiltflow.reports.description import describe
+from tiltflow.view.places import Places
+from tiltflow.view.request import View
+from tiltflow.view.server import make_server
+
+
+@contextmanager
+def served(*folders: Path) -> Iterator[int]:
+    """The port of the page of folders."""
+    server = make_server(View(Places(folders)), 0)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask(port: int, path: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[int, str]:
+    """The status and the text of an answer."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        text = None if body is None else json.dumps(body)
+        connection.request(method, path, text, {"Content-Type": "application/json"} | headers if text else headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run of three steps."""
+    write(tmp_path / "even", SUMMARY)
+    return tmp_path / "even"
+
+
+def records(*values: float | None) -> list[dict[str, Any]]:
+    rows = [{"step": i + 1, "seconds": 0.5 * i, "network_evaluations": 10 * i, "reward": x} for i, x in enumerate(values)]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def test_a_run_is_described_by_its_curves() -> None:
+    looks = [
+        {"step": 0, "measures": {"reward": [0.0, 0.1]}, "alarm": None, "target": {"reward": [2.0, 0.2]}},
+        {"step": 2, "measures": {"reward": [1.0, 0.1], "variance": [3.0, 0.5]}, "alarm": "step 2: fell"},
+    ]
+    known = describe({"reward_target": 2.5, "best_step": 2}, records(1, None, 3.123456), looks, name="even")
+    reward = known["curves"]["reward"]
+    assert (reward["title"], reward["values"], reward["target"]) == ("Reward", [1, None, 3.1235], 2.5)
+    assert "spread" not in reward
+    assert known["axes"] == {"step": [1, 2, 3], "seconds": [0, 0.5, 1], "network_evaluations": [0, 10, 20]}
+    assert known["looks"]["measures"]["variance"]["values"] == [None, 3]
+    assert known["looks"]["measures"]["reward"] == {
+        "title": "Reward", "values": [0, 1], "errors": [0.1, 0.1], "target": 2,
+    }  # fmt: skip
+    assert (known["looks"]["alarm"], known["looks"]["best"]) == (2, 2)
+    json.dumps(known, allow_nan=False)
+    assert describe({}, [], [], name="new")["curves"] == {}
+
+
+def test_a_long_curve_is_of_means_and_only_what_is_new_is_sent() -> None:
+    many = records(*map(float, range(1, 11)))
+    few = describe({}, many, [], name="even", most_points=4)
+    assert few["steps_per_point"] == 3
+    assert few["axes"]["step"] == [3, 6, 9, 10]
+    assert few["curves"]["reward"]["values"] == [2, 5, 8, 10]
+    new = describe({}, many, [], name="even", most_points=None, after=8)
+    assert new["axes"]["step"] == [9, 10]
+    assert new["curves"]["reward"]["values"] == [9, 10]
+
+
+def test_the_page_of_a_run_is_its_report(run: Path) -> None:
+    with served(run) as port:
+        status, page = ask(port, "/")
+    assert status == 200
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert all(source.startswith(("data:", "#")) for source in parser.sources)
+    report = words((run / "report.html").read_text())
+    assert set(report.split()) <= set(words(page).split())
+
+
+def test_a_growing_run_is_asked_for_what_is_new(run: Path) -> None:
+    with served(run) as port:
+        whole, new, less = (json.loads(ask(port, f"/api/run?at=even&after={step}")[1]) for step in (0, 2, 9))
+        assert whole["curves"]["loss"]["values"] == [1, 0.5, 0.33333]
+        assert (new["from"], new["axes"]["step"], new["curves"]["loss"]["values"]) == (2, [3], [0.33333])
+        assert (less["from"], less["axes"]["step"]) == (0, [1, 2, 3])  # it was resumed from an earlier step
+        html = json.loads(ask(port, "/api/report?at=even")[1])["html"]
+        assert "<h2>Tests</h2>" in html
+        assert "<html" not in html
+        (run / "summary.json").unlink()
+        assert json.loads(ask(port, "/api/run?at=even&after=3")[1])["stamp"] != whole["stamp"]
+        assert "A run of" in words(ask(port, "/")[1])
+
+
+@pytest.mark.parametrize(
+    "key", ["../secret", "even/../../secret", "secret", "even/model", "/etc", "even/..", "even/link", "%2e%2e"]
+)
+def test_a_key_leads_to_nothing_that_was_not_named(run: Path, key: str) -> None:
+    write(run.parent / "secret", SUMMARY | {"name": "hidden"})
+    (run / "link").symlink_to(run.parent / "secret")
+    with served(run) as port:
+        for path in ("/", "/api/run", "/api/report"):
+            status, text = ask(port, f"{path}?at={key}")
+            assert (status, "hidden" in text) == (404, False)
+
+
+def test_requests_that_are_refused(run: Path) -> None:
+    with served(run) as port:
+        for path in ("/x", "/api/", "/api/none", "/../secret", "/summary.json", "/even/summary.json", "//even"):
+            assert ask(port, path)[0] == 404
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example:80", ""):
+            assert ask(port, "/", Host=host)[0] == 403
+            assert ask(port, "/api/run?at=even", "POST", {}, Host=host)[0] == 403
+        assert ask(port, "/", Host=f"localhost:{port}")[0] == 200
+        assert ask(port, "/api/run?at=even", "POST", {})[0] == 404  # that is a GET
+        assert ask(port, "/api/run", "POST", {}, **{"Content-Type": "text/plain"})[0] == 403
+        for length in ("-1", "x", str(1 << 21)):
+            assert ask(port, "/api/run", "POST", {}, **{"Content-Length": length})[0] == 400
+        for method in ("PUT", "DELETE", "OPTIONS"):
+            assert ask(port, "/", method)[0] == 501
+
+
+def test_a_run_that_is_deleted_while_it_is_looked_at_is_said_so_in_one_line(run: Path) -> None:
+    with served(run) as port:
+        run.rename(run.parent / "moved")
+        status, text = ask(port, "/api/run?at=even")
+    assert status == 404
+    assert json.loads(text) == {"error": "even: is not there any more, or is no run"}
+
+
+def test_folders_that_hold_nothing_to_look_at_are_refused(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, why in (("empty", "holds no run"), ("file", "is not a folder"), ("none", "there is no such folder")):
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: {why}")):
+            Places([run, tmp_path / name])
+    with served(run) as port, pytest.raises(InputError, match=f"--port {port}: Address already in use"):
+        make_server(View(Places([run])), port)
