@@ -1,29 +1,19 @@
-"""What molecules are measured by: bonds from geometries, and energies and gradients by xTB; and methods that tune for these.
+"""What molecules are measured by: bonds from geometries, and energies and gradients by xTB.
 
     python benchmarks/molecules.py bonds SMILES.csv    which reach of a bond finds a molecule again, by how far atoms are moved
     python benchmarks/molecules.py composition SMILES.csv    what each element adds to -E, and what is left
     python benchmarks/molecules.py gradients SMILES.csv    lengths of the gradient of -E, by how far atoms are moved
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
-    python benchmarks/molecules.py compare qm9-isomers --output runs/isomers    methods at the same network evaluations
-    python benchmarks/molecules.py table runs/isomers    what they reached
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
-most seven heavy atoms.
-
-compare trains by the recipe qm9-energy or qm9-isomers, or another one, by each method from each seed, and stops each run at the
-first batch after --evaluations of the network. All have the recipe's temperature, grid and batch, and a constant learning
-rate (--set); no setting was searched for. A run is a folder, and a line of rows.jsonl when it is done; the same command again
-goes on, also after --time-limit seconds. xTB is called once for each sample that is drawn.
+most seven heavy atoms. Methods that tune for energies are compared by `tiltflow compare --recipes qm9-isomers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,17 +26,12 @@ from tiltflow.chemistry.embedding import rdkit
 from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, selected
 from tiltflow.chemistry.workers import Workers
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
-from tiltflow.files import append_row
-from tiltflow.formatting import number
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.models.model import load
-from tiltflow.runs.checkpoint import FOLDER, checkpoints
 from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
-from tiltflow.runs.run import run
 from tiltflow.settings import validate
 from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
-from tiltflow.training.trainer import Record
 
 REACHES = (1.15, 1.18, 1.20, 1.22, 1.25, 1.30)
 MOVES = (0.0, 0.03, 0.05, 0.08)
@@ -141,129 +126,6 @@ def find_adjoints(name: str, batches: int, size: int, seed: int, sets: Sequence[
         print(f"| {words} | {statistics.median(losses):.3g} | {max(losses):.3g} | {cosine:.2f} |", flush=True)
 
 
-# ---- methods ----
-
-METHODS: dict[str, Tree] = {
-    "adjoint-matching": {},
-    "score-as-action": {"train_timesteps": [{"count": 8}]},
-    "tilt-matching": {},
-    "path-reweighted": {},
-}
-"""Settings of each method, beside the temperature and the grid of the recipe; the recipe's own method keeps all of its own."""
-ROWS = "rows.jsonl"
-COLUMNS: dict[str, tuple[str, str, int]] = {
-    "−E, hartree": ("reward_tuned", "reward_base", 3),
-    "gain, in sd of the base": ("molecules.gain_in_std", "", 2),
-    "relaxed": ("molecules.reward_relaxed_tuned", "molecules.reward_relaxed_base", 3),
-    "best tenth": ("molecules.superquantile_90_tuned", "molecules.superquantile_90_base", 3),
-    "connected": ("molecules.connected_tuned", "molecules.connected_base", 3),
-    "different": ("molecules.unique_tuned", "molecules.unique_base", 3),
-    "failed": ("failed_tuned", "failed_base", 3),
-    "compositions, distance": ("molecules.composition_distance", "molecules.composition_distance_base", 3),
-    "achieved tilt": ("achieved_tilt", "", 2),
-    "path KL": ("path_kl", "", 2),
-    "evaluations": ("network_evaluations", "", 0),
-    "xTB calls": ("samples_drawn", "", 0),
-    "seconds": ("seconds", "", 0),
-}
-"""Columns of the table: the keys of a run's summary of the tuned model and of the base, and decimal places."""
-
-
-class OutOfTime(Exception):
-    """The time of this program is over."""
-
-
-def recipe_of(name: str, method: str, seed: int, sets: Sequence[str]) -> Recipe:
-    """The recipe with this method in place of its own, whose temperature and grid it has."""
-    tree = read_recipe_tree(find_recipe(name, "train"), sets)
-    own = tree["method"]
-    if method != own["name"]:
-        shared = {key: own[key] for key in ("beta", "num_inference_steps", "shift") if key in own}
-        tree["method"] = {"name": method, **shared, **METHODS[method]}
-    tree["optimizer"] = tree.get("optimizer", {}) | {"lr_scheduler": "constant"}
-    tree["training"] |= {"max_train_steps": 10**6, "checkpointing_steps": 10}
-    return validate(Recipe, tree | {"seed": seed}, f"{name} by {method}")
-
-
-def one_run(recipe: Recipe, folder: Path, budget: int, end: float) -> Tree:
-    """Train until the network has been evaluated `budget` times, and evaluate; go on where it stopped. Returns the summary.
-
-    Raises OutOfTime at the time `end`, with a checkpoint of a few steps before.
-    """
-
-    def watch(record: Record) -> bool:
-        if time.monotonic() > end:
-            raise OutOfTime
-        return record.network_evaluations >= budget
-
-    if checkpoints(folder / FOLDER):
-        training = recipe.training.model_copy(update={"resume_from_checkpoint": "latest"})
-        recipe = recipe.model_copy(update={"training": training})
-    elif folder.exists():
-        shutil.rmtree(folder)
-    return run(recipe, folder, callbacks=[watch])
-
-
-def compare(
-    name: str, folder: Path, methods: Sequence[str], seeds: Sequence[int], budget: int, time_limit: float, sets: Sequence[str]
-) -> None:
-    """Make the runs that are missing, one after the other."""
-    end = time.monotonic() + time_limit
-    recipes = {(method, seed): recipe_of(name, method, seed, sets) for seed in seeds for method in methods}
-    asked = {"recipe": name, "evaluations": budget, "set": list(sets)}
-    done = {(row["method"], row["seed"]) for row in rows_of(folder, asked)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for (method, seed), recipe in recipes.items():
-        if (method, seed) in done:
-            continue
-        print(f"{method}, seed {seed}", flush=True)
-        try:
-            summary = one_run(recipe, folder / f"{method}-{seed}", budget, end)
-        except OutOfTime:
-            print("out of time: the same command goes on")
-            break
-        append_row(folder / ROWS, {**asked, "method": method, "seed": seed, "summary": summary})
-    print_table(folder)
-
-
-def rows_of(folder: Path, asked: Mapping[str, Any] | None = None) -> list[Tree]:
-    """The rows of a folder. Exits with one line where they are not of what is asked for."""
-    path = folder / ROWS
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    for key, value in (asked or {}).items():
-        if rows and rows[0][key] != value:
-            raise SystemExit(f"{folder}: has runs with {key} {rows[0][key]}, not {value}; give another --output")
-    return rows
-
-
-def print_table(folder: Path) -> None:
-    """Print a table of a folder: the base of the first run, then each method, mean and standard deviation over its seeds."""
-    rows = rows_of(folder)
-    if not rows:
-        raise SystemExit(f"{folder}: has no run that is done")
-    print("| | seeds | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 2))
-    bases = [cell([value(rows[0]["summary"], base)], places) for _, base, places in COLUMNS.values()]
-    print(f"| base | {rows[0]['seed']} | " + " | ".join(bases) + " |")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of = [row for row in rows if row["method"] == method]
-        cells = [cell([value(row["summary"], key) for row in of], places) for key, _, places in COLUMNS.values()]
-        print(f"| {method} | {', '.join(str(row['seed']) for row in of)} | " + " | ".join(cells) + " |")
-
-
-def value(summary: Tree, key: str) -> float | None:
-    """A number of a summary, which does not name failures where there are none."""
-    return number({"failed_tuned": 0.0, "failed_base": 0.0} | summary, key)
-
-
-def cell(values: Sequence[float | None], places: int) -> str:
-    """Mean ± standard deviation of the values that are known; of one the value alone."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ± {statistics.stdev(known):.{places}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{places}f}{spread}"
-
-
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients}
 
 
@@ -280,24 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--size", type=int, default=16, help="samples of a batch")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
-    command = commands.add_parser("compare")
-    command.add_argument("recipe")
-    command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    command.add_argument("--evaluations", type=int, default=1_000_000, help="of the network, in the training of each run")
-    command.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe, for all methods")
-    command = commands.add_parser("table")
-    command.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
     match given.what:
         case "adjoints":
             find_adjoints(given.recipe, given.batches, given.size, given.seed, given.set)
-        case "compare":
-            compare(given.recipe, given.output, given.methods, given.seeds, given.evaluations, given.time_limit, given.set)
-        case "table":
-            print_table(given.folder)
         case task:
             TASKS[task](given.data, given.seed)
 

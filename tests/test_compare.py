@@ -32,7 +32,7 @@ from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_know
 from tiltflow.runs.comparison.on_problem import OnProblem
 from tiltflow.runs.comparison.on_recipe import OnRecipe
 from tiltflow.runs.comparison.plan import FACTORS, MOST_SEEDS, SHARE_OF_TUNING, Plan
-from tiltflow.runs.comparison.results import best_factor
+from tiltflow.runs.comparison.results import best_factor, results
 from tiltflow.runs.comparison.subject import Chosen
 from tiltflow.runs.comparison.training import Job, work
 from tiltflow.runs.recipe import Recipe
@@ -249,6 +249,47 @@ def test_equal_methods_are_rarely_told_apart() -> None:
     assert right > 0.5 * repeats
 
 
+def outcomes(**found: tuple[float | None, float]) -> list[dict[str, Any]]:
+    """Rows of methods on one subject, two seeds each, by their distance and their reward; a distance of None is of a method
+    that stopped. Diversity is the reward."""
+    rows, same = list[dict[str, Any]](), {"factor": 1.0, "learning_rate": 1.0, "steps": 1, **dict.fromkeys(KINDS, 1)}
+    for method, (distance, reward) in found.items():
+        head = {"subject": "gaussian", "method": method, **same}
+        rows.append(head | {"purpose": "cost", "seed": 0, "aims_at": "", "cost": {}})
+        for seed in range(2):
+            point = {"share": 1.0, **dict.fromkeys(KINDS, 1), "reward": reward + seed, "diversity": reward, "floor": 0.1}
+            point |= {"distance": distance, "distance_base": 1.0}
+            stopped = "not finite" if distance is None else None
+            points = [] if stopped else [point]
+            rows.append(head | {"purpose": "run", "seed": seed, "stopped": stopped, "points": points})
+    return rows
+
+
+def results_of(**found: tuple[float | None, float]) -> dict[str, Any]:
+    """What a comparison says of `outcomes`."""
+    plan = plan_of(("draft", "flow-grpo", "dpok"), tune="none")
+    (each,) = results(plan, outcomes(**{name.replace("_", "-"): value for name, value in found.items()}))["results"]
+    assert isinstance(each, dict)
+    return each
+
+
+def test_a_method_that_ran_away_is_not_called_the_best() -> None:
+    """It has more reward and diversity than all others, and is not on a front; nor is one that stopped."""
+    found = results_of(draft=(0.51, 9.0), flow_grpo=(0.49, 2.0), dpok=(0.2, 1.0))
+    assert [m["near"] for m in found["methods"]] == [False, True, True]
+    assert {key: each["best"] for key, each in found["differences"].items()} == {
+        "reward": "flow-grpo",
+        "distance": "dpok",
+        "diversity": "flow-grpo",
+    }
+    assert {row["method"]: row["mean"] for row in found["differences"]["reward"]["others"]} == {"draft": 7.0, "dpok": -1.0}
+    assert [m["on_front_of_distance"] for m in found["methods"]] == [False, True, True]
+    assert [m["on_front_of_diversity"] for m in found["methods"]] == [False, True, False]
+    lost = results_of(draft=(None, 9.0), flow_grpo=(5.0, 2.0), dpok=(2.0, 1.0))
+    assert [m["near"] for m in lost["methods"]] == [False, False, False]
+    assert (lost["differences"]["reward"], lost["differences"]["distance"]["best"]) == (None, "dpok")
+
+
 def test_pairs_are_of_the_seeds_that_both_have() -> None:
     found = all_pairs({"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 0.0, 1: 2.0}, "c": {5: 1.0}})
     assert set(found) == {("a", "b")}
@@ -357,6 +398,16 @@ def test_a_method_that_diverges_is_a_row_and_a_reward_that_fails_is_tried_again(
     assert not found["failed"]
     assert "not finite" in found["results"][0]["methods"][0]["stopped"][0]
     assert "Stopped before the end" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_samples_that_are_not_finite_are_how_a_method_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found when the trained model is measured, they are in the row, and the comparison goes on."""
+    job = job_of("draft", Budget("network_evaluations", 9000))
+    lost = torch.tensor([[math.inf, 0.0]]).repeat(100, 1)
+    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.sample", lambda *arguments: lost)
+    row = work(job)
+    assert (row["stopped"], row["points"]) == ("samples of the tuned model are not finite", [])
+    assert 0 < row["network_evaluations"] <= 9000
 
 
 # ---- recipes ----

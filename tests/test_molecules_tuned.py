@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,15 @@ from test_molecules_shown import ATOMS, Lookup, carbons
 import tiltflow
 from tiltflow.chemistry.workers import Workers
 from tiltflow.flows.flow import Flow
-from tiltflow.runs.recipe import find_recipe, read_recipe, read_recipe_tree
+from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe, read_recipe_tree
 from tiltflow.runs.run import run
 from tiltflow.runs.staged.recipe import StagedRecipe
 from tiltflow.runs.staged.run import run_stages
+from tiltflow.settings import validate
 from tiltflow.utilities.superquantile import Superquantile
 
 STEPS = 16
-BENCHMARK = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks/molecules.py"))
+METHODS = ("adjoint-matching", "score-as-action", "tilt-matching", "path-reweighted")
 RECIPES = ("qm9-energy", "qm9-isomers", "qm9-superquantile")
 SMALL = ["method.num_inference_steps=8", "sampling.num_inference_steps=8", "evaluation.num_samples=40"]
 installed = pytest.mark.skipif(importlib.util.find_spec("tblite") is None, reason="the extra molecules is not installed")
@@ -77,7 +76,7 @@ def test_recipes_of_molecules_in_small(name: str, tmp_path: Path) -> None:
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("method", BENCHMARK["METHODS"])
+@pytest.mark.parametrize("method", METHODS)
 def test_xtb_is_called_once_for_each_sample_that_is_drawn(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, step by step; and where a run ends."""
     asked, found, ask = list[int](), list[tuple[int, int]](), Workers.map
@@ -91,34 +90,9 @@ def test_xtb_is_called_once_for_each_sample_that_is_drawn(method: str, tmp_path:
         return bool(each.samples_drawn >= 16)
 
     monkeypatch.setattr(Workers, "map", counted)
-    recipe = BENCHMARK["recipe_of"]("qm9-isomers", method, 0, [*SMALL, "training.train_batch_size=8"])
+    sets = [*SMALL, "training.train_batch_size=8", f"method={{name: {method}, beta: 0.03, num_inference_steps: 8, shift: 0.4}}"]
+    recipe = validate(Recipe, read_recipe_tree(find_recipe("qm9-isomers", "train"), sets), method)
     run(recipe, tmp_path / "run", callbacks=[record])
     first = found[0][0] - found[0][1]  # what was asked for before the first step, to try the reward
     assert found[-1][1] == 16
     assert [calls - first for calls, _ in found] == [drawn for _, drawn in found]
-
-
-def test_a_table_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for the base and for each method, with mean and spread of its seeds; rows of something else are refused."""
-    rows = [
-        {"recipe": "qm9-isomers", "evaluations": 5, "set": [], "method": method, "seed": seed, "summary": summary}
-        for method, seed, summary in (
-            ("adjoint-matching", 0, {"reward_base": 29.1, "reward_tuned": 29.2, "samples_drawn": 64}),
-            ("adjoint-matching", 1, {"reward_base": 29.1, "reward_tuned": 29.4, "samples_drawn": 64}),
-            ("tilt-matching", 0, {"reward_base": 29.1, "reward_tuned": 29.3, "failed_tuned": 0.5}),
-        )
-    ]
-    (tmp_path / BENCHMARK["ROWS"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    BENCHMARK["main"](["table", str(tmp_path)])
-    head, _, *lines = capsys.readouterr().out.splitlines()
-    cells = [dict(zip(head.split("|"), line.split("|"), strict=True)) for line in lines]
-    shown = [(each[" "].strip(), each[" −E, hartree "].strip(), each[" failed "].strip()) for each in cells]
-    assert shown == [
-        ("base", "29.100", "0.000"),
-        ("adjoint-matching", "29.300 ± 0.141", "0.000 ± 0.000"),
-        ("tilt-matching", "29.300", "0.500"),
-    ]
-    with pytest.raises(SystemExit, match="has runs with evaluations 5, not 7"):
-        BENCHMARK["main"](["compare", "qm9-isomers", "--output", str(tmp_path), "--evaluations", "7"])
-    with pytest.raises(SystemExit, match="has no run that is done"):
-        BENCHMARK["main"](["table", str(tmp_path / "none")])

@@ -47,6 +47,7 @@ class Section:
     title: str
     facts: str
     lede: str
+    far: str
     rows: Sequence[tuple[str, Sequence[Cell]]]
     stopped: Sequence[str]
     differences: Sequence[tuple[str, Sequence[Sequence[str]]]]
@@ -102,6 +103,7 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
         title=found["subject"],
         facts=references(found),
         lede=lede(found),
+        far=far(found, content["near"]),
         rows=rows,
         stopped=[f"{m['method']}, {each}" for m in found["methods"] for each in m["stopped"]],
         differences=[
@@ -141,12 +143,25 @@ def references(found: Tree) -> str:
 def lede(found: Tree) -> str:
     """Which methods are best, and which of the others are not told from them."""
     said = []
-    for key, title in (("distance", "nearest to the target law"), ("reward", "largest mean reward")):
+    for key, title in (("distance", "nearest to the target law"), ("reward", "largest mean reward of those near it")):
         each = found["differences"].get(key)
         if each:
             close = [row["method"] for row in each["others"] if row["p"] is None or row["p"] > 0.05]
             said.append(f"{title}: {each['best']}" + (f", not told from {', '.join(close)}" if close else ""))
     return "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "." if said else ""
+
+
+def far(found: Tree, share: float) -> str:
+    """Which methods are not called best in reward and diversity, and why."""
+    names = [m["method"] for m in found["methods"] if m["near"] is False]
+    if names:
+        return (
+            f"Stopped, or further from the target law than {share:.0%} of the base's distance, and so not called best in reward"
+            f" or diversity: {', '.join(names)}."
+        )
+    if all(m["near"] is None for m in found["methods"]):
+        return "The distance to the target law is not known here: the largest reward may be that of a method that ran away."
+    return ""
 
 
 def difference(row: Tree) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.errors import InputError
+from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.evaluation import achieved_tilt
 from tiltflow.evaluation.distances import distances_to_law
 from tiltflow.evaluation.estimates import mean_estimate
@@ -86,12 +86,17 @@ class ProblemTrial:
 
     @torch.no_grad()
     def measure(self, keep: Path | None, *, whole: bool) -> dict[str, Any]:
-        """See `Trial`. Distances are sliced W2 to fresh exact samples; diversity is the Vendi score."""
+        """See `Trial`. Distances are sliced W2 to fresh exact samples; diversity is the Vendi score.
+
+        Raises NonFiniteError if samples are not finite.
+        """
         problem, seed, count = self.problem, self.settings.seed, self.subject.num_samples
         generator, reward = stream(seed, "evaluation"), problem.reward()
         exact = problem.tilted_sampler(self.subject.beta)
         sampling = problem.sampling.model_copy(update=sampled_by(self.method, problem.sampling))
         x = sample(self.tuned, problem.draw(count, generator), sampling, generator).double()
+        if not x.isfinite().all():
+            raise NonFiniteError("samples of the tuned model are not finite")
         x_base = problem.base().sample(count, stream(seed, "base"))
         x_target = exact(count, stream(seed, "target"))
         to_target, of_base = distances_to_law(

@@ -31,11 +31,13 @@ class OnRecipe:
 
     Args:
         tree: its settings, not validated.
+        settings: overrides of the recipe that are in them already, `key=value`.
     """
 
     name: str
     beta: float
     tree: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
 
     @classmethod
     def named(cls, name_or_path: str, settings: tuple[str, ...], beta: float | None) -> OnRecipe:
@@ -51,7 +53,7 @@ class OnRecipe:
         if own is None:
             raise InputError(f"compare: {name_or_path}: its method has no temperature; give that of the target law by --beta")
         name = path.parent.name if path.name == RECIPE else path.stem
-        return cls(name, own, tree)
+        return cls(name, own, tree, settings)
 
     def read(self, chosen: Chosen) -> Recipe:
         """The recipe of a training: the method has its own defaults, its optimizer too, and samples are drawn by its solver."""
@@ -76,7 +78,7 @@ class OnRecipe:
 
     def as_tree(self) -> Mapping[str, Any]:
         """See `Subject`."""
-        return {"recipe": dict(self.tree), "beta": self.beta}
+        return {"recipe": dict(self.tree), "settings": list(self.settings), "beta": self.beta}
 
 
 def placed(override: str) -> str:

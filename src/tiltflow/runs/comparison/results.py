@@ -18,6 +18,9 @@ BETTER = {"reward": "up", "distance": "down", "diversity": "up"}
 MEASURED = ("reward", "distance", "floor", "achieved_tilt", "diversity", *KINDS)
 """Columns of the table."""
 REFERENCES = ("reward_base", "reward_target", "distance_base", "diversity_base", "diversity_target")
+NEAR = 0.5
+"""The part of the base's distance to the target law that a method may have left to be called the best in reward or diversity:
+one that ran away from every law has more of both than any that found its own."""
 
 
 def last_of(row: Row) -> Row | None:
@@ -48,6 +51,7 @@ def results(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         **plan.as_tree(),
         "share_of_tuning": SHARE_OF_TUNING,
+        "near": NEAR,
         "results": [of_subject(plan, rows, each.name) | {"beta": each.beta} for each in plan.subjects],
     }
 
@@ -63,11 +67,14 @@ def of_subject(plan: Plan, rows: Sequence[Row], subject: str) -> dict[str, Any]:
     finals = {
         method: {seed: last for seed, row in sorted(each.items()) if (last := last_of(row))} for method, each in runs.items()
     }
-    methods = [of_method(rows, subject, method, runs[method]) for method in plan.methods]
     measured = [last for each in finals.values() for last in each.values()]
+    references = {key: mean_of([last.get(key) for last in measured]) for key in REFERENCES}
+    base = references["distance_base"]["mean"]
+    methods = [of_method(rows, subject, method, runs[method]) for method in plan.methods]
+    methods = [method | {"near": near(method, base)} for method in methods]
     return {
         "subject": subject,
-        "references": {key: mean_of([last.get(key) for last in measured]) for key in REFERENCES},
+        "references": references,
         "methods": marked(methods),
         "differences": {key: differences(finals, methods, key) for key in BETTER},
     }
@@ -92,6 +99,22 @@ def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int,
             **{kind: sum(row[kind] for row in tuned) for kind in KINDS},
         },
     }
+
+
+def near(method: Row, distance_base: float | None) -> bool | None:
+    """Whether a method ends near the target law: no seed stopped, and no more than `NEAR` of the base's distance is left. None
+    where the distance is not known.
+
+    >>> near({"stopped": [], "distance": {"mean": 0.1}}, 0.4), near({"stopped": [], "distance": {"mean": 0.3}}, 0.4)
+    (True, False)
+    >>> unknown = {"mean": None}
+    >>> near({"stopped": [], "distance": unknown}, None), near({"stopped": ["seed 1: x"], "distance": unknown}, 0.4)
+    (None, False)
+    """
+    if method["stopped"]:
+        return False
+    left = method["distance"]["mean"]
+    return None if left is None or distance_base is None else bool(left <= NEAR * distance_base)
 
 
 def candidate(row: Row) -> dict[str, Any]:
@@ -120,24 +143,29 @@ def mean_of(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def marked(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The methods, each with the fronts that it is on: no other has at least its reward at no larger distance, or at no smaller
-    diversity, and is better in one of both."""
+    """The methods, each with the fronts that it is on: it is near the target law, as far as that is known, and no other of
+    these has at least its reward at no larger distance, or at no smaller diversity, and is better in one of both."""
+    allowed = [m for m in methods if m["near"] is not False and m["reward"]["mean"] is not None]
     for cost, sign in (("distance", 1), ("diversity", -1)):
-        known = [m for m in methods if m["reward"]["mean"] is not None and m[cost]["mean"] is not None]
+        known = [m for m in allowed if m[cost]["mean"] is not None]
         places = [{"reward_tuned": m["reward"]["mean"], "cost": sign * m[cost]["mean"]} for m in known]
+        for method in methods:
+            method[f"on_front_of_{cost}"] = False
         for method, place in zip(known, places, strict=True):
             method[f"on_front_of_{cost}"] = not any(beats(other, place, "cost") for other in places)
     return methods
 
 
 def differences(finals: Mapping[str, Mapping[int, Row]], methods: Sequence[Row], key: str) -> dict[str, Any] | None:
-    """The best method by a key, and how far the others are from it: paired over seeds. None where it is not known of two."""
+    """The best method by a key, of those near the target law, and how far all others are from it: paired over seeds. None where
+    it is not known of two, or none is near."""
     known = [m["method"] for m in methods if m[key]["mean"] is not None]
-    if len(known) < 2:
+    allowed = [m["method"] for m in methods if m["method"] in known and (key == "distance" or m["near"] is not False)]
+    if len(known) < 2 or not allowed:
         return None
     choose = max if BETTER[key] == "up" else min
     means = {m["method"]: m[key]["mean"] for m in methods}
-    best = choose(known, key=means.__getitem__)
+    best = choose(allowed, key=means.__getitem__)
     found = all_pairs({name: {seed: last[key] for seed, last in finals[name].items()} for name in known})
     rows = []
     for (one, other), (each, adjusted) in found.items():

@@ -104,10 +104,10 @@ def trained(trial: Trial, job: Job, keep: Path | None) -> dict[str, Any]:
                 steps, last = record.step, looks.meter.see(record)
                 if last.of(job.budget.kind) + job.cost.next(steps) > job.budget.amount:
                     break
+        measured = trial.measure(keep, whole=job.purpose == "run")
+        looks.points.append({"share": 1.0, **asdict(last), **measured})
     except (NonFiniteError, CollapseError) as error:
         stopped = str(error)
-    if stopped is None:
-        looks.points.append({"share": 1.0, **asdict(last), **trial.measure(keep, whole=True)})
     return {"steps": steps, **asdict(last), "stopped": stopped, "points": looks.points}
 
 
