@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The stamps say which set is installed; they are redone when either file that defines it changes.
 CORE := .venv/.core-installed
 DEV := .venv/.dev-installed
+DOCS := .venv/.docs-installed
 DEFINED_BY := pyproject.toml constraints.txt
 INSTALLABLE := .venv/.installable
 NEWEST_BIN := .venv-newest/bin
@@ -16,7 +17,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 MODELS := digits-flow digits-classifier digits-judge digits-diffusion
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-newest lint format mutants bench pretrain clean
+.PHONY: help demo test test-slow test-newest lint format mutants bench docs pretrain clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +52,11 @@ mutants: $(DEV) ## change one operator of the maths at a time: does a test notic
 bench: $(CORE) ## measure the speed
 	$(BIN)/python benchmarks/speed.py
 
+docs: $(DOCS) ## build the documentation site into build/site; a link that leads nowhere is an error
+	$(BIN)/python scripts/pages.py
+	$(BIN)/zensical build --strict
+	@echo "Open $(CURDIR)/build/site/index.html"
+
 pretrain: $(CORE) ## train the shipped models again into runs/pretrain: make pretrain DATA=path/to/mnist.npz
 	@test -n "$(DATA)" || { echo "make pretrain needs the data: make pretrain DATA=path/to/mnist.npz" >&2; exit 2; }
 	@set -e; for model in $(MODELS); do \
@@ -81,6 +87,11 @@ $(CORE): $(DEFINED_BY) | $(BIN)/python
 $(DEV): $(CORE)
 	@echo "Installing the tools for development"
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(CORE)
+	@echo "Installing the tools for the documentation"
+	@$(PIP) install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Asked again where what is declared has changed.
