@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tiltflow.errors import InputError
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.networks.critic_ensemble import CriticEnsemble
-from tiltflow.optimization import gradient_norm, load_optimizer
+from tiltflow.optimization import adamw, gradient_norm, load_optimizer
 from tiltflow.policies.transitions import Transitions, load_transitions
 from tiltflow.rewards import Metadata
 from tiltflow.samplers.rollout import sample
@@ -92,7 +93,7 @@ class QFunction(Settings):
         for network in (online, target):
             network.observations.fit(data.observations[starts])  # type: ignore[union-attr, operator]
         network = nn.ModuleDict({"online": online, "target": target.requires_grad_(False)}).to(device)
-        optimizer = torch.optim.Adam(network["online"].parameters(), lr=self.learning_rate)
+        optimizer = adamw(network["online"].parameters(), lr=self.learning_rate, weight_decay=0.0)
         return QReward(self, network, optimizer, data.to(device), starts.to(device))
 
 
@@ -119,7 +120,8 @@ class QReward:
         size = self.transitions.observations.shape[1]
         if len(found) < len(prompts) or any(len(each) != size for each in found):
             raise InputError(f"reward q-function: values actions at observations of {size} numbers, conditions of a policy")
-        return replace(self, observations=torch.tensor(found, device=self.starts.device))
+        seen = torch.from_numpy(np.array(found, np.float32).reshape(-1, size))
+        return replace(self, observations=seen.to(self.starts.device))
 
     def select(self, which: Which) -> QReward:
         """The reward of these samples of the batch."""
@@ -171,8 +173,7 @@ class QReward:
         gradient_norm(parameters, settings.max_grad_norm, 0)
         self.optimizer.step()
         with torch.no_grad():
-            for target, online in zip(self._parameters("target"), self._parameters("online"), strict=True):
-                target.lerp_(online, 1 - settings.target_decay)
+            torch._foreach_lerp_(self._parameters("target"), self._parameters("online"), 1 - settings.target_decay)
         return loss.item()
 
     def _parameters(self, which: str) -> list[Tensor]:

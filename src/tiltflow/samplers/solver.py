@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, cast
 
 from torch import Tensor
@@ -116,6 +117,7 @@ class FunctionSolver(OdeSolver):
 Solver = ChainSolver | OdeSolver | StochasticSolver
 
 
+@cache  # of names that are known: settings are made in every iteration, and a folder is read for it
 def check_name(solver: str) -> str:
     """The name of a solver, or `package.module:function`. Raises ValueError, with the nearest name, for anything else."""
     known = names(SOLVERS)

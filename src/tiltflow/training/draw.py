@@ -81,12 +81,11 @@ class InTurn:
 class AtRandom:
     """`size` samples, each of an item drawn from all: a data set may have millions of rows, too many to shuffle each time."""
 
-    items: Sequence[Item]
+    items: Rows
     size: int
 
     def __call__(self, generator: torch.Generator, drawn: int) -> list[Item]:
-        which = torch.randint(len(self.items), (self.size,), generator=generator, device=generator.device)
-        return [self.items[i] for i in which.tolist()]
+        return self.items.at(torch.randint(len(self.items), (self.size,), generator=generator, device=generator.device))
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Training(Settings):
         made = f"{prompts} prompts x {generations} generations = {size} pictures"
         if self.train_batch_size not in (None, size):
             raise InputError(f"training.train_batch_size {self.train_batch_size}: there are {made}; leave it out")
-        if part is not None and size % part:
+        if part is not None and part < size and size % part:
             raise InputError(f"training: {made} do not divide into micro-batches of {part}")
         sizes: dict[str, Any] = {"train_batch_size": size, "prompts_per_step": prompts, "num_generations": generations}
         return self.model_copy(update=sizes | {"guidance_mode": self.guidance_mode or ("rollout" if guided else "none")})

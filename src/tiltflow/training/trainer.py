@@ -251,8 +251,11 @@ class _Loop:
 
     def learners(self) -> Tree:
         """States that may change while trajectories are drawn: of the method and of the reward."""
-        method = self.of_method.state_dict() if isinstance(self.of_method, Stateful) else {}
-        return {"method": method, "reward": self.of_reward()}
+        return {"method": self.state_of_method(), "reward": self.of_reward()}
+
+    def state_of_method(self) -> Tree:
+        """The state of a method that has one; else nothing."""
+        return self.of_method.state_dict() if isinstance(self.of_method, Stateful) else {}
 
     def of_reward(self) -> Tree:
         """The state of a reward that learns, or that is normalised by the base's rewards; else nothing."""
@@ -309,7 +312,7 @@ class _Loop:
         """Take all optimizer steps on a batch. Raises NonFiniteError, Interrupted and UserCodeError; where the weights have not
         changed yet, all states are then as before the batch."""
         evaluated, self.moved, self.before = self.count.total, False, None
-        reward = copy.deepcopy(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
+        reward = copied(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
         try:
             now = draw.at(self.drawn) if isinstance(draw, Ordered) else draw
             found = now(stream(self.seed, "start", self.step, device=self.device))
@@ -318,7 +321,8 @@ class _Loop:
                 self.of_method = self.method.new_state(tuple(drawn.x.shape[1:]), self.seed, self.device)
                 if self.resumed is not None and isinstance(self.of_method, Stateful):
                     self.of_method.load_state_dict(self.resumed["method"])
-            self.before = copy.deepcopy(self.learners())
+            learned = reward if isinstance(self.reward, LearnedReward) else copied(self.of_reward())
+            self.before = {"method": copied(self.state_of_method()), "reward": learned}
             self.poll()
             measured: dict[str, float] = {}
             for measured in self.updates(drawn):
@@ -421,6 +425,15 @@ class _Loop:
         self.average.update()
         self.skipped = 0
         return {"gradient_norm": norm, "learning_rate": settings.learning_rate * factor}
+
+
+def copied(tree: Any) -> Any:
+    """A copy of a state and its tensors; `copy.deepcopy` takes several times as long for these."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(each) for each in tree] if isinstance(tree, list) else copy.deepcopy(tree)
 
 
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
