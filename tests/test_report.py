@@ -145,13 +145,43 @@ def test_each_row_of_pictures_stands_above_the_same_row_after_tuning_with_its_pr
     prompts = ["a <red> cat", "a dog & a fox", "rain"]
     (folder / "summary.json").write_text(json.dumps(SUMMARY | {"pictures": {"rows": 3, "prompts": prompts}}))
     page = write_report(folder).read_text()
-    shown = re.findall(r'<figcaption>([^<]*)</figcaption>|class="(before|after)" src="data:image/png;base64,([^"]*)"', page)
+    shown = re.findall(
+        r'<figcaption>([^<]*)</figcaption>|class="(before|after)[^"]*" src="data:image/png;base64,([^"]*)"', page
+    )
     order = [html.unescape(prompt) or side for prompt, side, _ in shown]
     assert order == [word for prompt in prompts for word in (prompt, "before", "after")]
     grey = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[4:18, 4:18, 0].mean() for _, side, data in shown if side]
     first = (np.arange(0, 12, 4) / 11 * 255).round()  # of each row
     assert np.allclose(grey[::2], first, atol=1)
     assert np.allclose(grey[1::2], 255 - first, atol=1)
+
+
+def test_each_sample_stands_beside_the_same_one_after_tuning_with_both_rewards(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write(folder, SUMMARY)
+    pictures = torch.linspace(-1, 1, 6).reshape(6, 1, 1, 1).expand(6, 1, 8, 8)
+    for name, images in (("before", pictures), ("after", pictures.flip(0))):
+        plots.image_grid(images, 3).save(folder / f"{name}.png")
+    rewards = {"before": [0.0, 1, 2, 3, 4, 5], "after": [0.5, 3, 2, None, 4, 9]}
+    about = {"rows": 2, "columns": 3, "prompts": ["a cat", "a dog"], "rewards": rewards}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"pictures": about}))
+    page = write_report(folder).read_text()
+    cells = re.findall(
+        r'<button type="button" class="cell" data-what="([^"]*)"(?: data-rise="([^"]*)")?>(.*?)</button>', page, re.S
+    )
+    assert [(what, rise) for what, rise, _ in cells] == [
+        ("a cat", "0.5"), ("a cat", "2"), ("a cat", "0"), ("a dog", ""), ("a dog", "0"), ("a dog", "4"),
+    ]  # fmt: skip
+    words_of = [re.sub(r"<[^>]*>", "", cell).strip() for _, _, cell in cells]
+    assert words_of[:4] == ["0.00 → 0.50", "1.00 → 3.00", "2.00 → 2.00", "3.00 → –"]
+    encoded = [re.findall(r'class="(before|after)[^"]*" src="data:image/png;base64,([^"]*)"', cell) for _, _, cell in cells]
+    assert all([side for side, _ in both] == ["before", "after"] for both in encoded)
+    grey = [[np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for _, data in both] for both in encoded]
+    steps = (np.arange(6) / 5 * 255).round()
+    for i, (before, after) in enumerate(grey):
+        assert before.shape[:2] == (16, 16)  # without the padding
+        assert np.abs(before.astype(int) - steps[i]).max() <= 1
+        assert np.abs(after.astype(int) - steps[5 - i]).max() <= 1
 
 
 def test_every_class_stands_in_a_table_with_its_error(tmp_path: Path) -> None:

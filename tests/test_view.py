@@ -112,7 +112,7 @@ def test_a_growing_run_is_asked_for_what_is_new(run: Path) -> None:
         assert "<html" not in html
         (run / "summary.json").unlink()
         assert json.loads(ask(port, "/api/run?at=even&after=3")[1])["stamp"] != whole["stamp"]
-        assert "A run of" in words(ask(port, "/")[1])
+        assert "even was stopped, 3 iterations so far" in words(ask(port, "/")[1])
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,79 @@ def test_folders_that_hold_nothing_to_look_at_are_refused(tmp_path: Path, run: P
             Places([run, tmp_path / name])
     with served(run) as port, pytest.raises(InputError, match=f"--port {port}: Address already in use"):
         make_server(View(Places([run])), port)
+
+
+def several(folder: Path) -> Path:
+    """A folder of a run, a sweep of two points, of which one is being trained, a comparison and stages."""
+    folder.mkdir()
+    write(folder / "even", SUMMARY)
+    for name in ("beta=1", "beta=2.partial"):
+        (folder / "sweep" / name).mkdir(parents=True)
+        write(folder / "sweep" / name, SUMMARY)
+    (folder / "sweep" / "beta=2.partial" / "summary.json").unlink()
+    values = {"reward_base": 0.0, "reward_tuned": 3.0, "w2_base": 0.5, "w2_floor": 0.1, "vendi_base": 4.0}
+    measured = {f"{key}{end}": value if not end else 0.1 for key, value in values.items() for end in ("", "_std", "_error")}
+    points = [
+        {"beta": 1, "runs": 1, **measured, "on_front": True},
+        {"beta": 2, "runs": 0, "error": "step 3: <nan>"},
+    ]
+    (folder / "sweep" / "sweep.yaml").write_text("recipe: {}\nover: {method.beta: [1, 2]}\n")
+    (folder / "sweep" / "sweep.json").write_text(json.dumps({"distance": "w2_base", "runs": [], "points": points, "table": []}))
+    write(folder / "stages", SUMMARY)
+    write(folder / "stages" / "stage-01", SUMMARY)
+    row = {"stage": 1, "folder": "stage-01", "path_kl": None, "seconds": 61.0, "stopped": None}
+    row |= {name: value for key in ("before", "after", "rise") for name, value in ((key, 1.0), (f"{key}_error", 0.1))}
+    settings = {"method": {"name": "adjoint-matching"}, "base": "first", "seed": 0, "utility": {"name": "<entropy>"}}
+    (folder / "stages" / "stages.json").write_text(json.dumps({"settings": settings, "stages": [row]}))
+    (folder / "compare").mkdir()
+    (folder / "compare" / "compare.yaml").write_text("{}")
+    return folder
+
+
+def test_several_runs_are_on_one_page(tmp_path: Path) -> None:
+    folder = several(tmp_path / "runs")
+    with served(folder) as port:
+        page = ask(port, "/")[1]
+        links = list(dict.fromkeys(re.findall(r'href="/\?at=([^"]*)"', page)))
+        assert links == ["runs%2Fcompare", "runs%2Fstages", "runs%2Fsweep", "runs%2Feven"]
+        assert {run["key"] for run in json.loads(ask(port, "/api/place?at=runs")[1])["runs"]} == {"runs/even"}
+        for link in links:
+            status, other = ask(port, f"/?at={link}")
+            assert status == 200
+            parser = Balanced()
+            parser.feed(other)
+            assert parser.open == []
+        row = re.search(r"<tr>\s*<th scope=row>.*?even.*?</tr>", page, re.S)
+        assert row is not None
+        assert [float(value) for value in re.findall(r'data-value="([^"]*)"', row[0])] == [
+            -0.4, 3.25, 0.0625, 0.03, 0.8, 0.9, 3, 3,
+        ]  # fmt: skip
+
+
+def test_a_sweep_has_a_row_for_each_point_and_a_link_to_each_run(tmp_path: Path) -> None:
+    folder = several(tmp_path / "runs")
+    with served(folder / "sweep", folder / "even") as port:
+        page = ask(port, "/?at=sweep")[1]
+        shown = words(page)
+        assert "1 of 2 points done" in shown
+        assert "beta = 2: step 3: &lt;nan&gt;" in shown
+        assert "W2 to the base (dashed" in shown
+        assert "3.00 ± 0.10" in shown
+        assert re.findall(r'href="/\?at=([^"]*)"', page)[:2] == ["sweep%2Fbeta%3D1", "sweep%2Fbeta%3D2"]
+        status, of_point = ask(port, "/?at=sweep/beta%3D2")
+        assert status == 200
+        assert "beta=2 was stopped, 3 iterations so far" in words(of_point)
+        (folder / "sweep" / "beta=2.partial").rename(folder / "sweep" / "beta=2")  # as when it is done
+        assert ask(port, "/?at=sweep/beta%3D2")[0] == 200
+        status, both = ask(port, "/")  # of both that were named
+        assert status == 200
+        assert "sweep, even" in words(both)
+
+
+def test_stages_link_to_their_runs_and_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
+    folder = several(tmp_path / "runs")
+    with served(folder) as port:
+        page = ask(port, "/?at=runs/stages")[1]
+        assert 'href="/?at=runs%2Fstages%2Fstage-01"' in page
+        assert "&lt;entropy&gt;" in page
+        assert "comparison.json" in words(ask(port, "/?at=runs/compare")[1])

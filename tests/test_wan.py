@@ -208,7 +208,9 @@ def test_a_run_and_its_export(whole: bool, tmp_path: Path, monkeypatch: pytest.M
     }  # fmt: skip
     summary = train(tree, tmp_path / "run")
     assert summary["reward_tuned"] != summary["reward_base"]
-    assert summary["pictures"] == {"rows": 1, "prompts": summary["pictures"]["prompts"], "frames": 5}
+    assert {**summary["pictures"], "rewards": None} == {
+        "rows": 1, "prompts": summary["pictures"]["prompts"], "frames": 5, "columns": 1, "rewards": None,
+    }  # fmt: skip
     assert all(row["fid"] > 0 and row["png-size"] < 0 for row in summary["table"])
     assert "fid_per_prompt" not in summary["table"][0]  # there is one prompt
     assert "data:image/gif" in (tmp_path / "run" / "report.html").read_text()

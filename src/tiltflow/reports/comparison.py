@@ -13,7 +13,8 @@ from typing import Any
 from tiltflow.files import final_name, read_json, trusted, write_text
 from tiltflow.formatting import decimal, duration
 from tiltflow.reports import compared
-from tiltflow.reports.report import environment
+from tiltflow.reports.report import render
+from tiltflow.reports.tables import Cell
 
 FILE = "comparison.json"
 HEADS = {
@@ -32,15 +33,6 @@ Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a sortable table: its text, and the number to sort by."""
-
-    text: str
-    value: float | None = None
-    best: bool = False
-
-
-@dataclass(frozen=True)
 class Section:
     """What the page says of a problem or recipe."""
 
@@ -48,7 +40,7 @@ class Section:
     facts: str
     lede: str
     far: str
-    rows: Sequence[tuple[str, Sequence[Cell]]]
+    rows: Sequence[Sequence[Cell]]
     stopped: Sequence[str]
     differences: Sequence[tuple[str, Sequence[Sequence[str]]]]
     plots: Sequence[tuple[str, str, str]]
@@ -58,24 +50,27 @@ class Section:
 
 def write_comparison_report(folder: Path) -> Path:
     """Write `report.html` beside comparison.json, and return its path. Raises InputError if that cannot be read."""
-    source = folder / FILE
-    content = read_json(source)
-    with trusted(source):
-        template = environment().get_template("comparison.html.j2")
-        text = template.render(
-            name=final_name(folder),
-            facts=facts(content),
-            heads=list(HEADS.values()),
-            sections=[section(content, each, folder) for each in content["results"]],
-            tuned=content["tune"] != "none",
-            share=f"{content['share_of_tuning']:.0%}",
-            seeds=content["seeds"],
-            budget=budget(content),
-            kind=BUDGETS[content["budget"]["kind"]],
-        )
+    text = render("comparison.html.j2", final_name(folder), {"runs": [], "shown": None}, **comparison_values(folder))
     path = folder / "report.html"
     write_text(path, text)
     return path
+
+
+def comparison_values(folder: Path) -> dict[str, Any]:
+    """What the template of a comparison says. Raises InputError if comparison.json cannot be read."""
+    source = folder / FILE
+    content = read_json(source)
+    with trusted(source):
+        return {
+            "name": final_name(folder),
+            "facts": facts(content),
+            "heads": list(HEADS.values()),
+            "sections": [section(content, each, folder) for each in content["results"]],
+            "tuned": content["tune"] != "none",
+            "share": f"{content['share_of_tuning']:.0%}",
+            "seeds": content["seeds"],
+            "budget": budget(content),
+        }
 
 
 def budget(content: Tree) -> str:
@@ -98,7 +93,7 @@ def facts(content: Tree) -> list[str]:
 def section(content: Tree, found: Tree, folder: Path) -> Section:
     """What there is to say of a subject."""
     best = {key: each["best"] for key, each in found["differences"].items() if each}
-    rows = [(m["method"], [cell(m, key, best.get(key) == m["method"]) for key in HEADS]) for m in found["methods"]]
+    rows = [[Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in HEADS)] for m in found["methods"]]
     return Section(
         title=found["subject"],
         facts=references(found),

@@ -49,12 +49,29 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Both:
+    """The same sample before and after tuning, or a row of them: one picture, or the source of what is edited, has one strip;
+    with the rewards of both, as text."""
+
+    strips: Sequence[Strip]
+    what: str
+    rewards: Sequence[str] = ()
+    rise: float | None = None
+
+
+@dataclass(frozen=True)
 class Pair:
-    """The same row of samples before and after tuning: pictures, or frames of a video, which is then in `moving` too."""
+    """A row of samples before and after tuning: pictures, or frames of a video, which is then in `moving` too.
+
+    Args:
+        prompt: what all of the row are asked for; empty without prompts.
+        what: the row, in words.
+        cells: its samples; the whole row as one, if it is not known where a sample ends.
+    """
 
     prompt: str
     what: str
-    strips: Sequence[Strip]
+    cells: Sequence[Both]
     moving: Sequence[Strip] = ()
 
 
@@ -276,15 +293,39 @@ def pairs(s: Tree, pictures: Sequence[bytes], videos: Sequence[bytes] = ()) -> l
     found = []
     for i, both in enumerate(zip(*(plots.grid_rows(picture, count) for picture in opened), strict=True)):
         prompt = str(prompts[i]) if i < len(prompts) else ""
-        found.append(
-            Pair(
-                prompt,
-                prompt or f"Row {i + 1} of the samples",
-                [Strip(side, png(strip), strip.width, strip.height) for side, strip in zip(SIDES, both, strict=True)],
-                [gif(side, rows[i]) for side, rows in zip(SIDES, moving, strict=True) if rows],
-            )
-        )
+        what = prompt or f"Row {i + 1} of the samples"
+        movies = [gif(side, rows[i]) for side, rows in zip(SIDES, moving, strict=True) if rows]
+        found.append(Pair(prompt, what, cells(s, i, what, both), movies))
     return found
+
+
+def cells(s: Tree, place: int, what: str, both: Sequence[Image.Image]) -> list[Both]:
+    """Cut a row, before and after tuning, into its samples, each with its rewards."""
+    columns, edits = number(s, "pictures.columns"), bool(get(s, "pictures.images"))
+    count = int(columns or 1) + (edits and columns is not None)
+    cut = [plots.row_cells(strip, count) for strip in both]
+    if count == 1:
+        return [both_of(s, place, what, cut, 0)]
+    source = [Both([strip("before", cut[0][0])], f"{what}: the picture that is edited")] if edits else []
+    return source + [both_of(s, place * (count - edits) + i, what, cut, i + edits) for i in range(count - edits)]
+
+
+def both_of(s: Tree, place: int, what: str, cut: Sequence[Sequence[Image.Image]], column: int) -> Both:
+    """A sample before and after tuning, the one at this place of all."""
+    lists = [get(s, f"pictures.rewards.{side}") for side in SIDES]
+    known = [each[place] if isinstance(each, list) and place < len(each) else None for each in lists]
+    before, after = (value if isinstance(value, int | float) else None for value in known)
+    return Both(
+        [strip(side, row[column]) for side, row in zip(SIDES, cut, strict=True)],
+        what,
+        [] if before is after is None else ["–" if value is None else decimal(value) for value in (before, after)],
+        None if before is None or after is None else after - before,
+    )
+
+
+def strip(side: str, picture: Image.Image) -> Strip:
+    """Encode a picture in base64."""
+    return Strip(side, png(picture), picture.width, picture.height)
 
 
 def gif(side: str, data: bytes) -> Strip:

@@ -103,6 +103,14 @@ def grid_rows(picture: Image.Image, count: int) -> list[Image.Image]:
     return [picture.crop((0, i * high, picture.width, (i + 1) * high + PADDING)) for i in range(count)]
 
 
+def row_cells(row: Image.Image, count: int) -> list[Image.Image]:
+    """Cut a row of `count` images of `image_grid` into these, each without padding; one is the row as it is."""
+    wide = (row.width - PADDING) // count
+    if count == 1:
+        return [row]
+    return [row.crop((PADDING + i * wide, PADDING, (i + 1) * wide, row.height - PADDING)) for i in range(count)]
+
+
 def side_by_side(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("before", "after")) -> Image.Image:
     """Place two pictures of the same height side by side on white, each below its label. Raises ValueError for other
     heights."""

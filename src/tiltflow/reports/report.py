@@ -21,7 +21,7 @@ from tiltflow.reports.page import SIDES, Page, page_of
 from tiltflow.training.records import known_records
 
 TEMPLATES = Path(__file__).parent / "web"
-SCRIPTS = ("core", "table", "curves", "molecules")
+SCRIPTS = ("core", "table", "curves", "pairs", "molecules")
 """Scripts of a page, in their order."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tiltflow.evaluation.estimates import Estimate
 from tiltflow.files import final_name, read_json, trusted, write_text
 from tiltflow.formatting import duration
 from tiltflow.reports import plots
-from tiltflow.reports.report import environment
+from tiltflow.reports.report import render
 
 FILE = "stages.json"
 HEADS = ("stage", "utility before", "after", "rise", "path KL from its base", "training")
@@ -19,29 +19,33 @@ HEADS = ("stage", "utility before", "after", "rise", "path KL from its base", "t
 
 def write_stages_report(folder: Path) -> Path:
     """Write `report.html` beside stages.json, and return its path. Raises InputError if that cannot be read."""
+    text = render("stages.html.j2", final_name(folder), {"runs": [], "shown": None}, **stages_values(folder))
+    path = folder / "report.html"
+    write_text(path, text)
+    return path
+
+
+def stages_values(folder: Path, link: Callable[[str], str] = "{}/report.html".format) -> dict[str, Any]:
+    """What the template of stages says. Raises InputError if stages.json cannot be read.
+
+    Args:
+        link: the address of the report of a stage, by its folder's name.
+    """
     source = folder / FILE
     content = read_json(source)
     with trusted(source):
         rows, settings = content["stages"], content["settings"]
-        text = (
-            environment()
-            .get_template("stages.html.j2")
-            .render(
-                name=final_name(folder),
-                facts=[settings["method"]["name"], f"from the {settings['base']} model", f"seed {settings['seed']}"],
-                headline=headline(rows, settings["utility"]),
-                description=content.get("description", ""),
-                caveats=content.get("caveats", ()),
-                stopped=rows[-1]["stopped"] if rows else None,
-                svg=curve(rows),
-                heads=HEADS,
-                rows=[{"stage": row["stage"], "folder": row["folder"], "cells": cells(row)} for row in rows],
-                pictures=pictures(folder, rows),
-            )
-        )
-    path = folder / "report.html"
-    write_text(path, text)
-    return path
+        return {
+            "facts": [settings["method"]["name"], f"from the {settings['base']} model", f"seed {settings['seed']}"],
+            "headline": headline(rows, settings["utility"]),
+            "description": content.get("description", ""),
+            "caveats": content.get("caveats", ()),
+            "stopped": rows[-1]["stopped"] if rows else None,
+            "svg": curve(rows),
+            "heads": HEADS,
+            "rows": [{"stage": row["stage"], "href": link(row["folder"]), "cells": cells(row)} for row in rows],
+            "pictures": pictures(folder, rows),
+        }
 
 
 def headline(rows: Sequence[Mapping[str, Any]], utility: Any) -> str:

@@ -22,6 +22,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A cell of a sortable table: its text, the number to sort by, whether it is the best, the page that it leads to, and the
+    run whose curves have the colour `swatch`."""
+
+    text: str
+    value: float | None = None
+    best: bool = False
+    href: str = ""
+    swatch: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """A row of the list of all metrics."""
 

@@ -87,6 +87,15 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
+def small(text: str) -> str:
+    """Begin a text with a small letter, except for an abbreviation or a symbol.
+
+    >>> small("Path KL"), small("KL of the law"), small("β, fixed")
+    ('path KL', 'KL of the law', 'β, fixed')
+    """
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:] if text[:1].isascii() else text
+
+
 def sentence(text: object) -> str:
     """Make a sentence of a text: with a capital and a full stop."""
     words = str(text).strip()

@@ -325,6 +325,8 @@ def written(
     files, about = pictures_of(x_base, x, asked, most, reward)
     if are_molecules(x):
         files, about = molecules_in_files((x_base, x), rewards, most)
+    elif about and not are_points(x):
+        about |= cells_of(x, rewards, asked, most)
     if about:
         summary["pictures"] = about
     if not processes.is_main():
@@ -372,6 +374,18 @@ def pictures_of(
         grid = frames_in_rows(each[:most]) if videos else image_grid(each[:most], columns)
         files[f"{name}.png"] = partial(grid.save, format="png")
     return files, about | ({"frames": x.shape[1]} if videos else {})
+
+
+def cells_of(x: Tensor, rewards: tuple[Tensor, Tensor], asked: Asked, most: int) -> dict[str, Any]:
+    """What the summary says of the cells of `pictures_of`: how many a row has, and the rewards of the sample in each before and
+    after tuning; None for one without a reward."""
+    columns, both = columns_of(asked, most), list(rewards)
+    if is_video(x.shape[1:]):
+        columns, both = 1, [each[:: asked.size] for each in both]
+    elif asked.strata and asked.groups > 1:
+        both = [each.unflatten(0, (columns, -1)).T.flatten() for each in both]
+    known = ([float(f"{value:.6g}") if math.isfinite(value) else None for value in each[:most].tolist()] for each in both)
+    return {"columns": columns, "rewards": dict(zip(("before", "after"), known, strict=True))}
 
 
 def molecules_in_files(

@@ -34,11 +34,13 @@ class Place:
 
     Args:
         key: its name, and those of the folders around it, from what the user named on.
+        named: of the place of all that the user named, these.
     """
 
     key: str
     path: Path
     kind: Kind
+    named: tuple[Place, ...] = ()
 
     @property
     def name(self) -> str:
@@ -80,7 +82,12 @@ def folders(path: Path) -> list[Path]:
 
 def within(place: Place, depth: int = DEPTH) -> Iterator[Place]:
     """Runs, sweeps, .. in a folder; not those in these."""
-    for path in folders(place.path) if depth else ():
+    for each in place.named:
+        if each.kind != "folder":
+            yield each
+        else:
+            yield from within(each, depth)
+    for path in folders(place.path) if depth and not place.named else ():
         kind, key = kind_of(path), f"{place.key}/{final_name(path) if path.name.endswith(PARTIAL) else path.name}"
         if kind is not None:
             yield Place(key, path, kind)
@@ -110,9 +117,16 @@ class Places:
         name, known = path.resolve().name or "runs", {place.key for place in self.named}
         return next(key for key in (name, *(f"{name}-{i}" for i in range(2, len(known) + 3))) if key not in known)
 
+    @property
+    def first(self) -> Place:
+        """What the page begins with: what was named, or all of it."""
+        return self.named[0] if len(self.named) == 1 else Place("", Path("runs"), "folder", tuple(self.named))
+
     def find(self, key: str) -> Place | None:
         """The place of a key; None if there is none, or not any more. What lies in a place is found by going through it, so a
         key leads nowhere else."""
+        if not key:
+            return self.first
         for place in self.named:
             if place.key == key:
                 kind = kind_of(place.path)

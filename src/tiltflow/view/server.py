@@ -53,6 +53,7 @@ def routes(view: View) -> dict[str, Route]:
     """All routes, those of further parts too, by method and path."""
     found: dict[str, Route] = {
         "GET run": lambda request: page.run_data(view.place(request), after_of(request)),
+        "GET place": lambda request: page.place_data(view.place(request)),
         "GET report": lambda request: {"html": page.report_of(view.place(request))},
     }
     for name in names("view.parts"):
@@ -106,9 +107,14 @@ def handler(known: Mapping[str, Route], view: View) -> type[BaseHTTPRequestHandl
                 self._error(404, str(error))
             except TiltflowError as error:
                 self._error(400, str(error))
+            except OSError:
+                raise  # the browser has left
+            except Exception:
+                self._error(500, "tiltflow view could not answer; what went wrong is where it was started")
+                raise
 
         def _page(self, request: Request) -> None:
-            place = view.place(request) if "at" in request.query else view.places.named[0]
+            place = view.place(request)
             self._send(200, File(page.page_of(place).encode(), "text/html; charset=utf-8"))
 
         def _is_ours(self) -> bool:

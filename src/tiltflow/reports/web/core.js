@@ -91,6 +91,6 @@ const tiltflow = (() => {
     return made;
   };
 
-  const shown = () => data.runs.find((run) => run.key === data.shown) || null;
+  const shown = () => data.runs.find((run) => run.key === data.shown) || null;  // on a page of several runs there is none
   return {data, $, $$, element, on, emit, get, post, key, store, colour, section, shown};
 })();

@@ -67,8 +67,9 @@
       });
     }
   };
+  const read = (values) => (u, value, series, index) => text(index === null || index === undefined ? values.findLast(known) : value);
   const tables = (lines, looks) => {  // of uPlot: the same x for all, and a series for each line
-    const parts = [], series = [{label: looks ? "iteration" : AXES[settings.axis], value: (u, x) => text(x)}], bands = [];
+    const parts = [], series = [{label: looks ? "iteration" : AXES[settings.axis], value: read(lines.flatMap((each) => each.x.at(-1)))}], bands = [];
     for (const each of lines) {
       const shade = colour(paint(each.run)), faint = shade.replace("rgb(", "rgba(").replace(")", ", .35)");
       const add = (values, options) => { parts.push([each.x, values]); series.push({spanGaps: true, points: {show: false}, ...options}); };
@@ -78,7 +79,7 @@
       }
       if (each.raw) add(each.raw, {class: "unlisted", stroke: faint, width: 1});
       add(each.values, {label: several() ? each.run.name : "value", stroke: shade, width: 2, dash: dash(each.run),
-        value: (u, y) => text(y), points: {show: looks || each.x.length < 3, size: 6, fill: shade}});
+        value: read(each.values), points: {show: looks || each.x.length < 3, size: 6, fill: shade}});
     }
     return {table: parts.length ? uPlot.join(parts.map(([x, y]) => [x, y])) : [[]], series, bands};
   };
@@ -99,7 +100,7 @@
     const targets = looks || !log ? lines.map((each) => each.target).filter(known) : [];
     place.replaceChildren();
     const chart = new uPlot({
-      width: place.clientWidth, height: 190, series, bands,
+      width: place.clientWidth, height: 180, series, bands,
       cursor: {sync: {key: looks ? "looks" : "training"}, drag: {x: true, y: false}, points: {size: 7}},
       legend: {live: true, markers: {width: 2}},
       scales: {
@@ -107,8 +108,9 @@
         y: {distr: log ? 3 : 1, range: log ? undefined : (u, low, high) =>
           uPlot.rangeNum(Math.min(low, ...targets), Math.max(high, ...targets), 0.1, true)},
       },
-      axes: [{...axis, grid: {show: false}, values: (u, all) => all.map(compact), space: 60},
-        {...axis, values: (u, all) => all.map((value) => value === null ? "" : compact(value)), size: 52}],
+      padding: [8, 8, 0, 0],
+      axes: [{...axis, grid: {show: false}, values: (u, all) => all.map(compact), space: 60, size: 26},
+        {...axis, values: (u, all) => all.map((value) => value === null ? "" : compact(value)), size: 52, ...(log ? decades() : {})}],
       hooks: {drawSeries: [], draw: [marks(lines)], setSelect: [], setScale: [(u, scale) => {
         if (scale === "x" && u.data) u.zoomed = u.scales.x.min > u.data[0][0] || u.scales.x.max < u.data[0].at(-1);
       }]},
@@ -116,8 +118,10 @@
     if (zoom) chart.setScale("x", zoom);
     charts.set(card, chart);
   };
+  const tens = (u, all) => all.map((value) => Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null);
+  const decades = () => ({filter: tens, grid: {stroke: colour("line"), width: 1, filter: tens}});
   const compact = (value) => Math.abs(value) >= 1e4 ? `${Number((value / 1e3).toPrecision(4))}k`.replace("000k", "M")
-    : String(Number(value.toPrecision(6))).replace("-", "−");
+    : value && Math.abs(value) < 1e-3 ? value.toExponential(0).replaceAll("-", "−") : String(Number(value.toPrecision(6))).replace("-", "−");
   const cards = () => $$(".chart").filter((card) => card.offsetParent !== null);
   const redraw = () => cards().forEach(draw);
 
@@ -152,6 +156,15 @@
       }}), $("h3", card).textContent)));
   };
 
+  document.addEventListener("click", (event) => {
+    const swatch = event.target.closest(".swatch");
+    if (!swatch) return;
+    const hide = !settings.hidden.has(swatch.dataset.run);
+    settings.hidden[hide ? "add" : "delete"](swatch.dataset.run);
+    swatch.setAttribute("aria-pressed", !hide);
+    redraw();
+  });
+
   // ---- keys: a chart that has the focus is read with the arrows ----
   const walk = (event) => {
     const card = event.target.closest(".chart"), chart = card && charts.get(card);
@@ -180,12 +193,15 @@
     redraw();
   });
 
-  const begin = () => { $$(".controls").forEach(controls); redraw(); };
+  const begin = () => {
+    $$(".swatch").forEach((swatch) => swatch.setAttribute("aria-pressed", !settings.hidden.has(swatch.dataset.run)));
+    $$(".controls").forEach(controls);
+    redraw();
+  };
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
   on("theme", redraw);
   on("curves", redraw);
   on("article", () => { charts.clear(); begin(); });
-  on("hide", (run, hidden) => { settings.hidden[hidden ? "add" : "delete"](run.key); redraw(); });
   begin();
 })();

@@ -18,7 +18,7 @@
         if (curve[part]) curve[part] = more.from ? [...(before[part] || []), ...curve[part]] : curve[part];
       }
     }
-    Object.assign(run, {curves: more.curves, looks: more.looks, state: more.state, target: more.target});
+    Object.assign(run, {curves: more.curves, looks: more.looks, state: more.state});
     return true;
   };
   const read = async (run) => {
@@ -27,21 +27,30 @@
     const changed = run.stamp !== more.stamp;
     run.stamp = more.stamp;
     if (more.axes.step.length) emit("curves");
-    if (changed) emit("changed", run);
+    return changed;
   };
-  const show = async (shown) => {
-    const {html} = await get("report", {at: shown});
+  const article = async () => {
+    const {html} = await get("report", {at: data.shown});
     $("#report").innerHTML = html;
-    data.shown = shown;
     emit("article");
     emit("run", tiltflow.shown());
   };
-  on("show", (key) => show(key).catch((error) => say(error.message, true)));
-  on("changed", (run) => { if (run.key === data.shown) emit("show", run.key); });
+  const look = async () => {  // runs that are new, have grown, or have ended
+    const {runs, stamp} = await get("place", {at: data.shown});
+    const known = new Map(data.runs.map((run) => [run.key, run]));
+    let changed = stamp !== data.stamp || runs.length !== data.runs.length;
+    data.stamp = stamp;
+    data.runs = await Promise.all(runs.map(({key}) => known.get(key) || get("run", {at: key})));
+    for (const [i, {key, state}] of runs.entries()) {
+      changed ||= !known.has(key);
+      if (["training", "waiting"].includes(state) || state !== data.runs[i].state) changed = await read(data.runs[i]) || changed;
+    }
+    if (changed) await article();
+  };
   const loop = async () => {
     try {
       if (!document.hidden) {
-        for (const run of data.runs) if (run.state === "training" || run.state === "waiting") await read(run);
+        await look();
         states();
       }
     } catch (error) {
