@@ -1,7 +1,7 @@
 """The rules of `tiltflow advise`: a table of conditions, what follows, why, and the page that shows it.
 
 Of the rules about one thing, the first that holds is taken. What is measured stands on the page that a rule names, with the
-command that measures it; a rule says no more than that.
+command that measures it; a rule says no more than that, and what the scoreboard has of its method in about as many dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiltflow.formatting import decimal
+from tiltflow.plugins import find, own_names
 from tiltflow.runs.advice.facts import Facts
+from tiltflow.runs.advice.scoreboard import in_words, measured
 
 About = Literal["method", "temperature", "settings", "sampling", "evaluation", "without training"]
 
@@ -48,6 +50,8 @@ class Advice:
     overrides: Sequence[str]
 
 
+NEARER = 2.0
+"""How many times nearer a method has to be, in floors, to be preferred to the one that is usual."""
 PATHS = 3
 """Most dimensions in which weights of paths were measured beside so strong a tilt."""
 
@@ -71,14 +75,38 @@ def by_paths(facts: Facts) -> bool:
     return facts.strong and facts.dimension <= PATHS and not facts.learned
 
 
+def by_regression(facts: Facts) -> bool:
+    """Whether Tilt Matching, which asks for no gradient of the reward, is what to take: where there is none, and where in about
+    as many dimensions it ended far nearer to the target law than Adjoint Matching at equal cost."""
+    if facts.learned or not facts.differentiable:
+        return not facts.learned
+    found = measured(facts.dimension, ("tilt-matching", "adjoint-matching"))
+    return not facts.strong and found is not None and NEARER * found[1]["tilt-matching"] < found[1]["adjoint-matching"]
+
+
 def fields(facts: Facts) -> bool:
     """Whether the method that is advised learns a velocity field, and not a chain."""
-    return not facts.learned and (by_paths(facts) or not facts.differentiable)
+    return not facts.learned and (by_paths(facts) or by_regression(facts))
 
 
 def carried(facts: Facts) -> str:
     """How many base samples carry the weight, in words."""
     return f"{decimal(facts.effective)} of {facts.count} base samples carry the weight of the law at beta = {facts.beta:g}"
+
+
+def beside(name: str, facts: Facts) -> str:
+    """What the scoreboard says of a method in about as many dimensions, beside the others that this reward could have."""
+    return in_words(name, facts.dimension, [each for each in own_names("methods") if fits(each, facts)])
+
+
+def fits(name: str, facts: Facts) -> bool:
+    """Whether a method could have this reward."""
+    return facts.differentiable or not find("methods", name)().needs.reward_gradient
+
+
+def sentences(*said: str) -> str:
+    """Those that say something, one after the other."""
+    return " ".join(filter(None, said))
 
 
 RULES: tuple[Rule, ...] = (
@@ -114,9 +142,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "method",
+        lambda facts: facts.differentiable and by_regression(facts),
+        lambda facts: "tilt-matching",
+        lambda facts: sentences(
+            "The reward has a gradient, which this method does not ask for; at equal cost it came nearer to the target law all"
+            " the same.",
+            beside("tilt-matching", facts),
+        ),
+        "scoreboard.md#three-modes-in-16-dimensions",
+        method("tilt-matching"),
+    ),
+    Rule(
+        "method",
         lambda facts: facts.differentiable,
         lambda facts: "adjoint-matching",
-        lambda facts: "The reward has a gradient; no critic, replay or likelihood is needed.",
+        lambda facts: sentences(
+            "The reward has a gradient; no critic, replay or likelihood is needed.", beside("adjoint-matching", facts)
+        ),
         "adjoint-matching.md",
         method("adjoint-matching"),
     ),
@@ -124,9 +166,10 @@ RULES: tuple[Rule, ...] = (
         "method",
         lambda facts: True,
         lambda facts: "tilt-matching",
-        lambda facts: (
+        lambda facts: sentences(
             "The reward has no gradient; of a black box at equal numbers of rewards this method came nearer to its target than"
-            " policy gradients did."
+            " policy gradients did.",
+            beside("tilt-matching", facts),
         ),
         "tilt-matching.md#a-black-box-at-equal-rewards",
         method("tilt-matching"),
