@@ -17,10 +17,10 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 MODELS := digits-flow digits-classifier digits-judge digits-diffusion
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-newest lint format mutants bench docs pretrain clean
+.PHONY: help demo test test-slow test-newest lint format mutants bench docs pretrain release-check clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(CORE) ## tune the digit model toward even digits, from install to report
 	rm -rf runs/demo
@@ -63,6 +63,9 @@ pretrain: $(CORE) ## train the shipped models again into runs/pretrain: make pre
 		echo "tiltflow pretrain $$model"; \
 		$(BIN)/tiltflow pretrain $$model --data "$(DATA)" --output runs/pretrain/$$model; \
 	done
+
+release-check: $(DEV) ## build what would be published, and use it from an empty environment
+	OMP_NUM_THREADS=2 $(BIN)/python scripts/release_check.py
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

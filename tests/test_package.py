@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ruamel.yaml import YAML
 
 import tiltflow
 from tiltflow import shipped
@@ -28,6 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import check_install  # noqa: E402
+import release_check  # noqa: E402
 
 
 def test_the_same_pythons_are_promised_everywhere() -> None:
@@ -114,7 +117,7 @@ def test_the_archives_hold_what_belongs_in_them(built: Built) -> None:
 
 
 def test_the_wheel_is_small_and_has_the_demo(built: Built) -> None:
-    assert built.wheel.stat().st_size < 8e6
+    assert built.wheel.stat().st_size < release_check.LARGEST == 8e6
     small = {name.split("/")[2] for name in names(built.wheel) if name.startswith("tiltflow/assets/")}
     assert {"digits-latent-flow", "digits-classifier", "digits-judge", "digits-flow"} <= small
     assert sorted(shipped.LARGE) == sorted(
@@ -277,6 +280,74 @@ def test_links_between_the_pages_lead_somewhere() -> None:
             other = (page.parent / name).resolve() if name else page
             assert other.exists(), (page.name, target)
             assert not anchor or anchor in anchors(other), (page.name, target)
+
+
+def test_the_citation_is_of_this_version_and_of_the_three_papers() -> None:
+    citation = YAML(typ="safe", pure=True).load(ROOT / "CITATION.cff")
+    assert citation["version"] == tiltflow.__version__
+    released = re.search(rf"(?m)^## \[{re.escape(tiltflow.__version__)}\] - (.*)$", (ROOT / "CHANGELOG.md").read_text())
+    assert released is not None
+    assert str(citation["date-released"]) == released[1]
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert citation["authors"] == PROJECT["project"]["authors"]
+    for paper, name in zip(citation["references"], ("adjoint-matching", "score-as-action", "orw-cfm-w2"), strict=True):
+        page = " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+        assert paper["title"] in page
+        assert f"{', '.join(author['family-names'] for author in paper['authors'])}, [arXiv" in page
+        assert paper["url"] in page
+        assert paper["identifiers"] == [{"type": "other", "value": "arXiv:" + paper["url"].rpartition("/")[2]}]
+
+
+def test_the_dockerfile_copies_all_that_its_builds_need(tmp_path: Path) -> None:
+    """The two wheels are built from nothing but what it copies, and .dockerignore lets through no more."""
+    pytest.importorskip("hatchling")
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [line.split()[1:] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    for *sources, place in copied:
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, tmp_path / place)
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == {source for *sources, _ in copied for source in sources}
+    code = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
+    for folder in (tmp_path, tmp_path / "src/tiltflow_assets"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "dist")], cwd=folder, check=True)
+    assert len(list((tmp_path / "dist").glob("tiltflow*.whl"))) == 2
+
+
+def test_the_dockerfile_runs_as_nobody_special_with_pinned_packages() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users
+    assert users[-1].isdigit()
+    assert int(users[-1]) >= 1000
+    installs = [line for line in lines if "pip install" in line]
+    assert installs
+    assert all("constraints.txt" in line and "--no-cache-dir" in line for line in installs)
+    pythons, _ = check_install.declared()
+    assert {line.split()[1] for line in lines if line.startswith("FROM ")} <= {f"python:{version}-slim" for version in pythons}
+
+
+@pytest.mark.slow  # fetches the linter and the validator
+def test_the_dockerfile_and_the_citation_are_valid_and_mistakes_are_seen(tmp_path: Path) -> None:
+    pytest.importorskip("uv")
+    try:
+        release_check.uv("tool", "run", "--quiet", "--from", release_check.HADOLINT, "hadolint", "--version")
+    except subprocess.CalledProcessError:
+        pytest.skip("hadolint cannot be had")
+    release_check.check_dockerfile()
+    release_check.check_citation()
+    for name, change, check in (
+        ("Dockerfile", ("USER 1000", "USER root"), release_check.check_dockerfile),
+        ("CITATION.cff", ("date-released: 20", "date-released: in 20"), release_check.check_citation),
+    ):
+        text = (ROOT / name).read_text()
+        assert change[0] in text
+        (tmp_path / name).write_text(text.replace(*change))
+        with pytest.raises(subprocess.CalledProcessError):
+            check(tmp_path / name)
 
 
 @pytest.mark.slow
