@@ -1,6 +1,6 @@
 """What fits a card: the doctor's forecast for six published models at two sizes, from their configs alone.
 
-    python benchmarks/what_fits.py                     # the table of docs/text-to-image.md
+    python benchmarks/what_fits.py                     # the table of docs/memory.md
     python benchmarks/what_fits.py --model flux.1-dev --size 512
 
 A LoRA in bfloat16 by Adjoint Matching toward PickScore with gradient checkpointing: 32 pictures a step, one at a time, 10

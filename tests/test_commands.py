@@ -6,7 +6,6 @@ import html
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from tiny import tiny_recipe
 from typer.testing import CliRunner
 
 import tiltflow
-from tiltflow import load
 from tiltflow.commands.compare import split
 from tiltflow.commands.terminal.app import app
-from tiltflow.models.text_to_image import TextToImage
 from tiltflow.pretraining.recipe import read_pretraining
 from tiltflow.problems.verification.steering import read_steered
 from tiltflow.problems.verification.verify import read_verification
@@ -31,7 +28,7 @@ from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe, read_recipe_t
 from tiltflow.runs.run import run
 from tiltflow.runs.sweep import parse_grid, points_of
 from tiltflow.samplers.sampling import Sampling
-from tiltflow.settings import dump_yaml, parse_yaml, read_yaml, validate
+from tiltflow.settings import dump_yaml, read_yaml, validate
 
 ROOT = Path(__file__).parent.parent
 GROUP: Any = typer.main.get_command(app)
@@ -42,7 +39,8 @@ SPECIAL = set("[]{}()*?<>&;!|")
 
 def in_blocks(text: str) -> Iterator[str]:
     """The commands of code blocks: from `tiltflow` to the end of the line."""
-    for block in re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for block in (text for language, text in blocks if language in ("", "sh", "bash")):
         for line in block.replace("\\\n", " ").splitlines():
             if found := re.search(r"(?:^|-m |exec )(tiltflow [a-z].*)", line):
                 yield found[1]
@@ -156,60 +154,6 @@ def test_scripts_and_targets_that_are_spoken_of_exist() -> None:
             assert f'"{option}"' in known, (script, option)
     for name in {name for text in texts for name in re.findall(r"`make ([a-z-]+)[^`]*`", text)}:
         assert name in targets, name
-
-
-def loaded_to_sample_fast(name: str) -> Any:
-    """A model whose pictures are drawn in 5 steps, not in 50, by default and in the evaluation."""
-    model = load(name)
-    if not isinstance(model, TextToImage):
-        return model
-    return replace(model, sampling=Sampling(solver=model.sampling.solver, num_inference_steps=5))
-
-
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiltflow, "load", loaded_to_sample_fast)
-    first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)  # _: test_your_own_model
-    code = first + second
-    names: dict[str, Any] = {}
-    for old, new in {"max_train_steps=20": "max_train_steps=1", "sample(64": "sample(2", "steps=10": "steps=3"}.items():
-        assert old in code
-        code = code.replace(old, new)
-    exec(code, names)
-    assert names["images"].shape == (2, 1, 28, 28)
-    assert (tmp_path / "runs" / "red" / "metrics.jsonl").read_text().count("\n") == 2
-
-
-def run_page(page: str, block: int, **changes: str) -> dict[str, Any]:
-    """The names that a block of Python of a page leaves, with fewer steps and samples."""
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[block]
-    for old, new in changes.items():
-        assert f"{old}=" in code
-        code = re.sub(rf"\b{old}=\d+", f"{old}={new}", code)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names
-
-
-@pytest.mark.filterwarnings("ignore:this network is not the velocity field")  # nobody has trained it
-def test_the_python_of_the_page_on_classes_runs() -> None:
-    assert run_page("class-conditional.md", 0, max_train_steps="1")["cats"].shape == (8, 2)
-
-
-def test_the_python_of_the_page_on_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiltflow, "load", loaded_to_sample_fast)
-    fewer = {"max_train_steps": "1", "num_inference_steps": "3", "num_generations": "2", "prompts_per_step": "1"}
-    names = run_page("text-to-image.md", 1, **fewer)
-    assert names["images"].shape == names["before"].shape == (2, 3, 32, 32)
-    assert (tmp_path / "runs" / "red" / "model" / "pytorch_lora_weights.safetensors").exists()
-
-
-def test_the_recipe_of_the_page_on_pipelines_can_be_read() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "text-to-image.md").read_text(), re.DOTALL)
-    read_recipe(parse_yaml(text, "text-to-image.md"), "text-to-image.md")
 
 
 def test_the_tests_that_pages_name_exist() -> None:

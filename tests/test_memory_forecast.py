@@ -489,7 +489,7 @@ def test_a_recipe_for_a_card_fits_it(name: str) -> None:
     """As forecast, in as many gigabytes as the docs say, with what is assumed for CUDA; no GPU has measured it."""
     found = of_recipe(read_recipe(read_recipe_tree(shipped_recipes("train")[name], []), name)).on_a_gpu / 2**30
     assert found < int(name.split("-")[-1].removesuffix("gb"))
-    lines = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"| `{name}` |"))
     assert float(line.split("|")[3]) == pytest.approx(found, abs=0.06)
 
@@ -499,7 +499,7 @@ def test_a_recipe_for_a_card_fits_it(name: str) -> None:
 
 def cells() -> dict[tuple[str, int], dict[int, tuple[tuple[str, ...], float] | None]]:
     """The settings and the gigabytes of each model and size by card, as the docs have them; None where it does not fit."""
-    lines = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| model | pixels |"))
     cards = [int(each.removesuffix(" GB")) for each in lines[start].strip("| ").split(" | ")[2:]]
     found: dict[tuple[str, int], dict[int, tuple[tuple[str, ...], float] | None]] = {}

@@ -49,7 +49,7 @@ class Training(Settings):
     adapter while samples are scored. Changes the memory of the device and the time, not the result."""
     trajectory_dtype: Literal["bfloat16", "float16"] | None = None
     """Store trajectories in 16 bits: half of their memory. What is rounded is an error of the gradient, in proportion to the
-    temperature (docs/text-to-image.md); float16 has eight times less than bfloat16. null stores them as they are computed."""
+    temperature (docs/memory.md); float16 has eight times less than bfloat16. null stores them as they are computed."""
     trajectory_device: Literal["cpu"] | None = None
     """Store trajectories on the CPU: no memory of a GPU but that of a step, with the same bits. Each step is then copied there
     and back."""
