@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiltflow.problems.bandit import Arms, Bandit, Value, upper_arm
+from tiltflow.problems.bandit import Arms, Bandit, upper_arm
+from tiltflow.problems.verification.at_observations import Value
 from tiltflow.problems.verification.verify import read_verification, verify
 from tiltflow.streams import stream
 

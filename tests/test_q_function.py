@@ -27,8 +27,9 @@ from tiltflow.networks.critic_ensemble import CriticEnsemble
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.q_function import QFunction, QReward
 from tiltflow.runs.doctor import examine
+from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
-from tiltflow.settings import dump_yaml
+from tiltflow.settings import dump_yaml, validate
 from tiltflow.streams import new_network, stream
 
 SMALL: dict[str, Any] = {"hidden": 16, "layers": 1, "members": 2}
@@ -66,6 +67,19 @@ def test_the_targets_by_hand(tmp_path: Path) -> None:
     after = torch.tensor([0, 1, 2.0]) + torch.tensor([1, 2, 3.0]) * (0.5 + 1.0) + 0.5  # at (0.5, 1): clipped
     expected = 1 + 0.5 * 2 + 0.25 * (after.mean() - 0.5 * after.std(correction=0))
     assert found.tolist() == pytest.approx([expected.item()])
+
+
+def test_the_best_of_several_next_actions_by_hand(tmp_path: Path) -> None:
+    """Of a policy that keeps its noise: the value of the largest, as the mean of the stub's values rises with the action."""
+    rewards, masks = np.zeros(8), np.ones(8)
+    path = replay(tmp_path / "data.npz", episodes=(4, 4), action=1, rewards=rewards, masks=masks)
+    reward = q_reward(path, horizon=1, discount=0.5, pessimism=0.0, best_of=3)
+    reward.network["target"] = Stub()  # type: ignore[index, operator]
+    rows = torch.tensor([0, 5])
+    found = reward.targets(rows, STILL, stream(0))
+    best = torch.randn(6, 1, generator=stream(0)).clamp(-1, 1).reshape(2, 3).max(1).values
+    after = reward.transitions.observations[rows + 1, 0]
+    assert_close(found, 0.5 * (1 + 2 * best + after))
 
 
 def test_a_step_moves_the_critics_and_their_targets_a_little(tmp_path: Path) -> None:
@@ -161,6 +175,30 @@ def test_a_run_in_which_they_learn_is_bitwise_the_one_that_was_killed(tmp_path: 
     assert any("learned along the way" in limit for limit in summary["limits"])
     again = evaluate_run(tmp_path / "whole")
     assert again["reward_tuned"] == summary["reward_tuned"]  # by the critics that were learned
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "score-as-action", "num_inference_steps": 4},
+        {"name": "rwr", "num_inference_steps": 4},
+        {"name": "fql", "num_inference_steps": 2},
+        {"name": "fbrac", "num_inference_steps": 2},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_they_learn_beside_other_methods(tmp_path: Path, method: dict[str, Any]) -> None:
+    """And a run that was killed is the one that was not."""
+    tree = of_critics(tmp_path, prompts_per_step=2, num_generations=3).model_dump(mode="json", exclude_none=True)
+    of_run = validate(Recipe, {**tree, "method": method, "optimizer": {}}, "recipe")
+    run(of_run, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(resuming(of_run), tmp_path / "parts", callbacks=[killed_after(5)])
+    run(resuming(of_run), tmp_path / "parts")
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+    reward = QFunction.model_validate(tree["reward"]).build().network.state_dict()
+    learned = load_file(tmp_path / "whole" / "reward.safetensors")
+    assert not torch.equal(learned["target.head.weight"], reward["target.head.weight"])
 
 
 def test_a_budget_of_kl_sets_the_temperature(tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ from tiltflow.laws.late_control import late_control
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tilting, from_preset
 from tiltflow.optimization import Numbers
-from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.functions.checked import evaluate, finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Spacing, Start
@@ -332,8 +331,7 @@ class AdjointMatching(Tilting):
             "path_kl": _mean(energy.sum(0), shares) / 2,
             **({} if kept is None else {"dropped": float(len(batch) - len(kept))}),
         }
-        if isinstance(used.reward, LearnedReward):
-            measured["reward_loss"] = used.reward.learn(ends, used.tuned, batch.generator)
+        measured |= used.learn(ends)
 
         def size_of(weights: Tensor) -> float:
             k = max(late - steps.start, 0)

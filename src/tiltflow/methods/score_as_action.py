@@ -297,8 +297,7 @@ class ScoreAsAction(PolicyGradient):
             measured["critic_loss"] = improve(
                 state.value, state.optimizer, drawn.experience, self.critic, generator, state.iterations
             )
-        if isinstance(batch.reward, LearnedReward):
-            measured["reward_loss"] = batch.reward.learn(drawn.end, batch.tuned, generator)
+        measured |= batch.learn(drawn.end)
         if vectors is None:
             yield {**measured, "loss": 0.0, "step_kl": 0.0, "penalty": state.penalty}
             return

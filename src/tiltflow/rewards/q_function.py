@@ -6,7 +6,8 @@ A chunk a of h actions at s is worth its discounted rewards, and what the policy
     Q_j(s, a)  <-  sum_i gamma^i r_i + gamma^h (mean_k Q'_k(s', a') - rho std_k Q'_k(s', a')),      a' ~ policy(. | s').
 
 Q' are targets, exponential averages of the critics' weights; rho is the pessimism; a' is drawn by the tuned policy's ODE and
-clipped to [-1, 1]. Where the task is over, nothing is added. The reward of a chunk is the mean of Q'.
+clipped to [-1, 1]; with `best_of` it is the best of several. Where the task is over, nothing is added. The reward of a chunk is
+the mean of Q'.
 """
 
 # Mutation tests: test_q_function.py
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -71,8 +73,15 @@ class QFunction(Settings):
     """Norm to which the gradient of the critics is clipped; null for none."""
     num_inference_steps: Count = 10
     """Steps of Euler's method, by which the next actions are drawn."""
+    best_of: Count = 1
+    """Next actions are the best of so many that are drawn, by the mean of Q': the value of the policy that chooses so."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the networks' first weights."""
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the next actions are drawn."""
+        return Sampling(solver="euler", num_inference_steps=self.num_inference_steps)
 
     @property
     def description(self) -> str:
@@ -185,8 +194,10 @@ class QReward:
         settings, data = self.settings, self.transitions
         rewards, weights = data.returns(rows, settings.horizon, settings.discount)
         after = data.observations[rows + settings.horizon]
-        bound, sampling = policy.bind(after), Sampling(solver="euler", num_inference_steps=settings.num_inference_steps)
-        x = normal((len(rows), settings.horizon * data.actions.shape[1]), generator)
-        actions = sample(bound, x, sampling, generator).clamp(-1, 1)
-        values = self._values("target", actions, after)
+        seen, sampling = after.repeat_interleave(settings.best_of, 0), settings.sampling
+        x = normal((len(seen), settings.horizon * data.actions.shape[1]), generator)
+        actions = sample(policy.bind(seen), x, sampling, generator).clamp(-1, 1)
+        values = self._values("target", actions, seen).unflatten(1, (len(rows), -1))
+        best = values.mean(0).argmax(1)
+        values = values[:, torch.arange(len(rows), device=best.device), best]
         return rewards + weights * (values.mean(0) - settings.pessimism * values.std(0, correction=0))

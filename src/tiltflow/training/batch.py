@@ -16,7 +16,7 @@ from tiltflow.flows.chunks import in_chunks
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide, Guided
 from tiltflow.optimization import StoredWeights, all_finite, located
-from tiltflow.rewards import NonFiniteRewards, Reward, select
+from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, select
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import Act
 from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
@@ -140,6 +140,13 @@ class Batch:
             with located(part):
                 results.append(function(self.select(part), part))
         return results
+
+    def learn(self, samples: Tensor) -> dict[str, float]:
+        """Let a reward that learns do so, from these samples [batch, *event] of the tuned model or from that. Returns its loss
+        before, `reward_loss`; nothing for another reward. To be called once the method has the rewards that it needs."""
+        if not isinstance(self.reward, LearnedReward):
+            return {}
+        return {"reward_loss": self.reward.learn(samples, self.tuned, self.generator)}
 
     # ---- the samples of this process, whose trajectories it alone has ----
 

@@ -22,6 +22,21 @@ METRICS = (
         source="training",
     ),
     Metric(
+        "distance_to_base_sample",
+        "Distance to the base's sample",
+        "Mean square of what is between a sample of one step and the base's sample that it is held near.",
+        better="down",
+        expect="falls to what the reward is worth at the price alpha.",
+        source="training",
+    ),
+    Metric(
+        "cloning_loss",
+        "Change of the base's field",
+        "Price of the mean squared change of velocities at noised samples of the base.",
+        expect="rises from 0 to what the reward is worth.",
+        source="training",
+    ),
+    Metric(
         "failed",
         "Failed rewards",
         "Samples of a step whose reward could not be computed, and that got the value that the reward has for failures.",

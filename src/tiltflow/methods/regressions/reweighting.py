@@ -46,8 +46,8 @@ class Reweighting(Regression):
 
     @property
     def needs(self) -> Needs:
-        """Takes any reward."""
-        return Needs(begins_as_base=self.proposal == "tuned", passes=self.num_passes)
+        """Takes any reward, which may learn."""
+        return Needs(learned_reward=True, begins_as_base=self.proposal == "tuned", passes=self.num_passes)
 
     def rounds(self, steps: int) -> int:
         """How often a run of so many optimizer steps weighs the law."""
@@ -75,6 +75,7 @@ class Reweighting(Regression):
             "effective_sample_size": float(weights.sum() ** 2 / weights.square().sum()),
             "largest_weight": weights.max().item(),
             **left_out,
+            **batch.learn(x),
         }
         for _ in range(self.num_passes):
             yield {**measured, **self._regress(batch, some, size)}
