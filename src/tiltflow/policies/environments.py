@@ -46,8 +46,12 @@ def check_environment(name: str, task: int = 1) -> None:
         raise InputError(f"task {task}: {name} has the tasks 1 to {TASKS[-1]}")
 
 
-def make(name: str, task: int | None = None, **options: Any) -> Any:
-    """Make an environment, with the rewards of a task, or without. Raises InputError if it cannot be made."""
+def make(name: str, task: int | None = None, *, sparse: bool = False, **options: Any) -> Any:
+    """Make an environment, with the rewards of a task, or without. Raises InputError if it cannot be made.
+
+    Args:
+        sparse: rewards of -1 wherever they are not 0.
+    """
     check_environment(name, task or 1)
     os.environ.setdefault("MUJOCO_GL", "disable")
     try:
@@ -55,7 +59,8 @@ def make(name: str, task: int | None = None, **options: Any) -> Any:
         import ogbench.manipspace  # noqa: F401
     except ImportError:
         raise not_installed("ogbench", "control") from None
-    return gymnasium.make(f"{name}-v0" if task is None else f"{name}-singletask-task{task}-v0", **options)
+    made = gymnasium.make(f"{name}-v0" if task is None else f"{name}-singletask-task{task}-v0", **options)
+    return gymnasium.wrappers.TransformReward(made, lambda reward: -float(reward != 0)) if sparse else made
 
 
 def play(name: str, index: int, *, seed: int = 0, steps: int = 1001) -> Arrays:

@@ -47,6 +47,18 @@ class Transitions:
         moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
         return replace(self, **moved)
 
+    def joined(self, more: Transitions) -> Transitions:
+        """These rows, and then those of `more`, which have rewards and masks where these have."""
+        return Transitions(
+            torch.cat([self.observations, more.observations]),
+            torch.cat([self.actions, more.actions]),
+            torch.cat([self.last, more.last + len(self.last)]),
+            *(
+                None if own is None or added is None else torch.cat([own, added])
+                for own, added in ((self.rewards, more.rewards), (self.masks, more.masks))
+            ),
+        )
+
     def starts(self, horizon: int) -> Tensor:
         """The rows at which `horizon` steps in a row begin, int64 [starts]. Raises InputError if no episode is as long."""
         left = self.last - torch.arange(len(self.last), device=self.last.device)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from tiltflow.errors import InputError, Interrupted
 from tiltflow.files import check_room, filling, write_text
@@ -75,10 +78,11 @@ def score_again(recipe: Pretraining, path: Path, folder: Path) -> Scores:
     """
     with working_in(folder):
         task, config = recipe.prepare(path, "cpu"), read_config(model_folder(folder))
-        if [config.network] != [getattr(recipe, "network", None)] or len(task.networks) != 1:
+        saved = load_network(folder, config, "cpu")
+        if [shapes_of(saved)] != [shapes_of(network) for network in task.networks.values()]:
             raise InputError(f"{folder}: has another network than the recipe")
         for network in task.networks.values():
-            network.load_state_dict(load_network(folder, config, "cpu").state_dict())
+            network.load_state_dict(saved.state_dict())
             network.requires_grad_(False).eval()
         scores = task.scores()
         if not scores:
@@ -86,3 +90,8 @@ def score_again(recipe: Pretraining, path: Path, folder: Path) -> Scores:
         place = folder / CARD
         write_text(place, with_scores(place.read_text(encoding="utf-8"), scores, str(place)))
         return scores
+
+
+def shapes_of(network: nn.Module) -> Mapping[str, Any]:
+    """The class of a network, and the shapes of its tensors by name."""
+    return {"class": type(network), **{key: value.shape for key, value in network.state_dict().items()}}

@@ -28,8 +28,11 @@ from tiltflow.errors import InputError
 from tiltflow.flows.field import VelocityField, Which
 from tiltflow.networks.critic_ensemble import CriticEnsemble
 from tiltflow.optimization import adamw, gradient_norm, load_optimizer
+from tiltflow.policies.environments import Environment
+from tiltflow.policies.replay import Replay
 from tiltflow.policies.transitions import Transitions, load_transitions
 from tiltflow.rewards import Metadata
+from tiltflow.rewards.functions.online import Online
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import PathOrName, Settings
@@ -77,6 +80,8 @@ class QFunction(Settings):
     """Next actions are the best of so many that are drawn, by the mean of Q': the value of the policy that chooses so."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the networks' first weights."""
+    online: Online | None = None
+    """Episodes that the policy plays while it is trained, and that are added to the transitions; none by default: offline."""
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -90,7 +95,7 @@ class QFunction(Settings):
     def build(self, device: torch.device | str = "cpu") -> QReward:
         """Raises InputError if the data cannot be read, have no rewards, or no episode as long as a chunk."""
         data = load_transitions(self.data, rewards=True)
-        starts = data.starts(self.horizon)
+        replay = Replay(data.to(device), self.horizon)
         settings = CriticEnsemble(
             observation_dim=data.observations.shape[1],
             actions=self.horizon * data.actions.shape[1],
@@ -100,10 +105,11 @@ class QFunction(Settings):
         )
         online, target = new_network(settings, self.seed), new_network(settings, self.seed)
         for network in (online, target):
-            network.observations.fit(data.observations[starts])  # type: ignore[union-attr, operator]
+            network.observations.fit(data.observations[replay.starts.cpu()])  # type: ignore[union-attr, operator]
         network = nn.ModuleDict({"online": online, "target": target.requires_grad_(False)}).to(device)
         optimizer = adamw(network["online"].parameters(), lr=self.learning_rate, weight_decay=0.0)
-        return QReward(self, network, optimizer, data.to(device), starts.to(device))
+        sizes = data.observations.shape[1], data.actions.shape[1]
+        return QReward(self, network, optimizer, replay, None if self.online is None else self.online.make(*sizes))
 
 
 @dataclass(frozen=True)
@@ -112,16 +118,27 @@ class QReward:
 
     Args:
         network: the critics, `online`, and their `target`.
-        starts: the rows at which chunks begin.
+        replay: the transitions, to which those of episodes are added.
+        environment: where these are played.
         observations: of the samples [batch, observation]; None before it is bound.
     """
 
     settings: QFunction
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    transitions: Transitions
-    starts: Tensor
+    replay: Replay
+    environment: Environment | None = None
     observations: Tensor | None = None
+
+    @property
+    def transitions(self) -> Transitions:
+        """All transitions."""
+        return self.replay.transitions
+
+    @property
+    def starts(self) -> Tensor:
+        """The rows at which chunks begin."""
+        return self.replay.starts
 
     def given(self, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None) -> QReward:
         """The reward of samples at these observations. Raises InputError for others than the critics see."""
@@ -151,13 +168,16 @@ class QReward:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the critics, of their targets, and of the optimizer."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """The state of the critics, of their targets and of the optimizer, and the episodes that were played."""
+        own = {"replay": self.replay.state_dict()} if self.settings.online else {}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
+        if self.settings.online:
+            self.replay.load_state_dict(state["replay"])
 
     def learn(self, x: Tensor, policy: VelocityField, generator: torch.Generator) -> float:
         """Take optimizer steps on transitions. Returns the loss before them.
@@ -167,7 +187,23 @@ class QReward:
             policy: the tuned policy, which draws the next actions.
         """
         losses = [self._step(policy, generator) for _ in range(self.settings.num_steps)]
+        self._play(policy)
         return losses[0]
+
+    def _play(self, policy: VelocityField) -> None:
+        """Play an episode if it is time for one, and add it to the transitions."""
+        online, replay, device = self.settings.online, self.replay, self.starts.device
+        if online is None or self.environment is None:
+            return
+        replay.updates += 1
+        if replay.updates % online.every:
+            return
+
+        def act(observations: Tensor, generator: torch.Generator) -> Tensor:
+            return self.choose(policy, observations.to(device), generator)[0]
+
+        size = self.transitions.actions.shape[1]
+        replay.add(online.play(self.environment, act, replay.updates // online.every, size, device))
 
     def _step(self, policy: VelocityField, generator: torch.Generator) -> float:
         settings, data = self.settings, self.transitions
@@ -194,10 +230,17 @@ class QReward:
         settings, data = self.settings, self.transitions
         rewards, weights = data.returns(rows, settings.horizon, settings.discount)
         after = data.observations[rows + settings.horizon]
-        seen, sampling = after.repeat_interleave(settings.best_of, 0), settings.sampling
-        x = normal((len(seen), settings.horizon * data.actions.shape[1]), generator)
-        actions = sample(policy.bind(seen), x, sampling, generator).clamp(-1, 1)
-        values = self._values("target", actions, seen).unflatten(1, (len(rows), -1))
-        best = values.mean(0).argmax(1)
-        values = values[:, torch.arange(len(rows), device=best.device), best]
+        _, values = self.choose(policy, after, generator)
         return rewards + weights * (values.mean(0) - settings.pessimism * values.std(0, correction=0))
+
+    @torch.no_grad()
+    def choose(self, policy: VelocityField, observations: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions of the policy at observations [n, observation], the best of `best_of`: [n, horizon * action] in [-1, 1], and
+        their values by the target critics [members, n]."""
+        settings, n = self.settings, len(observations)
+        seen = observations.repeat_interleave(settings.best_of, 0)
+        x = normal((len(seen), settings.horizon * self.transitions.actions.shape[1]), generator)
+        actions = sample(policy.bind(seen), x, settings.sampling, generator).clamp(-1, 1)
+        values = self._values("target", actions, seen).unflatten(1, (n, -1))
+        best, rows = values.mean(0).argmax(1), torch.arange(n, device=actions.device)
+        return actions.unflatten(0, (n, -1))[rows, best], values[:, rows, best]
