@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import InputError
-from tiltflow.evaluation.episodes import Episode, play_episodes, summary_of
+from tiltflow.evaluation.episodes import BestOf, Episode, Valued, play_episodes, summary_of
 from tiltflow.flows.flow import Flow
 from tiltflow.models.policy import Policy
 from tiltflow.samplers.sampling import Sampling
@@ -95,3 +95,47 @@ def test_an_environment_of_another_size_is_refused() -> None:
     wide = Policy(Flow(lambda x, time, seen: torch.zeros_like(x)), (1,), observation_dim=4, horizon=1)
     with pytest.raises(InputError, match=r"observations must be \[n, 4\], got \[1, 1\]"):
         play_episodes(wide, Walk, 1)
+
+
+def test_values_at_the_start_beside_discounted_returns() -> None:
+    """From -3.2, with a first chunk of (1, 1), it takes five steps; from 0.8, with a first action of -0.8, one."""
+    seen = list[Tensor]()
+
+    def values(observations: Tensor, chunks: Tensor) -> Tensor:
+        seen.append(torch.cat([observations, chunks], 1))
+        return 10 * observations[:, 0] + chunks.sum(1)
+
+    valued = Valued(values, discount=0.5)
+    (long, short) = play_episodes(policy(), Walk, 1, valued=valued) + play_episodes(
+        policy(horizon=1), walks_from(0.8), 1, valued=valued
+    )
+    assert seen[0].tolist() == [pytest.approx([-3.2, 1, 1])]
+    assert long == Episode(True, -5.0, 5, value=pytest.approx(-30), discounted=-(1 + 0.5 + 0.25 + 0.125 + 0.0625))
+    assert short == Episode(True, -1.0, 1, value=pytest.approx(7.2), discounted=-1.0)
+    late = Episode(False, -10.0, 10, value=3.0, discounted=-2.0, over=False)
+    found = summary_of([long, short, late])
+    assert found["value"] == pytest.approx((-30 + 7.2 + 3) / 3)
+    assert found["discounted_return"] == pytest.approx((-1.9375 - 1 - 2) / 3)
+    assert found["value_error"] == pytest.approx((-30 + 1.9375 + 7.2 + 1) / 2)
+    assert found["value_error_error"] == pytest.approx(np.std([-30 + 1.9375, 8.2], ddof=1) / 2**0.5)
+    assert found["episodes_with_known_return"] == 2
+    assert "value" not in summary_of([Episode(True, -5.0, 5)])
+    assert summary_of([late])["value_error"] is None
+
+
+def walks_from(place: float) -> Any:
+    """Makes walks whose first episode begins here."""
+    walk = Walk()
+    if place > 0:
+        walk.seeds.append(None)
+    return lambda: walk
+
+
+def test_the_best_of_several_chunks_by_hand() -> None:
+    """Of a policy whose actions are its noise."""
+    noise = Policy(Flow(lambda x, time, seen: torch.zeros_like(x)), (2,), observation_dim=1, horizon=2)
+    observations = torch.tensor([[1.0], [-1.0]])
+    best = BestOf(noise, lambda seen, chunks: seen[:, 0] * chunks[:, 1], 3).act(observations, seed=5, batch_size=4)
+    drawn = noise.act(observations.repeat_interleave(3, 0), seed=5, batch_size=4).reshape(2, 3, 2)
+    assert torch.equal(best[0, :, 0], drawn[0, drawn[0, :, 1].argmax()])
+    assert torch.equal(best[1, :, 0], drawn[1, drawn[1, :, 1].argmin()])

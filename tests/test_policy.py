@@ -22,7 +22,7 @@ from tiltflow.models.policy import Policy, load_policy
 from tiltflow.networks.policy_mlp import PolicyMlp, PolicyMlpModule
 from tiltflow.policies.transitions import load_transitions
 from tiltflow.pretraining.recipe import read_pretraining
-from tiltflow.pretraining.run import run_pretraining
+from tiltflow.pretraining.run import run_pretraining, score_again
 from tiltflow.pretraining.tasks.policy import PolicyPretraining, split
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import evaluate_run, run
@@ -106,6 +106,14 @@ def test_a_folder_and_a_recipe_give_the_policy_again(tmp_path: Path) -> None:
         load_policy("digits-flow")
     with pytest.raises(InputError, match=r"policy\.act\(observations\)"):
         policy.sample(3)
+
+
+def test_a_policy_is_measured_again(tmp_path: Path) -> None:
+    folder, data = cloned(tmp_path), tmp_path / "data.npz"
+    before = run_pretraining(read_pretraining("behaviour-policy", SMALL), data, tmp_path / "again", name="cloned")
+    assert score_again(read_pretraining("behaviour-policy", SMALL), data, folder)["held_out_loss"] == before["held_out_loss"]
+    with pytest.raises(InputError, match="has another network than the recipe"):
+        score_again(read_pretraining("behaviour-policy", [*SMALL, "hidden=16"]), data, folder)
 
 
 def test_every_tenth_episode_is_held_out(tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ def evaluate_policy(
     environment: Annotated[str, typer.Option(help="Name of an environment of OGBench.")],
     task: Annotated[int, typer.Option(min=1, help="Number of its task.")] = 1,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes.")] = 50,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Rewards of -1 until the task is over, as the critics learned.")
+    ] = False,
+    best_of: Annotated[
+        int, typer.Option(min=1, help="Of so many chunks take the one that the critics of the run value most (IFQL).")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the episodes.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -25,17 +31,25 @@ def evaluate_policy(
 ) -> None:
     """Play episodes of a task in one of OGBench's environments: how often does a policy succeed?
 
+    The policy of a run is sampled as the run samples it, and where critics were learned beside it, what they say of the first
+    actions of the episodes is compared with the discounted returns.
+
     [dim]tiltflow evaluate-policy runs/qam --environment cube-single --task 1[/dim]
     """
-    from tiltflow.evaluation.episodes import play_episodes, summary_of
-    from tiltflow.models.policy import load_policy
+    from tiltflow.errors import InputError
+    from tiltflow.evaluation.episodes import BestOf, play_episodes, summary_of
     from tiltflow.policies.environments import check_environment, make
+    from tiltflow.runs.policy_of_run import policy_of
 
     check_environment(environment, task)
-    policy = load_policy(model, set_up_torch(device, threads))
+    policy, valued = policy_of(model, set_up_torch(device, threads))
+    if best_of > 1 and valued is None:
+        raise InputError(f"--best-of {best_of}: {model} has no critics; give the folder of a run with reward q-function")
+    actor = policy if valued is None or best_of == 1 else BestOf(policy, valued.values, best_of)
     console = make_console(as_json)
     with spinner(console, quiet, "playing"):
-        found = summary_of(play_episodes(policy, partial(make, environment, task), episodes, seed=seed))
+        played = play_episodes(actor, partial(make, environment, task, sparse=sparse), episodes, seed=seed, valued=valued)
+    found = summary_of(played)
     low, high = found["success_rate_interval"]
     error = "" if found["return_error"] is None else f" ± {found['return_error']:.1f}"
     if not quiet:
@@ -44,5 +58,14 @@ def evaluate_policy(
             "mean return": f"{found['return']:.1f}{error}",
             "mean length": f"{found['steps']:.0f} steps",
         }
+        if "value" in found:
+            rows["value at the start"] = f"{found['value']:.1f}, discounted return {found['discounted_return']:.1f}"
+        if found.get("value_error") is not None:
+            error = "" if found["value_error_error"] is None else f" ± {found['value_error_error']:.1f}"
+            rows["less the return"] = (
+                f"{found['value_error']:+.1f}{error}, of {found['episodes_with_known_return']} that were solved"
+            )
         print_table(console, rows, f"{environment}, task {task}")
-    print_json(as_json, {"model": str(model), "environment": environment, "task": task, "seed": seed, **found})
+    print_json(
+        as_json, {"model": str(model), "environment": environment, "task": task, "seed": seed, "best_of": best_of, **found}
+    )

@@ -233,10 +233,7 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
         raise InputError("num_samples: a run of a pipeline has evaluation.num_prompts and num_generations instead")
     check_unchanged(folder, recipe)
     models = load_models(recipe, folder, device)
-    reward = build_reward(recipe.reward, recipe.method, device)
-    if isinstance(reward, LearnedReward):
-        with refused(f"{folder / REWARD}: is not the network of the reward"):
-            reward.network.load_state_dict(load_file(folder / REWARD, device=device))
+    reward = reward_of_run(recipe, folder, device)
     settings, training = recipe.evaluation, recipe.training
     instruments = Instruments.build(reward, recipe.reward_name, settings, device, training.non_finite_rewards)
     items, held_out = recipe.asked_for.items(models[0].class_names, recipe.seed)
@@ -246,6 +243,15 @@ def evaluate_run(folder: Path, *, device: str = "cpu", num_samples: int | None =
     dtype = autocast_dtype(training.mixed_precision, device)
     base, tuned = (model.in_precision(dtype) for model in models)
     return evaluate(recipe, folder, base, tuned, asked, instruments)
+
+
+def reward_of_run(recipe: Recipe, folder: Path, device: str = "cpu") -> Reward:
+    """The reward of a run, with what it has learned. Raises InputError if it cannot be loaded."""
+    reward = build_reward(recipe.reward, recipe.method, device)
+    if isinstance(reward, LearnedReward):
+        with refused(f"{folder / REWARD}: is not the network of the reward"):
+            reward.network.load_state_dict(load_file(folder / REWARD, device=device))
+    return reward
 
 
 def read_run(folder: Path) -> Recipe:
