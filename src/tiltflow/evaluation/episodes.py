@@ -44,7 +44,8 @@ class BestOf:
         seen = torch.as_tensor(observations, dtype=torch.float32).repeat_interleave(self.count, 0)
         drawn = self.policy.act(seen, seed=seed, batch_size=batch_size)
         values = self.values(seen, drawn.flatten(1)).reshape(-1, self.count)
-        return drawn.unflatten(0, values.shape)[torch.arange(len(values)), values.argmax(1)]
+        best: Tensor = drawn.unflatten(0, tuple(values.shape))[torch.arange(len(values)), values.argmax(1)]
+        return best
 
 
 @dataclass(frozen=True)
