@@ -15,7 +15,7 @@ from servers import served_by_command, serving
 from tiny import tiny_flow, tiny_recipe
 
 from tiltflow.errors import InputError
-from tiltflow.rewards.serving.votes import Votes, read_picture
+from tiltflow.rewards.serving.votes import Choice, Votes, read_picture
 from tiltflow.rewards.serving.voting import make_page
 from tiltflow.runs.ballot import before_and_after, draw_pairs
 from tiltflow.runs.recipe import Recipe
@@ -70,6 +70,17 @@ def test_votes_are_blind_written_at_once_and_taken_back(tmp_path: Path) -> None:
     assert torch.equal(going_on.outcomes(), wanted.double())
     assert going_on.pictures(0).shape == (8, 3, 4, 4)
     assert (going_on.pictures(0) + going_on.pictures(1)).abs().max() < 0.01
+
+
+def test_the_share_of_the_first_and_its_interval(tmp_path: Path) -> None:
+    """Wilson's interval of 8 in 10, as tables have it; a tie is half a vote for either."""
+    votes = some_votes(tmp_path / "votes", 11)
+    assert votes.words == "after 0, before 0, equal 0"
+    choices: list[Choice] = [*7 * ["first"], "second", "tie", "tie"]
+    for choice in choices:
+        votes.vote(choice)
+    assert votes.share() == pytest.approx((0.8, 0.490, 0.943), abs=5e-4)
+    assert votes.words == "after 7, before 1, equal 2: after is chosen in 80% (95% interval 49% to 94%)"
 
 
 def test_two_windows_count_a_pair_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -283,13 +283,13 @@ def check_suffix(output: Path, shape: tuple[int, ...]) -> None:
     molecules, a .png of any of these and of pictures, and an .npz of all."""
     from tiltflow.evaluation.molecules import is_molecule
     from tiltflow.evaluation.pictures import is_video
+    from tiltflow.reports.drawn import can_be_drawn
 
-    pictures, videos, molecules = len(shape) == 3 and shape[0] in (1, 3), is_video(shape), is_molecule(shape)
-    drawn = pictures or videos or molecules
-    kinds = {".png": ("pictures", drawn), ".gif": ("videos", videos), ".npz": ("samples", True)}
-    what, fits = kinds.get(output.suffix, ("molecules", molecules))
+    shown = can_be_drawn(shape)
+    kinds = {".png": ("pictures", shown), ".gif": ("videos", is_video(shape)), ".npz": ("samples", True)}
+    what, fits = kinds.get(output.suffix, ("molecules", is_molecule(shape)))
     if not fits:
-        use = ".png or .npz" if drawn else ".npz"
+        use = ".png or .npz" if shown else ".npz"
         raise InputError(f"--output {output}: samples of shape {list(shape)} are not {what}; use {use}")
 
 
@@ -298,10 +298,11 @@ def write_samples(output: Path, x: Tensor, columns: int) -> None:
     .gif, an .xyz, an .sdf or an .npz file."""
     import numpy as np
 
-    from tiltflow.evaluation.molecules import is_molecule
+    from tiltflow.chemistry.atoms import molecules_of
+    from tiltflow.chemistry.molecule_files import to_sdf, to_xyz
     from tiltflow.files import write_file
-    from tiltflow.reports.plots import image_grid
-    from tiltflow.reports.videos import frames_in_rows, save_gif
+    from tiltflow.reports.drawn import drawn
+    from tiltflow.reports.videos import save_gif
 
     def write(draft: Path) -> None:
         with open(draft, "wb") as file:
@@ -309,22 +310,9 @@ def write_samples(output: Path, x: Tensor, columns: int) -> None:
                 save_gif(x, columns, file)
             elif output.suffix == ".npz":
                 np.savez_compressed(file, samples=x.numpy())
-            elif is_molecule(x.shape[1:]) or output.suffix != ".png":
-                write_molecules(output.suffix, x, columns, file)
+            elif output.suffix == ".png":
+                drawn(x, columns).save(file, "PNG")
             else:
-                (frames_in_rows(x) if x.ndim == 5 else image_grid(x, columns)).save(file, "PNG")
+                file.write((to_xyz if output.suffix == ".xyz" else to_sdf)(molecules_of(x)).encode())
 
     write_file(output, write)
-
-
-def write_molecules(suffix: str, x: Tensor, columns: int, file: BinaryIO) -> None:
-    """Write molecules [count, atoms, 3 + 5] as a .png of drawings, an .xyz or an .sdf file."""
-    from tiltflow.chemistry.atoms import molecules_of
-    from tiltflow.chemistry.molecule_files import to_sdf, to_xyz
-    from tiltflow.reports.molecules import molecule_grid
-
-    molecules = molecules_of(x)
-    if suffix == ".png":
-        molecule_grid(molecules, columns).save(file, "PNG")
-    else:
-        file.write((to_xyz if suffix == ".xyz" else to_sdf)(molecules).encode())

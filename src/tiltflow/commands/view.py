@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tiltflow.commands.terminal.console import make_console
+from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Threads, set_up_torch
 
 
 def view(
@@ -16,6 +17,10 @@ def view(
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 8779,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    device: Device = "auto",
+    threads: Threads = None,
+    allow_code: AllowCode = False,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Serve a page on runs: curves that grow while they train, pictures before and after, tables.
 
@@ -31,7 +36,7 @@ def view(
     from tiltflow.view.request import View
     from tiltflow.view.server import make_server
 
-    server = make_server(View(Places(runs)), port)
+    server = make_server(View(Places(runs), set_up_torch(device, threads)), port)
     address = f"http://{HOST}:{server.server_address[1]}/"
     make_console(False).print(f"{address}; stop with Ctrl-C")
     if browser:

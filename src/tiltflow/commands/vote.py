@@ -74,15 +74,4 @@ def vote(
         f"vote at http://{HOST}:{server.server_address[1]}/; {len(votes.choices)} of {len(votes)} done; stop with Ctrl-C"
     )
     serve(server)
-    console.print(f"{len(votes.choices)} votes in {escape(output)}: {escape(standing(votes))}")
-
-
-def standing(votes: Any) -> str:
-    """How often each of the two was chosen.
-
-    >>> from types import SimpleNamespace
-    >>> standing(SimpleNamespace(names=("after", "before"), choices=["first", "tie", "first"]))
-    'after 2, before 0, equal 1'
-    """
-    first, second, tie = (votes.choices.count(each) for each in ("first", "second", "tie"))
-    return f"{votes.names[0]} {first}, {votes.names[1]} {second}, equal {tie}"
+    console.print(f"{len(votes.choices)} votes in {escape(output)}: {escape(votes.words)}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiltflow.errors import InputError
 from tiltflow.view.places import Place, Places
 
 
@@ -25,6 +26,13 @@ class Request:
     query: Mapping[str, str] = field(default_factory=dict)
     body: Any = None
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The body of a POST, as settings. Raises InputError for another."""
+        if not isinstance(self.body, dict):
+            raise InputError(f"the body of a request must be a mapping of settings, is {type(self.body).__name__}")
+        return self.body
+
 
 @dataclass(frozen=True)
 class File:
@@ -41,9 +49,14 @@ Route = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class View:
-    """What is shown."""
+    """What is shown.
+
+    Args:
+        device: of models that are sampled.
+    """
 
     places: Places
+    device: str = "cpu"
 
     def place(self, request: Request) -> Place:
         """The run, sweep, .. whose key is `at` in the request. Raises MissingError if there is none."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from tiltflow.data import to_pixels
 from tiltflow.errors import InputError
 from tiltflow.files import read_json, read_rows, trusted, write_folder, write_json, write_rows
+from tiltflow.rewards.functions.bradley_terry import share_interval
 from tiltflow.streams import stream
 from tiltflow.user_code import refused
 
@@ -119,6 +120,22 @@ class Votes:
         """The pictures [votes, channels, height, width] in [-1, 1] of the pairs that were voted on. Raises InputError if one
         cannot be read."""
         return torch.stack([read_picture(self.picture(i, side)) for i in range(len(self.choices))])
+
+    def share(self) -> tuple[float, float, float]:
+        """The share of the votes that chose the first picture, a tie being half a vote for either, and Wilson's interval of
+        95 %, which ties make wider than it need be. Of at least one vote."""
+        first, count = self.outcomes().sum().item(), len(self.choices)
+        return first / count, *share_interval(first, count)
+
+    @property
+    def words(self) -> str:
+        """How often each of the two was chosen."""
+        first, second, tie = (sum(each == choice for each in self.choices) for choice in CHOICES)
+        counted = f"{self.names[0]} {first}, {self.names[1]} {second}, equal {tie}"
+        if not self.choices:
+            return counted
+        share, low, high = self.share()
+        return f"{counted}: {self.names[0]} is chosen in {share:.0%} (95% interval {low:.0%} to {high:.0%})"
 
     def outcomes(self) -> Tensor:
         """1 where the first picture was chosen, 0 where the second was, and 1/2 for a tie, float64 [votes]."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from tiltflow.errors import InputError
 from tiltflow.rewards.serving.server import HOST, listening
 from tiltflow.rewards.serving.votes import Choice, Votes
 
@@ -35,6 +36,30 @@ def chosen(votes: Votes, pair: int, side: str) -> Choice:
     return "first" if (side == "left") == votes.first_is_left(pair) else "second"
 
 
+def cast_vote(votes: Votes, asked: Any) -> bool:
+    """Count a vote, {"pair": number, "side": "left", "right", "tie" or "undo"}. Returns False, and counts nothing, if it is not
+    of the next pair: somebody voted in another window. Raises InputError for what is no vote."""
+    try:
+        pair, side = asked["pair"], asked["side"]
+    except (TypeError, KeyError):
+        raise InputError('a request is {"pair": number, "side": text}') from None
+    following = len(votes.choices)
+    if pair != following or side not in ("left", "right", "tie", "undo"):
+        return False
+    if side == "undo":
+        votes.undo()
+    elif following < len(votes):
+        votes.vote(chosen(votes, following, side))
+    return True
+
+
+def picture(votes: Votes, pair: str, side: str) -> Path | None:
+    """The file of the picture that is shown on this side of a pair, by its number; None if there is none."""
+    if not (pair.isascii() and pair.isdigit() and len(pair) < 9 and int(pair) < len(votes) and side in ("left", "right")):
+        return None
+    return votes.picture(int(pair), 0 if (side == "left") == votes.first_is_left(int(pair)) else 1)
+
+
 def handler(votes: Votes) -> type[BaseHTTPRequestHandler]:
     """The class that answers requests."""
     lock = Lock()
@@ -51,10 +76,8 @@ def handler(votes: Votes) -> type[BaseHTTPRequestHandler]:
                 case ["state"]:
                     with lock:
                         return self._answer(200, state(votes))
-                case ["picture", pair, "left" | "right" as side] if pair.isascii() and pair.isdigit() and len(pair) < 9:
-                    if int(pair) < len(votes):
-                        first = (side == "left") == votes.first_is_left(int(pair))
-                        return self._send(200, votes.picture(int(pair), 0 if first else 1).read_bytes(), "image/png")
+                case ["picture", pair, side] if path := picture(votes, pair, side):
+                    return self._send(200, path.read_bytes(), "image/png")
             return self._answer(404, {"error": "there is no such page"})
 
         def do_POST(self) -> None:
@@ -66,17 +89,13 @@ def handler(votes: Votes) -> type[BaseHTTPRequestHandler]:
                 return self._answer(400, {"error": "a request is short"})
             try:
                 tree = json.loads(self.rfile.read(int(length)))
-                pair, side = tree["pair"], tree["side"]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                return self._answer(400, {"error": 'a request is {"pair": number, "side": text}'})
-            with lock:
-                if pair != len(votes.choices) or side not in ("left", "right", "tie", "undo"):
-                    return self._answer(409, state(votes))  # voted in another window: the page goes on from here
-                if side == "undo":
-                    votes.undo()
-                elif pair < len(votes):
-                    votes.vote(chosen(votes, pair, side))
-                return self._answer(200, state(votes))
+                with lock:
+                    counted = cast_vote(votes, tree)
+                    return self._answer(200 if counted else 409, state(votes))  # the page goes on from here
+            except (ValueError, RecursionError):
+                return self._answer(400, {"error": "a request is JSON"})
+            except InputError as error:
+                return self._answer(400, {"error": str(error)})
 
         def _is_ours(self) -> bool:
             """Whether the browser was led here by this address: any name of a site can be made to point here."""
