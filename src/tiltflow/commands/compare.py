@@ -22,10 +22,19 @@ def compare(
     problems: Annotated[str, typer.Option(metavar="A,B,..", help="Problems of `tiltflow verify`.")] = "",
     recipes: Annotated[str, typer.Option(metavar="A,B,..", help="Recipes by name, or .yaml files.")] = "",
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.")] = 5,
-    network_evaluations: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
-    reward_evaluations: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Budget of each training.", show_default="none")] = None,
-    tune: Annotated[str, typer.Option(help="learning-rate: by the same rule for each method; or none.")] = "learning-rate",
+    network_evaluations: Annotated[
+        float | None,
+        typer.Option(help="Budget of each training: evaluations of the network, of one sample.", show_default="none"),
+    ] = None,
+    reward_evaluations: Annotated[
+        float | None, typer.Option(help="Budget of each training: rewards of samples.", show_default="none")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Budget of each training: seconds on this machine.", show_default="none")
+    ] = None,
+    tune: Annotated[
+        str, typer.Option(help="What is tuned first, by the same rule for each method: learning-rate, or none.")
+    ] = "learning-rate",
     beta: Annotated[
         float | None,
         typer.Option(help="Temperature of the target law.", show_default="1 for problems, the recipe's own for recipes"),
@@ -44,7 +53,7 @@ def compare(
 ) -> None:
     """Train methods on the same problems and recipes with the same seeds under one budget, and compare what they reach.
 
-    Exactly one budget is given; all three are counted. Each learning rate is tuned by the same rule first. The same command
+    Give exactly one budget; all three are counted. Each learning rate is tuned by the same rule first. The same command
     again goes on where it stopped; it may have more methods, problems, recipes or seeds. In a recipe, each method has its own
     defaults in place of the recipe's method and optimizer. A recipe can run code: the Python functions that it names.
 

@@ -24,8 +24,9 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report. Of stages the utility is
-    drawn again, of the last model, or of that of one stage: RUN/stage-02.
+    """Repeat the evaluation of a run from its folder; overwrites its summary, pictures and report.
+
+    Of a run of stages the utility is estimated anew, of the last model, or of that of one stage: RUN/stage-02.
 
     A recipe can run code: the Python functions that it names. Code in the folder of the run needs --allow-code.
 

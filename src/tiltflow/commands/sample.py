@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiltflow.commands.terminal.console import escape, make_console, print_json, print_table, spinner
-from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Json, Quiet, Threads, completes, set_up_torch
+from tiltflow.commands.terminal.options import (
+    AcceptChanges,
+    AllowCode,
+    Device,
+    Json,
+    NoiseSeed,
+    Quiet,
+    Threads,
+    completes,
+    set_up_torch,
+)
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.plugins import names
@@ -109,7 +119,7 @@ def sample(
         int | None,
         typer.Option(min=1, help="Number of samples at a time; the samples depend on it.", show_default="the model's"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: NoiseSeed = 0,
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from tiltflow.commands.terminal.console import escape, make_console
-from tiltflow.commands.terminal.options import AllowCode, Device, Set, Threads, set_up_torch
+from tiltflow.commands.terminal.options import AllowCode, Device, Port, Set, Threads, set_up_torch
 from tiltflow.errors import InputError
 
 
 def serve_reward(
     recipe: Annotated[Path, typer.Argument(help="A .yaml file with `reward:`, such as a training recipe.")],
     overrides: Set = None,
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8777,
+    port: Port = 8777,
     token_variable: Annotated[
         str | None, typer.Option(help="Environment variable with the token that requests must have.", show_default="none")
     ] = None,

@@ -8,7 +8,7 @@ import typer
 
 from tiltflow import plugins
 from tiltflow.commands.terminal.console import make_console, print_json, print_table, spinner
-from tiltflow.commands.terminal.options import AllowCode, Json, Quiet, Set, Threads, completes, set_up_torch
+from tiltflow.commands.terminal.options import AllowCode, Json, Quiet, Threads, completes, set_up_torch
 from tiltflow.commands.terminal.progress import training_progress
 
 METHODS = plugins.names("methods")
@@ -48,12 +48,20 @@ def verify(
             autocompletion=completes(lambda: STEERING),
         ),
     ] = None,
-    overrides: Set = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="Override a setting of the problem, the method or the run; may be repeated.",
+        ),
+    ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(min=1, help="Number of optimizer steps, of each stage if there are some.", show_default="the problem's"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the training and of all samples.", show_default="0")] = None,
     threads: Threads = None,
     allow_code: AllowCode = False,
     quiet: Quiet = False,

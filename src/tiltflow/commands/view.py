@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from tiltflow.commands.terminal.console import make_console
-from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Threads, set_up_torch
+from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Port, Threads, set_up_torch
 
 
 def view(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Runs, sweeps, comparisons, stages, or folders of them.")
     ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 8779,
+    port: Port = 8779,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     device: Device = "auto",
     threads: Threads = None,

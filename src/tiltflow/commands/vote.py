@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tiltflow.commands.terminal.console import escape, make_console, spinner
-from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, Threads, set_up_torch
+from tiltflow.commands.terminal.options import AcceptChanges, AllowCode, Device, NoiseSeed, Port, Threads, set_up_torch
 from tiltflow.errors import InputError
 
 
@@ -28,8 +28,8 @@ def vote(
         list[str] | None,
         typer.Option("--prompt", help="Prompt for a pipeline; may be repeated.", show_default="those of the run's evaluation"),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8778,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    port: Port = 8778,
+    seed: NoiseSeed = 0,
     device: Device = "auto",
     threads: Threads = None,
     allow_code: AllowCode = False,

@@ -25,8 +25,8 @@ from tiltflow.commands.terminal.exit_codes import CTRL_C, FAILURE, exit_code
 from tiltflow.errors import InputError, Note, TiltflowError
 
 ORDER = (
-    *("train", "doctor", "advise", "verify-checkpoint", "sweep", "compare", "evaluate", "export"),
-    *("serve-reward", "sample", "verify", "pretrain", "recipes", "settings"),
+    *("train", "view", "sample", "evaluate", "export", "doctor", "advise", "sweep", "compare", "recipes", "settings"),
+    *("verify", "pretrain", "vote", "serve-reward", "verify-checkpoint"),
 )
 """Order of the verbs in --help; other verbs follow."""
 

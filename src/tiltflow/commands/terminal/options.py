@@ -60,19 +60,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the resul
 Seed = Annotated[
     int | None, typer.Option(help="Seed; the same seed gives the same run, bit for bit.", show_default="the recipe's")
 ]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")]
+NoiseSeed = Annotated[int, typer.Option(min=0, help="Seed of the noise; the same seed draws the same samples.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda if available, else cpu.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="torch's choice")]
 AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code", callback=allow_code, help="Allow code in the folder of a run, if its recipe names some."),
+    typer.Option(
+        "--allow-code",
+        callback=allow_code,
+        help="Run Python code that came in the folder of a run or model, where its recipe names some: only if you trust it.",
+    ),
 ]
 AcceptChanges = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
         callback=accept_changes,
-        help="Continue although the base, the prompts or the reward of the run have changed.",
+        help="Go on although the base, the prompts or the reward are no longer those that the run began with.",
     ),
 ]
 
