@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -269,34 +268,6 @@ def test_the_shell_completes_names() -> None:
     ]
     assert completed("tiltflow settings adj") == ["adjoint-matching"]
     assert "complete -o default -F _tiltflow_completion tiltflow" in shell_script()
-
-
-OFFERED = {
-    "bash": 'source ~/.bashrc; COMP_WORDS=(tiltflow verify-c); COMP_CWORD=1; _tiltflow_completion tiltflow; echo "${COMPREPLY[@]}"',
-    "zsh": "source ~/.zshrc; print $_comps[tiltflow]",
-    "fish": 'complete -C "tiltflow verify-c"',
-}
-
-
-@pytest.mark.parametrize(
-    ("shell", "offered"), [("bash", "verify-checkpoint"), ("zsh", "_tiltflow"), ("fish", "verify-checkpoint")]
-)
-def test_completion_is_installed_in_a_new_home(shell: str, offered: str, tmp_path: Path) -> None:
-    """As a new terminal of this shell has it; of zsh, which completes at a prompt alone, that it knows whom to ask."""
-    if shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}")
-    code = "import sys; sys.argv[0] = 'tiltflow'; from tiltflow.commands.terminal.app import main; main()"
-    command = tmp_path / "bin" / "tiltflow"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
-    command.chmod(0o755)
-    detection = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    home = os.environ | {"HOME": str(tmp_path), "PATH": f"{command.parent}:{os.environ['PATH']}"} | detection
-    home.pop("XDG_CONFIG_HOME", None)
-    installed = subprocess.run(["tiltflow", "--install-completion", shell], capture_output=True, text=True, env=home)
-    assert f"{shell} completion installed" in installed.stdout
-    asked = subprocess.run([shell, "-c", OFFERED[shell]], capture_output=True, text=True, env=home)
-    assert asked.stdout.split()[:1] == [offered], asked.stderr
 
 
 def shell_script() -> str:

@@ -19,6 +19,7 @@ from tiltflow.data import Pairs, load_pairs
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.diffusion_dpo import DiffusionDpo, State
+from tiltflow.rewards.serving.votes import Votes
 from tiltflow.streams import stream
 
 
@@ -237,6 +238,24 @@ def test_pairs_of_a_folder_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "losers" / "1.png").unlink()
     with pytest.raises(InputError, match=r"1\.png is in one of the folders winners and losers alone"):
         load_pairs(tmp_path)
+
+
+def test_pairs_that_people_voted_on(tmp_path: Path) -> None:
+    """Who was chosen wins, on whichever side it was; a tie is no pair."""
+    levels = torch.linspace(-1, 0.8, 4)[:, None, None, None].expand(-1, 1, 4, 4)
+    names, prompts = ("after", "before"), ["a cat", "a dog", "a cat", "a cow"]
+    votes = Votes.create(tmp_path / "votes", names, prompts, [{}] * 4, [levels, levels + 0.2], 0)
+    with pytest.raises(InputError, match="nobody has chosen"):
+        DiffusionDpo(labels="hard", data=str(tmp_path / "votes")).new_state((1, 4, 4), 0, torch.device("cpu"))
+    votes.vote("second")
+    votes.vote("tie")
+    votes.vote("first")
+    pairs = DiffusionDpo(labels="hard", data=str(tmp_path / "votes")).new_state((1, 4, 4), 0, torch.device("cpu")).pairs
+    assert pairs is not None
+    assert pairs.prompts == ["a cat", "a cat"]
+    expected = [levels[0, 0, 0, 0] + 0.2, levels[2, 0, 0, 0]], [levels[0, 0, 0, 0], levels[2, 0, 0, 0] + 0.2]
+    for side, values in zip((pairs.winners, pairs.losers), expected, strict=True):
+        assert torch.allclose(side[:, 0, 0, 0], torch.stack(values), atol=0.01)
 
 
 def test_words_and_refusals(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Positive, Tempered, from_preset
 from tiltflow.methods.regressions.ode_samples import Count, OdeSamples, Rounds
+from tiltflow.rewards.serving.votes import PAIRS, Votes
 from tiltflow.samplers.grid import Start, spread_times
 from tiltflow.settings import PathOrName
 from tiltflow.streams import normal
@@ -105,8 +107,9 @@ class DiffusionDpo(OdeSamples, Tempered):
     num_draws: Count = 16
     """Noises and times whose mean is the log ratio of a sample: fewer of them are a weaker tilt. 1 as published."""
     data: PathOrName | None = None
-    """Pairs to learn from, in place of the model's own: an .npz file of `winners` and `losers`, or a folder with two of these
-    names; with `prompts` each pair counts for its own. By default two samples of the model are compared by the reward."""
+    """Pairs to learn from, in place of the model's own: an .npz file of `winners` and `losers`, a folder of two of these names,
+    or one of `tiltflow vote`; with prompts each pair counts for its own. By default two samples of the model are compared by
+    the reward."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +154,8 @@ class DiffusionDpo(OdeSamples, Tempered):
         """The state that is kept between batches. Raises InputError if the data cannot be read or are of another shape."""
         if self.data is None:
             return State(device)
-        pairs = load_pairs(self.data)
+        of_votes = (Path(self.data) / PAIRS).is_file()
+        pairs = Votes.open(Path(self.data)).decided() if of_votes else load_pairs(self.data)
         if pairs.winners.shape[1:] != event_shape:
             raise InputError(
                 f"method.data: pairs of shape {list(pairs.winners.shape[1:])}, but samples of {list(event_shape)}; of a model"

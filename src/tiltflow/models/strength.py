@@ -1,6 +1,6 @@
 """The strength of a tilt: models between the base, at 0, and what was tuned, at 1, and beyond.
 
-A heuristic: the law of such a model is not that of another temperature; docs/view.md says what is known of it.
+A heuristic: the law of such a model is not that of another temperature; docs/tilt-strength.md says what is known.
 """
 
 # Mutation tests: test_strength.py

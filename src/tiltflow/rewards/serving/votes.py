@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tiltflow.data import to_pixels
+from tiltflow.data import Pairs, to_pixels
 from tiltflow.errors import InputError
 from tiltflow.files import read_json, read_rows, trusted, write_folder, write_json, write_rows
 from tiltflow.rewards.functions.bradley_terry import share_interval
@@ -136,6 +136,17 @@ class Votes:
             return counted
         share, low, high = self.share()
         return f"{counted}: {self.names[0]} is chosen in {share:.0%} (95% interval {low:.0%} to {high:.0%})"
+
+    def decided(self) -> Pairs:
+        """The pairs of which one picture was chosen, as Diffusion-DPO learns from them; ties are left out. Raises InputError if
+        there is none, or if a picture cannot be read."""
+        decided = [i for i, choice in enumerate(self.choices) if choice != "tie"]
+        if not decided:
+            raise InputError(f"{self.folder}: nobody has chosen one of two pictures yet")
+        first, second = (self.pictures(side)[decided] for side in range(2))
+        won = torch.tensor([self.choices[i] == "first" for i in decided])[:, None, None, None]
+        prompts = [self.prompts[i] for i in decided]
+        return Pairs(torch.where(won, first, second), torch.where(won, second, first), prompts if any(prompts) else None)
 
     def outcomes(self) -> Tensor:
         """1 where the first picture was chosen, 0 where the second was, and 1/2 for a tie, float64 [votes]."""
