@@ -75,7 +75,7 @@ STRONG = [
     "train_batch_size=16384",
     "method.num_passes=300",
     "method.regression_batch_size=2048",
-    "method.path_steps=60",
+    "method.path_steps=45",
     "learning_rate=5e-3",
 ]
 BOTH = {("ring, strong", "path-reweighted"): STRONG}

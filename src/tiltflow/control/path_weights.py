@@ -82,14 +82,14 @@ def draw_paths(
     log_ratio, costs = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
     sign = torch.where(of_base, -1.0, 1.0)
     for k in range(len(chain)):
-        t, std = chain.times[k], chain.std[k].item()
-        v = base(x, t)
+        std = chain.std[k].item()
+        v = chain.velocity(k, base, x)
         if std == 0:
             x = chain.mean(k, x, v)
             continue
         noise = base.project(normal(x.shape, generator, x.dtype))
         if tuned is not None:
-            of_tuned = tuned(x, t)
+            of_tuned = chain.velocity(k, tuned, x)
             w = (chain.control_scale[k].item() * (of_tuned - v)).flatten(1).double()
             cost = w.square().sum(1) / 2
             log_ratio += (w * noise.flatten(1)).sum(1) + sign * cost

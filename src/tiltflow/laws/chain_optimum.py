@@ -102,7 +102,7 @@ def solve(
     value, steps = rewards / beta, []
     for k in range(len(chain) - 1, -1, -1):
         step = Step(axes, chain.std[k].item())
-        mean = chain.mean(k, x, base.velocity(x, chain.times[k])).numpy()
+        mean = chain.mean(k, x, chain.velocity(k, base.velocity, x)).numpy()
         if energy[k] > 0:
             width = (chain.v_scale[k].abs() / energy[k].sqrt()).item()
             after = step.best(value, mean, width)

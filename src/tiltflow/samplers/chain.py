@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiltflow.flows.field import Velocity
 from tiltflow.streams import Noise, normal
 
 
@@ -36,6 +37,10 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.std)
+
+    def velocity(self, k: int, velocity: Velocity, x: Tensor) -> Tensor:
+        """What step k asks of a velocity at x_k = x [batch, *event]: its value at t_k."""
+        return velocity(x, self.times[k])
 
     def mean(self, k: int, x: Tensor, v: Tensor) -> Tensor:
         """The mean of x_{k+1} given x_k = x and its velocity, both [batch, *event]."""

@@ -32,7 +32,7 @@ FEW_DIMENSIONS: dict[str, Tree] = {
     "dpok": {"clip_range": 0.2},
     "flow-grpo": {"clip_range": 0.2},
     "orw-cfm-w2": {"regression_batch_size": 1024},
-    "path-reweighted": {"regression_batch_size": 1024, "path_steps": 100},
+    "path-reweighted": {"regression_batch_size": 1024, "path_steps": 40},
     # of very many samples: fewer rounds, so that fewer errors add up; none at all where the base's samples suffice
     "tilt-matching": {
         "target_effective_sample_size": 0.25,
