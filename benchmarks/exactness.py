@@ -27,7 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tiltflow.errors import TiltflowError
+from tiltflow.flows.flow import Flow
+from tiltflow.laws.gaussian_mixture import ExactVelocity
 from tiltflow.problems.verification.verify import Fitted, Verification, Watch, once, read_verification, verify
+from tiltflow.training.trainer import Record
 
 
 def spread(dimension: int) -> list[str]:
@@ -66,6 +69,7 @@ METHODS: dict[str, list[str]] = {
     # no chain of theirs is to be sampled, but a velocity field
     "path-reweighted": ["sampling.solver=stochastic-heun", "method.num_inference_steps=15"],
     "tilt-matching": ["sampling.solver=stochastic-heun"],
+    "exact": ["sampling.solver=stochastic-heun"],  # the field of the tilted law: what the sampler alone leaves
 }
 FIRST = {"name": "tilt-matching", "num_passes": 250, "regression_batch_size": 2048, "target_effective_sample_size": 0.4}
 STRONG = [
@@ -75,18 +79,19 @@ STRONG = [
     "train_batch_size=16384",
     "method.num_passes=300",
     "method.regression_batch_size=2048",
-    "method.path_steps=45",
+    "method.path_steps=30",
     "learning_rate=5e-3",
 ]
 BOTH = {("ring, strong", "path-reweighted"): STRONG}
 """Overrides of a method on one problem: alone it stops there, for want of base samples that count, and says so. No gradient of
 the reward enters."""
-ANY_STEPS = ("tilt-matching", "path-reweighted")
+ANY_STEPS = ("tilt-matching", "path-reweighted", "exact")
 """Methods that learn from samples of an ODE, or from paths, whose steps are their own: one training serves every number of
 steps."""
 CHAINS = ("adjoint-matching", "score-as-action")
 """Methods whose trainings cost as much as the steps of their chain."""
 SECONDS = {"adjoint-matching": 55.0, "score-as-action": 70.0, "path-reweighted": 45.0, "tilt-matching": 65.0, "both": 90.0}
+SECONDS["exact"] = 5.0
 """About how long one training takes on one core at 15 steps."""
 KEYS = ("distance", "distance_ode", "floor", "floor_std", "distance_span", "distance_ode_span", "floor_span", "span")
 KEYS += ("reward", "reward_error", "reward_exact", "network_evaluations", "seconds", "achieved_tilt", "achieved_tilt_error")
@@ -121,7 +126,7 @@ class Job(NamedTuple):
 def rows_by(job: Job) -> list[dict[str, Any]]:
     """A row for each number of steps: the run, and what it found, or the line with which it stopped."""
     torch.set_num_threads(1)
-    fit = remembered()
+    fit = exact if job.method == "exact" else remembered()
     return [one(job, steps, fit) for steps in job.steps]
 
 
@@ -135,6 +140,13 @@ def remembered() -> Callable[[Verification, Watch], Fitted]:
         return found[0]
 
     return fit
+
+
+def exact(settings: Verification, watch: Watch) -> Fitted:
+    """The exact velocity of the tilted law, in the place of a training."""
+    problem: Any = settings.problem
+    law = problem.exact_law(settings.method, settings.iterations)
+    return Fitted(problem.base_flow(), Flow(ExactVelocity(law)), Record(0, {"loss": 0.0}, 0.0, 0), 1)
 
 
 def one(job: Job, steps: int, fit: Callable[[Verification, Watch], Fitted]) -> dict[str, Any]:
@@ -153,7 +165,7 @@ def one(job: Job, steps: int, fit: Callable[[Verification, Watch], Fitted]) -> d
     if method not in ANY_STEPS:
         sets.append(f"method.num_inference_steps={steps}")
     try:
-        found = verify(read_verification("mixture", method, sets), fit=fit).values
+        found = verify(read_verification("mixture", "tilt-matching" if method == "exact" else method, sets), fit=fit).values
     except TiltflowError as error:
         return row | {"stopped": str(error)}
     return row | {key: found.get(key) for key in KEYS}
@@ -199,8 +211,9 @@ def line(row: dict[str, Any]) -> str:
     head = f"{row['case']:13} {row['method']:17} K={row['steps']:<3} seed {row['seed']}"
     if "stopped" in row:
         return f"{head}  stopped: {row['stopped']}"
+    noisy, ode, floor = (row[key_of(row, kind)] for kind in ("distance", "distance_ode", "floor"))
     return (
-        f"{head}  SDE {row['distance'] / row['floor']:5.2f}  ODE {row['distance_ode'] / row['floor']:5.2f} of the floor,"
+        f"{head}  SDE {noisy / floor:5.2f}  ODE {ode / floor:5.2f} of the floor,"
         f" reward {row['reward']:.4f} (exact {row['reward_exact']:.4f}), {row['network_evaluations'] / 1e6:.1f}M evaluations,"
         f" {row['seconds']:.0f} s"
     )
@@ -258,7 +271,7 @@ def figures(options: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows_of(options.output) if "stopped" not in row and row["case"] == "fixture"]
-    colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
+    colours = dict(zip(METHODS, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True))
     for name, label in (
         ("steps", "steps K of the sampler, and of the chain that Adjoint Matching tunes"),
         ("network_evaluations", "network evaluations"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import affine
 import pytest
 import torch
@@ -30,7 +32,7 @@ def test_the_law_of_the_ends_is_of_second_order() -> None:
     """On N(0.7, 0.25), and, with two modes, of the tilt of the ends."""
     errors = [abs(steps_of(heun_chain(time_grid(steps))).law()[1].item() - affine.VARIANCE) for steps in (20, 40, 80)]
     assert errors[0] < 0.004
-    assert [a / b for a, b in zip(errors, errors[1:], strict=False)] == pytest.approx([4, 4], abs=0.05)
+    assert [a / b for a, b in pairwise(errors)] == pytest.approx([4, 4], abs=0.05)
     base = mixture(torch.tensor([[-1.5], [1.5]]).double(), (0.6, 0.4), (0.15**0.5, 0.3**0.5))
     reward = QuadraticReward(torch.tensor([0.8]).double(), 0.7)
     left = [
@@ -63,7 +65,7 @@ def test_the_noise_is_that_of_the_memoryless_sde_and_the_last_step_has_none() ->
 def test_the_ends_forget_the_start_as_steps_shrink() -> None:
     left = [steps_of(heun_chain(time_grid(steps))).gain.prod().item() for steps in (30, 60, 120)]
     assert left[0] < 0.01
-    assert [a / b for a, b in zip(left, left[1:], strict=False)] == pytest.approx([2, 2], abs=0.1)
+    assert [a / b for a, b in pairwise(left)] == pytest.approx([2, 2], abs=0.1)
 
 
 def test_a_step_asks_for_the_velocity_at_its_start_and_past_its_end_and_once_in_the_last() -> None:

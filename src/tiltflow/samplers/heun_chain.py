@@ -44,7 +44,8 @@ class HeunChain(Chain):
 
 
 def heun_chain(times: Tensor) -> HeunChain:
-    """The chain on a grid [K + 1], float64. A step goes past its end by its own length, or by half of what is left, if that is less."""
+    """The chain on a grid [K + 1], float64. A step goes past its end by its own length, or by half of what is left, if that is
+    less."""
     t, s = times[:-1], times[1:]
     past = torch.minimum(2 * s - t, (1 + s) / 2)
     back = s / past
