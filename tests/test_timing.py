@@ -100,10 +100,10 @@ OF_METHODS: dict[str, tuple[Any, dict[str, float]]] = {
         OrwCfmW2(solver="heun", num_inference_steps=3, num_passes=1, alpha=0.5),
         none_but(rollout=5, reward=1e4, update=101),
     ),
-    # 4 steps of the base, which takes the last one, without noise, alone; 2 passes of the tuned network
+    # 4 steps of two evaluations, but for the last, without noise, which the base takes alone; 2 passes of the tuned network
     "path-reweighted": (
         PathReweighted(num_inference_steps=4, path_steps=4, proposal="mixture", num_passes=2, beta=9.0),
-        none_but(rollout=403, reward=1e4, update=2),
+        none_but(rollout=706, reward=1e4, update=2),
     ),
 }
 
