@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         for method in options.methods:
             folder = root / f"{method}-{seed}"
             own = [f"model.path={behaviour}", f"conditions.data={data}", f"reward.data={data}", f"seed={seed}"]
-            own += [f"reward.seed={seed}", f"training.max_train_steps={options.updates}", *METHODS[method]]
+            own += [f"reward.seed={seed}", f"training.max_train_steps={options.updates}", *METHODS[method], *options.set]
             if not (folder / "summary.json").exists():
                 changes = [word for each in own for word in ("--set", each)]
                 tiltflow("train", recipe, "--output", folder, *changes, "--resume", "--threads", "1", "--quiet")
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--task", type=int, default=1)
     parser.add_argument("--sparse", action="store_true", help="rewards of -1 until the task is over")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["qam", "bam", "ifql", "fql"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes to all recipes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data-episodes", type=int, default=1000, help="episodes of play")
     parser.add_argument("--cloning", type=int, default=30_000, help="optimizer steps of the clone")

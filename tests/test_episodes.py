@@ -14,6 +14,7 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.episodes import BestOf, Episode, Valued, play_episodes, summary_of
 from tiltflow.flows.flow import Flow
 from tiltflow.models.policy import Policy
+from tiltflow.policies.drawing import from_above
 from tiltflow.samplers.sampling import Sampling
 
 
@@ -139,3 +140,25 @@ def test_the_best_of_several_chunks_by_hand() -> None:
     drawn = noise.act(observations.repeat_interleave(3, 0), seed=5, batch_size=4).reshape(2, 3, 2)
     assert torch.equal(best[0, :, 0], drawn[0, drawn[0, :, 1].argmax()])
     assert torch.equal(best[1, :, 0], drawn[1, drawn[1, :, 1].argmin()])
+
+
+def test_the_first_episode_is_watched() -> None:
+    seen = list[tuple[float, int]]()
+    play_episodes(policy(), Walk, 2, watch=lambda world, info: seen.append((world.place, world.steps)))  # type: ignore[attr-defined]
+    assert [steps for _, steps in seen] == [0, 1, 2, 3, 4, 5]
+    assert [place for place, _ in seen] == pytest.approx([-3.2, -2.2, -1.2, -0.2, 0.8, 0.0], abs=1e-6)
+
+
+def test_things_from_above_are_where_they_are() -> None:
+    """A block in the middle of what is seen, and a ring, wider when it is higher, nearer the arm and to its left."""
+    info = {"privileged/block_0_pos": [0.425, 0.0, 0.02], "privileged/block_0_quat": [1, 0, 0, 0]}
+    block = np.asarray(from_above(info))
+    rows, columns = (block != 255).any(2).nonzero()
+    assert (rows.mean(), columns.mean()) == pytest.approx((100, 100), abs=1)
+    widths = []
+    for height in (0.0, 0.2):
+        ring = np.asarray(from_above({"proprio/effector_pos": [0.3125, 0.2, height]}))
+        rows, columns = (ring != 255).any(2).nonzero()
+        assert (rows.mean(), columns.mean()) == pytest.approx((50, 50), abs=1)
+        widths.append(np.ptp(columns))
+    assert widths[1] > widths[0] + 10

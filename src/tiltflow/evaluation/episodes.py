@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ from tiltflow.streams import stream
 
 Values = Callable[[Tensor, Tensor], Tensor]
 """(observations [n, observation], chunks of actions [n, horizon * action]) -> their values [n]."""
+
+
+Watch = Callable[[Environment, Mapping[str, Any]], None]
 
 
 class Actor(Protocol):
@@ -85,6 +88,7 @@ def play_episodes(
     seed: int = 0,
     at_once: int = 10,
     valued: Valued | None = None,
+    watch: Watch | None = None,
 ) -> list[Episode]:
     """Play episodes: a chunk of actions is drawn for an observation, clipped to [-1, 1], and taken one action after another.
 
@@ -93,20 +97,24 @@ def play_episodes(
         at_once: environments that are played side by side, so that the network sees several observations. An episode depends
             on its number and the seed, and on the others of its round in the last bits of what the network computes.
         valued: estimates the value of the first chunk, to be compared with the discounted return.
+        watch: sees the first episode: the environment and what it told, at the beginning and after each step.
 
     Raises InputError if the environment has other observations or actions than the policy.
     """
     environments = [make() for _ in range(min(at_once, count))]
     found: list[Episode] = []
     for begin in range(0, count, len(environments)):
-        found += _round(policy, environments[: count - begin], begin, seed, valued)
+        found += _round(policy, environments[: count - begin], begin, seed, valued, watch if begin == 0 else None)
     return found
 
 
-def _round(policy: Actor, environments: Sequence[Environment], begin: int, seed: int, valued: Valued | None) -> list[Episode]:
+def _round(
+    policy: Actor, environments: Sequence[Environment], begin: int, seed: int, valued: Valued | None, watch: Watch | None
+) -> list[Episode]:
     seeds = [stream(seed, "episode", begin + i).initial_seed() % 2**31 for i in range(len(environments))]
     discount = None if valued is None else valued.discount
-    lanes, turn = [_Lane(*pair, discount) for pair in zip(environments, seeds, strict=True)], 0
+    watches = [watch if i == 0 else None for i in range(len(seeds))]
+    lanes, turn = [_Lane(*one, discount) for one in zip(environments, seeds, watches, strict=True)], 0
     while going := [lane for lane in lanes if not lane.over]:
         observations = np.stack([np.asarray(lane.observation, dtype=np.float32) for lane in going])
         noise = stream(seed, "act", begin, turn).initial_seed()
@@ -124,9 +132,11 @@ def _round(policy: Actor, environments: Sequence[Environment], begin: int, seed:
 class _Lane:
     """An episode that is being played."""
 
-    def __init__(self, environment: Environment, seed: int, discount: float | None):
-        self.environment, self.discount = environment, discount
-        self.observation, _ = environment.reset(seed=seed)
+    def __init__(self, environment: Environment, seed: int, watch: Watch | None, discount: float | None):
+        self.environment, self.watch, self.discount = environment, watch, discount
+        self.observation, info = environment.reset(seed=seed)
+        if watch is not None:
+            watch(environment, info)
         self.over, self.success, self.returned, self.steps = False, False, 0.0, 0
         self.value: float | None = None
         self.discounted, self.terminated = 0.0, False
@@ -138,6 +148,8 @@ class _Lane:
                 self.observation, reward, terminated, truncated, info = self.environment.step(action)
             except (ValueError, IndexError) as error:
                 raise InputError(f"the environment does not take actions of {len(action)} numbers ({error})") from None
+            if self.watch is not None:
+                self.watch(self.environment, info)
             self.discounted += (self.discount or 1.0) ** self.steps * float(reward)
             self.steps, self.returned, self.terminated = self.steps + 1, self.returned + float(reward), bool(terminated)
             self.over, self.success = terminated or truncated, self.success or bool(info.get("success", terminated))
