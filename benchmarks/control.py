@@ -53,7 +53,7 @@ METHODS: dict[str, list[str]] = {
     "fbrac": ["method=fbrac"],
     "fawac": ["method=rwr", "training.prompts_per_step=32", "training.num_generations=8"],
 }
-"""Changes to the recipe of each method."""
+"""Changes to the recipe of each method, after those that are asked for."""
 BEST_OF = {"ifql": 8}
 """Chunks that are chosen from when it is played."""
 
@@ -62,7 +62,8 @@ def tiltflow(*words: str | Path) -> None:
     """Run a command, and print it."""
     command = ["tiltflow", *map(str, words)]
     print(" ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    if code := subprocess.run([sys.executable, "-m", *command], stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(code)  # it has said why
 
 
 def run(options: argparse.Namespace) -> None:
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         for method in options.methods:
             folder = root / f"{method}-{seed}"
             own = [f"model.path={behaviour}", f"conditions.data={data}", f"reward.data={data}", f"seed={seed}"]
-            own += [f"reward.seed={seed}", f"training.max_train_steps={options.updates}", *METHODS[method], *options.set]
+            own += [f"reward.seed={seed}", f"training.max_train_steps={options.updates}", *options.set, *METHODS[method]]
             if not (folder / "summary.json").exists():
                 changes = [word for each in own for word in ("--set", each)]
                 tiltflow("train", recipe, "--output", folder, *changes, "--resume", "--threads", "1", "--quiet")
@@ -100,7 +101,9 @@ def play(options: argparse.Namespace, policy: Path, to: Path, seed: int, sparse:
     words = ["evaluate-policy", str(policy), "--environment", options.environment, "--task", str(options.task), *sparse]
     words += ["--episodes", str(options.episodes), "--seed", str(seed), "--best-of", str(best_of), "--threads", "1", "--json"]
     print(" ".join(["tiltflow", *words]), flush=True)
-    done = subprocess.run([sys.executable, "-m", "tiltflow", *words, "--quiet"], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tiltflow", *words, "--quiet"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
     to.write_text(done.stdout)
 
 

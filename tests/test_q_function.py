@@ -24,6 +24,7 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.flows.flow import Flow
 from tiltflow.models.policy import load_policy
 from tiltflow.networks.critic_ensemble import CriticEnsemble
+from tiltflow.problems.linear_quadratic import LinearQuadratic
 from tiltflow.rewards import LearnedReward
 from tiltflow.rewards.q_function import QFunction, QReward
 from tiltflow.runs.doctor import examine
@@ -237,6 +238,34 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         files = [tmp_path / name / file for file in ("model/model.safetensors", "reward.safetensors")]
         weights.append({f"{file.name} {key}": value for file in files for key, value in load_file(file).items()})
     assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_its_values_are_those_of_a_regulator(tmp_path: Path) -> None:
+    """Of a linear system under a Gaussian feedback, whose value is quadratic in closed form: actions beside the mean one."""
+    problem, rng, episodes, steps = LinearQuadratic(scale=0.25), np.random.default_rng(0), 400, 40
+    state, rows = rng.normal(size=episodes), dict[str, list[Any]](observations=[], actions=[], rewards=[])
+    for _ in range(steps):
+        action = -problem.feedback * state + problem.scale * rng.normal(size=episodes)
+        cost = (problem.state_cost * state**2 + problem.action_cost * action**2) / 2
+        for values, value in zip(rows.values(), (state, action, -cost), strict=True):
+            values.append(value)
+        state = problem.drift * state + problem.gain * action
+    arrays = {key: np.stack(values, 1).reshape(-1) for key, values in rows.items()}
+    columns = {key: arrays[key][:, None] for key in ("observations", "actions")}
+    masks = np.ones(episodes * steps)
+    path = replay(tmp_path / "data.npz", episodes=(steps,) * episodes, **arrays | columns, masks=masks)
+    more = {"discount": problem.discount, "pessimism": 0.0, "learning_rate": 2e-3, "target_decay": 0.98, "num_steps": 3000}
+    reward = q_reward(path, horizon=1, hidden=64, layers=2, num_inference_steps=5, **more)
+    reward.learn(torch.zeros(0), problem.base_flow(), stream(0))
+    errors = []
+    for s in (-0.8, 0.0, 0.8):
+        actions = torch.tensor([[-0.6], [-0.3], [0.3], [0.6]]) - problem.feedback * s
+        zero = torch.full((4, 1), -problem.feedback * s)
+        value = at(reward, torch.full((4, 1), s))
+        exact = problem.value(s)
+        errors.append((value(actions) - value(zero)).double() - (exact(actions.double()) - exact(zero.double())))
+    assert torch.cat(errors).square().mean().sqrt().item() < 0.06
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -59,7 +60,9 @@ def make(name: str, task: int | None = None, *, sparse: bool = False, **options:
         import ogbench.manipspace  # noqa: F401
     except ImportError:
         raise not_installed("ogbench", "control") from None
-    made = gymnasium.make(f"{name}-v0" if task is None else f"{name}-singletask-task{task}-v0", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own spaces, whose bounds it rounds to float32
+        made = gymnasium.make(f"{name}-v0" if task is None else f"{name}-singletask-task{task}-v0", **options)
     return gymnasium.wrappers.TransformReward(made, lambda reward: -float(reward != 0)) if sparse else made
 
 
