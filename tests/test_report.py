@@ -285,3 +285,17 @@ def test_the_achieved_tilt_is_told_in_words(tmp_path: Path) -> None:
     assert tilt({"achieved_tilt": None}) == ""
     why = SUMMARY | {"achieved_tilt": None, "achieved_tilt_absent": "It is <not> known."}
     assert "The achieved tilt is not known. It is &lt;not&gt; known." in write(tmp_path / "absent", why)
+
+
+def test_a_report_may_load_nothing(tmp_path: Path) -> None:
+    """By its own policy, and in fact: what it names of other hosts is the source of its charts, in a comment."""
+    page = write(tmp_path / "run", SUMMARY)
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy"\s+content="([^"]*)"', page)
+    assert policy is not None
+    allowed = dict(part.strip().split(" ", 1) for part in policy[1].split(";"))
+    assert allowed == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "script-src": "'unsafe-inline'",
+    }  # fmt: skip
+    assert re.findall(r"https?://[^\s\"'<>)]*", page.replace("http://www.w3.org/", "")) == ["https://github.com/leeoniya/uPlot"]
+    assert not re.findall(r"url\((?!#)", page)
+    assert "Copyright (c) 2022 Leon Sorokin" in page  # the licence of what is inlined asks for it

@@ -14,7 +14,7 @@ from tiltflow.reports.values import capital
 
 AXES = ("step", "seconds", "network_evaluations")
 """Keys of a record that curves can be drawn over."""
-MOST_POINTS = 1000
+MOST_POINTS = 500
 """Points of a curve in a report; in one of more each point is the mean of several steps."""
 DIGITS = 5
 

@@ -183,8 +183,8 @@
     $$(".controls").forEach(controls);
     redraw();
   };
-  key("s", "smoother curves", smoother(1));
-  key("S", "less smooth", smoother(-1));
+  key("s", "smoother curves", smoother(5));
+  key("S", "less smooth", smoother(-5));
   key("z", "whole curves again, after a zoom by a drag", reset);
   key("x", "curves over iterations, time, or network evaluations", () => {
     const names = Object.keys(AXES);
@@ -203,5 +203,6 @@
   on("theme", redraw);
   on("curves", redraw);
   on("article", () => { charts.clear(); begin(); });
+  tiltflow.charts = charts;
   begin();
 })();

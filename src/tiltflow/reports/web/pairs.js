@@ -65,6 +65,13 @@
       parts.push(element("label", {for: "order"}, "order"), element("select", {id: "order", onchange: order},
         ...Object.entries(ORDERS).map(([name, [title]]) => element("option", {value: name}, title))));
     }
+    const loose = $(".pairs.loose");
+    if (loose && rows.length > 3) {  // on a phone all of them are a long way down
+      loose.classList.add("few");
+      const more = element("button", {type: "button", onclick: () => { loose.classList.remove("few"); more.remove(); }},
+        `all ${drawn.length} pairs`);
+      loose.after(element("p", {}, more));
+    }
     place.replaceChildren(...parts);
     place.hidden = !parts.length;
   };
