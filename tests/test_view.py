@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -99,6 +102,24 @@ def test_the_page_of_a_run_is_its_report(run: Path) -> None:
     assert all(source.startswith(("data:", "#")) for source in parser.sources)
     report = words((run / "report.html").read_text())
     assert set(report.split()) <= set(words(page).split())
+
+
+def test_only_the_scripts_of_the_page_are_run(run: Path) -> None:
+    """By the server's policy: a word that is another for each page, and that a script in a run cannot know."""
+    with served(run) as port:
+        known = set()
+        for _ in range(2):
+            connection = HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            policy, page = answer.getheader("Content-Security-Policy") or "", answer.read().decode()
+            connection.close()
+            nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)
+            assert nonce is not None
+            assert "default-src 'none'" in policy
+            assert page.count(f'<script nonce="{nonce[1]}">') == page.count("<script") - 1  # the data are no script
+            known.add(nonce[1])
+    assert len(known) == 2
 
 
 def test_a_growing_run_is_asked_for_what_is_new(run: Path) -> None:
@@ -235,3 +256,22 @@ def test_stages_link_to_their_runs_and_an_unfinished_comparison_says_so(tmp_path
         assert 'href="/?at=runs%2Fstages%2Fstage-01"' in page
         assert "&lt;entropy&gt;" in page
         assert "comparison.json" in words(ask(port, "/?at=runs/compare")[1])
+
+
+@pytest.mark.slow
+def test_the_command_prints_an_address_and_ends_by_ctrl_c(run: Path) -> None:
+    command = [sys.executable, "-m", "tiltflow", "view", str(run), "--no-browser", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        port = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert port is not None, line + process.stderr.read()
+        assert ask(int(port[1]), "/")[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    wrong = subprocess.run([*command[:4], str(run.parent / "none"), *command[5:]], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "there is no such folder" in wrong.stderr

@@ -61,7 +61,7 @@ def read_page(folder: Path, summary: Mapping[str, Any]) -> Page:
     )
 
 
-def render(part: str, title: str, data: Mapping[str, Any], scripts: Sequence[str] = (), **values: Any) -> str:
+def render(part: str, title: str, data: Mapping[str, Any], scripts: Sequence[str] = (), nonce: str = "", **values: Any) -> str:
     """Render a page as HTML; every value is escaped.
 
     Args:
@@ -69,12 +69,13 @@ def render(part: str, title: str, data: Mapping[str, Any], scripts: Sequence[str
         data: what the scripts draw, as JSON.
         scripts: texts of more scripts, of a page that is served; without them the page is a file of its own, and is allowed to
             load nothing.
+        nonce: an attribute of all scripts, of a page that is served.
     """
     texts = [*((TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS), *scripts]
     return (
         environment()
         .get_template("shell.html.j2")
-        .render(part=part, title=title, data=in_script(data), scripts=texts, live=bool(scripts), **values)
+        .render(part=part, title=title, data=in_script(data), scripts=texts, live=bool(scripts), nonce=nonce, **values)
     )
 
 

@@ -32,12 +32,16 @@ PARTS = Path(__file__).parent / "parts"
 IN_WORDS = {"training": "is being trained", "waiting": "begins", "stopped": "was stopped", "finished": "is finished"}
 
 
-def page_of(place: Place) -> str:
-    """The page of a place."""
+def page_of(place: Place, nonce: str) -> str:
+    """The page of a place.
+
+    Args:
+        nonce: the word by which the server's policy knows the scripts of the page from any that a run might bring.
+    """
     runs = runs_of(place)
     data = {"runs": [run_data(run) for run in runs], "shown": place.key, "kind": place.kind, "stamp": stamp_of(place)}
     part, values = said_of(place)
-    return render(part, place.name, data, scripts(), **values)
+    return render(part, place.name, data, scripts(), nonce, **values)
 
 
 def report_of(place: Place) -> str:

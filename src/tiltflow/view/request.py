@@ -36,10 +36,12 @@ class Request:
 
 @dataclass(frozen=True)
 class File:
-    """An answer that is not JSON, such as a picture: its bytes and their media type."""
+    """An answer that is not JSON, such as a picture: its bytes, their media type, and of a page the word without which its
+    scripts are not run."""
 
     data: bytes
     kind: str
+    nonce: str = ""
 
 
 Answer = Mapping[str, Any] | File

@@ -22,6 +22,7 @@ How a further part adds to the page, without a line here:
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -36,8 +37,8 @@ from tiltflow.view.request import Answer, File, MissingError, Request, Route, Vi
 MOST_BYTES = 1 << 20  # of a request
 API = "/api/"
 POLICY = (
-    "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'; script-src "
 )
 
 
@@ -115,7 +116,8 @@ def handler(known: Mapping[str, Route], view: View) -> type[BaseHTTPRequestHandl
 
         def _page(self, request: Request) -> None:
             place = view.place(request)
-            self._send(200, File(page.page_of(place).encode(), "text/html; charset=utf-8"))
+            nonce = secrets.token_urlsafe(16)
+            self._send(200, File(page.page_of(place, nonce).encode(), "text/html; charset=utf-8", nonce))
 
         def _is_ours(self) -> bool:
             """Whether the browser was led here by this address: any name of a site can be made to point here."""
@@ -131,7 +133,7 @@ def handler(known: Mapping[str, Route], view: View) -> type[BaseHTTPRequestHandl
             for key, value in {
                 "Content-Type": file.kind,
                 "Content-Length": str(len(file.data)),
-                "Content-Security-Policy": POLICY,
+                "Content-Security-Policy": POLICY + (f"'nonce-{file.nonce}'" if file.nonce else "'none'"),
                 "X-Content-Type-Options": "nosniff",
                 "Referrer-Policy": "no-referrer",
                 "Cache-Control": "no-store",

@@ -97,16 +97,18 @@
     if (!lines.length) return place.replaceChildren(element("p", {class: "note"}, "no values yet"));
     const {table, series, bands} = tables(lines, looks);
     const axis = {stroke: colour("soft"), grid: {stroke: colour("line"), width: 1}, ticks: {show: false}, font: "12px system-ui, sans-serif"};
-    const targets = looks || !log ? lines.map((each) => each.target).filter(known) : [];
+    const bars = lines.flatMap((each) => (each.errors || []).flatMap((error, i) =>
+      known(error) && known(each.values[i]) ? [each.values[i] - error, each.values[i] + error] : []));
+    const beside = [...lines.map((each) => each.target).filter(known), ...bars];
     place.replaceChildren();
     const chart = new uPlot({
       width: place.clientWidth, height: 180, series, bands,
       cursor: {sync: {key: looks ? "looks" : "training"}, drag: {x: true, y: false}, points: {size: 7}},
       legend: {live: true, markers: {width: 2}},
       scales: {
-        x: {time: false},
+        x: {time: false, range: (u, low, high) => looks ? [low - 0.02 * (high - low), high + 0.02 * (high - low)] : [low, high]},
         y: {distr: log ? 3 : 1, range: log ? undefined : (u, low, high) =>
-          uPlot.rangeNum(Math.min(low, ...targets), Math.max(high, ...targets), 0.1, true)},
+          uPlot.rangeNum(Math.min(low, ...beside), Math.max(high, ...beside), 0.1, true)},
       },
       padding: [8, 8, 0, 0],
       axes: [{...axis, grid: {show: false}, values: (u, all) => all.map(compact), space: 60, size: 26},
