@@ -113,6 +113,7 @@ STEPS = """
     found.other_paper = getComputedStyle(document.body).backgroundColor; found.painted_again = painted();
     found.smoothing = $(".controls output").textContent;
     press("s"); found.smoother = $(".controls output").textContent;
+    found.mean = tiltflow.charts.get($(".chart[data-name=loss]")).data.at(-1)[49];
     press("?"); found.help = $("#help").open; found.keys = $$("#help kbd").map((each) => each.textContent); press("?");
     const plot = $(".chart[data-name=loss] .plot"), value = () => plot.querySelectorAll(".u-value")[1].textContent;
     found.last = value();
@@ -153,6 +154,8 @@ def test_a_report_in_a_browser(report: Path, width: int, dark: bool) -> None:
     papers = ["rgb(20, 24, 29)", "rgb(247, 246, 243)"]
     assert [found["paper"], found["other_paper"]] == (papers if dark else papers[::-1])
     assert found["smoothing"] != found["smoother"]
+    assert found["smoother"] == "mean of 11"
+    assert found["mean"] == pytest.approx(sum(1 / i for i in range(45, 56)) / 11, rel=1e-4)  # at iteration 50
     assert found["help"]
     assert {"?", "d", "s", "z", "x", "p", "/"} <= set(found["keys"])
     assert found["last"] != found["first"]
