@@ -299,3 +299,17 @@ def test_a_report_may_load_nothing(tmp_path: Path) -> None:
     assert re.findall(r"https?://[^\s\"'<>)]*", page.replace("http://www.w3.org/", "")) == ["https://github.com/leeoniya/uPlot"]
     assert not re.findall(r"url\((?!#)", page)
     assert "Copyright (c) 2022 Leon Sorokin" in page  # the licence of what is inlined asks for it
+
+
+def test_a_report_of_a_long_run_is_small(tmp_path: Path) -> None:
+    """Eight curves of 5,000 steps are means of 10 steps each."""
+    write(tmp_path / "run", SUMMARY)
+    keys = ("reward", "loss", "path_kl", "gradient_norm", "effective_sample_size", "largest_weight", "kl", "step_kl")
+    lines = [
+        {"step": i, "seconds": i / 3, "network_evaluations": 9 * i, **dict.fromkeys(keys, i * 7919 % 1000 / 3)}
+        for i in range(1, 5001)
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path / "run").read_text()
+    assert "the mean of 10 iterations" in page
+    assert len(page) < 250_000

@@ -64,7 +64,7 @@ def row(place: int, run: Shown) -> list[Cell]:
     steps, seconds = ([value for value in run.drawn["axes"][axis] if value is not None] for axis in ("step", "seconds"))
     return [
         Cell(run.name, href=run.href, swatch=f"s{place % len(SERIES)}", run=run.key),
-        Cell(run.state),
+        Cell(f"{run.state}, alarm" if run.drawn["looks"]["alarm"] is not None else run.state),
         Cell(str(run.summary.get("method") or "–")),
         *numbers,
         Cell(str(steps[-1]), steps[-1]) if steps else Cell("–"),

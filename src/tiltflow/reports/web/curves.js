@@ -30,7 +30,8 @@
   const ofTraining = (name) => visible().filter((run) => run.curves[name]).map((run) => {
     const {values, spread, target} = run.curves[name], smooth = smoothed(values, half(values.length));
     const wide = spread && !several() ? smoothed(spread, half(values.length)) : null;
-    return {run, name, x: run.axes[settings.axis], raw: settings.smoothing ? values : null, values: smooth, target,
+    const {alarm, best} = settings.axis === "step" ? run.looks : {};
+    return {run, name, alarm, best, x: run.axes[settings.axis], raw: settings.smoothing ? values : null, values: smooth, target,
       band: wide && [smooth.map((y, i) => known(y) && known(wide[i]) ? y - wide[i] : null),
         smooth.map((y, i) => known(y) && known(wide[i]) ? y + wide[i] : null)]};
   });
@@ -182,7 +183,7 @@
   const smoother = (change) => () => {
     settings.smoothing = Math.min(30, Math.max(0, settings.smoothing + change));
     store.write("smoothing", settings.smoothing);
-    $$(".controls").forEach(controls);
+    $$(".of-curves").forEach(controls);
     redraw();
   };
   key("s", "smoother curves", smoother(5));
@@ -191,13 +192,13 @@
   key("x", "curves over iterations, time, or network evaluations", () => {
     const names = Object.keys(AXES);
     settings.axis = names[(names.indexOf(settings.axis) + 1) % names.length];
-    $$(".controls").forEach(controls);
+    $$(".of-curves").forEach(controls);
     redraw();
   });
 
   const begin = () => {
     $$(".swatch").forEach((swatch) => swatch.setAttribute("aria-pressed", !settings.hidden.has(swatch.dataset.run)));
-    $$(".controls").forEach(controls);
+    $$(".of-curves").forEach(controls);
     redraw();
   };
   let width = innerWidth;
