@@ -129,7 +129,7 @@ def row(method: Line) -> list[str]:
         name,
         shown(method["distance"]),
         "–" if value is None else f"{value:.1f}" if value < HUGE else large(value),
-        shown(method["quarter"]),
+        shown(method["points"][0]["distance"]),
         *(shown(method[key]) for key in ("reward", "achieved_tilt", "diversity")),
         f"{method['steps']:,.0f}",
         f"{method['reward_evaluations']['mean']:,.0f}",
@@ -167,7 +167,7 @@ def shown(number: Mapping[str, float | None]) -> str:
 def large(number: float) -> str:
     """A number by its size: 3.2e16 is 3·10^16."""
     digit, _, power = f"{number:.0e}".partition("e")
-    return f"{digit}·10^{int(power)}"
+    return f"{digit}·10^{int(power)}".replace("-", "−")
 
 
 def markdown(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -197,10 +197,11 @@ def which_method(lines: Sequence[Line]) -> str:
 
 
 def link(name: str) -> str:
-    """A method with a link to its page, as docs/methods.md has it."""
-    found = re.search(rf"^\| `{name}` \|.*\]\((.*)\) \|$", METHODS.read_text(encoding="utf-8"), re.MULTILINE)
+    """A method with a link to its page and its paper, as docs/methods.md has them."""
+    found = re.search(rf"^\| `{name}` \| (\S+) \|.*\]\((.*)\) \|$", METHODS.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, name
-    return f"[`{name}`](docs/{found[1]})"
+    paper, page = found.groups()
+    return f"[`{name}`](docs/{page})" + ("" if paper == "–" else f" (arXiv {paper})")
 
 
 def ended(line: Line, name: str) -> str:

@@ -110,6 +110,7 @@ def test_the_table_of_the_readme_says_who_ran_away() -> None:
     assert rows[0] == ["your reward", "method", "aims at", "ring, 2-d"]
     found = {re.findall("`(.*)`", row[1])[0]: row for row in rows[2:]}
     assert found["adjoint-matching"] == rows[2]
-    assert rows[2] == ["differentiable", "[`adjoint-matching`](docs/adjoint-matching.md)", "p_base exp(r/β)", "1.5"]
+    named = "[`adjoint-matching`](docs/adjoint-matching.md) (arXiv 2409.08861)"
+    assert rows[2] == ["differentiable", named, "p_base exp(r/β)", "1.5"]
     assert (found["draft"][-1], found["refl"][-1]) == ("away", "away")
     assert [row[0] for row in rows[2:]] == sorted((row[0] for row in rows[2:]), key=lambda words: words == "any")

@@ -1,7 +1,7 @@
 """The scoreboard: what methods reached at equal cost, as `tiltflow compare` wrote it, of which tables and advice are made.
 
 scoreboard.jsonl has a line for each problem or recipe of each comparison: the command, what the base and the target law have,
-and of each method the means over seeds with their standard errors, `quarter` being the distance at a quarter of the budget.
+and of each method the means over seeds with their standard errors, `points` being those at a quarter and at half of the budget.
 `python scripts/scoreboard.py add FOLDER` writes it.
 """
 
@@ -49,7 +49,7 @@ def lines_of(content: Line, name: str, dimensions: Mapping[str, int | None]) -> 
             "beta": found["beta"],
             "references": {key: rounded(found["references"][key]["mean"]) for key in REFERENCES},
             "methods": [
-                {key: kept(method[key]) for key in KEPT} | {"quarter": kept(method["points"][0]["distance"])}
+                {key: kept(method[key]) for key in KEPT} | {"points": [on_the_way(each) for each in method["points"][:2]]}
                 for method in found["methods"]
             ],
         }
@@ -60,6 +60,11 @@ def lines_of(content: Line, name: str, dimensions: Mapping[str, int | None]) -> 
 def kept(value: Any) -> Any:
     """A value of a method; of one over seeds the mean and its standard error, in six digits."""
     return {key: rounded(value[key]) for key in ("mean", "error")} if isinstance(value, Mapping) else value
+
+
+def on_the_way(point: Line) -> Line:
+    """What a method had reached at a share of the budget."""
+    return {"share": point["share"], **{key: kept(point[key]) for key in ("reward", "distance", "diversity")}}
 
 
 def rounded(value: float | None) -> float | None:
