@@ -181,8 +181,12 @@ def markdown(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[st
 # ---- which method for which reward ----
 
 
-def which_method(lines: Sequence[Line]) -> str:
-    """The table of the README: what a method needs, the law that it aims at, and where it ended, in floors."""
+def which_method(lines: Sequence[Line], docs: str) -> str:
+    """The table of all methods: what a method needs, the law that it aims at, and where it ended, in floors.
+
+    Args:
+        docs: the way to the docs from the page that it is on.
+    """
     known = {line["comparison"]: line for line in lines if line["kind"] == "problem"}
     columns = [known[name] for name in SHOWN if name in known]
     heads = ["your reward", "method", "aims at", *(f"{SHOWN[each['comparison']]}, {each['dimension']}-d" for each in columns)]
@@ -191,17 +195,17 @@ def which_method(lines: Sequence[Line]) -> str:
         method = find("methods", name)()
         law, any_reward = method.target(1).reaches, not method.needs.reward_gradient
         cells = [ended(line, name) for line in columns]
-        words = ["any" if any_reward else "differentiable", link(name), LAWS[law], *cells]
+        words = ["any" if any_reward else "differentiable", link(name, docs), LAWS[law], *cells]
         rows.append((any_reward, list(LAWS).index(law), rank(cells), words))
     return "\n".join(markdown(heads, (words for *_, words in sorted(rows))))
 
 
-def link(name: str) -> str:
+def link(name: str, docs: str) -> str:
     """A method with a link to its page and its paper, as docs/methods.md has them."""
     found = re.search(rf"^\| `{name}` \| (\S+) \|.*\]\((.*)\) \|$", METHODS.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, name
     paper, page = found.groups()
-    return f"[`{name}`](docs/{page})" + ("" if paper == "–" else f" (arXiv {paper})")
+    return f"[`{name}`]({docs}{page})" + ("" if paper == "–" else f" (arXiv {paper})")
 
 
 def ended(line: Line, name: str) -> str:
@@ -232,12 +236,13 @@ def filled(text: str, begin: str, end: str, content: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """The pages with their tables as they are now; a README without markers is left out."""
+    """The pages with their tables as they are now; a README without markers stays as it is."""
     lines, text, readme = read(), PAGE.read_text(encoding="utf-8"), README.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- scoreboard: (\S+) begin -->", text):
         text = filled(text, f"<!-- scoreboard: {name} begin -->", f"<!-- scoreboard: {name} end -->", block(name, lines))
     begin, end = "<!-- methods: begin -->", "<!-- methods: end -->"
-    return {PAGE: text} | ({README: filled(readme, begin, end, which_method(lines))} if begin in readme else {})
+    text = filled(text, begin, end, which_method(lines, ""))
+    return {PAGE: text, README: filled(readme, begin, end, which_method(lines, "docs/")) if begin in readme else readme}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

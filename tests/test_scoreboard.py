@@ -106,7 +106,7 @@ def test_advice_names_what_was_measured_in_as_many_dimensions() -> None:
 def test_the_table_of_the_readme_says_who_ran_away() -> None:
     """By the base's distance, 1 here; methods without a row are empty, and come last."""
     some = [line("mixture", 2, reached("adjoint-matching", 0.15), reached("draft", 3.0), reached("refl", 0.2, "seed 0: lost"))]
-    rows = [row.strip("| ").split(" | ") for row in SCRIPT["which_method"](some).splitlines()]
+    rows = [row.strip("| ").split(" | ") for row in SCRIPT["which_method"](some, "docs/").splitlines()]
     assert rows[0] == ["your reward", "method", "aims at", "ring, 2-d"]
     found = {re.findall("`(.*)`", row[1])[0]: row for row in rows[2:]}
     assert found["adjoint-matching"] == rows[2]
