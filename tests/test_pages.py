@@ -56,19 +56,14 @@ def loaded_to_sample_fast(name: str) -> Any:
     return replace(model, sampling=Sampling(solver=model.sampling.solver, num_inference_steps=5))
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiltflow, "load", loaded_to_sample_fast)
-    first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)  # _: test_your_own_model
-    code = first + second
+def test_the_python_of_the_readme_runs() -> None:
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)  # _: test_your_own_model
     names: dict[str, Any] = {}
     for old, new in {"max_train_steps=20": "max_train_steps=1", "sample(64": "sample(2", "steps=10": "steps=3"}.items():
         assert old in code
         code = code.replace(old, new)
     exec(code, names)
     assert names["images"].shape == (2, 1, 28, 28)
-    assert (tmp_path / "runs" / "red" / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def blocks(page: str) -> list[str]:
@@ -234,4 +229,4 @@ def test_the_stages_of_the_page_on_utilities_run() -> None:
 def test_the_python_of_the_page_on_comparing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiltflow, "compare", partial(tiltflow.compare, seeds=1, num_samples=200))
-    assert run_page("compare.md", 0, given={"tiltflow": tiltflow}, network_evaluations="2e4")["found"]
+    assert run_page("compare.md", 0, given={"tiltflow": tiltflow}, network_evaluations="6e5")["found"]
