@@ -50,7 +50,7 @@
     pen.moveTo(...from); pen.lineTo(...to); pen.stroke();
     pen.restore();
   };
-  const marks = (lines, own) => (u) => {
+  const marks = (lines) => (u) => {
     const {left, top, width, height} = u.bbox;
     const up = (x, paint, dashes) => { const at = u.valToPos(x, "x", true); line(u, [at, top], [at, top + height], paint, dashes, 1.6); };
     for (const each of lines) {
@@ -58,8 +58,8 @@
         const at = u.valToPos(each.target, "y", true);
         line(u, [left, at], [left + width, at], colour(several() ? paint(each.run) : "target"), [4, 3], 1.6);
       }
-      if (known(each.alarm)) up(each.alarm, colour("poor"), []);
-      if (known(each.best)) up(each.best, colour("good"), [2, 3]);
+      if (known(each.alarm)) up(each.alarm, colour(several() ? paint(each.run) : "poor"), []);
+      if (known(each.best)) up(each.best, colour(several() ? paint(each.run) : "good"), [2, 3]);
       (each.errors || []).forEach((error, i) => {
         if (!known(error) || !known(each.values[i])) return;
         const at = u.valToPos(each.x[i], "x", true);
@@ -70,7 +70,7 @@
   };
   const read = (values) => (u, value, series, index) => text(index === null || index === undefined ? values.findLast(known) : value);
   const tables = (lines, looks) => {  // of uPlot: the same x for all, and a series for each line
-    const parts = [], series = [{label: looks ? "iteration" : AXES[settings.axis], value: read(lines.flatMap((each) => each.x.at(-1)))}], bands = [];
+    const parts = [], series = [{label: looks ? "iteration" : AXES[settings.axis], value: read([Math.max(...lines.map((each) => each.x.at(-1)))])}], bands = [];
     for (const each of lines) {
       const shade = colour(paint(each.run)), faint = shade.replace("rgb(", "rgba(").replace(")", ", .35)");
       const add = (values, options) => { parts.push([each.x, values]); series.push({spanGaps: true, points: {show: false}, ...options}); };
@@ -114,7 +114,7 @@
       padding: [8, 8, 0, 0],
       axes: [{...axis, grid: {show: false}, values: (u, all) => all.map(compact), space: 60, size: 26},
         {...axis, values: (u, all) => all.map((value) => value === null ? "" : compact(value)), size: 52, ...(log ? decades() : {})}],
-      hooks: {drawSeries: [], draw: [marks(lines)], setSelect: [], setScale: [(u, scale) => {
+      hooks: {draw: [marks(lines)], setScale: [(u, scale) => {
         if (scale === "x" && u.data) u.zoomed = u.scales.x.min > u.data[0][0] || u.scales.x.max < u.data[0].at(-1);
       }]},
     }, table, place);
