@@ -15,10 +15,16 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from test_report import SUMMARY, Balanced, words, write
 
+from tiltflow.conditions import Item
 from tiltflow.errors import InputError
+from tiltflow.evaluation.samples import Asked
+from tiltflow.reports import plots
 from tiltflow.reports.description import describe
+from tiltflow.runs.evaluate import cells_of, pictures_of
 from tiltflow.view.places import Places
 from tiltflow.view.request import View
 from tiltflow.view.server import make_server
@@ -275,3 +281,25 @@ def test_the_command_prints_an_address_and_ends_by_ctrl_c(run: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert "there is no such folder" in wrong.stderr
+
+
+@pytest.mark.parametrize("kind", ["samples", "classes", "prompts"])
+def test_the_rewards_of_the_summary_are_in_the_order_of_the_pictures(tmp_path: Path, kind: str) -> None:
+    """Each sample is a grey whose reward is that grey: cut out of the picture that is written, it is what is listed for it."""
+    asked = {
+        "samples": Asked.of_samples(12),
+        "classes": Asked.of_classes([Item("a"), Item("b"), Item("c")], 12),
+        "prompts": Asked.of_prompts([Item("a"), Item("b"), Item("c")], 4),
+    }[kind]
+    greys = torch.linspace(-1, 1, 12)
+    x = greys.reshape(12, 1, 1, 1).expand(12, 1, 4, 4)
+    files, about = pictures_of(x, x.flip(0), asked, 9, None)
+    about |= cells_of(x, (greys, greys.flip(0)), asked, 9)
+    for side in ("before", "after"):
+        files[f"{side}.png"](tmp_path / f"{side}.png")
+        with Image.open(tmp_path / f"{side}.png") as picture:
+            rows = [plots.row_cells(row, about["columns"]) for row in plots.grid_rows(picture, about["rows"])]
+        seen = [cell.convert("L").getpixel((4, 4)) / 127.5 - 1 for row in rows for cell in row]
+        known = about["rewards"][side]
+        assert len(known) == 9
+        assert seen[:9] == pytest.approx(known, abs=0.01)
