@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -204,7 +205,7 @@ def test_an_index_shows_no_link_that_leads_nowhere(built: Built) -> None:
     message = built.metadata()
     text = message.get_payload()
     assert message["Description-Content-Type"] == "text/markdown"
-    assert message["Project-URL"] is None
+    assert bool(message["Project-URL"]) == bool(PROJECT["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"])
     assert isinstance(text, str)
     assert "make demo" in text
     assert [target for target in targets(text) if not target.startswith("https://")] == []
@@ -230,22 +231,25 @@ def hook() -> ModuleType:
     return module
 
 
-def test_with_an_address_the_page_of_an_index_leads_into_the_repository(hook: ModuleType) -> None:
-    address = "https://example.org/us/tiltflow"
-    found = {"version": "9.8.7"}
-    hook.Metadata(str(ROOT), {"repository": f"{address}/"}).update(found)
-    assert found["urls"] == {
+def test_with_an_address_the_page_of_an_index_leads_into_the_repository() -> None:
+    """The one line of pyproject.toml is filled in, and hatchling asked for the metadata."""
+    core = pytest.importorskip("hatchling.metadata.core")
+    manager = pytest.importorskip("hatchling.plugin.manager")
+    address, version = "https://example.org/us/tiltflow", tiltflow.__version__
+    project = copy.deepcopy(PROJECT)
+    project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"] = f"{address}/"
+    found = core.ProjectMetadata(str(ROOT), manager.PluginManager(), project).core
+    assert found.urls == {
         "Source": address,
-        "Documentation": f"{address}/tree/v9.8.7/docs",
-        "Changelog": f"{address}/blob/v9.8.7/CHANGELOG.md",
+        "Documentation": f"{address}/tree/v{version}/docs",
+        "Changelog": f"{address}/blob/v{version}/CHANGELOG.md",
         "Issues": f"{address}/issues",
     }
-    text = (ROOT / "README.md").read_text()
-    own = [target for target in targets(text) if not target.startswith("https://")]
-    led = [target for target in targets(found["readme"]["text"]) if target.startswith(address)]
+    own = [target for target in targets((ROOT / "README.md").read_text()) if not target.startswith("https://")]
+    led = [target for target in targets(found.readme) if target.startswith(address)]
     assert len(led) == len(own)
     for target in led:
-        name = re.fullmatch(rf"{address}/(?:blob|raw)/v9\.8\.7/([^#]+)(?:#.*)?", target)
+        name = re.fullmatch(rf"{address}/(?:blob|raw)/v{re.escape(version)}/([^#]+)(?:#.*)?", target)
         assert name is not None, target
         assert (ROOT / name[1]).exists(), target
 
