@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shlex
 import threading
@@ -22,7 +23,7 @@ from test_view import ask, served
 from torch import nn
 from typer.testing import CliRunner
 
-from tiltflow import allow_code
+from tiltflow import allow_code, load
 from tiltflow.commands.terminal.app import app
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
@@ -159,6 +160,29 @@ def test_code_of_a_run_is_run_with_consent_alone(tmp_path: Path, monkeypatch: py
             assert "theirs:build, which is code; if you trust the folder, add --allow-code" in found["error"]
     with allow_code(), served(folder) as port:  # in this thread, and not in those that answer
         assert post(port, DRAW, body)[0] == 200
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_asked_for_a_prompt_and_its_lora_is_scaled(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from test_run_text_to_image import recipe_for, train
+
+    train(recipe_for(tmp_path, "stable-diffusion"), tmp_path / "run")
+    found = list[str]()
+    with served(tmp_path / "run") as port:
+        asked = json.loads(ask(port, "/api/sampling/options?at=run")[1])
+        assert (asked["classes"], asked["num_samples"], len(asked["prompts"])) == ([], 4, 1)
+        assert "needs a prompt" in post(port, DRAW, {})[1]["error"]
+        for strength in (0.0, 0.5, 1.0):
+            body = {"tilt_strength": strength, "condition": "a red cat", "num_samples": 2}
+            found.append(post(port, DRAW, body)[1]["picture"])
+            drawn = load(tmp_path / "run", tilt_strength=strength).sample(2 * ["a red cat"])
+            picture = io.BytesIO()
+            sampling.drawn(drawn, 1).save(picture, "PNG")
+            assert base64.b64decode(found[-1].partition(",")[2]) == picture.getvalue()
+        assert len(set(found)) == 3
+        state = post(port, f"{VOTES}/begin?at=run", {"num_pairs": 3})[1]
+        assert (state["total"], state["prompt"]) == (3, asked["prompts"][0])
 
 
 def test_classes_are_asked_for_in_turn_or_one_of_them() -> None:

@@ -11,7 +11,8 @@
   const count = element("select", {"aria-label": "number of samples", onchange: () => draw()},
     ...[1, 4, 16, 36, 64].map((n) => element("option", {value: n}, `${n} sample${n > 1 ? "s" : ""}`)));
   const steps = element("input", {type: "number", id: "steps", min: "1", max: "1000", style: FIELD + "width:5.5em", onchange: () => draw()});
-  const picture = element("img", {alt: "", hidden: true, style: "width:100%;max-width:640px;image-rendering:pixelated;border-radius:8px"});
+  const picture = element("img", {alt: "", hidden: true, style: "width:100%;max-width:640px;border-radius:8px",
+    onload: () => { picture.style.imageRendering = picture.naturalWidth > 640 ? "auto" : "pixelated"; }});  // of few pixels
   const said = element("p", {class: "note", role: "status"});
   const command = element("pre", {hidden: true, tabindex: "0"});
   const text = () => {
@@ -54,7 +55,7 @@
         if (shown()?.key !== key) continue;
         const what = body.tilt_strength === 0 ? "of the base" : `at strength ${body.tilt_strength}`;
         Object.assign(picture, {src: found.picture, hidden: false, alt: `${body.num_samples} samples ${what}`});
-        said.textContent = `${found.seconds.toFixed(1)} s. The same, from the command line:`;
+        said.textContent = `${found.seconds.toFixed(1)} s. The same samples, from the command line:`;
         Object.assign(command, {textContent: found.command, hidden: false});
       } catch (error) {
         said.textContent = error instanceof TypeError ? "tiltflow view has stopped" : error.message;
