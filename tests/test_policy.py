@@ -150,7 +150,10 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
 def test_a_policy_is_tuned_by_a_recipe(tmp_path: Path) -> None:
     cloned(tmp_path)
     summary = run(recipe(tmp_path), tmp_path / "run")
-    assert summary["num_prompts"] == 4
+    assert summary["num_observations"] == 4
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Held-out observations: 4." in report
+    assert "Held-out prompts" not in report
     assert summary["num_samples"] == 32
     assert np.isfinite(summary["reward_tuned"])
     again = evaluate_run(tmp_path / "run")

@@ -184,8 +184,13 @@ def described(run: RunSettings, target: Target, folder: Path, base: GenerativeMo
         "max_train_steps": run.training.max_train_steps,
         "seed": run.seed,
         "num_samples": len(asked),
-        **({"num_prompts": asked.groups} if asked.kind == "prompt" else {}),
+        **({asked_for(asked): asked.groups} if asked.kind == "prompt" else {}),
     }
+
+
+def asked_for(asked: Asked) -> str:
+    """The name of how many prompts, or observations, there are."""
+    return "num_observations" if "observation" in asked.items[0].metadata else "num_prompts"
 
 
 # ---- samples ----

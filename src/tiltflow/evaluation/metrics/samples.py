@@ -27,6 +27,7 @@ METRICS = (
         section=Section.SURE,
     ),
     Metric("num_prompts", "Prompts", "Number of prompts that are held out from training.", section=Section.SURE),
+    Metric("num_observations", "Observations", "Number of observations that are held out from training.", section=Section.SURE),
 )
 
 measure = nothing
