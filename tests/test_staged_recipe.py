@@ -402,6 +402,10 @@ def test_stages_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert measured["utility_before"] != summary["utility_before"]
     command("sample", out, "--num-samples", "5", "--output", str(tmp_path / "x.npz"), "--device", "cpu")
     model = tiltflow.load(tmp_path / "out")
+    first = weights(tiltflow.load(tmp_path / "flow"))
+    start, half_way = (weights(tiltflow.load(tmp_path / "out", tilt_strength=strength)) for strength in (0, 0.5))
+    assert same(start, first)
+    assert all(torch.allclose(half_way[name], (first[name] + each) / 2) for name, each in weights(model).items())
     assert same(weights(model), last(tmp_path / "out"))
     with np.load(tmp_path / "x.npz") as archive:
         np.testing.assert_array_equal(archive["samples"], model.sample(5).numpy())

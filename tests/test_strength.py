@@ -48,6 +48,11 @@ def parted(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return parted(tmp_path_factory.mktemp("strength"))
+
+
 class TwoLaws(nn.Module):
     """Velocities of two Gaussians, N(m, s) by s and m, mixed by the weights: linear in these."""
 
@@ -175,8 +180,7 @@ def test_a_dora_has_no_strength(tmp_path: Path) -> None:
     assert at_strength(tuned.base(), tuned, 1) is tuned
 
 
-def test_a_run_at_0_is_its_base_and_at_1_what_was_tuned_bit_for_bit(tmp_path: Path) -> None:
-    folder = parted(tmp_path)
+def test_a_run_at_0_is_its_base_and_at_1_what_was_tuned_bit_for_bit(folder: Path) -> None:
     base, tuned = load_run(read_run(folder), folder)
     drawn = {strength: load(folder, tilt_strength=strength).sample(3, seed=4) for strength in (0.0, 0.5, 1.0)}
     assert torch.equal(drawn[0.0], base.sample(3, seed=4))
@@ -191,8 +195,8 @@ def test_a_run_at_0_is_its_base_and_at_1_what_was_tuned_bit_for_bit(tmp_path: Pa
     assert torch.equal(both[1].sample(3, seed=4), drawn[1.0])  # neither is changed by one between them
 
 
-def test_strength_on_the_command_line(tmp_path: Path) -> None:
-    folder, out = parted(tmp_path), tmp_path / "half.npz"
+def test_strength_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half.npz"
     command = [
         "sample",
         str(folder),
