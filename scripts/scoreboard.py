@@ -33,8 +33,12 @@ HUGE = 1e4
 COLUMNS = ("distance", "in floors", "at a quarter", "mean reward", "achieved tilt", "diversity", "steps", "rewards", "rate")
 OF_STEERING = ("steering", "its law", "distance", "in floors", "mean reward", "network evaluations", "reward evaluations")
 SEEDS = 5
-SHOWN = {"mixture": "ring", "lqg": "Gaussian", "mixture-16": "three modes", "mixture-64": "three modes"}
+SHOWN = {"mixture": "ring", "lqg": "Gaussian", "mixture-16": "three modes", "digits-even": "digits"}
 """Comparisons of which the README has a column, and its head."""
+CAPTION = (
+    "Numbers: the distance to p_base exp(r/β) after training at [equal cost]({page}), over that of two exact samples, so 1 is that"
+    " law; away: further from it than the base, or not finite; empty: not measured."
+)
 LAWS = {"exact": "p_base exp(r/β)", "first-order": "near it for weak tilts", "none": "no tilt of the base"}
 """What a method aims at, in words, by what it reaches."""
 
@@ -187,7 +191,7 @@ def which_method(lines: Sequence[Line], docs: str) -> str:
     Args:
         docs: the way to the docs from the page that it is on.
     """
-    known = {line["comparison"]: line for line in lines if line["kind"] == "problem"}
+    known = {line["comparison"]: line for line in lines}
     columns = [known[name] for name in SHOWN if name in known]
     heads = ["your reward", "method", "aims at", *(f"{SHOWN[each['comparison']]}, {each['dimension']}-d" for each in columns)]
     rows = []
@@ -197,7 +201,8 @@ def which_method(lines: Sequence[Line], docs: str) -> str:
         cells = [ended(line, name) for line in columns]
         words = ["any" if any_reward else "differentiable", link(name, docs), LAWS[law], *cells]
         rows.append((any_reward, list(LAWS).index(law), rank(cells), words))
-    return "\n".join(markdown(heads, (words for *_, words in sorted(rows))))
+    table_of_all = "\n".join(markdown(heads, (words for *_, words in sorted(rows))))
+    return f"{table_of_all}\n\n{CAPTION.format(page=docs + 'scoreboard.md')}"
 
 
 def link(name: str, docs: str) -> str:
@@ -218,9 +223,9 @@ def ended(line: Line, name: str) -> str:
 
 
 def rank(cells: Sequence[str]) -> float:
-    """To sort by: the floors where they are known; away, and then what was not measured, last."""
-    known = [float(cell) for cell in cells if cell[:1].isdigit()]
-    return sum(known) / len(known) if len(known) == len(cells) else 1e3 if any(cells) else 1e6
+    """To sort by: the mean of the floors, away being very many; what was not measured at all comes last."""
+    known = [1e3 if cell == "away" else float(cell) for cell in cells if cell]
+    return sum(known) / len(known) if known else 1e6
 
 
 # ---- pages ----

@@ -50,7 +50,7 @@ class Advice:
     overrides: Sequence[str]
 
 
-NEARER = 2.0
+NEARER = 1.5
 """How many times nearer a method has to be, in floors, to be preferred to the one that is usual."""
 PATHS = 3
 """Most dimensions in which weights of paths were measured beside so strong a tilt."""
