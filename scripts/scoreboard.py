@@ -36,8 +36,8 @@ SEEDS = 5
 SHOWN = {"mixture": "ring", "lqg": "Gaussian", "mixture-16": "three modes", "digits-even": "digits"}
 """Comparisons of which the README has a column, and its head."""
 CAPTION = (
-    "Numbers: the distance to p_base exp(r/β) after training at [equal cost]({page}), over that of two exact samples, so 1 is that"
-    " law; away: further from it than the base, or not finite; empty: not measured."
+    "Numbers: the distance to p_base exp(r/β) after training at [equal cost]({page}), over that of two exact samples, so 1 is"
+    " that law; away: further from it than the base, or not finite; empty: not measured."
 )
 LAWS = {"exact": "p_base exp(r/β)", "first-order": "near it for weak tilts", "none": "no tilt of the base"}
 """What a method aims at, in words, by what it reaches."""
