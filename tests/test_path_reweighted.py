@@ -433,7 +433,7 @@ def test_training_reaches_the_tilt(first: Any) -> None:
     assert records[-1].metrics["kl"] == pytest.approx(0.5, abs=0.1)
     assert [("kl" in record.metrics) for record in records[:31]] == [first is None] * 30 + [True]
     assert records[-1].metrics["relative_size_of_tuned"] > records[-1].metrics["relative_size_of_base"]
-    assert records[-1].metrics["base_share"] == 0
+    assert records[-1].metrics["base_share"] <= SHARES[1]  # ends of 16 steps have not forgotten all of their starts
 
 
 @pytest.mark.parametrize(

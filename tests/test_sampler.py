@@ -666,7 +666,7 @@ def test_a_solver_is_what_it_says_of_itself(name: str, eta: float) -> None:
     assert solver == Sampling(solver=name, eta=eta).build()
     noise = (name not in ODES, name not in ODES and not isinstance(solver, StochasticSolver))
     assert (solver.has_noise, solver.is_memoryless) == (
-        (eta > 0, eta == 1 or (name == "tcd" and eta > 0)) if solver.uses_eta else noise
+        (eta > 0, name != "stochastic-heun" and (eta == 1 or (name == "tcd" and eta > 0))) if solver.uses_eta else noise
     )
     assert solver.order is not None
     assert measured_order(solver) > solver.order - 0.1
@@ -693,9 +693,10 @@ def test_stochastic_heun_is_exact_where_heun_is_and_the_noise_changes_no_margina
     assert abs(torch.corrcoef(torch.stack([states[-2][:, 0], x[:, 0]]))[0, 1]) < 0.5  # it forgets
 
 
-def test_stochastic_heun_goes_half_a_step_too_far_and_comes_back() -> None:
+@pytest.mark.parametrize(("eta", "one", "two"), [(1.0, 0.5, 0.875), (0.5, 0.375, 0.8125)])
+def test_stochastic_heun_goes_half_a_step_too_far_and_comes_back(eta: float, one: float, two: float) -> None:
     times = torch.tensor([0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
-    solver, asked = solver_named("stochastic-heun"), list[float]()
+    solver, asked = solver_named("stochastic-heun", eta), list[float]()
     assert isinstance(solver, StochasticSolver)
 
     def recorded(x: Tensor, t: Tensor) -> Tensor:
@@ -703,10 +704,17 @@ def test_stochastic_heun_goes_half_a_step_too_far_and_comes_back() -> None:
         return torch.ones_like(x)
 
     states = solver.states(recorded, torch.zeros(1, dtype=torch.float64), times, torch.ones_like)
-    assert asked == [0, 0.5, 0.25, 0.875, 0.75]
-    first = 0.5 * 0.5 + (0.75**2 - (0.5 * 0.5) ** 2) ** 0.5
-    second = 6 / 7 * (first + 0.625) + (0.25**2 - (6 / 7 * 0.125) ** 2) ** 0.5
+    assert asked == [0, one, 0.25, two, 0.75]
+    first = 0.25 / one * one + (0.75**2 - (0.25 / one * (1 - one)) ** 2) ** 0.5
+    second = 0.75 / two * (first + two - 0.25) + (0.25**2 - (0.75 / two * (1 - two)) ** 2) ** 0.5
     assert_close(torch.cat(states).tolist(), [0.0, first, second, second + 0.25])
+
+
+def test_stochastic_heun_without_noise_is_heun() -> None:
+    still, x = Sampling(solver="stochastic-heun", eta=0), torch.linspace(-2, 2, 5)[:, None]
+    assert not still.has_noise
+    ode = sample(gaussian_flow, x, Sampling(solver="heun"), torch.Generator())
+    assert_close(sample(gaussian_flow, x, still, torch.Generator()), ode)
 
 
 def test_in_few_steps_between_modes_stochastic_heun_is_nearer_than_the_sde(generator: torch.Generator) -> None:

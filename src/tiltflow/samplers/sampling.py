@@ -37,8 +37,8 @@ class Sampling(Settings):
     spacing: Spacing = "even"
     """middle: before that shift, steps are smaller in the middle of the time, where a tilt moves samples from mode to mode."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The noise of the `ddim`, `ddim-half-way`, `tcd`, `flow-sde` and `euler-maruyama` solvers: 0 is deterministic, 1 is DDPM.
-    With a scheduler it is that of its DDIM, and 0 by default."""
+    """The noise of the `ddim`, `ddim-half-way`, `tcd`, `flow-sde`, `euler-maruyama` and `stochastic-heun` solvers: 0 is
+    deterministic, 1 is DDPM, and all that stochastic-heun has. With a scheduler it is that of its DDIM, and 0 by default."""
     scheduler: str | None = None
     """Instead of a solver, and of pipelines alone: draw in the own steps of a scheduler of diffusers. default: the pipeline's,
     as its folder has it, whatever model.scheduler changes; or another class, such as DDIMScheduler, with its settings."""
