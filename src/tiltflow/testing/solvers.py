@@ -43,7 +43,7 @@ def check_solver(solver: Solver) -> None:
     elif isinstance(solver, OdeSolver):
         assert not solver.has_noise, "an ODE solver has no noise"
     else:
-        assert solver.has_noise, "a stochastic solver has noise"
+        assert solver.has_noise == (solver.eta > 0), "a stochastic solver has noise, but for eta = 0"
 
 
 def error(solver: Solver, times: Tensor) -> float:
