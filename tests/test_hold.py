@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from tiltflow.models.policy import load_policy
 from tiltflow.rewards.q_function import QFunction
+from tiltflow.runs.doctor import examine
 from tiltflow.runs.policy_of_run import policy_of
 from tiltflow.runs.recipe import Recipe
 from tiltflow.runs.run import run
@@ -21,7 +22,8 @@ from tiltflow.streams import stream
 
 def test_the_policy_is_that_of_before_and_the_critics_are_not(tmp_path: Path) -> None:
     tree = of_critics(tmp_path).model_dump(mode="json", exclude_none=True)
-    summary = run(validate(Recipe, tree | {"method": {"name": "hold"}}, "recipe"), tmp_path / "run")
+    of_run = validate(Recipe, tree | {"method": {"name": "hold"}}, "recipe")
+    summary = run(of_run, tmp_path / "run")
     before, after = (load_policy(tmp_path / name).flow.network.state_dict() for name in ("policy", "run"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert summary["reward_tuned"] == summary["reward_base"]
@@ -35,3 +37,5 @@ def test_the_policy_is_that_of_before_and_the_critics_are_not(tmp_path: Path) ->
     assert valued.discount == 0.99
     assert policy_of(tmp_path / "policy")[1] is None
     assert "reward_loss" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    levels = {finding.check: finding.level for finding in examine(of_run)}
+    assert levels["iteration"] == "green"  # the gradient is 0, and the critics learn

@@ -41,7 +41,7 @@ def iteration(patient: Patient) -> Iterator[Finding]:
     elif first.get("path_kl", 0) > 0.1:
         fix = "mixed precision rounds the difference; mixed_precision: no is exact"
         yield Finding("iteration", "amber", f"{text}. The path KL is {first['path_kl']:.2g} before the first update", fix)
-    elif first["gradient_norm"] == 0 and not needs.warmup_steps:
+    elif first["gradient_norm"] == 0 and not needs.warmup_steps and "reward_loss" not in first:  # or the reward alone learns
         yield Finding("iteration", "red", f"{text}. Nothing would be learned", "is the reward the same for all samples?")
     else:
         yield Finding("iteration", "green", text)
