@@ -38,7 +38,7 @@ HERE = {
     "utilities.md": 2,
     "your-own-reward.md": 3,
 }
-ELSEWHERE = {"text-to-image.md": 2, "your-own-model.md": 10}
+ELSEWHERE = {"text-to-image.md": 2, "your-own-model.md": 15}
 """Blocks that other files run: test_features.py and test_text_to_image.py, test_your_own_model.py."""
 
 

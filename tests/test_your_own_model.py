@@ -26,7 +26,10 @@ from tiltflow.rewards.functions.prompted import given
 from tiltflow.samplers.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+WHOLE = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+PAGE = re.sub(
+    r"^## Three models of others, whole$.*?^(?=## )", "", WHOLE, flags=re.MULTILINE | re.DOTALL
+)  # test_third_party.py
 BLOCKS = dict(re.findall(r"^#+ ([^\n]+)\n(?:(?!^#+ ).)*?^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 LAW = Mixture(dimension=2, modes=3, scale=0.4).base()
 
@@ -107,6 +110,7 @@ def test_the_quickstart_of_the_readme(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_every_block_of_the_page_is_here() -> None:
     assert len(re.findall(r"^```python$", PAGE, re.MULTILINE)) == len(BLOCKS)
+    assert len(PAGE) < len(WHOLE)
     assert set(BLOCKS) == {"Your own model and reward", "Is it right?", "The reward", *CONVENTIONS}
 
 

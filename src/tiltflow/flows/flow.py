@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -59,8 +59,9 @@ class Flow(VelocityField):
             samples into parts of a batch, `tiltflow.flows.conditions` says. Bind a new one for each batch with `bind`.
         autocast: the dtype in which the network is evaluated, torch.bfloat16 for mixed precision; None is its own. What it
             predicts comes back in the dtype of x.
-        time_scale: what the network's time is multiplied with: 1000 for one that was trained with times from 0 to 1000. Its
-            velocity is per unit of time before that: x_1 - x_0 on the linear path.
+        time_scale: what the network's time is multiplied with: 1000 for one that was trained with times from 0 to 1000, and
+            1 / 1000 for one that knows timestep i of a discrete schedule as i / 1000. Its velocity is per unit of time before
+            that: x_1 - x_0 on the linear path.
         time_direction: "data-to-noise" if time 0 was data when the network was trained, and time 1 (or `time_scale`) noise; its
             velocity then points to the noise: x_0 - x_1 on the linear path.
         projection: called as projection(noise, condition), the orthogonal projection P of states whose noise is N(0, P), such
@@ -94,8 +95,8 @@ class Flow(VelocityField):
             raise InputError(f"Flow: interpolant must be {hint}, is {path!r}")
         if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise InputError(f"Flow: time_scale must be a number above 0, is {scale!r}")
-        if isinstance(path, DiscreteVariancePreserving) and (scale != 1 or self._is_reversed):
-            raise InputError("Flow: a discrete schedule has its own timesteps; leave time_scale and time_direction out")
+        if isinstance(path, DiscreteVariancePreserving) and self._is_reversed:
+            raise InputError("Flow: a discrete schedule has its own timesteps; leave time_direction out")
 
     @property
     def _is_reversed(self) -> bool:
@@ -168,7 +169,9 @@ class Flow(VelocityField):
     def _unlike(self, predicted: Any, x: Tensor) -> str:
         """Differences of a prediction from floats of the shape of x, and the likely cause."""
         if not isinstance(predicted, Tensor):
-            return f", and returns {type(predicted).__name__}; wrap it to return the tensor in there"
+            named = predicted if isinstance(predicted, Mapping) else {}
+            held = next((f"its {name}" for name, value in named.items() if isinstance(value, Tensor)), "the tensor in there")
+            return f", and returns {type(predicted).__name__}; wrap it to return {held}"
         if predicted.shape == x.shape:
             return f", and returns {str(predicted.dtype).removeprefix('torch.')}"
         twice = x.ndim > 1 and predicted.ndim == x.ndim and predicted.shape[1] == 2 * x.shape[1]

@@ -34,8 +34,8 @@ WORST, DIFFERENT = 1.1, 0.08
 """Thresholds of `worst` and `difference`; above both, the field does not belong to the samples. Exact fields stay below 1.02
 and 0.04, trained ones below 1.07; planted wrong clocks are above 1.16 and 0.09 (`tests/test_consistency.py`)."""
 WRONG_CLOCK = (
-    "does it take times up to 1000 (Flow(time_scale=1000)), was its time 0 data (time_direction='data-to-noise'), or does it"
-    " predict something else (prediction)? docs/your-own-model.md"
+    "does it take times up to 1000 (Flow(time_scale=1000)), or timesteps as i / 1000 (time_scale=1 / 1000), was its time 0 data"
+    " (time_direction='data-to-noise'), or does it predict something else (prediction)? docs/your-own-model.md"
 )
 
 

@@ -165,4 +165,6 @@ def _loaded(settings: Any, role: str, folder: Path, file: str, device: torch.dev
         if value.shape != expected[key].shape:
             raise InputError(f"{path}: {key!r} is {list(value.shape)}, {CONFIG} says {list(expected[key].shape)}")
     network.load_state_dict(weights)
-    return network.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload, no-any-return]
+    # a network of the user's keeps the layout that it had when it was saved: another one rounds differently
+    layout = torch.preserve_format if isinstance(settings, Factory) else torch.channels_last
+    return network.to(device).to(memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload, no-any-return]
