@@ -160,6 +160,7 @@ def test_every_setting_that_names_something_says_so() -> None:
         "ClipScore": {"model"},
         "Energy": {"data"},
         "QFunction": {"data"},
+        "Online": {"environment"},
         "Factory": {"path"},
         "Function": {"path"},
         "Hps": {"model", "tokenizer"},
