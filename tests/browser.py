@@ -27,14 +27,24 @@ class Browser:
 
     def __init__(self, to: int, answers: int) -> None:
         self.to, self.answers, self.rest, self.count, self.session = to, answers, b"", 0, ""
-        self.errors: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.console: list[str] = []
+        self.context = ""
+        self.begin()
+
+    def begin(self) -> None:
+        """Close the tab, and open one that knows nothing of it: neither what it stored nor what its console said."""
+        self.session = ""
+        if self.context:
+            self.call("Target.disposeBrowserContext", browserContextId=self.context)
+        self.context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.console = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a method of the protocol; what the page logs as an error meanwhile is kept in `errors`."""
+        """The result of a method of the protocol; what the console of the page says meanwhile is kept in `console`."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
         os.write(self.to, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
@@ -44,10 +54,8 @@ class Browser:
                 assert "error" not in answer, answer["error"]
                 result: dict[str, Any] = answer["result"]
                 return result
-            if answer.get("method") == "Runtime.exceptionThrown" or (
-                answer.get("method") == "Log.entryAdded" and answer["params"]["entry"]["level"] == "error"
-            ):
-                self.errors.append(json.dumps(answer["params"]))
+            if answer.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+                self.console.append(json.dumps(answer["params"]))
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
@@ -63,6 +71,7 @@ class Browser:
         phone = width < 640
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def go(self, address: str) -> None:
@@ -79,7 +88,7 @@ class Browser:
         """Wait until an expression is true, and return its value."""
         end = time.monotonic() + PATIENCE
         while not (found := self.value(expression)):
-            assert time.monotonic() < end, f"{expression} is not true; errors of the page: {self.errors}"
+            assert time.monotonic() < end, f"{expression} is not true; the console: {self.console}"
             time.sleep(0.05)
         return found
 
@@ -91,6 +100,11 @@ class Browser:
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **(text if kind == "keyDown" else {})
             )
+
+    def tap(self, x: float, y: float) -> None:
+        """Touch a point of what is seen with a finger."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def picture(self, path: Path, *, whole: bool = False) -> None:
         """Write a screenshot, of the whole page or of what is seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def no_wait_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     of what is on the disk when have the real thing."""
     if request.path.stem not in ("test_checkpoint", "test_survival"):
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def parted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run whose tuned weights are far from those of its base; whoever changes it copies it first."""
+    from parted import parted  # where it is needed: this file is read before every test
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiltflow.reports.plots.LAYOUT", None)
+        return parted(tmp_path_factory.mktemp("parted"))
 
 
 @pytest.fixture

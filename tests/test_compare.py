@@ -26,6 +26,7 @@ from tiltflow.evaluation.paired import all_pairs, difference, holm
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
 from tiltflow.problems.gaussian import Gaussian
+from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.rewards.functions.counting import count_rewards
 from tiltflow.runs.comparison.budget import KINDS, Budget, Cost, Meter
 from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, units
@@ -326,6 +327,13 @@ def test_a_comparison_from_plan_to_page(tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)  # nothing from elsewhere
     assert all(name in page for name in (*METHODS, "light-dark(", "Holm", "data:image/png"))
+    older = {key: value for key, value in content.items() if key != "near"}  # of version 0.1
+    (out / "comparison.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match=r"of an earlier version .* the same `tiltflow compare` writes it again"):
+        write_comparison_report(out)
+    again = CliRunner().invoke(app, [*line, "--network-evaluations", str(EVALUATIONS), "-o", str(out), *options])
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "comparison.json").read_text()) == content
     assert {path.name for path in (out / "pictures" / "gaussian").iterdir()} >= {"base.png", "target.png", "draft.png"}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from affine import LINEAR, MEAN, TILTED_MEAN, TILTED_VARIANCE, VARIANCE, slope, velocity
-from tiny import tiny_flow, tiny_recipe
+from tiny import tiny_flow
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -22,35 +22,13 @@ from tiltflow.flows.flow import Flow
 from tiltflow.models.model import Model
 from tiltflow.models.strength import at_strength
 from tiltflow.models.trainable import Adapter, merged
-from tiltflow.runs.recipe import Recipe
-from tiltflow.runs.run import load_run, read_run, run
+from tiltflow.runs.run import load_run, read_run
 from tiltflow.runs.strength import load_both
 from tiltflow.samplers.rollout import sample
 from tiltflow.samplers.sampling import Sampling
-from tiltflow.settings import read_yaml, validate
 from tiltflow.streams import stream
 
 FINE = Sampling(solver="heun", num_inference_steps=400)
-
-
-def parted(folder: Path) -> Path:
-    """A run whose tuned weights are far from those of its base, in every tensor."""
-    run(
-        validate(Recipe, read_yaml(tiny_recipe(folder, training={"max_train_steps": 1, "train_batch_size": 4})), "r"),
-        folder / "run",
-    )
-    tuned = load(folder / "run")
-    generator = stream(0, "moved")
-    with torch.no_grad():
-        for parameter in tuned.flow.network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    tuned.save(folder / "run" / "model")
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parted(tmp_path_factory.mktemp("strength"))
 
 
 class TwoLaws(nn.Module):
@@ -180,26 +158,26 @@ def test_a_dora_has_no_strength(tmp_path: Path) -> None:
     assert at_strength(tuned.base(), tuned, 1) is tuned
 
 
-def test_a_run_at_0_is_its_base_and_at_1_what_was_tuned_bit_for_bit(folder: Path) -> None:
-    base, tuned = load_run(read_run(folder), folder)
-    drawn = {strength: load(folder, tilt_strength=strength).sample(3, seed=4) for strength in (0.0, 0.5, 1.0)}
+def test_a_run_at_0_is_its_base_and_at_1_what_was_tuned_bit_for_bit(parted_run: Path) -> None:
+    base, tuned = load_run(read_run(parted_run), parted_run)
+    drawn = {strength: load(parted_run, tilt_strength=strength).sample(3, seed=4) for strength in (0.0, 0.5, 1.0)}
     assert torch.equal(drawn[0.0], base.sample(3, seed=4))
     assert torch.equal(drawn[1.0], tuned.sample(3, seed=4))
-    assert torch.equal(drawn[1.0], load(folder).sample(3, seed=4))
+    assert torch.equal(drawn[1.0], load(parted_run).sample(3, seed=4))
     assert not torch.equal(drawn[0.0], drawn[1.0])
     first, last = (model.flow.network.state_dict() for model in (base, tuned))
-    half = load(folder, tilt_strength=0.5).flow.network.state_dict()
+    half = load(parted_run, tilt_strength=0.5).flow.network.state_dict()
     assert all(torch.allclose(half[key], (first[key] + last[key]) / 2, atol=1e-6) for key in half)
-    both = load_both(folder)
+    both = load_both(parted_run)
     at_strength(*both, 0.5)
     assert torch.equal(both[1].sample(3, seed=4), drawn[1.0])  # neither is changed by one between them
 
 
-def test_strength_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_strength_on_the_command_line(parted_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "half.npz"
     command = [
         "sample",
-        str(folder),
+        str(parted_run),
         "--tilt-strength",
         "0.5",
         "-n",
@@ -213,7 +191,7 @@ def test_strength_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(app, command)
     assert json.loads(done.stdout)["tilt_strength"] == 0.5
-    expected = load(folder, tilt_strength=0.5).sample(2)
+    expected = load(parted_run, tilt_strength=0.5).sample(2)
     assert torch.equal(torch.from_numpy(np.load(out)["samples"]), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,11 +57,18 @@ def ask(port: int, path: str, method: str = "GET", body: Any = None, **headers: 
         connection.close()
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three steps; it is not changed."""
+    folder = tmp_path_factory.mktemp("written") / "even"
+    write(folder, SUMMARY)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A finished run of three steps."""
-    write(tmp_path / "even", SUMMARY)
-    return tmp_path / "even"
+def run(written: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(written, tmp_path / "even"))
 
 
 def records(*values: float | None) -> list[dict[str, Any]]:
@@ -192,9 +200,8 @@ def several(folder: Path) -> Path:
     """A folder of a run, a sweep of two points, of which one is being trained, a comparison and stages."""
     folder.mkdir()
     write(folder / "even", SUMMARY)
-    for name in ("beta=1", "beta=2.partial"):
-        (folder / "sweep" / name).mkdir(parents=True)
-        write(folder / "sweep" / name, SUMMARY)
+    for other in ("sweep/beta=1", "sweep/beta=2.partial", "stages", "stages/stage-01"):
+        shutil.copytree(folder / "even", folder / other)
     (folder / "sweep" / "beta=2.partial" / "summary.json").unlink()
     values = {"reward_base": 0.0, "reward_tuned": 3.0, "w2_base": 0.5, "w2_floor": 0.1, "vendi_base": 4.0}
     measured = {f"{key}{end}": value if not end else 0.1 for key, value in values.items() for end in ("", "_std", "_error")}
@@ -204,8 +211,6 @@ def several(folder: Path) -> Path:
     ]
     (folder / "sweep" / "sweep.yaml").write_text("recipe: {}\nover: {method.beta: [1, 2]}\n")
     (folder / "sweep" / "sweep.json").write_text(json.dumps({"distance": "w2_base", "runs": [], "points": points, "table": []}))
-    write(folder / "stages", SUMMARY)
-    write(folder / "stages" / "stage-01", SUMMARY)
     row = {"stage": 1, "folder": "stage-01", "path_kl": None, "seconds": 61.0, "stopped": None}
     row |= {name: value for key in ("before", "after", "rise") for name, value in ((key, 1.0), (f"{key}_error", 0.1))}
     settings = {"method": {"name": "adjoint-matching"}, "base": "first", "seed": 0, "utility": {"name": "<entropy>"}}

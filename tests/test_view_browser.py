@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browser import Browser, browser, needs_chromium
+from test_compare import outcomes, plan_of
 from test_report import SUMMARY, write
 from test_view import served, several
 
 from tiltflow.reports import plots
+from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.reports.report import write_report
+from tiltflow.runs.comparison.results import results
 from tiltflow.runs.lock import HOLDER, Holder
 from tiltflow.view import page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: the page is not looked at in a browser")
+pytestmark = needs_chromium
 
 DRIVER = """
 (async () => {
@@ -40,46 +40,32 @@ DRIVER = """
   }).length;
   const column = (table, i) => [...table.tBodies[0].rows].map((row) => row.cells[i].textContent.trim());
   const found = {};
-  try {
-    await wait(300);
-    %s
-  } catch (error) { found.error = String(error.stack); }
-  parent.postMessage(found, "*");
-  document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
-})();
+  await wait(300);
+  %s
+  return found;
+})()
 """
-OUTER = """<!doctype html><iframe src="%s" style="width: %dpx; height: 900px; border: 0"></iframe><pre id="found"></pre>
-<script>onmessage = (event) => { document.getElementById("found").textContent = JSON.stringify(event.data); };</script>"""
+PHONE = (390, 844)
 
 
-def browse(address: str, folder: Path, *, width: int = 1280, dark: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """What the driver of a page has found there, and what the console says."""
-    assert CHROMIUM is not None
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={folder / 'profile'}",
-        "--enable-logging=stderr",
-    ]
-    options += [f"--window-size={width},900", "--virtual-time-budget=9000", "--dump-dom"]
-    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    done = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, timeout=120, check=True)
-    text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert text is not None
-    assert text[1], done.stderr
-    found = json.loads(unescape(text[1]))
-    assert "error" not in found, found["error"]
-    return found, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+def width_of(tab: Browser) -> int:
+    """How wide the page is that is shown: more than the screen if it has to be scrolled."""
+    width: int = tab.value("document.documentElement.scrollWidth")
+    return width
 
 
-def in_frame(report: Path, steps: str, width: int, **options: Any) -> tuple[dict[str, Any], list[str]]:
-    """Drive a report in a frame as wide as a phone: a window is not as narrow."""
-    driven = report.with_name("driven.html")
-    driven.write_text(report.read_text().replace("</body>", f"<script>{DRIVER % steps}</script></body>"))
-    outer = report.with_name("outer.html")
-    outer.write_text(OUTER % (driven.name, width))
-    return browse(outer.as_uri(), report.parent, **options)
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Browser]:
+    with browser() as tab:
+        yield tab
+
+
+@pytest.fixture
+def tab(opened: Browser) -> Iterator[Browser]:
+    """A tab whose console has nothing to say."""
+    opened.begin()
+    yield opened
+    assert opened.console == []
 
 
 @pytest.fixture
@@ -107,7 +93,6 @@ def report(tmp_path: Path) -> Path:
 
 STEPS = """
     found.charts = $$(".chart").length; found.painted = painted();
-    found.too_wide = document.documentElement.scrollWidth - innerWidth;
     found.paper = getComputedStyle(document.body).backgroundColor;
     press("d"); await wait(100);
     found.other_paper = getComputedStyle(document.body).backgroundColor; found.painted_again = painted();
@@ -146,11 +131,13 @@ STEPS = """
         pytest.param(390, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_report_in_a_browser(report: Path, width: int, dark: bool) -> None:
-    found, console = in_frame(report, STEPS, width, dark=dark)
-    assert console == []
+def test_a_report_in_a_browser(report: Path, tab: Browser, width: int, dark: bool) -> None:
+    tab.show(width, 900, dark)
+    tab.go(report.as_uri())
+    assert width_of(tab) <= width
+    found = tab.value(DRIVER % STEPS)
+    assert width_of(tab) <= width
     assert found["charts"] == found["painted"] == found["painted_again"] == 4
-    assert found["too_wide"] <= 0
     papers = ["rgb(20, 24, 29)", "rgb(247, 246, 243)"]
     assert [found["paper"], found["other_paper"]] == (papers if dark else papers[::-1])
     assert found["smoothing"] != found["smoother"]
@@ -168,7 +155,7 @@ def test_a_report_in_a_browser(report: Path, width: int, dark: bool) -> None:
     assert (found["large"], found["said"], found["next"]) == (2, "reward 0.00 → 4.00", "reward 0.00 → 3.00")
 
 
-def test_a_served_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_page_in_a_browser(tmp_path: Path, tab: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table is sorted by a click, and a run that is being trained grows."""
     folder = several(tmp_path / "runs")
     write(folder / "also", SUMMARY | {"reward_tuned": -7.0})
@@ -176,7 +163,7 @@ def test_a_served_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write(growing, SUMMARY)
     (growing / "summary.json").unlink()
     (growing / HOLDER).write_text(json.dumps(asdict(replace(Holder.this(), host="elsewhere"))))
-    place_data, scripts = page.place_data, page.scripts
+    place_data = page.place_data
 
     def grown(place: Any) -> Any:
         with (growing / "metrics.jsonl").open("a") as file:
@@ -189,13 +176,14 @@ def test_a_served_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found.painted = [painted(), $$(".chart").length];
     $(".swatch").click(); found.pressed = $(".swatch").getAttribute("aria-pressed");
     const steps = () => tiltflow.data.runs.find((run) => run.name === "growing").axes.step.length;
-    found.before = steps(); await wait(3000); found.after = steps(); found.state = $("#state").textContent;
+    found.before = steps();
+    for (let i = 0; i < 200 && steps() === found.before; i++) await wait(50);
+    found.after = steps(); found.state = $("#state").textContent;
     """
-    monkeypatch.setattr(page, "scripts", lambda: [*scripts(), DRIVER % steps])
     monkeypatch.setattr(page, "place_data", grown)
     with served(folder) as port:
-        found, console = browse(f"http://127.0.0.1:{port}/", tmp_path)
-    assert console == []
+        tab.go(f"http://127.0.0.1:{port}/")
+        found = tab.value(DRIVER % steps)
     assert found["runs"] == ["also", "even", "growing"]
     assert [text.split()[0] for text in found["up"]] == ["−7.00", "3.25", "–"]
     assert [text.split()[0] for text in found["down"]] == ["3.25", "−7.00", "–"]
@@ -203,3 +191,35 @@ def test_a_served_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["pressed"] == "false"
     assert (found["before"], found["after"]) == (3, 4)
     assert found["state"] == "training: growing"
+
+
+def test_pages_fit_a_phone(parted_run: Path, tmp_path: Path, tab: Browser) -> None:
+    """Nothing is wider than the screen; tables and plots that are scroll within themselves."""
+    folder = several(tmp_path / "runs")
+    found = results(
+        plan_of(("draft", "flow-grpo", "dpok")), outcomes(**{"draft": (0.5, 9.0), "flow-grpo": (0.4, 2.0), "dpok": (0.2, 1.0)})
+    )
+    (folder / "compare" / "comparison.json").write_text(json.dumps(found))
+    frozen = write_comparison_report(folder / "compare")
+    tab.show(*PHONE)
+    with served(folder, parted_run) as port:
+        pages = [f"http://127.0.0.1:{port}/?at={key}" for key in ("runs", "run", "runs/sweep", "runs/compare", "runs/stages")]
+        for address in (
+            *pages,
+            *(path.as_uri() for path in (frozen, folder / "even" / "report.html", parted_run / "report.html")),
+        ):
+            tab.go(address)
+            assert width_of(tab) == PHONE[0], address
+            assert tab.value("[...document.images].every((each) => each.complete)")
+
+
+def test_a_tap_reads_a_curve(report: Path, tab: Browser) -> None:
+    tab.show(*PHONE)
+    tab.go(report.as_uri())
+    tab.value("document.querySelector('.chart[data-name=loss]').scrollIntoView({block: 'center'})")
+    over = "document.querySelector('.chart[data-name=loss] .u-over').getBoundingClientRect()"
+    box = tab.value(f"(({{left, top, width, height}}) => ({{left, top, width, height}}))({over})")
+    read = "document.querySelector('.chart[data-name=loss] .u-value').textContent"
+    for share in (0.25, 0.75):
+        tab.tap(box["left"] + share * box["width"], box["top"] + 0.5 * box["height"])
+        tab.wait(f"Math.abs({read} - {1 + 99 * share}) < 2")

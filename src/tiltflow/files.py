@@ -125,12 +125,13 @@ def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str
 
 
 @contextmanager
-def trusted(path: Path) -> Iterator[None]:
-    """Turn an error while the content of `path` is used in this context into an InputError: the file is damaged."""
+def trusted(path: Path, writer: str = "`tiltflow evaluate`") -> Iterator[None]:
+    """Turn an error while the content of `path` is used in this context into an InputError: the file is damaged, or an earlier
+    version wrote it, and `writer` writes it again."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged ({error!r}); `tiltflow evaluate` writes it again") from None
+        raise InputError(f"{path}: is damaged, or of an earlier version ({error!r}); {writer} writes it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
