@@ -13,8 +13,9 @@ from perfect_fit import BASE, CPU, Affine, after, bowl, first_gradient, fitted_r
 from scipy.optimize import brentq
 from scipy.special import lambertw
 from tiny import iterate
-from torch import Tensor
+from torch import Tensor, nn
 
+import tiltflow
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.methods.adrpo import Adrpo
@@ -193,3 +194,31 @@ def test_published_settings_and_refusals() -> None:
     with pytest.raises(InputError, match="the reward is 2 for all 8 samples: there is nothing to learn from it"):
         next(iterate(Ram(), Flow(Affine()), Flow(BASE), lambda x: torch.full((len(x),), 2.0), x, stream(0), Rounds(CPU)))
     assert "a single one has no other" in str(Ram().learns_nothing(1))
+
+
+class Corrected(nn.Module):
+    """The velocity of N(0, 1), and a perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 1))
+        nn.init.zeros_(self.body[2].weight)
+        nn.init.zeros_(self.body[2].bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = t[:, None].to(x)
+        out: Tensor = (2 * time - 1) / (time**2 + (1 - time) ** 2) * x + self.body(torch.cat([x, time], 1))
+        return out
+
+
+def test_awm_trains_near_a_weak_tilt() -> None:
+    """N(0, 1) exp(x / 4) is N(1/4, 1); by its own rounds with a network."""
+    method = Awm(beta=4.0, num_passes=8, neighbours=64, regression_batch_size=512, num_inference_steps=10)
+    training = tiltflow.Training(max_train_steps=320, train_batch_size=1024, ema_decay=0.97)
+    optimizer = tiltflow.Optimizer(learning_rate=5e-3)
+    tuned = tiltflow.tune(tiltflow.Model(Flow(Corrected()), (1,)), slope, method, training, optimizer=optimizer)
+    x = tuned.sample(8000, sampling=tiltflow.Sampling(solver="heun", num_inference_steps=10))
+    assert x.mean().item() == pytest.approx(0.25, abs=0.04)
+    assert x.var().item() == pytest.approx(1, abs=0.06)

@@ -10,6 +10,7 @@ from curved import Curved
 from tiny import iterate
 from torch import Tensor
 
+import tiltflow
 from tiltflow.control.value import Critic
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
@@ -114,3 +115,29 @@ def test_words_and_refusals() -> None:
         Dxmi().at_temperature(0.5)
     with pytest.raises(InputError, match="preset 'dxmi' is the method 'dxmi' now"):
         ScoreAsAction(preset="dxmi")
+
+
+class PerStep(torch.nn.Module):
+    """v = shift_k - slope_k x at each of two steps: at first they shorten the way to 1 to three tenths, each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.shift = (torch.nn.Parameter(torch.full((2,), 1.4)) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        k = (t > 0.25).long()
+        return self.shift[k, None] - self.slope[k, None] * x
+
+
+def test_without_a_price_all_samples_end_at_the_best_one() -> None:
+    """Trained under -(x - 1)^2 / 2: no law, but the maximum of the reward."""
+    critic = Critic(loss="td", num_steps=1, learning_rate=1e-2, train_batch_size=64)
+    method = Dxmi(solver="euler", num_inference_steps=2, step_price=0.0, critic=critic)
+    training = tiltflow.Training(max_train_steps=150, train_batch_size=64)
+    optimizer = tiltflow.Optimizer(learning_rate=1e-2, lr_warmup_steps=0, lr_scheduler="constant")
+    model = tiltflow.Model(Flow(PerStep()), (1,))
+    assert model.sample(2000, sampling=method.sampling).std().item() > 0.08
+    tuned = tiltflow.tune(model, lambda x: -(x[:, 0] - 1).square() / 2, method, training, optimizer=optimizer)
+    x = tuned.sample(2000, sampling=method.sampling)
+    assert x.mean().item() == pytest.approx(1, abs=0.02)
+    assert x.std().item() < 0.02

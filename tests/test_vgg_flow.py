@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import affine
+import numpy as np
 import pytest
 import torch
 from affine import Affine, on_gaussian, riccati
@@ -17,6 +18,7 @@ from tiltflow.flows.field import FunctionField
 from tiltflow.laws.gaussian_mixture import QuadraticReward
 from tiltflow.laws.law import Law, log_normal
 from tiltflow.methods.vgg_flow import State, VggFlow, default_network
+from tiltflow.problems.two_modes import TwoModes
 from tiltflow.samplers.chain import Chain
 from tiltflow.streams import stream
 
@@ -216,3 +218,47 @@ def test_words_and_refusals() -> None:
     assert [default_network(shape).name for shape in ((3,), (1, 8, 8))] == ["mlp", "unet"]  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"no default for samples of shape \[5, 4\]; give one, or value_network: false"):
         default_network((5, 4))
+
+
+N, KNOTS = 1000, 20
+
+
+def settled(beta: float, path: tuple[list[Tensor], list[Tensor]] | None = None, iterations: int = 50) -> Any:
+    """The control that follows the adjoint along its own paths, on two modes under tanh(x), from none or from another one: its
+    knots and values at each step, and E r, P(x > 0) and E r - beta / 2 integral u^2."""
+    base, h = TwoModes().base(), 1 / KNOTS
+    noise = torch.special.ndtri((torch.arange(N) + 0.5) / N)
+    knots, controls = path or ([noise] * KNOTS, [torch.zeros(N)] * KNOTS)
+    found = (0.0, 0.0, 0.0)
+    for _ in range(iterations):
+        x, energy, walked = noise, 0.0, []
+        for k in range(KNOTS):
+            at = x.detach().requires_grad_()
+            v = base.velocity(at[:, None], torch.full((N,), k * h))[:, 0]
+            (slope,) = torch.autograd.grad(v.sum(), at)
+            u = torch.from_numpy(np.interp(x, knots[k], controls[k]))
+            walked.append((x, slope, u))
+            x, energy = x + h * (v.detach() + u), energy + h * u.square().mean().item() / 2
+        r = torch.tanh(x)
+        found = (r.mean().item(), (x > 0).double().mean().item(), r.mean().item() - beta * energy)
+        pull, knots, controls = 1 - r.square(), list(knots), list(controls)
+        for k in reversed(range(KNOTS)):
+            at, slope, u = walked[k]
+            order = at.argsort()
+            knots[k], controls[k] = at[order], (u + 0.3 * (pull / beta - u))[order]
+            pull = pull * (1 + h * slope)
+    return (knots, controls), found
+
+
+def test_on_two_modes_the_adjoint_has_two_fixed_points() -> None:
+    """Whichever way the adjoint is found. From no control it settles where the modes nearly keep their shares, at less than the
+    best value; from a strong control that is weakened bit by bit, near the best transport, whose value it has."""
+    best = VggFlow(beta=1.0).target(KNOTS).exact(TwoModes().law(), np.tanh)  # type: ignore[misc]
+    _, (reward, positive, value) = settled(1.0)
+    assert (reward, positive) == (pytest.approx(0.434, abs=0.01), pytest.approx(0.756, abs=0.01))
+    path, _ = settled(0.3)
+    for beta in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        path, _ = settled(beta, path, 8)
+    _, annealed = settled(1.0, path)
+    assert annealed[:2] == (pytest.approx(best.expectation(np.tanh), abs=0.03), pytest.approx(best.positive, abs=0.03))
+    assert annealed[2] > value + 0.08
