@@ -1,6 +1,6 @@
 # tiltflow on a CPU, with the exact set of constraints.txt:
 #   docker build -t tiltflow .
-#   docker run --rm -v "$PWD/runs:/work/runs" tiltflow train digits-even --output runs/demo
+#   docker run --rm -v "$PWD/runs:/app/runs" tiltflow train digits-even --output runs/demo
 # The user inside has the number 1000; the folder that is mounted must be one that it can write to.
 FROM python:3.12-slim AS build
 WORKDIR /source
@@ -14,10 +14,10 @@ COPY src src
 RUN pip install --no-cache-dir --constraint constraints.txt ./ ./src/tiltflow_assets
 
 FROM python:3.12-slim
-RUN useradd --uid 1000 --create-home tiltflow && install -d -o tiltflow /work
+RUN useradd --uid 1000 --create-home tiltflow && install -d -o tiltflow /app
 COPY --from=build /opt/tiltflow /opt/tiltflow
 ENV PATH=/opt/tiltflow/bin:$PATH
 USER 1000
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["tiltflow"]
 CMD ["--help"]
