@@ -71,13 +71,11 @@ def orw_cfm_w2(network: nn.Module, batch: int, event: tuple[int, ...], steps: in
         x = heun(network, batch, event, steps // 2)
         weight = (x.flatten(1).mean(1)).softmax(0) * batch
         for _ in range(PASSES):
-            t, x0 = torch.rand(batch), torch.randn_like(x)
-            s = t.view(-1, 1, 1, 1)
-            at = s * x + (1 - s) * x0
+            t, at, u = noised(x)
             v = network(at, t)
             with torch.no_grad():
                 fixed = base(at, t)
-            each = (v - (x - x0)).square().flatten(1).mean(1) * weight + 0.1 * (v - fixed).square().flatten(1).mean(1)
+            each = (v - u).square().flatten(1).mean(1) * weight + 0.1 * (v - fixed).square().flatten(1).mean(1)
             each.mean().backward()
             step()
 
@@ -91,12 +89,10 @@ def tilt_matching(network: nn.Module, batch: int, event: tuple[int, ...], steps:
         x = heun(network, batch, event, steps // 2)
         weight = (x.flatten(1).mean(1).softmax(0) * batch).view(-1, 1, 1, 1)
         for _ in range(PASSES):
-            t, x0 = torch.rand(batch), torch.randn_like(x)
-            s = t.view(-1, 1, 1, 1)
-            at = s * x + (1 - s) * x0
+            t, at, u = noised(x)
             v = network(at, t)
             with torch.no_grad():
-                target = v + (base(at, t) - v) + (weight - 1) * (x - x0 - v)
+                target = v + (base(at, t) - v) + (weight - 1) * (u - v)
             (v - target).square().mean().backward()
             step()
 
@@ -115,6 +111,13 @@ def draft(network: nn.Module, batch: int, event: tuple[int, ...], steps: int) ->
         step()
 
     return iterate
+
+
+def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, points on paths to the samples, and the velocities of these."""
+    t, x0 = torch.rand(len(x)), torch.randn_like(x)
+    s = t.view(-1, 1, 1, 1)
+    return t, s * x + (1 - s) * x0, x - x0
 
 
 @torch.no_grad()

@@ -49,7 +49,6 @@ from tiltflow.training.trainer import train
 
 Calls = Counter[tuple[str, nn.Module, int]]
 """How often: (forward, vjp, trained, or both of these; the network; the batch size)."""
-Turn = tuple[float, float]
 KINDS = ("forward", "vjp", "trained", "both")
 NETWORKS = {"digit flow": Unet(), "wider": Unet(channels=(64, 192), blocks=(1, 3))}
 MAIN = ("adjoint-matching", "score-as-action", "orw-cfm-w2", "tilt-matching", "path-reweighted")
