@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tiltflow.streams import stream
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported: nothing is asked of the hub
 torch.set_num_threads(1)  # the problems are small: threads cost more than they bring
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # in the background of a shell it is ignored, here and in all processes that tests start: their Ctrl-C would be lost
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

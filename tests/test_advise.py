@@ -90,6 +90,16 @@ def test_where_it_was_measured_to_be_nearer_a_method_without_gradients_is_advise
     assert "it ended at 2.1 times the floor of the distance to the target law (5 seeds)" in without.why  # refl has no gradient
 
 
+def test_the_page_says_what_is_advised() -> None:
+    """docs/which-method.md, of each number of dimensions, by the scoreboard that ships."""
+    page = (DOCS / "which-method.md").read_text(encoding="utf-8")
+    ((first, last),) = {match.groups() for match in re.finditer(r"in (\d+) to (\d+)\s+dimensions", page)}
+    for dimension in range(1, 100):
+        regression = int(first) <= dimension <= int(last)
+        assert chosen(dimension=dimension)["method"] == ("tilt-matching" if regression else "adjoint-matching"), dimension
+        assert chosen(dimension=dimension, differentiable=False)["method"] == "tilt-matching"
+
+
 def test_the_temperature_follows_from_the_weights_of_base_samples() -> None:
     assert chosen()["temperature"] == "beta = 0.5, as it is"
     assert chosen(effective=1.2, reachable=2.0)["temperature"].startswith("beta = 2 or more")

@@ -428,10 +428,8 @@ def words(recipe: Path, folder: Path) -> list[str]:
 
 def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     with open(folder.with_name("output"), "ab") as output:
-        # tests that run in the background of a shell inherit a SIGINT that is ignored
-        ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         typed = [sys.executable, "-m", "tiltflow", *words(recipe, folder)]
-        return subprocess.Popen(typed, stdout=output, stderr=output, **ignored)  # type: ignore[call-overload]
+        return subprocess.Popen(typed, stdout=output, stderr=output)
 
 
 def copied(recipe: Path, folder: Path) -> Beside:

@@ -8,8 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -25,7 +25,6 @@ from tiltflow.methods.path_reweighted import PathReweighted
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.methods.tilt_matching import TiltMatching
 from tiltflow.rewards import Reward
-from tiltflow.rewards.functions.checked import values_of
 from tiltflow.rewards.functions.normalised import PerPrompt
 from tiltflow.rewards.http import Http
 from tiltflow.samplers.rollout import sample
@@ -86,6 +85,8 @@ class NetSettings:
         return Net()
 
 
+PATIENCE = 60
+"""Seconds after which what is waited for is taken not to come."""
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "orw": (OrwCfmW2, {"num_inference_steps": 3, "min_effective_sample_size": 1}),
     "orw from two models": (OrwCfmW2, {"num_inference_steps": 3, "online_fraction": 0.6, "min_effective_sample_size": 1}),
@@ -141,25 +142,12 @@ def test_what_is_sent_together() -> None:
     assert at_once(Decoded(None, Plain(Away(6)), 4)) is None  # type: ignore[arg-type]
 
 
-# ---- time ----
+# ---- at the same time ----
 
 
-def slow_server(seconds: float) -> AbstractContextManager[str]:
-    def reply(path: str, body: bytes) -> tuple[int, bytes]:
-        time.sleep(seconds)
-        return 200, json.dumps({"rewards": [float(len(image)) for image in json.loads(body)["images"]]}).encode()
-
-    return replying(reply)
-
-
-def pictures(reward: Reward, seconds: float = 0.0) -> Batch:
-    """Six micro-batches of two pictures, each sampled in two steps that take `seconds` together."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        time.sleep(seconds / 2)
-        return -x
-
-    flow = FunctionField(velocity)
+def pictures(reward: Reward) -> Batch:
+    """Six micro-batches of two pictures, each sampled in two steps."""
+    flow = FunctionField(lambda x, t: -x)
     return Batch(normal((12, 3, 4, 4), stream(0, "x")), flow, flow, reward, stream(0, "noise"), micro_batch_size=2)
 
 
@@ -175,48 +163,60 @@ def scored(batch: Batch, heard: Callable[[slice], None] = lambda part: None) -> 
         return scoring.rewards()
 
 
-def test_sampling_and_a_slow_server_take_the_longer_time_and_not_both() -> None:
-    each = 0.06
-    with slow_server(each) as url:
-        reward = Http(url=url, batch_size=2, format="npy").build()
-        begin = time.perf_counter()
-        alone = scored(pictures(lambda x: values_of(reward, x), each))
-        between = time.perf_counter()
-        together = scored(pictures(reward, each))
-        end = time.perf_counter()
-    assert torch.equal(alone, together)
-    assert between - begin > 12 * each  # six micro-batches, and after them six requests
-    assert end - between > 7 * each  # the last request begins when all is sampled
-    assert end - between < (between - begin) * 0.8  # 7 / 12, and what the machine makes of it
+def test_a_server_answers_while_the_next_samples_are_drawn() -> None:
+    """Each answer waits until the next micro-batch is begun, and that micro-batch until the server has been asked: one after
+    the other, both would wait for ever."""
+    begun, asked = ([threading.Event() for _ in range(6)] for _ in range(2))
+    numbers = iter(range(6))
+
+    def reply(path: str, body: bytes) -> tuple[int, bytes]:
+        number = next(numbers)
+        asked[number].set()
+        met = number == 5 or begun[number + 1].wait(PATIENCE)
+        return 200 if met else 404, json.dumps({"rewards": [number] * len(json.loads(body)["images"])}).encode()
+
+    def heard(part: slice) -> None:
+        number = part.start // 2
+        begun[number].set()
+        assert number == 0 or asked[number - 1].wait(PATIENCE)
+
+    with replying(reply) as url:
+        found = scored(pictures(Http(url=url, batch_size=2, format="npy").build()), heard)
+    assert found.tolist() == [number for number in range(6) for _ in range(2)]
 
 
 # ---- what goes wrong ----
 
 
-def failing(on: int, error: Exception) -> Away:
-    calls = iter(range(100))
+def test_an_error_of_the_server_ends_the_sampling_and_the_requests() -> None:
+    asking, drawn = SimpleQueue[threading.Thread](), list[int]()
 
     def value(x: Tensor) -> Tensor:
-        if next(calls) == on:
-            raise error
-        return x.flatten(1).sum(1)
-
-    return Away(value=value)
-
-
-def test_an_error_of_the_server_ends_the_sampling_and_the_requests() -> None:
-    reward, drawn = failing(0, InputError("reward server: not there")), list[int]()
+        asking.put(threading.current_thread())
+        raise InputError("reward server: not there")
 
     def heard(part: slice) -> None:
         drawn.append(part.start)
-        time.sleep(0.02)
+        if len(drawn) == 2:
+            asking.get(timeout=PATIENCE).join(PATIENCE)
 
+    reward = Away(value=value)
     with pytest.raises(InputError, match="reward server: not there"):
         scored(pictures(reward), heard)
-    assert len(drawn) < 6  # what is known to be useless is not sampled
+    assert len(drawn) == 2  # what is known to be useless is not sampled
     assert len(reward.asked) == 1
+
+
+def test_an_error_of_the_last_request_is_raised() -> None:
+    calls = iter(range(6))
+
+    def value(x: Tensor) -> Tensor:
+        if next(calls) == 5:
+            raise KeyError("score")
+        return x.flatten(1).sum(1)
+
     with pytest.raises(UserCodeError, match="the reward raised KeyError"):
-        scored(pictures(failing(5, KeyError("score"))))
+        scored(pictures(Away(value=value)))
 
 
 def test_a_number_that_is_not_finite_is_named_by_its_place_in_the_batch() -> None:
@@ -226,19 +226,24 @@ def test_a_number_that_is_not_finite_is_named_by_its_place_in_the_batch() -> Non
 
 
 def test_an_error_of_the_sampling_ends_the_requests() -> None:
+    asking, left = SimpleQueue[threading.Thread](), threading.Event()
+
     def value(x: Tensor) -> Tensor:
-        time.sleep(0.05)
+        asking.put(threading.current_thread())
+        left.wait(PATIENCE)
         return x.flatten(1).sum(1)
 
-    reward = Away(value=value)
+    reward, workers = Away(value=value), list[threading.Thread]()
 
     def heard(part: slice) -> None:
         if part.start == 8:
+            workers.append(asking.get(timeout=PATIENCE))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         scored(pictures(reward), heard)
-    time.sleep(0.15)
+    left.set()
+    workers[0].join(PATIENCE)
     assert len(reward.asked) == 1  # the one on its way, of four
 
 
@@ -246,7 +251,7 @@ def test_ctrl_c_is_heard_while_an_answer_is_waited_for() -> None:
     line, answer = Line(), threading.Event()
 
     def wait() -> Tensor:
-        answer.wait(20)
+        answer.wait(PATIENCE)
         return torch.zeros(1)
 
     line.begin(wait)
@@ -254,6 +259,6 @@ def test_ctrl_c_is_heard_while_an_answer_is_waited_for() -> None:
     begin = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         line.results()
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < PATIENCE / 2
     line.close()
     answer.set()

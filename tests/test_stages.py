@@ -572,9 +572,15 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     assert row["stopped"].startswith("the utility rose by")
     next(iter(in_folder(tmp_path / "out")))  # without the rule it goes on
     assert json.loads((tmp_path / "out" / "stages.json").read_text())["stages"][0]["stopped"] is None
-    (tmp_path / "out" / "stages.json").write_text("{}")
-    with pytest.raises(InputError, match="is damaged"):
-        next(iter(in_folder(tmp_path / "out")))
+    for text, what in (("{}", r"is damaged, or of an earlier version \(KeyError\('settings'\)\)"), ("{", "cannot be read .*")):
+        (tmp_path / "out" / "stages.json").write_text(text)
+        with pytest.raises(
+            InputError, match=what + "; nothing writes it again; the models of the stages are in stage-01/model"
+        ):
+            next(iter(in_folder(tmp_path / "out")))
+        with pytest.raises(InputError, match="nothing writes it again"):
+            write_stages_report(tmp_path / "out")
+    assert (tmp_path / "out" / "stage-01" / "model" / "model.safetensors").is_file()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(InputError, match="already holds something"):

@@ -8,7 +8,6 @@ import importlib
 import io
 import multiprocessing
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -102,8 +101,6 @@ class Beside(ForkProcess):
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         self.first()
-        # tests that run in the background of a shell inherit a SIGINT that is ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(self.folder)
         warnings.resetwarnings()
         with (

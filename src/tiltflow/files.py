@@ -125,13 +125,13 @@ def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str
 
 
 @contextmanager
-def trusted(path: Path, writer: str = "`tiltflow evaluate`") -> Iterator[None]:
+def trusted(path: Path, remedy: str = "`tiltflow evaluate` writes it again") -> Iterator[None]:
     """Turn an error while the content of `path` is used in this context into an InputError: the file is damaged, or an earlier
-    version wrote it, and `writer` writes it again."""
+    version wrote it; and `remedy` is what helps."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged, or of an earlier version ({error!r}); {writer} writes it again") from None
+        raise InputError(f"{path}: is damaged, or of an earlier version ({error!r}); {remedy}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

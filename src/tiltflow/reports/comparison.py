@@ -60,7 +60,7 @@ def comparison_values(folder: Path) -> dict[str, Any]:
     """What the template of a comparison says. Raises InputError if comparison.json cannot be read."""
     source = folder / FILE
     content = read_json(source)
-    with trusted(source, "the same `tiltflow compare`"):
+    with trusted(source, "the same `tiltflow compare` writes it again"):
         return {
             "name": final_name(folder),
             "facts": facts(content),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.files import final_name, read_json, trusted, write_text
 from tiltflow.formatting import duration
@@ -14,6 +15,7 @@ from tiltflow.reports import plots
 from tiltflow.reports.report import render
 
 FILE = "stages.json"
+DAMAGED = "nothing writes it again; the models of the stages are in stage-01/model and so on, and new stages need a new output"
 HEADS = ("stage", "utility before", "after", "rise", "path KL from its base", "training")
 
 
@@ -31,9 +33,8 @@ def stages_values(folder: Path, link: Callable[[str], str] = "{}/report.html".fo
     Args:
         link: the address of the report of a stage, by its folder's name.
     """
-    source = folder / FILE
-    content = read_json(source)
-    with trusted(source):
+    content = read_stages(folder)
+    with trusted(folder / FILE, DAMAGED):
         rows, settings = content["stages"], content["settings"]
         return {
             "facts": [settings["method"]["name"], f"from the {settings['base']} model", f"seed {settings['seed']}"],
@@ -46,6 +47,14 @@ def stages_values(folder: Path, link: Callable[[str], str] = "{}/report.html".fo
             "rows": [{"stage": row["stage"], "href": link(row["folder"]), "cells": cells(row)} for row in rows],
             "pictures": pictures(folder, rows),
         }
+
+
+def read_stages(folder: Path) -> dict[str, Any]:
+    """The content of stages.json. Raises InputError, which says what is left, if that cannot be read."""
+    try:
+        return read_json(folder / FILE)
+    except InputError as error:
+        raise InputError(f"{error}; {DAMAGED}") from None
 
 
 def headline(rows: Sequence[Mapping[str, Any]], utility: Any) -> str:

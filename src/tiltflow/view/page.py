@@ -70,7 +70,7 @@ def body_of(place: Place) -> str:
         match place.kind:
             case "sweep":
                 content = sweep_content(place)
-                with trusted(place.path / "sweep.json", "the same `tiltflow sweep`"):
+                with trusted(place.path / "sweep.json", "the same `tiltflow sweep` writes it again"):
                     return Markup(article("sweep.html.j2", **swept(content, place.name)))
             case "comparison":
                 return Markup(article("comparison.html.j2", **comparison_values(place.path)))
@@ -87,7 +87,7 @@ def sweep_content(place: Place) -> dict[str, Any]:
     if not in_work(place.path):
         return read_json(place.path / "sweep.json")
     plan = read_yaml(place.path / "sweep.yaml")
-    with trusted(place.path / "sweep.yaml", "the same `tiltflow sweep`"):
+    with trusted(place.path / "sweep.yaml", "the same `tiltflow sweep` writes it again"):
         return collect(points_of(plan["recipe"], plan["over"], "sweep"), place.path, {})
 
 

@@ -76,7 +76,7 @@ class Votes:
         if not (folder / PAIRS).is_file():
             raise InputError(f"{folder}: has no votes; `tiltflow vote RUN --output {folder}` asks for some")
         tree = read_json(folder / PAIRS)
-        with trusted(folder / PAIRS):
+        with trusted(folder / PAIRS, "nothing writes it again; `tiltflow vote` with a new --output asks anew"):
             first, second = map(str, tree["names"])
             prompts, metadata, seed = (
                 [str(text) for text in tree["prompts"]],

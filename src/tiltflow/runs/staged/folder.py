@@ -22,11 +22,11 @@ from torch import nn
 from tiltflow import processes
 from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import Estimate
-from tiltflow.files import read_json, write_json
+from tiltflow.files import read_json, trusted, write_json
 from tiltflow.models.model_folder import WEIGHTS
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
-from tiltflow.reports.stages import FILE, write_stages_report
+from tiltflow.reports.stages import DAMAGED, FILE, read_stages, write_stages_report
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.resume import FREE_TO_CHANGE, flat
 from tiltflow.runs.run_files import MODEL, claim, inside
@@ -93,8 +93,8 @@ class StagesFolder:
             yield place
 
     def _resume(self) -> None:
-        content = read_json(self.path / FILE)
-        with refused(f"{self.path / FILE}: is damaged"):
+        content = read_stages(self.path)
+        with trusted(self.path / FILE, DAMAGED):
             then, self.rows = flat(content["settings"]), list(content["stages"])
         now = flat(self.settings)
         changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]

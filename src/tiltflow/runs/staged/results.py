@@ -22,9 +22,9 @@ from tiltflow.control.path_kl import tuned_paths
 from tiltflow.errors import InputError
 from tiltflow.evaluation.estimates import Estimate
 from tiltflow.evaluation.monitor import over_groups
-from tiltflow.files import final_name, read_json, trusted, write_json
+from tiltflow.files import final_name, trusted, write_json
 from tiltflow.models.protocol import GenerativeModel
-from tiltflow.reports.stages import FILE
+from tiltflow.reports.stages import DAMAGED, FILE, read_stages
 from tiltflow.runs.evaluate import asked_of_paths, no_paths
 from tiltflow.runs.fingerprints import BASE, check_unchanged
 from tiltflow.runs.prepare import asked_of, build_reward, load_asked
@@ -52,8 +52,9 @@ def read_staged(folder: Path) -> tuple[StagedRecipe, list[dict[str, Any]]]:
     recipe = read_recipe(move_old_keys(read_yaml(folder / RECIPE)), str(folder / RECIPE))
     if not isinstance(recipe, StagedRecipe):
         raise InputError(f"{folder}: is a run, and not one of stages")
-    with trusted(folder / FILE):
-        rows = list(read_json(folder / FILE)["stages"])
+    content = read_stages(folder)
+    with trusted(folder / FILE, DAMAGED):
+        rows = list(content["stages"])
     if not rows:
         raise InputError(f"{folder}: no stage is finished yet; rerun `tiltflow train` with --resume")
     return recipe, rows
