@@ -51,6 +51,12 @@ METHODS: dict[str, list[str]] = {
     "ifql": ["method=hold", "reward.best_of=8", "training.prompts_per_step=2"],
     "fql": ["method=fql", "sampling.num_inference_steps=1", "reward.num_inference_steps=1"],
     "fbrac": ["method=fbrac"],
+    "rebrac": [
+        "method=rebrac",
+        "sampling.num_inference_steps=1",
+        "reward.num_inference_steps=1",
+        "reward.distance_price=0.01",
+    ],
     "fawac": ["method=rwr", "training.prompts_per_step=32", "training.num_generations=8"],
 }
 """Changes to the recipe of each method, after those that are asked for."""

@@ -183,8 +183,10 @@ def test_a_run_in_which_they_learn_is_bitwise_the_one_that_was_killed(tmp_path: 
     [
         {"name": "score-as-action", "num_inference_steps": 4},
         {"name": "rwr", "num_inference_steps": 4},
+        {"name": "raft", "num_inference_steps": 4, "n": 3},
         {"name": "fql", "num_inference_steps": 2},
         {"name": "fbrac", "num_inference_steps": 2},
+        {"name": "rebrac", "num_inference_steps": 2},
     ],
     ids=lambda method: method["name"],
 )
@@ -200,6 +202,28 @@ def test_they_learn_beside_other_methods(tmp_path: Path, method: dict[str, Any])
     reward = QFunction.model_validate(tree["reward"]).build().network.state_dict()
     learned = load_file(tmp_path / "whole" / "reward.safetensors")
     assert not torch.equal(learned["target.head.weight"], reward["target.head.weight"])
+    before, after = (load_policy(tmp_path / name).flow.network.state_dict()["head.weight"] for name in ("policy", "whole"))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"name": "dxmi"},
+            "^method dxmi needs a critic that knows the observation, and ours sees actions alone; use score-as-",
+        ),
+        (
+            {"name": "raft"},
+            r"training.num_generations 1 teaches nothing: the best of 4 samples of a prompt, .*; give 4 or more$",
+        ),
+    ],
+)
+def test_methods_that_cannot_tune_a_policy_are_refused(tmp_path: Path, method: dict[str, Any], message: str) -> None:
+    tree = of_critics(tmp_path).model_dump(mode="json", exclude_none=True)
+    with pytest.raises(InputError, match=message):
+        run(validate(Recipe, {**tree, "method": method, "optimizer": {}}, "recipe"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_budget_of_kl_sets_the_temperature(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ class Transitions:
         """The actions of the `horizon` steps from these rows on, one step after the other: [batch, horizon * action]."""
         return self.actions[_steps(rows, horizon)].flatten(1)
 
+    def squared_distance(self, rows: Tensor, chunks: Tensor) -> Tensor:
+        """|a - b|^2 of chunks a [batch, horizon * action], b the actions that were taken from these rows on, over as many steps
+        as the episode still has: [batch], 0 at its last row."""
+        ours = chunks.unflatten(1, (-1, self.actions.shape[1]))
+        steps, last = _steps(rows, ours.shape[1]), self.last[rows, None]
+        away = (ours - self.actions[steps.minimum(last)]).square().sum(2)
+        return torch.where(steps < last, away, 0).sum(1)
+
     def returns(self, rows: Tensor, horizon: int, discount: float) -> tuple[Tensor, Tensor]:
         """What the `horizon` steps from these rows on return, R = sum_i discount^i m_i r_i, and what the value of the row after
         them counts, discount^horizon m_horizon: [batch] each. m_i is 1 until the task is over, and 0 from then on.

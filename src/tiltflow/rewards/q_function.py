@@ -6,8 +6,9 @@ A chunk a of h actions at s is worth its discounted rewards, and what the policy
     Q_j(s, a)  <-  sum_i gamma^i r_i + gamma^h (mean_k Q'_k(s', a') - rho std_k Q'_k(s', a')),      a' ~ policy(. | s').
 
 Q' are targets, exponential averages of the critics' weights; rho is the pessimism; a' is drawn by the tuned policy's ODE and
-clipped to [-1, 1]; with `best_of` it is the best of several. Where the task is over, nothing is added. The reward of a chunk is
-the mean of Q'.
+clipped to [-1, 1]; with `best_of` it is the best of several. With `distance_price` what comes after a chunk loses that times
+|a' - b'|^2, b' the actions that the data has at s' (ReBRAC, 2305.09836). Where the task is over, nothing is added. The reward
+of a chunk is the mean of Q'.
 """
 
 # Mutation tests: test_q_function.py
@@ -64,6 +65,9 @@ class QFunction(Settings):
     """What a reward counts one step later."""
     pessimism: Annotated[float, Field(ge=0)] = 0.5
     """rho: standard deviations among the critics that are taken off the value of what comes after a chunk."""
+    distance_price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of the squared distance of the next actions from those of the data, that is taken off the value of what comes after
+    a chunk: as ReBRAC's critics have it."""
     target_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential averages of weights, whose values are aimed at, and are the reward."""
     learning_rate: Positive = 3e-4
@@ -230,8 +234,11 @@ class QReward:
         settings, data = self.settings, self.transitions
         rewards, weights = data.returns(rows, settings.horizon, settings.discount)
         after = data.observations[rows + settings.horizon]
-        _, values = self.choose(policy, after, generator)
-        return rewards + weights * (values.mean(0) - settings.pessimism * values.std(0, correction=0))
+        actions, values = self.choose(policy, after, generator)
+        value = values.mean(0) - settings.pessimism * values.std(0, correction=0)
+        if settings.distance_price:
+            value = value - settings.distance_price * data.squared_distance(rows + settings.horizon, actions)
+        return rewards + weights * value
 
     @torch.no_grad()
     def choose(self, policy: VelocityField, observations: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from tiltflow.models.sources import ModelName, ModelSource, source_of
 from tiltflow.models.sources.policy import Policy
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
-from tiltflow.training.method import NamedMethod
+from tiltflow.training.method import NamedMethod, fewest_samples
 from tiltflow.training.optimizer import Optimizer, fill_optimizer
 from tiltflow.training.settings import Training
 
@@ -67,7 +67,7 @@ class CommonRecipe(Settings):
         object.__setattr__(self, "sampling", None)  # it is the first of evaluation.points now
         name = "num_generations" if prompted else "train_batch_size"
         if why := self.method.learns_nothing(size := getattr(training, name)):
-            raise ValueError(f"training.{name} {size} teaches nothing: {why}; give 2 or more")
+            raise ValueError(f"training.{name} {size} teaches nothing: {why}; give {fewest_samples(self.method)} or more")
         return self
 
     @property

@@ -25,6 +25,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.flows.precision import autocast_dtype, tf32, without_cudnn_attention
 from tiltflow.models.compiled import compiled, try_compiled
 from tiltflow.models.model import Model
+from tiltflow.models.policy import Policy
 from tiltflow.models.protocol import GenerativeModel
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.models.trainable import Adapter
@@ -39,7 +40,7 @@ from tiltflow.training.batch import Drawn
 from tiltflow.training.calibration import Calibration, target_reward
 from tiltflow.training.draw import batches
 from tiltflow.training.kl_budget import KlBudget
-from tiltflow.training.method import Method
+from tiltflow.training.method import Method, fewest_samples
 from tiltflow.training.optimizer import Optimizer
 from tiltflow.training.settings import Training
 from tiltflow.training.temperature import Temperature
@@ -286,11 +287,12 @@ def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, tra
     prompts = training.prompts_per_step is not None
     each = training.num_generations if prompts else size // max(1, distinct)
     if why := method.learns_nothing(each or 0):
+        fewest = fewest_samples(method)
         if prompts:
-            raise InputError(f"training.num_generations {each} teaches nothing: {why}; give 2 or more")
+            raise InputError(f"training.num_generations {each} teaches nothing: {why}; give {fewest} or more")
         of_class = f", {each} of each class," if distinct else ""
         raise InputError(
-            f"training.train_batch_size {size}{of_class} teaches nothing: {why}; give {2 * max(1, distinct)} or more"
+            f"training.train_batch_size {size}{of_class} teaches nothing: {why}; give {fewest * max(1, distinct)} or more"
         )
     if training.calibration_samples and method.target(training.max_train_steps, model.grid).beta is None:
         raise InputError(f"training.calibration_samples: {method.name} has no temperature to calibrate; set it to 0")
@@ -307,6 +309,8 @@ def check_fit(model: GenerativeModel, items: Sequence[Item], method: Method, tra
         )
     if distinct > 1 and method.needs.critic_of_condition:
         knows = "the prompt, and ours sees latents alone" if prompts else "the class, and ours does not see labels"
+        if isinstance(model, Policy):
+            knows = "the observation, and ours sees actions alone"
         raise InputError(
             f"{method.needs.critic_of_condition} needs a critic that knows {knows}; use {method.needs.without_critic}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import torch
@@ -118,6 +119,11 @@ class Method(Protocol):
     def model_copy(self, *, update: Mapping[str, Any]) -> Method:
         """A copy with some settings changed."""
         ...
+
+
+def fewest_samples(method: Method) -> int:
+    """The least number of samples of each condition, 2 or more, that teach the model something."""
+    return next(group for group in count(2) if method.learns_nothing(group) is None)
 
 
 if TYPE_CHECKING:
