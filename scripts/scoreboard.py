@@ -22,9 +22,10 @@ from tiltflow.models.model import load
 from tiltflow.plugins import find, own_names
 from tiltflow.problems.verification.steering import read_steered, verify_steering
 from tiltflow.problems.verification.verify import read_verification
-from tiltflow.runs.advice.scoreboard import FILE, Line, floors, kept, lines_of, read
+from tiltflow.runs.advice.scoreboard import FILE, Line, floors, is_black_box, kept, lines_of, read
 from tiltflow.runs.comparison.on_problem import problem_of
 from tiltflow.runs.comparison.results import mean_of
+from tiltflow.streams import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README, METHODS = ROOT / "docs/scoreboard.md", ROOT / "README.md", ROOT / "docs/methods.md"
@@ -65,7 +66,8 @@ def dimension(name: str, subject: Line) -> int | None:
     if "recipe" in subject:
         source = subject["recipe"]["model"]
         return math.prod(load(source).event_shape) if isinstance(source, str) else None
-    return int(problem_of(read_verification(name, None, subject["settings"])).base().means.shape[1])
+    problem = problem_of(read_verification(name, None, subject["settings"]))
+    return problem.base_sampler()(1, stream(0, "dimension")).shape[1]
 
 
 def steer(problem: str, settings: Sequence[str]) -> None:
@@ -107,7 +109,8 @@ def table(line: Line) -> Iterator[str]:
         words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
         words += [f"{decimal(floor)} of two exact samples, the floor" for floor in floors_of(line)[: key == "distance"]]
         said += [f"{title} {', '.join(words)}"] if words else []
-    yield f"**{line['subject']}**, {line['dimension']} dimensions, {line['seeds']} seeds: {'; '.join(said)}."
+    box = ", a black box" * is_black_box(line)
+    yield f"**{line['subject']}**{box}, {line['dimension']} dimensions, {line['seeds']} seeds: {'; '.join(said)}."
     yield ""
     yield from markdown(("method", *COLUMNS), map(row, sorted(line["methods"], key=order)))
 

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ from tiltflow.errors import InputError
 from tiltflow.evaluation.paired import all_pairs, difference, holm
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
+from tiltflow.laws.lqg import chain_optimum
+from tiltflow.networks.quadratic import chebyshev
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.rewards.functions.counting import count_rewards
@@ -163,16 +165,38 @@ def test_the_clock_stands_still_while_a_model_is_measured() -> None:
 def test_the_exact_law_is_at_its_floor_and_has_all_of_the_tilt() -> None:
     subject = OnProblem("gaussian", ("quadratic=1",), beta=0.5, num_samples=4000)
     trial = subject.trial(Chosen("deterministic-adjoint-matching"), "cpu")
-    before = trial.measure(None, whole=True)
-    law = trial.problem.base().tilt(trial.problem.reward(), 0.5)
+    before, problem = trial.measure(None, whole=True), cast(Gaussian, trial.problem)
+    law = problem.base().tilt(problem.reward(), 0.5)
     trial.tuned = Flow(ExactVelocity(law))
-    trial.problem = trial.problem.model_copy(update={"sampling": trial.problem.sampling.model_copy(update={"solver": "heun"})})
+    trial.problem = problem.model_copy(update={"sampling": problem.sampling.model_copy(update={"solver": "heun"})})
     found = trial.measure(None, whole=True)
     assert found["distance"] < 2.5 * found["floor"] < before["distance"] / 5
     assert abs(found["achieved_tilt"] - 1) < 3 * found["achieved_tilt_error"] + 0.02
-    assert abs(found["reward"] - law.expectation(trial.problem.reward())) < 4 * found["reward_error"] + 0.02
+    assert abs(found["reward"] - law.expectation(problem.reward())) < 4 * found["reward_error"] + 0.02
     assert before["distance"] == pytest.approx(before["distance_base"], rel=0.05)
     assert before["achieved_tilt"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("cost", [0, 2])
+def test_the_best_control_of_a_chain_is_at_its_floor(cost: float) -> None:
+    """Of five steps, which polynomials of degree four meet; the law of its last state is Gaussian and known, with a running
+    reward too, and it is not the base tilted by the reward."""
+    sets = ("N=5", "T=1", "dimension=2", f"state_cost={cost}")
+    trial = OnProblem("lqg", sets, beta=0.4).trial(Chosen("score-as-action"), "cpu")
+    problem: Any = trial.problem
+    before, best = trial.measure(None, whole=True), chain_optimum(problem, 0.4, 5)
+    controls = torch.tensor(np.array([best.policy(n) for n in range(5)]).T)
+    with torch.no_grad():
+        (coefficients,) = trial.tuned.parameters()
+        coefficients.copy_(torch.linalg.solve(chebyshev(torch.arange(5, dtype=torch.float64) / 5, 4).T, controls.T).T)
+    found = trial.measure(None, whole=True)
+    assert found["distance"] < 1.6 * found["floor"] < before["distance"] / 5
+    assert before["distance"] == pytest.approx(before["distance_base"], rel=0.1)
+    exact = 2 * (problem.q * best.mean - problem.Q * (best.mean**2 + best.variance) / 2)
+    assert abs(found["reward"] - exact) < 4 * found["reward_error"]
+    assert found["achieved_tilt"] is None
+    mean, variance = problem.tilted(0.4)
+    assert ((best.mean - mean) ** 2 + (best.variance**0.5 - variance**0.5) ** 2) ** 0.5 > 2 * found["floor"]
 
 
 def test_every_method_with_a_temperature_works_at_that_of_the_comparison() -> None:
@@ -412,7 +436,7 @@ def test_samples_that_are_not_finite_are_how_a_method_failed(monkeypatch: pytest
     """Found when the trained model is measured, they are in the row, and the comparison goes on."""
     job = job_of("draft", Budget("network_evaluations", 9000))
     lost = torch.tensor([[math.inf, 0.0]]).repeat(100, 1)
-    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.sample", lambda *arguments: lost)
+    monkeypatch.setattr("tiltflow.runs.comparison.on_problem.sample", lambda *arguments, **named: lost)
     row = work(job)
     assert (row["stopped"], row["points"]) == ("samples of the tuned model are not finite", [])
     assert 0 < row["network_evaluations"] <= 9000
@@ -447,6 +471,24 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
     assert summary["target_law"] == "p_base(x) exp(r(x) / beta)"  # though the method itself has none
 
 
+def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path) -> None:
+    """Methods that need a gradient are refused before anything runs, with all others; those that do not are compared, and the
+    results and the page say that the reward has none."""
+    path = tiny_recipe(tmp_path, reward={"name": "jpeg-size", "sign": "smaller"}, method={"name": "dpok", "beta": 5.0})
+    words = ["compare", "--recipes", str(path.rename(tmp_path / "tiny.yaml")), "--seeds", "1", "--network-evaluations", "1500"]
+    words += ["--tune", "none", "-o", str(tmp_path / "out"), "--set", "dpok.num_inference_steps=4"]
+    refused = CliRunner().invoke(app, [*words, "--methods", "dpok,draft"])
+    assert "reward 'jpeg-size' has no gradient, and method 'draft' needs one" in str(refused.exception)
+    assert not (tmp_path / "out" / ROWS).exists()
+    result = CliRunner().invoke(app, [*words, "--methods", "dpok"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["results"]
+    assert (found["black_box"], found["beta"], found["methods"][0]["n"]) == (True, 5.0, 1)
+    assert "the reward is a black box" in (tmp_path / "out" / "report.html").read_text()
+    smooth = tiny_recipe(tmp_path, method={"name": "dpok", "beta": 5.0})
+    assert not OnRecipe.named(str(smooth.rename(tmp_path / "smooth.yaml")), (), None).black_box
+
+
 # ---- refusals ----
 
 
@@ -455,7 +497,9 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
     [
         (["--methods", "draf"], "there is no method 'draf', did you mean 'draft'?"),
         (["--problems", "gausian"], "there is no problem 'gausian', did you mean 'gaussian'?"),
-        (["--problems", "lqg"], "problem 'lqg' is not of p_base(x) exp(r(x) / beta)"),
+        (["--problems", "bandit"], "problem 'bandit' has no law of its own that all methods can be measured by"),
+        (["--problems", "lqg", "--methods", "tilt-matching"], "its law is that of one chain (solver euler-maruyama, num_inf"),
+        (["--problems", "lqg", "--set", "lqg.state_cost=1"], "method 'draft' rewards the ends of paths alone; use adjoint"),
         (["--problems", "utility"], "problem 'utility' is not of p_base(x) exp(r(x) / beta)"),
         (["--problems", "", "--recipes", "digits-evn"], "there is no recipe 'digits-evn', did you mean 'digits-even'?"),
         (["--problems", ""], "give --problems"),
@@ -498,6 +542,7 @@ def test_the_pictures_of_all_methods_have_one_frame(tmp_path: Path) -> None:
     with torch.no_grad():
         trial.measure(tmp_path, whole=False)
     drawn = (tmp_path / "pictures" / "gaussian" / "target.png").read_bytes()
-    trial.tuned = Flow(ExactVelocity(trial.problem.base().tilt(trial.problem.reward(), 0.2)))
+    problem = cast(Gaussian, trial.problem)
+    trial.tuned = Flow(ExactVelocity(problem.base().tilt(problem.reward(), 0.2)))
     trial.measure(tmp_path, whole=False)
     assert (tmp_path / "pictures" / "gaussian" / "target.png").read_bytes() == drawn

@@ -8,9 +8,17 @@ from itertools import pairwise
 import mpmath
 import numpy as np
 import pytest
+import torch
 
+from tiltflow.control.objective import Objective
+from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.laws.lqg import Lqg, chain_optimum, evaluate_chain, evaluate_policy, optimum
+from tiltflow.plugins import find
+from tiltflow.problems.lqg import Lqg as Posed
+from tiltflow.problems.verification.policy_gradients import check_gradients
 from tiltflow.problems.verification.verify import read_verification, verify
+from tiltflow.samplers.rollout import rollout
+from tiltflow.streams import stream
 
 UNIT, BETA = Lqg(), 0.5
 Q, q, T, K, k = UNIT.Q, UNIT.q, UNIT.T, UNIT.K, UNIT.k
@@ -223,6 +231,84 @@ def test_coordinates_add_up() -> None:
     chain, chains = evaluate_chain(UNIT, BETA, *constant(4)), evaluate_chain(Lqg(dimension=3), BETA, *constant(4))
     assert (chains.objective, chains.path_kl) == pytest.approx((3 * chain.objective, 3 * chain.path_kl))
     assert chains.gradient == pytest.approx([3 * part for part in chain.gradient])
+
+
+# ---- a cost of the state ----
+
+STATES = Lqg(state_cost=1.7)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_value_with_a_cost_of_the_state_has_a_closed_form(beta: float) -> None:
+    """At m = 0, S = 1 Riccati's equation has constant coefficients, and (P - P+) / (P - P-) falls exponentially."""
+    root = math.sqrt(1 + 4 * STATES.state_cost / beta)
+    above, below = beta * (root - 1) / 2, -beta * (root + 1) / 2
+    for tau in (0.0, 1.3, T):
+        ratio = (Q - above) / (Q - below) * math.exp(-root * (T - tau))
+        assert optimum(STATES, beta).value(tau)[0] == pytest.approx((above - below * ratio) / (1 - ratio), abs=1e-10)
+
+
+def test_the_spans_are_the_steps_of_the_diffusion() -> None:
+    """Of the linear path, by the pace at their beginnings: they add up to T, and the error falls as log(N) / N."""
+    errors = [STATES.spans(steps).sum() - T for steps in (500, 1000, 2000)]
+    assert 0 < errors[2] < 0.004
+    assert all(1.7 < before / after < 2 for before, after in pairwise(errors))
+    assert STATES.spans(2000)[:1500] == pytest.approx(np.full(1500, T / 2000), rel=0.002)
+
+
+def test_a_chain_with_a_cost_of_the_state_by_hand_and_in_the_limit() -> None:
+    c0, c1 = STATES.spans(2)
+    square1 = (0.5 + K) ** 2 + k**2 + 1  # of X_1, from X_0 ~ N(0, 1), in a step of length 1
+    without, found = (evaluate_chain(each, BETA, *constant(2)) for each in (UNIT, STATES))
+    assert found.objective == pytest.approx(without.objective - STATES.state_cost / 2 * (c0 + c1 * square1), abs=1e-12)
+    assert (found.mean, found.variance, found.path_kl) == (without.mean, without.variance, without.path_kl)
+    chains = [(evaluate_chain(STATES, BETA, *constant(n)), chain_optimum(STATES, BETA, n)) for n in (500, 1000, 2000)]
+    for each, exact in zip(zip(*chains, strict=True), (evaluate_policy(STATES, BETA), optimum(STATES, BETA)), strict=True):
+        errors = [abs(chain.objective - exact.objective) for chain in each]
+        assert errors[2] < 0.006  # R times that of the spans
+        assert all(1.6 < before / after < 2.1 for before, after in pairwise(errors))
+
+
+def test_no_step_of_the_best_chain_with_a_cost_of_the_state_can_be_improved() -> None:
+    problem, steps, bump = Lqg(mean=0.4, variance=0.6, T=1.3, eta=0.6, state_cost=2.0), 5, 0.01
+    best = chain_optimum(problem, BETA, steps)
+    K, k = np.array([best.policy(n) for n in range(steps)]).T
+    assert evaluate_chain(problem, BETA, K, k).objective == pytest.approx(best.objective, abs=1e-12)
+    for n in range(steps):
+        for sign in (bump, -bump):
+            one = sign * np.eye(steps)[n]
+            for moved in ((K + one, k), (K, k + one)):
+                assert evaluate_chain(problem, BETA, *moved).objective < best.objective
+    assert best.variance < chain_optimum(problem.model_copy(update={"state_cost": 0.0}), BETA, steps).variance
+
+
+def test_the_running_reward_of_a_path_is_the_cost_that_the_chain_knows() -> None:
+    """By the program's own objective, along paths of the base, beside the exact expectation."""
+    problem, steps = Posed(state_cost=1.7, mean=0.8, variance=0.35, dimension=2, num_inference_steps=6), 6
+    flow, generator = problem.base_flow(), stream(0, "paths")
+    chain = problem.sampling.chain(flow.noise_time)
+    with torch.no_grad():
+        path = rollout(chain, flow, problem.draw(20_000, generator), generator)
+    gains = Objective(problem.reward(), problem.running_reward()).gains(path.states, chain.times)
+    assert gains is not None
+    found = mean_estimate(gains.sum(0) + problem.reward()(path.states[-1]))
+    exact = evaluate_chain(problem, BETA, *constant(steps, 0.0, 0.0)).objective
+    assert abs(found.value - exact) < 4 * found.standard_error
+    assert abs(exact - evaluate_chain(UNIT, BETA, *constant(steps, 0.0, 0.0)).objective) > 40 * found.standard_error
+
+
+def test_policy_gradients_with_a_cost_of_the_state_are_those_of_the_chain() -> None:
+    problem, method = Posed(state_cost=1.7, mean=0.5), find("methods", "score-as-action")
+    settings = method(beta=BETA, num_inference_steps=5, solver="euler-maruyama")
+    for name, row in check_gradients(problem, settings, 4000, seed=1).items():
+        if name != "closed-form":  # of the continuous process
+            assert max(abs(check.z) for check in row.checks) < 4, name
+    free = problem.model_copy(update={"state_cost": 0.0})
+    (slope, _), exact = (
+        check_gradients(free, settings, 4000, seed=1)["return"].checks,
+        evaluate_chain(problem, BETA, *constant(5)),
+    )
+    assert abs(slope.value - exact.gradient[0]) > 10 * (slope.error or 0)
 
 
 # ---- a second derivation, to thirty digits ----

@@ -103,6 +103,29 @@ def test_advice_names_what_was_measured_in_as_many_dimensions() -> None:
     assert measured(2, ("adjoint-matching", "tilt-matching"), lines) is None  # both, or nothing
 
 
+def test_a_black_box_is_advised_by_what_was_measured_of_black_boxes() -> None:
+    """Where there is none in about as many dimensions, by others; and no law of a chain stands for a tilted one."""
+    lines = [
+        line("smooth", 16, reached("tilt-matching", 0.2), reached("adjoint-matching", 0.3)),
+        line("box", 20, reached("tilt-matching", 0.4), reached("ddpo", 0.7), kind="recipe") | {"black_box": True},
+        line("chain", 17, reached("tilt-matching", 0.1)) | {"law": "the end of a chain"},
+    ]
+    others = ["adjoint-matching", "ddpo"]
+    said = in_words("tilt-matching", 17, others, lines, black_box=True)
+    assert "On box, a black box, in 20 dimensions" in said
+    assert "4.0 times the floor of the distance to the target law, ddpo at 7.0" in said
+    assert "On smooth in 16 dimensions" in in_words("tilt-matching", 17, others, lines)
+    assert "On smooth in 16 dimensions" in in_words("tilt-matching", 17, others, lines[:1], black_box=True)
+    assert in_words("tilt-matching", 17, others, lines[2:]) == ""
+    assert "**box**, a black box, 20 dimensions" in next(SCRIPT["table"](full(lines[1])))
+    assert "black box" not in next(SCRIPT["table"](full(lines[0])))
+
+
+def full(some: dict[str, Any]) -> dict[str, Any]:
+    """A line with what a table shows of its references."""
+    return some | {"references": dict.fromkeys(("reward_base", "distance_base", "diversity_base"), 1.0)}
+
+
 def test_the_table_of_the_readme_says_who_ran_away() -> None:
     """By the base's distance, 1 here; methods without a row are empty, and come last."""
     some = [line("mixture", 2, reached("adjoint-matching", 0.15), reached("draft", 3.0), reached("refl", 0.2, "seed 0: lost"))]

@@ -4,12 +4,13 @@ Data N(m, S) per coordinate, a variance-preserving diffusion in its own time tau
 steered by the affine policy u(tau, x) = K x + k, added to the score, toward r(x) = q x - Q x^2 / 2:
 
     dX = (X / 2 + e (score + u)) dtau + eta dB,     e = (1 + eta^2) / 2,   w = (e / eta)^2,
-    J  = E[ r(X_T) - lambda / 2 int w u^2 dtau ],   X_0 ~ N(a_T m, v_T),   score = -(x - a m) / v,
+    J  = E[ r(X_T) - int (R X^2 + lambda w u^2) / 2 dtau ],   X_0 ~ N(a_T m, v_T),   score = -(x - a m) / v,
     a  = exp(-(T - tau) / 2),   v = a^2 S + 1 - a^2.
 
-(2502.01819 with the score as the action; any other noise schedule is this one in another clock.) Its value function is
-quadratic: V(tau, x) = -P x^2 / 2 + p x + c. So is that of the Euler-Maruyama chain of N steps, which is the objective that a
-program optimises. Both are solved here, for constant or time-dependent K and k, and for the optimal ones.
+(2502.01819 with the score as the action; any other noise schedule is this one in another clock. R, the cost of the state, is 0
+there.) Its value function is quadratic: V(tau, x) = -P x^2 / 2 + p x + c. So is that of the Euler-Maruyama chain of N steps,
+which is the objective that a program optimises, and whose step n costs R c_n X^2 / 2 with c_n = h_n dtau/dt, h_n its length on
+the linear path. Both are solved here, for constant or time-dependent K and k, and for the optimal ones.
 """
 
 # Mutation tests: test_lqg.py test_verify.py
@@ -62,6 +63,8 @@ class Lqg(Settings):
     """Quadratic coefficient of the reward q x - Q x^2 / 2 of each coordinate."""
     q: float = 0.7
     """Linear coefficient of the same reward."""
+    state_cost: Annotated[float, Field(ge=0)] = 0.0
+    """R of the running reward -R x^2 / 2 of each coordinate, per unit of the diffusion's own time; 0 for none."""
     T: Positive = 2.0
     """Length of the diffusion in its own time: at its noise end exp(-T) of the data's variance is left."""
     K: float = 0.2
@@ -100,6 +103,13 @@ class Lqg(Settings):
         a, v = self.marginal(0.0)
         return a * self.mean, v
 
+    def spans(self, steps: int) -> Array:
+        """c_n: the lengths of the chain's steps on the linear path, in its own time by dtau/dt at their beginnings: [steps]."""
+        alpha = np.exp((np.linspace(0, self.T, steps + 1) - self.T) / 2)
+        t = alpha / (alpha + np.sqrt(1 - alpha**2))
+        found: Array = np.diff(t) * pace(t[:-1])
+        return found
+
     def objective(self, value: Array) -> float:
         """J from (P, p, c) at tau = 0."""
         mean, variance = self.start()
@@ -112,6 +122,11 @@ class Lqg(Settings):
         return variance * (self.mean / self.variance + self.q / beta), variance
 
 
+def pace(t: Array) -> Array:
+    """dtau/dt at times t on the linear path, above 0, where tau = 2 log alpha + T."""
+    return 2 * (1 - t) / (t * (t**2 + (1 - t) ** 2))
+
+
 def evaluate_policy(problem: Lqg, beta: float, K: Gain | None = None, k: Gain | None = None) -> Solution:
     """The affine policy (K, k), by default the problem's constant one, in continuous time."""
     slope, intercept = K or (lambda tau: problem.K), k or (lambda tau: problem.k)
@@ -122,7 +137,7 @@ def evaluate_policy(problem: Lqg, beta: float, K: Gain | None = None, k: Gain | 
         F, h, price = F + problem.gain * a, h + problem.gain * b, beta * problem.price
         return np.array(
             [
-                -2 * F * P - price * a**2,
+                -2 * F * P - price * a**2 - problem.state_cost,
                 -F * p + h * P + price * a * b,
                 -h * p + problem.eta**2 * P / 2 + price * b**2 / 2,
             ]
@@ -140,7 +155,7 @@ def optimum(problem: Lqg, beta: float) -> Solution:
         F, h = problem.drift(tau)
         return np.array(
             [
-                -2 * F * P + noise * P**2 / beta,
+                -2 * F * P + noise * P**2 / beta - problem.state_cost,
                 -F * p + h * P + noise * P * p / beta,
                 -h * p + noise * P / 2 - noise * p**2 / (2 * beta),
             ]
@@ -210,7 +225,7 @@ def _chain_solution(
     problem: Lqg, beta: float, steps: int, policy: Callable[[int, float, float], tuple[float, float]]
 ) -> Solution:
     """X' = A X + B + eta sqrt(D) eps, A = 1 + (F + e K) D, B = (h + e k) D; `policy`: n, P_{n+1}, p_{n+1} -> (K_n, k_n)."""
-    D, price = problem.T / steps, beta * problem.price
+    D, price, states = problem.T / steps, beta * problem.price, problem.state_cost * problem.spans(steps)
     values, policies, maps = np.empty((steps + 1, 3)), np.empty((steps, 2)), np.empty((steps, 2))
     values[steps] = problem.Q, problem.q, 0.0
     for n in range(steps - 1, -1, -1):
@@ -218,7 +233,7 @@ def _chain_solution(
         (F, h), (K, k) = problem.drift(n * D), policy(n, P, p)
         A, B = 1 + (F + problem.gain * K) * D, (h + problem.gain * k) * D
         values[n] = (
-            A**2 * P + price * K**2 * D,
+            A**2 * P + price * K**2 * D + states[n],
             A * (p - B * P) - price * K * k * D,
             c + p * B - P * B**2 / 2 - P * problem.eta**2 * D / 2 - price * k**2 * D / 2,
         )

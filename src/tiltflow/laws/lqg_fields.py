@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import VariancePreserving
 from tiltflow.laws.gaussian_mixture import QuadraticReward
-from tiltflow.laws.lqg import Lqg, Solution
+from tiltflow.laws.lqg import Lqg, Solution, pace
 from tiltflow.networks.quadratic import chebyshev
 
 
@@ -96,3 +98,16 @@ def draw_start(problem: Lqg, count: int, start: float, generator: torch.Generato
 def reward_of(problem: Lqg) -> QuadraticReward:
     """q x - Q x^2 / 2, summed over the coordinates."""
     return QuadraticReward(torch.full((problem.dimension,), problem.q, dtype=torch.float64), problem.Q)
+
+
+def running_reward_of(problem: Lqg) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """(x [batch, dimension] on the linear path, t []) -> [batch]: -R X^2 / 2 per unit of time on that path, summed over the
+    coordinates, X being the state in the diffusion's own coordinates; None where R is 0."""
+    if problem.state_cost == 0:
+        return None
+
+    def running(x: Tensor, t: Tensor) -> Tensor:
+        own, now = x * own_scale(t), torch.as_tensor(pace(t.double().numpy())).to(x)
+        return -problem.state_cost / 2 * now * own.square().sum(1)
+
+    return running

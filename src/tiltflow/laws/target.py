@@ -18,6 +18,8 @@ RewardAt = Callable[[Array], Array]
 """A reward of points on the line: [n] -> [n]."""
 Reach = Literal["exact", "first-order", "none"]
 """How near to p_base(x) exp(r(x) / beta), at some beta, the law of a perfectly trained run is."""
+TILTED = "p_base(x) exp(r(x) / beta)"
+"""The law that most methods aim at, in words."""
 NEARLY_ZERO = 1e-12
 """The temperature of a maximum, in units of reward: finite, so that the best sample of each group is told from the others."""
 
@@ -118,7 +120,7 @@ def exponential_tilt(beta: float, caveats: Sequence[str] = (), reaches: Reach = 
     """
     return Target(
         log_tilt=lambda rewards: rewards.double() / beta,
-        words="p_base(x) exp(r(x) / beta)",
+        words=TILTED,
         caveats=tuple(caveats),
         beta=beta,
         temperature=beta,

@@ -6,20 +6,24 @@ one by an entry point of the group `tiltflow.problems`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tiltflow.control.objective import RunningReward
 from tiltflow.flows.flow import Flow
 from tiltflow.rewards import Reward
+from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.batch import Drawn
 from tiltflow.training.method import Method
 from tiltflow.training.trainer import Record
 
 Tree = Mapping[str, Any]
+Exact = Callable[[int, torch.Generator], Tensor]
+"""(count, generator) -> exact samples [count, dimension]."""
 L = TypeVar("L")
 """How a problem describes its exact law."""
 
@@ -185,4 +189,42 @@ class Problem(Protocol[L]):
 
     def check(self, trained: Trained[L]) -> Findings:
         """Measure the tuned model against theory."""
+        ...
+
+
+@runtime_checkable
+class Controlled(Protocol):
+    """A problem whose objective may have a running reward along the paths."""
+
+    def running_reward(self) -> RunningReward | None:
+        """f(x, t), a reward per unit of time on the linear path (`tiltflow.control.objective`); None for none."""
+        ...
+
+
+@runtime_checkable
+class Comparable(Problem[Any], Protocol):
+    """A problem on which `tiltflow compare` can measure methods: at each temperature one law, of which it has exact samples,
+    whatever a method itself aims at."""
+
+    @property
+    def law_in_words(self) -> str:
+        """That law, in words."""
+        ...
+
+    @property
+    def sampling(self) -> Sampling:
+        """The grid on which the tuned flow is sampled, by the solver of the method."""
+        ...
+
+    def base_sampler(self) -> Exact:
+        """Exact samples of the base."""
+        ...
+
+    def tilted_sampler(self, beta: float) -> Exact:
+        """Exact samples of the law at a temperature: p_base(x) exp(r(x) / beta), or that of the best control. Raises InputError
+        where there is none."""
+        ...
+
+    def admit(self, method: Method) -> None:
+        """Raise InputError for a method that cannot be trained on the problem, or that has other samples."""
         ...

@@ -18,18 +18,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tiltflow.control.objective import RunningReward
 from tiltflow.errors import InputError
+from tiltflow.evaluation import achieved_tilt
 from tiltflow.evaluation.distances import distance_to_law
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws import lqg as exact
 from tiltflow.laws.gaussian_mixture import QuadraticReward
 from tiltflow.laws.lqg import Solution, chain_optimum, control_error, evaluate_chain, evaluate_policy, optimum
-from tiltflow.laws.lqg_fields import LinearPolicy, base_flow, draw_start, interpolant, reward_of
+from tiltflow.laws.lqg_fields import LinearPolicy, base_flow, draw_start, interpolant, reward_of, running_reward_of
 from tiltflow.methods import Tilting
 from tiltflow.methods.score_as_action import ScoreAsAction
 from tiltflow.plugins import find
-from tiltflow.problems import Check, Defaults, Findings, Table, Trained, Tree, to_law
+from tiltflow.problems import Check, Defaults, Exact, Findings, Table, Trained, Tree, to_law
 from tiltflow.problems.verification.exact_base import tilt_reached, tilt_rows
 from tiltflow.problems.verification.policy_gradients import check_gradients, gradients_table
 from tiltflow.samplers.rollout import sample
@@ -45,7 +47,11 @@ TUNING: dict[str, Tree] = {
         "estimator": "temporal-difference",  # its optimum is that of the chain; the closed form's is off by O(1 / N)
         "critic": {"network": {"name": "quadratic"}, **FAST},
     },
+    "ddpo": {"clip_range": 0.2},
+    "dpok": {"clip_range": 0.2},
+    "draft": {"num_inference_steps": 40},
 }
+"""Of methods that can control the chain of the problem."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class ChainLaw:
 class Lqg(exact.Lqg):
     """Linear-quadratic-Gaussian control of a diffusion: exact objective, gradient, value function and optimum."""
 
+    num_inference_steps: Count = 40
+    """Steps of the chain whose best control `tiltflow compare` measures against; with N, those of the method too."""
     degree: Annotated[int, Field(ge=0)] = 4
     """Degree of the polynomials of time that are the slope and the intercept of the policy."""
     evaluate_steps: tuple[Count, ...] = (5, 10, 50, 100)
@@ -84,18 +92,15 @@ class Lqg(exact.Lqg):
     usual_method: ClassVar[str] = "score-as-action"
     letters: ClassVar[Mapping[str, Sequence[str]]] = {
         "lambda": ["method.beta"],
-        "N": ["method.num_inference_steps"],
+        **{key: ["problem.num_inference_steps", "method.num_inference_steps"] for key in ("N", "num_inference_steps")},
         "eta": ["problem.eta", "method.eta"],
     }
 
     @classmethod
     def defaults(cls, method: str) -> Defaults:
         """See `tiltflow.problems.Problem`."""
-        if not issubclass(find("methods", method), Tilting):
-            raise InputError(
-                f"verify lqg is for methods that control a sampler at a price beta, {method} does not; use two-modes"
-            )
-        own = {"beta": 0.5, "solver": "euler-maruyama"} if method in TUNING else {}
+        own: dict[str, Any] = {"solver": "euler-maruyama"} if method in TUNING else {}
+        own |= {"beta": 0.5} if method in TUNING and issubclass(find("methods", method), Tilting) else {}
         run = {"iterations": 400, "ema_decay": 0.98}
         return Defaults(TUNING.get(method, {}), own, run, FAST if method in TUNING else {})
 
@@ -115,8 +120,61 @@ class Lqg(exact.Lqg):
         """X_0 on the linear path: [count, dimension]."""
         return draw_start(self, count, base_flow(self).noise_time, generator)
 
+    def running_reward(self) -> RunningReward | None:
+        """-R X^2 / 2 per unit of the diffusion's own time; None where R, `state_cost`, is 0."""
+        return running_reward_of(self)
+
+    @property
+    def law_in_words(self) -> str:
+        """See `tiltflow.problems.Comparable`."""
+        cost = f" and a running reward -{self.state_cost:g} |x|^2 / 2" if self.state_cost else ""
+        return f"the end of a chain of {self.num_inference_steps} steps under its best control at a price beta{cost}"
+
+    @property
+    def sampling(self) -> Sampling:
+        """The chain of `num_inference_steps` steps."""
+        return Sampling(solver="euler-maruyama", num_inference_steps=self.num_inference_steps, eta=self.eta)
+
+    def base_sampler(self) -> Exact:
+        """Exact samples of the end of the chain without control."""
+        none = np.zeros(self.num_inference_steps)
+        return self._chain(1.0, evaluate_chain(self, 1.0, none, none)).sample
+
+    def tilted_sampler(self, beta: float) -> Exact:
+        """Exact samples of the end of the chain under its best control at a price beta."""
+        return self._chain(beta, chain_optimum(self, beta, self.num_inference_steps)).sample
+
+    def _chain(self, beta: float, solution: Solution) -> ChainLaw:
+        return ChainLaw(self.dimension, beta, self.num_inference_steps, solution)
+
+    def admit(self, method: Method) -> None:
+        """See `tiltflow.problems.Comparable`: a method that draws by the same chain, and can have the running reward."""
+        self._allow_running(method)
+        own, wanted = (
+            ", ".join(f"{key} {getattr(each, key)}" for key in ("solver", "num_inference_steps", "eta"))
+            for each in (method.sampling, self.sampling)
+        )
+        if own != wanted:
+            raise InputError(
+                f"lqg: its law is that of one chain ({wanted}), and method {method.name!r} draws by another ({own})"
+            )
+
+    def _allow_running(self, method: Method) -> None:
+        """Raise InputError for a method that cannot have the running reward."""
+        if self.state_cost and not method.needs.running_reward:
+            raise InputError(
+                f"lqg: state_cost is a running reward, and method {method.name!r} rewards the ends of paths alone; use"
+                " adjoint-matching or score-as-action, or state_cost = 0"
+            )
+
     def exact_law(self, method: Method, iterations: int) -> ChainLaw:
-        """The law of the chain's optimum. Raises InputError if the method's sampler has other noise than the problem's."""
+        """The law of the chain's optimum. Raises InputError if the method's sampler has other noise than the problem's, and for
+        methods that control no sampler at a price, or cannot have the running reward."""
+        if not isinstance(method, Tilting):
+            raise InputError(
+                f"verify lqg is for methods that control a sampler at a price beta, {method.name} does not; use two-modes"
+            )
+        self._allow_running(method)
         if method.sampling.eta != self.eta:
             raise InputError("verify lqg: problem.eta and method.eta are the noise of one sampler: they must be the same")
         beta, steps = method.target(iterations, self.base_flow().noise_time).beta, method.sampling.num_inference_steps
@@ -186,6 +244,7 @@ class Lqg(exact.Lqg):
             "reward": reward.value,
             "reward_error": reward.standard_error,
             **tilt_reached(trained, x, x_base, sampling, self.reward(), lambda rewards: rewards / beta),
+            **(dict.fromkeys(achieved_tilt.KEYS) if self.state_cost else {}),  # the law is not the base tilted by r
         }
 
     def _at_other_steps(self, trained: Trained[ChainLaw]) -> dict[str, dict[str, float]]:
@@ -239,7 +298,7 @@ class Lqg(exact.Lqg):
             "mean reward": Check(values["reward"], values["reward_error"], values["reward_exact"]),
             "relative error of the control": Check(values["control_error"], format=".1%"),
             "path KL": Check(values["path_kl"], theory=values["path_kl_exact"]),
-            **tilt_rows(values),
+            **({} if self.state_cost else tilt_rows(values)),
             "cost": trained.cost,
         }
         return Table(f"{trained.method.name} on {self.name}", rows)
@@ -268,7 +327,7 @@ def optimum_table(values: Mapping[str, Any]) -> Table:
         "P, p, c at the start": numbers(best["value"].values()),
         "terminal mean, variance": numbers([best["terminal_mean"], best["terminal_variance"]]),
         "of the tilted law": numbers([best["tilted_mean"], best["tilted_variance"]])
-        + f"   (initial-value bias {values['initial_value_bias']:.4f} in W2)",
+        + f"   (the optimum is {values['initial_value_bias']:.4f} from it in W2)",
         "path KL": f"{best['path_kl']:.6f}",
     }
     return Table("exact, the optimum", rows)

@@ -126,7 +126,8 @@ def references(found: Tree) -> str:
     """What the base and the target law have, in words."""
     known = {key: each["mean"] for key, each in found["references"].items()}
     floors = [m["floor"]["mean"] for m in found["methods"] if m["floor"]["mean"] is not None]
-    said = [f"temperature {found['beta']:g}"]
+    said = ["the reward is a black box, without a gradient"] if found["black_box"] else []
+    said += [f"target law: {found['law']}, beta = {found['beta']:g}"]
     for name, title in (("reward", "mean reward"), ("distance", "distance to the target"), ("diversity", "diversity")):
         sides = [(side, known.get(f"{name}_{side}")) for side in ("base", "target")]
         words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]

@@ -16,11 +16,13 @@ from tiltflow.evaluation.importance_weights import ImportanceWeights
 from tiltflow.evaluation.log_ratio import END
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import ExactVelocity, GaussianMixture
-from tiltflow.problems import Check, Defaults, Trained, Tree
+from tiltflow.laws.target import TILTED
+from tiltflow.problems import Check, Defaults, Exact, Trained, Tree
 from tiltflow.problems.verification.tuned_mixture import TunedMixture
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import Settings
 from tiltflow.streams import stream
+from tiltflow.training.method import Method
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -97,6 +99,7 @@ class ExactBase(Settings):
     """How the tuned flow is sampled for the distances."""
 
     usual_method: ClassVar[str] = "adjoint-matching"
+    law_in_words: ClassVar[str] = TILTED
     letters: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @abstractmethod
@@ -107,7 +110,14 @@ class ExactBase(Settings):
     def reward(self) -> Callable[[Tensor], Tensor]:
         """A function of samples [batch, dimension] -> [batch]."""
 
-    def tilted_sampler(self, beta: float) -> Callable[[int, torch.Generator], Tensor]:
+    def base_sampler(self) -> Exact:
+        """See `tiltflow.problems.Comparable`."""
+        return self.base().sample
+
+    def admit(self, method: Method) -> None:
+        """Any method."""
+
+    def tilted_sampler(self, beta: float) -> Exact:
         """(count, generator) -> exact samples [count, dimension] of p_base(x) exp(r(x) / beta). Raises InputError where the
         problem is of another law."""
         raise InputError(f"problem {self.name!r} is not of p_base(x) exp(r(x) / beta), and has no reward to compare methods by")

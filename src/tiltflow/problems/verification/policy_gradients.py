@@ -15,7 +15,15 @@ from tiltflow.control.value import FORMS, Value
 from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.lqg import Lqg, evaluate_chain
-from tiltflow.laws.lqg_fields import OnePolicyEach, QuadraticValue, base_flow, draw_start, interpolant, reward_of
+from tiltflow.laws.lqg_fields import (
+    OnePolicyEach,
+    QuadraticValue,
+    base_flow,
+    draw_start,
+    interpolant,
+    reward_of,
+    running_reward_of,
+)
 from tiltflow.methods.score_as_action import ScoreAsAction, State
 from tiltflow.problems import Check, Table
 from tiltflow.streams import stream
@@ -86,7 +94,8 @@ def gradient_samples(problem: Lqg, method: ScoreAsAction, trajectories: int, see
         once = method.model_copy(update={"num_passes": 1, "train_timesteps": None, "critic": frozen})
         x = draw_start(problem, trajectories, start, stream(seed, "start"))
         reward, generator = reward_of(problem), stream(seed, "gradient", method.estimator)
-        batch = Batch(x, tuned, base, reward, generator, start=start, micro_batch_size=trajectories)
+        running = running_reward_of(problem)
+        batch = Batch(x, tuned, base, reward, generator, start=start, micro_batch_size=trajectories, running=running)
         next(once.gradients(batch, state))
         (coefficients,) = tuned.parameters()
         assert coefficients.grad is not None

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, InstanceOf
 from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flows.flow import Flow
 from tiltflow.plugins import find, part_of
-from tiltflow.problems import Findings, Problem, Trained, Tree
+from tiltflow.problems import Controlled, Findings, Problem, Trained, Tree
 from tiltflow.settings import Settings, apply_overrides, validate
 from tiltflow.training.method import NamedMethod
 from tiltflow.training.optimizer import Optimizer
@@ -112,6 +112,7 @@ def loop(
         start=base.noise_time,
         ema_decay=settings.ema_decay,
         on_batch_end=on_batch_end,
+        running=problem.running_reward() if isinstance(problem, Controlled) else None,
     )
 
 

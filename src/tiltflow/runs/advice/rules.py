@@ -96,7 +96,8 @@ def carried(facts: Facts) -> str:
 
 def beside(name: str, facts: Facts) -> str:
     """What the scoreboard says of a method in about as many dimensions, beside the others that this reward could have."""
-    return in_words(name, facts.dimension, [each for each in own_names("methods") if fits(each, facts)])
+    others = [each for each in own_names("methods") if fits(each, facts)]
+    return in_words(name, facts.dimension, others, black_box=not facts.differentiable)
 
 
 def fits(name: str, facts: Facts) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.results import MEASURED, REFERENCES
 
 FILE = Path(__file__).with_name("scoreboard.jsonl")
@@ -47,6 +48,8 @@ def lines_of(content: Line, name: str, dimensions: Mapping[str, int | None]) -> 
             "kind": "recipe" if "recipe" in content["subjects"][found["subject"]] else "problem",
             "dimension": dimensions[found["subject"]],
             "beta": found["beta"],
+            "law": found["law"],
+            "black_box": found["black_box"],
             "references": {key: rounded(found["references"][key]["mean"]) for key in REFERENCES},
             "methods": [
                 {key: kept(method[key]) for key in KEPT} | {"points": [on_the_way(each) for each in method["points"][:2]]}
@@ -104,30 +107,47 @@ def floors(method: Line) -> float | None:
     return None if distance is None or not floor else round(distance / floor, 6)
 
 
-def measured(dimension: int, names: Sequence[str], lines: Sequence[Line] | None = None) -> tuple[Line, dict[str, float]] | None:
-    """The line with all these methods whose dimension is the nearest to this one, of a recipe before one of a problem, and its
-    distances in floors by method. None where they were not measured in about as many dimensions."""
-    found = [(line, of_methods(line)) for line in (read() if lines is None else lines) if line["dimension"]]
+def measured(
+    dimension: int, names: Sequence[str], lines: Sequence[Line] | None = None, *, black_box: bool = False
+) -> tuple[Line, dict[str, float]] | None:
+    """The line with all these methods, of a tilted law, and its distances in floors by method: of a black box if this reward is
+    one, of the nearest dimension, of a recipe before one of a problem, in this order. None where they were not measured in
+    about as many dimensions."""
+    tilted = (line for line in (read() if lines is None else lines) if line.get("law", TILTED) == TILTED)
+    found = [(line, of_methods(line)) for line in tilted if line["dimension"]]
     found = [each for each in found if set(names) <= set(each[1]) and apart(each[0]["dimension"], dimension) <= CLOSE]
-    return min(found, key=lambda each: (apart(each[0]["dimension"], dimension), each[0]["kind"] != "recipe"), default=None)
+
+    def rank(each: tuple[Line, dict[str, float]]) -> tuple[bool, float, bool]:
+        line = each[0]
+        return is_black_box(line) != black_box, apart(line["dimension"], dimension), line["kind"] != "recipe"
+
+    return min(found, key=rank, default=None)
 
 
-def in_words(name: str, dimension: int, others: Sequence[str], lines: Sequence[Line] | None = None) -> str:
+def is_black_box(line: Line) -> bool:
+    """Whether the reward of a line has no gradient; lines that do not say so have one."""
+    return bool(line.get("black_box"))
+
+
+def in_words(
+    name: str, dimension: int, others: Sequence[str], lines: Sequence[Line] | None = None, *, black_box: bool = False
+) -> str:
     """A sentence of what a method reached in about as many dimensions, at equal cost, beside the best of the others; empty
     where it was not measured.
 
     Args:
         others: methods that could be chosen instead.
     """
-    found = measured(dimension, (name,), lines)
+    found = measured(dimension, (name,), lines, black_box=black_box)
     if found is None:
         return ""
     line, reached = found
     rivals = sorted((value, other) for other, value in reached.items() if other != name and other in others)
     beside = f", {rivals[0][1]} at {rivals[0][0]:.1f}" if rivals else ""
     kind = line["budget"]["kind"].replace("_", " ")
+    where = f"On {line['subject']}{', a black box,' * is_black_box(line)}"
     return (
-        f"On {line['subject']} in {line['dimension']} dimensions, with {line['budget']['amount']:,.0f} {kind}, it ended at"
+        f"{where} in {line['dimension']} dimensions, with {line['budget']['amount']:,.0f} {kind}, it ended at"
         f" {reached[name]:.1f} times the floor of the distance to the target law{beside} ({line['seeds']} seeds)."
     )
 

@@ -18,8 +18,9 @@ from tiltflow.evaluation.log_ratio import END
 from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
 from tiltflow.evaluation.samples import Asked
 from tiltflow.files import write_file
-from tiltflow.plugins import find
-from tiltflow.problems.verification.exact_base import MOST, ExactBase
+from tiltflow.laws.target import TILTED
+from tiltflow.problems import Comparable
+from tiltflow.problems.verification.exact_base import MOST
 from tiltflow.problems.verification.verify import Verification, loop, read_verification
 from tiltflow.reports.points import are_points, draw, frame
 from tiltflow.runs.comparison.subject import Chosen, OnBatchEnd, at_temperature, sampled_by
@@ -47,18 +48,30 @@ class OnProblem:
     beta: float = 1.0
     num_samples: int = 4000
 
+    black_box = False
+    """Rewards of problems have gradients."""
+
+    @property
+    def problem(self) -> Comparable:
+        """The problem. Raises InputError for one that methods cannot be compared on, and for wrong settings."""
+        return problem_of(read_verification(self.name, None, self.settings))
+
+    @property
+    def law(self) -> str:
+        """See `Subject`."""
+        return self.problem.law_in_words
+
     def check(self) -> None:
         """Raise InputError for a problem that methods cannot be compared on, and for wrong settings."""
-        posed = find("problems", self.name)
-        if not issubclass(posed, ExactBase):
-            raise InputError(f"compare: problem {self.name!r} is not of p_base(x) exp(r(x) / beta) for a base of its own")
-        problem_of(read_verification(self.name, None, self.settings)).tilted_sampler(self.beta)
+        self.problem.tilted_sampler(self.beta)
 
     def read(self, chosen: Chosen) -> Verification:
-        """The settings of a training, with the method's own optimizer filled in."""
+        """The settings of a training, with the method's own optimizer filled in. Raises InputError for a method that cannot be
+        trained on the problem."""
         of_run = (f"seed={chosen.seed}", f"iterations={chosen.steps}")
         settings = read_verification(self.name, chosen.name, [*self.settings, *chosen.settings, *of_run])
         method = at_temperature(settings.method, self.beta)
+        problem_of(settings).admit(method)
         optimizer = fill_optimizer(method, settings.optimizer)
         scaled = optimizer.model_copy(update={"learning_rate": optimizer.learning_rate * chosen.factor})
         return settings.model_copy(update={"method": method, "optimizer": scaled})
@@ -80,6 +93,11 @@ class ProblemTrial:
         self.method, self.learning_rate = settings.method, settings.optimizer.learning_rate
         self.base, self.tuned = self.problem.base_flow(), self.problem.tuned_flow(settings.seed)
 
+    @property
+    def start(self) -> float:
+        """See `Trial`."""
+        return self.base.noise_time
+
     def loop(self, on_batch_end: OnBatchEnd) -> Generator[Record, None, None]:
         """See `Trial`."""
         return loop(self.settings, self.tuned, self.base, on_batch_end)
@@ -94,10 +112,12 @@ class ProblemTrial:
         generator, reward = stream(seed, "evaluation"), problem.reward()
         exact = problem.tilted_sampler(self.subject.beta)
         sampling = problem.sampling.model_copy(update=sampled_by(self.method, problem.sampling))
-        x = sample(self.tuned, problem.draw(count, generator), sampling, generator).double()
+        noise = problem.draw(count, generator)
+        assert isinstance(noise, Tensor)  # no problem that is compared has conditions
+        x = sample(self.tuned, noise, sampling, generator, start=self.start).double()
         if not x.isfinite().all():
             raise NonFiniteError("samples of the tuned model are not finite")
-        x_base = problem.base().sample(count, stream(seed, "base"))
+        x_base = problem.base_sampler()(count, stream(seed, "base"))
         x_target = exact(count, stream(seed, "target"))
         to_target, of_base = distances_to_law(
             [x, x_base], exact, stream(seed, "exact"), directions=stream(seed, "directions"), draws=DRAWS
@@ -120,7 +140,9 @@ class ProblemTrial:
         return found
 
     def _tilt(self, x: Tensor) -> dict[str, Any]:
-        """The achieved tilt, and the KL to the target by it."""
+        """The achieved tilt, and the KL to the target by it; unknown where the law is not the base tilted by the reward."""
+        if self.subject.law != TILTED:
+            return dict.fromkeys(achieved_tilt.KEYS)
         some, times = x[:MOST].float(), self.problem.sampling.times(self.base.noise_time)
         found = achieved_tilt.measure(
             self.tuned,
@@ -142,7 +164,10 @@ class ProblemTrial:
             write_file(folder / f"{name}.png", draw(each, limits, colour, lambda points: reward(points.double())))
 
 
-def problem_of(settings: Verification) -> ExactBase:
-    """The problem, whose base is a mixture."""
-    assert isinstance(settings.problem, ExactBase)
+def problem_of(settings: Verification) -> Comparable:
+    """The problem. Raises InputError for one that methods cannot be compared on."""
+    if not isinstance(settings.problem, Comparable):
+        raise InputError(
+            f"compare: problem {settings.problem.name!r} has no law of its own that all methods can be measured by"
+        )
     return settings.problem

@@ -11,11 +11,13 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import write_rows
+from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.subject import Chosen, Law, OnBatchEnd, at_temperature, sampled_by
 from tiltflow.runs.evaluate import evaluate
 from tiltflow.runs.recipe import Recipe, find_recipe, read_one_run, read_recipe_tree
 from tiltflow.runs.run import Ready, ready
 from tiltflow.runs.run_files import RECIPE, write_yaml
+from tiltflow.samplers.grid import Start
 from tiltflow.settings import apply_overrides
 from tiltflow.training.determinism import deterministic
 from tiltflow.training.records import METRICS, line_of
@@ -38,6 +40,7 @@ class OnRecipe:
     beta: float
     tree: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
+    law = TILTED
 
     @classmethod
     def named(cls, name_or_path: str, settings: tuple[str, ...], beta: float | None) -> OnRecipe:
@@ -54,6 +57,11 @@ class OnRecipe:
             raise InputError(f"compare: {name_or_path}: its method has no temperature; give that of the target law by --beta")
         name = path.parent.name if path.name == RECIPE else path.stem
         return cls(name, own, tree, settings)
+
+    @property
+    def black_box(self) -> bool:
+        """See `Subject`."""
+        return not read_one_run(self.tree, self.name).reward.differentiable
 
     def read(self, chosen: Chosen) -> Recipe:
         """The recipe of a training: the method has its own defaults, its optimizer too, and samples are drawn by its solver."""
@@ -97,6 +105,12 @@ class RecipeTrial:
         self.subject, self.recipe, self.these, self.device = subject, recipe, these, device
         self.method, self.learning_rate = recipe.method, recipe.optimizer.learning_rate
         self.records: list[dict[str, Any]] = []
+
+    @property
+    def start(self) -> Start:
+        """See `Trial`."""
+        start: Start = self.these.parts.untuned.grid
+        return start
 
     def loop(self, on_batch_end: OnBatchEnd) -> Generator[Record, None, None]:
         """See `Trial`."""

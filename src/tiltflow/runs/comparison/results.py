@@ -9,6 +9,7 @@ from typing import Any
 from tiltflow.evaluation.paired import all_pairs
 from tiltflow.runs.comparison.budget import KINDS
 from tiltflow.runs.comparison.plan import FACTORS, SHARE_OF_TUNING, Plan
+from tiltflow.runs.comparison.subject import Subject
 from tiltflow.runs.comparison.training import SHARES
 from tiltflow.runs.sweep import beats, standard_error
 
@@ -52,12 +53,13 @@ def results(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
         **plan.as_tree(),
         "share_of_tuning": SHARE_OF_TUNING,
         "near": NEAR,
-        "results": [of_subject(plan, rows, each.name) | {"beta": each.beta} for each in plan.subjects],
+        "results": [of_subject(plan, rows, each) for each in plan.subjects],
     }
 
 
-def of_subject(plan: Plan, rows: Sequence[Row], subject: str) -> dict[str, Any]:
+def of_subject(plan: Plan, rows: Sequence[Row], posed: Subject) -> dict[str, Any]:
     """The results of a subject."""
+    subject = posed.name
     runs = {
         method: {
             row["seed"]: row for row in rows if (row["purpose"], row["subject"], row["method"]) == ("run", subject, method)
@@ -74,6 +76,9 @@ def of_subject(plan: Plan, rows: Sequence[Row], subject: str) -> dict[str, Any]:
     methods = [method | {"near": near(method, base)} for method in methods]
     return {
         "subject": subject,
+        "beta": posed.beta,
+        "law": posed.law,
+        "black_box": posed.black_box,
         "references": references,
         "methods": marked(methods),
         "differences": {key: differences(finals, methods, key) for key in BETTER},

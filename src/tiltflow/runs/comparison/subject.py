@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tiltflow.methods import Tilting
+from tiltflow.samplers.grid import Start
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.training.method import Method
 from tiltflow.training.trainer import BatchEnd, Record
@@ -40,6 +41,11 @@ class Trial(Protocol):
     method: Method
     learning_rate: float
 
+    @property
+    def start(self) -> Start:
+        """Where sampling begins."""
+        ...
+
     def loop(self, on_batch_end: OnBatchEnd) -> Generator[Record, None, None]:
         """Train; when it ends or is closed, the weights are their moving average."""
         ...
@@ -64,6 +70,16 @@ class Subject(Protocol):
     @property
     def beta(self) -> float:
         """Temperature of the target law."""
+        ...
+
+    @property
+    def law(self) -> str:
+        """The target law, in words."""
+        ...
+
+    @property
+    def black_box(self) -> bool:
+        """Whether the reward has no gradient."""
         ...
 
     def trial(self, chosen: Chosen, device: str) -> Trial:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import CollapseError, NonFiniteError
+from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.budget import MOST_TRIED, TRIED, Budget, Cost, Meter, Spent
 from tiltflow.runs.comparison.subject import Chosen, Subject, Trial
 from tiltflow.training.trainer import BatchEnd
@@ -68,7 +69,7 @@ def work(job: Job) -> dict[str, Any]:
     }
     if job.purpose == "cost":
         trial = job.subject.trial(job.chosen, job.device)
-        return head | {"cost": asdict(cost_of(trial, job.budget)), "aims_at": aim(trial)}
+        return head | {"cost": asdict(cost_of(trial, job.budget)), "aims_at": aim(trial, job.subject.law)}
     assert job.cost is not None
     steps = job.cost.require(job.budget, f"{job.subject.name} by {job.chosen.name}")
     trial = job.subject.trial(replace(job.chosen, steps=steps), job.device)
@@ -76,11 +77,12 @@ def work(job: Job) -> dict[str, Any]:
     return head | {"learning_rate": trial.learning_rate, "steps_planned": steps} | trained(trial, job, keep)
 
 
-def aim(trial: Trial) -> str:
-    """What a method aims at, in words."""
-    target = trial.method.target(100)
+def aim(trial: Trial, law: str) -> str:
+    """What a method aims at, in words: `law`, that of the subject, where it is the tilted law as far as the method knows."""
+    target = trial.method.target(100, trial.start)
     beta = "" if target.beta is None or target.maximises else f", beta = {target.beta:g}"
-    return f"{target.words}{beta}" if target.reaches != "none" or target.maximises else f"no law ({target.words}{beta})"
+    words = f"{law if target.words == TILTED else target.words}{beta}"
+    return words if target.reaches != "none" or target.maximises else f"no law ({words})"
 
 
 def cost_of(trial: Trial, budget: Budget) -> Cost:
