@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tiltflow.errors import InputError
+from tiltflow.policies.drawing import choose_renderer, frame
 from tiltflow.policies.environments import check_environment, in_sight, make, play, rewards_of
 from tiltflow.policies.generation import Play, generate, relabel
 from tiltflow.policies.transitions import load_transitions
@@ -146,3 +147,22 @@ def test_its_own_loader_reads_what_is_generated(tmp_path: Path) -> None:
     steps = ~rows["terminals"]
     for key in ("observations", "actions", "rewards", "masks"):
         assert np.array_equal(rows[key][steps], theirs[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cube-single", "scene", "puzzle-3x3"])
+def test_a_frame_of_the_past_is_the_one_that_was(name: str) -> None:
+    """An environment that is put back to where it was is drawn as it was then."""
+    pytest.importorskip("ogbench")
+    choose_renderer()
+    environment: Any = make(name, 1)
+    environment.reset(seed=0)
+    environment.action_space.seed(0)
+    live, told = [], []
+    for _ in range(12):
+        *_, info = environment.step(environment.action_space.sample())
+        told.append(info)
+        live.append(np.asarray(frame(environment, info), dtype=float))
+    assert np.abs(live[-1] - live[0]).max() > 20
+    for i in (0, 6):
+        assert np.abs(np.asarray(frame(environment, told[i]), dtype=float) - live[i]).max() <= 2

@@ -142,11 +142,20 @@ def test_the_best_of_several_chunks_by_hand() -> None:
     assert torch.equal(best[1, :, 0], drawn[1, drawn[1, :, 1].argmin()])
 
 
-def test_the_first_episode_is_watched() -> None:
-    seen = list[tuple[float, int]]()
-    play_episodes(policy(), Walk, 2, watch=lambda world, info: seen.append((world.place, world.steps)))  # type: ignore[attr-defined]
-    assert [steps for _, steps in seen] == [0, 1, 2, 3, 4, 5]
-    assert [place for place, _ in seen] == pytest.approx([-3.2, -2.2, -1.2, -0.2, 0.8, 0.0], abs=1e-6)
+def test_the_first_episodes_are_watched() -> None:
+    """Each by its own: where it was, what was observed, and whether it was the end."""
+    seen: list[list[tuple[Any, ...]]] = [[], []]
+
+    def watching(into: list[tuple[Any, ...]]) -> Any:
+        return lambda world, observation, info, over: into.append((world.place, float(observation[0]), world.steps, over))
+
+    found = play_episodes(policy(), Walk, 3, watches=[watching(each) for each in seen], at_once=2)
+    assert found == play_episodes(policy(), Walk, 3, at_once=2)
+    for each in seen:
+        places, observed, steps, over = zip(*each, strict=True)
+        assert steps == (0, 1, 2, 3, 4, 5)
+        assert places == observed == pytest.approx([-3.2, -2.2, -1.2, -0.2, 0.8, 0.0], abs=1e-6)
+        assert over == (False,) * 5 + (True,)
 
 
 def test_things_from_above_are_where_they_are() -> None:

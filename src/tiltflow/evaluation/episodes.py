@@ -23,7 +23,12 @@ Values = Callable[[Tensor, Tensor], Tensor]
 """(observations [n, observation], chunks of actions [n, horizon * action]) -> their values [n]."""
 
 
-Watch = Callable[[Environment, Mapping[str, Any]], None]
+class Watch(Protocol):
+    """What sees an episode, at its beginning and after each step."""
+
+    def __call__(self, environment: Environment, observation: Any, info: Mapping[str, Any], over: bool) -> None:
+        """See the environment, what was observed, and what else it told; `over` after the last step."""
+        ...
 
 
 class Actor(Protocol):
@@ -88,7 +93,7 @@ def play_episodes(
     seed: int = 0,
     at_once: int = 10,
     valued: Valued | None = None,
-    watch: Watch | None = None,
+    watches: Sequence[Watch] = (),
 ) -> list[Episode]:
     """Play episodes: a chunk of actions is drawn for an observation, clipped to [-1, 1], and taken one action after another.
 
@@ -97,24 +102,24 @@ def play_episodes(
         at_once: environments that are played side by side, so that the network sees several observations. An episode depends
             on its number and the seed, and on the others of its round in the last bits of what the network computes.
         valued: estimates the value of the first chunk, to be compared with the discounted return.
-        watch: sees the first episode: the environment and what it told, at the beginning and after each step.
+        watches: see the first episodes, one each.
 
     Raises InputError if the environment has other observations or actions than the policy.
     """
     environments = [make() for _ in range(min(at_once, count))]
     found: list[Episode] = []
     for begin in range(0, count, len(environments)):
-        found += _round(policy, environments[: count - begin], begin, seed, valued, watch if begin == 0 else None)
+        found += _round(policy, environments[: count - begin], begin, seed, valued, watches[begin:])
     return found
 
 
 def _round(
-    policy: Actor, environments: Sequence[Environment], begin: int, seed: int, valued: Valued | None, watch: Watch | None
+    policy: Actor, environments: Sequence[Environment], begin: int, seed: int, valued: Valued | None, watches: Sequence[Watch]
 ) -> list[Episode]:
     seeds = [stream(seed, "episode", begin + i).initial_seed() % 2**31 for i in range(len(environments))]
     discount = None if valued is None else valued.discount
-    watches = [watch if i == 0 else None for i in range(len(seeds))]
-    lanes, turn = [_Lane(*one, discount) for one in zip(environments, seeds, watches, strict=True)], 0
+    watching = [watches[i] if i < len(watches) else None for i in range(len(seeds))]
+    lanes, turn = [_Lane(*one, discount) for one in zip(environments, seeds, watching, strict=True)], 0
     while going := [lane for lane in lanes if not lane.over]:
         observations = np.stack([np.asarray(lane.observation, dtype=np.float32) for lane in going])
         noise = stream(seed, "act", begin, turn).initial_seed()
@@ -136,7 +141,7 @@ class _Lane:
         self.environment, self.watch, self.discount = environment, watch, discount
         self.observation, info = environment.reset(seed=seed)
         if watch is not None:
-            watch(environment, info)
+            watch(environment, self.observation, info, False)
         self.over, self.success, self.returned, self.steps = False, False, 0.0, 0
         self.value: float | None = None
         self.discounted, self.terminated = 0.0, False
@@ -148,11 +153,11 @@ class _Lane:
                 self.observation, reward, terminated, truncated, info = self.environment.step(action)
             except (ValueError, IndexError) as error:
                 raise InputError(f"the environment does not take actions of {len(action)} numbers ({error})") from None
-            if self.watch is not None:
-                self.watch(self.environment, info)
             self.discounted += (self.discount or 1.0) ** self.steps * float(reward)
             self.steps, self.returned, self.terminated = self.steps + 1, self.returned + float(reward), bool(terminated)
             self.over, self.success = terminated or truncated, self.success or bool(info.get("success", terminated))
+            if self.watch is not None:
+                self.watch(self.environment, self.observation, info, self.over)
             if self.over:
                 return
 

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from tiltflow.errors import InputError, did_you_mean, not_installed
+from tiltflow.plugins import import_function
 from tiltflow.streams import stream
+from tiltflow.user_code import refused
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -60,10 +62,25 @@ def make(name: str, task: int | None = None, *, sparse: bool = False, **options:
         import ogbench.manipspace  # noqa: F401
     except ImportError:
         raise not_installed("ogbench", "control") from None
+    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # of its own spaces, whenever it looks
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own spaces, whose bounds it rounds to float32
+        warnings.simplefilter("ignore")
         made = gymnasium.make(f"{name}-v0" if task is None else f"{name}-singletask-task{task}-v0", **options)
     return gymnasium.wrappers.TransformReward(made, lambda reward: -float(reward != 0)) if sparse else made
+
+
+def is_own(name: str) -> bool:
+    """Whether an environment is the user's: `package.module:function`, which makes one of gymnasium."""
+    return ":" in name
+
+
+def make_any(name: str, task: int = 1, *, sparse: bool = False) -> Environment:
+    """Make an environment of OGBench with the rewards of a task, or one of the user's own. Raises InputError if it cannot be
+    made."""
+    if not is_own(name):
+        return make(name, task, sparse=sparse)  # type: ignore[no-any-return]
+    with refused(f"environment {name}: cannot be made"):
+        return import_function(name, "environment")()  # type: ignore[no-any-return]
 
 
 def play(name: str, index: int, *, seed: int = 0, steps: int = 1001) -> Arrays:

@@ -19,6 +19,7 @@ from PIL import Image
 from tiltflow.formatting import Tree, decimal, get, number, percent
 from tiltflow.reports import plots
 from tiltflow.reports.description import describe
+from tiltflow.reports.episodes import Task, table_of
 from tiltflow.reports.molecules import Shape, pairs_of
 from tiltflow.reports.tables import Row, Table, classes, measures, table, tests
 from tiltflow.reports.values import capital, group, measured, sentence
@@ -129,6 +130,9 @@ class Page:
     pairs: Sequence[Pair]
     molecules: Sequence[tuple[Shape, Shape]]
     edits: bool
+    tasks: Sequence[Task]
+    """What a policy was played on."""
+    episodes: Table | None
     tone: str
     verdict: str
     scale: Sequence[Mark]
@@ -164,6 +168,7 @@ def page_of(
     pictures: Sequence[bytes],
     videos: Sequence[bytes] = (),
     molecules: Sequence[str] = (),
+    tasks: Sequence[Task] = (),
     recipe: str,
     folder: str,
 ) -> Page:
@@ -176,6 +181,7 @@ def page_of(
         pictures: PNG files before and after tuning, or none.
         videos: GIF files of the same rows, or none.
         molecules: .xyz files before and after tuning, or none; they are shown in place of pictures.
+        tasks: what a policy was played on.
         recipe: text of the recipe.
         folder: name of the run's folder.
     """
@@ -190,10 +196,12 @@ def page_of(
         headline=headline(s),
         description=sentence(s["description"]) if s.get("description") else "",
         alarm=sentence(s["alarm"]) if s.get("alarm") else "",
-        tiles=tiles(s),
+        tiles=[*(of_task(task) for task in tasks if task.success), *tiles(s)],
         pairs=[] if len(molecules) == 2 else pairs(s, pictures, videos),
         molecules=pairs_of(*molecules) if len(molecules) == 2 else [],
         edits=bool(get(s, "pictures.images")),
+        tasks=tasks,
+        episodes=table_of(tasks),
         tone=tone if tone in ("good", "fair", "poor") else "fair",
         verdict=verdict if isinstance(verdict, str) else "",
         scale=scale(s),
@@ -208,7 +216,7 @@ def page_of(
         looks=looks_of(drawn),
         table=table(s),
         measures=measures(s),
-        commands=commands(s, folder) | {"in Python": f"model = tiltflow.load({f'./{folder}'!r})"},
+        commands=commands(s, folder) | played_again(tasks, folder) | {"in Python": f"model = tiltflow.load({f'./{folder}'!r})"},
         recipe=recipe,
     )
 
@@ -274,6 +282,12 @@ def tiles(s: Tree) -> list[Tile]:
     if time := measured(s, "seconds"):
         found.append(Tile("Training time", time, f"{steps} iteration{'' if get(s, 'iterations') == 1 else 's'}"))
     return found
+
+
+def of_task(task: Task) -> Tile:
+    """Return the tile of the success rate in a task."""
+    *before, after, interval = task.success
+    return Tile(f"Success: {task.title}", after, f"95 %: {interval}", "".join(before))
 
 
 def tile(subject: str, base: float | None, tuned: float, form: Callable[..., str], note: str) -> Tile:
@@ -454,3 +468,9 @@ def commands(s: Tree, folder: str) -> dict[str, str]:
     if prompts:
         typed["for plain diffusers"] = ["export", run, "--output", f"{run}-exported"]
     return {what: shlex.join(["tiltflow", *words]) for what, words in typed.items()}
+
+
+def played_again(tasks: Sequence[Task], folder: str) -> dict[str, str]:
+    """Return commands that play episodes of a policy again."""
+    known = [task for task in tasks if task.words]
+    return {f"play {task.title}": shlex.join(["tiltflow", "evaluate-policy", f"./{folder}", *task.words]) for task in known}

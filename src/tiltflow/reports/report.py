@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from tiltflow.evaluation.monitor import read_looks
 from tiltflow.files import final_name, read_json, trusted, write_text
+from tiltflow.reports.episodes import tasks_of
 from tiltflow.reports.page import SIDES, Page, page_of
 from tiltflow.training.records import known_records
 
@@ -56,6 +57,7 @@ def read_page(folder: Path, summary: Mapping[str, Any]) -> Page:
         pictures=[path.read_bytes() for path in pictures if path.exists()],
         videos=[path.read_bytes() for path in videos if path.exists()],
         molecules=[path.read_text(encoding="utf-8", errors="replace") for path in molecules if path.exists()],
+        tasks=tasks_of(folder, summary),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
         folder=final_name(folder),
     )

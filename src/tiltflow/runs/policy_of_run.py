@@ -1,4 +1,4 @@
-"""The policy of a folder, as it is played: that of a run is sampled as the run samples it, and has the critics beside it."""
+"""The policy of a folder, as it is played: that of a run is sampled as the run samples it, beside its critics and its base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tiltflow.evaluation.episodes import Valued
 from tiltflow.models.policy import Policy, load_policy
 from tiltflow.rewards.q_function import QReward
-from tiltflow.runs.run import read_run, reward_of_run
+from tiltflow.runs.run import load_run, read_run, reward_of_run
 from tiltflow.runs.run_files import RECIPE
 
 
@@ -21,7 +21,7 @@ def policy_of(folder: Path, device: str = "cpu") -> tuple[Policy, Valued | None]
     Raises InputError if there is no policy, or its critics cannot be loaded.
     """
     policy = load_policy(folder, device)
-    if not (folder / RECIPE).exists():
+    if not is_run(folder):
         return policy, None
     recipe = read_run(folder)
     policy = replace(policy, sampling=recipe.evaluation.first.sampling)
@@ -35,3 +35,17 @@ def policy_of(folder: Path, device: str = "cpu") -> tuple[Policy, Valued | None]
         return replace(reward, observations=observations.to(device))(actions.to(device)).cpu()
 
     return policy, Valued(values, reward.settings.discount)
+
+
+def base_of(folder: Path, device: str = "cpu") -> Policy:
+    """The policy that was tuned in a run, sampled as it is where it lies.
+
+    Raises InputError if it cannot be had, or has changed.
+    """
+    base: Policy = load_run(read_run(folder), folder, device)[0]
+    return base
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, and not of a model."""
+    return (folder / RECIPE).exists()

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from tiltflow.errors import InputError
 from tiltflow.evaluation.monitor import read_looks
+from tiltflow.evaluation.played import FOLDER as EPISODES
 from tiltflow.files import read_json, trusted
 from tiltflow.plugins import names
 from tiltflow.reports.comparison import comparison_values
@@ -122,8 +123,8 @@ def place_data(place: Place) -> dict[str, Any]:
 
 
 def stamp_of(place: Place) -> str:
-    """Changes when what is said of a place does, its runs apart."""
-    files = [time_of(place.path / name) for name in ("sweep.json", "comparison.json", "stages.json")]
+    """Changes when what is said of a place does, the training of its runs apart."""
+    files = [time_of(place.path / name) for name in ("sweep.json", "comparison.json", "stages.json", EPISODES)]
     return str([files, in_work(place.path), [each.key for each in within(place)] if place.kind != "run" else []])
 
 

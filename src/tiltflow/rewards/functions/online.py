@@ -12,13 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import InputError
-from tiltflow.plugins import import_function
-from tiltflow.policies.environments import Environment, make
+from tiltflow.policies.environments import Environment, make_any
 from tiltflow.policies.replay import episode_of
 from tiltflow.policies.transitions import Transitions
 from tiltflow.settings import FunctionOrName, Settings
 from tiltflow.streams import stream
-from tiltflow.user_code import refused
 
 Count = Annotated[int, Field(ge=1)]
 Act = Callable[[Tensor, torch.Generator], Tensor]
@@ -41,11 +39,7 @@ class Online(Settings):
 
     def make(self, observation: int, action: int) -> Environment:
         """Make the environment. Raises InputError if it cannot be made, or has other observations or actions than the data."""
-        if ":" not in self.environment:
-            found: Any = make(self.environment, self.task, sparse=self.sparse)
-        else:
-            with refused(f"environment {self.environment}: cannot be made"):
-                found = import_function(self.environment, "environment")()
+        found: Any = make_any(self.environment, self.task, sparse=self.sparse)
         first, _ = found.reset(seed=0)
         if first.shape != (observation,):
             raise InputError(f"environment {self.environment}: observations {list(first.shape)}, in the data [{observation}]")
