@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiltflow.commands.terminal.console import make_console
+from tiltflow.commands.terminal.progress import Jobs, jobs_progress
 from tiltflow.files import read_json, write_text
 from tiltflow.formatting import decimal
 from tiltflow.models.model import load
@@ -72,13 +74,13 @@ def dimension(name: str, subject: Line) -> int | None:
 
 def steer(problem: str, settings: Sequence[str]) -> None:
     """Steer the base of a problem by every kind of steering, and keep the means over seeds."""
-    methods = []
-    for kind in own_names("steering"):
-        found = [verify_steering(read_steered(problem, kind, [*settings, f"seed={seed}"])).values for seed in range(SEEDS)]
+    methods, kinds = [], own_names("steering")
+    with jobs_progress(make_console(as_json=False), False, len(kinds) * SEEDS, len(kinds) * SEEDS) as jobs:
+        drawn = {kind: [steered_once(problem, kind, settings, seed, jobs) for seed in range(SEEDS)] for kind in kinds}
+    for kind, found in drawn.items():
         per_sample = {key: found[0][key] / found[0]["num_samples"] for key in ("network_evaluations", "reward_evaluations")}
         means = {key: kept(mean_of([each[key] for each in found])) for key in ("distance", "floor", "reward")}
         methods.append({"method": kind, "aims_at": found[0]["law"], "stopped": [], **means, **per_sample})
-        print(f"{problem} {kind}: {means}", flush=True)
     line = {
         "comparison": f"steering-{problem}",
         "command": f"python scripts/scoreboard.py steer {problem}",
@@ -89,6 +91,15 @@ def steer(problem: str, settings: Sequence[str]) -> None:
         "methods": methods,
     }
     keep(f"steering-{problem}", [line])
+
+
+def steered_once(problem: str, kind: str, settings: Sequence[str], seed: int, jobs: Jobs) -> Line:
+    """What was found of one kind of steering with one seed."""
+    name = f"{problem}, {kind}, seed {seed}"
+    jobs.moved(name, 0.0, 1.0)
+    found = verify_steering(read_steered(problem, kind, [*settings, f"seed={seed}"])).values
+    jobs.ended(name, f"reward {found['reward']:.3f}, distance {found['distance']:.3f} (floor {found['floor']:.3f})", 1.0)
+    return found
 
 
 # ---- tables ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from tiny import tiny_recipe
 from torch import Tensor
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.commands.terminal.app import app
+from tiltflow.commands.terminal.progress import jobs_progress
 from tiltflow.errors import InputError
 from tiltflow.evaluation.paired import all_pairs, difference, holm
 from tiltflow.flows.flow import Flow
@@ -31,7 +34,7 @@ from tiltflow.problems.gaussian import Gaussian
 from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.rewards.functions.counting import count_rewards
 from tiltflow.runs.comparison.budget import KINDS, Budget, Cost, Meter
-from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, units
+from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, trainings, units
 from tiltflow.runs.comparison.on_problem import OnProblem
 from tiltflow.runs.comparison.on_recipe import OnRecipe
 from tiltflow.runs.comparison.plan import FACTORS, MOST_SEEDS, SHARE_OF_TUNING, Plan
@@ -64,6 +67,25 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """No report and no pictures, which take longer than such small trainings."""
     monkeypatch.setattr("tiltflow.runs.comparison.compare.write_comparison_report", lambda folder: None)
     monkeypatch.setattr("tiltflow.runs.comparison.on_problem.ProblemTrial._draw", lambda *arguments: None)
+
+
+def test_progress_says_which_training_of_how_many_and_the_time_that_is_left() -> None:
+    """Here two trainings of four are done, one of them earlier, and the third is half way."""
+    for terminal in (False, True):
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=terminal, width=120)
+        with jobs_progress(console, False, 3.25, 4) as jobs:
+            jobs.ended("a, cost of a step", "5 steps", 0.0)
+            jobs.began = time.monotonic() - 4
+            jobs.ended("a, seed 0", "already done", 0.25)
+            jobs.ended("a, seed 1", "reward 2", 1.0)
+            jobs.moved("b, seed 0", 0.5, 1.0)
+            (task,) = jobs.bar.tasks
+            assert (task.completed, task.total, task.description) == (1.75, 3.25, "3 of 4: b, seed 0")
+        said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue())
+        assert ("[2/4] a, seed 1: reward 2  (8.0 s left)" in said) != terminal
+        assert ("3 of 4: b, seed 0" in said) == terminal
+        assert "[1/4] a, seed 0: already done" in said
 
 
 # ---- budget ----
@@ -358,14 +380,25 @@ def test_a_comparison_from_plan_to_page(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*line, "--network-evaluations", str(EVALUATIONS), "-o", str(out), *options])
     assert again.exit_code == 0, again.output
     assert json.loads((out / "comparison.json").read_text()) == content
+    assert "[10/10] gaussian, flow-grpo, seed 1: already done" in " ".join(again.output.split())
     assert {path.name for path in (out / "pictures" / "gaussian").iterdir()} >= {"base.png", "target.png", "draft.png"}
 
 
 def test_a_comparison_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
-    plan, told = plan_of(), list[float]()
-    whole = compare(plan, tmp_path / "whole", watch=lambda title, what, part: told.append(part))
+    plan, told, shares = plan_of(), list[float](), dict[str, list[float]]()
+
+    def moving(title: str, share: float, part: float) -> None:
+        shares.setdefault(title, []).append(share)
+
+    whole = compare(plan, tmp_path / "whole", watch=lambda title, what, part: told.append(part), moving=moving)
     assert sum(told) == pytest.approx(units(plan))
+    assert len(shares) == len(told) == trainings(plan) + len(METHODS)  # and the looks at costs
+    for title, each in shares.items():
+        assert each[0] == 0, title
+        assert each == sorted(each), title
+        assert ("cost" in title) == (len(each) == 1), title
+        assert len(each) == 1 or 0.6 < each[-1] <= 1, title
 
     def killed(title: str, what: str, part: float) -> None:
         if what != "already done" and title in ("gaussian, flow-grpo, learning rate x 1", "gaussian, draft, seed 1"):

@@ -63,7 +63,7 @@ def compare(
     """
     from tiltflow.runs.comparison.budget import Budget
     from tiltflow.runs.comparison.compare import compare as run_comparison
-    from tiltflow.runs.comparison.compare import units
+    from tiltflow.runs.comparison.compare import trainings, units
     from tiltflow.runs.comparison.plan import Plan
 
     console = make_console(as_json)
@@ -79,8 +79,8 @@ def compare(
         num_samples=num_samples,
         settings=overrides or [],
     )
-    with jobs_progress(console, quiet, units(plan)) as watch:
-        result = run_comparison(plan, output, processes=processes, device=chosen, watch=watch)
+    with jobs_progress(console, quiet, units(plan), trainings(plan)) as jobs:
+        result = run_comparison(plan, output, processes=processes, device=chosen, watch=jobs.ended, moving=jobs.moved)
     for each in result["results"]:
         print_subject(console, each)
     for title, error in result["failed"].items():

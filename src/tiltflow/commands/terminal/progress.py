@@ -16,6 +16,8 @@ from tiltflow.commands.terminal.console import escape, is_main_process, make_con
 from tiltflow.formatting import duration
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from tiltflow.pretraining.loop import Progress as PretrainingRecord
     from tiltflow.training.trainer import Record
 
@@ -151,34 +153,61 @@ def sweep_progress(console: Console, quiet: bool, total: int) -> Iterator[Callab
     Args:
         total: number of runs.
     """
-    with jobs_progress(console, quiet, total) as watch:
-        yield lambda name, what: watch(name, what, 1.0)
+    with jobs_progress(console, quiet, total, total) as jobs:
+        yield lambda name, what: jobs.ended(name, what, 1.0)
 
 
-@contextmanager
-def jobs_progress(console: Console, quiet: bool, total: float) -> Iterator[Callable[[str, str, float], None]]:
-    """Yield a callback (name of a job, how it ended, its length) that shows the progress of many jobs, and the time left.
+class Jobs:
+    """Shows many jobs: a bar that moves within a job, too, and a line for each that ended, with its number and the time left.
 
     Args:
         total: the length of all of them, in any unit.
+        count: how many there are, those without a length aside.
+        bar: of rich, with one task.
     """
+
+    def __init__(self, console: Console, quiet: bool, total: float, count: int, bar: Progress):
+        self.console, self.quiet, self.total, self.count, self.bar = console, quiet, total, count, bar
+        self.began, self.done, self.known, self.number = time.monotonic(), 0.0, 0.0, 0
+
+    def ended(self, name: str, what: str, length: float) -> None:
+        """A job has ended, or was there already."""
+        if not self.done and not length:
+            self.began = time.monotonic()  # what comes before the first job with a length says nothing of their speed
+        self.done += length
+        self.known += length if what == "already done" else 0.0
+        self.number += length > 0
+        self._draw(self.done, f"{self.number} of {self.count} done" if length else "")
+        if not self.quiet:
+            left = time_left(time.monotonic() - self.began, self.done - self.known, self.total - self.done)
+            number = f"[{self.number}/{self.count}] " if length else ""
+            self.console.print(f"{escape(number + name)}: {escape(what)}{'' if self.console.is_terminal else left}")
+
+    def moved(self, name: str, share: float, length: float) -> None:
+        """A share of a job is done."""
+        self._draw(self.done + share * length, f"{self.number + 1} of {self.count}: {name}" if length else name)
+
+    def _draw(self, completed: float, words: str) -> None:
+        with suppress(OSError):  # the terminal was closed
+            for task in self.bar.task_ids:
+                self.bar.update(task, completed=completed, description=escape(words))
+
+
+@contextmanager
+def jobs_progress(console: Console, quiet: bool, total: float, count: int) -> Iterator[Jobs]:
+    """Yield what shows the progress of many jobs; see `Jobs`."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("runs"), TimeRemainingColumn())
-    began, done, known = time.monotonic(), 0.0, 0.0
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=total)
-
-        def watch(name: str, what: str, length: float) -> None:
-            nonlocal done, known
-            done += length
-            known += length if what == "already done" else 0.0
-            bar.update(task, completed=done)
-            if not quiet:
-                left = time_left(time.monotonic() - began, done - known, total - done)
-                console.print(f"{escape(name)}: {escape(what)}{'' if console.is_terminal else left}")
-
-        yield watch
+        bar.add_task("", total=total)
+        yield Jobs(console, quiet, total, count, bar)
 
 
 def time_left(seconds: float, done: float, left: float) -> str:

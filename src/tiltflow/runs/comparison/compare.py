@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tiltflow.errors import InputError, TiltflowError
 from tiltflow.files import append_row, reason, write_json, write_rows
@@ -23,7 +23,7 @@ from tiltflow.runs.comparison.budget import Budget, Cost
 from tiltflow.runs.comparison.plan import FACTORS, MOST_SEEDS, SHARE_OF_TUNING, Plan
 from tiltflow.runs.comparison.results import best_factor, results
 from tiltflow.runs.comparison.subject import Chosen, Subject
-from tiltflow.runs.comparison.training import Job, key_of, work
+from tiltflow.runs.comparison.training import Job, Moved, key_of, nowhere, work
 from tiltflow.runs.jobs import run_all
 from tiltflow.runs.lock import working_in
 from tiltflow.runs.run_files import claim, write_yaml
@@ -31,8 +31,18 @@ from tiltflow.settings import read_yaml
 
 PLAN, ROWS, RESULT = "compare.yaml", "rows.jsonl", "comparison.json"
 Watch = Callable[[str, str, float], None]
-"""Is told the title of each job, how it ended, and the part of a whole training that it was."""
+"""Is told the title of each job, how it ended, and the part of a whole training that it was, 0 for a look at costs."""
+Moving = Callable[[str, float, float], None]
+"""Is told the title of the job that is under way, the share of its budget that is spent, and the part of a whole training that
+it is; where there is one process."""
 Row = dict[str, Any]
+R = TypeVar("R", covariant=True)
+
+
+class Work(Protocol[R]):
+    """Work on a job; `moved` is told how far it is."""
+
+    def __call__(self, job: Job, moved: Moved = nowhere, /) -> R: ...
 
 
 def compare(
@@ -42,6 +52,7 @@ def compare(
     processes: int = 1,
     device: str = "cpu",
     watch: Watch = lambda title, what, part: None,
+    moving: Moving = lambda title, share, part: None,
 ) -> dict[str, Any]:
     """Run what is missing, and write the results. Returns the content of comparison.json, with `failed`, the errors of
     trainings that could not be done, by title: the next call tries them again.
@@ -57,7 +68,7 @@ def compare(
             raise InputError(
                 f"{folder}: holds another comparison; give a new --output, or the methods, budget and settings of {known}"
             )
-        table = Rows(folder, plan, processes, device, watch)
+        table = Rows(folder, plan, processes, device, watch, moving)
         costs = table.costs()
         write_yaml(known, plan.as_tree())
         table.run(table.tunings(costs))
@@ -87,8 +98,9 @@ def continues(before: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
 class Rows:
     """The rows of a comparison, and the running of those that are missing."""
 
-    def __init__(self, folder: Path, plan: Plan, processes: int, device: str, watch: Watch):
-        self.folder, self.plan, self.processes, self.device, self.watch = folder, plan, processes, device, watch
+    def __init__(self, folder: Path, plan: Plan, processes: int, device: str, watch: Watch, moving: Moving):
+        self.folder, self.plan, self.processes, self.device = folder, plan, processes, device
+        self.watch, self.moving = watch, moving
         self.rows = read_known(folder / ROWS)
         self.failed: dict[str, str] = {}
 
@@ -114,7 +126,11 @@ class Rows:
         """
         jobs = [self.job("cost", subject, chosen, self.plan.budget) for subject, chosen in self.pairs()]
         known = self.by_key
-        new = [row for _, row in run_all(work, [job for job in jobs if job.key not in known], self.processes)]
+        new = []
+        for job, row in run_all(self.told(work), [job for job in jobs if job.key not in known], self.processes):
+            new.append(row)
+            steps = Cost(**row["cost"]).steps_within(self.plan.budget.amount)
+            self.watch(job.title, f"{steps:,} steps are within {self.plan.budget}", part_of(job))
         rows = known | {key_of(row): row for row in new}
         found = {}
         for job in jobs:
@@ -154,7 +170,7 @@ class Rows:
             if job.key in known:
                 self.watch(job.title, "already done", part_of(job))
         todo = [job for job in jobs if job.key not in known]
-        for job, row in run_all(attempt, todo, self.processes):
+        for job, row in run_all(self.told(attempt), todo, self.processes):
             if isinstance(row, str):
                 self.failed[job.title] = row
                 self.watch(job.title, row, part_of(job))
@@ -162,29 +178,40 @@ class Rows:
                 self.add(row)
                 self.watch(job.title, in_words(row), part_of(job))
 
+    def told(self, do: Work[R]) -> Callable[[Job], R]:
+        """The work on a job that says how far it is, where it is not in another process."""
+        if self.processes > 1:
+            return do
+        return lambda job: do(job, lambda share: self.moving(job.title, share, part_of(job)))
+
     def add(self, row: Row) -> None:
         """One more row, written at once."""
         append_row(self.folder / ROWS, row)
         self.rows.append(row)
 
 
-def attempt(job: Job) -> Row | str:
+def attempt(job: Job, moved: Moved = nowhere) -> Row | str:
     """The row of a job, or the error that it ended with."""
     try:
-        return work(job)
+        return work(job, moved)
     except TiltflowError as error:
         return str(error)
 
 
 def part_of(job: Job) -> float:
     """The part of a whole training that a job is."""
-    return SHARE_OF_TUNING if job.purpose == "tuning" else 1.0
+    return {"cost": 0.0, "tuning": SHARE_OF_TUNING}.get(job.purpose, 1.0)
 
 
 def units(plan: Plan) -> float:
     """All jobs of a plan, in whole trainings."""
     pairs = len(plan.methods) * len(plan.subjects)
     return pairs * (plan.seeds + (0 if plan.tune == "none" else SHARE_OF_TUNING * len(FACTORS)))
+
+
+def trainings(plan: Plan) -> int:
+    """How many trainings a plan has, those of tuning with them."""
+    return len(plan.methods) * len(plan.subjects) * (plan.seeds + (0 if plan.tune == "none" else len(FACTORS)))
 
 
 def in_words(row: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -57,9 +57,20 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, str, str, float, int]:
     return row["purpose"], row["subject"], row["method"], factor, int(row["seed"])
 
 
-def work(job: Job) -> dict[str, Any]:
-    """The row of a job. Raises InputError if the method does not fit, and what else training raises but numbers that are not
-    finite, and weights that have collapsed: these are how a method can fail, and the row says so."""
+Moved = Callable[[float], None]
+
+
+def nowhere(share: float) -> None:
+    """Told how far a job is, does nothing."""
+
+
+def work(job: Job, moved: Moved = nowhere) -> dict[str, Any]:
+    """The row of a job; `moved` is told the share of its budget that is spent, from 0 on.
+
+    Raises InputError if the method does not fit, and what else training raises but numbers that are not finite, and weights
+    that have collapsed: these are how a method can fail, and the row says so.
+    """
+    moved(0.0)
     head = {
         "purpose": job.purpose,
         "subject": job.subject.name,
@@ -74,7 +85,7 @@ def work(job: Job) -> dict[str, Any]:
     steps = job.cost.require(job.budget, f"{job.subject.name} by {job.chosen.name}")
     trial = job.subject.trial(replace(job.chosen, steps=steps), job.device)
     keep = job.keep if job.purpose == "run" and job.chosen.seed == 0 else None
-    return head | {"learning_rate": trial.learning_rate, "steps_planned": steps} | trained(trial, job, keep)
+    return head | {"learning_rate": trial.learning_rate, "steps_planned": steps} | trained(trial, job, keep, moved)
 
 
 def aim(trial: Trial, law: str) -> str:
@@ -95,7 +106,7 @@ def cost_of(trial: Trial, budget: Budget) -> Cost:
     return Cost.measured(spent, passes)
 
 
-def trained(trial: Trial, job: Job, keep: Path | None) -> dict[str, Any]:
+def trained(trial: Trial, job: Job, keep: Path | None, moved: Moved) -> dict[str, Any]:
     """Train within the budget, and measure. Returns the entries of the row that say how it went."""
     assert job.cost is not None
     looks = Looks(trial, job.budget, SHARES if job.purpose == "run" else ())
@@ -104,6 +115,7 @@ def trained(trial: Trial, job: Job, keep: Path | None) -> dict[str, Any]:
         with looks.meter, closing(trial.loop(looks.on_batch_end)) as records:
             for record in records:
                 steps, last = record.step, looks.meter.see(record)
+                moved(min(last.of(job.budget.kind) / job.budget.amount, 1.0))
                 if last.of(job.budget.kind) + job.cost.next(steps) > job.budget.amount:
                     break
         measured = trial.measure(keep, whole=job.purpose == "run")
