@@ -36,7 +36,13 @@ HUGE = 1e4
 COLUMNS = ("distance", "in floors", "at a quarter", "mean reward", "achieved tilt", "diversity", "steps", "rewards", "rate")
 OF_STEERING = ("steering", "its law", "distance", "in floors", "mean reward", "network evaluations", "reward evaluations")
 SEEDS = 5
-SHOWN = {"mixture": "ring", "lqg": "Gaussian", "mixture-16": "three modes", "digits-even": "digits"}
+SHOWN = {
+    "mixture": "ring",
+    "lqg": "Gaussian",
+    "mixture-16": "three modes",
+    "mixture-64": "three modes",
+    "digits-even": "digits",
+}
 """Comparisons of which the README has a column, and its head."""
 CAPTION = (
     "Numbers: the distance to p_base exp(r/β) after training at [equal cost]({page}), over that of two exact samples, so 1 is"
