@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,40 @@ def test_episodes_of_a_run_are_those_of_its_policies_and_in_its_report(tuned: Pa
         assert several[3].path == ()
 
 
+class Drawn(Corridor):
+    """It draws itself: a grey that is its step."""
+
+    render_mode: str | None = "rgb_array"
+
+    def render(self) -> Any:
+        return np.full((30, 30, 3), 30 * self.steps, np.uint8)
+
+
+def test_what_is_asked_for_is_filmed(tuned: Path, tmp_path: Path) -> None:
+    """Two episodes of the tuned policy alone, with frames, and a video of the first."""
+    folder = Path(shutil.copytree(tuned, tmp_path / "run"))
+    video = tmp_path / "first.gif"
+    options = ["--environment", "test_played:Drawn", "--episodes", "3", "--films", "2", "--no-base", "--video", str(video)]
+    done = invoke(str(folder), *options)
+    assert done.exit_code == 0, done.output
+    assert "of the base" not in done.output
+    played = next(read_played(each) for each in folders_of(folder) if "Drawn" in each.name)
+    assert list(played.policies) == ["tuned"]
+    first, second, third = played.policies["tuned"]
+    assert (third.strip, third.path) == (None, ())
+    for each in (first, second):
+        assert each.strip is not None
+        with Image.open(io.BytesIO(each.strip)) as strip:
+            assert strip.size == (len(each.steps) * 32 - 2, 30)
+            assert strip.convert("L").getpixel((strip.width - 10, 15)) == pytest.approx(30 * each.episode.steps, abs=3)
+    with Image.open(video) as frames:
+        assert frames.n_frames == first.episode.steps + 1  # type: ignore[attr-defined]
+        assert frames.info["duration"] == 50
+    unseen, film = play(folder, Asked("test_played:Drawn", episodes=1, base=False, films=0, video=True))
+    assert unseen.policies["tuned"][0].strip is None
+    assert film is not None
+
+
 def test_a_model_is_played_alone_and_keeps_nothing(tuned: Path) -> None:
     model = tuned.parent / "policy"
     before = sorted(model.iterdir())
@@ -237,11 +272,15 @@ def test_the_table_by_hand() -> None:
 
 
 def test_values_are_drawn_beside_returns() -> None:
-    """A dot for each episode that has both: filled if its return is known."""
+    """A dot for each episode that has both, where it belongs: filled if its return is known."""
     svg = values_of(by_hand().policies["tuned"])
-    hollow, filled = re.findall(r"<g clip-path[^>]*>(.*?)</g>\s*</g>", svg, re.S)[-2:]
-    assert (hollow.count("<use"), filled.count("<use")) == (1, 3)
-    assert "fill: none" not in filled
+    dots = re.findall(r'<use [^>]*x="([^"]+)" y="([^"]+)" style="(fill-opacity: 0;|fill: var\(--tuned)', svg)
+    assert [style == "fill-opacity: 0;" for *_, style in dots] == [True, False, False, False]
+    for known, axis in (([1, 0, 2, 3], 0), ([-5, -2.5, -1, -0.5], 1)):
+        drawn = [float(dot[axis]) for dot in dots]
+        slope, start = np.polyfit(known, drawn, 1)
+        assert drawn == pytest.approx(list(slope * np.array(known) + start), abs=1e-3)
+        assert (slope > 0) == (axis == 0)  # pixels count downwards
     assert values_of(by_hand().policies["base"]) == ""
     assert values_of([Seen(Episode(True, 0.0, 1, value=float("nan"), discounted=1.0))]) == ""
 
@@ -309,6 +348,4 @@ def test_episodes_in_a_browser(tmp_path: Path, opened: Browser, width: int, dark
             images = "[...document.querySelectorAll('.scene img')]"
             opened.wait(f"{images}.length === 2 && {images}.every((each) => each.complete && each.naturalWidth === 250)")
             assert opened.value("document.querySelectorAll('#episodes .scene svg').length") == 1
-            if address != report.as_uri():
-                opened.console = [each for each in opened.console if "sampling/options" not in each]
             assert opened.console == []

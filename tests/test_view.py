@@ -23,10 +23,13 @@ from test_report import SUMMARY, Balanced, words, write
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked
+from tiltflow.files import write_rows
 from tiltflow.reports import plots
 from tiltflow.reports.description import describe
 from tiltflow.runs.evaluate import cells_of, pictures_of
-from tiltflow.view.places import Places
+from tiltflow.training.records import known_records
+from tiltflow.view import growing, page
+from tiltflow.view.places import Place, Places
 from tiltflow.view.request import View
 from tiltflow.view.server import make_server
 
@@ -148,6 +151,65 @@ def test_a_growing_run_is_asked_for_what_is_new(run: Path) -> None:
         (run / "summary.json").unlink()
         assert json.loads(ask(port, "/api/run?at=even&after=3")[1])["stamp"] != whole["stamp"]
         assert "even was stopped, 3 iterations so far" in words(ask(port, "/")[1])
+
+
+def test_what_grows_is_read_once_and_is_what_all_of_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is appended: lines that are damaged or not at their end, metrics that begin late, a run that begins again."""
+    monkeypatch.setattr(growing, "RECENT", 6)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    run = Place("run", path.parent, "run")
+
+    def line(step: int, **more: float) -> str:
+        row = {"step": step, "seconds": step, "network_evaluations": step, "reward": step / 2, "loss": 0} | more
+        return json.dumps(row) + "\n"
+
+    def look(after: int, lines: int) -> None:
+        """What is new since a step, of which so many lines have to be read."""
+        count, take = [0], growing.take_row
+
+        def counted(*arguments: Any) -> bool:
+            count[0] += 1
+            return take(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(growing, "take_row", counted)
+            found = page.run_data(run, after)
+        rows = known_records(path.parent)[0]
+        start = after if rows[-1]["step"] >= after and found["from"] else 0
+        expected = describe({}, rows, [], name="run", most_points=None, after=start)
+        assert {key: found[key] for key in ("axes", "curves")} == {key: expected[key] for key in ("axes", "curves")}
+        assert found["from"] == start
+        assert count[0] == lines
+
+    path.write_text("".join(line(step) for step in range(1, 11)))
+    look(10, 10)
+    look(10, 0)
+    with path.open("a") as file:
+        for text, lines in (
+            (line(11), 1),
+            (line(12)[:9], 0),
+            (line(12)[9:] + "{damaged}\n" + line(14, loss=2.0), 3),
+            (line(15, reward=float("nan")), 1),
+            (line(2) + line(99) + line(16), 3),
+        ):
+            file.write(text)
+            file.flush()
+            look(10, lines)
+    look(14, 0)
+    look(16, 0)
+    assert page.run_data(run, 3)["from"] == 0  # not kept: all of it
+    write_rows(path, [json.loads(line(step)) for step in range(1, 6)])  # resumed from an earlier step
+    look(16, 5)
+    look(5, 0)
+    path.write_text("".join(line(step, reward=7) for step in range(1, 30)))  # in its place, and longer
+    look(25, 29)
+    again = path.read_bytes().replace(b'"reward": 7, "loss": 0', b'"reward": 8, "loss": 0', 27)
+    path.with_name("new").write_bytes(again)
+    path.with_name("new").replace(path)  # another file that ends as the one before
+    look(25, 29)
+    path.unlink()
+    assert page.run_data(run, 5)["axes"]["step"] == []
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,11 @@ def test_a_run_that_is_not_tuned_yet_has_no_samples(run: Path, tmp_path: Path) -
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     with served(tmp_path / "new") as port:
-        for path in ("/api/sampling/options?at=new", "/api/sampling/draw?at=new", "/api/rating/begin?at=new"):
-            status, text = ask(port, path, *(("POST", {}) if "options" not in path else ()))
+        for path in ("/api/sampling/draw?at=new", "/api/rating/begin?at=new"):
+            status, text = ask(port, path, "POST", {})
             assert (status, "it has no model" in text or "it has no metrics" in text) == (400, True), text
+        status, text = ask(port, "/api/sampling/options?at=new")
+        assert (status, "it has no model" in json.loads(text)["none"]) == (200, True)
     assert not (tmp_path / "new" / "votes").exists()
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -111,17 +111,27 @@ def read_rows(path: Path, check: Callable[[Any], object]) -> tuple[list[dict[str
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines):
-        try:
-            row = json.loads(line.decode())
-            if type(row["step"]) is not int or row["step"] < number:
-                continue
-            check(row)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            continue
-        while rows and rows[-1]["step"] >= row["step"]:
-            rows.pop()  # its step was damaged: what comes later cannot be lower
-        rows.append(row)
+        take_row(rows, line, number, check)
     return rows, len(lines) - len(rows)
+
+
+def take_row(rows: MutableSequence[dict[str, Any]], line: bytes, number: int, check: Callable[[Any], object]) -> bool:
+    """Add a line of a file of `read_rows` to the rows before it, unless it is damaged; returns whether it was added.
+
+    Args:
+        number: of the line.
+    """
+    try:
+        row = json.loads(line.decode())
+        if type(row["step"]) is not int or row["step"] < number:
+            return False
+        check(row)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return False
+    while rows and rows[-1]["step"] >= row["step"]:
+        rows.pop()  # its step was damaged: what comes later cannot be lower
+    rows.append(row)
+    return True
 
 
 @contextmanager

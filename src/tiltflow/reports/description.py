@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tiltflow.evaluation.metrics import Metric, described
@@ -27,6 +27,7 @@ def describe(
     name: str,
     most_points: int | None = MOST_POINTS,
     after: int = 0,
+    keys: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Describe a run.
 
@@ -36,6 +37,7 @@ def describe(
         looks: lines of monitor.jsonl.
         most_points: most points of a curve; None for all steps.
         after: step up to which curves are left out.
+        keys: of the numbers that were not always zero, if `records` are not all.
 
     Returns a mapping of values that JSON has:
 
@@ -47,7 +49,8 @@ def describe(
         looks: for each measure of the monitor its `values`, their standard `errors`, and `target`; None where it was not
             measured. `steps` has the steps of the looks, `alarm` the step of the first alarm and `best` that of the best model.
     """
-    metrics, records = measured(records), [row for row in records if row["step"] > after] if after else records
+    metrics = measured(records) if keys is None else [m for key, m in described("training").items() if key in keys]
+    records = [row for row in records if row["step"] > after] if after else records
     together = 1 if most_points is None else max(1, math.ceil(len(records) / most_points))
     return {
         "name": name,

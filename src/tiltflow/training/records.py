@@ -56,10 +56,10 @@ def failed_in_training(records: Sequence[Mapping[str, Any]]) -> int:
 
 def known_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The intact lines of `metrics.jsonl`, and the number of damaged ones."""
-    return read_rows(folder / METRICS, _check_record)
+    return read_rows(folder / METRICS, check_record)
 
 
-def _check_record(row: Any) -> None:
+def check_record(row: Any) -> None:
     """Raises an exception if `row` is no line of metrics.jsonl."""
     if not {"seconds", "network_evaluations"} <= row.keys():
         raise ValueError("no record")

@@ -27,6 +27,7 @@ from tiltflow.reports.tables import Cell
 from tiltflow.runs.sweep import collect, points_of
 from tiltflow.settings import read_yaml
 from tiltflow.training.records import known_records
+from tiltflow.view.growing import growing
 from tiltflow.view.places import Place, in_work, runs_of, within
 
 PARTS = Path(__file__).parent / "parts"
@@ -140,12 +141,12 @@ def run_data(run: Place, after: int = 0) -> dict[str, Any]:
     Args:
         after: the last step that is known there; `from` of the answer is the same, or 0 if the curves are all there are.
     """
-    records, looks, state = known_records(run.path)[0], read_looks(run.path), run.state
-    start = after if records and records[-1]["step"] >= after else 0
-    live = state in ("training", "waiting")
-    said = describe(
-        summary_of(run), records, looks, name=run.name, most_points=None if live or after else MOST_POINTS, after=start
-    )
+    looks, state = read_looks(run.path), run.state
+    most = None if after or state in ("training", "waiting") else MOST_POINTS
+    grown = growing(run.path).after(after) if after else None
+    start = 0 if grown is None else after
+    records, keys = (known_records(run.path)[0], None) if grown is None else grown
+    said = describe(summary_of(run), records, looks, name=run.name, most_points=most, after=start, keys=keys)
     stamp = [state, len(looks), sorted(said["curves"]), time_of(run.path / "summary.json")]
     return {**said, "key": run.key, "state": state, "from": start, "stamp": str(stamp)}
 

@@ -68,10 +68,12 @@
     options = null;
     made.hidden = true;
     if (!run) return;
+    let found;
     try {
-      options = await get("sampling/options", {at: run.key});
-    } catch { return; }  // it has no tuned model yet, or no pictures
-    if (shown()?.key !== run.key) return;
+      found = await get("sampling/options", {at: run.key});
+    } catch { return; }
+    if (shown()?.key !== run.key || found.none) return;  // it has no tuned model yet, or no pictures
+    options = found;
     const names = options.classes.map((name) => element("option", {value: name}, name));
     condition.replaceChildren(...(
       options.prompts

@@ -141,7 +141,11 @@ def routes(view: View) -> Mapping[str, Route]:
     sampler = Sampler(view.device)
 
     def ask(request: Request) -> Answer:
-        return options(view.place(request).path)
+        folder = view.place(request).path
+        try:
+            return options(folder)
+        except InputError as error:  # no mistake of the page, which asks this of each run
+            return {"none": str(error)}
 
     def draw(request: Request) -> Answer:
         return sampler.draw(view.place(request).path, validate(Asked, request.settings, "sample"))
