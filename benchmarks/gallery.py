@@ -73,13 +73,14 @@ def density(law: GaussianMixture, x: Tensor) -> Tensor:
 
 
 def molecules(before: Path, after: Path) -> Figure:
-    """The first connected molecules of two .sdf files, as RDKit draws them, in two rows."""
+    """The first connected, valid molecules of two .sdf files, as RDKit draws them, in two rows."""
     from rdkit import Chem
     from rdkit.Chem import Draw
 
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.6), layout="constrained")
     for axis, path in zip(axes, (before, after), strict=True):
-        smiles = [Chem.MolToSmiles(molecule) for molecule in Chem.SDMolSupplier(str(path)) if molecule is not None]
+        valid = (each for each in Chem.SDMolSupplier(str(path)) if each is not None and each.GetProp("valid") == "1")
+        smiles = [Chem.MolToSmiles(molecule) for molecule in valid]
         flat = [Chem.MolFromSmiles(text) for text in smiles if "." not in text][:6]
         picture = Draw.MolsToGridImage(flat, molsPerRow=6, subImgSize=(220, 180))
         axis.imshow(np.asarray(picture))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow.samplers.chain import Chain
 
@@ -64,6 +64,23 @@ def on_gaussian(chain: Chain, mean: float = MEAN, variance: float = VARIANCE) ->
     return Affine(
         chain.x_scale + chain.v_scale * slope(t, variance), chain.v_scale * mean * (1 - slope(t, variance) * t), chain.std
     )
+
+
+class Controlled(nn.Module):
+    """The velocity of N(MEAN, VARIANCE) under the controls w_k(x) = slope_k x + shift_k of a chain, [K] each, in units of its
+    noise; of a chain without noise they are added to the velocity."""
+
+    def __init__(self, chain: Chain, slope: Tensor | None = None, shift: Tensor | None = None):
+        super().__init__()
+        self.times, zero = chain.times, torch.zeros(len(chain))
+        self.scale = torch.where(chain.control_scale > 0, chain.control_scale, 1.0)
+        given = (zero if each is None else each for each in (slope, shift))
+        self.slope, self.shift = (nn.Parameter(each.clone().to(zero)) for each in given)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        k = (t.reshape(-1, 1) - self.times).abs().argmin(1)
+        control = (self.slope[k, None] * x + self.shift[k, None]) / self.scale[k, None].to(x)
+        return velocity(x, t.reshape(-1, 1)) + control
 
 
 def riccati(

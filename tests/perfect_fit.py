@@ -87,6 +87,19 @@ def fitted_round(method: Any, tuned: Affine, reward: Callable[[Tensor], Tensor],
     return measured
 
 
+class Shifted(nn.Module):
+    """The field of N(mean, 1)."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        t = time[:, None]
+        out: Tensor = BASE(x, time) + self.mean * (1 - t) / (t**2 + (1 - t) ** 2)
+        return out
+
+
 def after(method: Any, reward: Callable[[Tensor], Tensor], rounds: int) -> tuple[float, float]:
     """Mean and variance of the law after so many rounds with a perfect fit."""
     tuned, state = Affine(), method.new_state((1,), 0, CPU)

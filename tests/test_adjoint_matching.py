@@ -10,7 +10,7 @@ from typing import Any
 import affine
 import pytest
 import torch
-from affine import Affine, on_gaussian, riccati
+from affine import Affine, Controlled, on_gaussian, riccati
 from tiny import iterate
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -56,22 +56,6 @@ def linear_reward() -> QuadraticReward:
 
 def quadratic_reward(quadratic: float = affine.QUADRATIC) -> QuadraticReward:
     return QuadraticReward(torch.tensor([affine.LINEAR]), quadratic)
-
-
-class Controlled(nn.Module):
-    """The velocity of N(0.7, 0.25) under the controls w_k(x) = slope_k x + shift_k of a chain: any affine control."""
-
-    def __init__(self, chain: Chain, slope: Tensor | None = None, shift: Tensor | None = None):
-        super().__init__()
-        self.chain, zero = chain, torch.zeros(len(chain))
-        self.slope = nn.Parameter(zero.clone() if slope is None else slope)
-        self.shift = nn.Parameter(zero.clone() if shift is None else shift)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        k = (t.reshape(-1, 1) - self.chain.times).abs().argmin(1)
-        scale = torch.where(self.chain.control_scale > 0, self.chain.control_scale, 1.0)
-        control = (self.slope[k, None] * x + self.shift[k, None]) / scale[k, None]
-        return affine.velocity(x, t.reshape(-1, 1)) + control
 
 
 def one_iteration(method: AdjointMatching, tuned: Any, reward: Any, *, batch: int = 8, seed: int = 0, **options: Any) -> Any:

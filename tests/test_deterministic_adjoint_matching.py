@@ -7,9 +7,9 @@ from typing import Any
 import affine
 import pytest
 import torch
-from affine import Affine, on_gaussian, riccati
+from affine import Affine, Controlled, on_gaussian, riccati
 from tiny import iterate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from tiltflow.errors import InputError, NonFiniteError
@@ -34,19 +34,6 @@ def optimum(chain: Chain, first: int = 0, beta: float = 1.0) -> tuple[Tensor, Te
     late = torch.arange(len(chain)) >= first
     slope, shift = (torch.where(late, each / h.sqrt(), 0.0) for each in controls)
     return slope, shift
-
-
-class Controlled(nn.Module):
-    """The velocity of N(0.7, 0.25) plus slope_k x + shift_k."""
-
-    def __init__(self, chain: Chain, slope: Tensor, shift: Tensor):
-        super().__init__()
-        self.times = chain.times
-        self.slope, self.shift = nn.Parameter(slope.clone()), nn.Parameter(shift.clone())
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        k = (t.reshape(-1, 1) - self.times).abs().argmin(1)
-        return affine.velocity(x, t.reshape(-1, 1)) + self.slope[k, None] * x + self.shift[k, None]
 
 
 def once(method: DeterministicAdjointMatching, tuned: Any, reward: Any = REWARD, **options: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from perfect_fit import BASE, CPU, slope
+from perfect_fit import BASE, CPU, Shifted, slope
 from PIL import Image
 from scipy.optimize import brentq
 from tiny import iterate
@@ -21,18 +21,6 @@ from tiltflow.flows.flow import Flow
 from tiltflow.methods.diffusion_dpo import DiffusionDpo, State
 from tiltflow.rewards.serving.votes import Votes
 from tiltflow.streams import stream
-
-
-class Shifted(nn.Module):
-    """The field of N(mean, 1)."""
-
-    def __init__(self, mean: float) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        t = time[:, None]
-        return BASE(x, time) + self.mean * (1 - t) / (t**2 + (1 - t) ** 2)
 
 
 def gradient_at(method: DiffusionDpo, mean: float, pairs: Pairs, count: int, seed: int = 0) -> tuple[float, dict[str, float]]:

@@ -189,7 +189,7 @@ def test_micro_batches_and_samples_without_a_reward() -> None:
 
 
 def test_settings_and_words() -> None:
-    with pytest.raises(SettingsError, match="has noise; the samples are drawn by an ODE"):
+    with pytest.raises(SettingsError, match="has noise, and the method needs the law of the ODE"):
         EndpointAdjointMatching(solver="memoryless")
     target = EndpointAdjointMatching(beta=0.5).target(1)
     assert (target.reaches, target.temperature) == ("none", 0.5)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affine import on_gaussian, riccati
+from affine import Controlled, on_gaussian, riccati
 from test_adjoint_matching import (
     MIXTURE,
     SOLVERS,
-    Controlled,
     Corrected,
     bent,
     bent_iteration,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +207,15 @@ def test_files_of_molecules_are_read_again(library: dict[str, Molecule]) -> None
     assert from_xyz(to_xyz(several[:1]))[0][1] is None
     with pytest.raises(ValueError, match="atoms at line 1"):
         from_xyz("3\n\nH 0 0 0\n")
-    theirs = [Chem.MolFromMolBlock(block, removeHs=False) for block in to_sdf(several).split("$$$$\n")[:-1]]
+    supplier = Chem.SDMolSupplier()
+    supplier.SetData(to_sdf(several), removeHs=False)
+    theirs = list(supplier)
     assert [each.GetNumAtoms() for each in theirs] == [len(one) for one in several]
+    assert [each.GetProp("valid") for each in theirs] == ["1", "0", "1"]
     assert Chem.MolToSmiles(Chem.RemoveHs(theirs[0])) == "CCO"
-    assert theirs[1].GetNumBonds() == 0
+    assert [each.GetNumBonds() for each in theirs] == [8, 3, 13]  # a methyl has its three, and no hydrogen that is not there
+    assert theirs[1].GetNumAtoms(onlyExplicit=False) == 4
+    nowhere = replace(several[0], positions=np.full((9, 3), np.nan))
+    assert "nan" in to_sdf([nowhere])
+    assert ">  <valid>\n0\n" in to_sdf([nowhere])
     assert molecules_of(samples_of(several, ATOMS))[0].formula == "C2H6O"

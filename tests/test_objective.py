@@ -7,9 +7,9 @@ from typing import Any
 import affine
 import pytest
 import torch
-from affine import Affine, on_gaussian, riccati
+from affine import Affine, Controlled, on_gaussian, riccati
 from tiny import iterate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 import tiltflow
@@ -47,22 +47,6 @@ def reward(kind: str) -> Any:
     return lambda x: linear * x[:, 0] - quadratic * x[:, 0].square() / 2
 
 
-class Controlled(nn.Module):
-    """The velocity of N(0.7, 0.25) under the controls w_k(x) = slope_k x + shift_k of a chain."""
-
-    def __init__(self, chain: Chain, controls: tuple[Tensor, Tensor] | None = None):
-        super().__init__()
-        self.times = chain.times
-        self.scale = torch.where(chain.control_scale > 0, chain.control_scale, 1.0)
-        slope, shift = (torch.zeros(len(chain)),) * 2 if controls is None else controls
-        self.slope, self.shift = (nn.Parameter(each.clone().to(torch.get_default_dtype())) for each in (slope, shift))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        k = (t.reshape(-1, 1) - self.times).abs().argmin(1)
-        control = (self.slope[k, None] * x + self.shift[k, None]) / self.scale[k, None].to(x)
-        return affine.velocity(x, t.reshape(-1, 1)) + control
-
-
 def value(chain: Chain, controls: tuple[Tensor, Tensor], kind: str) -> Tensor:
     """E[sum_k h_k f + r] / beta - path KL, from the moments of the controlled chain."""
     base, (Q, q), (linear, quadratic) = on_gaussian(chain), costs(chain), TERMINAL[kind]
@@ -89,7 +73,7 @@ def z_scores(method: Any, controls: tuple[Tensor, Tensor], kind: str, seeds: int
     """The mean over batches of the gradient in the controls, in standard errors."""
     found, chain = [], method.sampling.chain()
     for seed in range(seeds):
-        tuned = Controlled(chain, controls)
+        tuned = Controlled(chain, *controls)
         x = torch.randn(400, 1, generator=stream(seed, "start"))
         fields = FunctionField(tuned), FunctionField(Controlled(chain))
         state = method.new_state((1,), 0, torch.device("cpu"))

@@ -14,8 +14,7 @@ from typing import Any
 import affine
 import pytest
 import torch
-from affine import MEAN, VARIANCE, on_gaussian
-from test_objective import Controlled
+from affine import MEAN, VARIANCE, Controlled, on_gaussian
 from tiny_pipelines import tiny_pipeline
 from torch import Tensor, nn
 from torch.testing import assert_close

@@ -5,8 +5,8 @@ from __future__ import annotations
 import affine
 import pytest
 import torch
-from affine import on_gaussian, riccati
-from test_adjoint_matching import Controlled, quadratic_reward
+from affine import Controlled, on_gaussian, riccati
+from test_adjoint_matching import quadratic_reward
 from tiny import iterate
 from torch import Tensor
 from torch.distributions import Normal

@@ -17,7 +17,7 @@ from ddpm_mnist import Network
 from torch import Tensor, nn
 
 import tiltflow
-from tiltflow.flows.interpolant import Cosine, DiscreteVariancePreserving
+from tiltflow.flows.interpolant import Cosine, DiscreteVariancePreserving, Linear
 from tiltflow.rewards.class_probability import ClassProbability
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-own-model.md").read_text(encoding="utf-8")
@@ -136,10 +136,20 @@ def test_what_is_forgotten_is_said(place: Path) -> None:
         tiltflow.Model(flow, (1, 16, 16)).sample(2)
 
 
-def test_an_epsilon_on_an_exact_path_is_seen(place: Path) -> None:
-    """A good one: the best affine guess of the noise for N(0, 1) data, off by 1 %."""
-    model = tiltflow.Model(
-        tiltflow.Flow(lambda x, time: 1.01 * x * torch.cos(time * torch.pi / 2)[:, None], "epsilon", Cosine()), event_shape=(2,)
+@pytest.mark.parametrize("path", [Cosine(), Linear()])
+def test_an_epsilon_on_an_exact_path_begins_where_some_data_is_left(path: Any) -> None:
+    """The noise of N(0, 1) data, off by 1 %: at t = 0 that would be all of the velocity."""
+
+    def epsilon(x: Tensor, time: Tensor) -> Tensor:
+        c = path(time[:, None])
+        return 1.01 * c.beta / (c.alpha**2 + c.beta**2) * x
+
+    model = tiltflow.Model(tiltflow.Flow(epsilon, "epsilon", path), event_shape=(2,))
+    for solver in ("ddim", "memoryless"):
+        x = model.sample(4000, sampling=tiltflow.Sampling(solver=solver, num_inference_steps=40))
+        assert 0.9 < x.std() < 1.1
+    assert tiltflow.examine_model(model).level == "green"
+    assert model.flow.noise_time == pytest.approx(
+        replace(model.flow, interpolant=DiscreteVariancePreserving()).noise_time, rel=5e-3
     )
-    found = tiltflow.examine_model(model)
-    assert found.level == "amber"
+    assert replace(model.flow, prediction="v").noise_time == 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from perfect_fit import BASE, BINS, COUNT, CPU, Affine, after, bowl, first_gradient, fitted_round, slope
+from perfect_fit import BASE, BINS, COUNT, CPU, Affine, Shifted, after, bowl, first_gradient, fitted_round, slope
 from tiny import iterate
 from torch import Tensor, nn
 
@@ -215,18 +215,6 @@ def noise_of(method: TiltMatching, tilt: float, aim: float, draws: int = 40) -> 
         next(steps)
         found.append(tuned.mean.grad.item())  # type: ignore[attr-defined]
     return float(np.var(found))
-
-
-class Shifted(nn.Module):
-    """The field of N(mean, 1)."""
-
-    def __init__(self, mean: float) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        t = time[:, None]
-        return BASE(x, time) + self.mean * (1 - t) / (t**2 + (1 - t) ** 2)
 
 
 def test_implicit_matching_has_far_less_noise_than_reward_weighting() -> None:

@@ -9,7 +9,7 @@ import affine
 import numpy as np
 import pytest
 import torch
-from affine import Affine, on_gaussian, riccati
+from affine import Affine, Controlled, on_gaussian, riccati
 from tiny import iterate
 from torch import Tensor, nn
 
@@ -35,19 +35,6 @@ def optimum(chain: Chain, beta: float) -> tuple[Tensor, Tensor]:
     base, h = on_gaussian(chain), chain.v_scale
     slope, shift = riccati(Affine(base.gain, base.offset, h.sqrt()), affine.LINEAR / beta, affine.QUADRATIC / beta)
     return slope / h.sqrt(), shift / h.sqrt()
-
-
-class Controlled(nn.Module):
-    """The velocity of N(0.7, 0.25) plus slope_k x + shift_k."""
-
-    def __init__(self, chain: Chain, slope: Tensor, shift: Tensor):
-        super().__init__()
-        self.times = chain.times
-        self.slope, self.shift = nn.Parameter(slope.clone()), nn.Parameter(shift.clone())
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        k = (t.reshape(-1, 1) - self.times).abs().argmin(1)
-        return affine.velocity(x, t.reshape(-1, 1)) + self.slope[k, None] * x + self.shift[k, None]
 
 
 class Missing(nn.Module):

@@ -42,9 +42,8 @@ def _found(numbers: bytes, positions: bytes, reach: float) -> Any | None:
     molecule = Molecule(np.frombuffer(numbers, np.int64), np.frombuffer(positions, np.float64).reshape(-1, 3))
     if not len(molecule) or not np.isfinite(molecule.positions).all():
         return None
-    mol = unbonded(molecule)
     try:
-        rdDetermineBonds.DetermineConnectivity(mol, useVdw=True, covFactor=reach)
+        mol = connected(molecule, reach)
         rdDetermineBonds.DetermineBondOrders(
             mol, charge=0, allowChargedFragments=False, embedChiral=False, maxIterations=MOST_STEPS
         )
@@ -56,9 +55,12 @@ def _found(numbers: bytes, positions: bytes, reach: float) -> Any | None:
     return mol if not any(atom.GetNumRadicalElectrons() or atom.GetFormalCharge() for atom in atoms) else None
 
 
-def unbonded(molecule: Molecule) -> Any:
-    """The atoms in RDKit, with their positions and no bonds."""
+def connected(molecule: Molecule, reach: float = REACH) -> Any:
+    """The atoms in RDKit, with their positions, and single bonds between those that are near enough; none where positions are
+    not finite."""
     chem = rdkit()
+    from rdkit.Chem import rdDetermineBonds
+
     mol = chem.RWMol()
     for number in molecule.numbers.tolist():
         atom = chem.Atom(number)
@@ -67,6 +69,8 @@ def unbonded(molecule: Molecule) -> Any:
     conformer = chem.Conformer(len(molecule))
     conformer.SetPositions(molecule.positions.astype(np.float64))
     mol.AddConformer(conformer)
+    if np.isfinite(molecule.positions).all():
+        rdDetermineBonds.DetermineConnectivity(mol, useVdw=True, covFactor=reach)
     return mol
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule
-from tiltflow.chemistry.bonds import bonded, unbonded
+from tiltflow.chemistry.bonds import bonded, connected
 from tiltflow.chemistry.embedding import rdkit
 
 SYMBOLS = dict(zip(NUMBERS, ELEMENTS, strict=True))
@@ -44,14 +44,16 @@ def from_xyz(text: str) -> list[tuple[Molecule, float | None]]:
 
 
 def to_sdf(molecules: Sequence[Molecule]) -> str:
-    """Several molecules as an .sdf file, with the bonds of those that are valid; the others have none.
+    """Several molecules as an .sdf file, whose property `valid` says of each whether it is a molecule: 1 with its bonds, or 0
+    with a single bond wherever two atoms are near enough for one, as no orders suit them.
 
     Raises InputError if RDKit is not installed.
     """
     blocks = []
     for molecule in molecules:
         bonds = bonded(molecule)
-        whole = unbonded(molecule) if bonds is None else bonds
+        whole = connected(molecule) if bonds is None else bonds
         whole.SetProp("_Name", molecule.formula)
-        blocks.append(rdkit().MolToMolBlock(whole, kekulize=bonds is not None) + "$$$$\n")
+        block = rdkit().MolToMolBlock(whole, kekulize=bonds is not None)
+        blocks.append(f"{block}>  <valid>\n{int(bonds is not None)}\n\n$$$$\n")
     return "".join(blocks)

@@ -41,6 +41,10 @@ TIMES = ("t", "ts", "tau", "time", "times", "timestep", "timesteps", "sigma", "s
 """Names under which networks take their time."""
 
 
+FIRST = 0.0063
+"""Linear time of the first step with a predicted noise on a path whose noise end is exact: that of DDPM's last timestep."""
+
+
 class AnyFloats(nn.Module):
     """A network that takes samples of any float dtype, whatever that of its weights, and predicts in theirs."""
 
@@ -203,8 +207,10 @@ class Flow(VelocityField):
     @property
     def noise_time(self) -> float:
         """The linear time at which the network's noise end sits: 0, or a little more for a diffusion schedule whose
-        last timestep still holds some signal. Sampling starts there, from pure noise."""
-        return float(linear_time(self.interpolant, torch.zeros((), dtype=torch.float64)))
+        last timestep still holds some signal, and for noise that is predicted. Sampling starts there, from pure noise."""
+        end = float(linear_time(self.interpolant, torch.zeros((), dtype=torch.float64)))
+        # the data are what is left of x without the noise, over alpha: where that is 0, any error of the network has no bound
+        return end or (FIRST if self.prediction == "epsilon" else end)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of the network."""

@@ -47,7 +47,7 @@ from tiltflow.optimization import Numbers
 from tiltflow.rewards.functions.checked import evaluate, finite_only
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Spacing, Start
-from tiltflow.samplers.rollout import Trajectory, rollout
+from tiltflow.samplers.rollout import Trajectory
 from tiltflow.samplers.sampling import MemorylessSolver, Sampling
 from tiltflow.samplers.solvers.memoryless_offset import memoryless_offset
 from tiltflow.samplers.stored import Stored
@@ -356,9 +356,7 @@ class AdjointMatching(Tilting):
     def _draw(self, batch: Batch, chain: Chain) -> tuple[Trajectory, list[Tensor]]:
         """The trajectories of the samples of this process, and for each of `num_passes` the steps that enter the loss, of all
         samples, [count, batch]."""
-        with torch.no_grad():
-            actor, act = batch.own_actor()
-            path = rollout(chain, actor, batch.x[batch.own], batch.own_noise, act=act, storage=batch.storage)
+        path = batch.own_paths(chain)
         chosen = [
             choose_timesteps(
                 self.train_timesteps,

@@ -43,7 +43,7 @@ from tiltflow.methods import Tilting
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Trajectory, rollout
+from tiltflow.samplers.rollout import Trajectory
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.stored import Stored
 from tiltflow.training.batch import Batch
@@ -104,10 +104,7 @@ class DeterministicAdjointMatching(Tilting):
     def gradients(self, batch: Batch, state: None) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: one optimizer step, its gradient accumulated."""
         chain, count = self.sampling.chain(batch.start), len(batch)
-        with torch.no_grad():
-            acting, act = batch.own_actor()
-            x, noise = batch.x[batch.own], batch.own_noise
-            path = rollout(chain, acting, x, noise, act=act, to_the_end=True, storage=batch.storage)
+        path = batch.own_paths(chain, to_the_end=True)
         states, targets = path.states, path.velocities  # whose place they take
 
         def aim(some: Batch, part: slice) -> tuple[Tensor]:

@@ -29,23 +29,20 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from tiltflow.flows.interpolant import expand
 from tiltflow.laws.adjoint_laws import smoothed_tilt
 from tiltflow.laws.target import Target, exponential_tilt
-from tiltflow.methods import MethodSettings
+from tiltflow.methods import Positive
+from tiltflow.methods.regressions.ode_samples import Count, OdeSamples
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
-from tiltflow.samplers.sampling import Sampling, SolverName
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 from tiltflow.training.noising import noising, posterior, shuffled
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass
@@ -77,7 +74,7 @@ class State:
         self.mean = None if self.mean is None else self.mean.to(self.device)
 
 
-class EndpointAdjointMatching(MethodSettings):
+class EndpointAdjointMatching(OdeSamples):
     """Endpoint Adjoint Matching. Needs a differentiable reward, and no paths. Within a mode it aims at
     p_base(x) exp(r(x) / beta); the weights of separate modes stay about as they are."""
 
@@ -87,25 +84,14 @@ class EndpointAdjointMatching(MethodSettings):
     score_time: Annotated[float, Field(gt=0, lt=1)] = 0.98
     """Time at which the base's field gives the scores of samples. The law is that of a base with noise of standard deviation
     (1 - score_time) / score_time; nearer to 1 the field's own errors count for more."""
-    solver: SolverName = "heun"
-    """An ODE solver of `Sampling`, which draws the samples."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 8
     """Steps of the solver, from noise to data."""
-    shift: Positive = 1.0
-    """Above 1, more steps are near the noise; see `time_grid`. The times of the regression are spread in the same way."""
     num_passes: Count = 4
     """Optimizer steps on each batch of samples, each with fresh noise and times."""
 
-    @model_validator(mode="after")
-    def _check(self) -> EndpointAdjointMatching:
-        if self.sampling.has_noise:
-            raise ValueError(f"solver {self.solver!r} has noise; the samples are drawn by an ODE: use euler or heun")
-        return self
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampler that draws samples from the model while it trains."""
-        return Sampling(solver=self.solver, num_inference_steps=self.num_inference_steps, shift=self.shift)
+    def learns_nothing(self, group: int) -> str | None:
+        """See `MethodSettings`: a single sample has a gradient."""
+        return None
 
     @property
     def needs(self) -> Needs:

@@ -44,7 +44,7 @@ from tiltflow.optimization import finite, load_optimizer
 from tiltflow.plugins import find, part_of
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Trajectory, rollout
+from tiltflow.samplers.rollout import Trajectory
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.samplers.stored import Stored
 from tiltflow.settings import Settings
@@ -164,12 +164,9 @@ class VggFlow(Tilting):
     def gradients(self, batch: Batch, state: State) -> Iterator[dict[str, float]]:
         """One iteration of the algorithm: one optimizer step, its gradient accumulated. nu takes its own before."""
         chain, count = self.sampling.chain(batch.start), len(batch)
-        with torch.no_grad():
-            acting, act = batch.own_actor()
-            x, noise = batch.x[batch.own], batch.own_noise
-            path = rollout(chain, acting, x, noise, act=act, to_the_end=True, storage=batch.storage)
+        path = batch.own_paths(chain, to_the_end=True)
         states, targets = path.states, path.velocities  # whose place they take
-        wanted = batch.storage.new(len(targets) if self.value_network else 0, x)  # of nu
+        wanted = batch.storage.new(len(targets) if self.value_network else 0, batch.x[batch.own])  # of nu
 
         def aim(some: Batch, part: slice) -> tuple[Tensor]:
             own = batch.own_part(part)

@@ -17,8 +17,9 @@ from tiltflow.flows.field import VelocityField, Which
 from tiltflow.flows.guided import Guide, Guided
 from tiltflow.optimization import StoredWeights, all_finite, located
 from tiltflow.rewards import LearnedReward, NonFiniteRewards, Reward, select
+from tiltflow.samplers.chain import Chain
 from tiltflow.samplers.grid import Start
-from tiltflow.samplers.rollout import Act
+from tiltflow.samplers.rollout import Act, Trajectory, rollout
 from tiltflow.samplers.stored import AS_COMPUTED, Storage, Stored
 from tiltflow.streams import Noise, Rows
 from tiltflow.timing import phase
@@ -177,6 +178,13 @@ class Batch:
         """The field that these samples are drawn from, and what guides it."""
         actor, guided = self.own_field(self.actor or self.tuned)
         return actor, None if guided is None else guided.guide
+
+    @torch.no_grad()
+    def own_paths(self, chain: Chain, *, to_the_end: bool = False) -> Trajectory:
+        """The paths of these samples from their starting points; see `rollout`."""
+        actor, act = self.own_actor()
+        x = self.x[self.own]
+        return rollout(chain, actor, x, self.own_noise, act=act, to_the_end=to_the_end, storage=self.storage)
 
     def own_finite(self, values: Sequence[Tensor] | Tensor, what: str, times: Tensor) -> None:
         """Raises NonFiniteError, in all processes, if one of these values of its own samples is not finite."""
