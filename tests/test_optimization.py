@@ -93,6 +93,7 @@ def test_bad_numbers_are_found_by_step_time_and_sample() -> None:
         all_finite(values, "velocity", times)
     assert caught.value.where["samples"] == [12, 13]
     all_finite(values[:1], "velocity", times)
+    all_finite(torch.full((2, 4, 2), 3e38), "velocity", times)  # whose sum is not finite
     with pytest.raises(NonFiniteError, match=r"advantage is not finite at 1 of 3 steps .* for 1 of 4 samples"):
         all_finite(values[:, :, 1], "advantage", times)
     assert finite(torch.tensor(2.0), "loss", 3) == 2

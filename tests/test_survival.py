@@ -141,15 +141,16 @@ def test_the_diagnosis_counts_samples_from_the_first_of_the_batch(tmp_path: Path
     assert error.value.where["samples"] == [3]
 
 
-def test_a_skipped_batch_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, optimizer, critic: all as if it had not been."""
+@pytest.mark.parametrize(("when", "steps"), [("{4}", 3), ("{3, 5}", 4)])
+def test_a_skipped_batch_leaves_no_trace(when: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimizer, critic: all as if it had not been; and where an earlier one was skipped."""
     recipe = recipe_with(
-        tmp_path, monkeypatch, "{4}", NAN, "score-as-action", max_skipped_steps=1, max_train_steps=3, checkpointing_steps=1,
+        tmp_path, monkeypatch, when, NAN, "score-as-action", max_skipped_steps=1, max_train_steps=steps, checkpointing_steps=1,
         checkpoints_total_limit=None,
     )  # fmt: skip
     run(recipe, tmp_path / "run")
-    before, after = (load_checkpoint(saved)["loop"] for saved in checkpoints(tmp_path / "run" / FOLDER)[1:])
-    assert (before["step"], after["step"]) == (2, 3)
+    before, after = (load_checkpoint(saved)["loop"] for saved in checkpoints(tmp_path / "run" / FOLDER)[-2:])
+    assert (before["step"], after["step"]) == (steps - 1, steps)
     for key in ("parameters", "optimizer", "method", "average"):
         same(before[key], after[key])
 

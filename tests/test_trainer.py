@@ -17,12 +17,13 @@ from torch.testing import assert_close
 
 from tiltflow.errors import InputError, NonFiniteError
 from tiltflow.flows.adapter import AdapterOff
+from tiltflow.flows.field import VelocityField
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import CorrectedVelocity, ExactVelocity
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.models.trainable import trainable_copy
 from tiltflow.networks.mlp import Mlp
-from tiltflow.optimization import WeightAverage, gradient_norm
+from tiltflow.optimization import WeightAverage, gradient_norm, load_optimizer
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.rewards.functions.failures import count_failures
 from tiltflow.samplers.rollout import rollout
@@ -30,7 +31,7 @@ from tiltflow.streams import stream
 from tiltflow.training.batch import Batch
 from tiltflow.training.calibration import Calibration
 from tiltflow.training.optimizer import Optimizer, learning_rate_factor
-from tiltflow.training.trainer import Record, train
+from tiltflow.training.trainer import Record, copied, train
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -430,3 +431,55 @@ def test_trainable_copy_of_some_parameters() -> None:
     assert [p.requires_grad for p in copy.network.parameters()] == [name.endswith(".weight") for name in names]
     with pytest.raises(InputError, match=r"training.trainable: no parameter name matches 'middle'"):
         trainable_copy(original, "middle")
+
+
+def test_a_state_is_copied_into_the_memory_of_an_earlier_copy() -> None:
+    tree: dict[str, Any] = {"a": torch.ones(3), "state": {0: {"b": torch.zeros(2, 2)}}, "step": 1}
+    first = copied(tree)
+    places = first["a"].data_ptr(), first["state"][0]["b"].data_ptr()
+    tree["a"] += 1
+    tree["state"][0]["b"] = torch.ones(2, 2)
+    second = copied(tree | {"step": 2, "c": torch.ones(1)}, first)
+    tree["a"] += 1
+    assert (second["a"].data_ptr(), second["state"][0]["b"].data_ptr()) == places
+    assert (second["a"].tolist(), second["state"][0]["b"].sum().item(), second["step"]) == ([2, 2, 2], 4, 2)
+    assert copied({"a": torch.ones(4)}, second)["a"].shape == (4,)
+    assert second["a"].shape == (3,)
+
+
+class Learning:
+    """A slope that learns, and some of whose steps end in a loss that is not finite."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.slope, self.calls, self.bad = nn.Parameter(torch.ones(1)), 0, bad
+        self.network = nn.ParameterList([self.slope])
+        self.optimizer = torch.optim.AdamW([self.slope], lr=0.1, weight_decay=0.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.slope.detach() * x[:, 0]
+
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
+        self.calls += 1
+        self.slope.grad = torch.ones(1)
+        self.optimizer.step()
+        if self.calls in self.bad:
+            raise NonFiniteError("not finite", {"what": "loss"})
+        return 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"slope": self.slope.detach(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.slope.copy_(state["slope"])
+        load_optimizer(self.optimizer, state["optimizer"])
+
+
+def test_a_reward_is_as_before_each_batch_that_is_skipped() -> None:
+    """Its optimizer's count of steps too, which that takes from the state that it loads as it is."""
+    states = []
+    reward = Learning(bad={2, 4})
+    run(4, reward=reward, max_skipped_steps=1, on_batch_end=lambda end: states.append(copied(end.state()["reward"])))
+    counts = [int(state["optimizer"]["state"][0]["step"]) for state in states]
+    assert counts == [1, 1, 2, 2]
+    assert [state["slope"].item() for state in states] == pytest.approx([0.9, 0.9, 0.8, 0.8])

@@ -148,10 +148,12 @@ def located(part: slice) -> Iterator[None]:
 def all_finite(values: Sequence[Tensor] | Tensor, what: str, times: Tensor) -> None:
     """`values` [steps, batch, ...]. Raises NonFiniteError, in all processes, naming steps, times and samples, if one is not
     finite."""
-    finite = torch.stack([step.isfinite().all() for step in values]).all()  # step by step: there is no room for a copy
-    if not processes.greatest(int(not finite), finite.device):
+    # step by step: there is no room for a copy; a sum is finite if all that is in it is, unless it overflows
+    sums = torch.stack([step.sum(dtype=torch.promote_types(step.dtype, torch.float32)) for step in values])
+    finite = bool(sums.isfinite().all()) or all(bool(step.isfinite().all()) for step in values)
+    if not processes.greatest(int(not finite), sums.device):
         return
-    if bool(finite):
+    if finite:
         raise NonFiniteError(f"{what} is not finite in another process", {"what": what})
     bad = torch.stack([(~step.isfinite()).reshape(len(step), -1).any(1) for step in values])
     steps, samples = bad.any(1).nonzero()[:, 0].tolist(), bad.any(0).nonzero()[:, 0].tolist()

@@ -428,12 +428,13 @@ class AdjointMatching(Tilting):
             part = batch.own_part(part)
             states, own, targets_of = (each.of(part) for each in (path.states, path.velocities, targets))
             bases = None if of_base is None else of_base.of(part)
+            gains, stds = (c.to(some.x) for c in (chain.control_scale, chain.std))
 
             @torch.no_grad()
             def taken(k: int, target: Tensor, v_base: Tensor) -> None:
                 if k == len(path.velocities):  # the base takes this step
                     return
-                gain, std = (c[k].to(v_base) for c in (chain.control_scale, chain.std))
+                gain, std = gains[k].to(v_base), stds[k].to(v_base)
                 control = gain * (own[k] - v_base)
                 energy[k - first] = control.flatten(1).square().sum(1)
                 terms[k - first] = (control + std * target).flatten(1).square().sum(1)

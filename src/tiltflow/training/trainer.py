@@ -311,8 +311,10 @@ class _Loop:
     def batch(self, draw: Callable[[torch.Generator], Tensor | Drawn] | Ordered) -> Iterator[Record]:
         """Take all optimizer steps on a batch. Raises NonFiniteError, Interrupted and UserCodeError; where the weights have not
         changed yet, all states are then as before the batch."""
-        evaluated, self.moved, self.before = self.count.total, False, None
-        reward = copied(self.of_reward())  # drawing the batch may compute statistics of the base's rewards
+        memory, evaluated = self.before or {}, self.count.total
+        self.moved, self.before = False, None
+        # drawing the batch may compute statistics of the base's rewards
+        reward = copied(self.of_reward(), memory.get("reward"))
         try:
             now = draw.at(self.drawn) if isinstance(draw, Ordered) else draw
             found = now(stream(self.seed, "start", self.step, device=self.device))
@@ -322,7 +324,7 @@ class _Loop:
                 if self.resumed is not None and isinstance(self.of_method, Stateful):
                     self.of_method.load_state_dict(self.resumed["method"])
             learned = reward if isinstance(self.reward, LearnedReward) else copied(self.of_reward())
-            self.before = {"method": copied(self.state_of_method()), "reward": learned}
+            self.before = {"method": copied(self.state_of_method(), memory.get("method")), "reward": learned}
             self.poll()
             measured: dict[str, float] = {}
             for measured in self.updates(drawn):
@@ -344,6 +346,7 @@ class _Loop:
             self.optimizer.zero_grad()
             if not self.moved and self.before is not None:
                 self.put_back(self.before)
+                self.before = None  # an optimizer may have taken its tensors for its own
             self.as_before = not self.moved
             if not isinstance(error, NonFiniteError):
                 self.count.total = evaluated
@@ -427,13 +430,23 @@ class _Loop:
         return {"gradient_norm": norm, "learning_rate": settings.learning_rate * factor}
 
 
-def copied(tree: Any) -> Any:
-    """A copy of a state and its tensors; `copy.deepcopy` takes several times as long for these."""
+def copied(tree: Any, memory: Any = None) -> Any:
+    """A copy of a state and its tensors; `copy.deepcopy` takes several times as long for these.
+
+    Args:
+        memory: an earlier copy that nothing needs any more. Tensors are written into those of it that are like them: new memory
+            takes several times as long.
+    """
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
+        fits = isinstance(memory, Tensor) and _kind(memory) == _kind(tree)
+        return memory.copy_(tree.detach()) if fits else tree.detach().clone()
     if isinstance(tree, dict):
-        return {key: copied(value) for key, value in tree.items()}
+        return {key: copied(value, memory.get(key) if isinstance(memory, dict) else None) for key, value in tree.items()}
     return [copied(each) for each in tree] if isinstance(tree, list) else copy.deepcopy(tree)
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
 def networks_of(tuned: Flow, base: Flow | AdapterOff) -> tuple[Any, Any]:
