@@ -42,6 +42,7 @@ SHOWN = {
     "mixture-16": "three modes",
     "mixture-64": "three modes",
     "digits-even": "digits",
+    "digits-png": "digits, a black box",
 }
 """Comparisons of which the README has a column, and its head."""
 CAPTION = (
@@ -234,12 +235,14 @@ def link(name: str, docs: str) -> str:
 
 
 def ended(line: Line, name: str) -> str:
-    """Where a method ended, in floors: away, where that is further than the base; empty where it was not measured."""
+    """Where a method ended, in floors: away, where that is further than the base or it stopped; empty where it is not known."""
     found = next((method for method in line["methods"] if method["method"] == name), None)
     if found is None:
         return ""
     value, base = floors(found), line["references"]["distance_base"]
-    return "away" if found["stopped"] or value is None or found["distance"]["mean"] > base else f"{value:.1f}"
+    if found["stopped"]:
+        return "away"
+    return "" if value is None else "away" if found["distance"]["mean"] > base else f"{value:.1f}"
 
 
 def rank(cells: Sequence[str]) -> float:

@@ -337,6 +337,17 @@ def test_a_method_that_ran_away_is_not_called_the_best() -> None:
     assert (lost["differences"]["reward"], lost["differences"]["distance"]["best"]) == (None, "dpok")
 
 
+def test_what_the_base_has_is_known_though_one_evaluation_could_not_say_it() -> None:
+    """A method whose distance is not known with one seed has none, and nothing is said of where it is; that of the base is the
+    mean over all others, and one that is further is not near."""
+    rows = outcomes(draft=(2.0, 9.0), dpok=(0.2, 1.0), **{"flow-grpo": (0.3, 1.0)})
+    lost = next(row for row in rows if row["method"] == "dpok" and row["purpose"] == "run")
+    lost["points"][0] |= {"distance": None, "distance_base": None, "floor": None}
+    (each,) = results(plan_of(("draft", "flow-grpo", "dpok"), tune="none"), rows)["results"]
+    assert each["references"]["distance_base"] == {"mean": 1.0, "error": 0.0, "n": 5}
+    assert {m["method"]: m["near"] for m in each["methods"]} == {"draft": False, "flow-grpo": True, "dpok": None}
+
+
 def test_pairs_are_of_the_seeds_that_both_have() -> None:
     found = all_pairs({"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 0.0, 1: 2.0}, "c": {5: 1.0}})
     assert set(found) == {("a", "b")}
@@ -504,13 +515,15 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
     assert summary["target_law"] == "p_base(x) exp(r(x) / beta)"  # though the method itself has none
 
 
-def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path) -> None:
-    """Methods that need a gradient are refused before anything runs, with all others; those that do not are compared, and the
-    results and the page say that the reward has none."""
+def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that need a gradient are refused before any method is tried; those that do not are compared, and the results and
+    the page say that the reward has none."""
     path = tiny_recipe(tmp_path, reward={"name": "jpeg-size", "sign": "smaller"}, method={"name": "dpok", "beta": 5.0})
     words = ["compare", "--recipes", str(path.rename(tmp_path / "tiny.yaml")), "--seeds", "1", "--network-evaluations", "1500"]
     words += ["--tune", "none", "-o", str(tmp_path / "out"), "--set", "dpok.num_inference_steps=4"]
-    refused = CliRunner().invoke(app, [*words, "--methods", "dpok,draft"])
+    with monkeypatch.context() as patched:
+        patched.setattr("tiltflow.runs.comparison.on_recipe.ready", lambda *arguments: pytest.fail("loaded"))
+        refused = CliRunner().invoke(app, [*words, "--methods", "dpok,draft"])
     assert "reward 'jpeg-size' has no gradient, and method 'draft' needs one" in str(refused.exception)
     assert not (tmp_path / "out" / ROWS).exists()
     result = CliRunner().invoke(app, [*words, "--methods", "dpok"])

@@ -84,6 +84,14 @@ def test_the_command_of_a_comparison_is_the_one_that_made_it(tmp_path: Path) -> 
     assert (kept["kind"], kept["dimension"], kept["command"]) == ("problem", 2, command)
 
 
+def test_a_temperature_that_is_not_the_recipes_own_is_in_the_command() -> None:
+    recipe = {"recipe": {"method": {"name": "dpok", "beta": 3.0}}, "settings": ["model=other"]}
+    budget = {"kind": "network_evaluations", "amount": 3000.0}
+    same = {"seeds": 1, "budget": budget, "tune": "learning-rate", "methods": {"dpok": []}}
+    for beta, words in ((3.0, "3000 --set"), (60.0, "3000 --beta 60 --set")):
+        assert f"{words} some.model=other" in command_of(same | {"subjects": {"some": recipe | {"beta": beta}}}, "one")
+
+
 def test_advice_names_what_was_measured_in_as_many_dimensions() -> None:
     lines = [
         line("flat", 2, reached("adjoint-matching", 0.15), reached("draft", 0.12), reached("ddpo", 0.11, "seed 0: lost")),
@@ -129,6 +137,7 @@ def full(some: dict[str, Any]) -> dict[str, Any]:
 def test_the_table_of_the_readme_says_who_ran_away() -> None:
     """By the base's distance, 1 here; methods without a row are empty, and come last."""
     some = [line("mixture", 2, reached("adjoint-matching", 0.15), reached("draft", 3.0), reached("refl", 0.2, "seed 0: lost"))]
+    some[0]["methods"].append(reached("dpok", 0.1) | {"distance": {"mean": None, "error": None}})
     text = SCRIPT["which_method"](some, "docs/")
     rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("|")]
     assert rows[0] == ["your reward", "method", "aims at", "ring, 2-d"]
@@ -137,4 +146,5 @@ def test_the_table_of_the_readme_says_who_ran_away() -> None:
     named = "[`adjoint-matching`](docs/adjoint-matching.md) (arXiv 2409.08861)"
     assert rows[2] == ["differentiable", named, "p_base exp(r/β)", "1.5"]
     assert (found["draft"][-1], found["refl"][-1]) == ("away", "away")
+    assert not {"1.0", "away"} & set(found["dpok"])  # of one seed it is not known
     assert [row[0] for row in rows[2:]] == sorted((row[0] for row in rows[2:]), key=lambda words: words == "any")

@@ -232,18 +232,23 @@ def load_asked(recipe: CommonRecipe, device: str) -> tuple[Any, Sequence[Item], 
     return model, *(known or asked_for.items(model.class_names, recipe.seed))
 
 
+def check_reward(settings: RewardSettings, method: Method) -> None:
+    """Raise InputError if the method needs a gradient that the reward does not have, or the reward learns and may not."""
+    if method.needs.reward_gradient and not settings.differentiable:
+        raise InputError(f"reward {settings.name!r} has no gradient, and method {method.name!r} needs one")
+    if settings.learned and not method.needs.learned_reward:
+        raise InputError(f"reward {settings.name!r} learns while it is used, which method {method.name!r} cannot do")
+
+
 def build_reward(settings: RewardSettings, method: Method, device: str, *, decoded: bool = False) -> Reward:
     """A reward by its settings.
 
     Args:
         decoded: of what a model decodes.
 
-    Raises InputError if the method needs a gradient that the reward does not have, or the reward learns and cannot here.
+    Raises InputError if the method cannot have this reward, or the reward learns and cannot here.
     """
-    if method.needs.reward_gradient and not settings.differentiable:
-        raise InputError(f"reward {settings.name!r} has no gradient, and method {method.name!r} needs one")
-    if settings.learned and not method.needs.learned_reward:
-        raise InputError(f"reward {settings.name!r} learns while it is used, which method {method.name!r} cannot do")
+    check_reward(settings, method)
     if settings.learned and decoded:
         raise InputError(f"reward {settings.name!r} learns from samples, which it cannot from those of a pipeline")
     return settings.build(device)

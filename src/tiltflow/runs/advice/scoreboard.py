@@ -88,12 +88,23 @@ def command_of(content: Line, name: str) -> str:
         words += [option, ",".join(some)] if some else []
     words += ["--seeds", str(content["seeds"]), f"--{kind.replace('_', '-')}", f"{amount:.10g}"]
     words += ["--tune", content["tune"]] if content["tune"] != "learning-rate" else []
+    given = [each["beta"] for each in subjects.values() if each["beta"] != usual_beta(each)]
+    words += ["--beta", f"{given[0]:g}"] if given else []
     for each in (subjects[problem] for problem in problems[:1]):
-        words += ["--beta", f"{each['beta']:g}"] if each["beta"] != 1 else []
         words += ["--num-samples", str(each["num_samples"])] if each["num_samples"] != 4000 else []
     own = {**{key: each["settings"] for key, each in subjects.items()}, **content["methods"]}
     words += [word for key, settings in own.items() for text in settings for word in ("--set", f"{key}.{text}")]
     return shlex.join([*words, "--output", f"runs/{name}"])
+
+
+def usual_beta(subject: Line) -> float | None:
+    """The temperature of a subject where none is given; None where its recipe does not say it.
+
+    >>> usual_beta({"beta": 2, "num_samples": 100}), usual_beta({"recipe": {"method": {"name": "dpok", "beta": 3.0}}})
+    (1.0, 3.0)
+    """
+    method = subject["recipe"]["method"] if "recipe" in subject else {"beta": 1.0}
+    return method.get("beta") if isinstance(method, Mapping) else None
 
 
 def floors(method: Line) -> float | None:

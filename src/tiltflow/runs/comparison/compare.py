@@ -69,6 +69,8 @@ def compare(
                 f"{folder}: holds another comparison; give a new --output, or the methods, budget and settings of {known}"
             )
         table = Rows(folder, plan, processes, device, watch, moving)
+        for subject, chosen in table.pairs():
+            subject.admit(chosen)
         costs = table.costs()
         write_yaml(known, plan.as_tree())
         table.run(table.tunings(costs))

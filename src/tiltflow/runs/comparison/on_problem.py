@@ -76,6 +76,10 @@ class OnProblem:
         scaled = optimizer.model_copy(update={"learning_rate": optimizer.learning_rate * chosen.factor})
         return settings.model_copy(update={"method": method, "optimizer": scaled})
 
+    def admit(self, chosen: Chosen) -> None:
+        """See `Subject`."""
+        self.read(chosen)
+
     def trial(self, chosen: Chosen, device: str) -> ProblemTrial:
         """See `Subject`; always on the CPU."""
         return ProblemTrial(self, self.read(chosen))

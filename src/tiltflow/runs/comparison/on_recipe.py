@@ -14,6 +14,7 @@ from tiltflow.files import write_rows
 from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.subject import Chosen, Law, OnBatchEnd, at_temperature, sampled_by
 from tiltflow.runs.evaluate import evaluate
+from tiltflow.runs.prepare import check_reward
 from tiltflow.runs.recipe import Recipe, find_recipe, read_one_run, read_recipe_tree
 from tiltflow.runs.run import Ready, ready
 from tiltflow.runs.run_files import RECIPE, write_yaml
@@ -78,6 +79,11 @@ class OnRecipe:
         evaluation = first.evaluation.model_copy(update={"points": points})
         changed = {"method": method, "optimizer": optimizer, "training": training, "evaluation": evaluation}
         return first.model_copy(update=changed)
+
+    def admit(self, chosen: Chosen) -> None:
+        """See `Subject`."""
+        recipe = self.read(chosen)
+        check_reward(recipe.reward, recipe.method)
 
     def trial(self, chosen: Chosen, device: str) -> RecipeTrial:
         """See `Subject`."""

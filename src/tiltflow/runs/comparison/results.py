@@ -70,7 +70,7 @@ def of_subject(plan: Plan, rows: Sequence[Row], posed: Subject) -> dict[str, Any
         method: {seed: last for seed, row in sorted(each.items()) if (last := last_of(row))} for method, each in runs.items()
     }
     measured = [last for each in finals.values() for last in each.values()]
-    references = {key: mean_of([last.get(key) for last in measured]) for key in REFERENCES}
+    references = {key: mean_of([last[key] for last in measured if last.get(key) is not None]) for key in REFERENCES}
     base = references["distance_base"]["mean"]
     methods = [of_method(rows, subject, method, runs[method]) for method in plan.methods]
     methods = [method | {"near": near(method, base)} for method in methods]

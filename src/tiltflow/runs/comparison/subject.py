@@ -82,6 +82,10 @@ class Subject(Protocol):
         """Whether the reward has no gradient."""
         ...
 
+    def admit(self, chosen: Chosen) -> None:
+        """Raise InputError, of one line, for a method that its settings show not to fit; nothing is loaded."""
+        ...
+
     def trial(self, chosen: Chosen, device: str) -> Trial:
         """A training of the method. Raises InputError, of one line, if it does not fit."""
         ...
