@@ -96,7 +96,7 @@ def strip_of(frames: Sequence[Picture]) -> bytes:
     """Frames of one size side by side, made smaller, as a .webp."""
     scale = min(1.0, SIDE / max(frames[0].size))
     wide, high = (max(1, round(scale * each)) for each in frames[0].size)
-    strip = Image.new("RGB", (len(frames) * (wide + GAP) - GAP, high), "white")
+    strip = Image.new("RGB", (len(frames) * (wide + GAP) - GAP, high), "#808080")
     for i, frame in enumerate(frames):
         strip.paste(frame.resize((wide, high), Image.Resampling.LANCZOS), (i * (wide + GAP), 0))
     file = io.BytesIO()
