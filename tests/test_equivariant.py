@@ -19,12 +19,12 @@ from tiltflow.control.objective import Objective
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.models.model import Model, load
-from tiltflow.networks.equivariant import Equivariant, EquivariantModule, coefficients, log_even
+from tiltflow.networks.equivariant import Equivariant, EquivariantModule, Triangles, coefficients, log_even
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import validate
 from tiltflow.streams import new_network, normal, stream
 
-SMALL = {"features": 12, "pair_features": 8, "vectors": 3, "heads": 2, "layers": 2, "even_valences": True}
+SMALL = {"features": 12, "pair_features": 8, "vectors": 3, "heads": 2, "layers": 2, "triangles": 3, "even_valences": True}
 CLASSES = ("5 atoms", "3 atoms", "CH2O")
 CHANNELS = DIM + len(ELEMENTS)
 
@@ -258,6 +258,28 @@ def test_types_are_conditioned_on_an_even_number_of_odd_valences() -> None:
                 for row, each in enumerate(types):
                     expected[row, each] += math.prod(p[at, k].item() for at, k in enumerate(types))
         torch.testing.assert_close(found[i, :atoms], expected[:atoms] / expected[0].sum())
+
+
+def test_pairs_hear_of_third_atoms_and_atoms_of_angles() -> None:
+    """Against sums atom by atom; and angles are those of the ways, whichever way the molecule is turned."""
+    part = Triangles(width=4, pairs=3, vectors=2, products=2).double().requires_grad_(False)
+    for weights in (part.closing.weight, part.angles.weight):
+        weights.copy_(torch.randn(weights.shape, generator=stream(1)))
+    heard, mask = torch.randn(1, 4, 4, 3, generator=stream(0)).double(), torch.tensor([1.0, 1, 1, 0]).double()
+    pairs = (mask[:, None] * mask * (1 - torch.eye(4)))[None, ..., None].double()
+    found = part.of_pairs(heard, pairs)
+    sides = part.sides(torch.nn.functional.silu(heard))[0]
+    for i, j in itertools.product(range(4), repeat=2):
+        through = [k for k in range(3) if k not in (i, j) and max(i, j) < 3]
+        total = sum((sides[i, k, :2] * sides[k, j, 2:] for k in through), torch.zeros(2).double())
+        torch.testing.assert_close(found[0, i, j], part.closing.weight @ total / 3)
+    ways = torch.tensor([[3.0, 0, 0], [3.0, 3, 0]]).double()[None, :, None]
+    seen = [
+        part.angles.weight[:, 0] * 0.9 + part.angles.weight[:, 3] * 18 / 19,
+        (part.angles.weight[:, 1] + part.angles.weight[:, 2]) * 9 / 190**0.5,
+    ]
+    torch.testing.assert_close(part.of_atoms(ways)[0, 0], seen[0] + seen[1])
+    torch.testing.assert_close(part.of_atoms(ways @ orthogonal(2)), part.of_atoms(ways))
 
 
 def test_a_model_with_even_valences_draws_them() -> None:

@@ -110,7 +110,7 @@ def test_the_loss_of_a_network_that_adds_nothing() -> None:
 def test_times_have_the_density_that_is_said() -> None:
     t = draw_times(100_000, stream(0, "times")).double()
     for edge in (0.1, 0.5, 0.9):
-        normal = torch.distributions.Normal(1.3, 1.2).cdf(torch.tensor(edge / (1 - edge)).log())
+        normal = torch.distributions.Normal(1.0, 0.65).cdf(torch.tensor(edge / (1 - edge)).log())
         expected = 0.2 * edge + 0.8 * float(normal)
         assert float((t < edge).double().mean()) == pytest.approx(expected, abs=4.5 * 0.5 / 100_000**0.5)
 
@@ -171,6 +171,13 @@ def test_training_begins_with_the_weights_of_another_model(tmp_path: Path) -> No
     assert "Training began with the weights of `first`." in (tmp_path / "second" / "README.md").read_text()
     with pytest.raises(InputError, match="must have the recipe's network, but for its classes, scale and even_valences"):
         trained(tmp_path, "third", init_from=str(tmp_path / "first"), network={**other, "layers": 3})
+    grown = trained(tmp_path, "grown", init_from=str(tmp_path / "first"), network={**other, "triangles": 3}, training=still)
+    assert all(torch.allclose(first[key], grown[key], rtol=0, atol=1e-9) for key in first)
+    added = {key: weight.abs().max() for key, weight in grown.items() if key not in first}
+    assert added
+    assert all((largest < 1e-9) == ("sides" not in key) for key, largest in added.items())
+    with pytest.raises(InputError, match="but for its classes, scale and even_valences, and for triangles where it has none"):
+        trained(tmp_path, "fourth", init_from=str(tmp_path / "grown"), network=other)
     with pytest.raises(InputError, match="there is no model 'digit-flow', did you mean 'digits-flow'"):
         trained(tmp_path, "third", init_from="digit-flow")
     assert not (tmp_path / "third").exists() or not any((tmp_path / "third").glob("*.safetensors"))

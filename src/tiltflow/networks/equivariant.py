@@ -2,7 +2,8 @@
 
 Each atom has features that do not turn with the molecule and some vectors that do; each pair of atoms has features of its own,
 which the distances of these vectors feed. Positions move along differences of positions alone, as in EGNN (2102.09844).
-All pairs are dense tensors: molecules of some tens of atoms.
+With `triangles`, a pair also hears of the two others that each third atom makes with it, and an atom of the angles between the
+ways that its vectors go. All pairs are dense tensors: molecules of some tens of atoms.
 """
 
 # Mutation tests: test_equivariant.py
@@ -46,6 +47,9 @@ class Equivariant(Settings):
     """Layers of messages between atoms."""
     scale: Annotated[float, Field(gt=0)] = 1.4
     """Standard deviation of a coordinate of the data, in Å."""
+    triangles: Annotated[int, Field(ge=0)] = 0
+    """Products of the features of two pairs, (i, k) and (k, j), that each pair (i, j) hears of in a layer, summed over k; and
+    with them each atom of the angles between its vectors' ways. Both begin with weights of zero. 0 for neither."""
     even_valences: bool = False
     """Whether types are conditioned on an even number of atoms with an odd valence, H, N and F, which all closed shells have:
     of each atom by what the others seem to be, as if these were independent."""
@@ -99,7 +103,7 @@ class EquivariantModule(nn.Module):
         self.near = nn.Linear(2 * RADIAL, pairs)
         nn.init.zeros_(self.near.weight.data[:, RADIAL:])
         self.spread = nn.Parameter(torch.ones(vectors))
-        self.layers = nn.ModuleList(Layer(width, pairs, vectors, settings.heads) for _ in range(settings.layers))
+        self.layers = nn.ModuleList(Layer(width, pairs, vectors, settings.heads, settings.triangles) for _ in range(settings.layers))
         self.norm = nn.LayerNorm(width)
         self.types = nn.Linear(width, len(ELEMENTS))
         self.join = nn.Parameter(torch.zeros(vectors))
@@ -165,7 +169,7 @@ class Layer(nn.Module):
     [batch, atoms, atoms, 1] is 1 where two atoms that are there are not the same.
     """
 
-    def __init__(self, width: int, pairs: int, vectors: int, heads: int):
+    def __init__(self, width: int, pairs: int, vectors: int, heads: int, triangles: int):
         super().__init__()
         self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
         self.left, self.right = nn.Linear(width, pairs), nn.Linear(width, pairs, bias=False)
@@ -175,17 +179,48 @@ class Layer(nn.Module):
         self.heads = heads
         self.message = nn.Linear(heads * pairs, width)
         self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.third = Triangles(width, pairs, vectors, triangles) if triangles else None
 
     def forward(self, h: Tensor, e: Tensor, v: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d = distances(v)
         apart = torch.cat([d / (1 + d), torch.exp(-d)], 1).permute(0, 2, 3, 1)
         n = self.before(h)
-        e = e + self.pair(e + self.left(n)[:, :, None] + self.right(n)[:, None] + self.apart(apart))
+        heard = e + self.left(n)[:, :, None] + self.right(n)[:, None] + self.apart(apart)
+        e = e + self.pair(heard if self.third is None else heard + self.third.of_pairs(heard, pairs))
         gates, pull = self.weights(F.silu(e)).split([self.heads, len(v[0])], -1)
         gates = torch.sigmoid(gates) * pairs
         h = h + self.message((gates.transpose(2, 3).to(e.dtype) @ e).flatten(2)) / 4
-        h = h + self.inner(self.after(h))
-        return h, e, moved(v, (pull * pairs).permute(0, 3, 1, 2).to(v.dtype) / (1 + d))
+        ahead = moved(v, (pull * pairs).permute(0, 3, 1, 2).to(v.dtype) / (1 + d))
+        if self.third is not None:
+            h = h + self.third.of_atoms(ahead - v)
+        return h + self.inner(self.after(h)), e, ahead
+
+
+class Triangles(nn.Module):
+    """What pairs hear of third atoms, as in the multiplicative update of triangles of AlphaFold 2 (Jumper et al. 2021,
+    supplement, algorithm 11), and atoms of angles."""
+
+    def __init__(self, width: int, pairs: int, vectors: int, products: int):
+        super().__init__()
+        self.sides = nn.Linear(pairs, 2 * products)
+        self.closing = nn.Linear(products, pairs, bias=False)
+        self.angles = nn.Linear(vectors**2, width, bias=False)
+        nn.init.zeros_(self.closing.weight)
+        nn.init.zeros_(self.angles.weight)
+
+    def of_pairs(self, heard: Tensor, pairs: Tensor) -> Tensor:
+        """For each pair (i, j) the sum of products over third atoms [batch, atoms, atoms, pair features], of what pairs have
+        heard, of the same shape."""
+        first, second = (self.sides(F.silu(heard)) * pairs.to(heard.dtype)).permute(0, 3, 1, 2).chunk(2, 1)
+        return self.closing((first @ second).permute(0, 2, 3, 1) / 3)
+
+    def of_atoms(self, ways: Tensor) -> Tensor:
+        """Inner products of the ways that the vectors of an atom go [batch, vectors, atoms, 3]: [batch, atoms, features]."""
+        ways = ways.transpose(1, 2)
+        ways = ways / (1 + ways.square().sum(-1, keepdim=True)).sqrt()
+        with torch.autocast(ways.device.type, enabled=False):
+            products = (ways @ ways.transpose(-1, -2)).flatten(2)
+        return self.angles(products)
 
 
 def moved(v: Tensor, pull: Tensor) -> Tensor:

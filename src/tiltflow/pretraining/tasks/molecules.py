@@ -39,7 +39,8 @@ class MoleculesPretraining(Pretraining):
     max_heavy_atoms: Annotated[int, Field(ge=1)] | None = None
     """Molecules with more atoms other than hydrogen are left out."""
     init_from: str | None = None
-    """Model whose weights training begins with, by shipped name or folder: of the same network, but for classes and scale."""
+    """Model whose weights training begins with, by shipped name or folder: of the same network, but for classes and scale, or
+    of one that has no triangles yet."""
     conformers: Annotated[int, Field(ge=1)] = 5
     """Geometries that are tried for each SMILES."""
     type_weight: Annotated[float, Field(gt=0)] = 1.0
@@ -57,7 +58,7 @@ class MoleculesPretraining(Pretraining):
         network = new_network(self.network, self.seed)
         assert isinstance(network, EquivariantModule)
         if self.init_from is not None:
-            network.load_state_dict(weights_of(self.init_from, self.network))
+            network.load_state_dict(network.state_dict() | weights_of(self.init_from, self.network))
         return MoleculesTask(self, network.to(device), data.to(device))
 
 
@@ -67,12 +68,16 @@ PARTS = 4
 
 
 def weights_of(name_or_path: str, network: Equivariant) -> dict[str, Tensor]:
-    """The weights of a model for a network that may differ in what has no weights. Raises InputError if there are none."""
+    """The weights of a model for a network that may differ in what has no weights, and may have triangles where the model has
+    none. Raises InputError if there are none."""
     config = read_config(folder := model_folder(name_or_path))
     found, free = config.network, {"classes", "scale", "even_valences"}
+    if isinstance(found, Equivariant) and not found.triangles:
+        free = free | {"triangles"}
     if not isinstance(found, Equivariant) or found.model_dump(exclude=free) != network.model_dump(exclude=free):
         raise InputError(
-            f"init_from {name_or_path}: must have the recipe's network, but for its classes, scale and even_valences"
+            f"init_from {name_or_path}: must have the recipe's network, but for its classes, scale and even_valences, "
+            "and for triangles where it has none"
         )
     return load_network(folder, config, "cpu").state_dict()
 
@@ -195,11 +200,11 @@ class MoleculesTask:
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count]: a fifth of them uniform, the others the sigmoid of N(1.3, 1.2) (2403.03206, section 3.1), for a molecule
-    is decided between t = 0.5 and 0.95; before, nothing can be known of it, and after, little is left to say."""
+    """Times [count]: a fifth of them uniform, the others the sigmoid of N(1, 0.65) (2403.03206, section 3.1), for a molecule
+    is decided between t = 0.55 and 0.85; before, nothing can be known of it, and after, little is left to say."""
     uniform, normal = (draw(count, generator=generator, device=generator.device) for draw in (torch.rand, torch.randn))
     return interior(
-        torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(1.2 * normal + 1.3))
+        torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(0.65 * normal + 1))
     )
 
 
