@@ -4,6 +4,7 @@
     python benchmarks/molecules.py composition SMILES.csv    what each element adds to -E, and what is left
     python benchmarks/molecules.py gradients SMILES.csv    lengths of the gradient of -E, by how far atoms are moved
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
+    python benchmarks/molecules.py decided MODEL GEOMETRIES.npz    what becomes of data that are noised up to a time
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
 most seven heavy atoms. Methods that tune for energies are compared by `tiltflow compare --recipes qm9-isomers`.
@@ -21,20 +22,25 @@ import numpy as np
 import torch
 
 from tiltflow.chemistry import bonds
-from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule
+from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule, molecules_of
 from tiltflow.chemistry.embedding import rdkit
 from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, selected
+from tiltflow.chemistry.validity import shares, structures
 from tiltflow.chemistry.workers import Workers
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.models.model import load
+from tiltflow.networks.equivariant import Equivariant
+from tiltflow.pretraining.tasks.molecules import of_classes
 from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
+from tiltflow.samplers.rollout import sample
 from tiltflow.settings import validate
-from tiltflow.streams import stream
+from tiltflow.streams import normal, stream
 from tiltflow.training.batch import Batch
 
 REACHES = (1.15, 1.18, 1.20, 1.22, 1.25, 1.30)
 MOVES = (0.0, 0.03, 0.05, 0.08)
+TIMES = (0.1, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 
 
 Tree = dict[str, Any]
@@ -126,6 +132,23 @@ def find_adjoints(name: str, batches: int, size: int, seed: int, sets: Sequence[
         print(f"| {words} | {statistics.median(losses):.3g} | {max(losses):.3g} | {cosine:.2f} |", flush=True)
 
 
+def find_decided(name: str, data: Path, count: int, seed: int) -> None:
+    """Print what the model makes of molecules of the data from the time on up to which they are noised: what it cannot finish
+    from there it gets wrong later, and what is still the same molecule was decided before."""
+    model = load(name)
+    assert isinstance(model.network_settings, Equivariant)
+    known = of_classes(load_geometries(data), model.network_settings, data)
+    print("| noised up to t = | valid and connected | the same molecule |\n|---|---|---|")
+    for i, time in enumerate(TIMES):
+        index = known.draw(count, stream(seed, "data", i))
+        x1, flow = known.samples[index], model.bound(known.labels[index])
+        x0 = flow.project(normal(x1.shape, stream(seed, "noise", i)))
+        x = sample(flow, time * x1 + (1 - time) * x0, model.sampling, stream(seed, "sampling", i), start=time)
+        drawn, meant = (structures(molecules_of(each)) for each in (x, x1))
+        same = sum(one.connected and one.smiles == other.smiles for one, other in zip(drawn, meant, strict=True)) / count
+        print(f"| {time:g} | {shares(drawn).connected:.1%} | {same:.1%} |", flush=True)
+
+
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients}
 
 
@@ -142,10 +165,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--size", type=int, default=16, help="samples of a batch")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
+    command = commands.add_parser("decided")
+    command.add_argument("model")
+    command.add_argument("data", type=Path)
+    command.add_argument("--count", type=int, default=200, help="molecules at each time")
+    command.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     match given.what:
         case "adjoints":
             find_adjoints(given.recipe, given.batches, given.size, given.seed, given.set)
+        case "decided":
+            find_decided(given.model, given.data, given.count, given.seed)
         case task:
             TASKS[task](given.data, given.seed)
 
