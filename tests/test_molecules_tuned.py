@@ -59,10 +59,10 @@ def test_recipes_of_molecules_sample_and_train_on_one_grid(name: str) -> None:
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "qm9-validity"])
 def test_recipes_of_molecules_in_small(name: str, tmp_path: Path) -> None:
     of_stages = ["stages.count=2", "stages.num_samples=40", "method.pool={tail: 2, body: 2}", "utility.share=0.5"]
-    more = ["training.max_train_steps=2", "training.train_batch_size=20", *(of_stages if name == RECIPES[2] else [])]
+    more = ["training.max_train_steps=2", "training.train_batch_size=40", *(of_stages if name == RECIPES[2] else [])]
     recipe = read_recipe(read_recipe_tree(find_recipe(name, "train"), [*SMALL, *more]), name)
     if isinstance(recipe, StagedRecipe):
         summary = run_stages(recipe, tmp_path / "run")

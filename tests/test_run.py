@@ -30,7 +30,7 @@ from tiltflow.problems.gaussian import Gaussian
 from tiltflow.runs.caveats import annealing_in_words, budget_in_words, calibration_in_words, modes_in_words, reach_in_words
 from tiltflow.runs.evaluate import of_paths
 from tiltflow.runs.recipe import Recipe, read_recipe, shipped_recipes
-from tiltflow.runs.run import evaluate_run, read_run, run
+from tiltflow.runs.run import evaluate_run, model_card, read_run, run
 from tiltflow.samplers.sampling import Sampling
 from tiltflow.settings import apply_overrides, read_yaml, validate
 from tiltflow.streams import stream
@@ -207,6 +207,13 @@ def test_a_kl_budget_names_the_target_law(tmp_path: Path) -> None:
     page = html.unescape((tmp_path / "run" / "report.html").read_text())
     assert "KL budget" in page
     assert "a KL budget of 0.3 nats" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "aim"), [("diffusion-nft", "no law that is known; "), ("ram", "p_base(x) exp(r(x) / beta), ")]
+)
+def test_the_card_of_a_tuned_model_names_its_law_where_there_is_one(method: str, aim: str, tmp_path: Path) -> None:
+    assert f"Aims at {aim}" in model_card(recipe_of(tiny_recipe(tmp_path), f"method={{name: {method}}}"))
 
 
 def test_a_kl_budget_that_was_met_or_not() -> None:

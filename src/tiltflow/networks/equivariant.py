@@ -103,7 +103,9 @@ class EquivariantModule(nn.Module):
         self.near = nn.Linear(2 * RADIAL, pairs)
         nn.init.zeros_(self.near.weight.data[:, RADIAL:])
         self.spread = nn.Parameter(torch.ones(vectors))
-        self.layers = nn.ModuleList(Layer(width, pairs, vectors, settings.heads, settings.triangles) for _ in range(settings.layers))
+        self.layers = nn.ModuleList(
+            Layer(width, pairs, vectors, settings.heads, settings.triangles) for _ in range(settings.layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.types = nn.Linear(width, len(ELEMENTS))
         self.join = nn.Parameter(torch.zeros(vectors))

@@ -306,7 +306,8 @@ def model_card(recipe: Recipe) -> str:
     steps = recipe.training.max_train_steps
     target = recipe.method.target(steps)
     beta, budget = target.beta, recipe.training.target_kl
-    aim = target.words + (f", with a KL budget of {budget:g} nats" if budget else "" if beta is None else f", beta = {beta:g}")
+    price = f", with a KL budget of {budget:g} nats" if budget else "" if beta is None else f", beta = {beta:g}"
+    aim = "no law that is known" if target.reaches == "none" else target.words + price
     return (
         f"# {recipe.model_name} tuned by {recipe.method.name}\n\n{recipe.description}\n\n"
         f"Base: `{recipe.model_name}`. Reward: {recipe.reward.description}. Aims at {aim}; "
