@@ -214,7 +214,8 @@ class Triangles(nn.Module):
         """For each pair (i, j) the sum of products over third atoms [batch, atoms, atoms, pair features], of what pairs have
         heard, of the same shape."""
         first, second = (self.sides(F.silu(heard)) * pairs.to(heard.dtype)).permute(0, 3, 1, 2).chunk(2, 1)
-        return self.closing((first @ second).permute(0, 2, 3, 1) / 3)
+        closed: Tensor = self.closing((first @ second).permute(0, 2, 3, 1) / 3)
+        return closed
 
     def of_atoms(self, ways: Tensor) -> Tensor:
         """Inner products of the ways that the vectors of an atom go [batch, vectors, atoms, 3]: [batch, atoms, features]."""
@@ -222,7 +223,8 @@ class Triangles(nn.Module):
         ways = ways / (1 + ways.square().sum(-1, keepdim=True)).sqrt()
         with torch.autocast(ways.device.type, enabled=False):
             products = (ways @ ways.transpose(-1, -2)).flatten(2)
-        return self.angles(products)
+        seen: Tensor = self.angles(products)
+        return seen
 
 
 def moved(v: Tensor, pull: Tensor) -> Tensor:
