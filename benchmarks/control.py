@@ -106,6 +106,7 @@ def play(options: argparse.Namespace, policy: Path, to: Path, seed: int, sparse:
         return
     words = ["evaluate-policy", str(policy), "--environment", options.environment, "--task", str(options.task), *sparse]
     words += ["--episodes", str(options.episodes), "--seed", str(seed), "--best-of", str(best_of), "--threads", "1", "--json"]
+    words += ["--no-base", "--films", "0"]  # the clone is played on its own
     print(" ".join(["tiltflow", *words]), flush=True)
     done = subprocess.run([sys.executable, "-m", "tiltflow", *words, "--quiet"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
