@@ -70,7 +70,8 @@ def test_recipes_of_molecules_in_small(name: str, tmp_path: Path) -> None:
         assert 20 < summary["utility_after"] < 32
     else:
         summary = run(recipe, tmp_path / "run")
-        assert 10 < summary["reward_tuned"] < 32
+        low, high = (0, 1) if name == "qm9-validity" else (10, 32)
+        assert low < summary["reward_tuned"] < high
         assert summary["molecules"]["gain_in_std"] is not None
 
 
