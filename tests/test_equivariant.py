@@ -282,6 +282,16 @@ def test_pairs_hear_of_third_atoms_and_atoms_of_angles() -> None:
     torch.testing.assert_close(part.of_atoms(ways @ orthogonal(2)), part.of_atoms(ways))
 
 
+def test_triangles_and_angles_are_part_of_the_prediction() -> None:
+    module, (x, t, labels) = network(), states(9)
+    expected = module(x, t, labels)
+    for part in ("closing", "angles"):
+        without = network()
+        for layer in without.layers:
+            getattr(layer.third, part).weight.zero_()
+        assert (without(x, t, labels) - expected).abs().max() > 1e-3, part
+
+
 def test_a_model_with_even_valences_draws_them() -> None:
     """Types that an untrained network leaves to chance have an odd number of them in half of all molecules. What is asked for
     by a composition is as it was."""
