@@ -188,8 +188,6 @@ def test_the_law_at_which_rounds_around_the_base_settle(method: Any, reward: flo
 
 def test_published_settings_and_refusals() -> None:
     assert (Ram().num_passes, Awm().num_inference_steps, Awm().optimizer_defaults) == (8, 14, {"learning_rate": 3e-4})
-    with pytest.raises(InputError, match="solver 'memoryless' has noise"):
-        Ram(solver="memoryless")
     x = torch.linspace(-1, 1, 8)[:, None]
     with pytest.raises(InputError, match="the reward is 2 for all 8 samples: there is nothing to learn from it"):
         next(iterate(Ram(), Flow(Affine()), Flow(BASE), lambda x: torch.full((len(x),), 2.0), x, stream(0), Rounds(CPU)))

@@ -33,6 +33,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "least relative noise": {"anchor_share": "least-relative-noise"},
     "implicit": {"preset": "implicit"},
     "reward-weighting": {"preset": "reward-weighting"},
+    "memoryless": {"solver": "memoryless", "num_inference_steps": 100},
 }
 
 
@@ -49,7 +50,7 @@ def test_one_round_is_exact_on_a_bowl(name: str) -> None:
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchor old", "anchor none", "least relative noise")]
 
 
-@pytest.mark.parametrize("name", ["default", *SLOWER, "implicit", "reward-weighting"])
+@pytest.mark.parametrize("name", ["default", *SLOWER, "implicit", "reward-weighting", "memoryless"])
 def test_rounds_are_exact_whatever_they_learn_from(name: str) -> None:
     """At beta = 1/2 the law is N(0, 1/3). A share of .9 takes the inverse temperature there in several rounds; one more at it
     changes nothing."""
@@ -426,7 +427,6 @@ def test_which_law_each_preset_reaches() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "memoryless"}, "solver 'memoryless' has noise"),
         ({"coefficient": "linear"}, "use replay 1"),
         ({"coefficient": "linear", "replay": 1, "anchor": "none"}, "needs anchor 'old'; around the base: ram"),
         ({"coefficient": "linear", "replay": 1, "anchor": "old", "proposal": "auto"}, "use proposal 'tuned'"),

@@ -14,7 +14,7 @@ or v itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,13 @@ class Learned(NamedTuple):
 
 
 class Regression(OdeSamples):
-    """Part of the settings of every method that regresses the velocity at samples that are noised afresh."""
+    """Part of the settings of every method that regresses the velocity at samples that are noised afresh.
+
+    Any solver may draw them. What it gets wrong, these methods take for the model's own law, and learn: an ODE in few steps is
+    the better one of an exact field, and a memoryless solver of a network with errors, which noise makes it forget.
+    """
+
+    may_have_noise: ClassVar[bool] = True
 
     neighbours: Count = 1
     """Samples whose mean, weighted by how likely each of them ends at x_t, stands for the one that x_t was made from: the same

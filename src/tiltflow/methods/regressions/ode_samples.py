@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -61,8 +61,11 @@ class Rounds:
 class OdeSamples(MethodSettings):
     """Part of the settings of every method that learns from samples of an ODE and their rewards."""
 
+    may_have_noise: ClassVar[bool] = False
+    """Whether samples of a solver with noise do as well: they have the law of the ODE up to the errors of its steps."""
+
     solver: SolverName = "heun"
-    """An ODE solver of `Sampling`, which draws the samples."""
+    """The solver of `Sampling` that draws the samples."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 20
     """Steps of the solver, from noise to data."""
     shift: Positive = 1.0
@@ -72,7 +75,7 @@ class OdeSamples(MethodSettings):
 
     @model_validator(mode="after")
     def _check_solver(self) -> Self:
-        if self.sampling.has_noise:
+        if self.sampling.has_noise and not self.may_have_noise:
             raise ValueError(f"solver {self.solver!r} has noise, and the method needs the law of the ODE; use euler or heun")
         return self
 
