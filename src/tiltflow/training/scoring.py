@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar, cast
 
 import torch
@@ -136,11 +137,17 @@ class Line:
         """The results of all functions, in order. Raises the first error."""
         found = []
         for _ in range(self.count):
-            answer = self.answers.get()
+            answer = self._next()
             if isinstance(answer, BaseException):
                 raise answer
             found.append(answer)
         return found
+
+    def _next(self) -> Tensor | BaseException:
+        """Waits in short turns: Ctrl-C is not heard by a wait that begins in the instant in which it comes."""
+        while True:
+            with suppress(Empty):
+                return self.answers.get(timeout=1)
 
     def close(self) -> None:
         """Call no function any more."""
