@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
@@ -247,7 +248,11 @@ def test_an_error_of_the_sampling_ends_the_requests() -> None:
     assert len(reward.asked) == 1  # the one on its way, of four
 
 
-def test_ctrl_c_is_heard_while_an_answer_is_waited_for() -> None:
+@pytest.mark.parametrize(
+    "interrupt", [lambda: os.kill(os.getpid(), signal.SIGINT), _thread.interrupt_main], ids=["wait", "before"]
+)
+def test_ctrl_c_is_heard_while_an_answer_is_waited_for(interrupt: Callable[[], None]) -> None:
+    """Also where it comes in the instant before: then it is noted, and ends no wait."""
     line, answer = Line(), threading.Event()
 
     def wait() -> Tensor:
@@ -255,7 +260,7 @@ def test_ctrl_c_is_heard_while_an_answer_is_waited_for() -> None:
         return torch.zeros(1)
 
     line.begin(wait)
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.05, interrupt).start()
     begin = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         line.results()
