@@ -26,7 +26,9 @@ from tiltflow.commands.terminal.app import app
 from tiltflow.commands.terminal.progress import jobs_progress
 from tiltflow.errors import InputError
 from tiltflow.evaluation.paired import all_pairs, difference, holm
+from tiltflow.files import write_json
 from tiltflow.flows.flow import Flow
+from tiltflow.formatting import decimal
 from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
 from tiltflow.laws.lqg import chain_optimum
 from tiltflow.networks.quadratic import chebyshev
@@ -513,6 +515,28 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
     summary = json.loads((kept / "summary.json").read_text())
     assert (summary["method"], summary["beta"], summary["reward_tuned"]) == ("draft", 0.1, last["reward"])
     assert summary["target_law"] == "p_base(x) exp(r(x) / beta)"  # though the method itself has none
+
+
+def test_what_is_held_out_is_measured_at_the_end_and_the_rest_on_the_way(tmp_path: Path) -> None:
+    """On the way a training is measured with its own reward alone, and the numbers are those of the whole evaluation."""
+    path = tiny_recipe(tmp_path, evaluation={"num_samples": 64, "rewards": [{"name": "jpeg-size", "sign": "smaller"}]})
+    subject = OnRecipe.named(str(path), (), None)
+    trial = subject.trial(Chosen("dpok", ("num_inference_steps=4",), steps=2), "cpu")
+    for _ in trial.loop(lambda end: None):
+        pass
+    soon, whole = (trial.measure(None, whole=each) for each in (False, True))
+    same = ("reward", "reward_error", "reward_base", "reward_target", "distance", "floor", "diversity", "effective_sample_size")
+    assert {key: soon[key] for key in same} == {key: whole[key] for key in same}
+    assert soon["held_out"] == {} and soon["path_kl"] is None and whole["path_kl"] is not None
+    assert set(whole["held_out"]) == set(whole["held_out_base"]) == {"jpeg-size"}
+    row = {"purpose": "run", "subject": subject.name, "method": "dpok", "seed": 0, "factor": 1.0, "learning_rate": 1e-3}
+    row |= {"stopped": None, "steps": 2, "points": [{"share": 1.0, **dict.fromkeys(KINDS, 1), **whole}]}
+    cost = row | {"purpose": "cost", "aims_at": "it"}
+    plan = Plan({"dpok": ()}, (subject,), 1, Budget("seconds", 1.0), "none")
+    write_json(tmp_path / "comparison.json", results(plan, [cost, row]))
+    page = write_comparison_report(tmp_path).read_text()
+    assert "jpeg-size" in page and decimal(whole["held_out"]["jpeg-size"]) in page
+    assert f"jpeg-size {decimal(whole['held_out_base']['jpeg-size'])} of the base" in page
 
 
 def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

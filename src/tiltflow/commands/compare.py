@@ -107,14 +107,17 @@ def print_subject(console: Console, found: Mapping[str, Any]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False, title=escape(found["subject"]), title_justify="left")
     columns = {"reward": "reward", "distance": "distance", "floor": "floor", "achieved_tilt": "tilt", "diversity": "diversity"}
-    columns |= {"network_evaluations": "evals", "seconds": "s"}
+    columns |= {"network_evaluations": "evals", "reward_evaluations": "rewards", "seconds": "s"}
+    others = [name for name in found["held_out_base"] if name not in columns]
+    columns |= {name: name for name in others}
     for column in ("method", *columns.values(), "n"):
         table.add_column(column, no_wrap=column == "method")
     for method in found["methods"]:
         cells = []
         for column in columns:
-            mean = method[column]["mean"]
-            error = method[column]["error"] if column in ("reward", "distance") else None
-            cells.append("–" if mean is None else f"{mean:.3g}" if column == "network_evaluations" else decimal(mean, error))
+            each = method["held_out"][column] if column in others else method[column]
+            error = each["error"] if column in ("reward", "distance", *others) else None
+            counted = column.endswith("_evaluations")
+            cells.append("–" if each["mean"] is None else f"{each['mean']:.3g}" if counted else decimal(each["mean"], error))
         table.add_row(escape(method["method"]), *cells, str(method["n"]))
     console.print(table)

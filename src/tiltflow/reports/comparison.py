@@ -40,6 +40,7 @@ class Section:
     facts: str
     lede: str
     far: str
+    heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     stopped: Sequence[str]
     differences: Sequence[tuple[str, Sequence[Sequence[str]]]]
@@ -64,7 +65,6 @@ def comparison_values(folder: Path) -> dict[str, Any]:
         return {
             "name": final_name(folder),
             "facts": facts(content),
-            "heads": list(HEADS.values()),
             "sections": [section(content, each, folder) for each in content["results"]],
             "tuned": content["tune"] != "none",
             "share": f"{content['share_of_tuning']:.0%}",
@@ -93,12 +93,17 @@ def facts(content: Tree) -> list[str]:
 def section(content: Tree, found: Tree, folder: Path) -> Section:
     """What there is to say of a subject."""
     best = {key: each["best"] for key, each in found["differences"].items() if each}
-    rows = [[Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in HEADS)] for m in found["methods"]]
+    others = list(found.get("held_out_base", {}))
+    rows = [
+        [Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in HEADS), *of_others(m, others)]
+        for m in found["methods"]
+    ]
     return Section(
         title=found["subject"],
         facts=references(found),
         lede=lede(found),
         far=far(found, content["near"]),
+        heads=["method", *HEADS.values(), *others],
         rows=rows,
         stopped=[f"{m['method']}, {each}" for m in found["methods"] for each in m["stopped"]],
         differences=[
@@ -112,9 +117,15 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
     )
 
 
+def of_others(method: Tree, names: Sequence[str]) -> list[Cell]:
+    """The cells of a method in the columns of rewards that were not trained on."""
+    return [cell(method["held_out"], name, best=False) for name in names]
+
+
 def cell(method: Tree, key: str, best: bool) -> Cell:
     """The cell of a method in a column of `HEADS`."""
-    mean, error = method[key]["mean"], method[key]["error"]
+    found = method.get(key, {"mean": None, "error": None})
+    mean, error = found["mean"], found["error"]
     if mean is None:
         return Cell("–")
     if abs(mean) >= 1e5 and not key.endswith("evaluations"):  # it ran away
@@ -133,6 +144,8 @@ def references(found: Tree) -> str:
         words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
         words += [f"{decimal(max(floors))} of two exact samples, its floor"] if name == "distance" and floors else []
         said += [f"{title} {', '.join(words)}"] if words else []
+    for name, each in found.get("held_out_base", {}).items():
+        said += [f"{name} {decimal(each['mean'])} of the base"] if each["mean"] is not None else []
     return "; ".join(said) + "."
 
 

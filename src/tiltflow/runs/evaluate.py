@@ -64,6 +64,7 @@ from tiltflow.training.base_statistics import BaseStatistics
 from tiltflow.training.method import Method
 from tiltflow.training.records import speed
 
+Record = Mapping[str, Any]
 COLUMNS = 6
 """Of a picture of molecules."""
 MOST_PATHS, PATHS_OF_PROMPTS = 256, 32
@@ -98,12 +99,7 @@ def evaluate(
     settings, target = run.evaluation, method_at(run, records[-1]).target(records[-1]["step"], base.grid)
     table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed)
     tilted = units_of_target(run, base, instruments)
-    own = of_base.rewards[instruments.own]
-    samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, tilted(own, asked), target.log_tilt)
-    if not getattr(instruments.rewards[instruments.own], "valued", True):
-        samples = replace(samples, absent=NO_VALUES)
-    if target.maximises:
-        samples = replace(samples, absent=NO_LAW)
+    samples = compared(target, asked, of_base, of_tuned, instruments, tilted)
     failed = failed_in_words(of_base.failed[instruments.own], of_tuned.failed[instruments.own], len(asked), records)
     generator = stream(run.seed, "bootstrap")
     budget = budget_in_words(run.training.target_kl, records)
@@ -159,7 +155,23 @@ def evaluate(
     return written(folder, summary, of_base.x, of_tuned.x, asked, settings.grid, drawn, rewards)
 
 
-def method_at(run: RunSettings, record: Mapping[str, Any]) -> Method:
+@torch.no_grad()
+def glance(
+    run: RunSettings, record: Record, base: GenerativeModel, tuned: GenerativeModel, asked: Asked, instruments: Instruments
+) -> dict[str, Any]:
+    """The entries of the summary that are known soonest: of the rewards and their laws, and the table. Nothing is written.
+
+    Args:
+        record: of the last optimizer step.
+    """
+    target = method_at(run, record).target(record["step"], base.grid)
+    table, (of_base, of_tuned) = draw_all(run.evaluation, base, tuned, asked, instruments, seed=run.seed)
+    samples = compared(target, asked, of_base, of_tuned, instruments, units_of_target(run, base, instruments))
+    entries, _ = of_laws(samples, instruments.own, stream(run.seed, "bootstrap"), counted=True)
+    return {**mean_rewards(samples, of_base, of_tuned, asked, instruments.own), **entries, "table": table}
+
+
+def method_at(run: RunSettings, record: Record) -> Method:
     """The method as it worked at an optimizer step: a KL budget has set its temperature."""
     return run.method if run.training.target_kl is None else run.method.at_temperature(record["beta"])
 
@@ -194,6 +206,23 @@ def asked_for(asked: Asked) -> str:
 
 
 # ---- samples ----
+
+
+def compared(
+    target: Target,
+    asked: Asked,
+    of_base: Drawn,
+    of_tuned: Drawn,
+    instruments: Instruments,
+    tilted: Callable[[Tensor, Asked], Tensor],
+) -> Samples:
+    """The samples that are compared with the target law, and why they cannot be where they cannot."""
+    units = tilted(of_base.rewards[instruments.own], asked)
+    samples = samples_of(asked, of_base.x, of_tuned.x, of_base.rewards, of_tuned.rewards, units, target.log_tilt)
+    if target.maximises:
+        return replace(samples, absent=NO_LAW)
+    valued = getattr(instruments.rewards[instruments.own], "valued", True)
+    return samples if valued else replace(samples, absent=NO_VALUES)
 
 
 def units_of_target(run: RunSettings, base: GenerativeModel, instruments: Instruments) -> Callable[[Tensor, Asked], Tensor]:

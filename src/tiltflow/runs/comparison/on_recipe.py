@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import InputError
+from tiltflow.evaluation.samples import Instruments
 from tiltflow.evaluation.settings import Point
 from tiltflow.files import write_rows
 from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.subject import Chosen, Law, OnBatchEnd, at_temperature, sampled_by
-from tiltflow.runs.evaluate import evaluate
+from tiltflow.runs.evaluate import evaluate, glance
 from tiltflow.runs.prepare import check_reward
 from tiltflow.runs.recipe import Recipe, find_recipe, read_one_run, read_recipe_tree
 from tiltflow.runs.run import Ready, ready
@@ -126,9 +127,14 @@ class RecipeTrial:
                 yield record
 
     def measure(self, keep: Path | None, *, whole: bool) -> dict[str, Any]:
-        """See `Trial`: the evaluation of the recipe, as `tiltflow evaluate` does it, against p_base exp(r / beta)."""
+        """See `Trial`: the evaluation of the recipe, as `tiltflow evaluate` does it, against p_base exp(r / beta); on the way
+        its reward and diversity alone."""
         law = Law(name=self.method.name, beta=self.subject.beta, drawn=self.method.sampling)
         recipe = self.recipe.model_copy(update={"method": law})
+        models, asked, instruments = self.these.in_precision(self.recipe), self.these.asked, self.these.instruments
+        if not whole:
+            own = replace(instruments, rewards={instruments.own: instruments.rewards[instruments.own]})
+            return row_of(glance(recipe, self.records[-1], *models, asked, own), own)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             if keep is not None:
@@ -136,18 +142,25 @@ class RecipeTrial:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_yaml(folder / RECIPE, self.recipe.model_dump(mode="json"))
             write_rows(folder / METRICS, self.records)
-            summary = evaluate(recipe, folder, *self.these.in_precision(self.recipe), self.these.asked, self.these.instruments)
-        base, tuned = summary["table"][:2]
-        return {
-            "reward": summary["reward_tuned"],
-            "reward_error": summary["reward_tuned_error"],
-            "reward_base": summary["reward_base"],
-            "reward_target": summary.get("reward_target"),
-            "distance": summary.get("target_distance"),
-            "floor": summary.get("target_distance_floor"),
-            "distance_base": summary.get("target_distance_base"),
-            "diversity": tuned.get("vendi"),
-            "diversity_base": base.get("vendi"),
-            "diversity_target": None,
-            **{key: summary.get(key) for key in ("achieved_tilt", "achieved_tilt_error", "path_kl", "effective_sample_size")},
-        }
+            return row_of(evaluate(recipe, folder, *models, asked, instruments), instruments)
+
+
+def row_of(summary: Mapping[str, Any], instruments: Instruments) -> dict[str, Any]:
+    """What a comparison keeps of a summary, or of the part of it that `glance` gives."""
+    base, tuned = summary["table"][:2]
+    others = [name for name in instruments.rewards if name != instruments.own]
+    return {
+        "reward": summary["reward_tuned"],
+        "reward_error": summary["reward_tuned_error"],
+        "reward_base": summary["reward_base"],
+        "reward_target": summary.get("reward_target"),
+        "held_out": {name: tuned[name] for name in others},
+        "held_out_base": {name: base[name] for name in others},
+        "distance": summary.get("target_distance"),
+        "floor": summary.get("target_distance_floor"),
+        "distance_base": summary.get("target_distance_base"),
+        "diversity": tuned.get("vendi"),
+        "diversity_base": base.get("vendi"),
+        "diversity_target": None,
+        **{key: summary.get(key) for key in ("achieved_tilt", "achieved_tilt_error", "path_kl", "effective_sample_size")},
+    }

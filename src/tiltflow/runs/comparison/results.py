@@ -80,6 +80,7 @@ def of_subject(plan: Plan, rows: Sequence[Row], posed: Subject) -> dict[str, Any
         "law": posed.law,
         "black_box": posed.black_box,
         "references": references,
+        "held_out_base": held_out(measured, "held_out_base"),
         "methods": marked(methods),
         "differences": {key: differences(finals, methods, key) for key in BETTER},
     }
@@ -98,12 +99,23 @@ def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int,
         "factor": best_factor(rows, subject, method),
         "steps": mean_of([row["steps"] for row in runs.values()])["mean"],
         **{key: mean_of([last.get(key) for last in finals]) for key in MEASURED},
+        "held_out": held_out(finals, "held_out"),
         "points": [over_seeds(list(runs.values()), share) for share in (*SHARES, 1.0)],
         "tuning": {
             "candidates": [candidate(row) for row in sorted(tuned, key=lambda row: float(row["factor"]))],
             **{kind: sum(row[kind] for row in tuned) for kind in KINDS},
         },
     }
+
+
+def held_out(points: Sequence[Row], key: str) -> dict[str, Any]:
+    """The means of rewards that are measured and not trained on, by name.
+
+    >>> held_out([{"held_out": {"validity": 1.0}}, {"held_out": {"validity": 0.5}}], "held_out")["validity"]["mean"]
+    0.75
+    """
+    names = dict.fromkeys(name for point in points for name in point.get(key) or {})
+    return {name: mean_of([(point.get(key) or {}).get(name) for point in points]) for name in names}
 
 
 def near(method: Row, distance_base: float | None) -> bool | None:
