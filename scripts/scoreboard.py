@@ -127,10 +127,13 @@ def table(line: Line) -> Iterator[str]:
         words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
         words += [f"{decimal(floor)} of two exact samples, the floor" for floor in floors_of(line)[: key == "distance"]]
         said += [f"{title} {', '.join(words)}"] if words else []
+    others = line.get("held_out_base", {})
+    said += [f"{name} {decimal(each['mean'])} of the base" for name, each in others.items()]
     box = ", a black box" * is_black_box(line)
     yield f"**{line['subject']}**{box}, {line['dimension']} dimensions, {line['seeds']} seeds: {'; '.join(said)}."
     yield ""
-    yield from markdown(("method", *COLUMNS), map(row, sorted(line["methods"], key=order)))
+    rows = (row(method, list(others)) for method in sorted(line["methods"], key=order))
+    yield from markdown(("method", *COLUMNS, *others), rows)
 
 
 def floors_of(line: Line) -> list[float]:
@@ -144,12 +147,16 @@ def order(method: Line) -> tuple[bool, float]:
     return bool(method["stopped"]), -(method["reward"]["mean"] or 0.0) if value is None else value
 
 
-def row(method: Line) -> list[str]:
-    """The cells of a method."""
+def row(method: Line, others: Sequence[str]) -> list[str]:
+    """The cells of a method.
+
+    Args:
+        others: rewards that were held out, each of which has a column.
+    """
     name, stopped, value = f"`{method['method']}`", len(method["stopped"]), floors(method)
     if stopped:
         words = f"{stopped} of {stopped + method['n']} seeds stopped: a number was not finite"
-        return [name, words, *[""] * (len(COLUMNS) - 1)]
+        return [name, words, *[""] * (len(COLUMNS) + len(others) - 1)]
     return [
         name,
         shown(method["distance"]),
@@ -159,6 +166,7 @@ def row(method: Line) -> list[str]:
         f"{method['steps']:,.0f}",
         f"{method['reward_evaluations']['mean']:,.0f}",
         f"{method['learning_rate']:.2g}",
+        *(shown(method["held_out"][other]) for other in others),
     ]
 
 

@@ -51,8 +51,11 @@ def lines_of(content: Line, name: str, dimensions: Mapping[str, int | None]) -> 
             "law": found["law"],
             "black_box": found["black_box"],
             "references": {key: rounded(found["references"][key]["mean"]) for key in REFERENCES},
+            "held_out_base": means(found["held_out_base"]),
             "methods": [
-                {key: kept(method[key]) for key in KEPT} | {"points": [on_the_way(each) for each in method["points"][:2]]}
+                {key: kept(method[key]) for key in KEPT}
+                | {"held_out": means(method["held_out"])}
+                | {"points": [on_the_way(each) for each in method["points"][:2]]}
                 for method in found["methods"]
             ],
         }
@@ -63,6 +66,11 @@ def lines_of(content: Line, name: str, dimensions: Mapping[str, int | None]) -> 
 def kept(value: Any) -> Any:
     """A value of a method; of one over seeds the mean and its standard error, in six digits."""
     return {key: rounded(value[key]) for key in ("mean", "error")} if isinstance(value, Mapping) else value
+
+
+def means(rewards: Line) -> Line:
+    """Of each reward that was held out its mean and standard error."""
+    return {name: kept(value) for name, value in rewards.items()}
 
 
 def on_the_way(point: Line) -> Line:
