@@ -21,7 +21,7 @@ from tiltflow.flows.flow import Flow
 from tiltflow.methods.adrpo import Adrpo
 from tiltflow.methods.awm import Awm
 from tiltflow.methods.ram import Ram
-from tiltflow.methods.regressions.ode_samples import Rounds
+from tiltflow.methods.regressions.drawn_samples import Rounds
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.streams import stream
 

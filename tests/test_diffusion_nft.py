@@ -17,7 +17,7 @@ from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.forward_process import explicit_rounds, ram
 from tiltflow.methods.diffusion_nft import DiffusionNft
-from tiltflow.methods.regressions.ode_samples import Rounds
+from tiltflow.methods.regressions.drawn_samples import Rounds
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.streams import stream
 

@@ -14,7 +14,7 @@ from tiltflow.errors import CollapseError, InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.other_laws import best_of
 from tiltflow.methods.raft import Raft
-from tiltflow.methods.regressions.ode_samples import Rounds
+from tiltflow.methods.regressions.drawn_samples import Rounds
 from tiltflow.methods.rwr import Rwr
 from tiltflow.problems.two_modes import TwoModes
 from tiltflow.streams import stream

@@ -38,7 +38,7 @@ from tiltflow.errors import InputError, did_you_mean
 from tiltflow.flows.field import VelocityField
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Positive, Tempered, from_preset
-from tiltflow.methods.regressions.ode_samples import Count, OdeSamples, Rounds
+from tiltflow.methods.regressions.drawn_samples import Count, DrawnSamples, Rounds
 from tiltflow.rewards.serving.votes import PAIRS, Votes
 from tiltflow.samplers.grid import Start, spread_times
 from tiltflow.settings import PathOrName
@@ -87,7 +87,7 @@ class State(Rounds):
     pairs: Pairs | None = None
 
 
-class DiffusionDpo(OdeSamples, Tempered):
+class DiffusionDpo(DrawnSamples, Tempered):
     """Diffusion-DPO. Any reward, no gradient, or pairs of a file; aims at p_base(x) exp(r(x) / beta) with many draws."""
 
     name: Literal["diffusion-dpo"] = "diffusion-dpo"

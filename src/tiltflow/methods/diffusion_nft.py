@@ -37,8 +37,8 @@ from tiltflow.laws.law import Density, Law
 from tiltflow.laws.target import RewardAt, Target, exponential_tilt
 from tiltflow.methods import Positive, Tempered
 from tiltflow.methods.regressions.advantage_regression import advantages
+from tiltflow.methods.regressions.drawn_samples import Rounds, as_it_was
 from tiltflow.methods.regressions.forward_process import Learned, Regression, numbered
-from tiltflow.methods.regressions.ode_samples import Rounds, as_it_was
 from tiltflow.samplers.grid import Start
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs

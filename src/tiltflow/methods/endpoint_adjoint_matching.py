@@ -36,7 +36,7 @@ from tiltflow.flows.interpolant import expand
 from tiltflow.laws.adjoint_laws import smoothed_tilt
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Positive
-from tiltflow.methods.regressions.ode_samples import Count, OdeSamples
+from tiltflow.methods.regressions.drawn_samples import Count, DrawnSamples
 from tiltflow.rewards.functions.checked import finite_only, value_and_gradient
 from tiltflow.samplers.grid import Start
 from tiltflow.samplers.rollout import sample
@@ -74,7 +74,7 @@ class State:
         self.mean = None if self.mean is None else self.mean.to(self.device)
 
 
-class EndpointAdjointMatching(OdeSamples):
+class EndpointAdjointMatching(DrawnSamples):
     """Endpoint Adjoint Matching. Needs a differentiable reward, and no paths. Within a mode it aims at
     p_base(x) exp(r(x) / beta); the weights of separate modes stay about as they are."""
 

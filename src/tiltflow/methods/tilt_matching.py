@@ -3,7 +3,7 @@ r"""Tilt Matching (arXiv 2512.21829), and the family of forward-process regressi
 No gradient of the reward, no likelihood, no SDE. Round after round the inverse temperature eta of the laws p_base exp(eta r)
 rises to 1 / beta. One round is
 
-    1.  draw samples x_1 by the ODE of the model, without gradients, and their rewards
+    1.  draw samples x_1 of the model, by an ODE or with noise, without gradients, and their rewards
     2.  choose the next eta: as far as the samples, weighted by exp(h r), h the rise, are still worth a share of their number
     3.  regress: steps of v at x_t = t x_1 + (1 - t) x_0, x_0 fresh noise, towards v + d, held fixed, with
 
@@ -55,8 +55,8 @@ from tiltflow.flows.field import VelocityField
 from tiltflow.laws.exponential_family import Pooled, effective_share, next_tilt, tilt_of
 from tiltflow.laws.target import Target, exponential_tilt
 from tiltflow.methods import Tempered, from_preset
+from tiltflow.methods.regressions.drawn_samples import Count, as_it_was, weights_of
 from tiltflow.methods.regressions.forward_process import Learned, Regression
-from tiltflow.methods.regressions.ode_samples import Count, as_it_was, weights_of
 from tiltflow.samplers.grid import Start
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs

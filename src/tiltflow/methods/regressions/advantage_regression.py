@@ -25,8 +25,8 @@ from tiltflow.laws.forward_process import ram
 from tiltflow.laws.law import Law
 from tiltflow.laws.target import RewardAt, Target, exponential_tilt
 from tiltflow.methods import Tempered
+from tiltflow.methods.regressions.drawn_samples import Rounds
 from tiltflow.methods.regressions.forward_process import Learned, Regression, numbered
-from tiltflow.methods.regressions.ode_samples import Rounds
 from tiltflow.samplers.grid import Start
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs

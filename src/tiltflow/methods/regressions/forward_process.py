@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tiltflow.flows.field import VelocityField
 from tiltflow.flows.interpolant import expand
-from tiltflow.methods.regressions.ode_samples import Count, OdeSamples
+from tiltflow.methods.regressions.drawn_samples import Count, DrawnSamples
 from tiltflow.training.batch import Batch
 from tiltflow.training.noising import noising, resampled, smoothed
 
@@ -47,7 +47,7 @@ class Learned(NamedTuple):
     residual: VelocityField | None = None
 
 
-class Regression(OdeSamples):
+class Regression(DrawnSamples):
     """Part of the settings of every method that regresses the velocity at samples that are noised afresh.
 
     Any solver may draw them. What it gets wrong, these methods take for the model's own law, and learn: an ODE in few steps is

@@ -21,8 +21,8 @@ from typing import Literal
 from torch import Tensor
 
 from tiltflow.errors import CollapseError
+from tiltflow.methods.regressions.drawn_samples import Count, Rounds, as_it_was, weights_of
 from tiltflow.methods.regressions.forward_process import Learned, Regression, numbered
-from tiltflow.methods.regressions.ode_samples import Count, Rounds, as_it_was, weights_of
 from tiltflow.training.batch import Batch
 from tiltflow.training.method import Needs
 

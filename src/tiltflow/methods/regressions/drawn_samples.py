@@ -1,4 +1,4 @@
-"""Methods that learn from samples of an ODE and their rewards: what they draw, from whom, and what they keep."""
+"""Methods that learn from samples of a solver and their rewards: what they draw, from whom, and what they keep."""
 
 # Mutation tests: test_advantage_regressions.py test_reweighting.py
 
@@ -58,8 +58,8 @@ class Rounds:
         self.batches, self.old = state["batches"], [values.to(self.device) for values in state["old"]]
 
 
-class OdeSamples(MethodSettings):
-    """Part of the settings of every method that learns from samples of an ODE and their rewards."""
+class DrawnSamples(MethodSettings):
+    """Part of the settings of every method that learns from samples of a solver and their rewards."""
 
     may_have_noise: ClassVar[bool] = False
     """Whether samples of a solver with noise do as well: they have the law of the ODE up to the errors of its steps."""
