@@ -107,10 +107,11 @@ def test_the_loss_of_a_network_that_adds_nothing() -> None:
     assert loss(1.0) - without == pytest.approx(unsure.mean(), abs=0.02)
 
 
-def test_times_have_the_density_that_is_said() -> None:
-    t = draw_times(100_000, stream(0, "times")).double()
+@pytest.mark.parametrize("density", [(1.0, 0.65), (3.0, 0.8)])
+def test_times_have_the_density_that_is_said(density: tuple[float, float]) -> None:
+    t = draw_times(100_000, stream(0, "times"), *density).double()
     for edge in (0.1, 0.5, 0.9):
-        normal = torch.distributions.Normal(1.0, 0.65).cdf(torch.tensor(edge / (1 - edge)).log())
+        normal = torch.distributions.Normal(*density).cdf(torch.tensor(edge / (1 - edge)).log())
         expected = 0.2 * edge + 0.8 * float(normal)
         assert float((t < edge).double().mean()) == pytest.approx(expected, abs=4.5 * 0.5 / 100_000**0.5)
 
@@ -142,6 +143,24 @@ def test_a_model_learns_molecules_without_rdkit(tmp_path: Path, monkeypatch: pyt
     text = (tmp_path / "model" / "README.md").read_text()
     assert "3 molecules in 5 geometries" in text
     assert "250 steps of 32 samples" in text
+
+
+def test_the_recipe_says_which_times_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(geometries(*SOME), tmp_path / "some.npz")
+    seen: list[torch.Tensor] = []
+
+    def loss(network: Any, x1: Any, labels: Any, t: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(t)
+        return molecules_loss(network, x1, labels, t, *others)
+
+    monkeypatch.setattr("tiltflow.pretraining.tasks.molecules.molecules_loss", loss)
+    shares = []
+    for changes in ({}, {"logit_mean": 3.0, "logit_std": 0.1}):
+        seen.clear()
+        trained(tmp_path, f"model{len(shares)}", steps=10, training={"train_batch_size": 20}, **changes)
+        shares.append(float((torch.cat(seen) > 0.9).double().mean()))
+    assert shares[0] < 0.15
+    assert 0.8 <= shares[1] <= 0.86  # all that are not uniform, and a few of a fifth that are
 
 
 def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 r"""Regression of the velocity at samples that are noised afresh: what the methods of the forward process share.
 
-No gradient of the reward, no likelihood, no SDE: samples x_1 by an ODE, their rewards, and steps of v at
+No gradient of the reward, no likelihood: samples x_1 by an ODE or with noise, their rewards, and steps of v at
 x_t = t x_1 + (1 - t) x_0, x_0 fresh noise, towards v + d, held fixed, with
 
     d = c (u - v_residual) + sum_j a_j (v_j - v),     u = x_1 - x_0,

@@ -45,6 +45,12 @@ class MoleculesPretraining(Pretraining):
     """Geometries that are tried for each SMILES."""
     type_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the cross-entropy of the types beside the squared error of the positions."""
+    logit_mean: float = 1.0
+    """Mean of the normal variable whose sigmoid four fifths of the times are that are trained (arXiv 2403.03206, section 3.1);
+    the others are uniform. By default most are where a molecule is decided, at t = 0.55 to 0.85; 3 goes on with a model near
+    t = 1, where lengths of bonds find their last hundredths of an ångström."""
+    logit_std: Annotated[float, Field(gt=0)] = 0.65
+    """Its standard deviation."""
     sampling: Sampling = Sampling()
     """Solver and grid of the saved model where nothing else is asked for."""
     num_samples: Annotated[int, Field(ge=0)] = 1000
@@ -175,11 +181,13 @@ class MoleculesTask:
 
         def loss() -> Tensor:
             index = data.draw(recipe.training.train_batch_size, generator)
-            losses = (loss_of(part) * len(part) for part in index[sizes[index].argsort(stable=True)].chunk(PARTS))
+            t = draw_times(len(index), generator, recipe.logit_mean, recipe.logit_std)
+            index = index[sizes[index].argsort(stable=True)]
+            losses = (loss_of(*part) * len(part[0]) for part in zip(index.chunk(PARTS), t.chunk(PARTS), strict=True))
             return torch.stack([*losses]).sum() / len(index)
 
-        def loss_of(index: Tensor) -> Tensor:
-            x1, t = data.samples[index, : sizes[index].max()], draw_times(len(index), generator)
+        def loss_of(index: Tensor, t: Tensor) -> Tensor:
+            x1 = data.samples[index, : sizes[index].max()]
             return molecules_loss(self.network, x1, data.labels[index], t, generator, recipe.type_weight)
 
         yield Stage("training", (self.network,), recipe.training, loss)
@@ -199,12 +207,13 @@ class MoleculesTask:
         return [] if begun is None else [f"Training began with the weights of `{Path(begun).name}`."]
 
 
-def draw_times(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count]: a fifth of them uniform, the others the sigmoid of N(1, 0.65) (2403.03206, section 3.1), for a molecule
-    is decided between t = 0.55 and 0.85; before, nothing can be known of it, and after, little is left to say."""
+def draw_times(count: int, generator: torch.Generator, logit_mean: float = 1.0, logit_std: float = 0.65) -> Tensor:
+    """Times [count]: a fifth of them uniform, the others the sigmoid of N(logit_mean, logit_std^2)."""
     uniform, normal = (draw(count, generator=generator, device=generator.device) for draw in (torch.rand, torch.randn))
     return interior(
-        torch.where(torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(0.65 * normal + 1))
+        torch.where(
+            torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(logit_std * normal + logit_mean)
+        )
     )
 
 
