@@ -48,7 +48,7 @@ def seen(base: torch.Tensor, tuned: torch.Tensor, beta: float, data: str | None 
         asked = Asked.of_classes([Item(str(i), {"label": i}) for i in range(groups)], len(base))
     own = {"carbons": carbons(base)}, {"carbons": carbons(tuned)}
     samples = Samples(base, tuned, *own, carbons(base) / beta, asked, (0, 5))
-    instruments = Instruments({"carbons": reward}, None, None, 64, "cpu")
+    instruments = Instruments({"carbons": reward, "held-out": from_function(lambda x: 2 * carbons(x))}, None, None, 64, "cpu")
     return Seen(samples, instruments, Evaluation(data=data), stream(0, "bootstrap"))
 
 
@@ -135,6 +135,9 @@ def test_measures_of_a_model_that_follows_the_target_law(library: dict[str, Mole
     assert numbers["relaxing_drop_tuned"] == pytest.approx(0, abs=0.05)
     assert numbers["reward_relaxed_base"] == pytest.approx(2.0)
     assert numbers["reward_relaxed_tuned"] == pytest.approx(19 / 6)
+    assert numbers["others_relaxed_base"]["held-out"][0] == pytest.approx(4.0)
+    assert numbers["others_relaxed_tuned"]["held-out"] == pytest.approx([19 / 3, 2 * numbers["reward_relaxed_tuned_error"]])
+    assert set(numbers["others_relaxed_base"]) == {"held-out"}
     assert numbers["superquantile_90_base"] == 4 == numbers["superquantile_98_tuned"]
     tests = {row["statistic"]: row["p"] for row in found.tests}
     assert set(tests) == {f"mean number of atoms of {symbol}" for symbol in "HCO"} | {"total variation of the formulas"}

@@ -142,6 +142,7 @@ class Page:
     tests: Table | None
     judged: Judged | None
     composed: Composed | None
+    held_out_relaxed: Table | None
     drawn: Mapping[str, Any]
     """What `describe` says of the run."""
     curves: Sequence[Card]
@@ -211,6 +212,7 @@ def page_of(
         tests=tests(s),
         judged=judged(s),
         composed=composed(s),
+        held_out_relaxed=held_out_relaxed(s),
         drawn=drawn,
         curves=curves(drawn),
         looks=looks_of(drawn),
@@ -432,6 +434,13 @@ def composed(s: Tree) -> Composed | None:
         classes(names, base, tuned, target, errors, number(s, "num_samples"), "Formula"),
         int(number(s, "molecules.compositions.number") or 0),
     )
+
+
+def held_out_relaxed(s: Tree) -> Table | None:
+    """Return the held-out rewards of molecules that a force field relaxed, if there are any."""
+    base, tuned = (get(s, f"molecules.others_relaxed_{side}") or {} for side in ("base", "tuned"))
+    rows = [[name, *(decimal(*each[name]) for each in (base, tuned))] for name in base if name in tuned]
+    return Table(("Reward", "Base", "Tuned"), rows) if rows else None
 
 
 def curves(drawn: Mapping[str, Any]) -> list[Card]:

@@ -159,24 +159,28 @@ def of_relaxing(seen: Seen, molecules: Sequence[Molecule], atoms: int) -> dict[s
     chosen = evenly(len(molecules), MOST_RELAXED)
     several = [(i, one) for i in chosen if (one := relaxed(molecules[i])) is not None]
     if len(several) < 2:
-        return dict.fromkeys(("relaxing_drop", "relaxing_rmsd", "reward_relaxed"))
+        return {**dict.fromkeys(("relaxing_drop", "relaxing_rmsd", "reward_relaxed")), "others_relaxed": {}}
     numbers = {
         **mean_estimate(torch.tensor([one.drop for _, one in several])).named("relaxing_drop"),
         **mean_estimate(torch.tensor([one.rmsd for _, one in several])).named("relaxing_rmsd"),
     }
-    rewards = rewards_of(seen, several, len(molecules), atoms)
-    return numbers | mean_estimate(rewards[rewards.isfinite()]).named("reward_relaxed")
+    means = rewards_of(seen, several, len(molecules), atoms)
+    own = means.pop(seen.instruments.own)
+    others = {name: [each.value, each.standard_error] for name, each in means.items()}
+    return {**numbers, **own.named("reward_relaxed"), "others_relaxed": others}
 
 
-def rewards_of(seen: Seen, several: Sequence[tuple[int, Relaxed]], count: int, atoms: int) -> Tensor:
-    """The rewards of relaxed molecules, each with its place among `count` samples, for which the same was asked for."""
+def rewards_of(seen: Seen, several: Sequence[tuple[int, Relaxed]], count: int, atoms: int) -> dict[str, Estimate]:
+    """The mean rewards, by name, of relaxed molecules, each with its place among `count` samples, for which the same was asked
+    for."""
     instruments, asked = seen.instruments, seen.samples.asked
     items = [asked.items[i * asked.groups // count * asked.size] for i, _ in several]
-    reward = instruments.rewards[instruments.own]
-    x = samples_of([one.molecule for _, one in several], atoms)
-    return score(
-        reward if asked.kind == "sample" else told(reward, items), x, instruments.batch_size, instruments.device, "drop"
-    )
+    x, found = samples_of([one.molecule for _, one in several], atoms), dict[str, Estimate]()
+    for name, reward in instruments.rewards.items():
+        given = reward if asked.kind == "sample" else told(reward, items)
+        rewards = score(given, x, instruments.batch_size, instruments.device, "drop")
+        found[name] = mean_estimate(rewards[rewards.isfinite()])
+    return found
 
 
 def of_rewards(rewards: Tensor, generator: torch.Generator) -> dict[str, Any]:
