@@ -63,7 +63,7 @@ def test_the_loss_by_hand() -> None:
     assert isinstance(reward, LearnedReward)
     samples = torch.full((3, 1, 4, 4), -0.2)
     assert reward(samples).tolist() == pytest.approx(3 * [0.1])
-    assert reward.learn(samples, FIELD, stream(0)) == pytest.approx((0.2 + 0.1) + 2 * (0.2**2 + 0.1**2))
+    assert reward.learn(samples, FIELD, stream(0))["reward_loss"] == pytest.approx((0.2 + 0.1) + 2 * (0.2**2 + 0.1**2))
 
 
 def test_it_learns_to_prefer_data() -> None:

@@ -78,8 +78,7 @@ def test_what_is_played_is_what_the_policy_does(tmp_path: Path) -> None:
     """One that keeps its noise: chunks of it, clipped, until the end; and learned from thereafter."""
     settings = QFunction(data=str(replay(tmp_path / "data.npz")), horizon=2, online=ONLINE, **SMALL)  # type: ignore[arg-type]
     reward = settings.build()
-    for _ in range(4):
-        reward.learn(torch.zeros(0), STILL, stream(0))
+    measured = [reward.learn(torch.zeros(0), STILL, stream(0)) for _ in range(4)]
     rows = reward.transitions
     first = int(rows.last[len(rows.last) - reward.replay.added]) + 1
     episode = rows.actions[24:first]
@@ -90,6 +89,10 @@ def test_what_is_played_is_what_the_policy_does(tmp_path: Path) -> None:
     moved = rows.observations[25:first] - rows.observations[24 : first - 1]
     assert torch.allclose(moved[:, :2], expected[:steps], atol=1e-6)
     assert len({int(last) for last in rows.last}) == 4  # two of the data, two that were played
+    assert ["episode_return" in each for each in measured] == [(i + 1) % ONLINE["every"] == 0 for i in range(4)]
+    played = measured[ONLINE["every"] - 1]
+    assert played["episode_return"] == pytest.approx(float(rows.rewards[24:first].sum()))
+    assert played["episode_over"] == 1 - float(rows.masks[first - 2])
     assert int(reward.starts.max()) > 24
 
 

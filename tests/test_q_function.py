@@ -92,7 +92,7 @@ def test_a_step_moves_the_critics_and_their_targets_a_little(tmp_path: Path) -> 
     moved = after["online.head.weight"] - before["online.head.weight"]
     assert moved.abs().max().item() == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is the learning rate
     assert_close(after["target.head.weight"] - before["target.head.weight"], 0.1 * moved)
-    assert loss > 0
+    assert loss["reward_loss"] > 0
     values = (after["online.observations.mean"], after["target.observations.mean"])
     assert_close(*values, rtol=0, atol=0)
 

@@ -152,8 +152,9 @@ class LearnedReward(Protocol):
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
-    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
-        """Learn from samples x [batch, *event] of the tuned model, or from the model itself. Returns the loss before.
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> dict[str, float]:
+        """Learn from samples x [batch, *event] of the tuned model, or from the model itself. Returns what was measured:
+        `reward_loss`, the loss before, and what else there is to say of this step.
 
         Args:
             field: the tuned model's, bound to the conditions of these samples.

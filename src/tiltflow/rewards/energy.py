@@ -78,8 +78,8 @@ class EnergyReward:
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
 
-    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
-        """Take optimizer steps on samples x [batch, *event] and as many images. Returns the loss before them.
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> dict[str, float]:
+        """Take optimizer steps on samples x [batch, *event] and as many images. Returns the loss before them, `reward_loss`.
 
         Raises InputError if they are of different shapes.
         """
@@ -94,4 +94,4 @@ class EnergyReward:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return losses[0]
+        return {"reward_loss": losses[0]}

@@ -183,31 +183,36 @@ class QReward:
         if self.settings.online:
             self.replay.load_state_dict(state["replay"])
 
-    def learn(self, x: Tensor, policy: VelocityField, generator: torch.Generator) -> float:
-        """Take optimizer steps on transitions. Returns the loss before them.
+    def learn(self, x: Tensor, policy: VelocityField, generator: torch.Generator) -> dict[str, float]:
+        """Take optimizer steps on transitions. Returns the loss before them, `reward_loss`, and of an episode that was played
+        `episode_return` and `episode_over`.
 
         Args:
             x: ignored: the critics learn from the data alone.
             policy: the tuned policy, which draws the next actions.
         """
         losses = [self._step(policy, generator) for _ in range(self.settings.num_steps)]
-        self._play(policy)
-        return losses[0]
+        return {"reward_loss": losses[0], **self._played(policy)}
 
-    def _play(self, policy: VelocityField) -> None:
-        """Play an episode if it is time for one, and add it to the transitions."""
+    def _played(self, policy: VelocityField) -> dict[str, float]:
+        """Play an episode if it is time for one, and add it to the transitions. Returns the sum of its rewards, and 1 if its
+        last step ended the task, 0 if its time was over."""
         online, replay, device = self.settings.online, self.replay, self.starts.device
         if online is None or self.environment is None:
-            return
+            return {}
         replay.updates += 1
         if replay.updates % online.every:
-            return
+            return {}
 
         def act(observations: Tensor, generator: torch.Generator) -> Tensor:
             return self.choose(policy, observations.to(device), generator)[0]
 
         size = self.transitions.actions.shape[1]
-        replay.add(online.play(self.environment, act, replay.updates // online.every, size, device))
+        episode = online.play(self.environment, act, replay.updates // online.every, size, device)
+        replay.add(episode)
+        assert episode.rewards is not None
+        assert episode.masks is not None
+        return {"episode_return": float(episode.rewards.sum()), "episode_over": 1 - float(episode.masks[-2])}
 
     def _step(self, policy: VelocityField, generator: torch.Generator) -> float:
         settings, data = self.settings, self.transitions

@@ -143,11 +143,11 @@ class Batch:
         return results
 
     def learn(self, samples: Tensor) -> dict[str, float]:
-        """Let a reward that learns do so, from these samples [batch, *event] of the tuned model or from that. Returns its loss
-        before, `reward_loss`; nothing for another reward. To be called once the method has the rewards that it needs."""
+        """Let a reward that learns do so, from these samples [batch, *event] of the tuned model or from that. Returns what it
+        measured; nothing for another reward. To be called once the method has the rewards that it needs."""
         if not isinstance(self.reward, LearnedReward):
             return {}
-        return {"reward_loss": self.reward.learn(samples, self.tuned, self.generator)}
+        return self.reward.learn(samples, self.tuned, self.generator)
 
     # ---- the samples of this process, whose trajectories it alone has ----
 

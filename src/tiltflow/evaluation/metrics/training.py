@@ -61,6 +61,21 @@ METRICS = (
         source="training",
     ),
     Metric(
+        "episode_return",
+        "Return of an episode",
+        "Sum of the rewards of an episode that the policy played and the critics learn from.",
+        better="up",
+        expect="rises, from episode to episode by jumps: it is a single one.",
+        source="training",
+    ),
+    Metric(
+        "episode_over",
+        "Episodes that end",
+        "1 for an episode whose last step ended the task, 0 for one whose time was over.",
+        expect="is 0 or 1; the share of ones rises, where the end of the task is what the rewards ask for.",
+        source="training",
+    ),
+    Metric(
         "preference_accuracy",
         "Preferences that agree",
         "Share of the pairs of samples of which the model prefers the one that is preferred, by its log ratio to the base.",

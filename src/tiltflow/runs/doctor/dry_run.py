@@ -200,7 +200,7 @@ class Learning(Replayed):
         """The network that learns."""
         return self.learner.network
 
-    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> dict[str, float]:
         """Learn from samples without numbers."""
         return self.learner.learn(x, field, generator)
 
