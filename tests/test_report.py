@@ -301,11 +301,11 @@ def test_a_report_may_load_nothing(tmp_path: Path) -> None:
     assert "Copyright (c) 2022 Leon Sorokin" in page  # the licence of what is inlined asks for it
 
 
-def test_held_out_rewards_of_relaxed_molecules_are_a_table(tmp_path: Path) -> None:
+def test_other_rewards_of_relaxed_molecules_are_a_table(tmp_path: Path) -> None:
     relaxed = {"others_relaxed_base": {"dipole": [2.613, 0.071]}, "others_relaxed_tuned": {"dipole": [4.118, 0.094]}}
     page = words(write(tmp_path / "run", SUMMARY | {"molecules": relaxed}))
-    assert re.search(r"Held-out rewards, relaxed.*dipole\s+2\.613 ± 0\.071\s+4\.118 ± 0\.094", page, re.DOTALL)
-    assert "Held-out rewards, relaxed" not in words(
+    assert re.search(r"Other rewards, relaxed.*dipole\s+2\.613 ± 0\.071\s+4\.118 ± 0\.094", page, re.DOTALL)
+    assert "Other rewards, relaxed" not in words(
         write(tmp_path / "other", SUMMARY | {"molecules": {"others_relaxed_base": {}}})
     )
 

@@ -142,7 +142,7 @@ class Page:
     tests: Table | None
     judged: Judged | None
     composed: Composed | None
-    held_out_relaxed: Table | None
+    others_relaxed: Table | None
     drawn: Mapping[str, Any]
     """What `describe` says of the run."""
     curves: Sequence[Card]
@@ -212,7 +212,7 @@ def page_of(
         tests=tests(s),
         judged=judged(s),
         composed=composed(s),
-        held_out_relaxed=held_out_relaxed(s),
+        others_relaxed=others_relaxed(s),
         drawn=drawn,
         curves=curves(drawn),
         looks=looks_of(drawn),
@@ -436,8 +436,8 @@ def composed(s: Tree) -> Composed | None:
     )
 
 
-def held_out_relaxed(s: Tree) -> Table | None:
-    """Return the held-out rewards of molecules that a force field relaxed, if there are any."""
+def others_relaxed(s: Tree) -> Table | None:
+    """Return the other rewards of molecules that a force field relaxed, if there are any."""
     base, tuned = (get(s, f"molecules.others_relaxed_{side}") or {} for side in ("base", "tuned"))
     rows = [[name, *(decimal(*each[name]) for each in (base, tuned))] for name in base if name in tuned]
     return Table(("Reward", "Base", "Tuned"), rows) if rows else None
