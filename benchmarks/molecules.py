@@ -5,6 +5,7 @@
     python benchmarks/molecules.py gradients SMILES.csv    lengths of the gradient of -E, by how far atoms are moved
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
     python benchmarks/molecules.py decided MODEL GEOMETRIES.npz    what becomes of data that are noised up to a time
+    python benchmarks/molecules.py tuned --output runs/molecules    train the recipes by Tilt Matching; goes on when run again
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
 most seven heavy atoms. Methods that tune for energies are compared by `tiltflow compare --recipes qm9-isomers`.
@@ -13,8 +14,12 @@ most seven heavy atoms. Methods that tune for energies are compared by `tiltflow
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +33,7 @@ from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, 
 from tiltflow.chemistry.validity import shares, structures
 from tiltflow.chemistry.workers import Workers
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
+from tiltflow.formatting import decimal, percent
 from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.models.model import load
 from tiltflow.networks.equivariant import Equivariant
@@ -40,6 +46,8 @@ from tiltflow.training.batch import Batch
 
 REACHES = (1.15, 1.18, 1.20, 1.22, 1.25, 1.30)
 MOVES = (0.0, 0.03, 0.05, 0.08)
+TUNED = {"qm9-energy-tilt-matching": "xtb-energy", "qm9-isomers-tilt-matching": "xtb-energy", "qm9-dipole": "dipole"}
+"""Recipes, and the reward that their table shows: what is not a price of something else."""
 TIMES = (0.1, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 
 
@@ -152,6 +160,81 @@ def find_decided(name: str, data: Path, count: int, seed: int) -> None:
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients}
 
 
+def find_tuned(root: Path, recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> None:
+    """Train each recipe with each seed, if that is not done, and print a table, with a row of means for each recipe."""
+    for seed in seeds:
+        for recipe in recipes:
+            if not (root / f"{recipe}-{seed}" / "summary.json").exists():
+                changes = [word for each in (f"seed={seed}", *settings) for word in ("--set", each)]
+                words = ["tiltflow", "train", recipe, "--output", str(root / f"{recipe}-{seed}"), *changes, "--resume"]
+                print(" ".join(words), flush=True)
+                if code := subprocess.run([sys.executable, "-m", *words], stdout=subprocess.DEVNULL).returncode:
+                    raise SystemExit(code)  # it has said why
+    heads = (
+        "recipe",
+        "seed",
+        "samples",
+        "base",
+        "tuned",
+        "gain in sd",
+        "valid and connected",
+        "different",
+        "relaxed",
+        "path KL",
+    )
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for recipe in recipes:
+        found = [json.loads((root / f"{recipe}-{seed}" / "summary.json").read_text()) for seed in seeds]
+        numbers = [numbers_of(each, TUNED[recipe]) for each in found]
+        for seed, each in zip(seeds, numbers, strict=True):
+            print(f"| `{recipe}` | {seed} | {' | '.join(cells_of(each))} |")
+        if len(numbers) > 1:
+            print(f"| `{recipe}` | mean of {len(numbers)} | {' | '.join(cells_of(mean_of(numbers)))} |")
+
+
+def numbers_of(summary: Mapping[str, Any], reward: str) -> dict[str, float]:
+    """What the table says of a run: its reward, shares of molecules and the path KL, with standard errors."""
+    (base, tuned), molecules, count = summary["table"], summary["molecules"], summary["num_samples"]
+    spread = base[f"{reward}_error"] * math.sqrt(count)
+    found = {"count": count, "path_kl": summary["path_kl"]}
+    for side, row in (("base", base), ("tuned", tuned)):
+        of_own = [molecules[f"reward_relaxed_{side}"], molecules[f"reward_relaxed_{side}_error"]]
+        relaxed = molecules.get(f"others_relaxed_{side}", {}).get(reward, of_own)
+        known = {"reward": [row[reward], row[f"{reward}_error"]], "relaxed": relaxed}
+        known["valid"] = [molecules[f"connected_{side}"], molecules[f"connected_{side}_error"]]
+        found |= {
+            f"{key}_{side}{end}": value for key, pair in known.items() for end, value in zip(("", "_error"), pair, strict=True)
+        }
+        found[f"different_{side}"] = molecules[f"unique_{side}"]
+    error = math.hypot(base[f"{reward}_error"], tuned[f"{reward}_error"])
+    return found | {"gain": (tuned[reward] - base[reward]) / spread, "gain_error": error / spread}
+
+
+def mean_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over runs of other seeds, and their standard errors by those of the runs, which are of samples alone."""
+    found = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    return found | {key: math.sqrt(sum(run[key] ** 2 for run in runs)) / len(runs) for key in runs[0] if key.endswith("_error")}
+
+
+def cells_of(numbers: Mapping[str, float]) -> list[str]:
+    """The cells of a run or of a mean."""
+    reward = [decimal(numbers[f"reward_{side}"], numbers[f"reward_{side}_error"]) for side in ("base", "tuned")]
+    relaxed = (
+        decimal(numbers["relaxed_base"], numbers["relaxed_base_error"]),
+        decimal(numbers["relaxed_tuned"], numbers["relaxed_tuned_error"]),
+    )
+    valid = [percent(numbers[f"valid_{side}"], numbers[f"valid_{side}_error"]) for side in ("base", "tuned")]
+    return [
+        f"{numbers['count']:.0f}",
+        *reward,
+        decimal(numbers["gain"], numbers["gain_error"]),
+        " to ".join(valid),
+        " to ".join(percent(numbers[f"different_{side}"]) for side in ("base", "tuned")),
+        " to ".join(relaxed),
+        f"{numbers['path_kl']:.1f}",
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
@@ -170,8 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("data", type=Path)
     command.add_argument("--count", type=int, default=200, help="molecules at each time")
     command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("tuned")
+    command.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    command.add_argument("--recipes", nargs="+", default=list(TUNED), choices=list(TUNED))
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override the recipes")
     given = parser.parse_args(arguments)
     match given.what:
+        case "tuned":
+            find_tuned(given.output, given.recipes, given.seeds, given.set)
         case "adjoints":
             find_adjoints(given.recipe, given.batches, given.size, given.seed, given.set)
         case "decided":
