@@ -43,6 +43,8 @@ SHOWN = {
     "mixture-64": "three modes",
     "digits-even": "digits",
     "digits-png": "digits, a black box",
+    "isomers": "isomers",
+    "molecules": "molecules",
 }
 """Comparisons of which the README has a column, and its head."""
 CAPTION = (
@@ -132,8 +134,9 @@ def table(line: Line) -> Iterator[str]:
     box = ", a black box" * is_black_box(line)
     yield f"**{line['subject']}**{box}, {line['dimension']} dimensions, {line['seeds']} seeds: {'; '.join(said)}."
     yield ""
-    rows = (row(method, list(others)) for method in sorted(line["methods"], key=order))
-    yield from markdown(("method", *COLUMNS, *others), rows)
+    own = ["path KL"] if any(mean_of_paths(method)["mean"] is not None for method in line["methods"]) else []
+    rows = ([*row(method), *more(method, [*own, *others])] for method in sorted(line["methods"], key=order))
+    yield from markdown(("method", *COLUMNS, *own, *others), rows)
 
 
 def floors_of(line: Line) -> list[float]:
@@ -147,16 +150,25 @@ def order(method: Line) -> tuple[bool, float]:
     return bool(method["stopped"]), -(method["reward"]["mean"] or 0.0) if value is None else value
 
 
-def row(method: Line, others: Sequence[str]) -> list[str]:
-    """The cells of a method.
+def mean_of_paths(method: Line) -> Mapping[str, float | None]:
+    """The path KL of a method, which earlier lines do not have."""
+    found: Mapping[str, float | None] = method.get("path_kl", {"mean": None, "error": None})
+    return found
 
-    Args:
-        others: rewards that were held out, each of which has a column.
-    """
+
+def more(method: Line, heads: Sequence[str]) -> list[str]:
+    """The cells of a method in columns that not all tables have: its path KL, and rewards that were held out."""
+    if method["stopped"]:
+        return [""] * len(heads)
+    return [shown(mean_of_paths(method) if head == "path KL" else method["held_out"][head]) for head in heads]
+
+
+def row(method: Line) -> list[str]:
+    """The cells of a method."""
     name, stopped, value = f"`{method['method']}`", len(method["stopped"]), floors(method)
     if stopped:
         words = f"{stopped} of {stopped + method['n']} seeds stopped: a number was not finite"
-        return [name, words, *[""] * (len(COLUMNS) + len(others) - 1)]
+        return [name, words, *[""] * (len(COLUMNS) - 1)]
     return [
         name,
         shown(method["distance"]),
@@ -166,7 +178,6 @@ def row(method: Line, others: Sequence[str]) -> list[str]:
         f"{method['steps']:,.0f}",
         f"{method['reward_evaluations']['mean']:,.0f}",
         f"{method['learning_rate']:.2g}",
-        *(shown(method["held_out"][other]) for other in others),
     ]
 
 

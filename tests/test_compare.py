@@ -538,6 +538,7 @@ def test_what_is_held_out_is_measured_at_the_end_and_the_rest_on_the_way(tmp_pat
     write_json(tmp_path / "comparison.json", results(plan, [cost, row]))
     page = write_comparison_report(tmp_path).read_text()
     assert decimal(whole["held_out"]["jpeg-size"]) in page
+    assert "path KL" in page
     assert f"jpeg-size {decimal(whole['held_out_base']['jpeg-size'])} of the base" in page
 
 

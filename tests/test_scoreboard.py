@@ -84,10 +84,10 @@ def test_the_command_of_a_comparison_is_the_one_that_made_it(tmp_path: Path) -> 
     assert (kept["kind"], kept["dimension"], kept["command"]) == ("problem", 2, command)
     number = {"mean": 0.8761, "error": 0.0123, "n": 1}  # with a reward that was held out
     found = content["results"][0] | {"held_out_base": {"validity": number | {"mean": 0.9431}}}
-    found["methods"] = [method | {"held_out": {"validity": number}}]
+    found["methods"] = [method | {"held_out": {"validity": number}, "path_kl": number | {"mean": 3.25, "error": 0.5}}]
     head, _, row = list(SCRIPT["table"](lines_of(content | {"results": [found]}, "small", {"gaussian": 2})[0]))[-3:]
-    assert head.endswith("| rate | validity |")
-    assert row.endswith("| 0.876 ± 0.012 |")
+    assert head.endswith("| rate | path KL | validity |")
+    assert row.endswith("| 3.25 ± 0.50 | 0.876 ± 0.012 |")
 
 
 def test_a_temperature_that_is_not_the_recipes_own_is_in_the_command() -> None:

@@ -21,6 +21,7 @@ HEADS = {
     "reward": "reward",
     "distance": "distance to the target",
     "achieved_tilt": "achieved tilt",
+    "path_kl": "path KL",
     "diversity": "diversity",
     "network_evaluations": "network evaluations",
     "reward_evaluations": "reward evaluations",
@@ -94,8 +95,9 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
     """What there is to say of a subject."""
     best = {key: each["best"] for key, each in found["differences"].items() if each}
     others = list(found.get("held_out_base", {}))
+    heads = {key: head for key, head in HEADS.items() if key != "path_kl" or any(has_mean(m, key) for m in found["methods"])}
     rows = [
-        [Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in HEADS), *of_others(m, others)]
+        [Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in heads), *of_others(m, others)]
         for m in found["methods"]
     ]
     return Section(
@@ -103,7 +105,7 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
         facts=references(found),
         lede=lede(found),
         far=far(found, content["near"]),
-        heads=["method", *HEADS.values(), *others],
+        heads=["method", *heads.values(), *others],
         rows=rows,
         stopped=[f"{m['method']}, {each}" for m in found["methods"] for each in m["stopped"]],
         differences=[
@@ -115,6 +117,11 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
         pictures=pictures(folder, found),
         tuning=[row for m in found["methods"] for row in tuning(m)],
     )
+
+
+def has_mean(method: Tree, key: str) -> bool:
+    """Whether there is a mean of a method."""
+    return method.get(key, {"mean": None})["mean"] is not None
 
 
 def of_others(method: Tree, names: Sequence[str]) -> list[Cell]:

@@ -16,7 +16,7 @@ from tiltflow.runs.sweep import beats, standard_error
 Row = Mapping[str, Any]
 BETTER = {"reward": "up", "distance": "down", "diversity": "up"}
 """What methods are compared by, and which way is better."""
-MEASURED = ("reward", "distance", "floor", "achieved_tilt", "diversity", *KINDS)
+MEASURED = ("reward", "distance", "floor", "achieved_tilt", "path_kl", "diversity", *KINDS)
 """Columns of the table."""
 REFERENCES = ("reward_base", "reward_target", "distance_base", "diversity_base", "diversity_target")
 NEAR = 0.5
