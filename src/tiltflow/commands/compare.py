@@ -14,6 +14,7 @@ from tiltflow.commands.terminal.console import escape, make_console, print_json
 from tiltflow.commands.terminal.exit_codes import FAILURE
 from tiltflow.commands.terminal.options import AllowCode, Device, Json, Quiet, Threads, set_up_torch
 from tiltflow.commands.terminal.progress import jobs_progress
+from tiltflow.formatting import decimal
 
 
 def compare(
@@ -100,24 +101,33 @@ def split(text: str) -> list[str]:
 
 
 def print_subject(console: Console, found: Mapping[str, Any]) -> None:
-    """Print a line for each method: means over seeds with their standard errors."""
+    """Print a line for each method: means over seeds, and below them their standard errors; eighty columns are enough."""
     from rich.table import Table
 
-    from tiltflow.formatting import decimal
-
-    table = Table(box=None, header_style="bold", pad_edge=False, title=escape(found["subject"]), title_justify="left")
-    columns = {"reward": "reward", "distance": "distance", "floor": "floor", "achieved_tilt": "tilt", "diversity": "diversity"}
-    columns |= {"network_evaluations": "evals", "reward_evaluations": "rewards", "seconds": "s"}
+    floors = [each["floor"]["mean"] for each in found["methods"] if each["floor"]["mean"] is not None]
+    title = found["subject"] + (f": floor of the distance {decimal(max(floors))}" if floors else "")
+    table = Table(box=None, header_style="bold", pad_edge=False, title=escape(title), title_justify="left")
+    columns = {"reward": "reward", "distance": "distance", "achieved_tilt": "tilt", "diversity": "diversity"}
+    columns |= {"network_evaluations": "evals", "seconds": "s"}
     others = [name for name in found["held_out_base"] if name not in columns]
-    columns |= {name: name for name in others}
-    for column in ("method", *columns.values(), "n"):
-        table.add_column(column, no_wrap=column == "method")
+    for column in ("method", *columns.values(), *others, "n"):
+        table.add_column(escape(column), no_wrap=column == "method", overflow="fold")
     for method in found["methods"]:
-        cells = []
-        for column in columns:
-            each = method["held_out"][column] if column in others else method[column]
-            error = each["error"] if column in ("reward", "distance", *others) else None
-            counted = column.endswith("_evaluations")
-            cells.append("–" if each["mean"] is None else f"{each['mean']:.3g}" if counted else decimal(each["mean"], error))
+        cells = [cell(method[column], errors=column in ("reward", "distance")) for column in columns]
+        cells += [cell(method["held_out"][name], errors=True) for name in others]
         table.add_row(escape(method["method"]), *cells, str(method["n"]))
     console.print(table)
+
+
+def cell(number: Mapping[str, Any], *, errors: bool) -> str:
+    """A mean over seeds and, below it, its standard error.
+
+    >>> cell({"mean": 29.50467, "error": 0.0032}, errors=True), cell({"mean": 99840.0, "error": 0.0}, errors=False)
+    ('29.5047\\n± 0.0032', '100k')
+    """
+    mean, error = number["mean"], number["error"]
+    if mean is None:
+        return "–"
+    if not errors:
+        return f"{mean:.3g}" if abs(mean) >= 1e8 else f"{mean / 1000:.0f}k" if abs(mean) >= 1e4 else decimal(mean)
+    return decimal(mean, error).replace(" ± ", "\n± ")
