@@ -19,7 +19,7 @@ from typing import Any
 from tiltflow.commands.terminal.console import make_console
 from tiltflow.commands.terminal.progress import Jobs, jobs_progress
 from tiltflow.files import read_json, write_text
-from tiltflow.formatting import decimal
+from tiltflow.formatting import apart, decimal
 from tiltflow.models.model import load
 from tiltflow.plugins import find, own_names
 from tiltflow.problems.verification.steering import read_steered, verify_steering
@@ -43,8 +43,6 @@ SHOWN = {
     "mixture-64": "three modes",
     "digits-even": "digits",
     "digits-png": "digits, a black box",
-    "isomers": "isomers",
-    "molecules": "molecules",
 }
 """Comparisons of which the README has a column, and its head."""
 CAPTION = (
@@ -126,7 +124,8 @@ def table(line: Line) -> Iterator[str]:
     known, said = line["references"], []
     for key, title in (("distance", "distance"), ("reward", "mean reward"), ("diversity", "diversity")):
         sides = [(side, known.get(f"{key}_{side}")) for side in ("base", "target")]
-        words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
+        numbers = {side: value for side, value in sides if value is not None}
+        words = [f"{text} of the {side}" for side, text in zip(numbers, apart([*numbers.values()]), strict=True)]
         words += [f"{decimal(floor)} of two exact samples, the floor" for floor in floors_of(line)[: key == "distance"]]
         said += [f"{title} {', '.join(words)}"] if words else []
     others = line.get("held_out_base", {})

@@ -135,6 +135,19 @@ def test_a_black_box_is_advised_by_what_was_measured_of_black_boxes() -> None:
     assert "black box" not in next(SCRIPT["table"](full(lines[0])))
 
 
+def test_what_gamed_its_reward_advises_nothing() -> None:
+    """It lost more than a tenth of a reward that was held out, be it below zero."""
+    for base, kept, lost in ((0.9, 0.85, 0.5), (-2.0, -2.1, -2.5)):
+        methods = [reached("tilt-matching", 0.2), reached("score-as-action", 0.1)]
+        some = line("molecules", 100, *methods) | {"held_out_base": {"validity": {"mean": base, "error": 0.01}}}
+        for method, value in zip(methods, (kept, lost), strict=True):
+            method["held_out"] = {"validity": {"mean": value, "error": 0.01}}
+        found = measured(100, ("tilt-matching",), [some])
+        assert found is not None
+        assert set(found[1]) == {"tilt-matching"}
+        assert "score-as-action" not in in_words("tilt-matching", 100, ["score-as-action"], [some])
+
+
 def full(some: dict[str, Any]) -> dict[str, Any]:
     """A line with what a table shows of its references."""
     return some | {"references": dict.fromkeys(("reward_base", "distance_base", "diversity_base"), 1.0)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Tree = Mapping[str, Any]
@@ -42,6 +42,21 @@ def decimal(value: float, error: float | None = None) -> str:
         digits = 3 if 0 < abs(value) < 0.1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
         text = f"{value:.{digits}f}"
     return text.replace("-", "−")
+
+
+def apart(values: Sequence[float]) -> list[str]:
+    """Numbers as `decimal` writes them, in more digits where these do not tell them apart.
+
+    >>> apart([29.5015, 29.5517]), apart([0.17, 0.52]), apart([3.0])
+    (['29.50', '29.55'], ['0.17', '0.52'], ['3.00'])
+    """
+    spread = max(values) - min(values) if values else 0.0
+    digits = -math.floor(math.log10(spread)) if spread > 1e-6 else 0
+    texts = map(decimal, values)
+    return [
+        f"{value:.{digits}f}".replace("-", "−") if "e" not in text and digits > len(text.partition(".")[2]) else text
+        for value, text in zip(values, texts, strict=True)
+    ]
 
 
 def percent(value: float, error: float | None = None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.files import final_name, read_json, trusted, write_text
-from tiltflow.formatting import decimal, duration
+from tiltflow.formatting import apart, decimal, duration
 from tiltflow.reports import compared
 from tiltflow.reports.report import render
 from tiltflow.reports.tables import Cell
@@ -148,7 +148,8 @@ def references(found: Tree) -> str:
     said += [f"target law: {found['law']}, beta = {found['beta']:g}"]
     for name, title in (("reward", "mean reward"), ("distance", "distance to the target"), ("diversity", "diversity")):
         sides = [(side, known.get(f"{name}_{side}")) for side in ("base", "target")]
-        words = [f"{decimal(value)} of the {side}" for side, value in sides if value is not None]
+        numbers = {side: value for side, value in sides if value is not None}
+        words = [f"{text} of the {side}" for side, text in zip(numbers, apart([*numbers.values()]), strict=True)]
         words += [f"{decimal(max(floors))} of two exact samples, its floor"] if name == "distance" and floors else []
         said += [f"{title} {', '.join(words)}"] if words else []
     for name, each in found.get("held_out_base", {}).items():

@@ -20,6 +20,8 @@ FILE = Path(__file__).with_name("scoreboard.jsonl")
 Line = Mapping[str, Any]
 KEPT = ("method", "aims_at", "n", "stopped", "near", "learning_rate", "steps", *MEASURED)
 """Of each method."""
+LOST = 0.1
+"""The part of a held-out reward of the base that a method may lose: one that loses more has gamed its own."""
 CLOSE = 3.0
 """Dimensions that differ by no more than this factor are much alike."""
 
@@ -172,10 +174,21 @@ def in_words(
 
 
 def of_methods(line: Line) -> dict[str, float]:
-    """The distances of a line in floors, by method, of those that are known and of trainings none of which stopped."""
+    """The distances of a line in floors, by method, of those that are known and of trainings none of which stopped, without
+    methods that gamed the reward."""
     methods = line["methods"] if line["kind"] != "steering" else []
-    known = ((method["method"], floors(method)) for method in methods if not method["stopped"])
+    known = ((method["method"], floors(method)) for method in methods if not method["stopped"] and not gamed(line, method))
     return {name: value for name, value in known if value is not None}
+
+
+def gamed(line: Line, method: Line) -> bool:
+    """Whether a reward that was held out fell by more than `LOST` of the base's.
+
+    >>> gamed({"held_out_base": {"validity": {"mean": 0.9}}}, {"held_out": {"validity": {"mean": 0.5}}}), gamed({}, {})
+    (True, False)
+    """
+    base = line.get("held_out_base", {})
+    return any(method["held_out"][name]["mean"] < each["mean"] - LOST * abs(each["mean"]) for name, each in base.items())
 
 
 def apart(one: int, other: int) -> float:
