@@ -5,6 +5,7 @@
     python benchmarks/molecules.py gradients SMILES.csv    lengths of the gradient of -E, by how far atoms are moved
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
     python benchmarks/molecules.py decided MODEL GEOMETRIES.npz    what becomes of data that are noised up to a time
+    python benchmarks/molecules.py spread GEOMETRIES.npz    means and standard deviations of -E and of the dipole, of 600
     python benchmarks/molecules.py tuned --output runs/molecules    train the recipes by Tilt Matching; goes on when run again
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from tiltflow.chemistry import bonds
-from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule, molecules_of
+from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.embedding import rdkit
 from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, selected
 from tiltflow.chemistry.validity import shares, structures
@@ -38,6 +39,8 @@ from tiltflow.methods.adjoint_matching import AdjointMatching, State
 from tiltflow.models.model import load
 from tiltflow.networks.equivariant import Equivariant
 from tiltflow.pretraining.tasks.molecules import of_classes
+from tiltflow.rewards.dipole import Dipole
+from tiltflow.rewards.xtb_energy import XtbEnergy
 from tiltflow.runs.recipe import Recipe, find_recipe, read_recipe_tree
 from tiltflow.samplers.rollout import sample
 from tiltflow.settings import validate
@@ -157,7 +160,18 @@ def find_decided(name: str, data: Path, count: int, seed: int) -> None:
         print(f"| {time:g} | {shares(drawn).connected:.1%} | {same:.1%} |", flush=True)
 
 
-TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients}
+def find_spread(data: Path, seed: int = 0) -> None:
+    """Print what data have of the rewards that their models are tuned by."""
+    made = load_geometries(data)
+    molecules = [made.molecules()[i] for i in np.random.default_rng(seed).permutation(len(made))[:600]]
+    x = samples_of(molecules, max(map(len, molecules)))
+    print("| reward | mean | sd | largest |\n|---|---|---|---|")
+    for reward in (XtbEnergy(), Dipole()):
+        values = reward.build()(x).double()
+        print(f"| `{reward.name}` | {values.mean():.4f} | {values.std():.4f} | {values.max():.4f} |")
+
+
+TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients, "spread": find_spread}
 
 
 def find_tuned(root: Path, recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> None:
