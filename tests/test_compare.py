@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from scipy import stats
-from tiny import tiny_recipe
+from tiny import tiny_classifier, tiny_recipe
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -519,14 +519,18 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
 
 def test_what_is_held_out_is_measured_at_the_end_and_the_rest_on_the_way(tmp_path: Path) -> None:
     """On the way a training is measured with its own reward alone, and the numbers are those of the whole evaluation."""
-    path = tiny_recipe(tmp_path, evaluation={"num_samples": 64, "rewards": [{"name": "jpeg-size", "sign": "smaller"}]})
-    subject = OnRecipe.named(str(path), (), None)
+    judged = {"judge": str(tiny_classifier(tmp_path / "judge", 2)), "group": [0, 2]}
+    more = [{"name": "jpeg-size", "sign": "smaller"}]
+    path = tiny_recipe(tmp_path, evaluation={"num_samples": 256, "rewards": more, **judged})
+    subject = OnRecipe.named(str(path), (), 5.0)
     trial = subject.trial(Chosen("dpok", ("num_inference_steps=4",), steps=2), "cpu")
     for _ in trial.loop(lambda end: None):
         pass
     soon, whole = (trial.measure(None, whole=each) for each in (False, True))
-    same = ("reward", "reward_error", "reward_base", "reward_target", "distance", "floor", "diversity", "effective_sample_size")
+    same = ("reward", "reward_error", "reward_base", "reward_target", "distance", "diversity", "effective_sample_size")
     assert {key: soon[key] for key in same} == {key: whole[key] for key in same}
+    assert soon["distance"] > 0  # that of the judge's classes; its floor is drawn
+    assert soon["floor"] == pytest.approx(whole["floor"], rel=0.1)
     assert soon["held_out"] == {}
     assert soon["path_kl"] is None
     assert whole["path_kl"] is not None

@@ -458,13 +458,13 @@ class Learning:
     def __call__(self, x: Tensor) -> Tensor:
         return self.slope.detach() * x[:, 0]
 
-    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> float:
+    def learn(self, x: Tensor, field: VelocityField, generator: torch.Generator) -> dict[str, float]:
         self.calls += 1
         self.slope.grad = torch.ones(1)
         self.optimizer.step()
         if self.calls in self.bad:
             raise NonFiniteError("not finite", {"what": "loss"})
-        return 0.0
+        return {"reward_loss": 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         return {"slope": self.slope.detach(), "optimizer": self.optimizer.state_dict()}

@@ -21,6 +21,7 @@ from tiltflow.errors import UserCodeError
 from tiltflow.evaluation import metrics
 from tiltflow.evaluation.achieved_tilt import far_in_words
 from tiltflow.evaluation.importance_weights import ImportanceWeights
+from tiltflow.evaluation.metrics import judge
 from tiltflow.evaluation.molecules import are_molecules, evenly
 from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.pictures import is_video
@@ -159,7 +160,7 @@ def evaluate(
 def glance(
     run: RunSettings, record: Record, base: GenerativeModel, tuned: GenerativeModel, asked: Asked, instruments: Instruments
 ) -> dict[str, Any]:
-    """The entries of the summary that are known soonest: of the rewards and their laws, and the table. Nothing is written.
+    """What of the summary is known soonest: of rewards, their laws and the judge, and the table. Nothing is written.
 
     Args:
         record: of the last optimizer step.
@@ -167,8 +168,10 @@ def glance(
     target = method_at(run, record).target(record["step"], base.grid)
     table, (of_base, of_tuned) = draw_all(run.evaluation, base, tuned, asked, instruments, seed=run.seed)
     samples = compared(target, asked, of_base, of_tuned, instruments, units_of_target(run, base, instruments))
-    entries, _ = of_laws(samples, instruments.own, stream(run.seed, "bootstrap"), counted=True)
-    return {**mean_rewards(samples, of_base, of_tuned, asked, instruments.own), **entries, "table": table}
+    generator = stream(run.seed, "bootstrap")
+    entries, _ = of_laws(samples, instruments.own, generator, counted=True)
+    judged = judge.measure(Seen(samples, instruments, run.evaluation, generator)).entries  # whose distance comes first
+    return {**mean_rewards(samples, of_base, of_tuned, asked, instruments.own), **entries, **judged, "table": table}
 
 
 def method_at(run: RunSettings, record: Record) -> Method:
