@@ -19,7 +19,7 @@ from typing import Any
 from tiltflow.commands.terminal.console import make_console
 from tiltflow.commands.terminal.progress import Jobs, jobs_progress
 from tiltflow.files import read_json, write_text
-from tiltflow.formatting import apart, decimal
+from tiltflow.formatting import decimal, told_apart
 from tiltflow.models.model import load
 from tiltflow.plugins import find, own_names
 from tiltflow.problems.verification.steering import read_steered, verify_steering
@@ -125,7 +125,7 @@ def table(line: Line) -> Iterator[str]:
     for key, title in (("distance", "distance"), ("reward", "mean reward"), ("diversity", "diversity")):
         sides = [(side, known.get(f"{key}_{side}")) for side in ("base", "target")]
         numbers = {side: value for side, value in sides if value is not None}
-        words = [f"{text} of the {side}" for side, text in zip(numbers, apart([*numbers.values()]), strict=True)]
+        words = [f"{text} of the {side}" for side, text in zip(numbers, told_apart([*numbers.values()]), strict=True)]
         words += [f"{decimal(floor)} of two exact samples, the floor" for floor in floors_of(line)[: key == "distance"]]
         said += [f"{title} {', '.join(words)}"] if words else []
     others = line.get("held_out_base", {})

@@ -123,7 +123,8 @@ def browser() -> Iterator[Browser]:
         os.dup2(read, 3)
         os.dup2(write, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    # its helpers may still write into the profile while they end
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += [f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         process = subprocess.Popen(

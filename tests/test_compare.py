@@ -22,6 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tiltflow
+from tiltflow.commands.compare import print_subject
 from tiltflow.commands.terminal.app import app
 from tiltflow.commands.terminal.progress import jobs_progress
 from tiltflow.errors import InputError
@@ -35,6 +36,7 @@ from tiltflow.networks.quadratic import chebyshev
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.rewards.functions.counting import count_rewards
+from tiltflow.runs.advice.scoreboard import lines_of, of_methods
 from tiltflow.runs.comparison.budget import KINDS, Budget, Cost, Meter
 from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, trainings, units
 from tiltflow.runs.comparison.on_problem import OnProblem
@@ -337,6 +339,24 @@ def test_a_method_that_ran_away_is_not_called_the_best() -> None:
     lost = results_of(draft=(None, 9.0), flow_grpo=(5.0, 2.0), dpok=(2.0, 1.0))
     assert [m["near"] for m in lost["methods"]] == [False, False, False]
     assert (lost["differences"]["reward"], lost["differences"]["distance"]["best"]) == (None, "dpok")
+
+
+def test_a_method_that_stopped_has_no_held_out_reward(tmp_path: Path) -> None:
+    """The page, the terminal and the scoreboard say so, and show those of the others."""
+    rows = outcomes(draft=(None, 9.0), dpok=(0.2, 1.0), **{"flow-grpo": (0.3, 1.0)})
+    for row in rows:
+        for point in row.get("points", ()):
+            point |= {"held_out": {"validity": 0.8123}, "held_out_base": {"validity": 0.9}}
+    found = results(plan_of(("draft", "flow-grpo", "dpok"), tune="none"), rows)
+    (each,) = found["results"]
+    assert [m["held_out"]["validity"]["mean"] for m in each["methods"]] == [None, 0.8123, 0.8123]
+    assert each["held_out_base"]["validity"]["mean"] == 0.9
+    write_json(tmp_path / "comparison.json", found)
+    assert "validity" in write_comparison_report(tmp_path).read_text()
+    console = Console(file=io.StringIO(), width=80)
+    print_subject(console, each)
+    assert console.file.getvalue().count("0.81") == 2  # type: ignore[attr-defined]
+    assert set(of_methods(lines_of(found, "small", {"gaussian": 2})[0])) == {"dpok", "flow-grpo"}
 
 
 def test_what_the_base_has_is_known_though_one_evaluation_could_not_say_it() -> None:

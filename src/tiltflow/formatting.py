@@ -44,10 +44,10 @@ def decimal(value: float, error: float | None = None) -> str:
     return text.replace("-", "−")
 
 
-def apart(values: Sequence[float]) -> list[str]:
+def told_apart(values: Sequence[float]) -> list[str]:
     """Numbers as `decimal` writes them, in more digits where these do not tell them apart.
 
-    >>> apart([29.5015, 29.5517]), apart([0.17, 0.52]), apart([3.0])
+    >>> told_apart([29.5015, 29.5517]), told_apart([0.17, 0.52]), told_apart([3.0])
     (['29.50', '29.55'], ['0.17', '0.52'], ['3.00'])
     """
     spread = max(values) - min(values) if values else 0.0

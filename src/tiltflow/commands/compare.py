@@ -109,7 +109,7 @@ def print_subject(console: Console, found: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, title=escape(title), title_justify="left")
     columns = {"reward": "reward", "distance": "distance", "achieved_tilt": "tilt", "diversity": "diversity"}
     columns |= {"network_evaluations": "evals", "seconds": "s"}
-    others = [name for name in found["held_out_base"] if name not in columns]
+    others = list(found["held_out_base"])
     for column in ("method", *columns.values(), *others, "n"):
         table.add_column(escape(column), no_wrap=column == "method", overflow="fold")
     for method in found["methods"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.files import final_name, read_json, trusted, write_text
-from tiltflow.formatting import apart, decimal, duration
+from tiltflow.formatting import decimal, duration, told_apart
 from tiltflow.reports import compared
 from tiltflow.reports.report import render
 from tiltflow.reports.tables import Cell
@@ -95,7 +95,7 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
     """What there is to say of a subject."""
     best = {key: each["best"] for key, each in found["differences"].items() if each}
     others = list(found.get("held_out_base", {}))
-    heads = {key: head for key, head in HEADS.items() if key != "path_kl" or any(has_mean(m, key) for m in found["methods"])}
+    heads = {key: head for key, head in HEADS.items() if any(has_mean(m, key) for m in found["methods"])}
     rows = [
         [Cell(m["method"]), *(cell(m, key, best.get(key) == m["method"]) for key in heads), *of_others(m, others)]
         for m in found["methods"]
@@ -120,7 +120,7 @@ def section(content: Tree, found: Tree, folder: Path) -> Section:
 
 
 def has_mean(method: Tree, key: str) -> bool:
-    """Whether there is a mean of a method."""
+    """Whether a column of `HEADS` says something of a method."""
     return method.get(key, {"mean": None})["mean"] is not None
 
 
@@ -149,7 +149,7 @@ def references(found: Tree) -> str:
     for name, title in (("reward", "mean reward"), ("distance", "distance to the target"), ("diversity", "diversity")):
         sides = [(side, known.get(f"{name}_{side}")) for side in ("base", "target")]
         numbers = {side: value for side, value in sides if value is not None}
-        words = [f"{text} of the {side}" for side, text in zip(numbers, apart([*numbers.values()]), strict=True)]
+        words = [f"{text} of the {side}" for side, text in zip(numbers, told_apart([*numbers.values()]), strict=True)]
         words += [f"{decimal(max(floors))} of two exact samples, its floor"] if name == "distance" and floors else []
         said += [f"{title} {', '.join(words)}"] if words else []
     for name, each in found.get("held_out_base", {}).items():

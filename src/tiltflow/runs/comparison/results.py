@@ -72,7 +72,8 @@ def of_subject(plan: Plan, rows: Sequence[Row], posed: Subject) -> dict[str, Any
     measured = [last for each in finals.values() for last in each.values()]
     references = {key: mean_of([last[key] for last in measured if last.get(key) is not None]) for key in REFERENCES}
     base = references["distance_base"]["mean"]
-    methods = [of_method(rows, subject, method, runs[method]) for method in plan.methods]
+    others = list(dict.fromkeys(name for last in measured for name in last.get("held_out", ())))
+    methods = [of_method(rows, subject, method, runs[method], others) for method in plan.methods]
     methods = [method | {"near": near(method, base)} for method in methods]
     return {
         "subject": subject,
@@ -80,14 +81,18 @@ def of_subject(plan: Plan, rows: Sequence[Row], posed: Subject) -> dict[str, Any
         "law": posed.law,
         "black_box": posed.black_box,
         "references": references,
-        "held_out_base": held_out(measured, "held_out_base"),
+        "held_out_base": held_out(measured, "held_out_base", others),
         "methods": marked(methods),
         "differences": {key: differences(finals, methods, key) for key in BETTER},
     }
 
 
-def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int, Row]) -> dict[str, Any]:
-    """The results of a method on a subject."""
+def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int, Row], others: Sequence[str]) -> dict[str, Any]:
+    """The results of a method on a subject.
+
+    Args:
+        others: rewards that were held out.
+    """
     tuned, finals = tunings_of(rows, subject, method), [last for row in runs.values() if (last := last_of(row))]
     cost = next(row for row in rows if (row["purpose"], row["subject"], row["method"]) == ("cost", subject, method))
     return {
@@ -99,7 +104,7 @@ def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int,
         "factor": best_factor(rows, subject, method),
         "steps": mean_of([row["steps"] for row in runs.values()])["mean"],
         **{key: mean_of([last.get(key) for last in finals]) for key in MEASURED},
-        "held_out": held_out(finals, "held_out"),
+        "held_out": held_out(finals, "held_out", others),
         "points": [over_seeds(list(runs.values()), share) for share in (*SHARES, 1.0)],
         "tuning": {
             "candidates": [candidate(row) for row in sorted(tuned, key=lambda row: float(row["factor"]))],
@@ -108,14 +113,15 @@ def of_method(rows: Sequence[Row], subject: str, method: str, runs: Mapping[int,
     }
 
 
-def held_out(points: Sequence[Row], key: str) -> dict[str, Any]:
-    """The means of rewards that are measured and not trained on, by name.
+def held_out(points: Sequence[Row], key: str, names: Sequence[str]) -> dict[str, Any]:
+    """The means of rewards that are measured and not trained on, by name; None where no training came to its end.
 
-    >>> held_out([{"held_out": {"validity": 1.0}}, {"held_out": {"validity": 0.5}}], "held_out")["validity"]["mean"]
+    >>> held_out([{"own": {"validity": 1.0}}, {"own": {"validity": 0.5}}], "own", ["validity"])["validity"]["mean"]
     0.75
+    >>> held_out([], "own", ["validity"])["validity"]["mean"] is None
+    True
     """
-    names = dict.fromkeys(name for point in points for name in point.get(key) or {})
-    return {name: mean_of([(point.get(key) or {}).get(name) for point in points]) for name in names}
+    return {name: mean_of([point.get(key, {}).get(name) for point in points]) for name in names}
 
 
 def near(method: Row, distance_base: float | None) -> bool | None:
