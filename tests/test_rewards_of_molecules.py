@@ -11,6 +11,7 @@ import torch
 
 from tiltflow.chemistry.atoms import Molecule, molecules_of, present, samples_of
 from tiltflow.chemistry.embedding import Question, embedded
+from tiltflow.chemistry.relaxation import relaxed
 from tiltflow.errors import InputError
 from tiltflow.plugins import find
 from tiltflow.rewards import LearnedReward, RewardSettings
@@ -133,6 +134,20 @@ def test_geometries_are_at_rest_in_the_force_field(molecules: list[Molecule]) ->
         moved = x.clone()
         moved[..., :3] += 0.03 * torch.randn(x[..., :3].shape, generator=stream(seed, "moved")) * present(x)[..., None]
         assert (reward(moved) < value).all()
+
+
+def test_strain_is_counted_from_the_nearest_minimum(molecules: list[Molecule]) -> None:
+    """Zero at rest, whatever the molecule; the energy that relaxing sets free elsewhere, with the gradient of the energy."""
+    plain, strain = settings("mmff-energy").build(), settings("mmff-energy", strain=True).build()
+    x = samples_of(molecules[:3], 12).double()
+    assert strain(x).abs().max() < 0.01
+    assert plain(x).abs().max() > 1  # which the force field's own zero is far from
+    x[..., :3] += 0.05 * torch.randn(x[..., :3].shape, generator=stream(0), dtype=x.dtype) * present(x)[..., None]
+    drops = [each.drop for each in map(relaxed, molecules_of(x)) if each is not None]
+    value, gradient = value_and_gradient(strain, x)
+    assert value.tolist() == pytest.approx([-drop for drop in drops], rel=1e-3)
+    assert min(drops) > 1
+    torch.testing.assert_close(gradient, value_and_gradient(plain, x)[1])
 
 
 def test_molecules_are_those_of_the_samples(molecules: list[Molecule]) -> None:
