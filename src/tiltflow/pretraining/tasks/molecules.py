@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ class MoleculesPretraining(Pretraining):
 
 
 RECIPE = MoleculesPretraining
+REFERENCE = 2000
+"""Geometries of the data, if there are not more samples, whose bonds are compared."""
 PARTS = 4
 """Parts of a batch, by the number of atoms: few pairs are computed of which one atom is not there."""
 
@@ -241,15 +244,20 @@ def molecules_loss(
 
 def scored(samples: Tensor, train: Data) -> Scores:
     """Measure samples [n, atoms, 3 + types]: shares that are valid, connected, unique among these and novel, how far their
-    compositions are from the data's, and how long bonds are. `_data` is the same of as many geometries of the data."""
-    ours, theirs = (molecules_of(each) for each in (samples, train.samples[train.draw(len(samples), stream(0, "score"))]))
+    compositions are from the data's, and how long bonds are beside those of 2,000 geometries. `_data` is the same of as many
+    geometries as samples."""
+    drawn = train.draw(max(len(samples), REFERENCE), stream(0, "score"))
+    ours, reference = (molecules_of(each) for each in (samples, train.samples[drawn]))
+    theirs = reference[: len(ours)]
     found = shares(structures(ours), canonical_smiles(train.smiles))
     scores: Scores = {key: value for key, value in vars(found).items() if value is not None}
     scores["connected_data"] = shares(structures(theirs)).connected
     scores["composition_distance"] = total_variation(composition(ours), composition(theirs))
-    for bond in bond_length_errors(bond_lengths(ours), bond_lengths(theirs)):
-        numbers = (bond.mean, bond.spread, bond.reference_mean, bond.reference_spread)
-        scores[f"{bond.kind} in Å: mean, spread, and those of the data"] = [round(number, 4) for number in numbers]
+    for bond in bond_length_errors(bond_lengths(ours), bond_lengths(reference)):
+        error = bond.spread / math.sqrt(bond.count)
+        numbers = (bond.mean, error, bond.spread, bond.reference_mean, bond.reference_spread)
+        key = f"{bond.kind} in Å: mean, its standard error, spread; mean and spread of the data"
+        scores[key] = [round(number, 4) for number in numbers]
     return scores
 
 
