@@ -17,7 +17,7 @@ from tiltflow.runs.recipe import find_recipe, read_recipe_tree
 from tiltflow.settings import Settings, validate
 
 TASKS = "pretraining.tasks"
-Scores = dict[str, float | list[float]]
+Scores = dict[str, float | list[float] | str]
 """What was measured, by name."""
 
 

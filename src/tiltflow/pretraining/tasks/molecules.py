@@ -254,10 +254,8 @@ def scored(samples: Tensor, train: Data) -> Scores:
     scores["connected_data"] = shares(structures(theirs)).connected
     scores["composition_distance"] = total_variation(composition(ours), composition(theirs))
     for bond in bond_length_errors(bond_lengths(ours), bond_lengths(reference)):
-        error = bond.spread / math.sqrt(bond.count)
-        numbers = (bond.mean, error, bond.spread, bond.reference_mean, bond.reference_spread)
-        key = f"{bond.kind} in Å: mean, its standard error, spread; mean and spread of the data"
-        scores[key] = [round(number, 4) for number in numbers]
+        mean = f"{bond.mean:.4f} ± {bond.spread / math.sqrt(bond.count):.4f}, spread {bond.spread:.4f}"
+        scores[f"{bond.kind} in Å"] = f"{mean}; data {bond.reference_mean:.4f}, {bond.reference_spread:.4f}"
     return scores
 
 
