@@ -6,6 +6,7 @@
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
     python benchmarks/molecules.py decided MODEL GEOMETRIES.npz    what becomes of data that are noised up to a time
     python benchmarks/molecules.py spread GEOMETRIES.npz    means and standard deviations of -E and of the dipole, of 600
+    python benchmarks/molecules.py relaxed MODEL --output own.npz    its samples, relaxed: geometries to pretrain on
     python benchmarks/molecules.py tuned --output runs/molecules    train the recipes by Tilt Matching; goes on when run again
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
@@ -30,7 +31,8 @@ import torch
 from tiltflow.chemistry import bonds
 from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.embedding import rdkit
-from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, selected
+from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, save, selected
+from tiltflow.chemistry.relaxation import Relaxed, relaxed
 from tiltflow.chemistry.validity import shares, structures
 from tiltflow.chemistry.workers import Workers
 from tiltflow.chemistry.xtb import Answer, Hamiltonian, Question, single_point
@@ -171,6 +173,20 @@ def find_spread(data: Path, seed: int = 0) -> None:
         print(f"| `{reward.name}` | {values.mean():.4f} | {values.std():.4f} | {values.max():.4f} |")
 
 
+def relax_samples(name: str, count: int, path: Path, seed: int) -> None:
+    """Write geometries of a model's own molecules: samples that are valid, each in its nearest minimum of MMFF94."""
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # relaxing mends what is lost
+        drawn = molecules_of(load(name).sample(count, seed=seed).float())
+    found = [each.molecule for each in Workers().map(relaxed, drawn) if isinstance(each, Relaxed)]
+    kept = [(one, each.smiles) for one, each in zip(found, structures(found), strict=True) if each.connected]
+    numbers = np.zeros((len(kept), max(len(one) for one, _ in kept)), np.int8)
+    positions = np.zeros((*numbers.shape, 3), np.float32)
+    for row, (one, _) in enumerate(kept):
+        numbers[row, : len(one)], positions[row, : len(one)] = one.numbers, one.positions - one.positions.mean(0)
+    save(Geometries(numbers, positions, np.array([smiles for _, smiles in kept])), path)
+    print(f"{len(kept)} of {count} samples in {path}")
+
+
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients, "spread": find_spread}
 
 
@@ -267,6 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("data", type=Path)
     command.add_argument("--count", type=int, default=200, help="molecules at each time")
     command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("relaxed")
+    command.add_argument("model")
+    command.add_argument("--count", type=int, default=3000, help="samples that are drawn")
+    command.add_argument("--output", type=Path, required=True, help=".npz file of geometries")
+    command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("tuned")
     command.add_argument("--output", type=Path, required=True, help="folder of the runs")
     command.add_argument("--recipes", nargs="+", default=list(TUNED), choices=list(TUNED))
@@ -280,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             find_adjoints(given.recipe, given.batches, given.size, given.seed, given.set)
         case "decided":
             find_decided(given.model, given.data, given.count, given.seed)
+        case "relaxed":
+            relax_samples(given.model, given.count, given.output, given.seed)
         case task:
             TASKS[task](given.data, given.seed)
 

@@ -107,12 +107,12 @@ def test_the_loss_of_a_network_that_adds_nothing() -> None:
     assert loss(1.0) - without == pytest.approx(unsure.mean(), abs=0.02)
 
 
-@pytest.mark.parametrize("density", [(1.0, 0.65), (3.0, 0.8)])
-def test_times_have_the_density_that_is_said(density: tuple[float, float]) -> None:
-    t = draw_times(100_000, stream(0, "times"), *density).double()
+@pytest.mark.parametrize(("density", "share"), [((1.0, 0.65), 0.2), ((3.0, 0.8), 0.2), ((3.5, 0.9), 0.0)])
+def test_times_have_the_density_that_is_said(density: tuple[float, float], share: float) -> None:
+    t = draw_times(100_000, stream(0, "times"), *density, share).double()
     for edge in (0.1, 0.5, 0.9):
         normal = torch.distributions.Normal(*density).cdf(torch.tensor(edge / (1 - edge)).log())
-        expected = 0.2 * edge + 0.8 * float(normal)
+        expected = share * edge + (1 - share) * float(normal)
         assert float((t < edge).double().mean()) == pytest.approx(expected, abs=4.5 * 0.5 / 100_000**0.5)
 
 

@@ -47,11 +47,13 @@ class MoleculesPretraining(Pretraining):
     type_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the cross-entropy of the types beside the squared error of the positions."""
     logit_mean: float = 1.0
-    """Mean of the normal variable whose sigmoid four fifths of the times are that are trained (arXiv 2403.03206, section 3.1);
-    the others are uniform. By default most are where a molecule is decided, at t = 0.55 to 0.85; 3 goes on with a model near
-    t = 1, where lengths of bonds find their last hundredths of an ångström."""
+    """Mean of the normal variable whose sigmoid the times of the training are (arXiv 2403.03206, section 3.1). By default most
+    are where a molecule is decided, at t = 0.55 to 0.85; at 3.5 a model goes on near t = 1, where bonds find their
+    lengths."""
     logit_std: Annotated[float, Field(gt=0)] = 0.65
     """Its standard deviation."""
+    uniform_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the times that are uniform in place of that."""
     sampling: Sampling = Sampling()
     """Solver and grid of the saved model where nothing else is asked for."""
     num_samples: Annotated[int, Field(ge=0)] = 1000
@@ -184,7 +186,7 @@ class MoleculesTask:
 
         def loss() -> Tensor:
             index = data.draw(recipe.training.train_batch_size, generator)
-            t = draw_times(len(index), generator, recipe.logit_mean, recipe.logit_std)
+            t = draw_times(len(index), generator, recipe.logit_mean, recipe.logit_std, recipe.uniform_share)
             index = index[sizes[index].argsort(stable=True)]
             losses = (loss_of(*part) * len(part[0]) for part in zip(index.chunk(PARTS), t.chunk(PARTS), strict=True))
             return torch.stack([*losses]).sum() / len(index)
@@ -210,14 +212,13 @@ class MoleculesTask:
         return [] if begun is None else [f"Training began with the weights of `{Path(begun).name}`."]
 
 
-def draw_times(count: int, generator: torch.Generator, logit_mean: float = 1.0, logit_std: float = 0.65) -> Tensor:
-    """Times [count]: a fifth of them uniform, the others the sigmoid of N(logit_mean, logit_std^2)."""
+def draw_times(
+    count: int, generator: torch.Generator, logit_mean: float = 1.0, logit_std: float = 0.65, uniform_share: float = 0.2
+) -> Tensor:
+    """Times [count]: a share of them, the first ones, uniform; the others the sigmoid of N(logit_mean, logit_std^2)."""
     uniform, normal = (draw(count, generator=generator, device=generator.device) for draw in (torch.rand, torch.randn))
-    return interior(
-        torch.where(
-            torch.arange(count, device=generator.device) % 5 == 0, uniform, torch.sigmoid(logit_std * normal + logit_mean)
-        )
-    )
+    first = torch.arange(count, device=generator.device) < round(uniform_share * count)
+    return interior(torch.where(first, uniform, torch.sigmoid(logit_std * normal + logit_mean)))
 
 
 def molecules_loss(
