@@ -6,7 +6,7 @@
     python benchmarks/molecules.py adjoints qm9-isomers    adjoints and losses of the base, by grid and damping
     python benchmarks/molecules.py decided MODEL GEOMETRIES.npz    what becomes of data that are noised up to a time
     python benchmarks/molecules.py spread GEOMETRIES.npz    means and standard deviations of -E and of the dipole, of 600
-    python benchmarks/molecules.py relaxed MODEL --output own.npz    its samples, relaxed: geometries to pretrain on
+    python benchmarks/molecules.py relaxed MODEL GEOMETRIES.npz --output own.npz    what to finish a model on: relaxed samples
     python benchmarks/molecules.py tuned --output runs/molecules    train the recipes by Tilt Matching; goes on when run again
 
 SMILES.csv is a file of SMILES, such as those of QM9, of which some are drawn at random: 1,000 for energies, of others 500 of at
@@ -173,18 +173,26 @@ def find_spread(data: Path, seed: int = 0) -> None:
         print(f"| `{reward.name}` | {values.mean():.4f} | {values.std():.4f} | {values.max():.4f} |")
 
 
-def relax_samples(name: str, count: int, path: Path, seed: int) -> None:
-    """Write geometries of a model's own molecules: samples that are valid, each in its nearest minimum of MMFF94."""
+def relax_samples(name: str, data: Path, count: int, path: Path, seed: int) -> None:
+    """Write geometries to finish a model on: its own molecules, which are samples that are valid, each in its nearest minimum
+    of MMFF94, and twice as many of the data. Those with double or triple bonds between C and C or N are in it twice, and of its
+    own three times."""
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # relaxing mends what is lost
         drawn = molecules_of(load(name).sample(count, seed=seed).float())
     found = [each.molecule for each in Workers().map(relaxed, drawn) if isinstance(each, Relaxed)]
-    kept = [(one, each.smiles) for one, each in zip(found, structures(found), strict=True) if each.connected]
+    own = [(one, each.smiles) for one, each in zip(found, structures(found), strict=True) if each.connected]
+    made = load_geometries(data)
+    molecules, some = made.molecules(), np.random.default_rng(seed).permutation(len(made))[: 2 * len(own)]
+    kept = own + [(molecules[i], str(made.smiles[i])) for i in some]
+    pattern = rdkit().MolFromSmarts("[$([#6]=[#6,#7]),$([#6]#[#6,#7])]")
+    for part in (kept, own):
+        kept = kept + [each for each in part if rdkit().MolFromSmiles(each[1]).HasSubstructMatch(pattern)]
     numbers = np.zeros((len(kept), max(len(one) for one, _ in kept)), np.int8)
     positions = np.zeros((*numbers.shape, 3), np.float32)
     for row, (one, _) in enumerate(kept):
         numbers[row, : len(one)], positions[row, : len(one)] = one.numbers, one.positions - one.positions.mean(0)
     save(Geometries(numbers, positions, np.array([smiles for _, smiles in kept])), path)
-    print(f"{len(kept)} of {count} samples in {path}")
+    print(f"{len(kept):,} geometries in {path}")
 
 
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients, "spread": find_spread}
@@ -285,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("relaxed")
     command.add_argument("model")
+    command.add_argument("data", type=Path)
     command.add_argument("--count", type=int, default=3000, help="samples that are drawn")
     command.add_argument("--output", type=Path, required=True, help=".npz file of geometries")
     command.add_argument("--seed", type=int, default=0)
@@ -302,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "decided":
             find_decided(given.model, given.data, given.count, given.seed)
         case "relaxed":
-            relax_samples(given.model, given.count, given.output, given.seed)
+            relax_samples(given.model, given.data, given.count, given.output, given.seed)
         case task:
             TASKS[task](given.data, given.seed)
 

@@ -116,6 +116,35 @@ def test_times_have_the_density_that_is_said(density: tuple[float, float], share
         assert float((t < edge).double().mean()) == pytest.approx(expected, abs=4.5 * 0.5 / 100_000**0.5)
 
 
+def test_rows_that_are_kept_have_the_predictions_of_another_network_as_targets() -> None:
+    settings = Equivariant(classes=("3 atoms", "5 atoms"), scale=0.7, **SMALL)
+    found = of_classes(geometries(*SOME), settings, Path("some.npz"))
+    network, other = (new_network(settings, seed) for seed in (0, 1))
+    assert isinstance(network, EquivariantModule)
+    assert isinstance(other, EquivariantModule)
+    for seed, each in enumerate((network, other)):  # fresh ones add nothing
+        for weight in each.parameters():
+            weight.data += 0.1 * torch.randn(weight.shape, generator=stream(seed, "weights"))
+    index = torch.arange(len(found.samples)).repeat(4)
+    x1, labels, t = found.samples[index], found.labels[index], torch.linspace(0.05, 0.95, len(index))
+    everywhere, nowhere = torch.ones(len(t), dtype=torch.bool), torch.zeros(len(t), dtype=torch.bool)
+
+    def loss(network: EquivariantModule, data: torch.Tensor, kept: Any) -> torch.Tensor:
+        return molecules_loss(network, data, labels, t, stream(0, "loss"), 1.0, kept)
+
+    def steepest(network: EquivariantModule, kept: Any) -> float:
+        gradients = torch.autograd.grad(loss(network, x1, kept), [*network.parameters()], allow_unused=True)
+        return max(float(each.abs().max()) for each in gradients if each is not None)
+
+    assert loss(network, x1, (other, nowhere)) == loss(network, x1, None)
+    assert steepest(other, (other, everywhere)) < 1e-5  # least at its own predictions, of positions and of types
+    assert steepest(network, (other, everywhere)) > 1e-2
+    assert steepest(other, None) > 1e-2
+    early = t < 0.5
+    halves = loss(network, x1, (other, early)) + loss(network, x1, (other, ~early))
+    assert torch.allclose(halves, loss(network, x1, None) + loss(network, x1, (other, everywhere)), rtol=1e-5)
+
+
 def recipe(**changes: Any) -> Any:
     tree = {
         "task": "molecules",
@@ -161,6 +190,24 @@ def test_the_recipe_says_which_times_are_trained(tmp_path: Path, monkeypatch: py
         shares.append(float((torch.cat(seen) > 0.9).double().mean()))
     assert shares[0] < 0.15
     assert 0.8 <= shares[1] <= 0.86  # all that are not uniform, and a few of a fifth that are
+
+
+def test_a_recipe_keeps_a_model_before_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(geometries(*SOME), tmp_path / "some.npz")
+    first = trained(tmp_path, "first", steps=5)
+    seen: list[bool] = []
+
+    def loss(network: Any, x1: Any, labels: Any, t: torch.Tensor, generator: Any, weight: Any, kept: Any) -> torch.Tensor:
+        assert torch.equal(kept[1], t < 0.7)
+        assert all(torch.equal(weight, first[key]) for key, weight in kept[0].state_dict().items())  # at each step
+        seen.append(bool(kept[1].any()))
+        return molecules_loss(network, x1, labels, t, generator, weight, kept)
+
+    monkeypatch.setattr(molecules, "molecules_loss", loss)
+    trained(tmp_path, "second", steps=5, init_from=str(tmp_path / "first"), keep_before=0.7, uniform_share=1.0)
+    assert any(seen)
+    with pytest.raises(InputError, match="keep_before: needs a model to keep, in init_from"):
+        recipe(keep_before=0.7)
 
 
 def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:

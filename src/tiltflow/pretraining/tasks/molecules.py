@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, TYPE, Molecule, molecules_of, samples_of
@@ -54,10 +55,18 @@ class MoleculesPretraining(Pretraining):
     """Its standard deviation."""
     uniform_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the times that are uniform in place of that."""
+    keep_before: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Time before which the model of `init_from` is to stay as it is: its predictions are the targets there, not the data."""
     sampling: Sampling = Sampling()
     """Solver and grid of the saved model where nothing else is asked for."""
     num_samples: Annotated[int, Field(ge=0)] = 1000
     """Samples that the scores on the card are of; 0 for none, which needs no RDKit."""
+
+    @model_validator(mode="after")
+    def _there_is_something_to_keep(self) -> Self:
+        if self.keep_before is not None and self.init_from is None:
+            raise ValueError("keep_before: needs a model to keep, in init_from")
+        return self
 
     def prepare(self, path: Path, device: str) -> MoleculesTask:
         formulas = {text for text in self.network.classes if asked_of(text).elements is not None}
@@ -68,7 +77,8 @@ class MoleculesPretraining(Pretraining):
         assert isinstance(network, EquivariantModule)
         if self.init_from is not None:
             network.load_state_dict(network.state_dict() | weights_of(self.init_from, self.network))
-        return MoleculesTask(self, network.to(device), data.to(device))
+        kept = None if self.keep_before is None else deepcopy(network).to(device)
+        return MoleculesTask(self, network.to(device), data.to(device), kept)
 
 
 RECIPE = MoleculesPretraining
@@ -166,6 +176,8 @@ class MoleculesTask:
     recipe: MoleculesPretraining
     network: EquivariantModule
     train: Data
+    kept: EquivariantModule | None
+    """The network of before, if a part of it is to stay."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -193,7 +205,8 @@ class MoleculesTask:
 
         def loss_of(index: Tensor, t: Tensor) -> Tensor:
             x1 = data.samples[index, : sizes[index].max()]
-            return molecules_loss(self.network, x1, data.labels[index], t, generator, recipe.type_weight)
+            kept = None if self.kept is None else (self.kept, t < (recipe.keep_before or 0))
+            return molecules_loss(self.network, x1, data.labels[index], t, generator, recipe.type_weight, kept)
 
         yield Stage("training", (self.network,), recipe.training, loss)
 
@@ -222,7 +235,13 @@ def draw_times(
 
 
 def molecules_loss(
-    network: EquivariantModule, x1: Tensor, labels: Tensor, t: Tensor, generator: torch.Generator, type_weight: float
+    network: EquivariantModule,
+    x1: Tensor,
+    labels: Tensor,
+    t: Tensor,
+    generator: torch.Generator,
+    type_weight: float,
+    kept: tuple[EquivariantModule, Tensor] | None = None,
 ) -> Tensor:
     """Squared error of the positions, in units of what the network has to add to x_t, and cross-entropy of the types. Both are
     least at the posterior means: of positions, and of one-hot types.
@@ -233,13 +252,22 @@ def molecules_loss(
     Args:
         x1: data [batch, atoms, 3 + types].
         labels, t: of each [batch].
+        kept: a network, and rows [batch] whose targets are its predictions in place of the data.
     """
     x0 = network.project(torch.randn(x1.shape, generator=generator, device=x1.device), labels)
     s = t[:, None, None]
-    positions, logits = network.predict(s * x1 + (1 - s) * x0, t, labels)
+    x = s * x1 + (1 - s) * x0
+    targets, types = x1[..., :DIM], x1[..., DIM:] / TYPE
+    if kept is not None and kept[1].any():
+        other, rows = kept
+        with torch.no_grad():
+            means, others = other.predict(x[rows], t[rows], labels[rows])
+        targets, types = targets.clone(), types.clone()
+        targets[rows], types[rows] = means, others.softmax(-1) * other.of(labels[rows], x)
+    positions, logits = network.predict(x, t, labels)
     atoms = network.present[labels].sum((1, 2))
-    error = ((positions - x1[..., :DIM]) / coefficients(s, network.scale)[2]).square().sum((1, 2)) / (DIM * atoms)
-    unsure = -(logits.float().log_softmax(-1) * x1[..., DIM:]).sum((1, 2)) / (TYPE * atoms) * (1 - network.known[labels])
+    error = ((positions - targets) / coefficients(s, network.scale)[2]).square().sum((1, 2)) / (DIM * atoms)
+    unsure = -(logits.float().log_softmax(-1) * types).sum((1, 2)) / atoms * (1 - network.known[labels])
     return (error + type_weight * unsure).mean()
 
 
