@@ -6,9 +6,16 @@ import json
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from tiltflow.chemistry.atoms import molecules_of
+from tiltflow.chemistry.geometries import load_geometries, made_of, save
+from tiltflow.chemistry.relaxation import relaxed
+from tiltflow.chemistry.workers import Workers
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "molecules.py"))
 
@@ -54,3 +61,33 @@ def test_a_run_of_an_energy_shows_its_own_reward_relaxed() -> None:
     assert (found["relaxed_tuned"], found["relaxed_tuned_error"]) == (70.0, 0.3)
     assert found["gain"] == pytest.approx(1 / 4)
     assert found["gain_error"] == pytest.approx(0.2 * math.sqrt(2) / 4)
+
+
+def test_geometries_to_finish_a_model_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that are valid, relaxed, with twice as many of the data, and double bonds again."""
+    pytest.importorskip("rdkit")
+    made = made_of(["C=C", "CC", "CCO", "C#C", "CN"], Workers())
+    samples = made.samples()[:3].clone()
+    samples[:, :, :3] *= 1.02  # strained
+    samples[2, 1:, :3] += 5.0 * torch.arange(1, samples.shape[1])[:, None]  # no molecule
+    save(made, tmp_path / "data.npz")
+
+    def load(name: str) -> Any:
+        assert name == "some-model"
+        return SimpleNamespace(sample=lambda count, seed: samples[:count])
+
+    monkeypatch.setitem(SCRIPT["relax_samples"].__globals__, "load", load)
+    place = tmp_path / "own.npz"
+    SCRIPT["main"](["relaxed", "some-model", str(tmp_path / "data.npz"), "--count", "3", "--output", str(place)])
+    found = load_geometries(place)
+    own, rest = found.smiles[:2].tolist(), found.smiles[2:].tolist()
+    assert own == ["C=C", "CC"]
+    of_data, again = rest[:4], rest[4:]
+    assert len(set(of_data)) == 4
+    assert set(of_data) <= {"C=C", "CC", "CCO", "C#C", "CN"}
+    assert again == ["C=C", *(each for each in of_data if each in ("C=C", "C#C")), "C=C"]
+    for molecule in found.molecules()[:2]:
+        once_more = relaxed(molecule)
+        assert once_more is not None
+        assert once_more.drop < 0.01
+    assert relaxed(molecules_of(samples)[0]).drop > 0.1  # type: ignore[union-attr]
