@@ -192,6 +192,26 @@ def test_the_recipe_says_which_times_are_trained(tmp_path: Path, monkeypatch: py
     assert 0.8 <= shares[1] <= 0.86  # all that are not uniform, and a few of a fifth that are
 
 
+def test_molecules_of_all_sizes_have_uniform_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(geometries(*SOME), tmp_path / "some.npz")
+    early: dict[int, list[bool]] = {3: [], 5: []}
+
+    def loss(network: Any, x1: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, *others: Any) -> torch.Tensor:
+        for count, each in zip(present(x1).sum(1).tolist(), t.tolist(), strict=True):
+            early[count].append(each < 0.5)
+        return t.mean()
+
+    monkeypatch.setattr(molecules, "molecules_loss", loss)
+    network = {"name": "equivariant", "classes": ["3 atoms", "5 atoms"], **SMALL}
+    changes = {"network": network, "logit_mean": 6.0, "logit_std": 0.1, "uniform_share": 0.5}
+    task = recipe(training={"train_batch_size": 40}, **changes).prepare(tmp_path / "some.npz", "cpu")
+    (stage,) = task.stages()
+    for _ in range(100):
+        stage.loss()
+    for found in early.values():  # half of a half: 4.5 standard errors
+        assert np.mean(found) == pytest.approx(0.25, abs=4.5 * (0.25 * 0.75 / len(found)) ** 0.5)
+
+
 def test_a_recipe_keeps_a_model_before_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(geometries(*SOME), tmp_path / "some.npz")
     first = trained(tmp_path, "first", steps=5)

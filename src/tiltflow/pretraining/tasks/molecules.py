@@ -199,7 +199,8 @@ class MoleculesTask:
         def loss() -> Tensor:
             index = data.draw(recipe.training.train_batch_size, generator)
             t = draw_times(len(index), generator, recipe.logit_mean, recipe.logit_std, recipe.uniform_share)
-            index = index[sizes[index].argsort(stable=True)]
+            order = sizes[index].argsort(stable=True)
+            index, t = index[order], t[order]  # together: which times are uniform has nothing to do with the size
             losses = (loss_of(*part) * len(part[0]) for part in zip(index.chunk(PARTS), t.chunk(PARTS), strict=True))
             return torch.stack([*losses]).sum() / len(index)
 
