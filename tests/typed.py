@@ -8,6 +8,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -97,6 +98,7 @@ class Beside(ForkProcess):
             self.start()
 
     def run(self) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
         with open(self.output, "ab") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
