@@ -31,7 +31,7 @@ import torch
 from tiltflow.chemistry import bonds
 from tiltflow.chemistry.atoms import ELEMENTS, NUMBERS, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.embedding import rdkit
-from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, read_smiles, save, selected
+from tiltflow.chemistry.geometries import Geometries, load_geometries, made_of, padded, read_smiles, save, selected
 from tiltflow.chemistry.relaxation import Relaxed, relaxed
 from tiltflow.chemistry.validity import shares, structures
 from tiltflow.chemistry.workers import Workers
@@ -180,18 +180,14 @@ def relax_samples(name: str, data: Path, count: int, path: Path, seed: int) -> N
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # relaxing mends what is lost
         drawn = molecules_of(load(name).sample(count, seed=seed).float())
     found = [each.molecule for each in Workers().map(relaxed, drawn) if isinstance(each, Relaxed)]
-    own = [(one, each.smiles) for one, each in zip(found, structures(found), strict=True) if each.connected]
+    own = [(each.smiles, one) for one, each in zip(found, structures(found), strict=True) if each.connected]
     made = load_geometries(data)
     molecules, some = made.molecules(), np.random.default_rng(seed).permutation(len(made))[: 2 * len(own)]
-    kept = own + [(molecules[i], str(made.smiles[i])) for i in some]
+    kept = own + [(str(made.smiles[i]), molecules[i]) for i in some]
     pattern = rdkit().MolFromSmarts("[$([#6]=[#6,#7]),$([#6]#[#6,#7])]")
     for part in (kept, own):
-        kept = kept + [each for each in part if rdkit().MolFromSmiles(each[1]).HasSubstructMatch(pattern)]
-    numbers = np.zeros((len(kept), max(len(one) for one, _ in kept)), np.int8)
-    positions = np.zeros((*numbers.shape, 3), np.float32)
-    for row, (one, _) in enumerate(kept):
-        numbers[row, : len(one)], positions[row, : len(one)] = one.numbers, one.positions - one.positions.mean(0)
-    save(Geometries(numbers, positions, np.array([smiles for _, smiles in kept])), path)
+        kept = kept + [each for each in part if rdkit().MolFromSmiles(each[0]).HasSubstructMatch(pattern)]
+    save(padded([(smiles, one.numbers, one.positions - one.positions.mean(0)) for smiles, one in kept]), path)
     print(f"{len(kept):,} geometries in {path}")
 
 

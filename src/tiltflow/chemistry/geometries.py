@@ -142,12 +142,19 @@ def made_of(
             left_out[answer] += 1
         else:
             kept += [(each, answer[0], positions) for positions in answer[1]]
+    return padded(kept, dict(left_out))
+
+
+def padded(
+    kept: Sequence[tuple[str, NDArray[np.integer], NDArray[np.floating]]], left_out: dict[str, int] | None = None
+) -> Geometries:
+    """Geometries of molecules that are given as (SMILES, atomic numbers [atoms], centred positions in Å [atoms, 3])."""
     atoms = max((len(numbers) for _, numbers, _ in kept), default=0)
     numbers = np.zeros((len(kept), atoms), np.int8)
     positions = np.zeros((len(kept), atoms, 3), np.float32)
     for i, (_, own, places) in enumerate(kept):
         numbers[i, : len(own)], positions[i, : len(own)] = own, places
-    return Geometries(numbers, positions, np.array([each for each, _, _ in kept], dtype=np.str_), dict(left_out))
+    return Geometries(numbers, positions, np.array([each for each, _, _ in kept], dtype=np.str_), left_out or {})
 
 
 def selected(
