@@ -41,6 +41,7 @@ SHOWN = {
     "lqg": "Gaussian",
     "mixture-16": "three modes",
     "mixture-64": "three modes",
+    "linear-quadratic": "policy",
     "digits-even": "digits",
     "digits-png": "digits, a black box",
 }
@@ -119,6 +120,11 @@ def block(name: str, lines: Sequence[Line]) -> str:
     return "\n\n".join([f"```sh\n{some[0]['command']}\n```", *tables])
 
 
+def size(line: Line) -> str:
+    """The numbers of a sample, and the seeds, in words."""
+    return f"{line['dimension']} dimension{'s' * (line['dimension'] != 1)}, {line['seeds']} seeds"
+
+
 def table(line: Line) -> Iterator[str]:
     """The table of a problem or recipe, the nearest method first."""
     known, said = line["references"], []
@@ -131,7 +137,7 @@ def table(line: Line) -> Iterator[str]:
     others = line.get("held_out_base", {})
     said += [f"{name} {decimal(each['mean'])} of the base" for name, each in others.items()]
     box = ", a black box" * is_black_box(line)
-    yield f"**{line['subject']}**{box}, {line['dimension']} dimensions, {line['seeds']} seeds: {'; '.join(said)}."
+    yield f"**{line['subject']}**{box}, {size(line)}: {'; '.join(said)}."
     yield ""
     own = ["path KL"] if any(mean_of_paths(method)["mean"] is not None for method in line["methods"]) else []
     rows = ([*row(method), *more(method, [*own, *others])] for method in sorted(line["methods"], key=order))
@@ -182,7 +188,7 @@ def row(method: Line) -> list[str]:
 
 def steered(line: Line) -> Iterator[str]:
     """The table of what needs no training, the nearest first."""
-    yield f"**{line['subject']}**, {line['dimension']} dimensions, {line['seeds']} seeds; costs are those of a sample."
+    yield f"**{line['subject']}**, {size(line)}; costs are those of a sample."
     yield ""
     rows = (
         [

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -32,18 +33,22 @@ from tiltflow.flows.flow import Flow
 from tiltflow.formatting import decimal
 from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
 from tiltflow.laws.lqg import chain_optimum
+from tiltflow.methods.fbrac import Fbrac
+from tiltflow.methods.fql import Fql
 from tiltflow.networks.quadratic import chebyshev
 from tiltflow.problems.gaussian import Gaussian
+from tiltflow.problems.linear_quadratic import Feedback, LinearQuadratic
+from tiltflow.problems.verification.verify import Verification
 from tiltflow.reports.comparison import write_comparison_report
 from tiltflow.rewards.functions.counting import count_rewards
 from tiltflow.runs.advice.scoreboard import lines_of, of_methods
 from tiltflow.runs.comparison.budget import KINDS, Budget, Cost, Meter
 from tiltflow.runs.comparison.compare import ROWS, compare, continues, read_known, trainings, units
-from tiltflow.runs.comparison.on_problem import OnProblem
+from tiltflow.runs.comparison.on_problem import OnProblem, problem_of
 from tiltflow.runs.comparison.on_recipe import OnRecipe
 from tiltflow.runs.comparison.plan import FACTORS, MOST_SEEDS, SHARE_OF_TUNING, Plan
 from tiltflow.runs.comparison.results import best_factor, results
-from tiltflow.runs.comparison.subject import Chosen
+from tiltflow.runs.comparison.subject import Chosen, sampled_by
 from tiltflow.runs.comparison.training import Job, work
 from tiltflow.runs.recipe import Recipe
 
@@ -223,6 +228,39 @@ def test_the_best_control_of_a_chain_is_at_its_floor(cost: float) -> None:
     assert found["achieved_tilt"] is None
     mean, variance = problem.tilted(0.4)
     assert ((best.mean - mean) ** 2 + (best.variance**0.5 - variance**0.5) ** 2) ** 0.5 > 2 * found["floor"]
+
+
+def test_a_method_that_makes_a_sampler_of_one_step_is_sampled_in_one() -> None:
+    assert sampled_by(Fql())["num_inference_steps"] == 1
+    assert sampled_by(Fbrac()) == {"solver": "euler", "eta": 1.0}
+
+
+def test_a_problem_without_a_law_is_refused() -> None:
+    with pytest.raises(InputError, match="problem 'own' has no law of its own that all methods can be measured by"):
+        problem_of(Verification.model_construct(problem=cast(Any, SimpleNamespace(name="own"))))
+
+
+def test_the_exact_policy_is_at_the_floor_of_each_observation() -> None:
+    """Behaviour exp(Q / beta) of a regulator is Gaussian, with a mean that is linear in the state: another feedback."""
+    subject = OnProblem("linear-quadratic", beta=0.5, num_samples=6001)
+    trial = subject.trial(Chosen("deterministic-adjoint-matching"), "cpu")
+    before = trial.measure(None, whole=True)
+    problem = cast(LinearQuadratic, trial.problem)
+    trial.problem = problem.model_copy(update={"sampling": problem.sampling.model_copy(update={"solver": "heun"})})
+    precision = 1 / problem.scale**2 + problem.reward().curvature / 0.5
+    gain = (problem.feedback / problem.scale**2 - problem.reward().slope / 0.5) / precision
+    trial.tuned = Flow(Feedback(gain, precision**-0.5))
+    found = trial.measure(None, whole=True)
+    assert found["distance"] < 1.5 * found["floor"] < before["distance"] / 5
+    assert before["distance"] == pytest.approx(before["distance_base"], rel=0.05)
+    assert abs(found["achieved_tilt"] - 1) < 3 * found["achieved_tilt_error"] + 0.02
+    assert before["achieved_tilt"] == pytest.approx(0, abs=1e-6)
+    mean, variance = -gain * torch.tensor(problem.observations), 1 / precision
+    value, states = problem.reward(), torch.tensor(problem.observations)
+    exact = (value.slope * states * mean - value.curvature / 2 * (mean**2 + variance)).mean()
+    assert abs(found["reward"] - exact) < 4 * found["reward_error"] + 0.01
+    trial.tuned = Flow(Feedback(-gain, precision**-0.5))  # the policies of other states: as a whole, their actions are as many
+    assert trial.measure(None, whole=False)["distance"] > before["distance"]
 
 
 def test_every_method_with_a_temperature_works_at_that_of_the_comparison() -> None:
@@ -594,7 +632,10 @@ def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path, monkeypatch: p
     [
         (["--methods", "draf"], "there is no method 'draf', did you mean 'draft'?"),
         (["--problems", "gausian"], "there is no problem 'gausian', did you mean 'gaussian'?"),
-        (["--problems", "bandit"], "problem 'bandit' has no law of its own that all methods can be measured by"),
+        (
+            ["--problems", "utility"],
+            "problem 'utility' is not of p_base(x) exp(r(x) / beta), and has no reward to compare methods",
+        ),
         (["--problems", "lqg", "--methods", "tilt-matching"], "its law is that of one chain (solver euler-maruyama, num_inf"),
         (["--problems", "lqg", "--set", "lqg.state_cost=1"], "method 'draft' rewards the ends of paths alone; use adjoint"),
         (["--problems", "utility"], "problem 'utility' is not of p_base(x) exp(r(x) / beta)"),

@@ -216,6 +216,12 @@ class Comparable(Problem[Any], Protocol):
         """The grid on which the tuned flow is sampled, by the solver of the method."""
         ...
 
+    @property
+    def groups(self) -> int:
+        """How many laws there are, each of a group of samples: one, or one for each observation of a policy. All samples,
+        those of `draw` and the exact ones, are of the groups in turn."""
+        ...
+
     def base_sampler(self) -> Exact:
         """Exact samples of the base."""
         ...

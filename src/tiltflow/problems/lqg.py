@@ -90,6 +90,7 @@ class Lqg(exact.Lqg):
     """Number of trajectories for the estimates of the gradient."""
 
     usual_method: ClassVar[str] = "score-as-action"
+    groups: ClassVar[int] = 1
     letters: ClassVar[Mapping[str, Sequence[str]]] = {
         "lambda": ["method.beta"],
         **{key: ["problem.num_inference_steps", "method.num_inference_steps"] for key in ("N", "num_inference_steps")},

@@ -19,7 +19,8 @@ from tiltflow.evaluation.estimates import mean_estimate
 from tiltflow.flows.field import Which
 from tiltflow.flows.flow import Flow
 from tiltflow.laws.gaussian_mixture import GaussianMixture, QuadraticReward
-from tiltflow.problems import Check, Defaults, Findings, Table, Trained, to_law
+from tiltflow.laws.target import TILTED
+from tiltflow.problems import Check, Defaults, Exact, Findings, Table, Trained, to_law
 from tiltflow.problems.verification.exact_base import ExactBase
 from tiltflow.problems.verification.quadratic_tilt import best_of_chain, temperature
 from tiltflow.samplers.rollout import sample
@@ -50,6 +51,7 @@ class AtObservations(Settings):
     numbers: ClassVar[Sequence[str]] = ()
     """Names of what `further` measures."""
     usual_method: ClassVar[str] = "adjoint-matching"
+    law_in_words: ClassVar[str] = TILTED
     letters: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @classmethod
@@ -89,6 +91,22 @@ class AtObservations(Settings):
         seen = torch.tensor(self.observations)[torch.arange(count) % len(self.observations), None]
         x = torch.randn(count, 1, generator=generator)
         return Drawn(x, lambda flow: flow.bind(seen), reward=replace(self.reward(), seen=seen))
+
+    @property
+    def groups(self) -> int:
+        """See `tiltflow.problems.Comparable`: one for each observation."""
+        return len(self.observations)
+
+    def base_sampler(self) -> Exact:
+        """See `tiltflow.problems.Comparable`."""
+        return in_turn([self.behaviour(s).sample for s in self.observations])
+
+    def tilted_sampler(self, beta: float) -> Exact:
+        """See `tiltflow.problems.Comparable`: behaviour exp(Q / beta)."""
+        return in_turn([self.behaviour(s).tilt(self.value(s), beta).sample for s in self.observations])
+
+    def admit(self, method: Method) -> None:
+        """Any method."""
 
     def exact_law(self, method: Method, iterations: int) -> tuple[GaussianMixture, ...]:
         """behaviour exp(Q / beta) at each observation. Raises InputError where the method aims at another law."""
@@ -146,6 +164,16 @@ class AtObservations(Settings):
             "value_exact": law.expectation(self.value(s)),
             **self.further(law, actions),
         }
+
+
+def in_turn(samplers: Sequence[Exact]) -> Exact:
+    """Exact samples of several laws, one of each in turn."""
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        each = -(-count // len(samplers))
+        return torch.stack([sampler(each, generator) for sampler in samplers], 1).flatten(0, 1)[:count]
+
+    return draw
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class ExactBase(Settings):
 
     usual_method: ClassVar[str] = "adjoint-matching"
     law_in_words: ClassVar[str] = TILTED
+    groups: ClassVar[int] = 1
     letters: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @abstractmethod

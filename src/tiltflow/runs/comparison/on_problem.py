@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from tiltflow.problems import Comparable
 from tiltflow.problems.verification.exact_base import MOST
 from tiltflow.problems.verification.verify import Verification, loop, read_verification
 from tiltflow.reports.points import are_points, draw, frame
+from tiltflow.rewards import Reward
 from tiltflow.runs.comparison.subject import Chosen, OnBatchEnd, at_temperature, sampled_by
 from tiltflow.samplers.rollout import sample
 from tiltflow.streams import stream
+from tiltflow.training.batch import Drawn
 from tiltflow.training.optimizer import fill_optimizer
 from tiltflow.training.trainer import Record
 
@@ -108,52 +111,73 @@ class ProblemTrial:
 
     @torch.no_grad()
     def measure(self, keep: Path | None, *, whole: bool) -> dict[str, Any]:
-        """See `Trial`. Distances are sliced W2 to fresh exact samples; diversity is the Vendi score.
+        """See `Trial`. Distances are sliced W2 to fresh exact samples; diversity is the Vendi score; of several groups both
+        are means over these.
 
         Raises NonFiniteError if samples are not finite.
         """
-        problem, seed, count = self.problem, self.settings.seed, self.subject.num_samples
-        generator, reward = stream(seed, "evaluation"), problem.reward()
-        exact = problem.tilted_sampler(self.subject.beta)
-        sampling = problem.sampling.model_copy(update=sampled_by(self.method, problem.sampling))
-        noise = problem.draw(count, generator)
-        assert isinstance(noise, Tensor)  # no problem that is compared has conditions
-        x = sample(self.tuned, noise, sampling, generator, start=self.start).double()
+        problem, seed, groups = self.problem, self.settings.seed, self.problem.groups
+        count = self.subject.num_samples // groups * groups
+        generator, exact = stream(seed, "evaluation"), problem.tilted_sampler(self.subject.beta)
+        sampling = problem.sampling.model_copy(update=sampled_by(self.method))
+        drawn = problem.draw(count, generator)
+        drawn = drawn if isinstance(drawn, Drawn) else Drawn(drawn)
+        reward = drawn.reward or problem.reward()
+        x = sample(drawn.bind(self.tuned), drawn.x, sampling, generator, start=self.start).double()
         if not x.isfinite().all():
             raise NonFiniteError("samples of the tuned model are not finite")
         x_base = problem.base_sampler()(count, stream(seed, "base"))
         x_target = exact(count, stream(seed, "target"))
-        to_target, of_base = distances_to_law(
-            [x, x_base], exact, stream(seed, "exact"), directions=stream(seed, "directions"), draws=DRAWS
-        )
         found: dict[str, Any] = {
             **mean_estimate(reward(x)).named("reward"),
             "reward_base": reward(x_base).mean().item(),
             "reward_target": reward(x_target).mean().item(),
-            "distance": to_target.distance,
-            "floor": to_target.floor,
-            "distance_base": of_base.distance,
+            **self._distances(x, x_base),
         }
-        scale = squared_distance(x_base, count)
+        size = count // groups
+        scales = [squared_distance(x_base[group::groups], size) for group in range(groups)]
         for name, each in (("", x), ("_base", x_base), ("_target", x_target)):
-            found[f"diversity{name}"] = diversity(each, Asked.of_samples(count), scale)["vendi"]
+            of_groups = (diversity(each[i::groups], Asked.of_samples(size), scale) for i, scale in enumerate(scales))
+            found[f"diversity{name}"] = statistics.mean(of_group["vendi"] for of_group in of_groups)
         if whole:
-            found |= self._tilt(x)
-        if keep is not None and are_points(x):
+            found |= self._tilt(x, drawn, reward)
+        if keep is not None and groups == 1 and are_points(x):
             self._draw(keep / PICTURES / self.subject.name, x, x_base, x_target)
         return found
 
-    def _tilt(self, x: Tensor) -> dict[str, Any]:
+    def _distances(self, x: Tensor, x_base: Tensor) -> dict[str, float]:
+        """Distances to the target, means over groups."""
+        groups, exact = self.problem.groups, self.problem.tilted_sampler(self.subject.beta)
+        of_exact, directions = (stream(self.settings.seed, name) for name in ("exact", "directions"))
+        found = [
+            distances_to_law(
+                [each[group::groups] for each in (x, x_base)],
+                lambda n, generator, group=group: exact(n * groups, generator)[group::groups],  # type: ignore[misc]
+                of_exact,
+                directions=directions,
+                draws=DRAWS,
+            )
+            for group in range(groups)
+        ]
+        return {
+            "distance": statistics.mean(of_x.distance for of_x, _ in found),
+            "floor": statistics.mean(of_x.floor for of_x, _ in found),
+            "distance_base": statistics.mean(of_base.distance for _, of_base in found),
+        }
+
+    def _tilt(self, x: Tensor, drawn: Drawn, reward: Reward) -> dict[str, Any]:
         """The achieved tilt, and the KL to the target by it; unknown where the law is not the base tilted by the reward."""
         if self.subject.law != TILTED:
             return dict.fromkeys(achieved_tilt.KEYS)
-        some, times = x[:MOST].float(), self.problem.sampling.times(self.base.noise_time)
+        groups, times = self.problem.groups, self.problem.sampling.times(self.base.noise_time)
+        some = torch.arange(min(MOST, len(x)) // groups * groups).reshape(-1, groups).T.flatten()  # one group after the other
         found = achieved_tilt.measure(
-            self.tuned,
-            self.base,
-            some,
-            self.problem.reward()(some).double() / self.subject.beta,
+            drawn.bind(self.tuned).select(some),
+            drawn.bind(self.base).select(some),
+            x[some].float(),
+            reward(x.float())[some].double() / self.subject.beta,
             stream(self.settings.seed, "achieved tilt"),
+            groups=groups,
             start=times[0].item(),
             end=min(END, times[-2].item()),
         )

@@ -76,7 +76,7 @@ class OnRecipe:
         none = {"calibration_samples": 0, "target_kl": None} if method.temperature is None else {}
         training = first.training.model_copy(update=NO_FOLDER | none | {"max_train_steps": chosen.steps})
         point = first.evaluation.first
-        points = (Point(**point.model_copy(update=sampled_by(method, point)).model_dump()),)
+        points = (Point(**point.model_copy(update=sampled_by(method)).model_dump()),)
         evaluation = first.evaluation.model_copy(update={"points": points})
         changed = {"method": method, "optimizer": optimizer, "training": training, "evaluation": evaluation}
         return first.model_copy(update=changed)

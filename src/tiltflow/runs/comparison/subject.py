@@ -106,10 +106,11 @@ def at_temperature(method: Method, beta: float) -> Method:
     return method if method.temperature is None else method.at_temperature(beta)
 
 
-def sampled_by(method: Method, sampling: Sampling) -> dict[str, Any]:
-    """The changes of a sampling that make it one by the method's own solver, on the same grid."""
+def sampled_by(method: Method) -> dict[str, Any]:
+    """The changes of a sampling that make it one by the method's own solver, on the same grid; in one step if the
+    method makes a sampler of one."""
     own = method.sampling
-    return {"solver": own.solver, "eta": own.eta}
+    return {"solver": own.solver, "eta": own.eta, **({"num_inference_steps": 1} if own.num_inference_steps == 1 else {})}
 
 
 class Law(Tilting):
