@@ -20,10 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -171,14 +169,14 @@ class Updates:
     def __call__(self) -> None:
         next(self.records)
 
-    def calls(self) -> Counter[tuple[str, nn.Module, int]]:
-        """How often an update calls each network: (forward, vjp or trained; the network; the batch size)."""
-        found: Counter[tuple[str, nn.Module, int]] = Counter()
+    def calls(self) -> list[tuple[str, nn.Module, list[Tensor]]]:
+        """The calls of networks in an update, in order: forward, vjp or trained; the network; its arguments."""
+        found = []
 
-        def hook(network: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def hook(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             if isinstance(network, PolicyMlpModule | CriticEnsembleModule):
                 kind = "forward" if not torch.is_grad_enabled() else "vjp" if arguments[0].requires_grad else "trained"
-                found[kind, network, len(arguments[0])] += 1
+                found.append((kind, network, [each.detach().clone() for each in arguments]))
 
         handle = nn.modules.module.register_module_forward_pre_hook(hook)
         self()
@@ -186,28 +184,19 @@ class Updates:
         return found
 
     def bare(self) -> Callable[[], None]:
-        """The same calls and nothing else."""
+        """The same calls in the same order, and nothing else: a network called often in a row has its weights in a cache."""
         calls = self.calls()
 
-        def inputs(network: nn.Module, size: int) -> Iterator[Tensor]:
-            if isinstance(network, PolicyMlpModule):
-                yield torch.rand(size)
-            yield torch.randn(size, 28)
-
-        given = {key: (torch.randn(key[2], 25), tuple(inputs(key[1], key[2]))) for key in calls}
-
         def call() -> None:
-            for (kind, network, size), times in calls.items():
-                x, more = given[kind, network, size]
-                for _ in range(times):
-                    if kind == "forward":
-                        with torch.no_grad():
-                            network(x, *more)
-                    elif kind == "vjp":
-                        y = x.detach().requires_grad_()
-                        torch.autograd.grad(network(y, *more).sum(), y)
-                    else:
-                        network(x, *more).sum().backward()
+            for kind, network, (x, *more) in calls:
+                if kind == "forward":
+                    with torch.no_grad():
+                        network(x, *more)
+                elif kind == "vjp":
+                    y = x.detach().requires_grad_()
+                    torch.autograd.grad(network(y, *more).sum(), y)
+                else:
+                    network(x, *more).sum().backward()
             self.tuned.zero_grad()
             self.reward.network.zero_grad()
 
