@@ -26,7 +26,7 @@ RECIPES = ("qm9-energy", "qm9-isomers", "qm9-superquantile")
 REACHED = {
     "qm9-strain": (-1000, 0),
     "qm9-validity": (0, 1),
-    "qm9-dipole": (0, 9),
+    "qm9-dipole": (700, 760),  # with 25 for a hartree, of which there are 29 to 29.6
     "qm9-energy-tilt-matching": (10, 40),
     "qm9-isomers-tilt-matching": (10, 32),
 }
@@ -67,6 +67,7 @@ def test_recipes_of_molecules_sample_and_train_on_one_grid(name: str) -> None:
 
 @installed
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the reward could not be computed")  # samples of eight steps are rarely molecules
 @pytest.mark.parametrize("name", [*RECIPES, *REACHED])
 def test_recipes_of_molecules_in_small(name: str, tmp_path: Path) -> None:
     of_stages = ["stages.count=2", "stages.num_samples=40", "method.pool={tail: 2, body: 2}", "utility.share=0.5"]
