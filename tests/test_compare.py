@@ -632,10 +632,6 @@ def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path, monkeypatch: p
     [
         (["--methods", "draf"], "there is no method 'draf', did you mean 'draft'?"),
         (["--problems", "gausian"], "there is no problem 'gausian', did you mean 'gaussian'?"),
-        (
-            ["--problems", "utility"],
-            "problem 'utility' is not of p_base(x) exp(r(x) / beta), and has no reward to compare methods",
-        ),
         (["--problems", "lqg", "--methods", "tilt-matching"], "its law is that of one chain (solver euler-maruyama, num_inf"),
         (["--problems", "lqg", "--set", "lqg.state_cost=1"], "method 'draft' rewards the ends of paths alone; use adjoint"),
         (["--problems", "utility"], "problem 'utility' is not of p_base(x) exp(r(x) / beta)"),

@@ -103,14 +103,17 @@ class AtObservations(Settings):
 
     def tilted_sampler(self, beta: float) -> Exact:
         """See `tiltflow.problems.Comparable`: behaviour exp(Q / beta)."""
-        return in_turn([self.behaviour(s).tilt(self.value(s), beta).sample for s in self.observations])
+        return in_turn([law.sample for law in self.tilted(beta)])
 
     def admit(self, method: Method) -> None:
         """Any method."""
 
     def exact_law(self, method: Method, iterations: int) -> tuple[GaussianMixture, ...]:
         """behaviour exp(Q / beta) at each observation. Raises InputError where the method aims at another law."""
-        beta = temperature(method, iterations)
+        return self.tilted(temperature(method, iterations))
+
+    def tilted(self, beta: float) -> tuple[GaussianMixture, ...]:
+        """behaviour exp(Q / beta) at each observation."""
         return tuple(self.behaviour(s).tilt(self.value(s), beta) for s in self.observations)
 
     def check(self, trained: Trained[tuple[GaussianMixture, ...]]) -> Findings:

@@ -20,7 +20,7 @@ from tiltflow.evaluation.metrics.diversity import diversity, squared_distance
 from tiltflow.evaluation.samples import Asked
 from tiltflow.files import write_file
 from tiltflow.laws.target import TILTED
-from tiltflow.problems import Comparable
+from tiltflow.problems import Comparable, Exact
 from tiltflow.problems.verification.exact_base import MOST
 from tiltflow.problems.verification.verify import Verification, loop, read_verification
 from tiltflow.reports.points import are_points, draw, frame
@@ -132,7 +132,7 @@ class ProblemTrial:
             **mean_estimate(reward(x)).named("reward"),
             "reward_base": reward(x_base).mean().item(),
             "reward_target": reward(x_target).mean().item(),
-            **self._distances(x, x_base),
+            **self._distances(x, x_base, exact),
         }
         size = count // groups
         scales = [squared_distance(x_base[group::groups], size) for group in range(groups)]
@@ -145,9 +145,9 @@ class ProblemTrial:
             self._draw(keep / PICTURES / self.subject.name, x, x_base, x_target)
         return found
 
-    def _distances(self, x: Tensor, x_base: Tensor) -> dict[str, float]:
-        """Distances to the target, means over groups."""
-        groups, exact = self.problem.groups, self.problem.tilted_sampler(self.subject.beta)
+    def _distances(self, x: Tensor, x_base: Tensor, exact: Exact) -> dict[str, float]:
+        """Distances to the target, of which `exact` draws, means over groups."""
+        groups = self.problem.groups
         of_exact, directions = (stream(self.settings.seed, name) for name in ("exact", "directions"))
         found = [
             distances_to_law(
