@@ -24,7 +24,7 @@ from tiltflow.pretraining.loop import Progress
 from tiltflow.pretraining.recipe import pretraining_of
 from tiltflow.pretraining.run import run_pretraining
 from tiltflow.pretraining.tasks import molecules
-from tiltflow.pretraining.tasks.molecules import Data, draw_times, molecules_loss, of_classes, total_variation
+from tiltflow.pretraining.tasks.molecules import Data, along_bonds, draw_times, molecules_loss, of_classes, total_variation
 from tiltflow.streams import new_network, stream
 
 SMALL = {"features": 16, "pair_features": 12, "vectors": 2, "heads": 2, "layers": 2}
@@ -107,6 +107,42 @@ def test_the_loss_of_a_network_that_adds_nothing() -> None:
     assert loss(1.0) - without == pytest.approx(unsure.mean(), abs=0.02)
 
 
+def test_the_error_along_bonds_is_that_of_their_lengths() -> None:
+    """Against squared differences of lengths, of small errors, in molecules that are written by hand."""
+    positions = torch.tensor(
+        [[[0.0, 0, 0], [1.2, 0, 0], [1.2, 1.5, 0], [9.0, 9, 9]], [[0.0, 0, 0], [0, 0, 1.0], [0, 0, 2.5], [0, 0, 3.9]]]
+    )
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 1]])[..., None]  # one bond and one; three in a row
+    positions, small = positions.double(), 1e-5 * torch.randn(2, 4, DIM, generator=stream(0, "test"), dtype=torch.float64)
+    bonds = [[(0, 1), (1, 2)], [(0, 1), (1, 2), (2, 3)]]
+    expected = [
+        sum(((after[i] - after[j]).norm() - (before[i] - before[j]).norm()) ** 2 for i, j in each)
+        for before, after, each in zip(positions, positions + small, bonds, strict=True)
+    ]
+    assert along_bonds(small, positions, mask) == pytest.approx(torch.stack(expected), rel=1e-3)
+
+
+def test_the_loss_has_the_error_along_the_bonds_of_x_t() -> None:
+    """Of a network that adds nothing, whose errors are those of a multiple of x_t: summed bond by bond."""
+    classes, s, t = ("3 atoms",), 0.7, 0.97
+    network, found = new_network(Equivariant(classes=classes, scale=s, **SMALL), 0), data(*classes)
+    assert isinstance(network, EquivariantModule)
+    x1, labels, times = found.samples[:1], torch.zeros(1, dtype=torch.long), torch.tensor([t])
+
+    def loss(bond_weight: float) -> float:
+        with torch.no_grad():
+            return float(molecules_loss(network, x1, labels, times, stream(0, "loss"), 1.0, None, bond_weight))
+
+    x = t * x1 + (1 - t) * network.project(torch.randn(x1.shape, generator=stream(0, "loss")), labels)
+    at, v = x[0, :, :DIM].double(), (t * s) ** 2 + (1 - t) ** 2
+    wrong = (t * s**2 / v * at - x1[0, :, :DIM].double()) / ((1 - t) * s / v**0.5)
+    expected = 0.0
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        line = at[i] - at[j]
+        expected += float((wrong[i] - wrong[j]) @ line / line.norm()) ** 2 * bool(line.norm() < 1.7 * t)
+    assert loss(5.0) - loss(0.0) == pytest.approx(5 * expected / 9, rel=1e-3)
+
+
 @pytest.mark.parametrize(("density", "share"), [((1.0, 0.65), 0.2), ((3.0, 0.8), 0.2), ((3.5, 0.9), 0.0)])
 def test_times_have_the_density_that_is_said(density: tuple[float, float], share: float) -> None:
     t = draw_times(100_000, stream(0, "times"), *density, share).double()
@@ -129,15 +165,16 @@ def test_rows_that_are_kept_have_the_predictions_of_another_network_as_targets()
     x1, labels, t = found.samples[index], found.labels[index], torch.linspace(0.05, 0.95, len(index))
     everywhere, nowhere = torch.ones(len(t), dtype=torch.bool), torch.zeros(len(t), dtype=torch.bool)
 
-    def loss(network: EquivariantModule, data: torch.Tensor, kept: Any) -> torch.Tensor:
-        return molecules_loss(network, data, labels, t, stream(0, "loss"), 1.0, kept)
+    def loss(network: EquivariantModule, data: torch.Tensor, kept: Any, bond_weight: float = 0.0) -> torch.Tensor:
+        return molecules_loss(network, data, labels, t, stream(0, "loss"), 1.0, kept, bond_weight)
 
-    def steepest(network: EquivariantModule, kept: Any) -> float:
-        gradients = torch.autograd.grad(loss(network, x1, kept), [*network.parameters()], allow_unused=True)
+    def steepest(network: EquivariantModule, kept: Any, bond_weight: float = 0.0) -> float:
+        gradients = torch.autograd.grad(loss(network, x1, kept, bond_weight), [*network.parameters()], allow_unused=True)
         return max(float(each.abs().max()) for each in gradients if each is not None)
 
     assert loss(network, x1, (other, nowhere)) == loss(network, x1, None)
     assert steepest(other, (other, everywhere)) < 1e-5  # least at its own predictions, of positions and of types
+    assert steepest(other, (other, everywhere), 10.0) < 1e-5  # whatever the weight of bonds
     assert steepest(network, (other, everywhere)) > 1e-2
     assert steepest(other, None) > 1e-2
     early = t < 0.5
@@ -217,14 +254,18 @@ def test_a_recipe_keeps_a_model_before_a_time(tmp_path: Path, monkeypatch: pytes
     first = trained(tmp_path, "first", steps=5)
     seen: list[bool] = []
 
-    def loss(network: Any, x1: Any, labels: Any, t: torch.Tensor, generator: Any, weight: Any, kept: Any) -> torch.Tensor:
+    def loss(
+        network: Any, x1: Any, labels: Any, t: torch.Tensor, generator: Any, weight: Any, kept: Any, bonds: float
+    ) -> torch.Tensor:
         assert torch.equal(kept[1], t < 0.7)
+        assert bonds == 2.5
         assert all(torch.equal(weight, first[key]) for key, weight in kept[0].state_dict().items())  # at each step
         seen.append(bool(kept[1].any()))
-        return molecules_loss(network, x1, labels, t, generator, weight, kept)
+        return molecules_loss(network, x1, labels, t, generator, weight, kept, bonds)
 
     monkeypatch.setattr(molecules, "molecules_loss", loss)
-    trained(tmp_path, "second", steps=5, init_from=str(tmp_path / "first"), keep_before=0.7, uniform_share=1.0)
+    changes = {"init_from": str(tmp_path / "first"), "keep_before": 0.7, "bond_weight": 2.5, "uniform_share": 1.0}
+    trained(tmp_path, "second", steps=5, **changes)
     assert any(seen)
     with pytest.raises(InputError, match="keep_before: needs a model to keep, in init_from"):
         recipe(keep_before=0.7)
