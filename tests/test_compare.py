@@ -634,6 +634,10 @@ def test_a_black_box_is_compared_and_named_as_one(tmp_path: Path, monkeypatch: p
         (["--problems", "gausian"], "there is no problem 'gausian', did you mean 'gaussian'?"),
         (["--problems", "lqg", "--methods", "tilt-matching"], "its law is that of one chain (solver euler-maruyama, num_inf"),
         (["--problems", "lqg", "--set", "lqg.state_cost=1"], "method 'draft' rewards the ends of paths alone; use adjoint"),
+        (
+            ["--problems", "bandit", "--num-samples", "100", "--set", "bandit.observations=[0, 0.2, 0.4, 0.6]"],
+            "--num-samples must be 120 or more for the 4 observations of bandit, is 100",
+        ),
         (["--problems", "utility"], "problem 'utility' is not of p_base(x) exp(r(x) / beta)"),
         (["--problems", "", "--recipes", "digits-evn"], "there is no recipe 'digits-evn', did you mean 'digits-even'?"),
         (["--problems", ""], "give --problems"),

@@ -33,6 +33,8 @@ from tiltflow.training.optimizer import fill_optimizer
 from tiltflow.training.trainer import Record
 
 PICTURES = "pictures"
+FEWEST = 30
+"""Samples of each group that a distance can be of."""
 DRAWS = 4
 """Exact samples behind each distance and each floor."""
 
@@ -65,8 +67,14 @@ class OnProblem:
         return self.problem.law_in_words
 
     def check(self) -> None:
-        """Raise InputError for a problem that methods cannot be compared on, and for wrong settings."""
+        """Raise InputError for a problem that methods cannot be compared on, for wrong settings, and for too few samples."""
         self.problem.tilted_sampler(self.beta)
+        groups = self.problem.groups
+        if self.num_samples < FEWEST * groups:
+            raise InputError(
+                f"compare: --num-samples must be {FEWEST * groups} or more for the {groups} observations of {self.name}, "
+                f"is {self.num_samples}"
+            )
 
     def read(self, chosen: Chosen) -> Verification:
         """The settings of a training, with the method's own optimizer filled in. Raises InputError for a method that cannot be
