@@ -175,8 +175,7 @@ def find_spread(data: Path, seed: int = 0) -> None:
 
 def relax_samples(name: str, data: Path, count: int, path: Path, seed: int) -> None:
     """Write geometries to finish a model on: its own molecules, which are samples that are valid, each in its nearest minimum
-    of MMFF94, and twice as many of the data. Those with multiple bonds between C and C or N, of which there are few, are in it
-    twice, and of its own three times; those with double ones, which are taken for aromatic ones, three times as often."""
+    of MMFF94, and twice as many of the data; those with rare bonds more than once."""
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # relaxing mends what is lost
         drawn = molecules_of(load(name).sample(count, seed=seed).float())
     found = [each.molecule for each in Workers().map(relaxed, drawn) if isinstance(each, Relaxed)]
@@ -184,12 +183,20 @@ def relax_samples(name: str, data: Path, count: int, path: Path, seed: int) -> N
     made = load_geometries(data)
     molecules, some = made.molecules(), np.random.default_rng(seed).permutation(len(made))[: 2 * len(own)]
     kept = own + [(str(made.smiles[i]), molecules[i]) for i in some]
-    multiple, double = (rdkit().MolFromSmarts(text) for text in ("[$([#6]=[#6,#7]),$([#6]#[#6,#7])]", "[#6]=[#6,#7]"))
-    for part in (kept, own):
-        kept = kept + [each for each in part if rdkit().MolFromSmiles(each[0]).HasSubstructMatch(multiple)]
-    kept = kept + 2 * [each for each in kept if rdkit().MolFromSmiles(each[0]).HasSubstructMatch(double)]
-    save(padded([(smiles, one.numbers, one.positions - one.positions.mean(0)) for smiles, one in kept]), path)
-    print(f"{len(kept):,} geometries in {path}")
+    often = [times_of(smiles, own=i < len(own)) for i, (smiles, _) in enumerate(kept)]
+    rounds = [kept[i] for time in range(max(often)) for i in range(len(kept)) if often[i] > time]
+    save(padded([(smiles, one.numbers, one.positions - one.positions.mean(0)) for smiles, one in rounds]), path)
+    print(f"{len(rounds):,} geometries in {path}")
+
+
+def times_of(smiles: str, *, own: bool) -> int:
+    """How often a molecule is among those that a model is finished on: twice with a multiple bond between C and C or N, of
+    which there are few, and if it is the model's own three times; then three times as often with a double one, which are taken
+    for aromatic ones, and four times with a triple one of two C."""
+    molecule, times = rdkit().MolFromSmiles(smiles), 1
+    for kind, factor in (("[#6]=,#[#6,#7]", 2 + own), ("[#6]=[#6,#7]", 3), ("[#6]#[#6]", 4)):
+        times *= factor if molecule.HasSubstructMatch(rdkit().MolFromSmarts(kind)) else 1
+    return times
 
 
 TASKS = {"bonds": find_bonds, "composition": fit_composition, "gradients": find_gradients, "spread": find_spread}

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from tiltflow.chemistry.atoms import NUMBERS, Molecule
+from tiltflow.chemistry.relaxation import relaxed
 from tiltflow.chemistry.validity import (
     Shares,
+    beyond_minima,
     bond_length_errors,
     bond_lengths,
     canonical_smiles,
@@ -131,6 +133,24 @@ def test_lengths_of_bonds_are_those_of_the_positions() -> None:
         "C#N": [1.15], "C-H": [1.07], "C=O": [1.16, 1.2],
     }  # fmt: skip
     assert set(bond_lengths([molecule("c1ccccc1")])) == {"C-H", "C:C"}
+
+
+def test_bonds_beyond_their_minima_do_not_depend_on_which_molecules_they_are_of() -> None:
+    """A methyl group that is moved away along its bond is what is found, of two molecules in their minima."""
+    ethane, methanol = (relaxed(molecule(smiles)) for smiles in ("CC", "CO"))
+    assert ethane is not None
+    assert methanol is not None
+    longer = []
+    for one in (ethane.molecule, methanol.molecule):
+        line = one.positions[0] - one.positions[1]
+        near = np.linalg.norm(one.positions - one.positions[0], axis=1) < 1.3  # the carbon and its hydrogens
+        longer.append(Molecule(one.numbers, one.positions + np.outer(near, 0.02 * line / np.linalg.norm(line))))
+    found = beyond_minima([*longer, without(ethane.molecule, 7)])
+    assert set(found) == {"C-C", "C-H", "C-O", "H-O"}
+    assert found["C-C"] == pytest.approx(0.02, abs=2e-4)
+    assert found["C-O"] == pytest.approx(0.02, abs=2e-4)
+    assert np.abs(np.concatenate([found["C-H"], found["H-O"]])).max() < 2e-4
+    assert len(found["C-H"]) == 9
 
 
 def test_errors_of_bond_lengths_are_against_the_reference() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tiltflow.chemistry.atoms import Molecule
 from tiltflow.chemistry.bonds import bonded, smiles_of
 from tiltflow.chemistry.embedding import rdkit
+from tiltflow.chemistry.relaxation import relaxed
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,33 @@ def composition(molecules: Iterable[Molecule]) -> Counter[str]:
 # ---- bond lengths ----
 
 
-def bond_lengths(molecules: Iterable[Molecule]) -> dict[str, NDArray[np.float64]]:
-    """The lengths in Å of the bonds of each kind, such as C-H, C=O, C#N and C:C (aromatic), of the molecules that are valid."""
+Lengths = Mapping[str, NDArray[np.float64]]
+"""In Å, by kind of bond, such as C-H, C=O, C#N and C:C (aromatic)."""
+
+
+def bond_lengths(molecules: Sequence[Molecule], placed: Sequence[Molecule] | None = None) -> Lengths:
+    """The lengths of the bonds of the molecules that are valid.
+
+    Args:
+        placed: the same atoms at other positions, between which lengths are taken; the bonds remain those of `molecules`.
+    """
     found = defaultdict(list)
-    for molecule in molecules:
+    for molecule, other in zip(molecules, placed or molecules, strict=True):
         bonds = bonded(molecule)
         for bond in () if bonds is None else bonds.GetBonds():
-            ends = molecule.positions[[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()]]
+            ends = other.positions[[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()]]
             first, last = sorted([bond.GetBeginAtom().GetSymbol(), bond.GetEndAtom().GetSymbol()])
             found[first + _ORDERS[bond.GetBondTypeAsDouble()] + last].append(np.linalg.norm(ends[1] - ends[0]))
     return {kind: np.array(found[kind]) for kind in sorted(found)}
+
+
+def beyond_minima(molecules: Iterable[Molecule]) -> Lengths:
+    """By how much bonds are longer than in the nearest minimum of MMFF94 of the same molecule, with their signs: unlike the
+    mean length, that does not depend on which molecules they are of. Those that the force field does not know are left out."""
+    found = [(molecule, each.molecule) for molecule in molecules if (each := relaxed(molecule)) is not None]
+    ours, minima = [molecule for molecule, _ in found], [minimum for _, minimum in found]
+    lengths, shortest = bond_lengths(ours), bond_lengths(ours, minima)
+    return {kind: lengths[kind] - shortest[kind] for kind in lengths}
 
 
 _ORDERS = {1.0: "-", 1.5: ":", 2.0: "=", 3.0: "#"}
@@ -132,9 +150,7 @@ class BondLength:
         return self.mean - self.reference_mean
 
 
-def bond_length_errors(
-    lengths: Mapping[str, NDArray[np.float64]], reference: Mapping[str, NDArray[np.float64]], fewest: int = 20
-) -> list[BondLength]:
+def bond_length_errors(lengths: Lengths, reference: Lengths, fewest: int = 20) -> list[BondLength]:
     """Compare lengths of bonds with those of a reference, for kinds of which both have `fewest`, the most common first."""
     kinds = [kind for kind in lengths if min(len(lengths[kind]), len(reference.get(kind, ()))) >= fewest]
     return [

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from tiltflow.chemistry.atoms import DIM, ELEMENTS, NUMBERS, TYPE, Molecule, molecules_of, samples_of
 from tiltflow.chemistry.composition import Asked, asked_of
 from tiltflow.chemistry.geometries import Geometries, load_geometries
-from tiltflow.chemistry.validity import bond_length_errors, bond_lengths, canonical_smiles, composition, shares, structures
+from tiltflow.chemistry.validity import (
+    beyond_minima,
+    bond_length_errors,
+    bond_lengths,
+    canonical_smiles,
+    composition,
+    shares,
+    structures,
+)
 from tiltflow.errors import InputError
 from tiltflow.flows.flow import Flow
 from tiltflow.flows.interpolant import interior
@@ -304,8 +312,8 @@ def along_bonds(wrong: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
 
 def scored(samples: Tensor, train: Data) -> Scores:
     """Measure samples [n, atoms, 3 + types]: shares that are valid, connected, unique among these and novel, how far their
-    compositions are from the data's, and how long bonds are beside those of 2,000 geometries. `_data` is the same of as many
-    geometries as samples."""
+    compositions are from the data's, and how long bonds are beside those of 2,000 geometries, and beside
+    the same bonds in the nearest minima of the force field. `_data` is the same of as many geometries as samples."""
     drawn = train.draw(max(len(samples), REFERENCE), stream(0, "score"))
     ours, reference = (molecules_of(each) for each in (samples, train.samples[drawn]))
     theirs = reference[: len(ours)]
@@ -313,9 +321,13 @@ def scored(samples: Tensor, train: Data) -> Scores:
     scores: Scores = {key: value for key, value in vars(found).items() if value is not None}
     scores["connected_data"] = shares(structures(theirs)).connected
     scores["composition_distance"] = total_variation(composition(ours), composition(theirs))
+    beyond = beyond_minima(ours)
     for bond in bond_length_errors(bond_lengths(ours), bond_lengths(reference)):
         mean = f"{bond.mean:.4f} ± {bond.spread / math.sqrt(bond.count):.4f}, spread {bond.spread:.4f}"
-        scores[f"{bond.kind} in Å"] = f"{mean}; data {bond.reference_mean:.4f}, {bond.reference_spread:.4f}"
+        line = f"{mean}; data {bond.reference_mean:.4f}, {bond.reference_spread:.4f}"
+        if (own := beyond.get(bond.kind)) is not None:
+            line += f"; {own.mean():+.4f} ± {own.std() / math.sqrt(len(own)):.4f} beyond its minimum"
+        scores[f"{bond.kind} in Å"] = line
     return scores
 
 
