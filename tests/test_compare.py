@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,6 +28,7 @@ from tiltflow.commands.terminal.app import app
 from tiltflow.commands.terminal.progress import jobs_progress
 from tiltflow.errors import InputError
 from tiltflow.evaluation.paired import all_pairs, difference, holm
+from tiltflow.evaluation.samples import Instruments
 from tiltflow.files import write_json
 from tiltflow.flows.flow import Flow
 from tiltflow.formatting import decimal
@@ -35,6 +36,7 @@ from tiltflow.laws.gaussian_mixture import ExactVelocity, QuadraticReward
 from tiltflow.laws.lqg import chain_optimum
 from tiltflow.methods.fbrac import Fbrac
 from tiltflow.methods.fql import Fql
+from tiltflow.models.protocol import GenerativeModel
 from tiltflow.networks.quadratic import chebyshev
 from tiltflow.problems.gaussian import Gaussian
 from tiltflow.problems.linear_quadratic import Feedback, LinearQuadratic
@@ -573,6 +575,31 @@ def test_methods_on_a_recipe(tmp_path: Path) -> None:
     summary = json.loads((kept / "summary.json").read_text())
     assert (summary["method"], summary["beta"], summary["reward_tuned"]) == ("draft", 0.1, last["reward"])
     assert summary["target_law"] == "p_base(x) exp(r(x) / beta)"  # though the method itself has none
+
+
+def test_samples_of_the_base_are_drawn_once_for_all_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is measured with them is what is measured with samples that are drawn again."""
+    path = tiny_recipe(tmp_path, evaluation={"num_samples": 64, "rewards": [{"name": "jpeg-size"}]})
+    subject, drawn, plain = OnRecipe.named(str(path), (), 5.0), list[object](), Instruments.draw
+
+    def draw(self: Instruments, model: GenerativeModel, *arguments: Any, **options: Any) -> Any:
+        drawn.append(model)
+        return plain(self, model, *arguments, **options)
+
+    monkeypatch.setattr(Instruments, "draw", draw)
+
+    def measured(first: Sequence[bool]) -> dict[str, Any]:
+        trial = subject.trial(Chosen("dpok", ("num_inference_steps=4",), steps=2), "cpu")
+        for _ in trial.loop(lambda end: None):
+            pass
+        drawn.clear()
+        return [trial.measure(None, whole=whole) for whole in first][-1]
+
+    often = measured([False, False, True])
+    assert len(drawn) == 4  # of the base once, of the tuned model three times
+    once = measured([True])
+    assert len(drawn) == 2
+    assert often == once
 
 
 def test_what_is_held_out_is_measured_at_the_end_and_the_rest_on_the_way(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tiltflow.commands.serve_reward import serve_reward
 from tiltflow.conditions import Item
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Asked, Instruments, with_latents
+from tiltflow.evaluation.settings import Evaluation, Point
+from tiltflow.evaluation.table import draw_all
 from tiltflow.flows.flow import Flow
 from tiltflow.models.text_to_image import TextToImage
 from tiltflow.rewards.function import Function
@@ -129,6 +131,21 @@ def test_an_evaluation_measures_the_latents_of_its_pictures(model: TextToImage) 
     assert_close(std[0], quadratic(of_base).double().std() + LEAST_STD)
     found_there = evaluate(Decoded(model, normalised.given(["a red cat"] * 4), 4), of_base)
     assert_close(found_there, ((quadratic(of_base).double() - mean) / std).float())
+
+
+def test_samples_that_are_kept_are_drawn_again_for_a_reward_that_looks_at_latents(model: TextToImage) -> None:
+    asked = Asked(tuple(item for item in ITEMS for _ in range(2)), tuple("ab"), "prompt")
+    settings, kept = Evaluation(batch_size=2, points=(Point(solver="euler", num_inference_steps=2),)), dict[int, Any]()
+
+    def of_base(rewards: dict[str, Any], kept: dict[int, Any] | None) -> dict[str, Tensor]:
+        instruments = Instruments({name: from_function(reward) for name, reward in rewards.items()}, None, None, 2, "cpu")
+        return draw_all(settings, model, model, asked, instruments, seed=3, base_samples=kept)[1][0].rewards
+
+    of_base({"light": brightness}, kept)
+    assert kept[0][1] is None
+    both = {"light": brightness, "words": of_words}
+    assert_close(of_base(both, kept), of_base(both, None))
+    assert kept[0][1] is not None
 
 
 def test_samples_of_a_network_without_a_decoder_are_its_latents() -> None:

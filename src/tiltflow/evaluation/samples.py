@@ -166,6 +166,11 @@ class Instruments:
         """Name of the training's reward."""
         return next(iter(self.rewards))
 
+    @property
+    def see_latents(self) -> bool:
+        """Whether a reward looks at what samples are decoded from."""
+        return any("latents" in seen_by(reward) for reward in self.rewards.values())
+
     def draw(
         self, model: GenerativeModel, items: Sequence[Item], point: Point, *, seed: int, batch_size: int
     ) -> tuple[Tensor, Tensor | None]:

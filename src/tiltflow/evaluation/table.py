@@ -33,6 +33,10 @@ class Drawn:
     failed: dict[str, int]
 
 
+BaseSamples = dict[int, tuple[Tensor, Tensor | None]]
+"""Samples of the base and their latents, by the number of the sampling point."""
+
+
 def draw_all(
     settings: Evaluation,
     base: GenerativeModel,
@@ -41,14 +45,25 @@ def draw_all(
     instruments: Instruments,
     *,
     seed: int,
+    base_samples: BaseSamples | None = None,
 ) -> tuple[list[dict[str, Any]], tuple[Drawn, Drawn]]:
-    """Return one row for each sampling point and each of the two models, and the samples of both at the first point."""
+    """Return one row for each sampling point and each of the two models, and the samples of both at the first point.
+
+    Args:
+        base_samples: those that an earlier call drew of the same base, for the same items and points with the same seed, which
+            are used again; filled where it has none.
+    """
     points, reference = settings.points or (), reference_features(settings, base, asked, instruments, seed)
     table, first = list[dict[str, Any]](), list[Drawn]()
     for i, point in enumerate(points):
         scale = None
         for name, model in (("base", base), ("tuned", tuned)):
-            x, latents = instruments.draw(model, asked.items, point, seed=seed, batch_size=settings.at_once)
+            known = None if base_samples is None or name == "tuned" else base_samples.get(i)
+            if known is not None and known[1] is None and instruments.see_latents:
+                known = None  # it was drawn for rewards that do not
+            x, latents = known or instruments.draw(model, asked.items, point, seed=seed, batch_size=settings.at_once)
+            if base_samples is not None and name == "base":
+                base_samples[i] = x, latents
             rewards, failed = instruments.scored(x, asked, latents)
             extract = instruments.extract
             compared = plain(x, clamped=base.has_decoder) if extract is None else instruments.features(x, extract)

@@ -27,7 +27,7 @@ from tiltflow.evaluation.monitor import over_groups
 from tiltflow.evaluation.pictures import is_video
 from tiltflow.evaluation.samples import Asked, Instruments, Samples, Seen, samples_of
 from tiltflow.evaluation.settings import Point
-from tiltflow.evaluation.table import Drawn, draw_all, in_words
+from tiltflow.evaluation.table import BaseSamples, Drawn, draw_all, in_words
 from tiltflow.evaluation.verdict import Row, conclude, mean_test, of_rewards
 from tiltflow.files import final_name, write_file, write_json, write_text
 from tiltflow.formatting import decimal
@@ -88,6 +88,7 @@ def evaluate(
     instruments: Instruments,
     *,
     seconds: float | None = None,
+    base_samples: BaseSamples | None = None,
 ) -> dict[str, Any]:
     """Measure the tuned model of a run beside its base, and write what was found into its folder. Returns the summary.
 
@@ -95,10 +96,11 @@ def evaluate(
         base, tuned: in the precision of the training.
         asked: the samples that are measured.
         seconds: what the run took until now; by default its training.
+        base_samples: see `draw_all`.
     """
     began, records = time.perf_counter(), read_records(folder)
     settings, target = run.evaluation, method_at(run, records[-1]).target(records[-1]["step"], base.grid)
-    table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed)
+    table, (of_base, of_tuned) = draw_all(settings, base, tuned, asked, instruments, seed=run.seed, base_samples=base_samples)
     tilted = units_of_target(run, base, instruments)
     samples = compared(target, asked, of_base, of_tuned, instruments, tilted)
     failed = failed_in_words(of_base.failed[instruments.own], of_tuned.failed[instruments.own], len(asked), records)
@@ -158,15 +160,25 @@ def evaluate(
 
 @torch.no_grad()
 def glance(
-    run: RunSettings, record: Record, base: GenerativeModel, tuned: GenerativeModel, asked: Asked, instruments: Instruments
+    run: RunSettings,
+    record: Record,
+    base: GenerativeModel,
+    tuned: GenerativeModel,
+    asked: Asked,
+    instruments: Instruments,
+    *,
+    base_samples: BaseSamples | None = None,
 ) -> dict[str, Any]:
     """What of the summary is known soonest: of rewards, their laws and the judge, and the table. Nothing is written.
 
     Args:
         record: of the last optimizer step.
+        base_samples: see `draw_all`.
     """
     target = method_at(run, record).target(record["step"], base.grid)
-    table, (of_base, of_tuned) = draw_all(run.evaluation, base, tuned, asked, instruments, seed=run.seed)
+    table, (of_base, of_tuned) = draw_all(
+        run.evaluation, base, tuned, asked, instruments, seed=run.seed, base_samples=base_samples
+    )
     samples = compared(target, asked, of_base, of_tuned, instruments, units_of_target(run, base, instruments))
     generator = stream(run.seed, "bootstrap")
     entries, _ = of_laws(samples, instruments.own, generator, counted=True)

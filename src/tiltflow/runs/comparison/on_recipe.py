@@ -11,6 +11,7 @@ from typing import Any
 from tiltflow.errors import InputError
 from tiltflow.evaluation.samples import Instruments
 from tiltflow.evaluation.settings import Point
+from tiltflow.evaluation.table import BaseSamples
 from tiltflow.files import write_rows
 from tiltflow.laws.target import TILTED
 from tiltflow.runs.comparison.subject import Chosen, Law, OnBatchEnd, at_temperature, sampled_by
@@ -112,6 +113,7 @@ class RecipeTrial:
         self.subject, self.recipe, self.these, self.device = subject, recipe, these, device
         self.method, self.learning_rate = recipe.method, recipe.optimizer.learning_rate
         self.records: list[dict[str, Any]] = []
+        self.base_samples: BaseSamples = {}
 
     @property
     def start(self) -> Start:
@@ -134,7 +136,7 @@ class RecipeTrial:
         models, asked, instruments = self.these.in_precision(self.recipe), self.these.asked, self.these.instruments
         if not whole:
             own = replace(instruments, rewards={instruments.own: instruments.rewards[instruments.own]})
-            return row_of(glance(recipe, self.records[-1], *models, asked, own), own)
+            return row_of(glance(recipe, self.records[-1], *models, asked, own, base_samples=self.base_samples), own)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             if keep is not None:
@@ -142,7 +144,8 @@ class RecipeTrial:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_yaml(folder / RECIPE, self.recipe.model_dump(mode="json"))
             write_rows(folder / METRICS, self.records)
-            return row_of(evaluate(recipe, folder, *models, asked, instruments), instruments)
+            found = evaluate(recipe, folder, *models, asked, instruments, base_samples=self.base_samples)
+            return row_of(found, instruments)
 
 
 def row_of(summary: Mapping[str, Any], instruments: Instruments) -> dict[str, Any]:
