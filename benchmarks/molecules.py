@@ -192,9 +192,9 @@ def relax_samples(name: str, data: Path, count: int, path: Path, seed: int) -> N
 def times_of(smiles: str, *, own: bool) -> int:
     """How often a molecule is among those that a model is finished on: twice with a multiple bond between C and C or N, of
     which there are few, and if it is the model's own three times; then three times as often with a double one, which are taken
-    for aromatic ones, and four times with a triple one of two C."""
+    for aromatic ones."""
     molecule, times = rdkit().MolFromSmiles(smiles), 1
-    for kind, factor in (("[#6]=,#[#6,#7]", 2 + own), ("[#6]=[#6,#7]", 3), ("[#6]#[#6]", 4)):
+    for kind, factor in (("[#6]=,#[#6,#7]", 2 + own), ("[#6]=[#6,#7]", 3)):
         times *= factor if molecule.HasSubstructMatch(rdkit().MolFromSmarts(kind)) else 1
     return times
 
