@@ -126,8 +126,8 @@ def beyond_minima(molecules: Iterable[Molecule]) -> Lengths:
     mean length, that does not depend on which molecules they are of. Those that the force field does not know are left out."""
     found = [(molecule, each.molecule) for molecule in molecules if (each := relaxed(molecule)) is not None]
     ours, minima = [molecule for molecule, _ in found], [minimum for _, minimum in found]
-    lengths, shortest = bond_lengths(ours), bond_lengths(ours, minima)
-    return {kind: lengths[kind] - shortest[kind] for kind in lengths}
+    lengths, there = bond_lengths(ours), bond_lengths(ours, minima)
+    return {kind: lengths[kind] - there[kind] for kind in lengths}
 
 
 _ORDERS = {1.0: "-", 1.5: ":", 2.0: "=", 3.0: "#"}

@@ -169,7 +169,7 @@ class Instruments:
     @property
     def see_latents(self) -> bool:
         """Whether a reward looks at what samples are decoded from."""
-        return any("latents" in seen_by(reward) for reward in self.rewards.values())
+        return see_latents(self.rewards.values())
 
     def draw(
         self, model: GenerativeModel, items: Sequence[Item], point: Point, *, seed: int, batch_size: int
@@ -213,6 +213,11 @@ class Instruments:
         return features_of(x, extract, self.batch_size, self.device)
 
 
+def see_latents(rewards: Iterable[Reward]) -> bool:
+    """Whether one of these rewards looks at what samples are decoded from."""
+    return any("latents" in seen_by(reward) for reward in rewards)
+
+
 def with_latents(
     rewards: Iterable[Reward], model: GenerativeModel, items: Sequence[Item], **options: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -223,7 +228,7 @@ def with_latents(
 
     Raises InputError if a reward looks at latents and the model is no pipeline, whose latents are known.
     """
-    if not model.has_decoder or not any("latents" in seen_by(reward) for reward in rewards):
+    if not model.has_decoder or not see_latents(rewards):
         return model.draw(items, **options), None
     if not isinstance(model, TextToImage):
         raise InputError(
